@@ -1,0 +1,73 @@
+# The README's two commands are `make demo` and `make test`. Both need only Python 3.10 or newer and make:
+# they create .venv here, install into it, and run. `make help` lists the rest.
+#
+#   make test PYTHON=python3.12      another interpreter (after `make clean`)
+#   make test ARGS="-k schedule -x"  more arguments for pytest
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Every install is held to constraints.txt. Without it, pip may re-resolve torch to the newest CUDA build.
+# No build isolation: what builds the sdists among our dependencies is pinned there too.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format typecheck docs build clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.demo  ## install what the demo needs and run it
+	$(BIN)/clockwork-hooks demo $(ARGS)
+
+test: $(VENV)/.test  ## install what the tests need and run all but the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test  ## run every test, the slow ones too
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test  ## let ruff fix and format the files
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.test  ## mypy --strict on the package
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+build: $(VENV)/.base  ## build the sdist and the wheel into dist/
+	$(BIN)/python -m hatchling build
+
+clean:  ## remove the environment and every build output
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# Stamp files: an environment is installed again only when what it is made from has changed.
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "clockwork_hooks needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created constraints.txt Makefile
+	$(INSTALL) setuptools hatchling editables
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base pyproject.toml requirements-zoo.txt
+	$(INSTALL) --no-build-isolation --editable '.[test]'
+	$(INSTALL) --no-deps --requirement requirements-zoo.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base pyproject.toml
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	@touch $@

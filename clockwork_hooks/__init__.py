@@ -1,0 +1,1 @@
+"""Clockwork Diffusion on any diffusion UNet."""
