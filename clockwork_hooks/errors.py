@@ -1,0 +1,106 @@
+"""The error tree, and the one warning.
+
+    ClockworkError
+    ├── ArgumentError (ValueError)        an option has a value outside its rule
+    ├── TraceError                        a call of the UNet could not be recorded
+    │   └── AmbiguousInputError           which input is the time (or the sample) cannot be told
+    ├── RegionNotFoundError               no low-resolution region can be skipped
+    ├── AdaptorError                      an adaptor does not fit the region's boundary
+    ├── WrapError                         the UNet cannot be wrapped, or is wrapped already
+    ├── CountError                        an operator's MACs are unknown
+    ├── ModelNotFoundError                a preset, folder or factory names no model
+    └── DemoError                         the demo's prompt or weights cannot be used
+    NoEffectWarning (UserWarning)         wrapping changes nothing (clock 1)
+
+Every message has three parts: the rule, what was seen (one value a line), and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = [
+    "AdaptorError",
+    "AmbiguousInputError",
+    "ArgumentError",
+    "ClockworkError",
+    "CountError",
+    "DemoError",
+    "ModelNotFoundError",
+    "NoEffectWarning",
+    "RegionNotFoundError",
+    "TraceError",
+    "WrapError",
+]
+
+
+class ClockworkError(Exception):
+    """Base of all errors of the library.
+
+    Args:
+        rule: what must hold, one sentence.
+        seen: what was found instead, name → value; one a line in the message.
+        do: what the reader can do about it.
+
+    Example:
+        >>> print(ArgumentError("clock is an int of at least 1", seen={"clock": 0}, do="pass clock=2"))
+        clock is an int of at least 1
+          clock: 0
+        What to do: pass clock=2
+    """
+
+    def __init__(self, rule: str, *, seen: Mapping[str, object] | None = None, do: str = "") -> None:
+        self.rule = rule
+        self.seen = dict(seen or {})
+        self.do = do
+        lines = [rule, *(f"  {name}: {value}" for name, value in self.seen.items())]
+        if do:
+            lines.append(f"What to do: {do}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.rule, self.seen, self.do)
+
+
+def _rebuild(kind: type[ClockworkError], rule: str, seen: Mapping[str, object], do: str) -> ClockworkError:
+    return kind(rule, seen=seen, do=do)
+
+
+class ArgumentError(ClockworkError, ValueError):
+    """An option has a value outside its rule."""
+
+
+class TraceError(ClockworkError):
+    """A call of the UNet could not be recorded."""
+
+
+class AmbiguousInputError(TraceError):
+    """Which input is the time (or the sample) cannot be told from the call."""
+
+
+class RegionNotFoundError(ClockworkError):
+    """No low-resolution region of the UNet can be skipped."""
+
+
+class AdaptorError(ClockworkError):
+    """An adaptor does not fit the region's boundary."""
+
+
+class WrapError(ClockworkError):
+    """The UNet cannot be wrapped, or is wrapped already."""
+
+
+class CountError(ClockworkError):
+    """An operator multiplies and accumulates, but its MACs are unknown."""
+
+
+class ModelNotFoundError(ClockworkError):
+    """A preset, folder or factory names no model."""
+
+
+class DemoError(ClockworkError):
+    """The demo's prompt or weights cannot be used."""
+
+
+class NoEffectWarning(UserWarning):
+    """Wrapping changes nothing: every pass will be full."""

@@ -1,0 +1,224 @@
+"""Trace one call of a UNet into a `torch.fx.Graph` that also knows its module calls.
+
+`torch.fx.symbolic_trace` gives up on most UNets (control flow on tensors, `len`, einops); running the call once and
+recording it does not. The module calls are what skipping needs: "the k-th call of module M", with its nodes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from clockwork_hooks.errors import AmbiguousInputError, ArgumentError, TraceError
+from clockwork_hooks.inputs import Arguments, Binder, find_sample, time_candidates
+from clockwork_hooks.recorder import ModuleCall, Recorder, TensorSpec
+from clockwork_hooks.tree import leaves
+
+__all__ = ["Trace", "finish", "module_paths", "record", "sources", "trace"]
+
+SHAPE_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
+        "new_zeros new_ones new_empty new_full new_empty_strided"
+    ).split()
+)
+FIRST_ONLY = frozenset({"aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::type_as"})
+PERIODIC = frozenset({"aten::sin", "aten::cos", "aten::log", "aten::log2", "aten::log1p"})
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One recorded call.
+
+    Attributes:
+        graph: the operators as a standard `torch.fx.Graph`; every node's `meta` has "index", "call" (index of the module call it
+            belongs to), "module" (dotted path), and for tensors "shape", "dtype", "device"; "after" lists nodes that
+            must come first though they are no argument (writes through another view).
+        calls: the module calls in order of their beginning; `calls[0]` is the root's.
+        inputs: path of each tensor or number among the arguments → its placeholder.
+        outputs: nodes of the tensors returned.
+        sample: path of the noisy input.
+        times: paths of the inputs that may be the time, best first.
+        signature: shapes, dtypes and presence of the arguments: the trace holds for calls of this signature.
+        model: class name of the root.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> traced = ch.trace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU()), torch.zeros(1, 3, 8, 8))
+        >>> [call.path for call in traced.calls]
+        ['', '0', '1']
+        >>> traced.outputs[0].meta["shape"]
+        (1, 8, 6, 6)
+    """
+
+    graph: fx.Graph
+    nodes: tuple[fx.Node, ...]
+    calls: tuple[ModuleCall, ...]
+    inputs: Mapping[str, fx.Node]
+    outputs: tuple[fx.Node, ...]
+    sample: str
+    times: tuple[str, ...]
+    signature: tuple[Any, ...]
+    model: str
+
+    @property
+    def time(self) -> str | None:
+        """Path of the time input; None where the UNet has none.
+
+        Raises:
+            AmbiguousInputError: several inputs may be the time.
+        """
+        if len(self.times) <= 1:
+            return self.times[0] if self.times else None
+        raise AmbiguousInputError(
+            "the time is the one input that tells the denoising step",
+            seen={"model": self.model, "inputs that may be the time": ", ".join(self.times)},
+            do=f'name it: wrap(unet, time="{self.times[0]}")',
+        )
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Paths of the other tensor inputs: text, masks, class labels, residuals."""
+        others = {self.sample, *self.times[:1]}
+        return tuple(path for path, node in self.inputs.items() if path not in others and "shape" in node.meta)
+
+    def ancestors(self, call: ModuleCall) -> Iterator[ModuleCall]:
+        """The calls around `call`, innermost first, without the call itself."""
+        while call.parent >= 0:
+            call = self.calls[call.parent]
+            yield call
+
+    def operators(self, call: ModuleCall) -> list[fx.Node]:
+        """The operators that ran within `call`, without weights and constants."""
+        return [node for node in self.nodes[call.first : call.last] if node.op == "call_function"]
+
+    def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
+        """The nodes whose values depend on those of `starts`, these included."""
+        found = set(starts)
+        for node in self.nodes:
+            if node not in found and any(source in found for source in sources(node)):
+                found.add(node)
+        return found
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.inputs[self.sample].meta["shape"]))
+        return f"Trace of {self.model}: {len(self.nodes)} nodes, {len(self.calls)} module calls, {self.sample} {shape}"
+
+
+def sources(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes whose *values* this node needs: shape-only operators such as `zeros_like` need none."""
+    after: tuple[fx.Node, ...] = node.meta.get("after", ())
+    if node.op != "call_function":
+        return after
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        if schema.name in SHAPE_ONLY:
+            return after
+        if schema.name in FIRST_ONLY:
+            return (*node.all_input_nodes[:1], *after)
+    return (*node.all_input_nodes, *after)
+
+
+def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:
+    """Run `unet(*args, **kwargs)` once and return what ran, as a graph.
+
+    Works on any device, on meta without weights in memory; parameters, buffers, hooks, training flags and the random
+    state are what they were.
+
+    Args:
+        unet: any `nn.Module`.
+        *args: its arguments, as it is called in a sampling loop.
+        **kwargs: likewise.
+
+    Returns:
+        The trace; `.graph` is a `torch.fx.Graph`.
+
+    Raises:
+        TraceError: `unet` is no module, no argument can be the sample, or the call itself failed on meta for want of
+            a meta kernel.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> print(ch.trace(torch.nn.Conv2d(3, 8, 3, device="meta"), torch.zeros(1, 3, 8, 8, device="meta")))
+        Trace of Conv2d: 4 nodes, 1 module calls, input 1×3×8×8
+    """
+    return record(unet, args, kwargs)
+
+
+def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, time: str | None = None) -> Trace:
+    """`trace`, with the name of the time input where the user gave it."""
+    if not isinstance(unet, nn.Module):
+        raise TraceError(
+            "only an nn.Module can be traced", seen={"got": type(unet).__name__}, do="pass the UNet, not the pipeline"
+        )
+    arguments = Binder(unet.forward)(args, kwargs)
+    recorder = Recorder(unet, arguments, module_paths(unet))
+    devices = {tensor.device for tensor in unet.parameters() if tensor.device.type == "cuda"}
+    with torch.inference_mode(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        recorder.start(args, kwargs, frame=sys._getframe(), keep=0)
+        try:
+            unet(*args, **kwargs)
+        except NotImplementedError as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise TraceError(
+                "on the meta device every operator needs a meta kernel",
+                seen={"model": type(unet).__name__, "error": str(error).splitlines()[0]},
+                do="trace on a real device, or register a fake kernel: torch.library.register_fake",
+            ) from error
+        finally:
+            recorder.stop()
+    return finish(recorder, unet, arguments, time=time)
+
+
+def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
+    """Turn a stopped recorder into a trace: find outputs, sample and time."""
+    sample = find_sample(arguments)
+    if sample is None:
+        raise TraceError(
+            "a UNet's call has a sample: a tensor with batch, channel and at least one spatial axis",
+            seen={"model": type(unet).__name__, "arguments": ", ".join(recorder.inputs) or "none"},
+            do="pass the sample as an argument of the UNet's call",
+        )
+    outputs = [leaf.node for _, leaf in leaves(recorder.calls[0].output) if isinstance(leaf, TensorSpec)]
+    recorder.graph.output(tuple(outputs))
+    times = time_candidates(arguments, sample=sample, time=time)
+    traced = Trace(
+        recorder.graph,
+        tuple(recorder.nodes),
+        tuple(recorder.calls),
+        recorder.inputs,
+        tuple(outputs),
+        sample,
+        times,
+        arguments.signature,
+        type(unet).__name__,
+    )
+    return traced if len(times) <= 1 else _narrow(traced)
+
+
+def _narrow(traced: Trace) -> Trace:
+    """Among several small inputs, the time is the one that feeds sin, cos or log without the sample's help."""
+    from_sample = traced.reachable([traced.inputs[traced.sample]])
+
+    def periodic(path: str) -> bool:
+        reached = traced.reachable([traced.inputs[path]]) - from_sample
+        return any(getattr(getattr(node.target, "_schema", None), "name", "") in PERIODIC for node in reached)
+
+    times = tuple(path for path in traced.times if periodic(path)) or traced.times
+    return Trace(*(times if name == "times" else getattr(traced, name) for name in Trace.__slots__))
+
+
+def module_paths(unet: nn.Module) -> dict[int, str]:
+    """id of each registered module → its first dotted path, without torch.compile's `_orig_mod`."""
+    paths: dict[int, str] = {}
+    for path, module in unet.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), ".".join(part for part in path.split(".") if part != "_orig_mod"))
+    return paths
+

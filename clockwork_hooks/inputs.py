@@ -1,0 +1,142 @@
+"""The arguments of one call of the UNet: their names, their signature, and which of them is the sample or the time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.tree import leaves
+
+__all__ = ["Arguments", "Binder", "find_sample", "is_number", "time_candidates"]
+
+SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
+TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level", "c_noise")
+TIME_PREFIXES = ("timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """One call's arguments by parameter name, and the signature that says which trace holds for it.
+
+    Attributes:
+        values: parameter name → value as given (defaults are left out); `*args` and `**kwargs` by their own names.
+        signature: hashable; equal for two calls that differ in tensor values and numbers only.
+    """
+
+    values: Mapping[str, Any]
+    signature: tuple[Any, ...]
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """(dotted path, leaf) of all arguments: "sample", "added_cond_kwargs.time_ids", "args.0"."""
+        for name, value in self.values.items():
+            yield from leaves(value, name)
+
+    def get(self, path: str) -> Any:
+        """The leaf at a dotted path; None where it was not passed."""
+        head = path.split(".", 1)[0]
+        return next((leaf for found, leaf in leaves(self.values.get(head), head) if found == path), None)
+
+
+class Binder:
+    """Names the arguments of a module's calls; the parameter names are worked out once per call form."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        try:
+            self._parameters: inspect.Signature | None = inspect.signature(forward)
+        except (TypeError, ValueError):
+            self._parameters = None
+        self._forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        form = (len(args), *kwargs)
+        names = self._forms.get(form)
+        if names is None:
+            names = self._forms[form] = self._names(len(args), tuple(kwargs))
+        values = dict(zip(names, (*args, *kwargs.values()), strict=True))
+        return Arguments(values, _signature(values))
+
+    def _names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+        names: list[str] = []
+        parameters = self._parameters.parameters.values() if self._parameters else ()
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}[{k}]" for k in range(positional - len(names))]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+        names += [f"argument[{k}]" for k in range(len(names), positional)]
+        return (*names[:positional], *keywords)
+
+
+def _signature(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    parts: list[Any] = []
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            parts += (name, value.shape, value.dtype, value.device)
+        elif value is None or isinstance(value, (bool, str)):
+            parts += (name, value)
+        elif is_number(value):
+            parts += (name, type(value))
+        else:
+            parts.append(name)
+            for path, leaf in leaves(value):
+                if isinstance(leaf, torch.Tensor):
+                    parts += (path, leaf.shape, leaf.dtype, leaf.device)
+                else:
+                    parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
+    return tuple(parts)
+
+
+def is_number(value: Any) -> bool:
+    """A Python or numpy number; bool is a flag, not a number."""
+    if isinstance(value, bool) or isinstance(value, torch.Tensor):
+        return False
+    return isinstance(value, (int, float)) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def find_sample(arguments: Arguments) -> str | None:
+    """The path of the noisy input: a usual name, else the first floating tensor with spatial axes, else any such."""
+    spatial = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim >= 3]
+    floating = [(path, leaf) for path, leaf in spatial if leaf.is_floating_point()]
+    for candidates in (floating, spatial):
+        named = [path for path, _ in candidates if path in SAMPLE_NAMES]
+        if named or candidates:
+            return named[0] if named else candidates[0][0]
+    return None
+
+
+def time_candidates(arguments: Arguments, *, sample: str | None, time: str | None = None) -> tuple[str, ...]:
+    """Paths of the inputs that may be the denoising time, best first; one that is named as usual stands alone.
+
+    Args:
+        arguments: the call.
+        sample: path of the sample, whose batch size a time shares.
+        time: the user's own choice; it must exist.
+
+    Raises:
+        ArgumentError: `time` names no argument of this call.
+    """
+    small = [path for path, leaf in arguments.leaves() if path != sample and _may_be_time(leaf)]
+    if time is not None:
+        if time not in small:
+            raise ArgumentError(
+                "time= names an input of the UNet that holds one number, or one per row",
+                seen={"time": time, "such inputs of this call": ", ".join(small) or "none"},
+                do="pass one of these names",
+            )
+        return (time,)
+    for name in TIME_NAMES:
+        if name in small:
+            return (name,)
+    prefixed = [path for path in small if path.startswith(TIME_PREFIXES)]
+    return tuple(prefixed[:1] or small)
+
+
+def _may_be_time(leaf: Any) -> bool:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.ndim else 1)
+    return is_number(leaf)

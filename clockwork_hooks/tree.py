@@ -1,0 +1,76 @@
+"""Walk and rebuild the nested arguments and outputs of a model: tuples, lists, mappings, dataclasses.
+
+`torch.utils._pytree` is close, but treats a dataclass that nobody registered as one leaf, and UNets return those.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["leaves", "map_leaves", "tensors"]
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, leaf) in a fixed order; everything that is no container is a leaf, None too.
+
+    Example:
+        >>> list(leaves({"a": (1, None), "b": "x"}))
+        [('a.0', 1), ('a.1', None), ('b', 'x')]
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    for key, item in _items(value):
+        yield from leaves(item, f"{path}.{key}" if path else str(key))
+    if not _is_container(value):
+        yield path, value
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves, in order."""
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
+    """A copy of `value` with `fn` applied to every leaf; containers keep their types.
+
+    Example:
+        >>> map_leaves(lambda leaf: leaf * 2, [1, (2, {"a": 3})])
+        [2, (4, {'a': 6})]
+    """
+    if not _is_container(value):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(fn, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_leaves(fn, item) for item in value)
+    made = copy.copy(value)
+    for key, item in _items(value):
+        if isinstance(value, Mapping):
+            made[key] = map_leaves(fn, item)
+        else:
+            object.__setattr__(made, key, map_leaves(fn, item))
+    return made
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, (torch.Tensor, str, bytes, int, float, type(None), type)):
+        return False
+    return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    if not _is_container(value):
+        return
+    if isinstance(value, Mapping):
+        yield from list(value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    else:
+        for field in dataclasses.fields(value):
+            yield field.name, getattr(value, field.name)
