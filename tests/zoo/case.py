@@ -1,0 +1,88 @@
+"""What a zoo case is, and the registry that holds them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZooCase:
+    """One UNet, one call of it, and the region that reading its code gives.
+
+    The region is the default one: below the highest level, the paper's stage 1. Paths are dotted, as in
+    `named_modules()`. Where several modules return the very same tensor, all of them are listed, the outermost
+    first, and any of them is a right answer.
+
+    Attributes:
+        name: key in `ZOO`, or "random-<seed>".
+        model: in eval mode, float32, every constant parameter made random.
+        args: positional arguments of the one call.
+        kwargs: keyword arguments of the one call.
+        entry: modules that return the tensor flowing in at top resolution; empty where the parent computes it.
+        exit: modules whose call is injected on an adaptor pass.
+        level: levels that stay outside; 1 is the region below the highest.
+        resolution: size of the entry, channels and batch left out (frames of a video too).
+        exit_resolution: size of the injected tensor; None where it is the entry's.
+        source: package and class.
+        note: which lines of that code lead to the expectation.
+        consumer: the module that takes the entry as its first argument; None where a function does.
+        exit_call: which call of the exit module, counted from 0.
+        skipped: modules inside the region: none of their calls runs on an adaptor pass.
+        kept: modules outside of it: every call runs on every pass.
+    """
+
+    name: str
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    entry: tuple[str, ...]
+    exit: tuple[str, ...]
+    level: int = 1
+    resolution: tuple[int, ...]
+    exit_resolution: tuple[int, ...] | None = None
+    source: str
+    note: str
+    consumer: str | None = None
+    exit_call: int = 0
+    skipped: frozenset[str]
+    kept: frozenset[str]
+
+
+ZOO: dict[str, Callable[[], ZooCase]] = {}
+
+
+def case(build: Callable[[], ZooCase]) -> Callable[[], ZooCase]:
+    """Register a function that makes a case, under the function's name; it runs seeded, outside the caller's RNG."""
+
+    @wraps(build)
+    def seeded() -> ZooCase:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = build()
+            enliven(made.model)
+        return made
+
+    ZOO[build.__name__] = seeded
+    return seeded
+
+
+def enliven(model: nn.Module) -> None:
+    """Make every constant parameter random: behind a zero-initialised output a wrong region could not be seen."""
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.min() != parameter.max():
+                continue
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def children(path: str, count: int) -> tuple[str, ...]:
+    """The paths of the first modules of a list: `children("mid", 2)` is `("mid.0", "mid.1")`."""
+    return tuple(f"{path}.{index}" for index in range(count))
