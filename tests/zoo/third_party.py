@@ -132,10 +132,10 @@ def a_unet1d() -> ZooCase:
         resolution=(64,),
         source="a-unet XUNet with time conditioning, 1D",
         note="a_unet/apex.py:381-383 (0.0.16): `skip = self.skip_adapter(x)`, `x = self.block(x, ...)`, "
-        "`x = self.skip(skip, x)`: blocks nest, and the top one (factor 1) has the inner one in its middle. The tensor that the top block's "
-        "modulation returns goes into the inner block, whose skip adapter (an Identity here, so it returns the same "
-        "tensor) carries it round the inner `block`, a Sequential from downsampling to upsampling. The merge with the "
-        "skip is the inner block's last module and outside of the region.",
+        "`x = self.skip(skip, x)`: blocks nest, and the top one (factor 1) has the inner one in its middle. The tensor "
+        "that the top block's modulation returns goes into the inner block, whose skip adapter (an Identity here, so "
+        "it returns the same tensor) carries it round the inner `block`, a Sequential from downsampling to upsampling. "
+        "The merge with the skip is the inner block's last module and outside of the region.",
         skipped=frozenset(f"{inner}.block.blocks.{index}" for index in range(6)),
         kept=frozenset(
             {"blocks.0", "blocks.1", "blocks.2.net.skip_adapter", "blocks.2.net.skip", f"{inner}.skip_adapter"}
