@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from clockwork_hooks.inputs import Arguments, is_number
-from clockwork_hooks.tree import map_leaves, tensors
+from clockwork_hooks.tree import Leaf, map_leaves, tensors
 
 __all__ = ["ModuleCall", "Recorder", "TensorSpec"]
 
@@ -39,7 +39,7 @@ _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device,
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Leaf):
     """What stands for a tensor once it is gone: the node that produced it, its shape, dtype and device."""
 
     node: fx.Node
@@ -294,6 +294,7 @@ class Recorder(TorchDispatchMode):
         self._tensors[id(tensor)] = (weakref.ref(tensor), node)
         if alias := self._alias(tensor):
             self._aliases[alias] = node
+            node.meta["storage"] = alias[0]
             self._owners.setdefault(alias[0], node)
 
     def _write(self, tensor: torch.Tensor, node: fx.Node) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["leaves", "map_leaves", "tensors"]
+__all__ = ["Leaf", "leaves", "map_leaves", "tensors"]
+
+
+class Leaf:
+    """Base of dataclasses that stand for a tensor: a leaf, not a container."""
+
+    __slots__ = ()
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -60,6 +66,8 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
 
 def _is_container(value: Any) -> bool:
     if isinstance(value, (torch.Tensor, str, bytes, int, float, type(None), type)):
+        return False
+    if isinstance(value, Leaf):
         return False
     return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value)
 

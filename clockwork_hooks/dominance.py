@@ -1,0 +1,143 @@
+"""Which operators does every path to the output pass? Post-dominators of a trace, and what enters their subtrees.
+
+    dep      depends on the sample
+    live     reaches an output
+    P(o)     everything whose every path to an output passes node o: the subtree of o in the post-dominator tree
+    entries  edges into P(o) that carry something that depends on the sample
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from clockwork_hooks.graph import Trace, sources
+
+__all__ = ["Dominance"]
+
+Edge = tuple[int, int]
+
+
+class Dominance:
+    """Post-dominators of one trace; nodes are named by their index (`node.meta["index"]`), sources before users.
+
+    One pass backwards finds, for every live node, its immediate post-dominator as the lowest common ancestor of its
+    users (Cooper, Harvey, Kennedy, "A Simple, Fast Dominance Algorithm", on an acyclic graph).
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.nodes = trace.nodes
+        count = len(self.nodes)
+        self.sources = [[node.meta["index"] for node in sources(node)] for node in self.nodes]
+        self.users: list[list[int]] = [[] for _ in range(count)]
+        for v, found in enumerate(self.sources):
+            for u in found:
+                self.users[u].append(v)
+        self.dep = [False] * count
+        self._mark_dep(trace.inputs[trace.sample])
+        self.live = [False] * count
+        self.parent = [count] * count
+        self._depth = [0] * count + [0]
+        self._post_dominators({node.meta["index"] for node in trace.outputs})
+        self._first, self._last = self._intervals()
+        self._entries: dict[int, list[Edge]] | None = None
+
+    def _mark_dep(self, sample: fx.Node) -> None:
+        self.dep[sample.meta["index"]] = True
+        for v in range(len(self.nodes)):
+            self.dep[v] = self.dep[v] or any(self.dep[u] for u in self.sources[v])
+
+    def _post_dominators(self, outputs: set[int]) -> None:
+        end = len(self.nodes)
+        for n in reversed(range(end)):
+            users = [v for v in self.users[n] if self.live[v]]
+            if n in outputs:
+                self.live[n], self.parent[n] = True, end
+            elif users:
+                self.live[n] = True
+                meet = users[0]
+                for v in users[1:]:
+                    meet = self._meet(meet, v)
+                self.parent[n] = meet
+            if self.live[n]:
+                self._depth[n] = self._depth[self.parent[n]] + 1
+
+    def _meet(self, a: int, b: int) -> int:
+        while a != b:
+            if self._depth[a] >= self._depth[b]:
+                a = self.parent[a]
+            else:
+                b = self.parent[b]
+        return a
+
+    def _intervals(self) -> tuple[list[int], list[int]]:
+        """Number the tree so that P(o) is the interval [first[o], last[o])."""
+        count = len(self.nodes)
+        size = [1] * (count + 1)
+        for n in range(count):
+            if self.live[n]:
+                size[self.parent[n]] += size[n]
+        first = [0] * (count + 1)
+        offset = [1] * (count + 1)
+        for n in range(count - 1, -1, -1):
+            if self.live[n]:
+                up = self.parent[n]
+                first[n] = first[up] + offset[up]
+                offset[up] += size[n]
+        return first, [first[n] + size[n] for n in range(count + 1)]
+
+    def size(self, o: int) -> int:
+        """How many nodes P(o) has."""
+        return self._last[o] - self._first[o]
+
+    def within(self, n: int, o: int) -> bool:
+        """Is n in P(o)?"""
+        return self.live[n] and self._first[o] <= self._first[n] < self._last[o]
+
+    def members(self, o: int) -> set[int]:
+        """P(o)."""
+        return {n for n in range(len(self.nodes)) if self.within(n, o)}
+
+    def between(self, source: int, target: int) -> set[int]:
+        """What depends on `source` and reaches the output only through `target`, with what serves that alone."""
+        found = {source}
+        for v in range(source + 1, target + 1):
+            if self.dep[v] and self.within(v, target) and any(u in found for u in self.sources[v]):
+                found.add(v)
+        found.discard(source)
+        for n in range(target - 1, -1, -1):
+            if not self.dep[n] and self.within(n, target) and all(v in found for v in self.users[n] if self.live[v]):
+                found.add(n)
+        return found
+
+    def entries(self) -> dict[int, list[Edge]]:
+        """For every node o that depends on the sample: the edges into P(o) that do, too.
+
+        The edge u→v enters P(o) for each o on v's way up the tree until the meeting point with u's way.
+        """
+        if self._entries is not None:
+            return self._entries
+        found = self._entries = {}
+        for v in range(len(self.nodes)):
+            if not (self.live[v] and self.dep[v]):
+                continue
+            for u in set(self.sources[v]):
+                if self.dep[u]:
+                    o = v
+                    while o != self.parent[u]:
+                        found.setdefault(o, []).append((u, v))
+                        o = self.parent[o]
+        return found
+
+    def crossing(self, inside: set[int]) -> tuple[list[Edge], list[int]]:
+        """Edges into a set of nodes: those that carry the sample, and the other nodes that feed it."""
+        edges: list[Edge] = []
+        sides: set[int] = set()
+        for v in sorted(inside):
+            for u in self.sources[v]:
+                if u in inside:
+                    continue
+                if self.dep[u]:
+                    edges.append((u, v))
+                elif self.nodes[u].op != "get_attr":
+                    sides.add(u)
+        return sorted(set(edges)), sorted(sides)
