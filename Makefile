@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 # No build isolation: what builds the sdists among our dependencies is pinned there too.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+# matplotlib would keep its font cache in the home directory; nothing here writes outside the project.
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format typecheck docs build clean
