@@ -1,0 +1,298 @@
+"""The result of a FLOP count: one object, several views, three renderings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.macs import Kind
+from clockwork_hooks.report import Table, flops, macs, percent, shape, table
+from clockwork_hooks.schedule import Schedule
+
+if TYPE_CHECKING:
+    import rich.console
+
+__all__ = ["FlopsReport", "MacsRow", "OperatorMacs", "Uncounted"]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorMacs:
+    """One operator of a full pass that multiplies and accumulates.
+
+    Attributes:
+        operator: "conv2d", "linear", "scaled_dot_product_attention", ...
+        kind: what it is to the count.
+        module: dotted path of the module it ran in; "" for the UNet itself.
+        resolution: spatial shape of the level it works at; () before the first spatial operator (time embedding).
+        macs: its MACs, all samples of the traced batch together.
+        skipped: an adaptor pass does not run it.
+    """
+
+    operator: str
+    kind: Kind
+    module: str
+    resolution: tuple[int, ...]
+    macs: int
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Uncounted:
+    """An operator that may multiply and accumulate, and that nothing here can count.
+
+    Attributes:
+        operator: its name.
+        calls: how often it ran.
+        modules: paths of the modules it ran in.
+    """
+
+    operator: str
+    calls: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MacsRow:
+    """One row of a view: a module, an operator or a level.
+
+    Attributes:
+        name: what the row sums up.
+        full_macs: MACs in a full pass.
+        adaptor_pass_macs: those that an adaptor pass runs too, without the adaptor's own; None without a region.
+        operators: how many counted operators it sums up.
+    """
+
+    name: str
+    full_macs: int
+    adaptor_pass_macs: int | None
+    operators: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlopsReport:
+    """The cost of a UNet's passes and of a whole trajectory, with several views of one count.
+
+    All MACs are for the batch that was traced; only the trajectory knows of guidance, which doubles the batch.
+
+    Attributes:
+        model: class name of the UNet.
+        sample: shape of the traced sample, batch first.
+        parameters: number of parameters of the UNet.
+        attention: are attention products counted?
+        norms: "fvcore" if its estimate for normalisations is added, else None.
+        full_macs: one full pass.
+        adaptor_macs: one call of the adaptor alone; 0 for the identity; None without a region.
+        region: what adaptor passes skip; None if there is none.
+        no_region: why there is none; "" otherwise.
+        schedule: which steps are full.
+        steps: denoising steps of a trajectory.
+        guidance: classifier-free guidance: two samples a step for each one traced.
+        operators: the operators that count, in the order they ran.
+        uncounted: operators that may multiply and accumulate and are not counted.
+    """
+
+    model: str
+    sample: tuple[int, ...]
+    parameters: int
+    attention: bool
+    norms: str | None
+    full_macs: int
+    adaptor_macs: int | None
+    region: Region | None = field(repr=False)
+    no_region: str
+    schedule: Schedule
+    steps: int
+    guidance: bool
+    operators: tuple[OperatorMacs, ...] = field(repr=False)
+    uncounted: tuple[Uncounted, ...]
+
+    @property
+    def full_flops(self) -> int:
+        """FLOPs of one full pass."""
+        return 2 * self.full_macs
+
+    @property
+    def adaptor_pass_macs(self) -> int | None:
+        """MACs of one adaptor pass, the adaptor included; None without a region."""
+        if self.adaptor_macs is None:
+            return None
+        return self.adaptor_macs + sum(operator.macs for operator in self.operators if not operator.skipped)
+
+    @property
+    def adaptor_pass_flops(self) -> int | None:
+        """FLOPs of one adaptor pass, the adaptor included; None without a region."""
+        return None if self.adaptor_pass_macs is None else 2 * self.adaptor_pass_macs
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The steps, from 1, that run the whole UNet."""
+        return tuple(step for step in range(1, self.steps + 1) if self.schedule.is_full(step))
+
+    @property
+    def full_trajectory_macs(self) -> int:
+        """MACs of a trajectory without Clockwork: every step a full pass."""
+        return self.steps * self.full_macs * (2 if self.guidance else 1)
+
+    @property
+    def full_trajectory_flops(self) -> int:
+        """FLOPs of a trajectory without Clockwork."""
+        return 2 * self.full_trajectory_macs
+
+    @property
+    def trajectory_macs(self) -> int | None:
+        """MACs of a trajectory: full and adaptor passes as the schedule says; None without a region."""
+        if self.adaptor_pass_macs is None:
+            return None
+        full = len(self.full_steps)
+        each = full * self.full_macs + (self.steps - full) * self.adaptor_pass_macs
+        return each * (2 if self.guidance else 1)
+
+    @property
+    def trajectory_flops(self) -> int | None:
+        """FLOPs of a trajectory; None without a region."""
+        return None if self.trajectory_macs is None else 2 * self.trajectory_macs
+
+    @property
+    def saved_share(self) -> float | None:
+        """Share of a trajectory's MACs that Clockwork saves, 0 to 1; None without a region."""
+        if self.trajectory_macs is None or not self.full_trajectory_macs:
+            return None
+        return 1 - self.trajectory_macs / self.full_trajectory_macs
+
+    @property
+    def convention(self) -> str:
+        """What the numbers count, in a sentence; part of every rendering."""
+        products = "counted" if self.attention else "left out, as in the paper"
+        norms = "fvcore's estimate for normalisations added" if self.norms else "normalisations not counted"
+        return (
+            f"MACs of convolutions and matrix products, attention products {products}; {norms}; 1 MAC = 2 FLOPs. "
+            f"Batch as traced: {self.sample[0]}."
+        )
+
+    def by_module(self, depth: int = 2) -> tuple[MacsRow, ...]:
+        """MACs per module, in the order of first use; paths are cut off after `depth` names."""
+        return self._rows(lambda operator: ".".join(operator.module.split(".")[:depth]) or "(the UNet itself)")
+
+    def by_operator(self) -> tuple[MacsRow, ...]:
+        """MACs per operator, dearest first."""
+        return tuple(sorted(self._rows(lambda operator: operator.operator), key=lambda row: -row.full_macs))
+
+    def by_level(self) -> tuple[MacsRow, ...]:
+        """MACs per resolution level, highest first; "no level" is what runs before the first spatial operator."""
+        area = {shape(o.resolution): math.prod(o.resolution) for o in self.operators if o.resolution}
+        rows = self._rows(lambda operator: shape(operator.resolution) or "no level")
+        return tuple(sorted(rows, key=lambda row: -area.get(row.name, 0)))
+
+    def _rows(self, name: Callable[[OperatorMacs], str]) -> tuple[MacsRow, ...]:
+        found: dict[str, list[int]] = {}
+        for operator in self.operators:
+            sums = found.setdefault(name(operator), [0, 0, 0])
+            sums[0] += operator.macs
+            sums[1] += 0 if operator.skipped else operator.macs
+            sums[2] += 1
+        with_region = self.region is not None
+        return tuple(MacsRow(key, full, kept if with_region else None, n) for key, (full, kept, n) in found.items())
+
+    # -- renderings ---------------------------------------------------------------------------------------------------
+
+    def tables(self, *, depth: int = 2) -> tuple[Table, ...]:
+        """The report as tables: passes, levels, operators, modules down to `depth`, and what was not counted."""
+        views = (
+            ("By resolution level", "level", self.by_level()),
+            ("By operator", "operator", self.by_operator()),
+            ("By module", "module", self.by_module(depth)),
+        )
+        made = [self._passes(), *(self._view(*view) for view in views)]
+        if self.uncounted:
+            rows = [(item.operator, item.calls, ", ".join(item.modules[:3])) for item in self.uncounted]
+            columns = ("operator", ">calls", "first modules")
+            note = "These may multiply and accumulate; nothing here can count them, so all sums are lower bounds."
+            made.append(table("Not counted", columns, rows, notes=(note,)))
+        return tuple(made)
+
+    def _passes(self) -> Table:
+        rows: list[tuple[object, ...]] = [("full pass", macs(self.full_macs), flops(self.full_flops), None)]
+        if self.adaptor_pass_macs is not None and self.adaptor_macs is not None:
+            share = 1 - self.adaptor_pass_macs / (self.full_macs or 1)
+            rows += [
+                ("adaptor pass", macs(self.adaptor_pass_macs), flops(self.adaptor_pass_flops), percent(share)),
+                ("of which the adaptor", macs(self.adaptor_macs), flops(2 * self.adaptor_macs), None),
+            ]
+        each = f"{self.steps} steps" + (" with guidance" if self.guidance else "")
+        rows.append((f"{each}, all full", macs(self.full_trajectory_macs), flops(self.full_trajectory_flops), None))
+        if self.trajectory_macs is not None:
+            name = f"{each}, {len(self.full_steps)} of them full"
+            rows.append((name, macs(self.trajectory_macs), flops(self.trajectory_flops), percent(self.saved_share)))
+        title = f"{self.model}, sample {shape(self.sample)}, {self.parameters / 1e6:.2f} M parameters"
+        return table(title, ("", ">MACs", ">FLOPs", ">saved"), rows, notes=self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = [self.convention]
+        if self.guidance:
+            notes.append("Guidance doubles the batch: two samples a step for each one traced.")
+        if self.region is None:
+            return [*notes, f"No adaptor pass: {self.no_region}"]
+        preview = f": {self.schedule.preview(self.steps)} (F full pass, A adaptor pass)" if self.steps <= 16 else ""
+        region = self.region
+        edge = f"{shape(region.resolution)} down to {shape(region.bottleneck)}, level {region.level}, cut {region.cut}"
+        return [
+            *notes,
+            f"Schedule {self.schedule}{preview}",
+            f"Region {region.entry.path} → {region.exit.path}, {edge}",
+        ]
+
+    def _view(self, title: str, head: str, rows: tuple[MacsRow, ...]) -> Table:
+        total = self.full_macs or 1
+        columns = (head, ">operators", ">full pass", ">share", ">adaptor pass")
+        cells = [
+            (row.name, row.operators, macs(row.full_macs), percent(row.full_macs / total), macs(row.adaptor_pass_macs))
+            for row in rows
+        ]
+        notes = ("The adaptor's own MACs are not among these.",) if self.adaptor_macs else ()
+        return table(title, columns, cells, notes=notes)
+
+    def to_markdown(self, *, depth: int = 2) -> str:
+        """The report as Markdown tables."""
+        return "\n\n".join(part.to_markdown() for part in self.tables(depth=depth))
+
+    def to_dict(self, *, depth: int = 2) -> dict[str, Any]:
+        """The report as plain data; every key that holds a count names its unit."""
+        names = (
+            "model parameters attention norms full_macs full_flops adaptor_macs adaptor_pass_macs adaptor_pass_flops "
+            "steps guidance full_trajectory_macs full_trajectory_flops trajectory_macs trajectory_flops saved_share"
+        )
+        region = self.region
+        return {
+            "convention": self.convention,
+            **{name: getattr(self, name) for name in names.split()},
+            "sample": list(self.sample),
+            "schedule": str(self.schedule),
+            "full_steps": list(self.full_steps),
+            "region": region
+            and {"entry": region.entry.path, "exit": region.exit.path, "cut": region.cut, "level": region.level},
+            "no_region": self.no_region,
+            "by_level": [_plain(row) for row in self.by_level()],
+            "by_operator": [_plain(row) for row in self.by_operator()],
+            "by_module": [_plain(row) for row in self.by_module(depth)],
+            "uncounted": [{**_plain(item), "modules": list(item.modules)} for item in self.uncounted],
+        }
+
+    def to_json(self, *, depth: int = 2, indent: int | None = 2) -> str:
+        """The report as JSON, the data of `to_dict`."""
+        return json.dumps(self.to_dict(depth=depth), indent=indent, ensure_ascii=False)
+
+    def __rich__(self) -> rich.console.Group:
+        from rich.console import Group
+
+        return Group(*self.tables())
+
+    def __str__(self) -> str:
+        return self._passes().to_markdown()
+
+
+def _plain(row: MacsRow | Uncounted) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in row.__slots__}

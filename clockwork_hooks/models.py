@@ -1,0 +1,173 @@
+"""A model from its name: a preset, a folder with a diffusers `config.json`, or `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from clockwork_hooks.errors import ModelNotFoundError
+from clockwork_hooks.examples import CLASSES, example_inputs
+from clockwork_hooks.presets import PRESETS
+
+__all__ = ["LoadedModel", "load_model"]
+
+
+class LoadedModel(NamedTuple):
+    """A UNet and one call of it: `unet(*args, **kwargs)`."""
+
+    unet: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def load_model(
+    name: str,
+    *,
+    size: tuple[int, ...] | None = None,
+    batch: int = 1,
+    frames: int = 0,
+    device: str = "meta",
+) -> LoadedModel:
+    """The model that `name` means, with example inputs, by default on the meta device: no weights in memory.
+
+    Args:
+        name: a preset ("sd15"), a folder with a diffusers `config.json` (of a UNet, or of a pipeline with a `unet`
+            folder), the path of such a file, or "package.module:factory". A factory is called without arguments and
+            returns the model, (model, args) or (model, args, kwargs); a diffusers UNet needs no inputs.
+        size: spatial shape of the sample, e.g. (64, 64); None is the native one. A factory makes its own.
+        batch: number of samples, likewise.
+        frames: frames of a video sample, likewise.
+        device: where the model is built.
+
+    Returns:
+        (unet, args, kwargs), the UNet in evaluation mode.
+
+    Raises:
+        ModelNotFoundError: the name means nothing; lists what would.
+
+    Example:
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> sum(parameter.numel() for parameter in unet.parameters())
+        35746307
+    """
+    if name in PRESETS:
+        preset = PRESETS[name]
+        frames = frames or preset.frames
+        return _from_config(preset.config, size=size or preset.size, batch=batch, frames=frames, device=device)
+    path = _config_file(Path(name))
+    if path is not None:
+        config = _read(path)
+        return _from_config(config, size=size, batch=batch, frames=frames, device=device)
+    module, colon, factory = name.partition(":")
+    if colon and module and factory and not Path(name).exists():
+        return _from_factory(module, factory, size=size, batch=batch, frames=frames, device=device)
+    raise ModelNotFoundError(
+        "a model is a preset, a folder with a diffusers config.json, or package.module:factory",
+        seen={"model": name, "presets": ", ".join(PRESETS)},
+        do="name one of these; for a model of your own write a function that returns (model, args, kwargs)",
+    )
+
+
+def _config_file(path: Path) -> Path | None:
+    candidates = (path, path / "config.json", path / "unet" / "config.json")
+    return next((file for file in candidates if file.is_file() and file.suffix == ".json"), None)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            "a diffusers config.json is a JSON object", seen={"file": path, "error": error}, do="check the file"
+        ) from error
+    if not isinstance(config, dict) or config.get("_class_name") not in CLASSES:
+        raise ModelNotFoundError(
+            "a config.json names one of these classes as _class_name: " + ", ".join(CLASSES),
+            seen={"file": path, "_class_name": config.get("_class_name") if isinstance(config, dict) else "none"},
+            do="point to the folder of the UNet itself, or name a factory: package.module:factory",
+        )
+    return config
+
+
+def _from_config(
+    config: Mapping[str, Any], *, size: tuple[int, ...] | None, batch: int, frames: int, device: str
+) -> LoadedModel:
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ModelNotFoundError(
+            "presets and config.json folders are built by diffusers, which is not installed",
+            seen={"import error": error},
+            do="pip install clockwork-hooks[diffusers]",
+        ) from error
+    kind = config["_class_name"]
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unet: nn.Module = getattr(diffusers, kind).from_config(dict(config))
+    args, kwargs = example_inputs(kind, _config_of(unet), batch=batch, size=size, frames=frames, device=device)
+    return LoadedModel(_placed(unet, device), args, kwargs)
+
+
+def _placed(unet: nn.Module, device: str) -> nn.Module:
+    """In evaluation mode and wholly on the device: `torch.Tensor([x])` in a constructor ignores `torch.device`."""
+    return unet.eval().to(device)
+
+
+def _config_of(unet: nn.Module) -> Mapping[str, Any]:
+    config = getattr(unet, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
+    found = _find(module, factory)
+    with torch.device(options["device"]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*which is a no-op.*")  # weights loaded into a meta model
+        made = found()
+    unet, *inputs = made if isinstance(made, tuple) else (made,)
+    if not isinstance(unet, nn.Module) or len(inputs) > 2:
+        raise ModelNotFoundError(
+            "a factory returns a model, (model, args) or (model, args, kwargs)",
+            seen={"factory": f"{module}:{factory}", "returned": type(made).__name__},
+            do="return the UNet itself first",
+        )
+    if not inputs:
+        if type(unet).__name__ not in CLASSES:
+            raise ModelNotFoundError(
+                "a model that is no diffusers UNet comes with the inputs of one call",
+                seen={"factory": f"{module}:{factory}", "model": type(unet).__name__},
+                do="return (model, args, kwargs) from the factory",
+            )
+        inputs = list(example_inputs(type(unet).__name__, _config_of(unet), **options))
+    args, kwargs = inputs[0], dict(inputs[1]) if len(inputs) > 1 else {}
+    return LoadedModel(
+        _placed(unet, options["device"]), tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs
+    )
+
+
+def _find(module: str, factory: str) -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in factory.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ModelNotFoundError(
+            "package.module:factory names a function that Python can import from here",
+            seen={"module": module, "factory": factory, "error": f"{type(error).__name__}: {error}"},
+            do="check the spelling and the current directory",
+        ) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not callable(found):
+        raise ModelNotFoundError(
+            "a factory can be called", seen={"factory": f"{module}:{factory}"}, do="name a function or a class"
+        )
+    return found

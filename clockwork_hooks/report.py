@@ -1,0 +1,124 @@
+"""Tables and numbers as people read them: one description, rendered for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
+
+__all__ = ["Table", "flops", "macs", "percent", "quantity", "shape", "table"]
+
+_PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that does not know yet where it will be printed.
+
+    Attributes:
+        title: what it shows.
+        columns: headings; a leading ">" aligns the column to the right.
+        rows: cells as text.
+        notes: sentences below it.
+
+    Example:
+        >>> print(table("Passes", ("pass", ">MACs"), [("full", macs(338_610_585_600))]).to_markdown())
+        **Passes**
+        <BLANKLINE>
+        | pass |         MACs |
+        |:-----|-------------:|
+        | full | 338.61 GMACs |
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_markdown(self) -> str:
+        """The table as Markdown, its columns aligned in the source too."""
+        heads = [name.lstrip(">") for name in self.columns]
+        right = [name.startswith(">") for name in self.columns]
+        lines = [heads, *([_escaped(cell) for cell in row] for row in self.rows)]
+        widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(heads))]
+
+        def line(cells: Sequence[str]) -> str:
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+            return "| " + " | ".join(padded) + " |"
+
+        rule = "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right, strict=True))
+        text = [f"**{self.title}**", "", line(heads), f"|{rule}|", *(line(row) for row in lines[1:])]
+        return "\n".join([*text, *(part for note in self.notes for part in ("", note))])
+
+    def __rich__(self) -> rich.table.Table:
+        from rich import box
+        from rich.table import Table as RichTable
+
+        made = RichTable(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            caption="\n".join(self.notes) or None,
+            caption_justify="left",
+            caption_style="dim",
+        )
+        for name in self.columns:
+            side = "right" if name.startswith(">") else "left"
+            made.add_column(name.lstrip(">"), justify=side, no_wrap=side == "right", overflow="fold")  # type: ignore[arg-type]
+        for row in self.rows:
+            made.add_row(*(cell.replace("[", r"\[") for cell in row))
+        return made
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Sequence[str] = ()) -> Table:
+    """A `Table` from any cells; None becomes an en dash.
+
+    Args:
+        title: what it shows.
+        columns: headings; a leading ">" aligns the column to the right.
+        rows: as many cells each as there are columns.
+        notes: sentences below it.
+    """
+    texts = tuple(tuple("–" if cell is None else str(cell) for cell in row) for row in rows)
+    return Table(title, tuple(columns), texts, tuple(notes))
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit, prefixed so that one to three digits stand before the point.
+
+    Example:
+        >>> quantity(7_250_000_000_000, "FLOPs"), quantity(999, "MACs")
+        ('7.25 TFLOPs', '999 MACs')
+    """
+    for size, prefix in _PREFIXES:
+        if abs(value) >= size * 0.99999:
+            return f"{value / size:.2f} {prefix}{unit}"
+    return f"{value:g} {unit}"
+
+
+def macs(value: int | None) -> str | None:
+    """Multiply-accumulates: 338610585600 → "338.61 GMACs"; None stays None."""
+    return None if value is None else quantity(value, "MACs")
+
+
+def flops(value: int | None) -> str | None:
+    """Floating point operations, two a MAC: 677221171200 → "677.22 GFLOPs"; None stays None."""
+    return None if value is None else quantity(value, "FLOPs")
+
+
+def percent(share: float | None) -> str | None:
+    """0.309 → "30.9%"; None stays None."""
+    return None if share is None else f"{share:.1%}"
+
+
+def shape(sizes: Iterable[int]) -> str:
+    """(1, 4, 64, 64) → "1×4×64×64"."""
+    return "×".join(map(str, sizes))
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
