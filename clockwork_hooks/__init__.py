@@ -1,1 +1,61 @@
-"""Clockwork Diffusion on any diffusion UNet."""
+"""Clockwork Diffusion on any diffusion UNet: run its low-resolution part on a slow clock.
+
+    import clockwork_hooks as ch
+
+    cw = ch.wrap(unet, clock=2)     # any UNet, in place
+    images = pipe(prompt)           # your own sampler, untouched
+    print(cw.report())              # what ran, what was saved
+    cw.remove()                     # as if it had never been there
+
+Source: Habibian et al., "Clockwork Diffusion: Efficient Generation With Model-Step Distillation", arXiv 2312.08128.
+"""
+
+from clockwork_hooks._version import __version__
+from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.boundary import Boundary, Region
+from clockwork_hooks.errors import (
+    AdaptorError,
+    AmbiguousInputError,
+    ArgumentError,
+    ClockworkError,
+    CountError,
+    DemoError,
+    ModelNotFoundError,
+    NoEffectWarning,
+    RegionNotFoundError,
+    TraceError,
+    WrapError,
+)
+from clockwork_hooks.graph import Trace, trace
+from clockwork_hooks.regions import find_region, find_regions
+from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.stats import RunReport, Stats
+from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+
+__all__ = [
+    "Adaptor",
+    "AdaptorError",
+    "AmbiguousInputError",
+    "ArgumentError",
+    "Boundary",
+    "ClockworkError",
+    "ClockworkWrapper",
+    "CountError",
+    "DemoError",
+    "IdentityAdaptor",
+    "ModelNotFoundError",
+    "NoEffectWarning",
+    "Region",
+    "RegionNotFoundError",
+    "RunReport",
+    "Schedule",
+    "Stats",
+    "Trace",
+    "TraceError",
+    "WrapError",
+    "__version__",
+    "find_region",
+    "find_regions",
+    "trace",
+    "wrap",
+]

@@ -30,7 +30,7 @@ class Boundary:
     Attributes:
         path: dotted path of the module that returns it (the innermost); of the module around it where none does.
         call: which of that module's calls, from 0.
-        paths: every module that returns this very tensor, innermost first; empty where an operator of a parent makes it.
+        paths: every module that returns this very tensor, innermost first; empty where a parent computes it.
         shape: as traced, with the batch.
         dtype: as traced.
         resolution: spatial shape, e.g. (64, 64).
@@ -80,7 +80,10 @@ class Region:
         bottleneck: smallest spatial shape inside.
         skipped: the module calls that adaptor passes do not run.
         leftover: operators of parent modules inside the region that still run, on placeholders, with their counts.
-        macs: multiply-accumulates of the skipped calls, attention products counted, at the traced batch.
+        sample: path of the input it depends on.
+        times: paths of the inputs that may be the time, best first.
+        full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
+        macs: those of the skipped calls.
         macs_share: their share of a full pass.
         parameters: number of parameters of the skipped modules.
         parameter_share: their share of the UNet's.
@@ -99,6 +102,9 @@ class Region:
     resolution: tuple[int, ...]
     bottleneck: tuple[int, ...]
     leftover: tuple[tuple[str, int], ...]
+    sample: str
+    times: tuple[str, ...]
+    full_macs: int
     macs: int
     macs_share: float
     parameters: int
@@ -165,6 +171,11 @@ def by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
+def _preference(side: Side) -> tuple[bool, int]:
+    """Embeddings (B, L, D) first, then (B, D); maps such as ControlNet residuals last."""
+    return len(side.shape) > 3, -len(side.shape)
+
+
 class Builder:
     """Makes regions of one trace from an exit and the set of nodes inside."""
 
@@ -192,7 +203,9 @@ class Builder:
         node = self.trace.nodes[n]
         if n in self._producers:
             return str(self._producers[n][-1].path)
-        return f"{operator_name(node)} in {node.meta['module'] or 'the root'}" if node.op == "call_function" else node.name
+        if node.op != "call_function":
+            return str(node.name)
+        return f"{operator_name(node)} in {node.meta['module'] or 'the root'}"
 
     def region(self, o: int, inside: set[int], *, level: int, cut: str) -> Region | None:
         """The region that leaves through node o; None where no skippable module call returns it."""
@@ -231,6 +244,9 @@ class Builder:
             resolution=self.levels.spatial.get(size[entry], self.trace.nodes[entry].meta["shape"][2:]),
             bottleneck=by_level[-1][0] if by_level else (),
             leftover=tuple(sorted(left.items())),
+            sample=self.trace.sample,
+            times=self.trace.times,
+            full_macs=total,
             macs=macs,
             macs_share=macs / total,
             parameters=weights,
@@ -252,10 +268,10 @@ class Builder:
         chosen: list[ModuleCall] = []
         until = 0
         for call in self.trace.calls:
-            if call.path and call.first >= until and outside[call.last] == outside[call.first]:
-                if carrying[call.last] > carrying[call.first]:
-                    chosen.append(call)
-                    until = call.last
+            whole = outside[call.last] == outside[call.first] and carrying[call.last] > carrying[call.first]
+            if call.path and call.first >= until and whole:
+                chosen.append(call)
+                until = call.last
         return chosen
 
     def _plan(
@@ -266,7 +282,7 @@ class Builder:
         visible: dict[int, int] = {}
         counts: dict[str, tuple[int, int]] = {}
         for call in self.trace.calls:
-            if call.path in paths:
+            if call.path is not None and call.path in paths:
                 full, seen = counts.get(call.path, (0, 0))
                 visible[call.index] = seen
                 counts[call.path] = (full + 1, seen + self._visible(call, chosen))
@@ -279,20 +295,21 @@ class Builder:
 
         ports = {"entry": self._port(entry, last, visible, chosen)}
         for name, kind in (("time", "time"), ("text", "context")):
-            wanted = [s for s in sides if s.kind == kind and s.dtype.is_floating_point]
-            if wanted:
-                ports[name] = self._port(max(wanted, key=lambda s: len(s.shape)).node, last, visible, chosen)
+            for side in sorted((s for s in sides if s.kind == kind), key=_preference):
+                if name not in ports and side.dtype.is_floating_point:
+                    ports[name] = self._port(side.node, last, visible, chosen)
+        def stand_in(call: ModuleCall) -> SkippedCall:
+            output = map_leaves(lambda leaf: slot(leaf, call), call.output)
+            return SkippedCall(str(call.path), call.ordinal, visible[call.index], output)
+
         return Plan(
-            tuple(
-                SkippedCall(str(c.path), c.ordinal, visible[c.index], map_leaves(lambda x, c=c: slot(x, c), c.output))
-                for c in skipped
-            ),
+            tuple(map(stand_in, skipped)),
             {name: port for name, port in ports.items() if port is not None},
             counts,
         )
 
     def _port(self, n: int, last: ModuleCall, visible: dict[int, int], chosen: set[int]) -> Port | None:
-        """Where node n can be picked up before the exit is needed: what a call takes (skipped ones first) or returns."""
+        """Where node n can be picked up before the exit is needed: taken by a call (skipped ones first) or returned."""
         calls = [c for c in self.trace.calls[: last.index + 1] if c.path and self._visible(c, chosen)]
         skipped = [c for c in calls if c.index in chosen]
         others = [c for c in calls if c.index not in chosen]

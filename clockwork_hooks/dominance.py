@@ -1,9 +1,9 @@
 """Which operators does every path to the output pass? Post-dominators of a trace, and what enters their subtrees.
 
-    dep      depends on the sample
-    live     reaches an output
-    P(o)     everything whose every path to an output passes node o: the subtree of o in the post-dominator tree
-    entries  edges into P(o) that carry something that depends on the sample
+- dep: depends on the sample
+- live: reaches an output
+- P(o): everything whose every path to an output passes node o: the subtree of o in the post-dominator tree
+- entries: edges into P(o) that carry something that depends on the sample
 """
 
 from __future__ import annotations

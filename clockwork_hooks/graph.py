@@ -6,28 +6,25 @@ recording it does not. The module calls are what skipping needs: "the k-th call 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from clockwork_hooks.errors import AmbiguousInputError, ArgumentError, TraceError
+from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.inputs import Arguments, Binder, find_sample, time_candidates
 from clockwork_hooks.recorder import ModuleCall, Recorder, TensorSpec
 from clockwork_hooks.tree import leaves
 
-__all__ = ["Trace", "finish", "module_paths", "record", "sources", "trace"]
+__all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
 
-SHAPE_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
-        "new_zeros new_ones new_empty new_full new_empty_strided"
-    ).split()
-)
+LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
+NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided")
+SHAPE_ONLY = frozenset(f"aten::{name}" for name in (*LIKE, *NEW))
 FIRST_ONLY = frozenset({"aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::type_as"})
 PERIODIC = frozenset({"aten::sin", "aten::cos", "aten::log", "aten::log2", "aten::log1p"})
 
@@ -37,9 +34,10 @@ class Trace:
     """One recorded call.
 
     Attributes:
-        graph: the operators as a standard `torch.fx.Graph`; every node's `meta` has "index", "call" (index of the module call it
-            belongs to), "module" (dotted path), and for tensors "shape", "dtype", "device"; "after" lists nodes that
-            must come first though they are no argument (writes through another view).
+        graph: the operators as a standard `torch.fx.Graph`; every node's `meta` has "index", "call" (index of the
+            module call it belongs to), "module" (dotted path), and for tensors "shape", "dtype", "device"; "after"
+            lists nodes that must come first though they are no argument (writes through another view).
+        nodes: all nodes by index, in the order in which they ran.
         calls: the module calls in order of their beginning; `calls[0]` is the root's.
         inputs: path of each tensor or number among the arguments → its placeholder.
         outputs: nodes of the tensors returned.
@@ -158,12 +156,11 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
             "only an nn.Module can be traced", seen={"got": type(unet).__name__}, do="pass the UNet, not the pipeline"
         )
     arguments = Binder(unet.forward)(args, kwargs)
-    recorder = Recorder(unet, arguments, module_paths(unet))
     devices = {tensor.device for tensor in unet.parameters() if tensor.device.type == "cuda"}
     with torch.inference_mode(), torch.random.fork_rng(devices=sorted(devices, key=str)):
-        recorder.start(args, kwargs, frame=sys._getframe(), keep=0)
         try:
-            unet(*args, **kwargs)
+            with recording(unet, args, kwargs, arguments) as recorder:
+                unet(*args, **kwargs)
         except NotImplementedError as error:
             if "meta" not in str(error).lower():
                 raise
@@ -172,9 +169,20 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
                 seen={"model": type(unet).__name__, "error": str(error).splitlines()[0]},
                 do="trace on a real device, or register a fake kernel: torch.library.register_fake",
             ) from error
-        finally:
-            recorder.stop()
     return finish(recorder, unet, arguments, time=time)
+
+
+@contextlib.contextmanager
+def recording(
+    unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], arguments: Arguments | None = None
+) -> Iterator[Recorder]:
+    """Record the one call of `unet` that the block makes."""
+    recorder = Recorder(unet, arguments or Binder(unet.forward)(args, kwargs), module_paths(unet))
+    recorder.start(args, kwargs, frame=sys._getframe(2))  # the block's frame: ours is suspended
+    try:
+        yield recorder
+    finally:
+        recorder.stop()
 
 
 def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
@@ -200,10 +208,10 @@ def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: s
         arguments.signature,
         type(unet).__name__,
     )
-    return traced if len(times) <= 1 else _narrow(traced)
+    return traced if len(times) <= 1 else replace(traced, times=_periodic(traced))
 
 
-def _narrow(traced: Trace) -> Trace:
+def _periodic(traced: Trace) -> tuple[str, ...]:
     """Among several small inputs, the time is the one that feeds sin, cos or log without the sample's help."""
     from_sample = traced.reachable([traced.inputs[traced.sample]])
 
@@ -211,12 +219,11 @@ def _narrow(traced: Trace) -> Trace:
         reached = traced.reachable([traced.inputs[path]]) - from_sample
         return any(getattr(getattr(node.target, "_schema", None), "name", "") in PERIODIC for node in reached)
 
-    times = tuple(path for path in traced.times if periodic(path)) or traced.times
-    return Trace(*(times if name == "times" else getattr(traced, name) for name in Trace.__slots__))
+    return tuple(path for path in traced.times if periodic(path)) or traced.times
 
 
 def module_paths(unet: nn.Module) -> dict[int, str]:
-    """id of each registered module → its first dotted path, without torch.compile's `_orig_mod`."""
+    """First dotted path of each registered module by its id, without torch.compile's `_orig_mod`."""
     paths: dict[int, str] = {}
     for path, module in unet.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), ".".join(part for part in path.split(".") if part != "_orig_mod"))

@@ -18,7 +18,7 @@ from torch import nn
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.tree import Leaf, leaves, map_leaves
 
-__all__ = ["Installed", "Pass", "Plan", "Port", "SkippedCall", "Slot", "active_pass", "end_pass", "install", "start_pass"]
+__all__ = ["Installed", "Pass", "Plan", "Port", "RootHook", "SkippedCall", "Slot", "end_pass", "start_pass"]
 
 Kind = Literal["full", "adaptor"]
 
@@ -134,13 +134,14 @@ class Pass:
         """Did every patched module get exactly the calls of the trace, and the exit its tensor?"""
         which = 1 if self.kind == "adaptor" else 0
         expected = {path: counts[which] for path, counts in self.plan.counts.items() if counts[which]}
-        return self._counts == expected and isinstance(self.exit, torch.Tensor)
+        seen = {path: count for path, count in self._counts.items() if path in self.plan.counts}
+        return seen == expected and isinstance(self.exit, torch.Tensor)
 
     def _capture(self, path: str, k: int, side: str, value: Any) -> None:
         for name, port in self.plan.ports.items():
-            if port.path == path and port.side == side:
-                if k == (port.visible if self.kind == "adaptor" else port.ordinal):
-                    self.captured[name] = [leaf for _, leaf in leaves(value)][port.leaf]
+            wanted = port.visible if self.kind == "adaptor" else port.ordinal
+            if (port.path, port.side, wanted) == (path, side, k):
+                self.captured[name] = [leaf for _, leaf in leaves(value)][port.leaf]
 
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):
@@ -255,55 +256,87 @@ class _Nothing:
         return None
 
 
-@dataclass(slots=True)
+class RootHook:
+    """One of the two native hooks on the UNet itself; copies and pickles as a hook that does nothing."""
+
+    def __init__(self, owner: object, act: Callable[..., Any]) -> None:
+        self.owner, self._act = owner, act
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        return self._act(module, args, kwargs, *output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
 class Installed:
-    """What was installed on the modules, and how to take it back."""
+    """What is installed on the modules under a root, and how to take it back."""
 
-    forwards: list[Forward] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._forwards: dict[str, Forward] = {}
+        self._observers: dict[tuple[str, str], Any] = {}
+        self._compiled: list[tuple[nn.Module, Any]] = []
 
-    def lost(self) -> bool:
-        """Has somebody replaced one of our forwards? (accelerate's offload hooks come and go.)"""
-        return not all(forward.attached for forward in self.forwards)
+    def add(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+        """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
+
+        A forward of ours that somebody has replaced meanwhile (accelerate's offload hooks come and go) is put back.
+
+        Args:
+            plan: what is skipped and captured.
+            modules: dotted path → module.
+
+        Raises:
+            WrapError: a module refuses an instance-level forward (TorchScript).
+        """
+        try:
+            for path in plan.counts:
+                known = self._forwards.get(path)
+                if known is None or not known.attached:
+                    if known is not None:
+                        known.remove()
+                    self._forwards[path] = self._patch(path, modules[path])
+            for port in plan.ports.values():
+                if port.path not in plan.counts and (port.path, port.side) not in self._observers:
+                    module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
+                    add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
+                    self._observers[port.path, port.side] = add(hook, with_kwargs=True)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _patch(self, path: str, module: nn.Module) -> Forward:
+        forward = Forward(self._owner, path, module)
+        try:
+            module.forward = forward
+        except Exception as error:
+            raise WrapError(
+                "a skipped module must allow an instance-level forward",
+                seen={"module": path, "class": type(module).__name__, "error": error},
+                do="pass the UNet before scripting or freezing it",
+            ) from error
+        self.run_eagerly(module)
+        return forward
+
+    def run_eagerly(self, module: nn.Module) -> None:
+        """Set a module's in-place compilation (`module.compile()`) aside: it would inline the decision to skip."""
+        compiled = vars(module).get("_compiled_call_impl")
+        if compiled is not None:
+            self._compiled.append((module, compiled))
+            module._compiled_call_impl = None
+
+    def intact(self, plan: Plan) -> bool:
+        """Are all forwards that the plan needs still ours?"""
+        return all(path in self._forwards and self._forwards[path].attached for path in plan.counts)
 
     def remove(self) -> None:
         """Take everything back; idempotent."""
-        while self.forwards:
-            self.forwards.pop().remove()
-        while self.handles:
-            self.handles.pop().remove()
+        while self._forwards:
+            self._forwards.popitem()[1].remove()
+        while self._observers:
+            self._observers.popitem()[1].remove()
+        while self._compiled:
+            module, compiled = self._compiled.pop()
+            module._compiled_call_impl = compiled
 
-
-def install(owner: object, plan: Plan, modules: Mapping[str, nn.Module]) -> Installed:
-    """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
-
-    Args:
-        owner: whose passes the patches obey.
-        plan: what is skipped and captured.
-        modules: dotted path → module.
-
-    Raises:
-        WrapError: a module refuses an instance-level forward (TorchScript).
-    """
-    done = Installed()
-    try:
-        for path in plan.counts:
-            forward = Forward(owner, path, modules[path])
-            try:
-                modules[path].forward = forward
-            except Exception as error:
-                raise WrapError(
-                    "a skipped module must allow an instance-level forward",
-                    seen={"module": path, "class": type(modules[path]).__name__, "error": error},
-                    do="pass the UNet before scripting or freezing it",
-                ) from error
-            done.forwards.append(forward)
-        for port in plan.ports.values():
-            if port.path not in plan.counts:
-                module, hook = modules[port.path], Observer(owner, port.path, port.side)
-                add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
-                done.handles.append(add(hook, with_kwargs=True))
-    except BaseException:
-        done.remove()
-        raise
-    return done

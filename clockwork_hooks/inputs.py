@@ -15,8 +15,8 @@ from clockwork_hooks.tree import leaves
 __all__ = ["Arguments", "Binder", "find_sample", "is_number", "time_candidates"]
 
 SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
-TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level", "c_noise")
-TIME_PREFIXES = ("timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
+TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
+TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Binder:
         self._forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Name one call's arguments."""
         form = (len(args), *kwargs)
         names = self._forms.get(form)
         if names is None:
@@ -93,7 +94,7 @@ def _signature(values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def is_number(value: Any) -> bool:
     """A Python or numpy number; bool is a flag, not a number."""
-    if isinstance(value, bool) or isinstance(value, torch.Tensor):
+    if isinstance(value, (bool, torch.Tensor)):
         return False
     return isinstance(value, (int, float)) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
 

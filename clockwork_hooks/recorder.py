@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
     """Records between `start()` and `stop()`; both are called in the thread that calls the module."""
 
     def __init__(self, root: nn.Module, arguments: Arguments, paths: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
@@ -136,14 +136,14 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True),
         ]
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, output: Any = None) -> None:
         """End, whatever happened in between; idempotent."""
         if self._thread < 0:
             return
         try:
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         finally:
             for handle in self._handles:
                 handle.remove()

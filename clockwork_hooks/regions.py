@@ -20,7 +20,7 @@ from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs
 
-__all__ = ["choose", "find_region", "find_regions", "regions_of", "skipped_nodes"]
+__all__ = ["choose", "find_region", "find_regions", "match", "regions_of", "skipped_nodes"]
 
 SMALLEST, LARGEST = 0.20, 0.97
 _TRIES = 12
@@ -140,12 +140,25 @@ def choose(
             seen={"region": found.line},
             do='pass cut="outer"',
         )
-    return replace(found.inner, level=level)
+    return found.inner
 
 
 def regions_of(trace: Trace, unet: nn.Module) -> tuple[Region, ...]:
     """`find_regions` on an existing trace."""
     return _Finder(trace, unet).chain()
+
+
+def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
+    """The same region in another trace of the same UNet (another batch, size or device); None if it has none."""
+    finder = _Finder(trace, unet)
+    try:
+        if region.cut == "hand":
+            found = [finder.by_hand(region.entry.path, region.exit.path)]
+        else:
+            found = [r for outer in finder.chain() for r in (outer, outer.inner) if r is not None]
+    except (RegionNotFoundError, ArgumentError):
+        return None
+    return next((r for r in found if r.fingerprint == region.fingerprint), None)
 
 
 def skipped_nodes(trace: Trace, region: Region) -> set[int]:
@@ -203,10 +216,8 @@ class _Finder:
         if not found:
             raise self._not_found()
         edges = sorted({candidate.positions for candidate, _ in found}, reverse=True)
-        return tuple(
-            replace(region, level=edges.index(candidate.positions) + 1, inner=self._inner(region))
-            for candidate, region in found
-        )
+        levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in found]
+        return tuple(replace(region, inner=self._inner(region)) for region in levelled)
 
     def _candidates(self) -> Iterable[_Candidate]:
         """Exits grouped by their entry edges, where the exit is back at the entries' resolution."""
@@ -214,18 +225,16 @@ class _Finder:
         for o, edges in self.dom.entries().items():
             groups.setdefault(tuple(sorted(edges)), []).append(o)
         positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
-        shrinking = [
-            (n, self.trace.nodes[n]) for n in range(len(self.trace.nodes)) if self.levels.is_spatial(self.trace.nodes[n])
-        ]
-        for edges, exits in groups.items():
-            top = max((positions[u] or 0 for u, _ in edges), default=0)
-            if not top or not any(self._weighted[u] for u, _ in edges if positions[u] == top):
+        spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.is_spatial(node)]
+        for entries, exits in groups.items():
+            top = max((positions[u] or 0 for u, _ in entries), default=0)
+            if not top or not any(self._weighted[u] for u, _ in entries if positions[u] == top):
                 continue
             widest = max(exits, key=self.dom.size)
             if self.levels.positions(self.trace.nodes[widest]) != top:
                 continue
-            if any(self.levels.shrinks(node, top) and self.dom.within(n, widest) for n, node in shrinking):
-                yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), edges, top)
+            if any(self.levels.shrinks(node, top) and self.dom.within(n, widest) for n, node in spatial):
+                yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
 
     def _region(self, candidate: _Candidate) -> Region | None:
         """The candidate's region from the top-most of its exits that a module call returns; None if too small."""

@@ -1,0 +1,315 @@
+"""One call of a wrapped UNet: place it in time, decide full or adaptor, run it, remember what the region emitted.
+
+Nothing stale is ever returned: a cached exit serves only the step right after its own, for the same conditions and the
+same input signature. Any doubt costs a full pass, and its reason is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.boundary import Region, by
+from clockwork_hooks.errors import AdaptorError, RegionNotFoundError
+from clockwork_hooks.graph import Trace, finish, module_paths, recording
+from clockwork_hooks.hooks import Installed, Pass, end_pass, start_pass
+from clockwork_hooks.inputs import Arguments, Binder, time_candidates
+from clockwork_hooks.macs import node_macs
+from clockwork_hooks.recorder import Recorder
+from clockwork_hooks.regions import choose, match, skipped_nodes
+from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.state import State, States
+from clockwork_hooks.stats import Stats
+from clockwork_hooks.timeline import Position
+from clockwork_hooks.tree import tensors
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("clockwork_hooks")
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What calls of one input signature need; `region` is None where they have none, and `why` says so."""
+
+    region: Region | None
+    full_macs: int
+    rest_macs: int
+    time: str | None
+    sample: str
+    why: str = ""
+    adaptor_macs: int | None = None
+
+
+@dataclass(slots=True)
+class Running:
+    """One call of the UNet that is under way."""
+
+    frame: FrameType
+    error: BaseException | None
+    arguments: Arguments
+    key: tuple[Any, ...]
+    recorder: Recorder | None = None
+    prepared: Prepared | None = None
+    position: Position | None = None
+    run: Pass | None = None
+    reason: str | None = None
+
+
+class Engine:
+    """Runs the calls of one wrapped UNet; `begin` and `end` are the two hooks on its root.
+
+    Args:
+        unet: the UNet.
+        adaptor: stands in for the region.
+        schedule: which steps are full.
+        region: the region to skip, None for the default one.
+        time: name of the time input, None to find it.
+        check_finite: look for NaN and infinity in what the adaptor returns (waits for the device once a pass).
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        adaptor: Adaptor,
+        schedule: Schedule,
+        *,
+        region: Region | None,
+        time: str | None,
+        check_finite: bool,
+    ) -> None:
+        self.unet, self.adaptor, self.schedule = unet, adaptor, schedule
+        self.region, self.time, self.check_finite = region, time, check_finite
+        self.wanted = region
+        self.enabled = True
+        self.stats = Stats()
+        self.states = States()
+        self.installed = Installed(self)
+        self._binder = Binder(unet.forward)
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    # -- the two hooks -------------------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call: choose its pass and start it."""
+        state = self.states.current()
+        if state.running:
+            if _on_stack(state.running[0].frame):
+                state.running.append(None)
+                return
+            self.clean(state)  # KeyboardInterrupt is no Exception: torch did not call `end`
+        if not self.enabled:
+            return
+        arguments = self._binder(args, kwargs)
+        key = (arguments.signature, *_mode(module, arguments))
+        running = Running(sys._getframe(2), sys.exc_info()[1], arguments, key)
+        state.running.append(running)
+        running.prepared = prepared = self._prepared.get(running.key) or self._adopt(running)
+        if prepared is None:
+            self._record(running, args, kwargs)
+            return
+        running.position = self._locate(state, arguments, prepared)
+        running.reason = self._why_full(running)
+        if prepared.region is not None:
+            kept = running.position.branch.exit
+            running.position.branch.exit = None
+            adapt = running.reason is None and kept is not None
+            running.run = Pass(
+                prepared.region.plan,
+                "adaptor" if adapt else "full",
+                (lambda captured: self._emit(running, kept[1], captured)) if adapt and kept else None,
+            )
+            start_pass(self, running.run)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After a call, also one that raised: count it, remember the exit, leave nothing behind."""
+        state = self.states.current()
+        running: Running | None = state.running.pop() if state.running else None
+        if running is None:
+            return None
+        end_pass(self)
+        if sys.exc_info()[1] is not running.error:
+            if running.recorder is not None:
+                running.recorder.stop()
+            state.timeline.reset()
+            return None
+        if running.recorder is not None:
+            self._finish_recording(state, running, output)
+            return None
+        return self._finish(module, args, kwargs, running)
+
+    def clean(self, state: State) -> None:
+        """End whatever an interrupted call has left open in this thread."""
+        end_pass(self)
+        for running in state.running:
+            if running is not None and running.recorder is not None:
+                running.recorder.stop()
+        state.running.clear()
+        state.timeline.reset()
+
+    # -- full or adaptor? ----------------------------------------------------------------------------------------
+
+    def _locate(self, state: State, arguments: Arguments, prepared: Prepared) -> Position:
+        time, source = state.clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
+        apart = {prepared.sample, prepared.time}
+        conditions = [leaf for path, leaf in arguments.leaves() if path not in apart]
+        return state.timeline.at(time, source, conditions, has_time=prepared.time is not None)
+
+    def _why_full(self, running: Running) -> str | None:
+        """The reason for a full pass; None for an adaptor pass."""
+        prepared, position = running.prepared, running.position
+        if prepared is None or position is None or prepared.region is None:
+            return prepared.why if prepared else "traced"
+        if self.schedule.is_full(position.step):
+            return position.doubt or ("first step" if position.step == 1 else "scheduled")
+        if position.doubt is not None:
+            return position.doubt
+        if torch.is_grad_enabled() and self.unet.training:
+            return "training"
+        if position.branch.exit is None:
+            return "no feature was kept in the step before"
+        if position.branch.exit[0] != running.key:
+            return "inputs or modes changed since the step before"
+        if not self.installed.intact(prepared.region.plan):
+            self._install(prepared.region)
+        return None
+
+    # -- the first call of a signature ---------------------------------------------------------------------------
+
+    def _record(self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rank = max((leaf.ndim - 2 for leaf in tensors(running.arguments.values)), default=1)
+        running.recorder = Recorder(self.unet, running.arguments, module_paths(self.unet))
+        running.recorder.start(args, kwargs, frame=running.frame, keep=max(rank, 1))
+
+    def _finish_recording(self, state: State, running: Running, output: Any) -> None:
+        """Turn the recorded call into a plan; if the likely exits kept alive include the exit, it is remembered."""
+        recorder = running.recorder
+        assert recorder is not None  # only called for recorded calls
+        kept = dict(recorder.kept)
+        recorder.kept.clear()
+        recorder.stop(output)
+        trace = finish(recorder, self.unet, running.arguments, time=self.time)
+        prepared = self._prepare(trace)
+        self._prepared[running.key] = prepared
+        position = self._locate(state, running.arguments, prepared)
+        if prepared.region is not None:
+            exit = kept.get(prepared.region.exit.node)
+            if exit is not None and not prepared.region.exit_written:
+                position.branch.exit = (running.key, exit.detach())
+        if self.schedule.is_full(position.step):
+            reason = position.doubt or ("first step" if position.step == 1 else "scheduled")
+        else:
+            reason = "traced"
+        self.stats.count(reason, prepared.full_macs, prepared.full_macs)
+        log.debug("step %d: full (%s, recorded)", position.step, reason)
+
+    def _prepare(self, trace: Trace) -> Prepared:
+        why, region = "", None
+        if self.wanted is not None:
+            region = match(trace, self.unet, self.wanted)
+            why = "the chosen region is another one for these inputs"
+        else:
+            try:
+                region = choose(trace, self.unet)
+            except RegionNotFoundError:
+                if self.region is None:
+                    raise
+                why = "no region for these inputs"
+        costs = [node_macs(node) for node in trace.nodes]
+        full = sum(costs)
+        rest = full - sum(costs[n] for n in skipped_nodes(trace, region)) if region is not None else full
+        if region is not None:
+            self._install(region)
+            self.region = self.region or region
+        return Prepared(region, full, rest, trace.time, trace.sample, why)
+
+    def _adopt(self, running: Running) -> Prepared | None:
+        """The plan of the region that the user found before, if it was found for such a call: no trace is needed."""
+        region, autocast = self.wanted, running.key[2]
+        if region is None or region.signature != running.arguments.signature or autocast is not None:
+            return None
+        self._install(region)
+        time = time_candidates(running.arguments, sample=region.sample, time=self.time) if self.time else region.times
+        if len(time) > 1:
+            return None
+        rest = region.full_macs - region.macs
+        prepared = Prepared(region, region.full_macs, rest, time[0] if time else None, region.sample)
+        self._prepared[running.key] = prepared
+        return prepared
+
+    def _install(self, region: Region) -> None:
+        known = module_paths(self.unet)
+        self.installed.add(region.plan, {known[id(module)]: module for module in self.unet.modules()})
+
+    # -- the end of a pass ---------------------------------------------------------------------------------------
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:
+        prepared, position, run, replaced = running.prepared, running.position, running.run, None
+        assert prepared is not None and position is not None  # `begin` set both
+        if run is not None and run.kind == "adaptor" and not run.complete():
+            running.reason = "calls differed from the traced ones"
+            run = Pass(run.plan, "full")
+            start_pass(self, run)
+            try:
+                replaced = module.forward(*args, **kwargs)
+            finally:
+                end_pass(self)
+        if run is not None and run.exit is not None and run.complete() and prepared.region is not None:
+            exit = run.exit.detach() if run.exit.requires_grad else run.exit
+            position.branch.exit = (running.key, exit.clone() if prepared.region.exit_written else exit)
+        adaptor_pass = running.reason is None
+        cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
+        self.stats.count(running.reason, cost, prepared.full_macs)
+        log.debug("step %d: %s", position.step, f"full ({running.reason})" if running.reason else "adaptor")
+        return replaced
+
+    def _emit(self, running: Running, cached: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the adaptor and check what it returns before the UNet sees it."""
+        prepared, position = running.prepared, running.position
+        assert prepared is not None and position is not None and prepared.region is not None  # adaptor pass
+        entry = captured.get("entry")
+        options = {"time": captured.get("time"), "text": captured.get("text")}
+        if prepared.adaptor_macs is None and isinstance(self.adaptor, nn.Module):
+            with recording(self.adaptor, (entry, cached), options) as recorder:
+                made = self.adaptor(entry, cached, **options)
+            prepared.adaptor_macs = sum(map(node_macs, recorder.nodes))
+        else:
+            made = self.adaptor(entry, cached, **options)
+        where = {"step": position.step, "region": prepared.region.line, "adaptor": type(self.adaptor).__name__}
+        if _looks(made) != _looks(cached):
+            raise AdaptorError(
+                "an adaptor returns a tensor like the region's exit",
+                seen={"exit": _looks(cached), "returned": _looks(made), **where},
+                do="make the adaptor's output fit Region.exit",
+            )
+        if self.check_finite and not bool(torch.isfinite(made).all()):
+            raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
+        return made.clone() if prepared.region.exit_written else made
+
+
+def _looks(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{by(tuple(value.shape))} {value.dtype} {value.device}"
+
+
+def _on_stack(wanted: FrameType | None) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _mode(module: nn.Module, arguments: Arguments) -> tuple[Any, ...]:
+    """What changes the computation beside the inputs: training, autocast, gradients."""
+    kind = next((arg.device.type for arg in arguments.values.values() if isinstance(arg, torch.Tensor)), "cpu")
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return module.training, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

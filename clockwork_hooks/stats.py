@@ -1,0 +1,112 @@
+"""What ran, what it cost, and why each full pass was full."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["RunReport", "Stats"]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of one wrapper over all its calls, threads and trajectories together.
+
+    Attributes:
+        full_passes: calls that ran the whole UNet.
+        adaptor_passes: calls in which the adaptor stood in for the region.
+        reasons: why full passes were full → how many: "first step" and "scheduled" are the schedule's own, every
+            other one cost a pass that the schedule would have given to the adaptor.
+        macs_run: multiply-accumulates that ran, the adaptor's included; convolutions and matrix products, attention
+            products counted. 1 MAC = 2 FLOPs.
+        macs_plain: what the same calls cost without Clockwork.
+    """
+
+    full_passes: int = 0
+    adaptor_passes: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    macs_run: int = 0
+    macs_plain: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def macs_saved(self) -> int:
+        """MACs that did not run."""
+        return self.macs_plain - self.macs_run
+
+    @property
+    def saving(self) -> float:
+        """Share of the MACs that did not run, 0 to 1."""
+        return self.macs_saved / self.macs_plain if self.macs_plain else 0.0
+
+    def count(self, reason: str | None, run: int, plain: int) -> None:
+        """Add one pass: a full one with its reason, an adaptor pass without."""
+        with self._lock:
+            if reason is None:
+                self.adaptor_passes += 1
+            else:
+                self.full_passes += 1
+                self.reasons[reason] += 1
+            self.macs_run += run
+            self.macs_plain += plain
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        with self._lock:
+            self.full_passes = self.adaptor_passes = self.macs_run = self.macs_plain = 0
+            self.reasons.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """`cw.report()`: the counts, the region and the schedule at one moment; prints as a short text.
+
+    Attributes:
+        model: class name of the UNet.
+        region: one line about the region; "not known yet" before the first call.
+        schedule: as `Schedule` prints.
+        adaptor: class name.
+        stats: the counts.
+    """
+
+    model: str
+    region: str
+    schedule: str
+    adaptor: str
+    full_passes: int
+    adaptor_passes: int
+    reasons: dict[str, int]
+    macs_run: int
+    macs_plain: int
+
+    @property
+    def saving(self) -> float:
+        """Share of the MACs that did not run, 0 to 1."""
+        return 1 - self.macs_run / self.macs_plain if self.macs_plain else 0.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) in the order of printing."""
+        return [
+            ("region", self.region),
+            ("schedule", self.schedule),
+            ("adaptor", self.adaptor),
+            ("passes", f"{self.full_passes} full, {self.adaptor_passes} with the adaptor"),
+            *(("full because", f"{reason}: {count}") for reason, count in self.reasons.items()),
+            ("MACs run", f"{self.macs_run / 1e9:.3f} G of {self.macs_plain / 1e9:.3f} G (attention products counted)"),
+            ("saved", f"{self.saving:.1%}"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([f"Clockwork on {self.model}", *(f"  {name:<13}{value}" for name, value in self.rows())])
+
+    def to_markdown(self) -> str:
+        """A two-column table."""
+        return "\n".join([f"| Clockwork on {self.model} | |", "|---|---|", *(f"| {a} | {b} |" for a, b in self.rows())])
+
+    def to_json(self) -> str:
+        """All fields; counts as integers, MACs in units."""
+        names = [name for name in RunReport.__slots__ if not name.startswith("_")]
+        return json.dumps({name: getattr(self, name) for name in names} | {"saving": self.saving}, indent=2)

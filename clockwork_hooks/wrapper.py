@@ -1,0 +1,254 @@
+"""`wrap`: attach Clockwork to a UNet in place, and take it off again.
+
+The UNet object, its class and its `state_dict` stay what they are: two native hooks on the root open and close every
+call, and only modules with skipped calls are patched (hooks.py). The first real call is traced while it runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.engine import Engine
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
+from clockwork_hooks.hooks import RootHook
+from clockwork_hooks.schedule import Schedule, check_clock
+from clockwork_hooks.stats import RunReport, Stats
+
+__all__ = ["ClockworkWrapper", "wrap"]
+
+
+def wrap(
+    unet: nn.Module,
+    adaptor: Adaptor | str | None = None,
+    *,
+    clock: int = 2,
+    region: Region | None = None,
+    schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
+    plan: Any = None,
+    time: str | None = None,
+    check_finite: bool = False,
+) -> ClockworkWrapper:
+    """Run the UNet's low-resolution part on a slow clock.
+
+    The UNet is changed in place, so whoever holds it (a pipeline, a sampler) is served; `remove()` on the returned
+    wrapper undoes everything. The first real call is traced as it runs and its region found; from then on, one full
+    pass every `clock` denoising steps, and the adaptor in between.
+
+    Args:
+        unet: any UNet: called once or more per denoising step, with a sample and a time.
+        adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`.
+        clock: one full pass every `clock` steps; 1 switches Clockwork off.
+        region: from `find_region`, found for this UNet at any batch, size and device; None for the one below the
+            highest level.
+        schedule: replaces `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
+        plan: an object with `region`, `schedule` and `adaptor`, which replaces all three.
+        time: name of the argument that holds the time, where it cannot be told.
+        check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
+
+    Returns:
+        The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
+
+    Raises:
+        WrapError: `unet` is no module, is wrapped already, or is the output of `torch.compile`.
+        ArgumentError: an option is outside its rule.
+        AdaptorError: the adaptor cannot be called.
+        RegionNotFoundError: (at the first call, which leaves the UNet unwrapped) nothing can be skipped.
+        AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
+
+    Warns:
+        NoEffectWarning: the clock is 1.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).eval()
+        >>> scheduler, sample = DDIMScheduler(), torch.randn(1, 3, 16, 16)
+        >>> scheduler.set_timesteps(8)
+        >>> with torch.no_grad(), wrap(unet, clock=2) as cw:
+        ...     for t in scheduler.timesteps:
+        ...         sample = scheduler.step(unet(sample, t).sample, t, sample).prev_sample
+        >>> cw.stats.full_passes, cw.stats.adaptor_passes
+        (4, 4)
+
+    Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
+    """
+    _check_unet(unet)
+    if plan is not None:
+        region, schedule, adaptor = plan.region, plan.schedule, plan.adaptor
+    check_clock(clock)
+    if region is not None and not isinstance(region, Region):
+        raise ArgumentError(
+            "a region comes from find_region or find_regions",
+            seen={"region": type(region).__name__},
+            do="pass region=ch.find_region(unet, *args, level=1)",
+        )
+    if schedule is None and clock == 1:
+        warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
+    steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
+    engine = Engine(unet, _adaptor(adaptor), steps, region=region, time=time, check_finite=check_finite)
+    return ClockworkWrapper(unet, engine)
+
+
+class ClockworkWrapper:
+    """A wrapped UNet: made by `wrap`.
+
+    Calls and unknown attributes go to the UNet, so `pipe.unet = cw` works as well as leaving the pipeline alone.
+
+    Attributes:
+        unet: the UNet itself.
+    """
+
+    def __init__(self, unet: nn.Module, engine: Engine) -> None:
+        self.unet = unet
+        self._engine = engine
+        self._handles = [
+            unet.register_forward_pre_hook(RootHook(self, engine.begin), with_kwargs=True),
+            unet.register_forward_hook(RootHook(self, self._end), with_kwargs=True, always_call=True),
+        ]
+        engine.installed.run_eagerly(unet)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the UNet."""
+        return self.unet(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("unet", "_engine"):  # not set yet: copying and unpickling look for them
+            raise AttributeError(name)
+        return getattr(self.unet, name)
+
+    @property
+    def adaptor(self) -> Adaptor:
+        """What stands in for the region."""
+        return self._engine.adaptor
+
+    @property
+    def region(self) -> Region | None:
+        """The region that adaptor passes skip; None before the first call, unless one was passed to `wrap`."""
+        return self._engine.region
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which steps are full."""
+        return self._engine.schedule
+
+    @property
+    def stats(self) -> Stats:
+        """What ran so far, and why each full pass was full."""
+        return self._engine.stats
+
+    @property
+    def enabled(self) -> bool:
+        """Off: the UNet runs as if it were not wrapped, and what was cached is forgotten."""
+        return self._engine.enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._engine.enabled = bool(on)
+        self._engine.states.forget()
+
+    def reset(self) -> None:
+        """The next call in this thread begins a new trajectory: nothing cached is used again."""
+        self._engine.states.current().timeline.reset()
+
+    def step(self) -> _Step:
+        """Declare that a denoising step begins; for samplers whose times do not tell.
+
+        Call it before the step's evaluations, or write `with cw.step(): ...`. From the first declaration until
+        `reset()`, steps are counted by declarations alone. Evaluations after the first one of a step are full.
+        """
+        self._engine.states.current().timeline.declare()
+        return _Step()
+
+    def report(self) -> RunReport:
+        """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""
+        stats, region = self.stats, self.region
+        return RunReport(
+            type(self.unet).__name__,
+            region.line if region else "not known before the first call",
+            str(self.schedule),
+            type(self.adaptor).__name__,
+            stats.full_passes,
+            stats.adaptor_passes,
+            dict(stats.reasons),
+            stats.macs_run,
+            stats.macs_plain,
+        )
+
+    def remove(self) -> None:
+        """Take Clockwork off: every module is what it was before `wrap`. Idempotent; works in the middle of a call."""
+        for handle in self._handles:
+            handle.remove()
+        self._engine.clean(self._engine.states.current())
+        self._engine.installed.remove()
+        self._engine.states.forget()
+
+    def __enter__(self) -> ClockworkWrapper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"ClockworkWrapper({type(self.unet).__name__}, {self.schedule}, {type(self.adaptor).__name__})"
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        try:
+            return self._engine.end(module, args, kwargs, output)
+        except BaseException:
+            self.remove()
+            raise
+
+
+class _Step:
+    """What `cw.step()` returns: nothing to keep; a context for those who like to see where a step ends."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _check_unet(unet: nn.Module) -> None:
+    if isinstance(unet, ClockworkWrapper) or (isinstance(unet, nn.Module) and _wrapped(unet)):
+        raise WrapError(
+            "a UNet is wrapped once", seen={"unet": repr(unet)[:80]}, do="call remove() on its wrapper first"
+        )
+    if not isinstance(unet, nn.Module):
+        raise WrapError(
+            "only an nn.Module can be wrapped",
+            seen={"got": type(unet).__name__},
+            do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+        )
+    if "_orig_mod" in unet._modules:
+        raise WrapError(
+            "the output of torch.compile has its calls fixed: no module call can be skipped in it",
+            seen={"got": type(unet).__name__},
+            do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
+        )
+
+
+def _wrapped(unet: nn.Module) -> bool:
+    return any(isinstance(hook, RootHook) for hook in unet._forward_pre_hooks.values())
+
+
+def _adaptor(adaptor: Adaptor | str | None) -> Adaptor:
+    if adaptor is None or adaptor == "identity":
+        return IdentityAdaptor()
+    if isinstance(adaptor, str) or not callable(adaptor):
+        raise AdaptorError(
+            'an adaptor is None, "identity", or a module called as adaptor(entry, exit_cached, time=..., text=...)',
+            seen={"adaptor": repr(adaptor)[:80]},
+            do="pass one of these",
+        )
+    return adaptor
