@@ -53,10 +53,11 @@ def find_regions(unet: nn.Module, /, *args: Any, **kwargs: Any) -> tuple[Region,
         ...         self.stem, self.down = torch.nn.Conv2d(3, 8, 3, 1, 1), torch.nn.Conv2d(8, 32, 4, 2, 1)
         ...         self.body, self.up = torch.nn.Conv2d(32, 32, 3, 1, 1), torch.nn.ConvTranspose2d(32, 8, 4, 2, 1)
         ...         self.head = torch.nn.Conv2d(16, 3, 3, 1, 1)
+        ...
         ...     def forward(self, x):
         ...         h = self.stem(x)
         ...         return self.head(torch.cat([h, self.up(self.body(self.down(h)))], 1))
-        >>> region, = ch.find_regions(Tiny(), torch.zeros(1, 3, 16, 16))
+        >>> (region,) = ch.find_regions(Tiny(), torch.zeros(1, 3, 16, 16))
         >>> region.entry.path, region.exit.path, region.resolution, region.bottleneck
         ('stem', 'up', (16, 16), (8, 8))
 
@@ -125,6 +126,8 @@ def choose(
         return finder.by_hand(entry, exit)
     regions = finder.chain()
     found = next((region for region in reversed(regions) if region.level == level), None)
+    if found is not None and found.resolution in finder.small:
+        raise finder.not_found(regions)
     if found is None:
         levels = sorted({region.level for region in regions})
         raise RegionNotFoundError(
@@ -165,10 +168,7 @@ def skipped_nodes(trace: Trace, region: Region) -> set[int]:
     """Indices of the nodes that an adaptor pass does not run: those of the skipped module calls."""
     wanted = {(call.path, call.ordinal) for call in region.plan.skipped}
     return {
-        index
-        for call in trace.calls
-        if (call.path, call.ordinal) in wanted
-        for index in range(call.first, call.last)
+        index for call in trace.calls if (call.path, call.ordinal) in wanted for index in range(call.first, call.last)
     }
 
 
@@ -194,6 +194,7 @@ class _Finder:
         self.levels = Levels(trace)
         self.build = Builder(trace, unet, self.dom, self.levels)
         self.rejected: list[str] = []
+        self.small: set[tuple[int, ...]] = set()
         self._weighted = self._after_weights()
 
     def _after_weights(self) -> list[bool]:
@@ -214,7 +215,7 @@ class _Finder:
             if region is not None:
                 found.append((candidate, region))
         if not found:
-            raise self._not_found()
+            raise self.not_found()
         edges = sorted({candidate.positions for candidate, _ in found}, reverse=True)
         levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in found]
         return tuple(replace(region, inner=self._inner(region)) for region in levelled)
@@ -244,7 +245,9 @@ class _Finder:
                 continue
             if SMALLEST <= region.macs_share <= LARGEST:
                 return region
-            self.rejected.append(f"{region.line}: {region.macs_share:.0%} of the MACs")
+            self.rejected.append(region.line)
+            if region.macs_share < SMALLEST:
+                self.small.add(region.resolution)
             return None
         self.rejected.append(f"{self.build.name(candidate.exits[0])}: no module returns the exit")
         return None
@@ -303,7 +306,8 @@ class _Finder:
     def _resolutions(self) -> str:
         return ", ".join("×".join(map(str, space)) for space in self.levels.spatial.values()) or "none"
 
-    def _not_found(self) -> RegionNotFoundError:
+    def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
+        """What was looked for and what is there; `wider` regions may be had, but not by default."""
         merges = self._upward_exits()
         seen: dict[str, object] = {
             "model": self.trace.model,
@@ -314,12 +318,14 @@ class _Finder:
             seen["several exits lead back up"] = ", ".join(merges)
         for k, line in enumerate(self.rejected):
             seen[f"rejected {k}"] = line
+        seen.update(_listed(wider))
         return RegionNotFoundError(
             "a region is a part that works below the resolution of its entry and leaves through one tensor that a "
             f"module returns, with {SMALLEST:.0%} to {LARGEST:.0%} of the MACs",
             seen=seen,
-            do="name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow "
-            "in and out",
+            do=("take a wider one: wrap(unet, region=find_regions(...)[0]); or " if wider else "")
+            + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in "
+            "and out",
         )
 
     def _upward_exits(self) -> list[str]:

@@ -36,7 +36,7 @@ class Plan:
         levels = rng.randint(2, 3 if dims == 3 else 4)
         return cls(
             dims=dims,
-            widths=tuple(rng.choice((8, 12, 16)) for _ in range(levels)),
+            widths=_widths(rng, levels, growth=3 if dims == 3 else 2),
             blocks=rng.randint(1, 2),
             every_block_skips=rng.random() < 0.5,
             merge=rng.choice(("concat", "add", "concat1x1")),
@@ -56,3 +56,9 @@ class Plan:
     @property
     def skips(self) -> int:
         return self.blocks if self.every_block_skips else 1
+
+
+def _widths(rng: random.Random, levels: int, *, growth: int) -> tuple[int, ...]:
+    """Widths that grow downwards as in real UNets, fast enough that a region holds a fifth of the work."""
+    first = rng.choice((8, 12))
+    return tuple(first * growth ** min(k, 3) + 4 * (rng.random() < 0.3 and k > 0) for k in range(levels))
