@@ -217,7 +217,7 @@ def _load(model: str, size: str | None, batch: int, frames: int, device: str) ->
 
 
 def _size(text: str | None) -> tuple[int, ...] | None:
-    """ "64" → (64, 64), "72x128" → (72, 128)."""
+    """The spatial shape that the text names: 64 → (64, 64), 72x128 → (72, 128)."""
     from clockwork_hooks.errors import ArgumentError
 
     if text is None:

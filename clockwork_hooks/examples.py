@@ -80,8 +80,9 @@ def _condition(make: _Maker) -> Inputs:
     get: Get = make.config.get
     by_image = get("encoder_hid_dim_type") == "image_proj"
     width = get("encoder_hid_dim") or get("cross_attention_dim")
+    hinted = 4 if get("addition_embed_type") == "image_hint" else 0  # the UNet appends the hint's channels itself
     inputs = {
-        "sample": make.floats(make.config["in_channels"], *make.size),
+        "sample": make.floats(make.config["in_channels"] - hinted, *make.size),
         "timestep": make.time(),
         "encoder_hidden_states": None if by_image else make.text(width),
         **make.labels(),
@@ -92,17 +93,22 @@ def _condition(make: _Maker) -> Inputs:
     return inputs
 
 
-def _video(make: _Maker) -> Inputs:
+def _video(make: _Maker, rows: int = 1) -> Inputs:
     get: Get = make.config.get
+    text = make.text(get("encoder_hid_dim") or get("cross_attention_dim"))
     inputs = {
         "sample": make.floats(make.config["in_channels"], make.frames, *make.size),
         "timestep": make.time(),
-        "encoder_hidden_states": make.text(get("encoder_hid_dim") or get("cross_attention_dim")),
+        "encoder_hidden_states": text.repeat_interleave(rows, 0),
         **make.added(),
     }
     if get("time_cond_proj_dim"):
         inputs["timestep_cond"] = make.floats(get("time_cond_proj_dim"))
     return inputs
+
+
+def _motion(make: _Maker) -> Inputs:
+    return _video(make, rows=make.frames)  # the pipeline repeats the text for every frame
 
 
 def _image_to_video(make: _Maker) -> Inputs:
@@ -134,6 +140,7 @@ def _kandinsky3(make: _Maker) -> Inputs:
         "sample": make.floats(make.config["in_channels"], *make.size),
         "timestep": make.time(),
         "encoder_hidden_states": make.text(make.config["encoder_hid_dim"]),
+        "encoder_attention_mask": make.floats(TOKENS),
     }
 
 
@@ -169,7 +176,7 @@ CLASSES: Mapping[str, tuple[Callable[[_Maker], Inputs], tuple[int, ...]]] = {
     "UNet2DModel": (_unet2d, (64, 64)),
     "UNet2DConditionModel": (_condition, (64, 64)),
     "UNet3DConditionModel": (_video, (32, 32)),
-    "UNetMotionModel": (_video, (64, 64)),
+    "UNetMotionModel": (_motion, (64, 64)),
     "UNetSpatioTemporalConditionModel": (_spatio_temporal, (72, 128)),
     "I2VGenXLUNet": (_image_to_video, (32, 32)),
     "Kandinsky3UNet": (_kandinsky3, (128, 128)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
 __all__ = ["Table", "flops", "macs", "percent", "quantity", "shape", "table"]
 
@@ -53,25 +53,25 @@ class Table:
         text = [f"**{self.title}**", "", line(heads), f"|{rule}|", *(line(row) for row in lines[1:])]
         return "\n".join([*text, *(part for note in self.notes for part in ("", note))])
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
         from rich import box
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        made = RichTable(
-            title=self.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            caption="\n".join(self.notes) or None,
-            caption_justify="left",
-            caption_style="dim",
-        )
+        made = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for name in self.columns:
-            side = "right" if name.startswith(">") else "left"
-            made.add_column(name.lstrip(">"), justify=side, no_wrap=side == "right", overflow="fold")  # type: ignore[arg-type]
+            if name.startswith(">"):
+                made.add_column(name[1:], justify="right", no_wrap=True)
+            else:
+                made.add_column(name, overflow="fold")
         for row in self.rows:
-            made.add_row(*(cell.replace("[", r"\[") for cell in row))
-        return made
+            made.add_row(*map(Text, row))
+        yield made
+        for note in self.notes:
+            yield Text(note, style="dim")
+        yield Text()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Sequence[str] = ()) -> Table:

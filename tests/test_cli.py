@@ -1,0 +1,133 @@
+"""The command: what it prints, its errors, and how little it imports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from clockwork_hooks import __version__
+from clockwork_hooks.cli import main
+from clockwork_hooks.report import flops, macs, percent, quantity, shape, table
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["flops", "--help"], ["regions", "--help"]])
+def test_help_teaches_by_example(capsys, words):
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "clockwork-hooks flops sd15 --guidance" in out
+
+
+def test_flops_prints_the_papers_numbers(capsys):
+    code, out, err = run(capsys, "flops", "sd15", "--cut", "paper", "--no-attention", "--guidance")
+    assert (code, err) == (0, "")
+    for text in ("338.61 GMACs", "677.22 GFLOPs", "228.12 GFLOPs", "10.84 TFLOPs", "attention products left out"):
+        assert text in out
+
+
+def test_flops_json_and_markdown(capsys):
+    _, out, _ = run(capsys, "flops", "ddpm-cifar10", "--format", "json", "--steps", "6", "--clock", "3", "--batch", "2")
+    data = json.loads(out)
+    assert (data["steps"], data["full_steps"], data["sample"]) == (6, [1, 4], [2, 3, 32, 32])
+    _, out, _ = run(capsys, "flops", "ddpm-cifar10", "--format", "md", "--depth", "1", "--norms")
+    assert "| up_blocks " in out
+    assert "fvcore's estimate for normalisations added" in out
+
+
+def test_flops_of_another_size(capsys):
+    _, out, _ = run(capsys, "flops", "ddpm-cifar10", "--size", "16x24", "--format", "json")
+    assert json.loads(out)["sample"] == [1, 3, 16, 24]
+
+
+def test_regions_lists_and_draws(capsys):
+    code, out, err = run(capsys, "regions", "ddpm-cifar10")
+    assert (code, err) == (0, "")
+    assert "up_blocks.2.upsamplers.0.conv" in out
+    assert "┄┄ entry" in out
+    _, out, _ = run(capsys, "regions", "sd21", "--level", "2", "--format", "json")
+    data = json.loads(out)
+    assert data["chosen"]["level"] == 2
+    assert len(data["regions"]) > 2
+    _, out, _ = run(capsys, "regions", "sd21", "--cut", "paper", "--format", "md")
+    assert "| level |" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["flops", "sd99"], "presets: sd15, sd21"),
+        (["flops", "sd15", "--size", "big"], "pass --size 64 or 72x128"),
+        (["regions", "ddpm-cifar10", "--level", "9"], "levels with a region"),
+        (["flops", "sd15", "--cut", "middle"], "middle"),
+        (["flops", "sd15", "--clock", "0"], "clock"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_errors_are_one_readable_block(capsys, words, said):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_failing_model_is_an_error_too(capsys):
+    code, _, err = run(capsys, "flops", "ddpm-cifar10", "--size", "7")
+    assert code == 2
+    assert "--debug" in err
+
+
+@pytest.mark.parametrize("words", [["--debug", "flops", "sd99"], ["flops", "sd99", "--debug"]])
+def test_debug_raises(words):
+    with pytest.raises(Exception, match="a model is a preset"):
+        main(words)
+
+
+def test_help_imports_neither_diffusers_nor_fvcore():
+    code = "import sys; from clockwork_hooks.cli import main; main(['--help']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = out.splitlines()[-1]
+    for name in ("'diffusers'", "'fvcore'", "'transformers'", "'matplotlib'"):
+        assert name not in loaded
+
+
+def test_numbers_always_have_units():
+    assert macs(338_610_585_600) == "338.61 GMACs"
+    assert flops(7_250_000_000_000) == "7.25 TFLOPs"
+    assert macs(0) == "0 MACs"
+    assert macs(None) is flops(None) is percent(None) is None
+    assert quantity(999_999_999, "MACs") == "1.00 GMACs"
+    assert percent(0.3094) == "30.9%"
+    assert shape((1, 4, 64)) == "1×4×64"
+
+
+def test_a_table_renders_twice_from_one_description():
+    from rich.console import Console
+
+    made = table("T", ("name", ">n"), [("a|b", 1), ("[bold]", None)], notes=("note",))
+    assert made.to_markdown().splitlines()[2:6] == [
+        "| name   |   n |",
+        "|:-------|----:|",
+        "| a\\|b   |   1 |",
+        "| [bold] |   – |",
+    ]
+    console = Console(width=60)
+    with console.capture() as shown:
+        console.print(made)
+    assert "[bold]" in shown.get()
+    assert "note" in shown.get()
