@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 
 from clockwork_hooks.demo.errors import CaptionError, UnknownWordError
 from clockwork_hooks.demo.scenes import (
-    BACKGROUNDS, COLOURS, COLUMNS, LAYOUTS, PLACES, SHAPES, SIDE_BY_SIDE, SIZES, STACKED, WHITE_BACKGROUND,
-    WHITE_OBJECT, Scenes,
+    BACKGROUNDS,
+    COLOURS,
+    COLUMNS,
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    SIDE_BY_SIDE,
+    SIZES,
+    STACKED,
+    WHITE_BACKGROUND,
+    WHITE_OBJECT,
+    Scenes,
 )  # fmt: skip
 
 __all__ = ["ANY", "EXAMPLES", "MAX_TOKENS", "VOCABULARY", "decode", "encode", "parse", "write_captions"]
@@ -23,12 +33,9 @@ Ints = NDArray[np.int64]
 
 ANY = -1  # an attribute that a caption leaves open
 PAD, START = 0, 1
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        ["<pad>", "<start>", "a", "on", "background", "at", "in", "the", "to", "left", "right", "of", "above", "below"]
-        + ["top", "bottom", "centre", *SIZES, *COLOURS, *SHAPES, "dark", "black", "grey"]
-    )
-)
+_GRAMMAR = ("a", "on", "background", "at", "in", "the", "to", "left", "right", "of", "above", "below", "top", "bottom")
+_GROUNDS = ("dark", "black", "grey")
+VOCABULARY: tuple[str, ...] = ("<pad>", "<start>", *_GRAMMAR, "centre", *SIZES, *COLOURS, *SHAPES, *_GROUNDS)
 MAX_TOKENS = 18  # <start>, and at most 5 + 4 + 4 + 4 words
 EXAMPLES = (
     "a large red circle left of a small blue square on a dark green background",
@@ -36,6 +43,7 @@ EXAMPLES = (
     "a large white cross at the top left on a dark blue background",
     "a green triangle",
 )
+_LIKE_THESE = "write it like one of these:" + "".join(f"\n  {example}" for example in EXAMPLES)
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 _ALIASES = {"an": "a", "center": "centre", "gray": "grey", "big": "large", "little": "small"}
 
@@ -114,8 +122,9 @@ def encode(prompts: Sequence[str]) -> Ints:
         words = _words(prompt)
         if len(words) >= MAX_TOKENS:
             raise CaptionError(
-                f"A prompt of the demo has at most {MAX_TOKENS - 1} words.\n  prompt: {prompt!r}\n"
-                f"  words: {len(words)}\n{_examples()}"
+                f"a prompt of the demo has at most {MAX_TOKENS - 1} words",
+                seen={"prompt": repr(prompt), "words": len(words)},
+                do=_LIKE_THESE,
             )
         row[0] = START
         row[1 : len(words) + 1] = [_IDS[word] for word in words]
@@ -127,15 +136,15 @@ def _words(prompt: str) -> list[str]:
     unknown = [word for word in dict.fromkeys(words) if word not in _IDS]
     if unknown:
         raise UnknownWordError(
-            "The demo model was trained on a small vocabulary and reads no other words.\n"
-            f"  prompt: {prompt!r}\n  unknown: {', '.join(unknown)}\n"
-            f"Words it knows: {', '.join(sorted(VOCABULARY[2:]))}.\n{_examples()}"
+            "the demo model was trained on a small vocabulary and reads no other words",
+            seen={
+                "prompt": repr(prompt),
+                "unknown": ", ".join(unknown),
+                "words it knows": ", ".join(sorted(VOCABULARY[2:])),
+            },
+            do=_LIKE_THESE,
         )
     return words
-
-
-def _examples() -> str:
-    return "Write it like one of these:\n" + "\n".join(f"  {example}" for example in EXAMPLES)
 
 
 _OBJECT = rf"a (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
@@ -164,16 +173,18 @@ def _parse(prompt: str) -> list[int]:
     match = _SENTENCE.fullmatch(" ".join(_words(prompt)))
     if match is None:
         raise CaptionError(
-            "A prompt of the demo names one object, or two and how they stand to each other, and may name a background."
-            f"\n  prompt: {prompt!r}\n{_examples()}"
+            "a prompt of the demo names one object, or two and how they stand to each other, and may name a background",
+            seen={"prompt": repr(prompt)},
+            do=_LIKE_THESE,
         )
-    before, *first, place, left, right, above, below = match.groups()[:9]
+    before, *first, place, left, right, above, _ = match.groups()[:9]
     second, after = match.groups()[9:12], match.groups()[12]
     two = second[2] is not None
     if (two and place) or (before and after):
         raise CaptionError(
-            "A prompt of the demo tells a place only of a lone object, and tells one background.\n"
-            f"  prompt: {prompt!r}\n{_examples()}"
+            "a prompt of the demo tells a place only of a lone object, and tells one background at most",
+            seen={"prompt": repr(prompt)},
+            do=_LIKE_THESE,
         )
     background = _index("background", before or after)
     if two:
@@ -185,8 +196,9 @@ def _parse(prompt: str) -> list[int]:
         one, other = _object_row(first), [len(SHAPES), len(COLOURS), len(SIZES)]
     if background == WHITE_BACKGROUND and WHITE_OBJECT in (one[1], other[1]):
         raise CaptionError(
-            "An object must differ from its background.\n"
-            f"  prompt: {prompt!r}\nChoose another colour for the white object, or another background."
+            "an object differs from its background",
+            seen={"prompt": repr(prompt)},
+            do="choose another colour for the white object, or another background",
         )
     return [background, int(two), layout, *one, *other]
 

@@ -1,7 +1,7 @@
 """The attribute classifier: reads a scene back into its attributes, or says that it cannot.
 
-It judges the generator, which never sees it. Every attribute has a class "unreadable", trained on noisy, blurred, blended
-and empty pictures, so a picture that is half a scene scores low instead of being guessed.
+It judges the generator, which never sees it. Every attribute has a class "unreadable", trained on noisy, blurred,
+blended and empty pictures, so a picture that is half a scene scores low instead of being guessed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clockwork_hooks.demo.captions import ANY, parse
-from clockwork_hooks.demo.errors import DemoError
 from clockwork_hooks.demo.scenes import COLUMNS, IMAGE_SIZE, NONE
+from clockwork_hooks.errors import ArgumentError
 
 __all__ = ["FEATURES", "UNREADABLE", "Accuracy", "AttributeClassifier", "attribute_accuracy", "score"]
 
@@ -68,12 +68,13 @@ class AttributeClassifier(nn.Module):
             (B, 160) features.
 
         Raises:
-            DemoError: pictures of another shape.
+            ArgumentError: pictures of another shape.
         """
         if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise DemoError(
-                f"The attribute classifier reads RGB pictures of {IMAGE_SIZE}×{IMAGE_SIZE} pixels.\n"
-                f"  shape: {tuple(images.shape)}\nPass a batch of shape (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE})."
+            raise ArgumentError(
+                f"the attribute classifier reads RGB pictures of {IMAGE_SIZE}×{IMAGE_SIZE} pixels",
+                seen={"shape": tuple(images.shape)},
+                do=f"pass a batch of shape (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE})",
             )
         body: Tensor = self.body(images * 2 - 1)
         return body
@@ -93,6 +94,8 @@ class AttributeClassifier(nn.Module):
         Returns:
             (B, 9) indices into the values of `COLUMNS`, `UNREADABLE` (-2) where there is nothing clear to read.
         """
+        if len(images) == 0:
+            return np.empty((0, len(COLUMNS)), dtype=np.int64)
         weight = self.heads[0].weight
         rows = []
         for chunk in images.split(_CHUNK):
@@ -100,7 +103,7 @@ class AttributeClassifier(nn.Module):
             choice = torch.stack([values.argmax(1) for values in logits], 1)
             last = torch.tensor([values.shape[1] - 1 for values in logits], device=choice.device)
             rows.append(torch.where(choice == last, UNREADABLE, choice).cpu().numpy())
-        return np.concatenate(rows) if rows else np.empty((0, len(COLUMNS)), dtype=np.int64)
+        return np.concatenate(rows)
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
@@ -119,12 +122,14 @@ def attribute_accuracy(classifier: AttributeClassifier, images: Tensor, prompts:
         The shares of attributes that are right.
 
     Raises:
-        DemoError: as many prompts as pictures are needed.
+        ArgumentError: there are more pictures than prompts, or fewer.
         CaptionError: a prompt that cannot be read.
     """
     if len(images) != len(prompts):
-        raise DemoError(
-            f"Every picture needs its prompt.\n  pictures: {len(images)}\n  prompts: {len(prompts)}\nPass equally many."
+        raise ArgumentError(
+            "every picture has its prompt",
+            seen={"pictures": len(images), "prompts": len(prompts)},
+            do="pass equally many",
         )
     return score(classifier.read(images), parse(prompts))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -86,8 +88,8 @@ def damage(images: Tensor, partners: Tensor, labels: Tensor, partner_labels: Ten
         return low + (high - low) * torch.rand(count, device=device)
 
     kind = torch.rand(count, device=device)
-    kinds = [(kind >= low) & (kind < high) for low, high in zip(_EDGES, _EDGES[1:], strict=False)]
-    mild, noisy, blurred, halfway, blended, morphed, empty = kinds
+    kinds = [(kind >= low) & (kind < high) for low, high in pairwise(_EDGES)]
+    _, noisy, blurred, halfway, blended, morphed, empty = kinds
 
     sigma = torch.where(draw(0, 1) < 0.5, draw(0.0, 1.0), 0.0)
     sigma = torch.where(blurred, draw(4.0, 10.0), sigma)

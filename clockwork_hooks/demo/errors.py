@@ -1,12 +1,10 @@
-"""What can go wrong in the demo."""
+"""What can go wrong in the demo, below `clockwork_hooks.errors.DemoError`."""
 
 from __future__ import annotations
 
-__all__ = ["CaptionError", "DemoError", "UnknownWordError", "WeightsError"]
+from clockwork_hooks.errors import DemoError
 
-
-class DemoError(ValueError):
-    """Anything the demo refuses to do."""
+__all__ = ["CaptionError", "UnknownWordError", "WeightsError"]
 
 
 class CaptionError(DemoError):
@@ -18,4 +16,4 @@ class UnknownWordError(CaptionError):
 
 
 class WeightsError(DemoError):
-    """Shipped weights that are missing or do not fit."""
+    """Shipped weights that are missing, corrupted, or of another architecture."""

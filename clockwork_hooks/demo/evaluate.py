@@ -30,7 +30,9 @@ def reference_statistics(model: DemoModel, count: int, seed: int = 8) -> Statist
     return statistics_of(model.classifier, torch.cat(chunks))
 
 
-def sample_many(model: DemoModel, prompts: Sequence[str], *, batch: int = 1024, seed: int = 0, **options: Any) -> Tensor:
+def sample_many(
+    model: DemoModel, prompts: Sequence[str], *, batch: int = 1024, seed: int = 0, **options: Any
+) -> Tensor:
     """Sample any number of prompts in batches, each with its own seed.
 
     Args:
@@ -91,6 +93,12 @@ def sweep_guidance(
         for number in steps:
             at = found[f"steps_{number}"]
             rows.append(
-                {"guidance": scale, "steps": number, "total": at["total"], "perfect": at["perfect"], "frechet": at["frechet"]}
+                {
+                    "guidance": scale,
+                    "steps": number,
+                    "total": at["total"],
+                    "perfect": at["perfect"],
+                    "frechet": at["frechet"],
+                }
             )
     return rows

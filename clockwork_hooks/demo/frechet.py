@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clockwork_hooks.demo.classifier import AttributeClassifier
-from clockwork_hooks.demo.errors import DemoError
+from clockwork_hooks.errors import ArgumentError
 
 __all__ = ["Statistics", "frechet_distance", "statistics_of"]
 
@@ -37,12 +37,14 @@ def statistics_of(classifier: AttributeClassifier, images: Tensor) -> Statistics
         Mean and covariance of the (N, F) features.
 
     Raises:
-        DemoError: fewer than two pictures.
+        ArgumentError: fewer than two pictures.
     """
     if len(images) < 2:
-        raise DemoError(f"A covariance needs at least two pictures.\n  pictures: {len(images)}\nPass more.")
+        raise ArgumentError("a covariance needs at least two pictures", seen={"pictures": len(images)}, do="pass more")
     weight = classifier.heads[0].weight
-    chunks = [classifier.features(chunk.to(weight.device, weight.dtype)).double().cpu() for chunk in images.split(_CHUNK)]
+    chunks = [
+        classifier.features(chunk.to(weight.device, weight.dtype)).double().cpu() for chunk in images.split(_CHUNK)
+    ]
     features = torch.cat(chunks).numpy()
     return Statistics(features.mean(0), np.cov(features, rowvar=False))
 

@@ -65,7 +65,9 @@ class ScenePool:
     def draw(cls, count: int, seed: int, device: torch.device | str) -> ScenePool:
         """Fill a pool with `count` scenes of the training combinations."""
         images = torch.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
-        pool = cls(images, torch.zeros((count, MAX_TOKENS), dtype=torch.int64, device=device), np.random.default_rng(seed))
+        pool = cls(
+            images, torch.zeros((count, MAX_TOKENS), dtype=torch.int64, device=device), np.random.default_rng(seed)
+        )
         pool.refresh(count)
         pool.refreshed = 0
         return pool

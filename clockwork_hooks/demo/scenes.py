@@ -1,7 +1,7 @@
 """Small scenes: drawn at random from a seed, rendered exactly, on any device.
 
-A scene has a background and one or two objects. Its nine *attributes* (the columns of `COLUMNS`) say what a caption can
-tell and what the attribute classifier reads back; its geometry (centres, radii, angles, tints) varies freely within them.
+A scene has a background and one or two objects. Its nine *attributes* (the columns of `COLUMNS`) say what a caption
+can tell and what the attribute classifier reads back; its geometry (centres, radii, angles, tints) varies freely.
 Objects are in canonical order along the axis they are spread on: object 1 is the left one, or the upper one.
 """
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clockwork_hooks.demo.errors import DemoError
+from clockwork_hooks.errors import ArgumentError
 
 __all__ = [
     "BACKGROUNDS", "COLOURS", "COLUMNS", "IMAGE_SIZE", "LAYOUTS", "PLACES", "SHAPES", "SIZES", "Scenes",
@@ -117,12 +117,13 @@ def draw_scenes(count: int, seed: int | np.random.Generator = 0, *, pairs: float
         `count` scenes. A white object never stands on the white background.
 
     Raises:
-        DemoError: `count` is negative or `pairs` is no share.
+        ArgumentError: `count` is negative or `pairs` is no share.
     """
     if count < 0 or not 0.0 <= pairs <= 1.0:
-        raise DemoError(
-            "draw_scenes needs a count of at least 0 and a share of pairs from 0 to 1.\n"
-            f"  count: {count}\n  pairs: {pairs}\nPass values in range."
+        raise ArgumentError(
+            "a number of scenes is at least 0, and the share of pairs is from 0 to 1",
+            seen={"count": count, "pairs": pairs},
+            do="pass values in range",
         )
     rng = np.random.default_rng(seed)
     two = rng.random(count) < pairs

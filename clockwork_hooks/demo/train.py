@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{classifier,generator,evaluate}")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.set_defaults(run=run)
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
         sub.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights that ship")
@@ -68,14 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     maker.add_argument("--batch", type=int, default=512, help="scenes an iteration")
     maker.add_argument("--pool", type=int, default=1_000_000, help="scenes held ready on the device")
     maker.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
-    maker.add_argument("--compile", action="store_true", help="compile the UNet: two minutes at the start, faster after")
+    maker.add_argument(
+        "--compile", action="store_true", help="compile the UNet: two minutes at the start, faster after"
+    )
     maker.add_argument("--log-every", type=int, default=100, help="iterations between log records")
 
     measure = command("evaluate", _evaluate, "measure attributes and Fréchet distance")
     measure.add_argument("--count", type=int, default=10_240, help="held-out captions")
     measure.add_argument("--steps", type=int, nargs="+", default=[8, 50], help="step counts")
     measure.add_argument("--guidance", type=float, default=None, help="scale (the model's own, if not given)")
-    measure.add_argument("--sweep", type=float, nargs="*", default=[], help="guidance scales to try first, 2048 captions")
+    measure.add_argument(
+        "--sweep", type=float, nargs="*", default=[], help="guidance scales to try first, 2048 captions"
+    )
     measure.add_argument("--batch", type=int, default=1024, help="prompts at a time")
     measure.add_argument("--result", type=Path, default=Path("demo_model.json"), help="where the results go")
     return parser
@@ -104,7 +110,11 @@ def _generator(options: argparse.Namespace) -> None:
         compile=options.compile, seed=options.seed, log_every=options.log_every,
     )  # fmt: skip
     trainer = train_generator(
-        settings, checkpoint=options.checkpoint, weights=options.weights, log=_logger(options.weights), resume=options.resume
+        settings,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        log=_logger(options.weights),
+        resume=options.resume,
     )
     found = {"iterations": trainer.iteration, "seconds": round(trainer.seconds), "loss": float(trainer.loss)}
     _note(options, "generator", found)
@@ -144,7 +154,11 @@ def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
         "command": " ".join(["python -m clockwork_hooks.demo.train", *sys.argv[1:]]),
         "seed": options.seed,
         "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

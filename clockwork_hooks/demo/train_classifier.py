@@ -82,7 +82,7 @@ def judge_classifier(classifier: AttributeClassifier, *, count: int = 4096, seed
         For each damage the shares of right and of unreadable attributes. On strong damage a low share of right
         answers and a high share of unreadable ones is good: the classifier judges and does not guess.
     """
-    device = classifier.heads[0].weight.device
+    device = next(classifier.parameters()).device
     scenes = draw_split(count, seed, test=True)
     images = render_bytes(scenes, device).float() / 255
     generator = torch.Generator().manual_seed(seed)

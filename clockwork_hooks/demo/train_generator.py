@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clockwork_hooks.demo.captions import encode
 from clockwork_hooks.demo.model import TRAIN_STEPS, new_unet
 from clockwork_hooks.demo.pool import ScenePool
 from clockwork_hooks.demo.text import TextEncoder
 from clockwork_hooks.demo.weights import read_json, read_tensors, save_half, write_json, write_tensors
+from clockwork_hooks.errors import ArgumentError
 
 __all__ = ["Options", "Trainer", "train_generator"]
 
@@ -65,7 +66,7 @@ class Trainer:
     def __init__(self, options: Options) -> None:
         torch.manual_seed(options.seed)
         self.options, self.device = options, torch.device(options.device)
-        self.unet = new_unet().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet = new_unet().to(self.device, memory_format=torch.channels_last)
         self.text = TextEncoder().to(self.device)
         names = {f"unet.{n}": p for n, p in self.unet.named_parameters()}
         names |= {f"text.{n}": p for n, p in self.text.named_parameters()}
@@ -125,14 +126,17 @@ class Trainer:
         def step() -> None:
             torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
             loss = self.batch_loss(pool)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.loss.copy_(loss.detach())
             self.update()
 
         self.step_ = step
         if self.device.type != "cuda":
             return
-        kept = [tensor.clone() for tensor in (*self.parameters, *self.average, *self.first, *self.second, self.count)]
+        kept = [
+            tensor.detach().clone()
+            for tensor in (*self.parameters, *self.average, *self.first, *self.second, self.count)
+        ]
         self.keep.fill_(1.0)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -155,14 +159,20 @@ class Trainer:
         self.rate.fill_(self.options.rate * warm * max(0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))), 0.01))
         self.keep.fill_(min(self.options.decay, (1 + self.iteration) / (10 + self.iteration)))
         if self.step_ is None:
-            raise RuntimeError("Trainer.step runs what Trainer.prepare made.\n  prepared: no\nCall prepare(pool) first.")
+            raise ArgumentError(
+                "a step is prepared before it runs", seen={"prepared": False}, do="call prepare(pool) first"
+            )
         self.step_()
         self.iteration += 1
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint: weights, average and AdamW state in files of at most 15 MiB, and its position."""
-        kinds = (("weights", self.parameters, torch.float32), ("average", self.average, torch.float16))
-        kinds += (("first", self.first, torch.bfloat16), ("second", self.second, torch.bfloat16))
+        kinds = (
+            ("weights", self.parameters, torch.float32),
+            ("average", self.average, torch.float16),
+            ("first", self.first, torch.bfloat16),
+            ("second", self.second, torch.bfloat16),
+        )
         tensors = {f"{kind}/{n}": t.to(p) for kind, ts, p in kinds for n, t in zip(self.names, ts, strict=True)}
         shards: list[dict[str, Tensor]] = [{}]
         for name, tensor in tensors.items():
@@ -171,7 +181,12 @@ class Trainer:
             shards[-1][name] = tensor
         for number, shard in enumerate(shards):
             write_tensors(folder / f"state_{number}.safetensors", shard)
-        position = {"iteration": self.iteration, "seconds": self.seconds, "count": int(self.count), "shards": len(shards)}
+        position = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "count": int(self.count),
+            "shards": len(shards),
+        }
         write_json(folder / "state.json", position)
 
     @torch.no_grad()
@@ -187,6 +202,7 @@ class Trainer:
                 value.copy_(tensors[f"{kind}/{name}"])
         self.iteration, self.seconds = position["iteration"], position["seconds"]
         self.count.fill_(position["count"])
+        torch.manual_seed(self.options.seed + self.iteration)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as they ship: fp16, the UNet in diffusers' layout."""
@@ -194,7 +210,7 @@ class Trainer:
         unet, text = new_unet(), TextEncoder()
         unet.load_state_dict({n[5:]: t for n, t in average.items() if n.startswith("unet.")})
         text.load_state_dict({n[5:]: t for n, t in average.items() if n.startswith("text.")})
-        unet.save_config(folder / "unet")  # type: ignore[operator]
+        unet.save_config(folder / "unet")
         save_half(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
         save_half(text, folder / "text_encoder" / "model.safetensors")
 
@@ -204,7 +220,8 @@ def _alphas_cumprod() -> list[float]:
 
     from clockwork_hooks.demo.model import SCHEDULE
 
-    values: list[float] = DDPMScheduler(**SCHEDULE).alphas_cumprod.tolist()
+    scheduler: Any = DDPMScheduler(**SCHEDULE)
+    values: list[float] = scheduler.alphas_cumprod.tolist()
     return values
 
 
@@ -234,7 +251,14 @@ def train_generator(options: Options, *, checkpoint: Path, weights: Path, log: L
         if trainer.iteration % options.log_every == 0:
             loss = float(trainer.loss)  # waits for the device
             trainer.seconds = before + time.monotonic() - started
-            log({"stage": "generator", "iteration": trainer.iteration, "loss": loss, "seconds": round(trainer.seconds, 1)})
+            log(
+                {
+                    "stage": "generator",
+                    "iteration": trainer.iteration,
+                    "loss": loss,
+                    "seconds": round(trainer.seconds, 1),
+                }
+            )
         if trainer.iteration % options.refresh_every == 0:
             pool.refresh(options.pool // 16)
         if time.monotonic() - saved > options.save_every:

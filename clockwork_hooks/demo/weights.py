@@ -93,6 +93,7 @@ def load_module(module: nn.Module, path: Path) -> None:
 
 def _error(what: str, path: Path, seen: object) -> WeightsError:
     return WeightsError(
-        f"The demo runs on the weights it ships with, and a file of them {what}.\n  file: {path}\n  seen: {seen}\n"
-        "Reinstall clockwork-hooks, or retrain: python -m clockwork_hooks.demo.train --help"
+        f"the demo runs on the weights it ships with, and a file of them {what}",
+        seen={"file": path, "found": seen},
+        do="reinstall clockwork-hooks, or retrain: python -m clockwork_hooks.demo.train --help",
     )

@@ -1,0 +1,67 @@
+"""The demo's picture: each prompt with its plain and its Clockwork picture, labelled."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clockwork_hooks.report import macs
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clockwork_hooks.demo.run import DemoResult
+
+__all__ = ["draw_grid"]
+
+SIDE, GAP, MARGIN, CAPTION, HEAD = 144, 6, 24, 46, 74
+COLUMNS = 4
+INK, FAINT, EDGE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
+
+
+def draw_grid(result: DemoResult) -> Image.Image:
+    """One cell a prompt: its pictures side by side, the caption below.
+
+    Args:
+        result: what the demo measured.
+
+    Returns:
+        An RGB picture; as wide as four cells, or fewer for fewer prompts.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    prompts, rows = result.settings["prompts"], result.rows
+    columns = min(COLUMNS, len(prompts))
+    width = len(rows) * SIDE + (len(rows) - 1) * GAP
+    height = SIDE + CAPTION
+    lines = -(-len(prompts) // columns)
+    total = max(columns * (width + MARGIN) + MARGIN, 620)
+    page = Image.new("RGB", (total, HEAD + lines * (height + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(page)
+    head, small = ImageFont.load_default(20), ImageFont.load_default(12)
+    draw.text((MARGIN, 14), f"Each pair: {' | '.join(row.name for row in rows)}", INK, font=head)
+    draw.text((MARGIN, 44), "     ".join(_told(row) for row in rows), FAINT, font=small)
+    for k, prompt in enumerate(prompts):
+        left = MARGIN + k % columns * (width + MARGIN)
+        top = HEAD + k // columns * (height + MARGIN)
+        for j, row in enumerate(rows):
+            picture = _picture(result.images[row.name][k]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            at = (left + j * (SIDE + GAP), top)
+            page.paste(picture, at)
+            draw.rectangle((*at, at[0] + SIDE - 1, at[1] + SIDE - 1), outline=EDGE)
+        caption = "\n".join(textwrap.wrap(prompt, width // 6)[:3])
+        draw.multiline_text((left, top + SIDE + 5), caption, INK, font=small, spacing=2)
+    return page
+
+
+def _told(row: Any) -> str:
+    cost = f"{macs(row.macs_per_image)}, {1000 * row.seconds_per_image:.0f} ms an image"
+    return f"{row.name}: {cost}, {row.accuracy:.1%} of attributes right"
+
+
+def _picture(image: Tensor) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())

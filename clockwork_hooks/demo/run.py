@@ -1,0 +1,262 @@
+"""`clockwork-hooks demo`: the same prompts with the plain UNet and with Clockwork, measured side by side."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clockwork_hooks._version import __version__
+from clockwork_hooks.demo.captions import parse
+from clockwork_hooks.demo.classifier import attribute_accuracy
+from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
+from clockwork_hooks.errors import ArgumentError, DemoError
+from clockwork_hooks.regions import find_region
+from clockwork_hooks.report import Table, macs, percent, table
+from clockwork_hooks.schedule import Schedule, check_clock
+from clockwork_hooks.wrapper import wrap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+__all__ = ["DemoResult", "Row", "demo"]
+
+ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way of sampling, measured over all prompts.
+
+    Attributes:
+        name: "plain" or "clock N".
+        macs_per_image: of the UNet: convolutions and matrix products, attention products and both guidance branches
+            counted.
+        seconds_per_image: wall time of sampling, the better of two interleaved rounds.
+        speed_up: of that time, against plain.
+        psnr: mean over the pictures, to the plain pictures from the same noise, in dB; None for plain itself.
+        accuracy: share of the captioned attributes that a classifier finds in the pictures, 0 to 1.
+        full_passes: calls of the whole UNet in one round.
+        adaptor_passes: calls in which the cached feature stood in for its low-resolution part.
+    """
+
+    name: str
+    macs_per_image: int
+    seconds_per_image: float
+    speed_up: float
+    psnr: float | None
+    accuracy: float
+    full_passes: int
+    adaptor_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What `demo` measured, and where it put its files.
+
+    Attributes:
+        rows: plain first.
+        images: name of the row → pictures (B, 3, 64, 64) in [0, 1].
+        region: one line about what Clockwork skips.
+        settings: prompts, steps, clock, seed, guidance, machine, versions, command.
+        folder: holds grid.png, report.md and report.json.
+    """
+
+    rows: tuple[Row, ...]
+    images: dict[str, Tensor]
+    region: str
+    settings: dict[str, Any]
+    folder: Path
+
+    def table(self) -> Table:
+        """The comparison as one table."""
+        columns = ("UNet", ">MACs/image", ">saved", ">time/image", ">speed-up", ">PSNR to plain", ">attributes right")
+        plain = self.rows[0]
+        cells = [
+            (
+                row.name,
+                macs(row.macs_per_image),
+                percent(1 - row.macs_per_image / plain.macs_per_image) if row is not plain else None,
+                f"{1000 * row.seconds_per_image:.0f} ms",
+                f"{row.speed_up:.2f}×",
+                None if row.psnr is None else f"{row.psnr:.1f} dB",
+                percent(row.accuracy),
+            )
+            for row in self.rows
+        ]
+        settings = self.settings
+        notes = (
+            f"{len(settings['prompts'])} prompts, {settings['steps']} DPM++ steps, guidance {settings['guidance']:g}, "
+            f"seed {settings['seed']}. MACs of the UNet, attention products and both guidance branches counted.",
+            f"Skipped on adaptor passes: {self.region}.",
+        )
+        return table("The demo model, plain and with Clockwork", columns, cells, notes=notes)
+
+    def to_json(self) -> str:
+        """Rows and settings; times in seconds, MACs in units."""
+        data = {"rows": [asdict(row) for row in self.rows], "region": self.region, "settings": self.settings}
+        return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def demo(
+    prompts: Sequence[str] = (),
+    *,
+    steps: int = 8,
+    clock: int = 2,
+    seed: int = 0,
+    out: Path | str = "clockwork-demo",
+    console: Console | None = None,
+) -> DemoResult:
+    """Sample the prompts with the plain UNet and with Clockwork, and write a picture and a report.
+
+    Args:
+        prompts: captions of scenes; none for the 16 that ship with the demo.
+        steps: DPM++ (2M) denoising steps.
+        clock: one full pass every `clock` steps.
+        seed: of the initial noise, the same for both.
+        out: folder for `grid.png`, `report.md` and `report.json`; made if need be.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        UnknownWordError: a prompt has words that the model has never seen; lists those it knows.
+        ArgumentError: steps or clock is below 1.
+        DemoError: the folder cannot be written.
+
+    Source: arXiv 2312.08128, Sec. 5.2 (text-guided generation, identity adaptor).
+    """
+    check_clock(clock)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError("sampling takes at least one step", seen={"steps": steps}, do="pass --steps 8")
+    texts = tuple(prompts) or DEMO_PROMPTS
+    folder = _folder(Path(out))
+    model = load_demo()
+    hidden = model.encode_prompts(texts)  # an unknown word is told before anything is measured
+    parse(texts)
+    region = find_region(
+        model.unet, torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1), encoder_hidden_states=hidden
+    )
+    times: dict[str, list[float]] = {"plain": [], f"clock {clock}": []}
+    images: dict[str, Tensor] = {}
+    counts: dict[str, tuple[int, int, int]] = {}
+    with _progress(console) as progress:
+        task = progress.add_task("sampling", total=2 * ROUNDS * steps)
+
+        def sample(name: str) -> None:
+            def advance(number: int, t: int, latents: Tensor) -> None:
+                progress.update(task, advance=1, description=f"{name}, step {number + 1} of {steps}")
+
+            images[name], seconds = _timed(lambda: model.sample(texts, steps=steps, seed=seed, callback=advance))
+            times[name].append(seconds)
+
+        model.sample(texts[:1], steps=1)  # first calls are slower
+        for _ in range(ROUNDS):
+            sample("plain")
+            with wrap(model.unet, region=region, schedule=Schedule.every(clock)) as cw:
+                sample(f"clock {clock}")
+                counts["plain"] = (cw.stats.macs_plain, steps, 0)
+                counts[f"clock {clock}"] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
+    rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
+    result = DemoResult(rows, images, region.line, _settings(texts, steps, clock, seed), folder)
+    _write(result)
+    return result
+
+
+def _row(
+    name: str,
+    model: DemoModel,
+    texts: Sequence[str],
+    images: dict[str, Tensor],
+    times: dict[str, list[float]],
+    counts: dict[str, tuple[int, int, int]],
+) -> Row:
+    run, full, adapted = counts[name]
+    best = {key: min(values) for key, values in times.items()}
+    return Row(
+        name=name,
+        macs_per_image=run // len(texts),
+        seconds_per_image=best[name] / len(texts),
+        speed_up=best["plain"] / best[name],
+        psnr=None if name == "plain" else psnr(images[name], images["plain"]),
+        accuracy=attribute_accuracy(model.classifier, images[name], texts).total,
+        full_passes=full,
+        adaptor_passes=adapted,
+    )
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [0, 1]; 100 dB stands for equal ones."""
+    errors = (images - reference).square().flatten(1).mean(1).clamp_min(1e-10)
+    return float((-10 * errors.log10()).mean())
+
+
+def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
+
+
+def _progress(console: Console | None) -> Progress:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console or RichConsole(stderr=True), transient=True)
+
+
+def _settings(texts: Sequence[str], steps: int, clock: int, seed: int) -> dict[str, Any]:
+    words = ["clockwork-hooks", "demo", "--steps", str(steps), "--clock", str(clock), "--seed", str(seed)]
+    if tuple(texts) != DEMO_PROMPTS:
+        words += [word for text in texts for word in ("--prompt", text)]
+    return {
+        "command": shlex.join(words),
+        "prompts": list(texts),
+        "steps": steps,
+        "clock": clock,
+        "seed": seed,
+        "guidance": GUIDANCE,
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "report.json").touch()
+    except OSError as error:
+        raise DemoError(
+            "the demo writes a picture and a report into a folder",
+            seen={"folder": path, "error": error},
+            do="pass --out with a folder that can be written",
+        ) from error
+    return path
+
+
+def _write(result: DemoResult) -> None:
+    from clockwork_hooks.demo.grid import draw_grid
+
+    draw_grid(result).save(result.folder / "grid.png")
+    (result.folder / "report.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    text = [
+        "# Clockwork demo",
+        "",
+        f"`{result.settings['command']}`",
+        "",
+        result.table().to_markdown(),
+        "",
+        "![plain and Clockwork, side by side](grid.png)",
+        "",
+    ]
+    (result.folder / "report.md").write_text("\n".join(text), encoding="utf-8")
