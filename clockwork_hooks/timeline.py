@@ -105,12 +105,14 @@ class Timeline:
     _direction: int = 0
     _stride: float = 0.0
     _source: int | None = None
+    _doubt: str | None = None
     _branches: list[Branch] = field(default_factory=list)
 
     def reset(self) -> None:
         """The next call begins a trajectory."""
         self.step, self.declared = 0, False
         self._time, self._source, self._direction, self._stride = None, None, 0, 0.0
+        self._doubt = None
         self._branches = []
 
     def declare(self) -> None:
@@ -154,7 +156,7 @@ class Timeline:
             return None
         change = time - self._time
         if change == 0 and not self._relisted(source):
-            return None
+            return self._doubt
         direction = (change > 0) - (change < 0)
         backwards = self._direction and direction != self._direction
         if backwards or change == 0 or self._relisted(source) or (self._stride and abs(change) > _FAR * self._stride):
@@ -164,7 +166,8 @@ class Timeline:
         self._time, self._source, self._direction = time, source, direction
         self._stride = max(self._stride, abs(change))
         self._advance()
-        return None if known else "direction of time is not known yet"
+        self._doubt = None if known else "direction of time is not known yet"  # for every branch of the step
+        return self._doubt
 
     def _relisted(self, source: int | None) -> bool:
         """Does the time come from another list than the one before? Then another trajectory has begun."""
