@@ -20,6 +20,7 @@ __all__ = ["Branch", "Clock", "Position", "Timeline"]
 
 _FAR = 4.0
 _LARGEST_LIST = 1 << 16
+_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(slots=True, eq=False)
@@ -192,14 +193,18 @@ class Timeline:
 
 
 def _version(value: Any) -> int:
-    """A counter of in-place writes; -1 for inference tensors, which keep none, and for everything else."""
-    if not isinstance(value, torch.Tensor) or value.is_inference():
-        return -1
-    return value._version
+    """What changes with an in-place write: a tensor's counter, an array's contents; -1 where nothing tells.
+
+    Nothing tells for inference tensors, which keep no counter, and for objects of unknown classes.
+    """
+    if isinstance(value, torch.Tensor):
+        return -1 if value.is_inference() else value._version
+    return hash(value.tobytes()) if hasattr(value, "tobytes") else -1
 
 
 def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
+    """The same object, unchanged; plain values may also be equal. What `==` means elsewhere, nobody knows."""
     (a, a_version), (b, b_version) = one, other
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is b and a_version == b_version
-    return a is b or (type(a) is type(b) and bool(a == b))
+    if a is b:
+        return a_version == b_version
+    return type(a) is type(b) and (isinstance(a, _VALUES) or is_number(a)) and bool(a == b)
