@@ -158,10 +158,10 @@ class Engine:
     # -- full or adaptor? ----------------------------------------------------------------------------------------
 
     def _locate(self, state: State, arguments: Arguments, prepared: Prepared) -> Position:
-        time, source = state.clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
+        time, place = state.clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
         apart = {prepared.sample, prepared.time}
         conditions = [leaf for path, leaf in arguments.leaves() if path not in apart]
-        return state.timeline.at(time, source, conditions, has_time=prepared.time is not None)
+        return state.timeline.at(time, place, conditions, has_time=prepared.time is not None)
 
     def _why_full(self, running: Running) -> str | None:
         """The reason for a full pass; None for an adaptor pass."""

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from clockwork_hooks.inputs import is_number
 
-__all__ = ["Branch", "Clock", "Position", "Timeline"]
+__all__ = ["Branch", "Clock", "Place", "Position", "Timeline"]
 
 _FAR = 4.0
 _LARGEST_LIST = 1 << 16
@@ -56,6 +56,19 @@ class Position:
     doubt: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a time stands in a list of times.
+
+    Attributes:
+        times: the list; the weak reference keeps its address from being used for another one.
+        index: which entry.
+    """
+
+    times: StorageWeakRef
+    index: int
+
+
 class Clock:
     """Reads the time input as a number, with as few waits for the device as can be.
 
@@ -65,8 +78,8 @@ class Clock:
     def __init__(self) -> None:
         self._lists: dict[int, tuple[StorageWeakRef, int, torch.Tensor]] = {}
 
-    def read(self, value: Any) -> tuple[float | None, int | None]:
-        """The time, None if it cannot be told or differs between rows; and the list it comes from, if it is one's.
+    def read(self, value: Any) -> tuple[float | None, Place | None]:
+        """The time, None if it cannot be told or differs between rows; and its place, if it comes from a list.
 
         Args:
             value: a number, or a tensor with one element or one per row.
@@ -77,13 +90,14 @@ class Clock:
             return None, None
         storage = value.untyped_storage()
         size = storage.nbytes() // value.element_size()
-        source = storage._cdata if value.ndim == 0 and 1 < size <= _LARGEST_LIST else None
+        listed = value.ndim == 0 and 1 < size <= _LARGEST_LIST
+        place = Place(StorageWeakRef(storage), value.storage_offset()) if listed else None
         if value.device.type != "cpu" and size <= _LARGEST_LIST:
             value = self._on_cpu(value, storage)
         first = value if value.ndim == 0 else value.flatten()[0]
         if value.ndim and not bool((value == first).all()):
             return None, None
-        return float(first), source
+        return float(first), place
 
     def _on_cpu(self, value: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
         key, version = storage._cdata, _version(value)
@@ -105,14 +119,15 @@ class Timeline:
     _time: float | None = None
     _direction: int = 0
     _stride: float = 0.0
-    _source: int | None = None
+    _place: Place | None = None
+    _jump: int | None = None
     _doubt: str | None = None
     _branches: list[Branch] = field(default_factory=list)
 
     def reset(self) -> None:
         """The next call begins a trajectory."""
         self.step, self.declared = 0, False
-        self._time, self._source, self._direction, self._stride = None, None, 0, 0.0
+        self._time, self._place, self._jump, self._direction, self._stride = None, None, None, 0, 0.0
         self._doubt = None
         self._branches = []
 
@@ -124,17 +139,17 @@ class Timeline:
         self._advance()
 
     def at(
-        self, time: float | None, source: int | None, conditions: Iterable[Any], *, has_time: bool = True
+        self, time: float | None, place: Place | None, conditions: Iterable[Any], *, has_time: bool = True
     ) -> Position:
         """Place a call.
 
         Args:
             time: its time; None if that cannot be told.
-            source: the list that the time comes from, if known.
+            place: where it stands in its list, if it comes from one.
             conditions: every input but the sample and the time.
             has_time: does the UNet have a time input at all?
         """
-        doubt = None if self.declared else self._tick(time, source, has_time)
+        doubt = None if self.declared else self._tick(time, place, has_time)
         branch = self._branch(tuple((value, _version(value)) for value in conditions))
         if branch.step == self.step:
             doubt = doubt or "same time and conditions again within a step"
@@ -147,36 +162,44 @@ class Timeline:
             branch.step, branch.calls = self.step, 1
         return Position(self.step, branch, doubt)
 
-    def _tick(self, time: float | None, source: int | None, has_time: bool) -> str | None:
+    def _tick(self, time: float | None, place: Place | None, has_time: bool) -> str | None:
         if time is None:
             self.reset()
             self.step = 1
             return "time differs between rows or cannot be read" if has_time else "no time input: declare cw.step()"
         if self._time is None:
-            self._begin(time, source)
+            self._begin(time, place)
             return None
         change = time - self._time
-        if change == 0 and not self._relisted(source):
+        jump = self._from(place)
+        if change == 0 and jump is not None:
+            self._place = place
             return self._doubt
         direction = (change > 0) - (change < 0)
         backwards = self._direction and direction != self._direction
-        if backwards or change == 0 or self._relisted(source) or (self._stride and abs(change) > _FAR * self._stride):
-            self._begin(time, source)
+        if backwards or not self._regular(jump) or (self._stride and abs(change) > _FAR * self._stride):
+            self._begin(time, place, jump)
             return None
-        known = self._direction != 0 or direction < 0 or (source is not None and source == self._source)
-        self._time, self._source, self._direction = time, source, direction
+        known = self._direction != 0 or direction < 0 or bool(jump)
+        self._time, self._place, self._direction, self._jump = time, place, direction, jump
         self._stride = max(self._stride, abs(change))
         self._advance()
         self._doubt = None if known else "direction of time is not known yet"  # for every branch of the step
         return self._doubt
 
-    def _relisted(self, source: int | None) -> bool:
-        """Does the time come from another list than the one before? Then another trajectory has begun."""
-        return source is not None and self._source is not None and source != self._source
+    def _from(self, place: Place | None) -> int | None:
+        """Entries of the list since the time before; 0 where there is no list, None in another list."""
+        if place is None or self._place is None:
+            return 0
+        return place.index - self._place.index if place.times == self._place.times else None
 
-    def _begin(self, time: float, source: int | None) -> None:
+    def _regular(self, jump: int | None) -> bool:
+        """Does one trajectory go on? It takes its list's entries in turn; another list is another trajectory's."""
+        return jump == 0 or (jump is not None and (jump == self._jump or (self.step == 1 and abs(jump) == 1)))
+
+    def _begin(self, time: float, place: Place | None, jump: int | None = None) -> None:
         self.reset()
-        self._time, self._source = time, source
+        self._time, self._place, self._jump = time, place, jump
         self._advance()
 
     def _advance(self) -> None:
