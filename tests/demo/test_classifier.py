@@ -17,7 +17,7 @@ from clockwork_hooks.errors import ArgumentError
 
 @pytest.fixture(scope="module")
 def scenes() -> Scenes:
-    return draw_split(384, 4321, test=True)
+    return draw_split(256, 4321, test=True)
 
 
 @pytest.fixture(scope="module")
