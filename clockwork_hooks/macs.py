@@ -88,7 +88,7 @@ def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None
         CountError: an operator that multiplies has no recorded shapes.
 
     Example:
-        >>> import clockwork_hooks as ch
+        >>> import torch, clockwork_hooks as ch
         >>> traced = ch.trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
         >>> node_macs(traced.outputs[0])  # 6·6 pixels, 8·3·3·3 weights
         7776

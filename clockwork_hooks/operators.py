@@ -165,7 +165,7 @@ def operator_name(node: fx.Node) -> str:
     """The operator's name as a reader knows it: "conv2d", "linear", "add"; with its namespace where that is not aten.
 
     Example:
-        >>> import clockwork_hooks as ch
+        >>> import torch, clockwork_hooks as ch
         >>> traced = ch.trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
         >>> operator_name(traced.outputs[0])
         'conv2d'
@@ -195,7 +195,7 @@ def kind(node: fx.Node) -> Kind:
         and nothing here can count it (RNNs, FFTs, grouped products, anything outside aten).
 
     Example:
-        >>> import clockwork_hooks as ch
+        >>> import torch, clockwork_hooks as ch
         >>> traced = ch.trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
         >>> kind(traced.outputs[0])
         'convolution'
