@@ -20,7 +20,7 @@ from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region, by
 from clockwork_hooks.errors import AdaptorError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, finish, module_paths, recording
-from clockwork_hooks.hooks import Installed, Pass, end_pass, start_pass
+from clockwork_hooks.hooks import Installed, Pass, end_pass, start_pass, version
 from clockwork_hooks.inputs import Arguments, Binder, time_candidates
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.recorder import Recorder
@@ -178,6 +178,8 @@ class Engine:
             return "no feature was kept in the step before"
         if position.branch.exit[0] != running.key:
             return "inputs or modes changed since the step before"
+        if position.branch.exit[2] != version(position.branch.exit[1]):
+            return "the kept feature was written to"
         if not self.installed.intact(prepared.region.plan):
             self._install(prepared.region)
         return None
@@ -203,7 +205,7 @@ class Engine:
         if prepared.region is not None:
             exit = kept.get(prepared.region.exit.node)
             if exit is not None and not prepared.region.exit_written:
-                position.branch.exit = (running.key, exit.detach())
+                position.branch.exit = (running.key, exit.detach(), version(exit))
         if self.schedule.is_full(position.step):
             reason = position.doubt or ("first step" if position.step == 1 else "scheduled")
         else:
@@ -253,7 +255,8 @@ class Engine:
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:
         prepared, position, run, replaced = running.prepared, running.position, running.run, None
-        assert prepared is not None and position is not None  # `begin` set both
+        assert prepared is not None  # `begin` set both
+        assert position is not None
         if run is not None and run.kind == "adaptor" and not run.complete():
             running.reason = "calls differed from the traced ones"
             run = Pass(run.plan, "full")
@@ -262,9 +265,9 @@ class Engine:
                 replaced = module.forward(*args, **kwargs)
             finally:
                 end_pass(self)
-        if run is not None and run.exit is not None and run.complete() and prepared.region is not None:
+        if run is not None and run.exit is not None and run.complete() and run.untouched():
             exit = run.exit.detach() if run.exit.requires_grad else run.exit
-            position.branch.exit = (running.key, exit.clone() if prepared.region.exit_written else exit)
+            position.branch.exit = (running.key, exit, version(exit))
         adaptor_pass = running.reason is None
         cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
         self.stats.count(running.reason, cost, prepared.full_macs)
@@ -274,7 +277,9 @@ class Engine:
     def _emit(self, running: Running, cached: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor and check what it returns before the UNet sees it."""
         prepared, position = running.prepared, running.position
-        assert prepared is not None and position is not None and prepared.region is not None  # adaptor pass
+        assert prepared is not None  # an adaptor pass has all three
+        assert position is not None
+        assert prepared.region is not None
         entry = captured.get("entry")
         options = {"time": captured.get("time"), "text": captured.get("text")}
         if prepared.adaptor_macs is None and isinstance(self.adaptor, nn.Module):
@@ -292,7 +297,8 @@ class Engine:
             )
         if self.check_finite and not bool(torch.isfinite(made).all()):
             raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
-        return made.clone() if prepared.region.exit_written else made
+        exit: torch.Tensor = made
+        return exit
 
 
 def _looks(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.tree import Leaf, leaves, map_leaves
 
-__all__ = ["Installed", "Pass", "Plan", "Port", "RootHook", "SkippedCall", "Slot", "end_pass", "start_pass"]
+__all__ = ["Installed", "Pass", "Plan", "Port", "RootHook", "SkippedCall", "Slot", "end_pass", "start_pass", "version"]
 
 Kind = Literal["full", "adaptor"]
 
@@ -93,7 +93,8 @@ class Pass:
     Attributes:
         kind: "full" or "adaptor".
         captured: boundary tensors by name, once they have been seen.
-        exit: what the region emitted: its true exit, or the adaptor's output.
+        exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
+            code writes to it afterwards.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Pass:
         self.kind: Kind = kind
         self.captured: dict[str, torch.Tensor] = {}
         self.exit: torch.Tensor | None = None
+        self._written = -1
         self._emit = emit
         self._calls = plan.key(kind)
         self._counts: dict[str, int] = {}
@@ -120,8 +122,8 @@ class Pass:
             return map_leaves(self._fill, found.output)
         output = forward(*args, **kwargs)
         for (_, leaf), (_, slot) in zip(leaves(output), leaves(found.output), strict=False):
-            if isinstance(slot, Slot) and slot.exit:
-                self.exit = leaf
+            if isinstance(slot, Slot) and slot.exit and isinstance(leaf, torch.Tensor):
+                self._keep(leaf.clone() if slot.written else leaf)
         return output
 
     def observe(self, path: str, side: Literal["input", "output"], value: Any) -> None:
@@ -135,7 +137,11 @@ class Pass:
         which = 1 if self.kind == "adaptor" else 0
         expected = {path: counts[which] for path, counts in self.plan.counts.items() if counts[which]}
         seen = {path: count for path, count in self._counts.items() if path in self.plan.counts}
-        return seen == expected and isinstance(self.exit, torch.Tensor)
+        return seen == expected and self.exit is not None
+
+    def untouched(self) -> bool:
+        """Is the exit still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
+        return self.exit is not None and version(self.exit) == self._written
 
     def _capture(self, path: str, k: int, side: str, value: Any) -> None:
         for name, port in self.plan.ports.items():
@@ -147,9 +153,18 @@ class Pass:
         if not isinstance(leaf, Slot):
             return leaf
         if leaf.exit and self._emit is not None:
-            self.exit = self._emit(self.captured)
-            return self.exit
+            made = self._emit(self.captured)
+            self._keep(made)
+            return made.clone() if leaf.written else made
         return placeholder(leaf)
+
+    def _keep(self, exit: torch.Tensor) -> None:
+        self.exit, self._written = exit, version(exit)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A counter of in-place writes to the tensor and its views; -1 for inference tensors, which keep none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def placeholder(slot: Slot) -> torch.Tensor:
@@ -263,6 +278,7 @@ class RootHook:
         self.owner, self._act = owner, act
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        """Open or close a call of the UNet."""
         return self._act(module, args, kwargs, *output)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -339,4 +355,3 @@ class Installed:
         while self._compiled:
             module, compiled = self._compiled.pop()
             module._compiled_call_impl = compiled
-

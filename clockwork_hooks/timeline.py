@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from clockwork_hooks.hooks import version
 from clockwork_hooks.inputs import is_number
 
 __all__ = ["Branch", "Clock", "Place", "Position", "Timeline"]
@@ -31,14 +32,14 @@ class Branch:
         conditions: every input but sample and time, each with its version.
         step: the last step with a call.
         calls: number of calls in that step.
-        exit: (input signature, what the region emitted in that step), for the step after it; None if nothing may be
-            used.
+        exit: (input signature, what the region emitted in that step, its version), for the step after it; None if
+            nothing may be used.
     """
 
     conditions: tuple[tuple[Any, int], ...]
     step: int = 0
     calls: int = 0
-    exit: tuple[Hashable, torch.Tensor] | None = None
+    exit: tuple[Hashable, torch.Tensor, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Clock:
         storage = value.untyped_storage()
         size = storage.nbytes() // value.element_size()
         listed = value.ndim == 0 and 1 < size <= _LARGEST_LIST
-        place = Place(StorageWeakRef(storage), value.storage_offset()) if listed else None
+        place = Place(StorageWeakRef(storage), int(value.storage_offset())) if listed else None
         if value.device.type != "cpu" and size <= _LARGEST_LIST:
             value = self._on_cpu(value, storage)
         first = value if value.ndim == 0 else value.flatten()[0]
@@ -100,13 +101,13 @@ class Clock:
         return float(first), place
 
     def _on_cpu(self, value: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-        key, version = storage._cdata, _version(value)
+        key, written = storage._cdata, version(value)
         known = self._lists.get(key)
-        if known is None or known[1] != version or version < 0:
+        if known is None or known[1] != written or written < 0:
             whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
             if len(self._lists) > 8:
                 self._lists.clear()
-            known = self._lists[key] = (StorageWeakRef(storage), version, whole.cpu())
+            known = self._lists[key] = (StorageWeakRef(storage), written, whole.cpu())
         return known[2].as_strided(value.shape, value.stride(), value.storage_offset())
 
 
@@ -221,7 +222,7 @@ def _version(value: Any) -> int:
     Nothing tells for inference tensors, which keep no counter, and for objects of unknown classes.
     """
     if isinstance(value, torch.Tensor):
-        return -1 if value.is_inference() else value._version
+        return version(value)
     return hash(value.tobytes()) if hasattr(value, "tobytes") else -1
 
 
