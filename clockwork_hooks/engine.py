@@ -119,6 +119,8 @@ class Engine:
         running.position = self._locate(state, arguments, prepared)
         running.reason = self._why_full(running)
         if prepared.region is not None:
+            if not self.installed.intact(prepared.region.plan):  # full passes need it too: they keep the exit
+                self._install(prepared.region)
             kept = running.position.branch.exit
             running.position.branch.exit = None
             adapt = running.reason is None and kept is not None
@@ -180,8 +182,6 @@ class Engine:
             return "inputs or modes changed since the step before"
         if position.branch.exit[2] != version(position.branch.exit[1]):
             return "the kept feature was written to"
-        if not self.installed.intact(prepared.region.plan):
-            self._install(prepared.region)
         return None
 
     # -- the first call of a signature ---------------------------------------------------------------------------
