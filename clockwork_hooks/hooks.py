@@ -208,7 +208,12 @@ def end_pass(owner: object) -> Pass | None:
 
 
 class Forward:
-    """Stands in front of one module's forward; copies and pickles as the forward that it stands for."""
+    """Stands in front of one module's forward; copies and pickles as the forward that it stands for.
+
+    Without a `__dict__`: who wraps it in turn (accelerate, by `functools.update_wrapper`) copies that along.
+    """
+
+    __slots__ = ("__name__", "__wrapped__", "forward", "module", "own", "owner", "path")
 
     def __init__(self, owner: object, path: str, module: nn.Module) -> None:
         self.path = path
@@ -216,7 +221,8 @@ class Forward:
         self.owner: object | None = owner
         self.own = "forward" in vars(module)
         self.forward: Callable[..., Any] = module.forward
-        functools.update_wrapper(self, self.forward, updated=())
+        self.__name__ = "forward"
+        self.__wrapped__ = self.forward  # inspect.signature looks here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = active_pass(self.owner)
