@@ -296,6 +296,7 @@ class Installed:
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
+        self._lock = threading.RLock()
         self._forwards: dict[str, Forward] = {}
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
@@ -312,21 +313,25 @@ class Installed:
         Raises:
             WrapError: a module refuses an instance-level forward (TorchScript).
         """
-        try:
-            for path in plan.counts:
-                known = self._forwards.get(path)
-                if known is None or not known.attached:
-                    if known is not None:
-                        known.remove()
-                    self._forwards[path] = self._patch(path, modules[path])
-            for port in plan.ports.values():
-                if port.path not in plan.counts and (port.path, port.side) not in self._observers:
-                    module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
-                    add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
-                    self._observers[port.path, port.side] = add(hook, with_kwargs=True)
-        except BaseException:
-            self.remove()
-            raise
+        with self._lock:  # threads that trace at the same time would patch twice
+            try:
+                self._add(plan, modules)
+            except BaseException:
+                self.remove()
+                raise
+
+    def _add(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+        for path in plan.counts:
+            known = self._forwards.get(path)
+            if known is None or not known.attached:
+                if known is not None:
+                    known.remove()
+                self._forwards[path] = self._patch(path, modules[path])
+        for port in plan.ports.values():
+            if port.path not in plan.counts and (port.path, port.side) not in self._observers:
+                module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
+                add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
+                self._observers[port.path, port.side] = add(hook, with_kwargs=True)
 
     def _patch(self, path: str, module: nn.Module) -> Forward:
         forward = Forward(self._owner, path, module)
@@ -354,10 +359,11 @@ class Installed:
 
     def remove(self) -> None:
         """Take everything back; idempotent."""
-        while self._forwards:
-            self._forwards.popitem()[1].remove()
-        while self._observers:
-            self._observers.popitem()[1].remove()
-        while self._compiled:
-            module, compiled = self._compiled.pop()
-            module._compiled_call_impl = compiled
+        with self._lock:
+            while self._forwards:
+                self._forwards.popitem()[1].remove()
+            while self._observers:
+                self._observers.popitem()[1].remove()
+            while self._compiled:
+                module, compiled = self._compiled.pop()
+                module._compiled_call_impl = compiled

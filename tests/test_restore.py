@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import threading
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 import clockwork_hooks as ch
-from tests.tiny import SKIPPED, Tiny
+from clockwork_hooks import engine
+from clockwork_hooks.hooks import Forward, Installed
+from tests.small_unet import SKIPPED, Tiny
+from tests.snapshot import snapshot
 
 
 def sample(t: int) -> torch.Tensor:
@@ -61,6 +67,34 @@ def test_a_copy_of_a_wrapped_unet_is_plain_and_on_its_own(accelerated: bool) -> 
         assert other.stats.adaptor_passes == 2
     cw.remove()
     assert equal(descend(unet), expected)
+
+
+def test_two_threads_that_trace_at_once_patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = Tiny()
+    before, patch = snapshot(unet), Installed._patch
+
+    def slowly(self: Installed, path: str, module: nn.Module) -> Forward:
+        made = patch(self, path, module)
+        time.sleep(0.01)  # the other thread is here now
+        return made
+
+    monkeypatch.setattr(Installed, "_patch", slowly)
+    choose, meet = engine.choose, threading.Barrier(2)
+
+    def together(*args: Any, **kwargs: Any) -> Any:
+        region = choose(*args, **kwargs)
+        meet.wait(10)
+        return region
+
+    monkeypatch.setattr(engine, "choose", together)
+    with ch.wrap(unet):
+        threads = [threading.Thread(target=descend, args=(unet,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not isinstance(unet.up.forward.forward, Forward)
+    assert snapshot(unet) == before
 
 
 def test_signatures_survive() -> None:

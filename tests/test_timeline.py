@@ -10,7 +10,7 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks.timeline import Clock
-from tests.tiny import Tiny
+from tests.small_unet import Tiny
 
 
 def sample(batch: int = 1, size: int = 8) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from tests.tiny import Tiny, reference
+from tests.small_unet import Tiny, reference
 
 
 class WritesTheExit(Tiny):
