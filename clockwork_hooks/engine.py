@@ -110,7 +110,8 @@ class Engine:
             return
         arguments = self._binder(args, kwargs)
         key = (arguments.signature, *_mode(module, arguments))
-        running = Running(sys._getframe(2), sys.exc_info()[1], arguments, key)
+        frame = sys._getframe(3)  # ours ← the wrapper's ← the hook's ← the root's call
+        running = Running(frame, sys.exc_info()[1], arguments, key)
         state.running.append(running)
         running.prepared = prepared = self._prepared.get(running.key) or self._adopt(running)
         if prepared is None:

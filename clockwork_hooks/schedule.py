@@ -87,14 +87,15 @@ class Schedule:
         Raises:
             ArgumentError: a step is no int, or below 2 (the first step is always full).
         """
-        chosen = frozenset(steps)
-        wrong = [step for step in chosen if isinstance(step, bool) or not isinstance(step, int) or step < 2]
-        if wrong:
+        given = list(steps) if isinstance(steps, Iterable) else [steps]
+        wrong = [step for step in given if isinstance(step, bool) or not isinstance(step, int) or step < 2]
+        if wrong or not isinstance(steps, Iterable):
             raise ArgumentError(
-                "adaptor steps are ints of at least 2: the first step of a trajectory is always full",
-                seen={"steps": sorted(chosen, key=str), "outside the rule": wrong},
+                "adaptor steps are a set of ints of at least 2: the first step of a trajectory is always full",
+                seen={"steps": repr(steps), "outside the rule": wrong or "no set"},
                 do="number the steps from 1, as in {2, 4, 6, 8}",
             )
+        chosen = frozenset(given)
         return cls(chosen.__contains__, f"at({sorted(chosen)})")
 
     @classmethod

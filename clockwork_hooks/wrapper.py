@@ -17,6 +17,7 @@ from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
+from clockwork_hooks.graph import module_paths
 from clockwork_hooks.hooks import RootHook
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import RunReport, Stats
@@ -68,8 +69,13 @@ def wrap(
     Example:
         >>> import torch
         >>> from diffusers import DDIMScheduler, UNet2DModel
-        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8,
-        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).eval()
+        >>> unet = UNet2DModel(
+        ...     16,
+        ...     block_out_channels=(8, 32),
+        ...     norm_num_groups=8,
+        ...     down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2,
+        ... ).eval()
         >>> scheduler, sample = DDIMScheduler(), torch.randn(1, 3, 16, 16)
         >>> scheduler.set_timesteps(8)
         >>> with torch.no_grad(), wrap(unet, clock=2) as cw:
@@ -82,14 +88,10 @@ def wrap(
     """
     _check_unet(unet)
     if plan is not None:
-        region, schedule, adaptor = plan.region, plan.schedule, plan.adaptor
+        region, schedule, adaptor = _parts(plan)
     check_clock(clock)
-    if region is not None and not isinstance(region, Region):
-        raise ArgumentError(
-            "a region comes from find_region or find_regions",
-            seen={"region": type(region).__name__},
-            do="pass region=ch.find_region(unet, *args, level=1)",
-        )
+    if region is not None:
+        _check_region(region, unet)
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
     steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
@@ -110,7 +112,7 @@ class ClockworkWrapper:
         self.unet = unet
         self._engine = engine
         self._handles = [
-            unet.register_forward_pre_hook(RootHook(self, engine.begin), with_kwargs=True),
+            unet.register_forward_pre_hook(RootHook(self, self._begin), with_kwargs=True),
             unet.register_forward_hook(RootHook(self, self._end), with_kwargs=True, always_call=True),
         ]
         engine.installed.run_eagerly(unet)
@@ -201,6 +203,13 @@ class ClockworkWrapper:
     def __repr__(self) -> str:
         return f"ClockworkWrapper({type(self.unet).__name__}, {self.schedule}, {type(self.adaptor).__name__})"
 
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self._engine.begin(module, args, kwargs)
+        except BaseException:
+            self.remove()
+            raise
+
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         try:
             return self._engine.end(module, args, kwargs, output)
@@ -238,6 +247,40 @@ def _check_unet(unet: nn.Module) -> None:
         )
 
 
+def _parts(plan: Any) -> tuple[Any, Any, Any]:
+    names = ("region", "schedule", "adaptor")
+    missing = [name for name in names if not hasattr(plan, name)]
+    if missing:
+        raise ArgumentError(
+            "a plan has a region, a schedule and an adaptor",
+            seen={"plan": type(plan).__name__, "it lacks": ", ".join(missing)},
+            do="pass region=, schedule= and the adaptor themselves",
+        )
+    return plan.region, plan.schedule, plan.adaptor
+
+
+def _check_region(region: Any, unet: nn.Module) -> None:
+    if not isinstance(region, Region):
+        raise ArgumentError(
+            "a region comes from find_region or find_regions",
+            seen={"region": type(region).__name__},
+            do="pass region=ch.find_region(unet, *args, level=1)",
+        )
+    known = set(module_paths(unet).values())
+    needed = (*region.plan.counts, *(port.path for port in region.plan.ports.values()))
+    missing = [path for path in dict.fromkeys(needed) if path not in known]
+    if missing:
+        raise ArgumentError(
+            "a region fits the UNet that it was found for",
+            seen={
+                "region found for": region.model,
+                "unet": type(unet).__name__,
+                "modules it lacks": ", ".join(missing[:5]),
+            },
+            do="pass region=ch.find_region(unet, *args), found for this UNet",
+        )
+
+
 def _wrapped(unet: nn.Module) -> bool:
     return any(isinstance(hook, RootHook) for hook in unet._forward_pre_hooks.values())
 
@@ -245,7 +288,7 @@ def _wrapped(unet: nn.Module) -> bool:
 def _adaptor(adaptor: Adaptor | str | None) -> Adaptor:
     if adaptor is None or adaptor == "identity":
         return IdentityAdaptor()
-    if isinstance(adaptor, str) or not callable(adaptor):
+    if isinstance(adaptor, (str, type)) or not callable(adaptor):
         raise AdaptorError(
             'an adaptor is None, "identity", or a module called as adaptor(entry, exit_cached, time=..., text=...)',
             seen={"adaptor": repr(adaptor)[:80]},
