@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
-    """A copy of `value` with `fn` applied to every leaf; containers keep their types.
+    """A copy of `value` with `fn` applied to every leaf; containers keep their types, read-only mappings become dicts.
 
     Example:
         >>> map_leaves(lambda leaf: leaf * 2, [1, (2, {"a": 3})])
@@ -55,12 +55,15 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
         return type(value)(*(map_leaves(fn, item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(map_leaves(fn, item) for item in value)
+    mapped = {key: map_leaves(fn, item) for key, item in _items(value)}
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return mapped
     made = copy.copy(value)
-    for key, item in _items(value):
+    for key, item in mapped.items():
         if isinstance(value, Mapping):
-            made[key] = map_leaves(fn, item)
+            made[key] = item
         else:
-            object.__setattr__(made, key, map_leaves(fn, item))
+            object.__setattr__(made, key, item)
     return made
 
 
