@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.inputs import Arguments, Binder, find_sample, time_candidates
@@ -138,8 +139,8 @@ def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:
         The trace; `.graph` is a `torch.fx.Graph`.
 
     Raises:
-        TraceError: `unet` is no module, no argument can be the sample, or the call itself failed on meta for want of
-            a meta kernel.
+        TraceError: `unet` is no module or has lazy ones that were never called, no argument can be the sample, or the
+            call itself failed on meta for want of a meta kernel.
 
     Example:
         >>> import clockwork_hooks as ch
@@ -155,14 +156,20 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
         raise TraceError(
             "only an nn.Module can be traced", seen={"got": type(unet).__name__}, do="pass the UNet, not the pipeline"
         )
+    if any(map(is_lazy, (*unet.parameters(), *unet.buffers()))):
+        raise TraceError(
+            "a UNet has all its parameters before it is traced",
+            seen={"model": type(unet).__name__, "parameters without a shape": "those of lazy modules"},
+            do="call it once",
+        )
     arguments = Binder(unet.forward)(args, kwargs)
     devices = {tensor.device for tensor in unet.parameters() if tensor.device.type == "cuda"}
-    with torch.inference_mode(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+    with torch.inference_mode(), torch.random.fork_rng(devices=sorted(devices, key=str)), _unchanged(unet):
         try:
-            with recording(unet, args, kwargs, arguments) as recorder:
+            with recording(unet, args, kwargs, arguments, restore=True) as recorder:
                 unet(*args, **kwargs)
-        except NotImplementedError as error:
-            if "meta" not in str(error).lower():
+        except RuntimeError as error:  # NotImplementedError is one
+            if not any(words in str(error) for words in ("Meta", "meta tensors", "no fake impl")):
                 raise
             raise TraceError(
                 "on the meta device every operator needs a meta kernel",
@@ -174,15 +181,41 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
 
 @contextlib.contextmanager
 def recording(
-    unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], arguments: Arguments | None = None
+    unet: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    arguments: Arguments | None = None,
+    *,
+    restore: bool = False,
 ) -> Iterator[Recorder]:
-    """Record the one call of `unet` that the block makes."""
+    """Record the one call of `unet` that the block makes; `restore` takes back what it writes to parameters."""
     recorder = Recorder(unet, arguments or Binder(unet.forward)(args, kwargs), module_paths(unet))
-    recorder.start(args, kwargs, frame=sys._getframe(2))  # the block's frame: ours is suspended
+    recorder.start(args, kwargs, frame=sys._getframe(2), outside=True, save=restore)  # the block's frame
     try:
         yield recorder
     finally:
         recorder.stop()
+        for weight, before in recorder.saved:
+            weight.copy_(before)
+
+
+@contextlib.contextmanager
+def _unchanged(unet: nn.Module) -> Iterator[None]:
+    """Take back what a call makes and counts: buffers, submodules, caches (as inference tensors of no use later)."""
+    buffers = [(buffer, buffer.clone()) for buffer in unet.buffers() if buffer.device.type != "meta"]
+    before = [(vars(module), dict(vars(module))) for module in unet.modules()]
+    inner = [value for _, seen in before for value in seen.values() if isinstance(value, dict)]
+    before += [(value, dict(value)) for value in inner]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            if now.keys() != then.keys() or any(now[name] is not then[name] for name in then):
+                now.clear()
+                now.update(then)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
@@ -223,9 +256,8 @@ def _periodic(traced: Trace) -> tuple[str, ...]:
 
 
 def module_paths(unet: nn.Module) -> dict[int, str]:
-    """First dotted path of each registered module by its id, without torch.compile's `_orig_mod`."""
+    """First dotted path of each registered module by its id, without torch.compile's `_orig_mod` on the way to it."""
     paths: dict[int, str] = {}
     for path, module in unet.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), ".".join(part for part in path.split(".") if part != "_orig_mod"))
+        paths.setdefault(id(module), path.replace("_orig_mod.", ""))
     return paths
-

@@ -19,15 +19,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from clockwork_hooks.inputs import Arguments, is_number
 from clockwork_hooks.tree import Leaf, map_leaves, tensors
 
 __all__ = ["ModuleCall", "Recorder", "TensorSpec"]
 
-_LOCK = threading.RLock()
+_ALIAS = torch.ops.aten.alias.default
 _FACTORIES = (
     torch.ops.aten.full.default,
     torch.ops.aten.full_like.default,
@@ -87,18 +97,22 @@ class Recorder(TorchDispatchMode):
         self.calls: list[ModuleCall] = []
         self.inputs: dict[str, fx.Node] = {}
         self.kept: dict[int, torch.Tensor] = {}
+        self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._root = root
         self._paths = paths
         self._stack: list[ModuleCall] = []
         self._ordinals: dict[int, int] = {}
         self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], fx.Node]] = {}
-        self._aliases: dict[tuple[Any, ...], fx.Node] = {}
+        self._views: dict[int, dict[tuple[Any, ...], fx.Node]] = {}
+        self._shared: dict[int, set[int]] = {}
         self._storages: dict[int, StorageWeakRef] = {}
         self._owners: dict[int, fx.Node] = {}
+        self._owned: dict[int, torch.Tensor] = {}
         self._writes: dict[int, fx.Node] = {}
         self._handles: list[Any] = []
         self._frame: FrameType | None = None
         self._thread = -1
+        self._outside = False
         self._floor = sys.maxsize
         self._rank = 4
         self._numbers: list[tuple[Any, fx.Node]] = []
@@ -118,15 +132,27 @@ class Recorder(TorchDispatchMode):
 
     # -- begin and end -------------------------------------------------------------------------------------------
 
-    def start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, frame: FrameType, keep: int = 0) -> None:
+    def start(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        frame: FrameType,
+        keep: int = 0,
+        outside: bool = False,
+        save: bool = False,
+    ) -> None:
         """Begin; the root's call is open from here on.
 
         Args:
             args, kwargs: the root's arguments.
             frame: the one that runs the root's call; once it is off the stack, recording was abandoned.
             keep: spatial rank of the sample, to keep a few likely exits alive (`kept`); 0 keeps none.
+            outside: the root is yet to be called; else one of its own pre-hooks is what calls us.
+            save: keep a copy of every parameter that the call writes to (`saved`).
         """
-        _LOCK.acquire()
+        self._outside = outside
+        self._owned = _owners(self._root) if save else {}
         self._thread = threading.get_ident()
         self._frame = frame
         self._rank = keep
@@ -143,24 +169,37 @@ class Recorder(TorchDispatchMode):
         if self._thread < 0:
             return
         try:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._leave()
         finally:
             for handle in self._handles:
                 handle.remove()
+                _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets it, and warns of it ever after
             while self._stack:
                 self._close(output if len(self._stack) == 1 else None)
             self._thread, self._frame = -1, None
             self._tensors.clear()
-            self._aliases.clear()
+            self._views.clear()
+            self._shared.clear()
             self._storages.clear()
-            _LOCK.release()
+
+    def _leave(self) -> None:
+        """Take this mode off the thread's stack, and no other: after an interrupt there may be some above it."""
+        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            return
+        above = []
+        while (mode := _get_current_dispatch_mode_stack()[-1]) is not self:
+            above.append(mode)
+            _pop_mode()
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def _abandoned(self) -> bool:
         """KeyboardInterrupt passes torch's always-called hooks by: has the root's frame left the stack?"""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
-        return frame is None and _get_current_dispatch_mode_stack()[-1] is self
+        return frame is None
 
     # -- module calls --------------------------------------------------------------------------------------------
 
@@ -170,19 +209,22 @@ class Recorder(TorchDispatchMode):
         if self._abandoned():
             self.stop()
             return
-        if module is self._root and len(self.calls) == 1 == len(self._stack):
+        if self._outside and module is self._root:
+            self._outside = False
             return
         self._open(module)
         self._stack[-1].inputs = (self._specs(args), {})
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """Called with (kwargs, output); with the output alone where another thread sees us half registered."""
         if threading.get_ident() != self._thread or all(call.module != id(module) for call in self._stack):
             return
         while self._stack[-1].module != id(module):
             self._close(None)
         call = self._stack[-1]
-        if kwargs:
-            call.inputs = (call.inputs[0], self._specs(dict(kwargs), before=call.first))
+        *kwargs, output = rest
+        if kwargs and kwargs[0]:
+            call.inputs = (call.inputs[0], self._specs(dict(kwargs[0]), before=call.first))
         self._close(output)
         if self._rank and call.path is not None:
             self._keep(output)
@@ -205,11 +247,9 @@ class Recorder(TorchDispatchMode):
 
     def _specs(self, value: Any, before: int | None = None) -> Any:
         def spec(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor) or is_lazy(leaf):
                 return leaf
-            node = self._node(leaf)
-            while before is not None and node.meta["index"] >= before and "was" in node.meta:
-                node = node.meta["was"]
+            node = self._node(leaf) if before is None else self._earlier(leaf, before)
             return TensorSpec(node, tuple(leaf.shape), leaf.dtype, leaf.device)
 
         return map_leaves(spec, value)
@@ -231,14 +271,16 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        after: set[fx.Node] = set()
-        node = self._add("call_function", func, self._lift(args, after), self._lift(kwargs, after))
-        if self._numbers and func in _FACTORIES:
-            after.update(source for number, source in self._numbers if number in args)
-        if after:
-            node.meta["after"] = tuple(after.difference(node.all_input_nodes))
+        if self._abandoned():
+            return func(*args, **kwargs)
         written = _written(func, args, kwargs)
+        for tensor in written if self._owned else ():
+            self._save(tensor)
+        out = func(*args, **kwargs)
+        node = self._add("call_function", func, self._lift(args), self._lift(kwargs))
+        if self._numbers and func in _FACTORIES:
+            given = [value for value in args if is_number(value)]
+            node.meta["after"] = tuple(source for number, source in self._numbers if number in given)
         for tensor in written:
             self._write(tensor, node)
         if isinstance(out, torch.Tensor):
@@ -258,19 +300,21 @@ class Recorder(TorchDispatchMode):
         self.nodes.append(node)
         return node
 
-    def _lift(self, value: Any, after: set[fx.Node]) -> Any:
-        """The argument with nodes for tensors; a tensor written through another view also comes `after` the write."""
+    def _lift(self, value: Any) -> Any:
+        """The argument with nodes for tensors."""
         if isinstance(value, torch.Tensor):
-            node = self._node(value)
-            last = self._writes.get(self._storage(value)) if self._writes else None
-            if last is not None and last.meta["index"] > node.meta["index"]:
-                after.add(last)
-            return node
+            return None if is_lazy(value) else self._node(value)
         if isinstance(value, (list, tuple)):
-            return tuple(self._lift(item, after) for item in value)
+            return tuple(map(self._lift, value))
         if isinstance(value, dict):
-            return {key: self._lift(item, after) for key, item in value.items()}
+            return {key: self._lift(item) for key, item in value.items()}
         return value if isinstance(value, _PLAIN) else None
+
+    def _save(self, tensor: torch.Tensor) -> None:
+        """Copy the parameter that is about to be written to for the first time."""
+        weight = self._owned.pop(self._storage(tensor), None)
+        if weight is not None:
+            self.saved.append((weight, weight.clone()))
 
     # -- which node is this tensor? ------------------------------------------------------------------------------
 
@@ -285,38 +329,61 @@ class Recorder(TorchDispatchMode):
             self._storages[key] = StorageWeakRef(storage)
         return key
 
-    def _alias(self, tensor: torch.Tensor) -> tuple[Any, ...] | None:
-        storage = self._storage(tensor)
-        return (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if storage else None
-
     def _bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self._tensors[id(tensor)] = (weakref.ref(tensor), node)
-        if alias := self._alias(tensor):
-            self._aliases[alias] = node
-            node.meta["storage"] = alias[0]
-            self._owners.setdefault(alias[0], node)
+        if storage := self._storage(tensor):
+            self._views.setdefault(storage, {})[_view(tensor)] = node
+            self._shared.setdefault(storage, set()).add(id(tensor))
+            node.meta["storage"] = storage
+            self._owners.setdefault(storage, node)
 
     def _write(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """An in-place operator: its node is what the tensor is from now on, and what other views come after."""
+        """An in-place operator: its node is what the tensor is from now on; other views become nodes of their own."""
         node.meta["was"] = self._node(tensor)
+        storage = self._storage(tensor)
+        self._views.pop(storage, None)
+        shared = self._shared.pop(storage, set())
         self._bind(tensor, node)
-        if storage := self._storage(tensor):
-            self._writes[storage] = node
+        if not storage:
+            return
+        self._writes[storage] = node
+        for key in shared - {id(tensor)}:
+            ref, before = self._tensors[key]
+            other = ref()
+            if other is not None and self._storage(other) == storage:
+                now = self._add("call_function", _ALIAS, (before,))
+                now.meta["after"] = (node,)
+                self._bind(other, now)
+
+    def _earlier(self, tensor: torch.Tensor, before: int) -> fx.Node:
+        """The node that the tensor was before the node of index `before`."""
+        node = self._node(tensor)
+        while node.meta["index"] >= before:
+            if "was" in node.meta:
+                node = node.meta["was"]
+            elif node.target is _ALIAS and "after" in node.meta:
+                node = node.args[0]  # type: ignore[assignment]
+            else:
+                break
+        return node
 
     def _node(self, tensor: torch.Tensor) -> fx.Node:
         known = self._tensors.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
-        alias = self._alias(tensor)
-        if alias is not None and alias in self._aliases:
-            return self._aliases[alias]
+        storage = self._storage(tensor)
+        same = self._views.get(storage, {}).get(_view(tensor))
+        if same is not None:
+            return same
         weight = self._weights.get(id(tensor))
         if weight is not None and weight[0]() is tensor:
             node = self._add("get_attr", weight[1])
-        elif alias is not None and alias[0] in self._owners:
-            view = (self._owners[alias[0]], tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        elif storage in self._owners:
+            view = (self._owners[storage], tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
             node = self._add("call_function", torch.ops.aten.as_strided.default, view)
+            if storage in self._writes:
+                node.meta["after"] = (self._writes[storage],)
         else:
             node = self._constant(tensor)
         self._bind(tensor, node)
@@ -328,9 +395,18 @@ class Recorder(TorchDispatchMode):
             node = self._add("placeholder", f"constant_{len(self.nodes)}")
         node.meta["constant"] = True
         if self._numbers and tensor.numel() == 1 and tensor.device.type == "cpu":
-            value = tensor.detach().item()
+            with torch._C._DisableTorchDispatch():
+                value = tensor.detach().item()
             node.meta["after"] = tuple(source for number, source in self._numbers if number == value)
         return node
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tells the views of one storage apart; none has this key where there is no storage."""
+    try:
+        return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    except (NotImplementedError, RuntimeError):
+        return ()
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -343,3 +419,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += tensors(args[k] if k < len(args) else kwargs.get(argument.name))
     return written
+
+
+def _owners(root: nn.Module) -> dict[int, torch.Tensor]:
+    """Storage → the parameter in it, where there is one in memory."""
+    return {
+        tensor.untyped_storage()._cdata: tensor
+        for tensor in root.parameters()
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and not is_lazy(tensor)
+    }
