@@ -298,6 +298,7 @@ class Builder:
             for side in sorted((s for s in sides if s.kind == kind), key=_preference):
                 if name not in ports and side.dtype.is_floating_point:
                     ports[name] = self._port(side.node, last, visible, chosen)
+
         def stand_in(call: ModuleCall) -> SkippedCall:
             output = map_leaves(lambda leaf: slot(leaf, call), call.output)
             return SkippedCall(str(call.path), call.ordinal, visible[call.index], output)
@@ -380,12 +381,8 @@ class Builder:
         return tuple((self.levels.spatial.get(p, ()), *found[p]) for p in sorted(found, reverse=True) if p >= floor)  # type: ignore[misc]
 
     def _fingerprint(self, entries: tuple[Boundary, ...], exit: Boundary, plan: Plan) -> str:
-        sample = self.trace.inputs[self.trace.sample].meta["shape"]
-        space = math.prod(sample[2:])
+        def port(boundary: Boundary) -> list[Any]:
+            return [boundary.path, boundary.call, self.levels.channels(self.trace.nodes[boundary.node])]
 
-        def scale(boundary: Boundary) -> list[Any]:
-            channels = boundary.shape[1] if len(boundary.shape) == len(sample) else boundary.shape[-1]
-            return [boundary.path, boundary.call, channels, round(math.log2(math.prod(boundary.resolution) / space), 1)]
-
-        told = [[scale(e) for e in entries], scale(exit), [[c.path, c.ordinal] for c in plan.skipped]]
+        told = [[port(e) for e in entries], port(exit), [[c.path, c.ordinal] for c in plan.skipped]]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

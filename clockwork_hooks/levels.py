@@ -40,7 +40,7 @@ class Levels:
                 count = math.prod(shape) // shape[1]
                 space = shape[2:]
                 self._by_node.setdefault(operand, count)
-                if count not in shapes or len(space) < len(shapes[count]):
+                if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
                     shapes[count] = space
         self.spatial = dict(sorted(shapes.items(), reverse=True))
 
@@ -48,6 +48,10 @@ class Levels:
     def is_spatial(node: fx.Node) -> bool:
         """Is this a convolution, pooling or interpolation?"""
         return node.op == "call_function" and _SPATIAL.match(operator_name(node)) is not None
+
+    def _rank_of(self, space: tuple[int, ...]) -> tuple[bool, int]:
+        """Which of two views names a level: the one without frames, but no view along the frames alone."""
+        return len(space) < min(2, self._rank - 2), len(space)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         if not self.is_spatial(node):
@@ -65,7 +69,16 @@ class Levels:
         total = math.prod(shape)
         last = len(shape) - 1
         axes = [1, last] if len(shape) >= self._rank else [last, 1]
-        return next((total // shape[axis] for axis in axes if total // shape[axis] in self.spatial), None)
+        fitting = [axis for axis in axes if total // shape[axis] in self.spatial]
+        alike = [
+            axis for axis in fitting if _holds(shape[1:axis] + shape[axis + 1 :], self.spatial[total // shape[axis]])
+        ]
+        return next((total // shape[axis] for axis in (*alike, *fitting)), None)
+
+    def channels(self, node: fx.Node) -> int | None:
+        """Size of the axis that is neither batch, nor frames, nor space."""
+        count = self.positions(node)
+        return math.prod(node.meta["shape"]) // count if count else None
 
     def resolution(self, node: fx.Node) -> tuple[int, ...] | None:
         """Spatial shape of a node's level, e.g. (32, 32)."""
@@ -78,3 +91,8 @@ class Levels:
             return False
         count = self._by_node.get(node)
         return count is not None and count < below and math.prod(node.meta["shape"][2:]) > 1
+
+
+def _holds(axes: tuple[int, ...], space: tuple[int, ...]) -> bool:
+    """Are these axes of a tensor the spatial ones, as they are or flattened to tokens?"""
+    return axes[-len(space) :] == space or (len(axes) == 1 and axes[0] == math.prod(space))

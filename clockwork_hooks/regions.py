@@ -324,8 +324,8 @@ class _Finder:
             f"module returns, with {SMALLEST:.0%} to {LARGEST:.0%} of the MACs",
             seen=seen,
             do=("take a wider one: wrap(unet, region=find_regions(...)[0]); or " if wider else "")
-            + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in "
-            "and out",
+            + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
+            " and out",
         )
 
     def _upward_exits(self) -> list[str]:
