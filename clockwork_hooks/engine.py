@@ -28,7 +28,7 @@ from clockwork_hooks.regions import choose, match, skipped_nodes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
-from clockwork_hooks.timeline import Position
+from clockwork_hooks.timeline import NOT_KEPT, Position
 from clockwork_hooks.tree import tensors
 
 __all__ = ["Engine"]
@@ -123,7 +123,7 @@ class Engine:
             if not self.installed.intact(prepared.region.plan):  # full passes need it too: they keep the exit
                 self._install(prepared.region)
             kept = running.position.branch.exit
-            running.position.branch.exit = None
+            running.position.branch.exit, running.position.branch.missing = None, NOT_KEPT
             adapt = running.reason is None and kept is not None
             running.run = Pass(
                 prepared.region.plan,
@@ -178,7 +178,7 @@ class Engine:
         if torch.is_grad_enabled() and self.unet.training:
             return "training"
         if position.branch.exit is None:
-            return "no feature was kept in the step before"
+            return position.branch.missing
         if position.branch.exit[0] != running.key:
             return "inputs or modes changed since the step before"
         if position.branch.exit[2] != version(position.branch.exit[1]):
@@ -204,7 +204,7 @@ class Engine:
         self._prepared[running.key] = prepared
         position = self._locate(state, running.arguments, prepared)
         if prepared.region is not None:
-            exit = kept.get(prepared.region.exit.node)
+            exit, position.branch.missing = kept.get(prepared.region.exit.node), "traced"
             if exit is not None and not prepared.region.exit_written:
                 position.branch.exit = (running.key, exit.detach(), version(exit))
         if self.schedule.is_full(position.step):
@@ -283,9 +283,10 @@ class Engine:
         assert prepared.region is not None
         entry = captured.get("entry")
         options = {"time": captured.get("time"), "text": captured.get("text")}
-        if prepared.adaptor_macs is None and isinstance(self.adaptor, nn.Module):
-            with recording(self.adaptor, (entry, cached), options) as recorder:
-                made = self.adaptor(entry, cached, **options)
+        if prepared.adaptor_macs is None:
+            adaptor = self.adaptor if isinstance(self.adaptor, nn.Module) else _Function(self.adaptor)
+            with recording(adaptor, (entry, cached), options) as recorder:
+                made = adaptor(entry, cached, **options)
             prepared.adaptor_macs = sum(map(node_macs, recorder.nodes))
         else:
             made = self.adaptor(entry, cached, **options)
@@ -300,6 +301,17 @@ class Engine:
             raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
         exit: torch.Tensor = made
         return exit
+
+
+class _Function(nn.Module):
+    """An adaptor that is no module, as one: for the recorder."""
+
+    def __init__(self, function: Adaptor) -> None:
+        super().__init__()
+        self._function = (function,)  # a tuple: whatever it is, it is no submodule
+
+    def forward(self, entry: Any, exit_cached: Any, **options: Any) -> Any:
+        return self._function[0](entry, exit_cached, **options)
 
 
 def _looks(value: Any) -> str:

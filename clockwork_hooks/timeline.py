@@ -19,6 +19,7 @@ from clockwork_hooks.inputs import is_number
 
 __all__ = ["Branch", "Clock", "Place", "Position", "Timeline"]
 
+NOT_KEPT = "no feature was kept in the step before"
 _FAR = 4.0
 _LARGEST_LIST = 1 << 16
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -34,12 +35,14 @@ class Branch:
         calls: number of calls in that step.
         exit: (input signature, what the region emitted in that step, its version), for the step after it; None if
             nothing may be used.
+        missing: why there is none.
     """
 
     conditions: tuple[tuple[Any, int], ...]
     step: int = 0
     calls: int = 0
     exit: tuple[Hashable, torch.Tensor, int] | None = None
+    missing: str = NOT_KEPT
 
 
 @dataclass(frozen=True, slots=True)
