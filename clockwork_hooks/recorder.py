@@ -112,6 +112,7 @@ class Recorder(TorchDispatchMode):
         self._handles: list[Any] = []
         self._frame: FrameType | None = None
         self._thread = -1
+        self._caller = threading.current_thread()
         self._outside = False
         self._floor = sys.maxsize
         self._rank = 4
@@ -153,7 +154,7 @@ class Recorder(TorchDispatchMode):
         """
         self._outside = outside
         self._owned = _owners(self._root) if save else {}
-        self._thread = threading.get_ident()
+        self._thread, self._caller = threading.get_ident(), threading.current_thread()
         self._frame = frame
         self._rank = keep
         self._open(self._root)
@@ -205,6 +206,8 @@ class Recorder(TorchDispatchMode):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if threading.get_ident() != self._thread:
+            if not self._caller.is_alive():
+                self.stop()
             return
         if self._abandoned():
             self.stop()

@@ -1,0 +1,543 @@
+"""The first real call of a wrapped UNet is recorded while it runs: on any UNet, in any mode, and leaves no trace."""
+
+import gc
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+import clockwork_hooks as ch
+from clockwork_hooks.graph import recording
+from clockwork_hooks.hooks import Forward
+from tests.bendable import Tiny, noise, outputs
+from tests.snapshot import snapshot
+from tests.test_trace import CALLERS, WRITERS, ByForward, Custom, WritesInAModule, assert_clean
+from tests.zoo import ZOO
+from tests.zoo.proof import same
+
+TIMES = (9.0, 8.0, 7.0, 6.0)
+FULL = (0, 2)
+
+
+def rollout(model: nn.Module, **kwargs: Any) -> list[Any]:
+    """Four steps on moving samples, the first of them recorded when the model is wrapped."""
+    return outputs(lambda t: model(noise() + 0.1 * t, t, **kwargs), TIMES)
+
+
+def ticked(model: nn.Module, expected: list[Any], **kwargs: Any) -> list[Any]:
+    """A rollout at clock 2: full steps equal the plain ones to the bit, adaptor steps do not; the model is restored."""
+    before, state = snapshot(model), torch.get_rng_state()
+    with ch.wrap(model, clock=2) as cw:
+        made = rollout(model, **kwargs)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
+    assert [same(a, b) for a, b in zip(made, expected, strict=True)] == [True, False, True, False]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert snapshot(model) == before
+    assert_clean()
+    assert same(rollout(model), expected)
+    return made
+
+
+@pytest.fixture
+def reference() -> list[Any]:
+    """What a plain wrapped UNet makes: full and adaptor steps."""
+    model = Tiny()
+    return ticked(model, rollout(model))
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Tiny, Custom, *WRITERS, *CALLERS])
+def test_every_bend_in_a_real_loop(kind: type[Tiny]) -> None:
+    model = kind()
+    before, expected = snapshot(model), rollout(model)
+    with ch.wrap(model) as cw:
+        made = rollout(model)
+        found = ch.find_region(kind(), noise(), 9.0)
+        assert cw.region is not None
+        assert (cw.region.fingerprint, cw.region.macs) == (found.fingerprint, found.macs)
+        again = kind in (WritesInAModule, ByForward)  # the exit was written to, or not kept: one more full pass
+        assert cw.stats.reasons == {"first step": 1, "scheduled": 1, **({"traced": 1} if again else {})}
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert snapshot(model) == before
+    assert same(rollout(model), expected)
+
+
+def test_a_lazy_model_and_one_that_grows_are_recorded_in_their_first_call() -> None:
+    class Grows(Tiny):
+        made: nn.Module
+
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            if "made" not in self._modules:
+                self.made = nn.Conv2d(8, 8, 1)
+            return super().low(self.made(h), t)
+
+    lazy = Tiny()
+    lazy.body = nn.LazyConv2d(32, 3, 1, 1)
+    for model in (Grows(), lazy):
+        with ch.wrap(model) as cw:
+            made = rollout(model)
+            assert cw.stats.adaptor_passes == 2, cw.report()
+        expected = rollout(model)
+        assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+        model(noise(), 3.0).sum().backward()
+
+
+class Outer(Tiny):
+    """Another UNet works within the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tiny(32)
+
+    def low(self, h: Tensor, t: Any) -> Tensor:
+        return self.up(self.inner(self.down(h), t))
+
+
+class Refiner(Tiny):
+    """One UNet after the other: the outer wrapper's region is the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Tiny()
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        return super().forward(self.first(x, t), t)
+
+
+def test_a_unet_within_a_wrapped_unet_is_recorded_twice_at_once() -> None:
+    model = Outer()
+    before, expected = snapshot(model), rollout(model)
+    with ch.wrap(model) as outer, ch.wrap(model.inner) as inner:
+        made = rollout(model)
+        assert inner.region is not None
+        assert outer.region is not None
+        assert inner.region.fingerprint == ch.find_region(Tiny(32), noise(2, 32, 8, 8), 9.0).fingerprint
+        assert outer.region.fingerprint == ch.find_region(Outer(), noise(), 9.0).fingerprint
+        assert same(made[0], expected[0])
+    assert snapshot(model) == before
+    assert same(rollout(model), expected)
+    assert_clean()
+
+
+@pytest.mark.xfail(strict=True, reason="a skipped module that is wrapped itself: its own wrapper calls it again")
+def test_a_unet_within_a_wrapped_unet_is_skipped() -> None:
+    model = Outer()
+    with ch.wrap(model) as outer, ch.wrap(model.inner) as inner:
+        rollout(model)
+        assert (outer.stats.full_passes, outer.stats.adaptor_passes) == (2, 2)
+        assert (inner.stats.full_passes, inner.stats.adaptor_passes) == (1, 1)
+
+
+def test_two_wrappers_that_share_modules_never_give_a_wrong_full_step() -> None:
+    model = Refiner()
+    expected = rollout(model)
+    with ch.wrap(model), ch.wrap(model.first):
+        made = rollout(model)
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert same(rollout(model), expected)
+    assert_clean()
+
+
+@pytest.mark.xfail(strict=True, reason="a Forward that lies under another wrapper's stays when it goes first")
+@pytest.mark.parametrize("first", ["outer", "inner"])
+def test_two_wrappers_that_share_modules_restore_them(first: str) -> None:
+    model = Refiner()
+    before = snapshot(model)
+    pair = [ch.wrap(model), ch.wrap(model.first)]
+    rollout(model)
+    for cw in pair if first == "outer" else reversed(pair):
+        cw.remove()
+    assert snapshot(model) == before
+
+
+# -- modes --------------------------------------------------------------------------------------------------------
+
+
+def test_modes_of_the_caller() -> None:
+    for mode in (
+        lambda: torch.inference_mode(),
+        lambda: torch.enable_grad(),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ):
+        model = Tiny().eval()
+        with mode():
+            expected = [model(noise() + 0.1 * t, t) for t in TIMES]
+            with ch.wrap(model) as cw:
+                made = [model(noise() + 0.1 * t, t) for t in TIMES]
+                assert cw.stats.adaptor_passes == 2, cw.report()
+            assert [torch.equal(made[k], expected[k]) for k in FULL] == [True, True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_flow_through_a_recorded_call_with_checkpoints(reentrant: bool) -> None:
+    class Checkpointed(Tiny):
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            return checkpoint(super().low, h, t, use_reentrant=reentrant)
+
+    model = Checkpointed().train()
+    model(noise(), 3.0).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with ch.wrap(model):
+        model(noise(), 3.0).sum().backward()  # recorded, then a second call with the plan in place
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        model(noise(), 2.0).sum().backward()
+    assert same(grads, expected)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("which", ["root", "body", "optimized"])
+def test_compiled_in_place(which: str, reference: list[Any]) -> None:
+    torch._dynamo.reset()
+    model = Tiny()
+    expected = rollout(model)
+    if which == "optimized":
+        model.body = torch.compile(model.body, backend="eager")
+    else:
+        (model if which == "root" else model.body).compile(backend="eager")
+    rollout(model)  # compiled code is in the cache
+    with warnings.catch_warnings():  # torch tells everybody with global hooks about OptimizedModule
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
+        assert same(ticked(model, expected), reference)
+    if which != "optimized":
+        assert vars(model if which == "root" else model.body)["_compiled_call_impl"] is not None
+
+
+# -- others' hooks ------------------------------------------------------------------------------------------------
+
+
+def offloaded(model: nn.Module) -> Callable[[], None]:
+    accelerate.cpu_offload(model, execution_device="cpu")
+    return lambda: remove_hook_from_module(model, recurse=True)
+
+
+def moved(model: nn.Module) -> Callable[[], None]:
+    _, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    return lambda: (hook.offload(), remove_hook_from_module(model))[0]
+
+
+def dispatched(model: nn.Module) -> Callable[[], None]:
+    for module in model.children():
+        add_hook_to_module(module, CpuOffload("cpu"))
+    return lambda: remove_hook_from_module(model, recurse=True)
+
+
+@pytest.mark.parametrize("offload", [offloaded, moved, dispatched])
+def test_offload_hooks_before_wrap(offload: Callable[[nn.Module], Callable[[], None]], reference: list[Any]) -> None:
+    model = Tiny()
+    expected = rollout(model)
+    undo = offload(model)
+    kept = [(type(module._hf_hook), id(module._hf_hook)) for module in model.modules() if hasattr(module, "_hf_hook")]
+    kinds = {name: (type(p), p.device.type) for name, p in model.named_parameters()}
+    with ch.wrap(model) as cw:
+        assert same(rollout(model), reference), cw.report()
+    assert {name: (type(p), p.device.type) for name, p in model.named_parameters()} == kinds
+    assert [(type(m._hf_hook), id(m._hf_hook)) for m in model.modules() if hasattr(m, "_hf_hook")] == kept
+    assert same(rollout(model), expected)
+    ch.trace(model, noise(), 3.0)
+    assert {name: (type(p), p.device.type) for name, p in model.named_parameters()} == kinds
+    assert same(rollout(model), expected)
+    undo()
+    assert same(rollout(model), expected)
+    assert same(ticked(model, expected), reference)
+
+
+@pytest.mark.parametrize("offload", [offloaded, moved, dispatched])
+@pytest.mark.parametrize("order", ["undo first", "remove first", "mid-way"])
+def test_offload_hooks_after_wrap(
+    offload: Callable[[nn.Module], Callable[[], None]], order: str, reference: list[Any]
+) -> None:
+    """Hooks come before the first call or in the middle of a trajectory, and go before or after ours."""
+    model = Tiny()
+    expected = rollout(model)
+    cw = ch.wrap(model)
+    if order == "mid-way":
+        assert same(rollout(model), reference)
+        cw.reset()
+    undo = offload(model)
+    made = rollout(model)
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert same(made, reference), cw.report()
+    for end in (undo, cw.remove) if order == "undo first" else (cw.remove, undo):
+        end()
+        made = rollout(model)
+        assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert same(rollout(model), expected)
+    assert not [v for module in model.modules() for v in vars(module).values() if isinstance(v, Forward)]
+
+
+def test_a_lora_unet() -> None:
+    case = ZOO["sd15"]()
+    model = case.model
+    plain = ch.find_region(model, *case.args, **case.kwargs)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    model.eval()
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = model(*case.args, **case.kwargs)
+        with ch.wrap(model) as cw:
+            assert same(model(*case.args, **case.kwargs), expected)
+            assert cw.region is not None
+            assert cw.region.fingerprint == plain.fingerprint
+            assert cw.region.macs > plain.macs
+        assert snapshot(model) == before
+        model.disable_adapters()
+        assert not same(model(*case.args, **case.kwargs), expected)
+        model.enable_adapters()
+        assert same(model(*case.args, **case.kwargs), expected)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_call_holds_no_activations() -> None:
+    """During the call only a few likely exits live longer; after it one exit; after remove() none."""
+
+    class Watched(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = nn.Sequential(*(nn.Conv2d(32, 32, 1) for _ in range(30)))
+            self.seen: list[weakref.ref[Tensor]] = []
+            self.alive = 0
+            for layer in self.chain:
+                layer.register_forward_hook(lambda module, args, output: self.seen.append(weakref.ref(output)))
+
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            out = self.up(self.chain(self.down(h)))
+            self.alive = sum(ref() is not None for ref in self.seen)
+            return out
+
+    model = Watched()
+    x = noise()
+    with torch.no_grad():
+        model(x, 9.0)
+    model.seen.clear()
+    gc.collect()
+    gc.disable()  # nothing may wait for the collector
+    try:
+        count = live_tensors()
+        cw = ch.wrap(model)
+        with torch.no_grad():
+            model(x, 9.0)
+        assert model.alive <= 3
+        assert sum(ref() is not None for ref in model.seen) == 0
+        gc.collect()
+        assert live_tensors() - count <= 2  # the exit, and the shared placeholder zero
+        cw.remove()
+        del cw
+        gc.collect()
+        assert live_tensors() - count <= 1
+    finally:
+        gc.enable()
+
+
+def live_tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+# -- errors and interrupts ----------------------------------------------------------------------------------------
+
+
+class Breaks(Tiny):
+    """Raises once, in the middle of the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box: list[BaseException] = []
+        self.inner = nn.Sequential(self.body)
+        self.body.register_forward_pre_hook(lambda module, args: self.fail())
+
+    def fail(self) -> None:
+        if self.box:
+            raise self.box.pop()
+
+
+def test_an_error_in_a_recorded_call_leaves_nothing() -> None:
+    model = Breaks()
+    expected = rollout(model)
+    before = snapshot(model)
+    with ch.wrap(model) as cw:
+        model.box.append(ValueError("inside"))
+        with pytest.raises(ValueError, match="inside"):
+            model(noise(), 9.0)
+        assert_clean()
+        made = rollout(model)
+        assert cw.stats.adaptor_passes == 2
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert snapshot(model) == before
+
+
+def interrupted(model: Breaks) -> None:
+    model.box.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(noise(), 9.0)
+
+
+def test_after_an_interrupt_the_next_call_works() -> None:
+    model = Breaks()
+    expected = rollout(model)
+    before = snapshot(model)
+    with ch.wrap(model) as cw:
+        interrupted(model)
+        made = rollout(model)
+        assert cw.stats.adaptor_passes == 2, cw.report()
+        assert_clean()
+        interrupted(model)  # in a call that is not recorded
+        assert_clean()
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert snapshot(model) == before
+    assert same(rollout(model), expected)
+
+
+def test_after_an_interrupt_any_module_s_call_or_remove_cleans_up() -> None:
+    for clean in (lambda cw: nn.Linear(2, 2)(torch.ones(1, 2)), lambda cw: cw.remove()):
+        model = Breaks()
+        cw = ch.wrap(model)
+        interrupted(model)
+        clean(cw)
+        assert_clean()
+        cw.remove()
+
+
+def test_after_an_interrupt_other_operators_are_not_recorded() -> None:
+    model = Breaks()
+    with ch.wrap(model):
+        interrupted(model)
+        (mode,) = _get_current_dispatch_mode_stack()
+        count = len(mode.nodes)
+        torch.ones(3) + 1
+        assert len(mode.nodes) == count
+
+
+@pytest.mark.xfail(strict=True, reason="native hooks are not told of a BaseException: only the next call cleans up")
+def test_an_interrupt_leaves_nothing_at_once() -> None:
+    model = Breaks()
+    with ch.wrap(model):
+        interrupted(model)
+        assert_clean()
+
+
+def test_an_interrupted_recorder_leaves_other_modes_on() -> None:
+    class Counts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    model = Breaks()
+    with ch.wrap(model):
+        interrupted(model)
+        with Counts() as mode, torch.no_grad():
+            model(noise(), 9.0)
+            assert _get_current_dispatch_mode_stack() == [mode]
+        assert mode.count > 20
+    assert_clean()
+
+
+def test_nested_recordings_that_were_interrupted() -> None:
+    model = Refiner()
+    model.first = Breaks()
+    expected = rollout(model)
+    with ch.wrap(model), ch.wrap(model.first):
+        model.first.box.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            model(noise(), 9.0)
+        assert len(_get_current_dispatch_mode_stack()) == 2
+        made = rollout(model)
+        assert_clean()
+    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+
+
+# -- threads ------------------------------------------------------------------------------------------------------
+
+
+class Meets(Tiny):
+    """Waits in the middle of its call for another thread to be there too."""
+
+    barrier: threading.Barrier | None = None
+
+    def low(self, h: Tensor, t: Any) -> Tensor:
+        if self.barrier is not None and not self.barrier.broken:
+            self.barrier.wait(timeout=20)
+        return super().low(h, t)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_threads_record_at_once(shared: bool, reference: list[Any]) -> None:
+    """Both are in the middle of a recorded call at the same time: of two UNets, or of the same one."""
+    models = [Meets()] * 2 if shared else [Meets(), Meets()]
+    for model in models:
+        model.barrier = None
+    wrappers = [ch.wrap(model) for model in dict.fromkeys(models)]
+    barrier = threading.Barrier(2)
+    for model in models:
+        model.barrier = barrier
+    made: dict[int, Any] = {}
+
+    def run(k: int) -> None:
+        made[k] = rollout(models[k])
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert same(made[0], reference)
+    assert same(made[1], reference)
+    assert_clean()
+    for cw in wrappers:
+        cw.remove()
+    assert all("forward" not in vars(module) for model in models for module in model.modules())
+
+
+def test_a_thread_that_dies_in_a_recorded_call_blocks_nobody(reference: list[Any]) -> None:
+    model = Breaks()
+    cw = ch.wrap(model)
+
+    def die() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            model(noise(), 9.0)
+
+    model.box.append(KeyboardInterrupt())
+    thread = threading.Thread(target=die)
+    thread.start()
+    thread.join(60)
+    done: list[Any] = []
+    other = threading.Thread(target=lambda: done.append(rollout(model)), daemon=True)
+    other.start()
+    other.join(60)
+    assert same(done[0], reference)
+    cw.remove()
+    assert_clean()
+
+
+def test_other_threads_may_call_modules_while_one_records() -> None:
+    """The hooks are global: they ignore whoever else runs, also when torch has registered them by half."""
+    root, other = Tiny(), Tiny()
+    with recording(root, (noise(), 3.0), {}) as recorder:
+        thread = threading.Thread(target=lambda: other(noise(), 3.0))
+        thread.start()
+        thread.join(60)
+        done: list[Any] = []
+        thread = threading.Thread(target=lambda: done.append(recorder._after(other, (), "output")))
+        thread.start()
+        thread.join(60)
+        assert done == [None]
+        root(noise(), 3.0)
+    assert len(recorder.calls) == 7
+    assert not _has_any_global_hook()
