@@ -1,0 +1,244 @@
+"""Which argument is the sample, which the time, and which trace serves which call."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+from clockwork_hooks.inputs import Arguments, Binder, find_sample, is_number, time_candidates
+from tests.bendable import Tiny, noise, outputs, proven
+from tests.zoo.proof import same
+
+X, T = torch.zeros(2, 3, 16, 16), torch.tensor([3.0, 3.0])
+
+
+def bound(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Arguments:
+    return Binder(forward)(args, kwargs)
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_get_their_parameters_names() -> None:
+    def forward(sample: Any, timestep: Any, *rest: Any, flag: Any = None, **more: Any) -> None: ...
+
+    arguments = bound(forward, X, 3, "a", "b", flag=True, added={"ids": (T, None)})
+    assert list(arguments.values) == ["sample", "timestep", "rest[0]", "rest[1]", "flag", "added"]
+    paths = [path for path, _ in arguments.leaves()]
+    assert paths == ["sample", "timestep", "rest[0]", "rest[1]", "flag", "added.ids.0", "added.ids.1"]
+    assert arguments.get("added.ids.0") is T
+    assert arguments.get("added.ids.7") is None
+    assert arguments.get("nowhere") is None
+
+
+def test_arguments_of_a_forward_without_a_signature() -> None:
+    assert list(bound(print, X, 3, sep="").values)[2] == "sep"
+    assert list(bound(lambda *args: None, X, 3).values) == ["args[0]", "args[1]"]
+    assert list(bound(lambda x: None, X, 3).values) == ["x", "argument[1]"]
+    assert list(bound(SimpleNamespace(__signature__=None, __call__=None), X).values) == ["argument[0]"]  # type: ignore[arg-type]
+
+
+def test_the_same_call_has_the_same_signature_and_others_have_others() -> None:
+    def forward(x: Any, t: Any, y: Any = None, extra: Any = None) -> None: ...
+
+    base = bound(forward, X, 3, T, {"a": X, "n": 1, "flag": True}).signature
+    assert hash(base) == hash(bound(forward, X + 1, 4, T + 1, {"a": X + 2, "n": 5, "flag": True}).signature)
+    assert base == bound(forward, X + 1, 4, T + 1, {"a": X + 2, "n": 5, "flag": True}).signature
+    others = [
+        bound(forward, X[:1], 3, T, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X.half(), 3, T, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X.to("meta"), 3, T, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X, T, T, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X, 3.0, T, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X, 3, None, {"a": X, "n": 1, "flag": True}),
+        bound(forward, X, 3, T, {"a": X[:1], "n": 1, "flag": True}),
+        bound(forward, X, 3, T, {"a": X, "n": 1, "flag": False}),
+        bound(forward, X, 3, T, {"a": X, "n": 1}),
+        bound(forward, X, 3, T),
+    ]
+    signatures = [other.signature for other in others]
+    assert base not in signatures
+    assert len(set(signatures)) == len(signatures)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (3, True),
+        (3.0, True),
+        (np.float32(3), True),
+        (np.int64(3), True),
+        (np.array(3), True),
+        (True, False),
+        (torch.tensor(3), False),
+        ("3", False),
+        (None, False),
+        (np.zeros(3), False),
+        ([3], False),
+    ],
+)
+def test_numbers(value: Any, number: bool) -> None:
+    assert is_number(value) is number
+
+
+# -- sample and time ----------------------------------------------------------------------------------------------
+
+
+def sample_and_times(**kwargs: Any) -> tuple[str | None, tuple[str, ...]]:
+    arguments = bound(lambda **given: None, **kwargs)
+    sample = find_sample(arguments)
+    return sample, time_candidates(arguments, sample=sample)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sample", "times"),
+    [
+        ({"x": X, "t": T}, "x", ("t",)),
+        ({"mask": X, "sample": X, "timestep": 3}, "sample", ("timestep",)),
+        ({"tokens": X.long(), "latent_image": X}, "latent_image", ()),
+        ({"tokens": X.long(), "y": T}, "tokens", ("y",)),
+        ({"h": X, "class_labels": T, "fps": T}, "h", ("class_labels", "fps")),
+        ({"h": X, "class_labels": T, "sigma": T}, "h", ("sigma",)),
+        ({"h": X, "labels": T, "c_noise_label": T}, "h", ("c_noise_label",)),
+        ({"h": X, "flag": torch.tensor([True, False]), "when": T[:, None, None, None]}, "h", ("when",)),
+        ({"h": X, "text": torch.zeros(2, 5, 8), "pooled": torch.zeros(2, 8)}, "h", ()),
+        ({"h": X, "verbose": True, "mode": "full", "when": 3}, "h", ("when",)),
+        ({"vector": torch.zeros(2, 8)}, None, ()),
+    ],
+)
+def test_who_is_sample_and_time(kwargs: dict[str, Any], sample: str | None, times: tuple[str, ...]) -> None:
+    assert sample_and_times(**kwargs) == (sample, times)
+
+
+TIMES: dict[str, Callable[[float], Any]] = {
+    "int": int,
+    "float": float,
+    "numpy": np.float32,
+    "0-dim": torch.tensor,
+    "(1,)": lambda t: torch.tensor([t]),
+    "(B,)": lambda t: torch.full((2,), t),
+    "(B, 1)": lambda t: torch.full((2, 1), t),
+    "long": lambda t: torch.full((2,), int(t)),
+}
+
+
+@pytest.mark.parametrize("form", TIMES)
+@pytest.mark.parametrize("how", ["positional", "keyword", "star"])
+def test_a_time_of_any_form_ticks(form: str, how: str) -> None:
+    class Star(Tiny):
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    model = Star() if how == "star" else Tiny()
+    make = TIMES[form]
+
+    def call(t: float) -> Any:
+        return model(noise(), t=make(t)) if how == "keyword" else model(noise(), make(t))
+
+    times = (9.0, 8.0, 7.0, 6.0)
+    expected = outputs(call, times)
+    with ch.wrap(model) as cw:
+        made = outputs(call, times)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
+    assert [same(a, b) for a, b in zip(made, expected, strict=True)] == [True, False, True, False]
+
+
+class OddName(Tiny):
+    """The time is called `noise_amount`; another input of its shape, `strength`, is no time."""
+
+    def forward(self, x: Tensor, strength: Any, noise_amount: Any) -> Any:
+        return super().forward(x, noise_amount) * strength.reshape(-1, 1, 1, 1)
+
+
+def test_a_time_under_an_odd_name_is_what_feeds_sine_and_cosine() -> None:
+    traced = ch.trace(OddName(), noise(), T, torch.tensor([7.0, 7.0]))
+    assert (traced.times, traced.time, traced.context) == (("noise_amount",), "noise_amount", ("strength",))
+
+
+def test_sine_of_the_sample_s_own_making_tells_nothing() -> None:
+    """`late` meets the sample before any sine."""
+
+    class Late(OddName):
+        def forward(self, x: Tensor, late: Any, noise_amount: Any) -> Any:
+            return torch.sin(super().forward(x, torch.ones(2), noise_amount) + late.reshape(-1, 1, 1, 1))
+
+    assert ch.trace(Late(), noise(), T, torch.tensor([7.0, 7.0])).time == "noise_amount"
+
+
+class Ambiguous(Tiny):
+    """Two embedded numbers a row, and no name that tells."""
+
+    def low(self, h: Tensor, t: Any) -> Tensor:
+        return self.up(self.body(self.down(h) + self.time(t[0], h) + self.time(t[1], h)))
+
+    def forward(self, x: Tensor, fps: Any, bucket: Any) -> Any:
+        return super().forward(x, (fps, bucket))
+
+
+def test_an_ambiguous_time_is_asked_for() -> None:
+    model, one, two = Ambiguous(), T, torch.tensor([7.0, 7.0])
+    traced = ch.trace(model, noise(), one, two)
+    assert traced.times == ("fps", "bucket")
+    with pytest.raises(ch.AmbiguousInputError, match="fps, bucket") as caught:
+        _ = traced.time
+    assert 'wrap(unet, time="fps")' in str(caught.value)
+    before = outputs(lambda t: model(noise(), one, t), (two,))
+    with ch.wrap(model), pytest.raises(ch.AmbiguousInputError):
+        model(noise(), one, two)
+    assert same(outputs(lambda t: model(noise(), one, t), (two,)), before)  # left unwrapped, and working
+    with ch.wrap(model, time="bucket") as cw:
+        outputs(lambda t: model(noise(), one, torch.full((2,), t)), (9.0, 8.0, 7.0, 6.0))
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
+    with ch.wrap(model, time="nowhere"), pytest.raises(ch.ArgumentError, match="fps, bucket"):
+        model(noise(), one, two)
+    region = ch.find_region(model, noise(), one, two)
+    assert region.times == ("fps", "bucket")
+    with ch.wrap(model, region=region), pytest.raises(ch.AmbiguousInputError):
+        model(noise(), one, two)
+    with ch.wrap(model, region=region, time="bucket") as cw:
+        outputs(lambda t: model(noise(), one, torch.full((2,), t)), (9.0, 8.0))
+        assert cw.stats.adaptor_passes == 1
+
+
+def test_a_unet_without_time_runs_full_until_steps_are_declared() -> None:
+    class Timeless(Tiny):
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            return self.up(self.body(self.down(h)))
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x, None)
+
+    model = Timeless()
+    traced = ch.trace(model, noise())
+    assert (traced.time, traced.times, traced.context) == (None, (), ())
+    proven(model, noise())
+    with ch.wrap(model) as cw, torch.no_grad():
+        for _ in range(3):
+            model(noise())
+        assert cw.stats.adaptor_passes == 0
+        for _ in range(4):
+            with cw.step():
+                model(noise())
+        assert cw.stats.adaptor_passes == 2
+
+
+def test_every_sample_free_input_of_a_region_is_a_side_of_its_kind() -> None:
+    class Sided(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.Linear(6, 32)
+            self.table = [torch.ones(1, 32, 1, 1)]
+
+        def forward(self, x: Tensor, t: Any, text: Tensor, late: Tensor) -> Any:
+            h = self.stem(x)
+            words = self.text(text).mean(1)[:, :, None, None]
+            low = self.up(self.body(self.down(h) * words * self.table[0] + self.time(t, h)))
+            return self.join(h, low) + late
+
+    region = proven(Sided(), noise(), T, torch.ones(2, 5, 6), X)
+    assert {(side.kind, side.inputs) for side in region.sides} == {("time", ("t",)), ("context", ("text",))}
