@@ -220,14 +220,15 @@ def _unchanged(unet: nn.Module) -> Iterator[None]:
 
 def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
     """Turn a stopped recorder into a trace: find outputs, sample and time."""
-    sample = find_sample(arguments)
+    returned = [leaf for _, leaf in leaves(recorder.calls[0].output) if isinstance(leaf, TensorSpec)]
+    sample = find_sample(arguments, [spec.shape for spec in returned])
     if sample is None:
         raise TraceError(
             "a UNet's call has a sample: a tensor with batch, channel and at least one spatial axis",
             seen={"model": type(unet).__name__, "arguments": ", ".join(recorder.inputs) or "none"},
             do="pass the sample as an argument of the UNet's call",
         )
-    outputs = [leaf.node for _, leaf in leaves(recorder.calls[0].output) if isinstance(leaf, TensorSpec)]
+    outputs = [spec.node for spec in returned]
     recorder.graph.output(tuple(outputs))
     times = time_candidates(arguments, sample=sample, time=time)
     traced = Trace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +99,22 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
 
 
-def find_sample(arguments: Arguments) -> str | None:
-    """The path of the noisy input: a usual name, else the first floating tensor with spatial axes, else any such."""
+def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -> str | None:
+    """The path of the noisy input: first what has a usual name, then what is shaped like an output, then what floats.
+
+    Args:
+        arguments: the call.
+        outputs: shapes of the tensors that it returned, if known; a discrete sample (token ids) is found by them.
+    """
+
+    def rank(item: tuple[str, torch.Tensor]) -> tuple[bool, bool, bool]:
+        path, leaf = item
+        spaces = (tuple(leaf.shape[2:]), tuple(leaf.shape[1:]))
+        like = any(len(shape) > 2 and shape[2:] in spaces for shape in outputs)
+        return path not in SAMPLE_NAMES or not leaf.is_floating_point(), not like, not leaf.is_floating_point()
+
     spatial = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim >= 3]
-    floating = [(path, leaf) for path, leaf in spatial if leaf.is_floating_point()]
-    for candidates in (floating, spatial):
-        named = [path for path, _ in candidates if path in SAMPLE_NAMES]
-        if named or candidates:
-            return named[0] if named else candidates[0][0]
-    return None
+    return min(spatial, key=rank)[0] if spatial else None
 
 
 def time_candidates(arguments: Arguments, *, sample: str | None, time: str | None = None) -> tuple[str, ...]:

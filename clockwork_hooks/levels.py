@@ -34,7 +34,8 @@ class Levels:
         self._rank = len(trace.inputs[trace.sample].meta["shape"])
         shapes: dict[int, tuple[int, ...]] = {}
         self._by_node: dict[fx.Node, int] = {}
-        for node in trace.nodes:
+        carrying = trace.reachable([trace.inputs[trace.sample]])  # a condition's own levels are not the UNet's
+        for node in filter(carrying.__contains__, trace.nodes):
             for operand in self._operands(node):
                 shape = operand.meta["shape"]
                 count = math.prod(shape) // shape[1]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from clockwork_hooks.boundary import Builder, Region
+from clockwork_hooks.boundary import Builder, Region, by
 from clockwork_hooks.dominance import Dominance, Edge
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, record
@@ -304,7 +304,7 @@ class _Finder:
         )
 
     def _resolutions(self) -> str:
-        return ", ".join("×".join(map(str, space)) for space in self.levels.spatial.values()) or "none"
+        return ", ".join(dict.fromkeys(map(by, self.levels.spatial.values()))) or "none"
 
     def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
         """What was looked for and what is there; `wider` regions may be had, but not by default."""
