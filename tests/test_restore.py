@@ -1,7 +1,10 @@
 """The restore law: after `remove()` everything is what it was, and copies of a wrapped UNet are plain UNets."""
 
 import copy
+import functools
 import inspect
+import io
+import os
 import threading
 import time
 from typing import Any
@@ -9,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import clockwork_hooks as ch
 from clockwork_hooks import engine
@@ -95,6 +102,193 @@ def test_two_threads_that_trace_at_once_patch_once(monkeypatch: pytest.MonkeyPat
             thread.join()
         assert not isinstance(unet.up.forward.forward, Forward)
     assert snapshot(unet) == before
+
+
+class Trip(Exception):
+    """Raised inside the UNet."""
+
+
+TRIP: dict[str, type[BaseException]] = {}
+
+
+def _maybe_raise(path: str, module: nn.Module, args: Any) -> None:
+    if path in TRIP:
+        raise TRIP[path]
+
+
+class Pair:
+    """A UNet and a twin that gets all that the user does, but never Clockwork."""
+
+    def __init__(self) -> None:
+        self.unet, self.twin = Tiny(), Tiny()
+        TRIP.clear()
+        for model in (self.unet, self.twin):
+            for path in ("stem", "body", "head"):
+                model.get_submodule(path).register_forward_pre_hook(functools.partial(_maybe_raise, path))
+        self.before = snapshot(self.unet)
+        self.cw: ch.ClockworkWrapper | None = None
+        self.handles: list[tuple[Any, ...]] = []
+        self.touched = False
+        self.time = 900
+
+    def wrap(self, options: dict[str, Any]) -> None:
+        if self.cw is None:
+            self.cw = ch.wrap(self.unet, **options)
+
+    def remove(self) -> None:
+        if self.cw is not None:
+            self.cw.remove()
+            self.cw.remove()
+            self.cw = None
+        self.check()
+
+    def call(self, where: str | None, error: type[BaseException]) -> None:
+        self.time -= 10
+        if where is None:
+            descend(self.unet, (self.time,))
+            return
+        TRIP[where] = error
+        with pytest.raises(error):
+            descend(self.unet, (self.time,))
+        TRIP.clear()
+
+    def switch(self, on: bool) -> None:
+        if self.cw is not None:
+            self.cw.enabled = on
+
+    def hook(self, path: str, kind: str) -> None:
+        add = f"register_forward_{kind}"
+        self.handles.append(tuple(getattr(m.get_submodule(path), add)(_nothing) for m in (self.unet, self.twin)))
+
+    def unhook(self, k: int) -> None:
+        if self.handles:
+            for handle in self.handles.pop(k % len(self.handles)):
+                handle.remove()
+
+    def accelerate(self, path: str, on: bool) -> None:
+        self.touched = True
+        for model in (self.unet, self.twin):
+            module = model.get_submodule(path)
+            if on:
+                add_hook_to_module(module, ModelHook())
+            else:
+                remove_hook_from_module(module)
+
+    def copy(self, by_pickle: bool) -> None:
+        made = pickled(self.unet) if by_pickle and not any(map(_accelerated, self.unet.modules())) else None
+        made = made or copy.deepcopy(self.unet)
+        assert equal(descend(made), descend(self.twin))
+        assert all(a is not b for a, b in zip(made.parameters(), self.unet.parameters(), strict=True))
+        ch.wrap(made).remove()
+
+    def check(self) -> None:
+        assert not _get_current_dispatch_mode_stack()
+        assert not _global_forward_hooks
+        assert not _global_forward_pre_hooks
+        assert look(self.unet) == look(self.twin)
+        assert equal(descend(self.unet), descend(self.twin))
+        if not self.handles and not self.touched:
+            assert snapshot(self.unet) == self.before
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _accelerated(module: nn.Module) -> bool:
+    return hasattr(module, "_hf_hook")  # accelerate's forward is a local function: no pickle takes it
+
+
+def pickled(unet: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(unet, file)
+    file.seek(0)
+    made: nn.Module = torch.load(file, weights_only=False)
+    return made
+
+
+def look(model: nn.Module) -> dict[str, Any]:
+    """What can be said of two models alike; a module's own forward may be set on it (accelerate leaves it there)."""
+    seen: dict[str, Any] = {"state": list(model.state_dict())}
+    for path, module in model.named_modules():
+        attributes = dict(vars(module))
+        if getattr(attributes.get("forward"), "__func__", None) is type(module).forward:
+            del attributes["forward"]
+        values = [*attributes.values()]
+        values += [item for value in attributes.values() if isinstance(value, dict) for item in value.values()]
+        assert not [value for value in values if type(value).__module__.startswith("clockwork_hooks")], path
+        sizes = {name: len(value) for name, value in attributes.items() if isinstance(value, dict)}
+        seen[path] = (type(module), module.training, sorted(attributes), sizes)
+    return seen
+
+
+PATHS = st.sampled_from(["", "stem", *(path for path in SKIPPED if path != "side"), "head"])
+INNER = st.sampled_from([path for path in SKIPPED if path != "side"])
+OPTIONS = st.sampled_from([{}, {"clock": 3}, {"schedule": lambda step: True}])
+ERRORS = st.sampled_from([Trip, KeyboardInterrupt])
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("wrap"), OPTIONS),
+        st.tuples(st.just("call"), st.none(), ERRORS),
+        st.tuples(st.just("call"), st.sampled_from([None, "stem", "body", "head"]), ERRORS),
+        st.tuples(st.just("switch"), st.booleans()),
+        st.tuples(st.just("remove")),
+        st.tuples(st.just("hook"), PATHS, st.sampled_from(["hook", "pre_hook"])),
+        st.tuples(st.just("unhook"), st.integers(0, 5)),
+        st.tuples(st.just("accelerate"), INNER, st.booleans()),
+        st.tuples(st.just("copy"), st.booleans()),
+    ),
+    min_size=3,
+    max_size=16,
+)
+
+
+@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)), deadline=None)
+@given(actions=ACTIONS)
+def test_the_restore_law(actions: list[tuple[Any, ...]]) -> None:
+    pair = Pair()
+    try:
+        pair.wrap({})
+        for name, *args in actions:
+            getattr(pair, name)(*args)
+    finally:
+        pair.remove()
+
+
+@pytest.mark.parametrize("error", [Trip, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_removed_in_the_middle_of_a_call(error: type[BaseException], calls: int) -> None:
+    """In the traced call, a full and an adaptor pass: by an error that leaves the `with` block, or by a hook."""
+    pair = Pair()
+
+    def interrupted() -> None:
+        with ch.wrap(pair.unet, schedule={3, 4}):
+            descend(pair.unet, (900, 800, 700)[:calls])
+            TRIP["head"] = error
+            descend(pair.unet, (600,))
+
+    with pytest.raises(error):
+        interrupted()
+    TRIP.clear()
+    pair.check()
+    cw = ch.wrap(pair.unet, schedule={3, 4})
+    descend(pair.unet, (900, 800, 700)[:calls])
+    handle = pair.unet.stem.register_forward_hook(lambda *_: cw.remove())
+    assert equal(descend(pair.unet, (600,)), descend(pair.twin, (600,)))
+    handle.remove()
+    pair.check()
+
+
+def test_compiled_in_place_is_compiled_again() -> None:
+    unet = Tiny()
+    for module in (unet, unet.up):
+        module._compiled_call_impl = module._call_impl  # as Module.compile() does, without its imports
+    before = snapshot(unet)
+    with ch.wrap(unet) as cw:
+        descend(unet)
+        assert cw.stats.adaptor_passes == 2
+        assert unet._compiled_call_impl is None
+    assert snapshot(unet)[""][2] == before[""][2]
 
 
 def test_signatures_survive() -> None:
