@@ -1,0 +1,128 @@
+"""The package as a whole: who imports whom, what is exported, what an import costs, and that the examples run."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clockwork_hooks as ch
+
+ROOT = Path(ch.__file__).parent
+
+# A file imports only from the rows above its own. A new file goes into the lowest row that lets it.
+FLOORS = (
+    ("_version", "errors", "tree"),
+    ("adaptors", "examples", "hooks", "inputs", "operators", "presets", "report", "schedule", "stats"),
+    ("macs", "models", "recorder", "timeline"),
+    ("graph", "state"),
+    ("dominance", "levels"),
+    ("boundary",),
+    ("regions",),
+    ("cost", "engine"),
+    ("flops", "wrapper"),
+    ("__init__",),
+    ("demo",),  # the demo is a user of the library
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {name: k for k, row in enumerate(FLOORS) for name in row}
+HEAVY = "accelerate diffusers fvcore matplotlib PIL rich transformers typer safetensors torch._dynamo torch._inductor"
+
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+MODULES = [
+    ".".join(("clockwork_hooks", *path.with_suffix("").parts)).removesuffix(".__init__")
+    for path in FILES
+    if path.name != "__main__.py"
+]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The package's own modules that a file imports, at its top or within functions: "graph", "demo", "__init__"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            head, *rest = name.split(".")
+            if head == "clockwork_hooks":
+                yield rest[0] if rest and rest[0] in FLOOR else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_downwards(path: Path) -> None:
+    own = "demo" if path.parts[0] == "demo" else path.stem
+    assert own in FLOOR, f"{path} has no floor yet: add it to FLOORS"
+    wrong = {name for name in imports(ROOT / path) if FLOOR[name] >= FLOOR[own] and not name == own == "demo"}
+    assert not wrong, f"{path} imports from its own floor or above"
+
+
+def test_the_table_names_files_that_exist() -> None:
+    assert set(FLOOR) == {path.parts[0] if len(path.parts) > 1 else path.stem for path in FILES}
+
+
+def test_exports() -> None:
+    """All that is public is in `__all__`, sorted, and nothing else."""
+    public = {n for n, v in vars(ch).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
+    assert set(ch.__all__) == public | {"__version__"}
+    assert ch.__all__ == sorted(ch.__all__)
+    assert {"wrap", "ClockworkWrapper", "Schedule", "Adaptor", "IdentityAdaptor", "ClockworkError"} <= public
+
+
+@pytest.mark.parametrize("name", [name for name in ch.__all__ if name != "__version__"])
+def test_public_names_are_documented(name: str) -> None:
+    """Each one, and each public method and property of the classes."""
+    value = getattr(ch, name)
+    assert inspect.getdoc(value)
+    assert value.__module__.startswith("clockwork_hooks.")
+    if isinstance(value, type):
+        own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        bare = [k for k, v in own.items() if callable(v) or isinstance(v, (property, classmethod, staticmethod))]
+        assert [k for k in bare if not inspect.getdoc(getattr(value, k))] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".demo" not in name])
+def test_modules_export_what_they_have(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for exported in getattr(module, "__all__", []):
+        assert hasattr(module, exported)
+
+
+def test_an_import_costs_torch_and_little_more() -> None:
+    """In a fresh interpreter: none of the heavy packages, unless torch itself brings them."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import clockwork_hooks
+clockwork_hooks.Schedule.every(2).preview(8)
+heavy = sys.argv[1].split()
+print(sorted(n for n in set(sys.modules) - before if any(n == h or n.startswith(h + ".") for h in heavy)))
+"""
+    made = subprocess.run(
+        [sys.executable, "-c", code, HEAVY], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    assert made.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(module)
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("name", ["wrap", "find_regions", "trace", "Schedule", "Adaptor", "IdentityAdaptor"])
+def test_what_users_meet_first_has_an_example(name: str) -> None:
+    assert ">>>" in str(inspect.getdoc(getattr(ch, name)))
