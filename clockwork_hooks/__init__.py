@@ -12,7 +12,8 @@ Source: Habibian et al., "Clockwork Diffusion: Efficient Generation With Model-S
 
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
-from clockwork_hooks.boundary import Boundary, Region
+from clockwork_hooks.boundary import Boundary, Region, Side
+from clockwork_hooks.cost import FlopsReport
 from clockwork_hooks.errors import (
     AdaptorError,
     AmbiguousInputError,
@@ -26,6 +27,7 @@ from clockwork_hooks.errors import (
     TraceError,
     WrapError,
 )
+from clockwork_hooks.flops import flops_report
 from clockwork_hooks.graph import Trace, trace
 from clockwork_hooks.regions import find_region, find_regions
 from clockwork_hooks.schedule import Schedule
@@ -42,6 +44,7 @@ __all__ = [
     "ClockworkWrapper",
     "CountError",
     "DemoError",
+    "FlopsReport",
     "IdentityAdaptor",
     "ModelNotFoundError",
     "NoEffectWarning",
@@ -49,6 +52,7 @@ __all__ = [
     "RegionNotFoundError",
     "RunReport",
     "Schedule",
+    "Side",
     "Stats",
     "Trace",
     "TraceError",
@@ -56,6 +60,7 @@ __all__ = [
     "__version__",
     "find_region",
     "find_regions",
+    "flops_report",
     "trace",
     "wrap",
 ]

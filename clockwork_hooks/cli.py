@@ -35,6 +35,15 @@ clockwork-hooks regions sdxl
 clockwork-hooks regions my_package.unet:build --level 2 --format json
 """
 
+DEMO_EPILOG = """Examples:
+
+clockwork-hooks demo
+
+clockwork-hooks demo --steps 20 --clock 4 --out my-folder
+
+clockwork-hooks demo --prompt "a large pink star left of a small white ring on a black background" --seed 7
+"""
+
 
 class Format(str, Enum):
     """How a report is printed."""
@@ -171,26 +180,51 @@ def regions(
         typer.echo(f"{chosen}\n\n{chosen.draw()}")
 
 
+@app.command(epilog=DEMO_EPILOG)
+def demo(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A scene, e.g. "a small yellow star above a large cyan ring on a dark blue background"; repeatable. '
+            "None for the 16 that ship with the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="DPM++ denoising steps.", min=1)] = 8,
+    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    out: Annotated[str, typer.Option(help="Folder for grid.png, report.md and report.json.")] = "clockwork-demo",
+) -> None:
+    """Draw the same scenes with the plain UNet and with Clockwork: MACs, time, likeness, and a picture."""
+    from clockwork_hooks.demo.run import demo as run
+
+    result = run(prompt or (), steps=steps, clock=clock, seed=seed, out=out)
+    _print(result.table())
+    for name in ("grid.png", "report.md", "report.json"):
+        typer.echo(result.folder / name)
+
+
 def _regions_table(found: Iterable[Region]) -> Table:
     from clockwork_hooks.report import macs, percent, shape, table
 
+    listed = list(found)
     rows = [
         (
+            k,
             region.level,
             shape(region.resolution),
             shape(region.bottleneck),
-            region.entry.path,
-            region.exit.path,
             macs(region.macs),
             percent(region.macs_share),
             percent(region.parameter_share),
         )
-        for region in found
+        for k, region in enumerate(listed)
     ]
-    columns = (">level", ">edge", ">bottleneck", "entry", "exit", ">skipped", ">of MACs", ">of parameters")
+    columns = (">region", ">level", ">edge", ">bottleneck", ">skipped", ">of MACs", ">of parameters")
     notes = (
         "Widest first, each contains the next; the last of a level is the region below it. "
         "MACs of convolutions and matrix products, attention products counted, at the traced batch.",
+        *(f"{k}: {region.entry.path} → {region.exit.path}" for k, region in enumerate(listed)),
     )
     return table("Regions that adaptor passes can skip", columns, rows, notes=notes)
 

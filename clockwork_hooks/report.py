@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.console
@@ -60,12 +60,15 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        made = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for name in self.columns:
-            if name.startswith(">"):
-                made.add_column(name[1:], justify="right", no_wrap=True)
-            else:
-                made.add_column(name, overflow="fold")
+        made = RichTable(
+            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
+        )
+        for k, name in enumerate(self.columns):
+            heading, right = name.lstrip(">"), name.startswith(">")
+            # Numbers and the first column, which names the row, never break; headings do, at spaces.
+            whole = [row[k] for row in self.rows] if right or k == 0 else []
+            width = min(40, max(map(len, [*heading.split(), *whole])))
+            made.add_column(heading, justify="right" if right else "left", min_width=width, overflow="fold")
         for row in self.rows:
             made.add_row(*map(Text, row))
         yield made

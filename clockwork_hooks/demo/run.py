@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import shlex
@@ -139,6 +140,7 @@ def demo(
     check_clock(clock)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError("sampling takes at least one step", seen={"steps": steps}, do="pass --steps 8")
+    _check_installed("diffusers", "PIL")
     texts = tuple(prompts) or DEMO_PROMPTS
     folder = _folder(Path(out))
     model = load_demo()
@@ -171,6 +173,16 @@ def demo(
     result = DemoResult(rows, images, region.line, _settings(texts, steps, clock, seed), folder)
     _write(result)
     return result
+
+
+def _check_installed(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            "the demo samples with diffusers and draws with Pillow",
+            seen={"not installed": ", ".join(missing)},
+            do='pip install "clockwork-hooks[demo]"',
+        )
 
 
 def _row(
