@@ -18,6 +18,7 @@ from clockwork_hooks.hooks import Plan, Port, SkippedCall, Slot
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
 from clockwork_hooks.recorder import ModuleCall, TensorSpec
+from clockwork_hooks.report import quantity, shape
 from clockwork_hooks.tree import leaves, map_leaves
 
 __all__ = ["Boundary", "Builder", "Region", "Side"]
@@ -125,24 +126,24 @@ class Region:
     def line(self) -> str:
         """One line: where it is and what it saves."""
         return (
-            f"{self.entry.path} → {self.exit.path}, {by(self.resolution)} down to {by(self.bottleneck)}, "
+            f"{self.entry.path} → {self.exit.path}, {shape(self.resolution)} down to {shape(self.bottleneck)}, "
             f"{self.macs_share:.1%} of MACs, level {self.level}"
         )
 
     def __str__(self) -> str:
-        sides = ", ".join(f"{side.kind} {by(side.shape)}" for side in self.sides) or "none"
-        others = ", ".join(f"{e.path} {by(e.shape)}" for e in self.entries if e.node != self.entry.node) or "none"
+        sides = ", ".join(f"{side.kind} {shape(side.shape)}" for side in self.sides) or "none"
+        others = ", ".join(f"{e.path} {shape(e.shape)}" for e in self.entries if e.node != self.entry.node) or "none"
         rows = [
-            ("entry", f"{self.entry.path} (call {self.entry.call}) {by(self.entry.shape)}"),
-            ("exit", f"{self.exit.path} (call {self.exit.call}) {by(self.exit.shape)}"),
+            ("entry", f"{self.entry.path} (call {self.entry.call}) {shape(self.entry.shape)}"),
+            ("exit", f"{self.exit.path} (call {self.exit.call}) {shape(self.exit.shape)}"),
             ("other entries", others),
-            ("resolution", f"{by(self.resolution)} at the edge, {by(self.bottleneck)} at the bottleneck"),
+            ("resolution", f"{shape(self.resolution)} at the edge, {shape(self.bottleneck)} at the bottleneck"),
             ("level, cut", f"{self.level}, {self.cut}"),
             ("skipped calls", ", ".join(call.path for call in self.skipped)),
             ("side inputs", sides),
             ("leftover operators", ", ".join(f"{count} {name}" for name, count in self.leftover) or "none"),
-            ("MACs", f"{self.macs / 1e9:.3f} G ({self.macs_share:.1%} of a pass, attention products counted)"),
-            ("parameters", f"{self.parameters / 1e6:.3f} M ({self.parameter_share:.1%})"),
+            ("MACs", f"{quantity(self.macs, 'MACs')} ({self.macs_share:.1%} of a pass, attention products counted)"),
+            ("parameters", f"{self.parameters / 1e6:.2f} M ({self.parameter_share:.1%})"),
             ("fingerprint", self.fingerprint),
         ]
         return "\n".join([f"Region of {self.model}", *(f"  {name:<19}{value}" for name, value in rows)])
@@ -152,23 +153,18 @@ class Region:
 
         Example:
             >>> print(region.draw())  # doctest: +SKIP
-            64×64  entry down_blocks.0.attentions.1   exit up_blocks.2.upsamplers.0.conv
-            32×32   ▇▇▇▇▇▇▇▇▇ 28.2 G                       64.7 G ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
+            64×64  ┄┄ entry down_blocks.0.attentions.1 ┄┄ exit up_blocks.2.upsamplers.0.conv ┄┄
+            32×32              ▇▇▇▇▇▇▇▇▇▇▇▇  34.03 GMACs │ 83.18 GMACs  ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
         """
         width = 28
         largest = max((max(down, up) for _, down, up in self.by_level), default=1) or 1
-        label = max(len(by(space)) for space in (self.resolution, *(row[0] for row in self.by_level)))
-        lines = [f"{by(self.resolution):>{label}}  ┄┄ entry {self.entry.path} ┄┄ exit {self.exit.path} ┄┄"]
+        label = max(len(shape(space)) for space in (self.resolution, *(row[0] for row in self.by_level)))
+        lines = [f"{shape(self.resolution):>{label}}  ┄┄ entry {self.entry.path} ┄┄ exit {self.exit.path} ┄┄"]
         for depth, (space, down, up) in enumerate(self.by_level):
-            left, right = ("▇" * math.ceil(width * macs / largest) for macs in (down, up))
-            arms = f"{left:>{width}} {down / 1e9:8.2f} │ {up / 1e9:<8.2f} {right:<{width}}"
-            lines.append(f"{by(space):>{label}}  {' ' * depth}{arms.rstrip()} GMACs")
+            left, right = ("▇" * math.ceil(width * arm / largest) for arm in (down, up))
+            arms = f"{left:>{width}} {quantity(down, 'MACs'):>12} │ {quantity(up, 'MACs'):<12} {right}"
+            lines.append(f"{shape(space):>{label}}  {' ' * depth}{arms.rstrip()}")
         return "\n".join(lines)
-
-
-def by(shape: tuple[int, ...]) -> str:
-    """(64, 64) → "64×64"."""
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def _preference(side: Side) -> tuple[bool, int]:

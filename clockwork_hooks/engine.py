@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.boundary import Region, by
+from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import AdaptorError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, finish, module_paths, recording
 from clockwork_hooks.hooks import Installed, Pass, end_pass, start_pass, version
@@ -25,6 +25,7 @@ from clockwork_hooks.inputs import Arguments, Binder, time_candidates
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.recorder import Recorder
 from clockwork_hooks.regions import choose, match, skipped_nodes
+from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
@@ -317,7 +318,7 @@ class _Function(nn.Module):
 def _looks(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return f"{by(tuple(value.shape))} {value.dtype} {value.device}"
+    return f"{shape(value.shape)} {value.dtype} {value.device}"
 
 
 def _on_stack(wanted: FrameType | None) -> bool:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from clockwork_hooks.boundary import Builder, Region, by
+from clockwork_hooks.boundary import Builder, Region
 from clockwork_hooks.dominance import Dominance, Edge
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs
+from clockwork_hooks.report import shape
 
 __all__ = ["choose", "find_region", "find_regions", "match", "regions_of", "skipped_nodes"]
 
@@ -304,7 +305,7 @@ class _Finder:
         )
 
     def _resolutions(self) -> str:
-        return ", ".join(dict.fromkeys(map(by, self.levels.spatial.values()))) or "none"
+        return ", ".join(dict.fromkeys(map(shape, self.levels.spatial.values()))) or "none"
 
     def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
         """What was looked for and what is there; `wider` regions may be had, but not by default."""

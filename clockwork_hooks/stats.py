@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from clockwork_hooks.report import Table, macs, percent, table
+
 __all__ = ["RunReport", "Stats"]
 
 
@@ -69,7 +71,7 @@ class RunReport:
         region: one line about the region; "not known yet" before the first call.
         schedule: as `Schedule` prints.
         adaptor: class name.
-        stats: the counts.
+        full_passes, adaptor_passes, reasons, macs_run, macs_plain: as in `Stats`.
     """
 
     model: str
@@ -95,8 +97,8 @@ class RunReport:
             ("adaptor", self.adaptor),
             ("passes", f"{self.full_passes} full, {self.adaptor_passes} with the adaptor"),
             *(("full because", f"{reason}: {count}") for reason, count in self.reasons.items()),
-            ("MACs run", f"{self.macs_run / 1e9:.3f} G of {self.macs_plain / 1e9:.3f} G (attention products counted)"),
-            ("saved", f"{self.saving:.1%}"),
+            ("MACs run", f"{macs(self.macs_run)} of {macs(self.macs_plain)} (attention products counted)"),
+            ("saved", str(percent(self.saving))),
         ]
 
     def __str__(self) -> str:
@@ -104,7 +106,11 @@ class RunReport:
 
     def to_markdown(self) -> str:
         """A two-column table."""
-        return "\n".join([f"| Clockwork on {self.model} | |", "|---|---|", *(f"| {a} | {b} |" for a, b in self.rows())])
+        return self.table().to_markdown()
+
+    def table(self) -> Table:
+        """The same as a table: rich prints it."""
+        return table(f"Clockwork on {self.model}", ("", "what ran"), self.rows())
 
     def to_json(self) -> str:
         """All fields; counts as integers, MACs in units."""

@@ -451,9 +451,9 @@ def test_stats_and_report() -> None:
     assert (found["full_passes"], found["adaptor_passes"]) == (3, 3)
     assert found["macs_run"] == cw.stats.macs_run < found["macs_plain"] == cw.stats.macs_plain
     assert found["saving"] == cw.stats.saving == 1 - found["macs_run"] / found["macs_plain"]
-    head, rule, *rows = report.to_markdown().splitlines()
-    assert (head, rule) == ("| Clockwork on Tiny | |", "|---|---|")
-    assert all(row.count("|") == 3 for row in rows)
+    title, _, head, rule, *rows = report.to_markdown().splitlines()
+    assert title == "**Clockwork on Tiny**"
+    assert all(row.count("|") == 3 for row in (head, rule, *rows))
     assert len(rows) == len(str(report).splitlines()) - 1
     for text in ("first step: 2", "scheduled: 1", "every(4)", "IdentityAdaptor", "3 full, 3 with the adaptor"):
         assert text in str(report)

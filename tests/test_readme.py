@@ -1,0 +1,83 @@
+"""The README's numbers against a rerun, and its code blocks run."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import clockwork_hooks as ch
+from clockwork_hooks.models import load_model
+from clockwork_hooks.report import flops, macs, percent, shape
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def rows(marker: str) -> dict[str, list[str]]:
+    """The cells of the table after a comment, by the first one."""
+    lines = README.split(f"<!-- {marker}", 1)[1].split("-->", 1)[1].strip().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl", "svd", "kandinsky22", "deepfloyd-if", "ddpm-cifar10"])
+def test_costs_of_real_architectures(preset: str) -> None:
+    loaded = load_model(preset)
+    report = ch.flops_report(loaded.unet, *loaded.args, clock=2, steps=8, **loaded.kwargs)
+    assert rows("flops table")[preset] == [
+        shape(loaded.args[0].shape),
+        flops(report.full_flops),
+        flops(report.adaptor_pass_flops),
+        flops(report.full_trajectory_flops),
+        flops(report.trajectory_flops),
+        percent(report.saved_share),
+    ]
+
+
+def test_cost_of_the_demo() -> None:
+    from clockwork_hooks.demo.model import LATENT_SHAPE, new_unet
+
+    unet = new_unet().to("meta").eval()
+    inputs = [torch.empty(2, *LATENT_SHAPE, device="meta"), torch.empty((), device="meta")]
+    hidden = torch.empty(2, 18, 128, device="meta")
+    report = ch.flops_report(unet, *inputs, steps=8, encoder_hidden_states=hidden)
+    table = rows("demo table")
+    assert table["plain"][0] == macs(report.full_trajectory_macs)
+    assert table["clock 2"][:2] == [macs(report.trajectory_macs), percent(report.saved_share)]
+
+
+def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
+    scheduler = DDIMScheduler()
+
+    @torch.no_grad()
+    def pipe(prompt: str) -> torch.Tensor:
+        sample = torch.randn(1, 3, 16, 16)
+        scheduler.set_timesteps(8)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(tiny_unet(sample, t).sample, t, sample).prev_sample
+        return sample
+
+    before = dict(vars(tiny_unet))
+    space = SimpleNamespace(unet=tiny_unet, pipe=pipe, prompt="a circle")
+    exec(BLOCKS[0], vars(space))
+    assert "4 full, 4 with the adaptor" in capsys.readouterr().out
+    assert vars(tiny_unet) == before
+
+
+def test_a_unet_and_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(BLOCKS[1], {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "4 full, 4 with the adaptor" in printed
+    assert "exit up" in printed
+
+
+@pytest.fixture
+def tiny_unet() -> Any:
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks).eval()
