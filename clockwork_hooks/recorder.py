@@ -225,9 +225,9 @@ class Recorder(TorchDispatchMode):
         while self._stack[-1].module != id(module):
             self._close(None)
         call = self._stack[-1]
-        *kwargs, output = rest
-        if kwargs and kwargs[0]:
-            call.inputs = (call.inputs[0], self._specs(dict(kwargs[0]), before=call.first))
+        kwargs, output = rest
+        if kwargs:
+            call.inputs = (call.inputs[0], self._specs(dict(kwargs), before=call.first))
         self._close(output)
         if self._rank and call.path is not None:
             self._keep(output)

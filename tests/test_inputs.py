@@ -170,6 +170,15 @@ def test_sine_of_the_sample_s_own_making_tells_nothing() -> None:
     assert ch.trace(Late(), noise(), T, torch.tensor([7.0, 7.0])).time == "noise_amount"
 
 
+def test_two_numbers_without_any_wave_are_ambiguous_too() -> None:
+    class Linear(OddName):
+        def time(self, t: Any, like: Tensor) -> Tensor:
+            return self.embed(t.reshape(-1, 1).expand(-1, 8))[:, :, None, None]
+
+    with pytest.raises(ch.AmbiguousInputError, match="strength, noise_amount"):
+        _ = ch.trace(Linear(), noise(), T, torch.tensor([7.0, 7.0])).time
+
+
 class Ambiguous(Tiny):
     """Two embedded numbers a row, and no name that tells."""
 

@@ -140,16 +140,16 @@ class Tokens(Tiny):
 
 
 class ChannelsLast(Tiny):
-    """Entry and exit are (B, H, W, C), of modules that only know that layout."""
+    """Entry and exit are (B, H, W, C), and so is what joins them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.LayerNorm(8), nn.LayerNorm(8)
 
     def forward(self, x: Tensor, t: Any) -> Tensor:
-        h = self.first(self.stem(x).permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        low = self.last(self.low(h, t).permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        return self.join(h, low)
+        h = self.first(self.stem(x).permute(0, 2, 3, 1).contiguous())
+        low = self.last(self.low(h.permute(0, 3, 1, 2), t).permute(0, 2, 3, 1).contiguous())
+        return self.head(torch.cat((h, low), 3).permute(0, 3, 1, 2))
 
 
 class SharedUpsample(Deep):
@@ -204,7 +204,7 @@ PLACES: list[tuple[type[Tiny], tuple[int, ...], str, str, int, tuple[int, ...]]]
     (TwoFullEntries, (2, 3, 16, 16), "second", "up", 0, (16, 16)),
     (Gated, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
     (Tokens, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
-    (ChannelsLast, (2, 3, 32, 32), "permute in the root", "last", 0, (32, 32)),
+    (ChannelsLast, (2, 3, 32, 32), "first", "last", 0, (32, 32)),
     (SharedUpsample, (2, 3, 16, 16), "stem", "grow", 1, (16, 16)),
     (WithAux, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
     (OddSizes, (2, 3, 17, 13), "stem", "up", 0, (17, 13)),

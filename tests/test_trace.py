@@ -439,6 +439,18 @@ def test_a_custom_operator_runs_on_a_device_and_says_so_on_meta(kind: type[Tiny]
     assert "register_fake" in str(caught.value)
 
 
+@pytest.mark.parametrize("reads", [lambda h: float(h.sum()), torch.unique, torch.nonzero, Tensor.tolist])
+def test_a_value_that_is_needed_on_meta_is_a_trace_error(reads: Callable[[Tensor], Any]) -> None:
+    class Reads(Tiny):
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            reads(h)
+            return super().low(h, t)
+
+    with pytest.raises(ch.TraceError, match="trace on a real device"):
+        ch.trace(Reads().to("meta"), noise().to("meta"), 3)
+    ch.trace(Reads(), noise(), 3)
+
+
 def test_other_errors_on_meta_are_the_model_s_own() -> None:
     class Looks(Tiny):
         def low(self, h: Tensor, t: Any) -> Tensor:
@@ -555,6 +567,17 @@ def test_compiled_models_are_traced_in_eager(compiled: str) -> None:
         assert found.macs == region.macs
     assert (vars(model).get("_compiled_call_impl"), vars(model.body).get("_compiled_call_impl")) == called
     assert torch.equal(model(x, 3), expected)
+
+
+def test_torch_compile_s_wrapper_is_not_in_the_paths_below_it() -> None:
+    model = Tiny()
+    model.body = nn.Sequential(model.body, nn.SiLU())
+    plain = [call.path for call in ch.trace(model, noise(), 3).calls]
+    model.body = torch.compile(model.body, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
+        compiled = [call.path for call in ch.trace(model, noise(), 3).calls]
+    assert [path for path in compiled if path != "body._orig_mod"] == plain
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------
