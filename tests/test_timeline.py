@@ -1,5 +1,6 @@
 """Which step and branch a call is, and that nothing stale is ever returned."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable
@@ -514,9 +515,8 @@ def test_declared_steps() -> None:
         assert run((900, 950, 10)) == "FAF"
         assert letters(unet, cw, [10]) == "F"  # a second evaluation within the step
         cw.reset()
-        assert letters(unet, cw, (900, 800, 700, 600)) == "FAFA"
-        cw.step()
-        assert letters(unet, cw, [500]) == "F"  # the first declaration begins a trajectory
+        assert letters(unet, cw, (900, 800, 700)) == "FAF"
+        assert run((600, 500)) == "FA"  # the first declaration begins a trajectory
 
 
 @torch.no_grad()
@@ -535,6 +535,31 @@ def test_reset_and_switching_off() -> None:
         assert passes(cw) == before
         cw.enabled = True
         assert letters(unet, cw, [500, 400]) == "FA"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["batch", "size", "gradients", "inference", "autocast", "kind of time"])
+def test_changed_inputs_and_modes(what: str) -> None:
+    """Each signature and mode is traced once; a feature of one never serves the other."""
+    unet = Tiny()
+    plain = copy.deepcopy(unet)
+    modes: dict[str, Callable[[], Any]] = {
+        "gradients": torch.enable_grad,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    made = ""
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        for t, other in zip(range(900, 0, -100), (0, 0, 1, 0, 1, 1, 0, 0, 1), strict=True):
+            x = sample(2 if what == "batch" and other else 1, 16 if what == "size" and other else 8)
+            time = float(t) if what == "kind of time" and other else t
+            before = cw.stats.adaptor_passes
+            with modes.get(what, contextlib.nullcontext)() if other else contextlib.nullcontext():
+                got, expected = unet(x, time), plain(x, time)
+            made += "A" if cw.stats.adaptor_passes > before else "F"
+            assert torch.equal(got, expected) == (made[-1] == "F")
+    assert made == "FAFFFAFAF"
+    assert cw.stats.reasons == {"first step": 1, "traced": 1, "inputs or modes changed since the step before": 4}
 
 
 def test_training_is_full() -> None:
