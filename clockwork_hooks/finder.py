@@ -1,0 +1,191 @@
+"""The search for regions in one trace: candidates by their entry edges, nested into one chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.builder import Builder
+from clockwork_hooks.dominance import Dominance, Edge
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks.graph import Trace
+from clockwork_hooks.levels import Levels
+from clockwork_hooks.macs import node_macs
+from clockwork_hooks.report import shape
+
+__all__ = ["Finder", "listed"]
+
+SMALLEST, LARGEST = 0.20, 0.97
+_TRIES = 12
+
+
+def listed(regions: Iterable[Region]) -> dict[str, str]:
+    """Regions as lines of an error."""
+    return {f"region {k}": region.line for k, region in enumerate(regions)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An exit that dominates a low-resolution part; `exits` share its entries, widest first."""
+
+    exits: tuple[int, ...]
+    entries: tuple[Edge, ...]
+    positions: int
+
+
+class Finder:
+    """The search of one trace."""
+
+    def __init__(self, trace: Trace, unet: nn.Module) -> None:
+        self.trace = trace
+        self.dom = Dominance(trace)
+        self.levels = Levels(trace)
+        self.build = Builder(trace, unet, self.dom, self.levels)
+        self.rejected: list[str] = []
+        self.small: set[tuple[int, ...]] = set()
+        self._weighted = self._after_weights()
+
+    def _after_weights(self) -> list[bool]:
+        """Nodes that carry the sample through at least one weighted operator; a region's entry is one of them."""
+        found = [False] * len(self.trace.nodes)
+        for n, node in enumerate(self.trace.nodes):
+            if self.dom.dep[n]:
+                found[n] = any(found[u] for u in self.dom.sources[n]) or node_macs(node) > 0
+        return found
+
+    def chain(self) -> tuple[Region, ...]:
+        """The widest region, then again and again the widest that lies in it."""
+        found: list[tuple[_Candidate, Region]] = []
+        for candidate in sorted(self._candidates(), key=lambda c: -self.dom.size(c.exits[0])):
+            if found and not self.dom.within(candidate.exits[0], found[-1][0].exits[0]):
+                continue
+            region = self._region(candidate)
+            if region is not None:
+                found.append((candidate, region))
+        if not found:
+            raise self.not_found()
+        edges = sorted({candidate.positions for candidate, _ in found}, reverse=True)
+        levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in found]
+        return tuple(replace(region, inner=self._inner(region)) for region in levelled)
+
+    def _candidates(self) -> Iterable[_Candidate]:
+        """Exits grouped by their entry edges, where the exit is back at the entries' resolution."""
+        groups: dict[tuple[Edge, ...], list[int]] = {}
+        for o, edges in self.dom.entries().items():
+            groups.setdefault(tuple(sorted(edges)), []).append(o)
+        positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
+        spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.is_spatial(node)]
+        for entries, exits in groups.items():
+            top = max((positions[u] or 0 for u, _ in entries), default=0)
+            if not top or not any(self._weighted[u] for u, _ in entries if positions[u] == top):
+                continue
+            widest = max(exits, key=self.dom.size)
+            if self.levels.positions(self.trace.nodes[widest]) != top:
+                continue
+            if any(self.levels.shrinks(node, top) and self.dom.within(n, widest) for n, node in spatial):
+                yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
+
+    def _region(self, candidate: _Candidate) -> Region | None:
+        """The candidate's region from the top-most of its exits that a module call returns; None if too small."""
+        for o in candidate.exits:
+            region = self.build.region(o, self.dom.members(o), level=0, cut="outer")
+            if region is None:
+                continue
+            if SMALLEST <= region.macs_share <= LARGEST:
+                return region
+            self.rejected.append(region.line)
+            if region.macs_share < SMALLEST:
+                self.small.add(region.resolution)
+            return None
+        self.rejected.append(f"{self.build.name(candidate.exits[0])}: no module returns the exit")
+        return None
+
+    def _inner(self, outer: Region) -> Region | None:
+        """The cut inside the downsampler into the region and the upsampler out of it (Appendix A, Fig. 8).
+
+        Its exit is the widest at the next lower resolution; its entry the first tensor there that all else comes from.
+        """
+        top = self.levels.positions(self.trace.nodes[outer.entry.node]) or 0
+        inside = sorted(n for n in self.dom.members(outer.exit.node) if self.dom.dep[n])
+        positions = {n: self.levels.positions(self.trace.nodes[n]) or 0 for n in inside}
+        edge = max((p for p in positions.values() if p < top), default=0)
+        exits = sorted((n for n in inside if positions[n] == edge > 0), key=self.dom.size, reverse=True)
+        for o in exits[:_TRIES]:
+            for d in [n for n in inside if self.dom.within(n, o) and positions[n] == edge][:_TRIES]:
+                region = self.between(d, o, level=outer.level, cut="paper") if d != o else None
+                if region is not None:
+                    return region
+        return None
+
+    def between(self, source: int, target: int, *, level: int, cut: str) -> Region | None:
+        """What depends on `source` and reaches the output only through `target`, if nothing else enters."""
+        inside = self.dom.between(source, target)
+        if target not in inside or {u for u, _ in self.dom.crossing(inside)[0]} != {source}:
+            return None
+        return self.build.region(target, inside, level=level, cut=cut)
+
+    def by_hand(self, entry: str, exit: str) -> Region:
+        """What lies between two module outputs: descendants of the entry whose every path passes the exit."""
+        source, target = (self._output_of(path, role) for path, role in ((entry, "entry"), (exit, "exit")))
+        region = self.between(source, target, level=0, cut="hand")
+        if region is None:
+            inside = self.dom.between(source, target)
+            others = {self.build.name(u) for u, _ in self.dom.crossing(inside)[0]} - {entry}
+            raise RegionNotFoundError(
+                "every path from the entry must pass the exit, and nothing else that depends on the sample may enter",
+                seen={"entry": entry, "exit": exit, "also enters": ", ".join(sorted(others)) or "nothing"},
+                do="choose a later entry or an earlier exit; print(ch.trace(...).graph) shows the paths",
+            )
+        return region
+
+    def _output_of(self, path: str, role: str) -> int:
+        for call in reversed(self.trace.calls):
+            if call.path == path:
+                specs = self.build.tensors(call.output)
+                if len(specs) == 1 and self.dom.dep[specs[0].node.meta["index"]]:
+                    return int(specs[0].node.meta["index"])
+        known = [call.path for call in self.trace.calls if call.path and len(self.build.tensors(call.output)) == 1]
+        raise ArgumentError(
+            f"the {role} is a called module that returns one tensor depending on the sample",
+            seen={role: path, "such modules": ", ".join(dict.fromkeys(known[:40]))},
+            do="pass one of these dotted paths",
+        )
+
+    def _resolutions(self) -> str:
+        return ", ".join(dict.fromkeys(map(shape, self.levels.spatial.values()))) or "none"
+
+    def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
+        """What was looked for and what is there; `wider` regions may be had, but not by default."""
+        merges = self._upward_exits()
+        seen: dict[str, object] = {
+            "model": self.trace.model,
+            "sample": "×".join(map(str, self.trace.inputs[self.trace.sample].meta["shape"])),
+            "resolutions": self._resolutions(),
+        }
+        if merges:
+            seen["several exits lead back up"] = ", ".join(merges)
+        for k, line in enumerate(self.rejected):
+            seen[f"rejected {k}"] = line
+        seen.update(listed(wider))
+        return RegionNotFoundError(
+            "a region is a part that works below the resolution of its entry and leaves through one tensor that a "
+            f"module returns, with {SMALLEST:.0%} to {LARGEST:.0%} of the MACs",
+            seen=seen,
+            do=("take a wider one: wrap(unet, region=find_regions(...)[0]); or " if wider else "")
+            + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
+            " and out",
+        )
+
+    def _upward_exits(self) -> list[str]:
+        """Operators of the highest resolution fed from below it."""
+        top = next(iter(self.levels.spatial), 0)
+        found: list[str] = []
+        for n, node in enumerate(self.trace.nodes):
+            if self.dom.live[n] and self.dom.dep[n] and self.levels.positions(node) == top:
+                below = [u for u in self.dom.sources[n] if (self.levels.positions(self.trace.nodes[u]) or top) < top]
+                if any(self.dom.dep[u] for u in below):
+                    found.append(self.build.name(n))
+        return found if len(found) > 1 else []
