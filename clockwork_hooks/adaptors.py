@@ -21,6 +21,7 @@ class Adaptor(Protocol):
         ...     def __init__(self, channels):
         ...         super().__init__()
         ...         self.mix = torch.nn.Conv2d(2 * channels, channels, 1)
+        ...
         ...     def forward(self, entry, exit_cached, *, time, text):
         ...         return self.mix(torch.cat([entry, exit_cached], 1))
 

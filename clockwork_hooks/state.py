@@ -63,5 +63,3 @@ def _task() -> Any:
         return asyncio.current_task()
     except RuntimeError:
         return None
-
-
