@@ -136,10 +136,21 @@ class Finder:
             others = {self.build.name(u) for u, _ in self.dom.crossing(inside)[0]} - {entry}
             raise RegionNotFoundError(
                 "every path from the entry must pass the exit, and nothing else that depends on the sample may enter",
-                seen={"entry": entry, "exit": exit, "also enters": ", ".join(sorted(others)) or "nothing"},
+                seen={
+                    "entry": entry,
+                    "exit": exit,
+                    "also enters": ", ".join(sorted(others)) or "nothing",
+                    "goes round the exit": ", ".join(self._round(source, target)[:5]) or "nothing",
+                },
                 do="choose a later entry or an earlier exit; print(ch.trace(...).graph) shows the paths",
             )
         return region
+
+    def _round(self, source: int, target: int) -> list[str]:
+        """What comes from the source and reaches the output without the target, up to where the target is made."""
+        reached = self.trace.reachable([self.trace.nodes[source]])
+        between = [n for n in range(source + 1, target) if self.trace.nodes[n] in reached and self.dom.live[n]]
+        return list(dict.fromkeys(self.build.name(n) for n in between if not self.dom.within(n, target)))
 
     def _output_of(self, path: str, role: str) -> int:
         for call in reversed(self.trace.calls):

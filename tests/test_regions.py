@@ -192,6 +192,39 @@ class OddSizes(Tiny):
         return super().low(padded, t)[..., : h.shape[2], : h.shape[3]]
 
 
+class Straddled(Tiny):
+    """One module holds the region's last layer and the head above it: only the first may be skipped."""
+
+    class Decoder(nn.Module):
+        def __init__(self, up: nn.Module, head: nn.Module) -> None:
+            super().__init__()
+            self.up, self.head = up, head
+
+        def forward(self, h: Tensor, low: Tensor) -> Tensor:
+            return self.head(torch.cat((h, self.up(low)), 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = self.Decoder(self.up, self.head)
+        del self.up, self.head
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        h = self.stem(x)
+        return self.decoder(h, self.body(self.down(h) + self.time(t, h)))
+
+
+class Previewed(Tiny):
+    """A part as large as the region sees the pooled sample itself: there are no features to read before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (conv(3, 48), *(nn.SiLU() for _ in range(30)), conv(48, 48), conv(48, 3))
+        self.preview = nn.Sequential(nn.AvgPool2d(2), *layers, nn.Upsample(scale_factor=2.0))
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        return super().forward(x + self.preview(x), t)
+
+
 # kind, sample, entry, exit, exit's call, resolution
 PLACES: list[tuple[type[Tiny], tuple[int, ...], str, str, int, tuple[int, ...]]] = [
     (AddSkips, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
@@ -209,6 +242,8 @@ PLACES: list[tuple[type[Tiny], tuple[int, ...], str, str, int, tuple[int, ...]]]
     (WithAux, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
     (OddSizes, (2, 3, 17, 13), "stem", "up", 0, (17, 13)),
     (Deep, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
+    (Straddled, (2, 3, 16, 16), "stem", "decoder.up", 0, (16, 16)),
+    (Previewed, (2, 3, 16, 16), "stem", "up", 0, (16, 16)),
 ]
 
 
@@ -234,6 +269,22 @@ def test_several_entries_are_listed_and_the_latest_of_full_size_is_read() -> Non
     assert "other entries      x 2×3×16×16" in str(region)
     both = ch.find_region(TwoFullEntries(), noise(), T)
     assert [entry.path for entry in both.entries] == ["stem", "second"]
+
+
+def test_each_region_contains_the_next() -> None:
+    """Of two UNets in a row one is taken, whole; nothing of the other."""
+
+    class Row(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Deep()
+
+        def forward(self, x: Tensor, t: Any) -> Tensor:
+            return super().forward(self.first(x, t), t)
+
+    skipped = [call.path for region in ch.find_regions(Row(), noise(), T) for call in region.skipped]
+    assert len({path.startswith("first.") for path in skipped}) == 1
+    assert len(skipped) == len(set(skipped))
 
 
 def test_regions_nest() -> None:
@@ -426,6 +477,8 @@ def test_by_hand_in_a_unet_is_the_found_region() -> None:
 def test_by_hand_names_what_else_enters_or_can_be_named() -> None:
     with pytest.raises(ch.RegionNotFoundError, match="also enters: body"):
         ch.find_region(Deep(), noise(), T, entry="deep", exit="up")
+    with pytest.raises(ch.RegionNotFoundError, match="goes round the exit: add in the root, body"):
+        ch.find_region(Deep(), noise(), T, entry="down", exit="up2")
     with pytest.raises(ch.RegionNotFoundError):
         ch.find_region(Deep(), noise(), T, entry="up", exit="stem")
     with pytest.raises(ch.ArgumentError, match="such modules: stem, down"):
