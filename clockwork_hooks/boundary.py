@@ -121,7 +121,7 @@ class Region:
         )
 
     def __str__(self) -> str:
-        sides = ", ".join(f"{side.kind} {shape(side.shape)}" for side in self.sides) or "none"
+        sides = ", ".join(f"{side.kind} {shape(side.shape) or 'scalar'}" for side in self.sides) or "none"
         others = ", ".join(f"{e.path} {shape(e.shape)}" for e in self.entries if e.node != self.entry.node) or "none"
         rows = [
             ("entry", f"{self.entry.path} (call {self.entry.call}) {shape(self.entry.shape)}"),

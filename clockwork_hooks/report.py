@@ -119,8 +119,8 @@ def percent(share: float | None) -> str | None:
 
 
 def shape(sizes: Iterable[int]) -> str:
-    """(1, 4, 64, 64) → "1×4×64×64"; () → "scalar"."""
-    return "×".join(map(str, sizes)) or "scalar"
+    """(1, 4, 64, 64) → "1×4×64×64"; () → ""."""
+    return "×".join(map(str, sizes))
 
 
 def _escaped(cell: str) -> str:
