@@ -215,7 +215,7 @@ def every_error() -> list[type[ch.ClockworkError]]:
     while todo:
         found.append(todo.pop())
         todo += found[-1].__subclasses__()
-    return found
+    return [kind for kind in found if kind.__module__ == "clockwork_hooks.errors"]  # the demo has a few of its own
 
 
 @pytest.mark.parametrize("kind", every_error())
