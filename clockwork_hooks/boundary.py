@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from clockwork_hooks.hooks import Plan, SkippedCall
+from clockwork_hooks.passes import Plan, SkippedCall
 from clockwork_hooks.report import quantity, shape
 
 __all__ = ["Boundary", "Region", "Side"]

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.dominance import Dominance
 from clockwork_hooks.graph import Trace, module_paths
-from clockwork_hooks.hooks import Plan, Port, SkippedCall, Slot
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
-from clockwork_hooks.recorder import ModuleCall, TensorSpec
+from clockwork_hooks.passes import Plan, Port, SkippedCall, Slot
+from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.tree import leaves, map_leaves
 
 __all__ = ["Builder"]

@@ -20,9 +20,10 @@ from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import AdaptorError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, finish, module_paths, recording
-from clockwork_hooks.hooks import Installed, Pass, end_pass, start_pass, version
+from clockwork_hooks.hooks import Installed
 from clockwork_hooks.inputs import Arguments, Binder, time_candidates
 from clockwork_hooks.macs import node_macs
+from clockwork_hooks.passes import Pass, end_pass, start_pass, version
 from clockwork_hooks.recorder import Recorder
 from clockwork_hooks.regions import choose, match, skipped_nodes
 from clockwork_hooks.report import shape
@@ -288,7 +289,7 @@ class Engine:
             adaptor = self.adaptor if isinstance(self.adaptor, nn.Module) else _Function(self.adaptor)
             with recording(adaptor, (entry, cached), options) as recorder:
                 made = adaptor(entry, cached, **options)
-            prepared.adaptor_macs = sum(map(node_macs, recorder.nodes))
+            prepared.adaptor_macs = sum(map(node_macs, recorder.bindings.nodes))
         else:
             made = self.adaptor(entry, cached, **options)
         where = {"step": position.step, "region": prepared.region.line, "adaptor": type(self.adaptor).__name__}

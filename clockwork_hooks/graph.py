@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.inputs import Arguments, Binder, find_sample, time_candidates
-from clockwork_hooks.recorder import ModuleCall, Recorder, TensorSpec
+from clockwork_hooks.recorder import ModuleCall, Recorder
 from clockwork_hooks.tree import leaves
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
@@ -227,22 +228,23 @@ def _unchanged(unet: nn.Module) -> Iterator[None]:
 
 def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
     """Turn a stopped recorder into a trace: find outputs, sample and time."""
+    bindings = recorder.bindings
     returned = [leaf for _, leaf in leaves(recorder.calls[0].output) if isinstance(leaf, TensorSpec)]
     sample = find_sample(arguments, [spec.shape for spec in returned])
     if sample is None:
         raise TraceError(
             "a UNet's call has a sample: a tensor with batch, channel and at least one spatial axis",
-            seen={"model": type(unet).__name__, "arguments": ", ".join(recorder.inputs) or "none"},
+            seen={"model": type(unet).__name__, "arguments": ", ".join(bindings.inputs) or "none"},
             do="pass the sample as an argument of the UNet's call",
         )
     outputs = [spec.node for spec in returned]
-    recorder.graph.output(tuple(outputs))
+    bindings.graph.output(tuple(outputs))
     times = time_candidates(arguments, sample=sample, time=time)
     traced = Trace(
-        recorder.graph,
-        tuple(recorder.nodes),
+        bindings.graph,
+        tuple(bindings.nodes),
         tuple(recorder.calls),
-        recorder.inputs,
+        bindings.inputs,
         tuple(outputs),
         sample,
         times,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from clockwork_hooks.hooks import version
 from clockwork_hooks.inputs import is_number
+from clockwork_hooks.passes import version
 
 __all__ = ["Branch", "Clock", "Place", "Position", "Timeline"]
 

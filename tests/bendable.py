@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks import hooks
-from clockwork_hooks.hooks import SkippedCall, Slot
+from clockwork_hooks import passes
+from clockwork_hooks.passes import SkippedCall, Slot
 from clockwork_hooks.tree import leaves
 from tests.snapshot import snapshot
 from tests.zoo.proof import nan_proof, same
@@ -94,7 +94,7 @@ def proven(model: nn.Module, *args: Any, region: ch.Region | None = None, **kwar
             skipped[call.path].add(call.ordinal)
         assert nan_proof(model, args, kwargs, last.path, last.ordinal, skipped)
     oracle = Oracle(seen[last.ordinal])
-    with torch.no_grad(), mock.patch.object(hooks, "placeholder", nan), ch.wrap(model, oracle, region=region) as cw:
+    with torch.no_grad(), mock.patch.object(passes, "placeholder", nan), ch.wrap(model, oracle, region=region) as cw:
         for _ in range(2):
             cw.step()
             assert same(model(*args, **kwargs), expected), region.line

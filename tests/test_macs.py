@@ -36,7 +36,7 @@ def nodes_of(model, *args, live=False, grad=False, **kwargs):
         return record(model, args, kwargs).nodes
     with torch.set_grad_enabled(grad), recording(model, args, kwargs) as recorder:
         model(*args, **kwargs)
-    return tuple(recorder.nodes)
+    return tuple(recorder.bindings.nodes)
 
 
 def total(nodes, **options):

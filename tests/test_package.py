@@ -19,8 +19,9 @@ ROOT = Path(ch.__file__).parent
 # A file imports only from the rows above its own. A new file goes into the lowest row that lets it.
 FLOORS = (
     ("_version", "errors", "report", "tree"),
-    ("adaptors", "examples", "hooks", "inputs", "operators", "presets", "schedule", "stats"),
-    ("boundary", "macs", "models", "recorder", "timeline"),
+    ("adaptors", "examples", "inputs", "operators", "passes", "presets", "schedule", "stats"),
+    ("bindings", "boundary", "hooks", "macs", "models", "timeline"),
+    ("recorder",),
     ("graph", "state"),
     ("dominance", "levels"),
     ("builder",),

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import clockwork_hooks as ch
-from clockwork_hooks import hooks
-from clockwork_hooks.hooks import SkippedCall, Slot
+from clockwork_hooks import passes
 from clockwork_hooks.inputs import Binder
+from clockwork_hooks.passes import SkippedCall, Slot
 from clockwork_hooks.tree import leaves
 from tests.snapshot import snapshot
 from tests.zoo import ZOO, ZooCase, random_unet
@@ -68,7 +68,7 @@ def test_nan_proof_by_the_independent_prover(case: ZooCase) -> None:
 
 def test_nan_proof_of_every_region(case: ZooCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """With NaN for placeholders and the true exit for the adaptor's output, no bit of the output changes."""
-    monkeypatch.setattr(hooks, "placeholder", nan)
+    monkeypatch.setattr(passes, "placeholder", nan)
     expected = run(case)
     for outer in ch.find_regions(case.model, *case.args, **case.kwargs):
         for region in filter(None, (outer, outer.inner)):

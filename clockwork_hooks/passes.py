@@ -1,0 +1,198 @@
+"""One running pass: which module calls it skips, what it picks up at the boundary, what it puts in the exit's place."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from clockwork_hooks.tree import Leaf, leaves, map_leaves
+
+__all__ = ["Pass", "Plan", "Port", "SkippedCall", "Slot", "active_pass", "end_pass", "start_pass", "version"]
+
+Kind = Literal["full", "adaptor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot(Leaf):
+    """What stands in for one tensor of a skipped call's output.
+
+    Attributes:
+        shape, dtype, device: as in the trace.
+        exit: this is the region's exit: the adaptor's output comes here.
+        written: code that still runs writes to it in place, so it needs memory of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    exit: bool = False
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCall:
+    """One module call that an adaptor pass does not run.
+
+    Attributes:
+        path: dotted path of the module.
+        ordinal: which of the module's calls in a full pass, from 0.
+        visible: which of the module's calls in an adaptor pass, where calls inside skipped ones do not happen.
+        output: what the call returns, with a `Slot` for each tensor.
+    """
+
+    path: str
+    ordinal: int
+    visible: int
+    output: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """Where a boundary tensor can be picked up: the k-th leaf of what a module call takes or returns."""
+
+    path: str
+    ordinal: int
+    visible: int
+    side: Literal["input", "output"]
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which calls are skipped, where the exit is, what is captured; for one region and one input signature.
+
+    Attributes:
+        skipped: the calls, in order; exactly one has the exit among its slots.
+        ports: boundary tensors to pick up, by name.
+        counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
+    """
+
+    skipped: tuple[SkippedCall, ...]
+    ports: Mapping[str, Port]
+    counts: Mapping[str, tuple[int, int]]
+
+    def key(self, kind: Kind) -> dict[tuple[str, int], SkippedCall]:
+        """The skipped calls by (path, how many calls of the module came before in a pass of this kind)."""
+        return {(call.path, call.visible if kind == "adaptor" else call.ordinal): call for call in self.skipped}
+
+
+class Pass:
+    """One running call of the UNet.
+
+    Attributes:
+        kind: "full" or "adaptor".
+        captured: boundary tensors by name, once they have been seen.
+        exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
+            code writes to it afterwards.
+    """
+
+    def __init__(
+        self, plan: Plan, kind: Kind, emit: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+    ) -> None:
+        self.plan = plan
+        self.kind: Kind = kind
+        self.captured: dict[str, torch.Tensor] = {}
+        self.exit: torch.Tensor | None = None
+        self._written = -1
+        self._emit = emit
+        self._calls = plan.key(kind)
+        self._counts: dict[str, int] = {}
+        self._hooked: dict[str, int] = {}
+
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A patched module is called: skip or run it."""
+        k = self._counts.get(path, 0)
+        self._counts[path] = k + 1
+        self._capture(path, k, "input", (args, kwargs))
+        found = self._calls.get((path, k))
+        if found is None:
+            return forward(*args, **kwargs)
+        if self.kind == "adaptor":
+            return map_leaves(self._fill, found.output)
+        output = forward(*args, **kwargs)
+        for (_, leaf), (_, slot) in zip(leaves(output), leaves(found.output), strict=False):
+            if isinstance(slot, Slot) and slot.exit and isinstance(leaf, torch.Tensor):
+                self._keep(leaf.clone() if slot.written else leaf)
+        return output
+
+    def observe(self, path: str, side: Literal["input", "output"], value: Any) -> None:
+        """A native hook saw a module's input or output."""
+        k = self._hooked.get(f"{side} {path}", 0)
+        self._hooked[f"{side} {path}"] = k + 1
+        self._capture(path, k, side, value)
+
+    def complete(self) -> bool:
+        """Did every patched module get exactly the calls of the trace, and the exit its tensor?"""
+        which = 1 if self.kind == "adaptor" else 0
+        expected = {path: counts[which] for path, counts in self.plan.counts.items() if counts[which]}
+        seen = {path: count for path, count in self._counts.items() if path in self.plan.counts}
+        return seen == expected and self.exit is not None
+
+    def untouched(self) -> bool:
+        """Is the exit still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
+        return self.exit is not None and version(self.exit) == self._written
+
+    def _capture(self, path: str, k: int, side: str, value: Any) -> None:
+        for name, port in self.plan.ports.items():
+            wanted = port.visible if self.kind == "adaptor" else port.ordinal
+            if (port.path, port.side, wanted) == (path, side, k):
+                self.captured[name] = [leaf for _, leaf in leaves(value)][port.leaf]
+
+    def _fill(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Slot):
+            return leaf
+        if leaf.exit and self._emit is not None:
+            made = self._emit(self.captured)
+            self._keep(made)
+            return made.clone() if leaf.written else made
+        return placeholder(leaf)
+
+    def _keep(self, exit: torch.Tensor) -> None:
+        self.exit, self._written = exit, version(exit)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A counter of in-place writes to the tensor and its views; -1 for inference tensors, which keep none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def placeholder(slot: Slot) -> torch.Tensor:
+    """A tensor of the slot's shape that nobody may look into; it has no memory of its own where that is safe."""
+    if slot.written:
+        return torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
+    return _zero(slot.dtype, slot.device).expand(slot.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+# -- which pass runs in this thread? ------------------------------------------------------------------------------
+
+_RUNNING = threading.local()
+
+
+def active_pass(owner: object) -> Pass | None:
+    """The pass that `owner` (a wrapper) is running in this thread."""
+    found: Pass | None = getattr(_RUNNING, "passes", {}).get(id(owner))
+    return found
+
+
+def start_pass(owner: object, run: Pass) -> None:
+    """From here on, patched modules of `owner` ask `run`."""
+    if not hasattr(_RUNNING, "passes"):
+        _RUNNING.passes = {}
+    _RUNNING.passes[id(owner)] = run
+
+
+def end_pass(owner: object) -> Pass | None:
+    """Patched modules run as they are again; idempotent."""
+    found: Pass | None = getattr(_RUNNING, "passes", {}).pop(id(owner), None)
+    return found
