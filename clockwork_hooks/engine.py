@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from clockwork_hooks import emit
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
-from clockwork_hooks.errors import AdaptorError, RegionNotFoundError
-from clockwork_hooks.graph import Trace, finish, module_paths, recording
+from clockwork_hooks.errors import RegionNotFoundError
+from clockwork_hooks.graph import Trace, finish, module_paths
 from clockwork_hooks.hooks import Installed
 from clockwork_hooks.inputs import Arguments, Binder, time_candidates
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.passes import Pass, end_pass, start_pass, version
 from clockwork_hooks.recorder import Recorder
 from clockwork_hooks.regions import choose, match, skipped_nodes
-from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
@@ -283,43 +283,12 @@ class Engine:
         assert prepared is not None  # an adaptor pass has all three
         assert position is not None
         assert prepared.region is not None
-        entry = captured.get("entry")
-        options = {"time": captured.get("time"), "text": captured.get("text")}
         if prepared.adaptor_macs is None:
-            adaptor = self.adaptor if isinstance(self.adaptor, nn.Module) else _Function(self.adaptor)
-            with recording(adaptor, (entry, cached), options) as recorder:
-                made = adaptor(entry, cached, **options)
-            prepared.adaptor_macs = sum(map(node_macs, recorder.bindings.nodes))
+            made, prepared.adaptor_macs = emit.count_and_run(self.adaptor, captured, cached)
         else:
-            made = self.adaptor(entry, cached, **options)
+            made = emit.run(self.adaptor, captured, cached)
         where = {"step": position.step, "region": prepared.region.line, "adaptor": type(self.adaptor).__name__}
-        if _looks(made) != _looks(cached):
-            raise AdaptorError(
-                "an adaptor returns a tensor like the region's exit",
-                seen={"exit": _looks(cached), "returned": _looks(made), **where},
-                do="make the adaptor's output fit Region.exit",
-            )
-        if self.check_finite and not bool(torch.isfinite(made).all()):
-            raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
-        exit: torch.Tensor = made
-        return exit
-
-
-class _Function(nn.Module):
-    """An adaptor that is no module, as one: for the recorder."""
-
-    def __init__(self, function: Adaptor) -> None:
-        super().__init__()
-        self._function = (function,)  # a tuple: whatever it is, it is no submodule
-
-    def forward(self, entry: Any, exit_cached: Any, **options: Any) -> Any:
-        return self._function[0](entry, exit_cached, **options)
-
-
-def _looks(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f"{shape(value.shape)} {value.dtype} {value.device}"
+        return emit.check(made, cached, finite=self.check_finite, where=where)
 
 
 def _on_stack(wanted: FrameType | None) -> bool:

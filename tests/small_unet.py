@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 EXIT = "up"
-SKIPPED = ("down", "act", "body", "side", "up")
+SKIPPED = ("down", "act", "body", "up")
 
 
 class Tiny(nn.Module):

@@ -23,7 +23,7 @@ FLOORS = (
     ("bindings", "boundary", "hooks", "macs", "models", "timeline"),
     ("recorder",),
     ("graph", "state"),
-    ("dominance", "levels"),
+    ("dominance", "emit", "levels"),
     ("builder",),
     ("finder",),
     ("regions",),

@@ -65,6 +65,26 @@ def test_an_exit_that_is_written_to_is_kept_as_it_left_the_region(late: bool) ->
 
 
 @torch.no_grad()
+def test_a_pass_that_keeps_no_exit_leaves_none_behind() -> None:
+    """The third pass is full and its exit is spoilt: the fourth does not fall back on that of the second."""
+
+    def spoil(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.mul_(0.5)
+
+    unet = Tiny()
+    plain = copy.deepcopy(unet)
+    with ch.wrap(unet, schedule={2, 4}) as cw:
+        for t in (900, 800, 700, 600):
+            x = torch.randn(1, 2, 8, 8)
+            handle = unet.up.register_forward_hook(spoil) if t == 700 else None
+            output = unet(x, t)
+            if handle is not None:
+                handle.remove()
+        assert torch.equal(output, plain(x, t))
+    assert cw.stats.reasons == {"first step": 1, "scheduled": 1, "no feature was kept in the step before": 1}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("where", ["in the pass", "after the pass"])
 def test_an_exit_that_somebody_else_writes_to_is_not_used(where: str) -> None:
     """A hook that was not there when the UNet was traced writes to the exit in place: full passes from then on."""
@@ -307,8 +327,9 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
             run = module.forward
             if path and path not in SKIPPED:
                 monkeypatch.setattr(module, "forward", lambda *a, run=run, path=path: (calls.append(path), run(*a))[1])
-        for name in ("choose", "finish", "recording", "node_macs", "module_paths", "skipped_nodes"):
+        for name in ("choose", "finish", "node_macs", "module_paths", "skipped_nodes"):
             monkeypatch.setattr(engine, name, None)  # a call would raise
+        monkeypatch.setattr(engine.emit, "count_and_run", None)
         with Operators() as operators:
             unet(torch.randn(1, 2, 8, 8), 600)
     assert calls == ["stem", "emb", "head"]

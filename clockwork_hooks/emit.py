@@ -1,0 +1,71 @@
+"""Run the adaptor, and check what it returns before the UNet sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.errors import AdaptorError
+from clockwork_hooks.graph import recording
+from clockwork_hooks.macs import node_macs
+from clockwork_hooks.report import shape
+
+__all__ = ["check", "count_and_run", "run"]
+
+
+def run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached: torch.Tensor) -> Any:
+    """Call the adaptor with what was picked up at the boundary."""
+    return adaptor(captured.get("entry"), cached, time=captured.get("time"), text=captured.get("text"))
+
+
+def count_and_run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached: torch.Tensor) -> tuple[Any, int]:
+    """`run`, recorded: also the MACs that the adaptor took."""
+    module = adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
+    entry, options = captured.get("entry"), {"time": captured.get("time"), "text": captured.get("text")}
+    with recording(module, (entry, cached), options) as recorder:
+        made = run(module, captured, cached)
+    return made, sum(map(node_macs, recorder.bindings.nodes))
+
+
+def check(made: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, object]) -> torch.Tensor:
+    """What the adaptor returned, if it may stand in for the exit.
+
+    Args:
+        made: what it returned.
+        cached: the exit of the step before, whose shape, dtype and device it must have.
+        finite: look for NaN and infinity too; waits for the device.
+        where: step, region and adaptor, for the error.
+
+    Raises:
+        AdaptorError: it may not.
+    """
+    if not isinstance(made, torch.Tensor) or _looks(made) != _looks(cached):
+        raise AdaptorError(
+            "an adaptor returns a tensor like the region's exit",
+            seen={"exit": _looks(cached), "returned": _looks(made), **where},
+            do="make the adaptor's output fit Region.exit",
+        )
+    if finite and not bool(torch.isfinite(made).all()):
+        raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
+    return made
+
+
+class _Function(nn.Module):
+    """An adaptor that is no module, as one: for the recorder."""
+
+    def __init__(self, function: Adaptor) -> None:
+        super().__init__()
+        self._function = (function,)  # a tuple: whatever it is, it is no submodule
+
+    def forward(self, entry: Any, exit_cached: Any, **options: Any) -> Any:
+        return self._function[0](entry, exit_cached, **options)
+
+
+def _looks(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{shape(value.shape)} {value.dtype} {value.device}"
