@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
 
     def _keep(self, output: Any) -> None:
         """Keep the first few outputs of each size on the way up: the region's exit is likely among them."""
-        if not isinstance(output, torch.Tensor) or output.ndim < max(3, self._rank + 1):
+        if not isinstance(output, torch.Tensor) or output.ndim < min(self._rank + 2, 4):  # tokens, embeddings
             return
         size = output.shape[2:].numel()
         if size <= self._floor:

@@ -541,3 +541,19 @@ def test_other_threads_may_call_modules_while_one_records() -> None:
         root(noise(), 3.0)
     assert len(recorder.calls) == 7
     assert not _has_any_global_hook()
+
+
+def test_tokens_are_not_taken_for_the_bottleneck() -> None:
+    """Attention tokens (1, 256, 16), as many channels as the bottleneck has pixels, must not cost the kept exit."""
+    blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    ups = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    widths = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 4}
+    unet = UNet2DConditionModel(
+        16, down_block_types=blocks, up_block_types=ups, layers_per_block=1, cross_attention_dim=16, **widths
+    ).eval()
+    text = torch.randn(1, 7, 16)
+    with torch.no_grad(), ch.wrap(unet) as cw:
+        for t in (900, 600, 300, 0):
+            unet(torch.randn(1, 4, 16, 16), t, encoder_hidden_states=text)
+    assert dict(cw.stats.reasons) == {"first step": 1, "scheduled": 1}
+    assert cw.stats.adaptor_passes == 2
