@@ -545,6 +545,8 @@ def test_other_threads_may_call_modules_while_one_records() -> None:
 
 def test_tokens_are_not_taken_for_the_bottleneck() -> None:
     """Attention tokens (1, 256, 16), as many channels as the bottleneck has pixels, must not cost the kept exit."""
+    from diffusers import UNet2DConditionModel
+
     blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
     ups = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
     widths = {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 4}
