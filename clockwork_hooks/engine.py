@@ -260,8 +260,11 @@ class Engine:
         prepared, position, run, replaced = running.prepared, running.position, running.run, None
         assert prepared is not None  # `begin` set both
         assert position is not None
+        adaptor_pass = run is not None and run.kind == "adaptor"
+        cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
         if run is not None and run.kind == "adaptor" and not run.complete():
             running.reason = "calls differed from the traced ones"
+            cost += prepared.full_macs
             run = Pass(run.plan, "full")
             start_pass(self, run)
             try:
@@ -271,8 +274,6 @@ class Engine:
         if run is not None and run.exit is not None and run.complete() and run.untouched():
             exit = run.exit.detach() if run.exit.requires_grad else run.exit
             position.branch.exit = (running.key, exit, version(exit))
-        adaptor_pass = running.reason is None
-        cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
         self.stats.count(running.reason, cost, prepared.full_macs)
         log.debug("step %d: %s", position.step, f"full ({running.reason})" if running.reason else "adaptor")
         return replaced

@@ -59,6 +59,11 @@ class Forward:
         for name, value in list(vars(self.module).items()):
             if value is self:
                 vars(self.module)[name] = self.forward
+            while isinstance(value, Forward):  # another wrapper's, around ours
+                if value.forward is self:
+                    value.forward = value.__wrapped__ = self.forward
+                    value.own = self.own
+                value = value.forward
 
 
 def _same(value: Any) -> Any:

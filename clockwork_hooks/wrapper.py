@@ -113,7 +113,8 @@ class ClockworkWrapper:
         self._engine = engine
         self._handles = [
             unet.register_forward_pre_hook(RootHook(self, self._begin), with_kwargs=True),
-            unet.register_forward_hook(RootHook(self, self._end), with_kwargs=True, always_call=True),
+            # first of all hooks: the output of a pass that is run again is what the user's own hooks get to see
+            unet.register_forward_hook(RootHook(self, self._end), prepend=True, with_kwargs=True, always_call=True),
         ]
         engine.installed.run_eagerly(unet)
 
@@ -238,6 +239,13 @@ def _check_unet(unet: nn.Module) -> None:
             "only an nn.Module can be wrapped",
             seen={"got": type(unet).__name__},
             do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+        )
+    inner = [path for path, module in unet.named_modules() if path and _wrapped(module)]
+    if inner:
+        raise WrapError(
+            "a UNet is wrapped once: nothing inside of it may be wrapped already",
+            seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
+            do="wrap the outer module alone, or leave it at the inner one",
         )
     if "_orig_mod" in unet._modules:
         raise WrapError(

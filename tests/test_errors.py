@@ -134,6 +134,10 @@ def test_what_cannot_be_wrapped() -> None:
     assert snapshot(unet) == before
     cw.remove()
     ch.wrap(unet).remove()
+    outer = nn.Sequential(unet)
+    with ch.wrap(unet), pytest.raises(ch.WrapError) as caught:
+        ch.wrap(outer)
+    check(caught.value, "wrapped inside: 0")
     compiled = torch.compile(unet, backend="eager")
     before = snapshot(compiled)
     with pytest.raises(ch.WrapError) as caught:

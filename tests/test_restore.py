@@ -292,6 +292,40 @@ def test_removed_in_the_middle_of_a_call(error: type[BaseException], calls: int)
     pair.check()
 
 
+@pytest.mark.xfail(reason="modules after the removal run on what the skipped ones returned", strict=True)
+def test_removed_between_the_skipped_calls_of_an_adaptor_pass() -> None:
+    pair = Pair()
+    cw = ch.wrap(pair.unet, schedule=lambda step: True)
+    descend(pair.unet, (900,))
+    pair.unet.down.register_forward_hook(lambda *_: cw.remove())
+    assert equal(descend(pair.unet, (800,)), descend(pair.twin, (800,)))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_wrappers_that_share_modules_come_off_in_any_order(first: int) -> None:
+    """The second one is attached to a part of the first one's UNet before that has been called."""
+    outer = OneInside()
+    before, expected = snapshot(outer), descend(outer)
+    wrappers = [ch.wrap(outer), ch.wrap(outer.net)]
+    descend(outer)
+    assert isinstance(outer.net.up.forward.forward, Forward)
+    wrappers[first].remove()
+    descend(outer)
+    wrappers[1 - first].remove()
+    assert snapshot(outer) == before
+    assert equal(descend(outer), expected)
+
+
+class OneInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Tiny()
+
+    def forward(self, x: torch.Tensor, t: Any, c: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.net(x, t, c)
+        return made
+
+
 def test_compiled_in_place_is_compiled_again() -> None:
     unet = Tiny()
     for module in (unet, unet.up):

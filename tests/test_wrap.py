@@ -314,12 +314,13 @@ def test_where_the_first_exit_cannot_be_kept_one_pass_more_is_full() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("given", [False, True])
 def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, given: bool
 ) -> None:
     """Counted: module calls, operators by their profiler names, and no record, no trace, no look for regions."""
     unet = Tiny()
-    with ch.wrap(unet):
+    with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if given else None):
         for t in (900, 800, 700):
             unet(torch.randn(1, 2, 8, 8), t)
         calls: list[str] = []
@@ -336,6 +337,33 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
     counted = {name: operators.seen[name] for name in ("convolution", "conv2d", "conv_transpose2d", "linear", "silu")}
     assert sum(counted.values()) <= 2 + 1, counted  # two convolutions, and a linear layer where it is one operator
     monkeypatch.undo()
+
+
+class Varies(Tiny):
+    """Below 750 one module is called twice."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x)
+        z = self.body(self.act(self.down(h)))
+        z = self.body(z) if t < 750 else z
+        return self.head(torch.cat([h, self.up(z)], 1))
+
+
+def test_calls_that_differ_from_the_traced_ones() -> None:
+    """The pass is run again in full: the user's own hooks see that output, and both runs are counted."""
+    unet = Varies()
+    seen: list[Tensor] = []
+    unet.register_forward_hook(lambda module, args, output: (seen.append(output), 2 * output)[1])
+    expected = steps(unet)
+    plain, seen[:] = list(seen), []
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        outputs = steps(unet)
+        assert cw.stats.reasons["calls differed from the traced ones"] == 1
+        assert torch.equal(outputs[2], expected[2])
+        assert torch.equal(seen[2], plain[2])
+        full = cw.stats.macs_plain // 4
+        assert cw.stats.macs_run == 3 * full + 2 * (full - cw.region.macs)
+        assert cw.stats.adaptor_passes == 1
 
 
 class Operators(TorchDispatchMode):
