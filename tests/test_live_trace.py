@@ -151,7 +151,6 @@ def test_two_wrappers_that_share_modules_never_give_a_wrong_full_step() -> None:
     assert_clean()
 
 
-@pytest.mark.xfail(strict=True, reason="a Forward that lies under another wrapper's stays when it goes first")
 @pytest.mark.parametrize("first", ["outer", "inner"])
 def test_two_wrappers_that_share_modules_restore_them(first: str) -> None:
     model = Refiner()
