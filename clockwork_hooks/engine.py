@@ -174,7 +174,7 @@ class Engine:
         if prepared is None or position is None or prepared.region is None:
             return prepared.why if prepared else "traced"
         if self.schedule.is_full(position.step):
-            return position.doubt or ("first step" if position.step == 1 else "scheduled")
+            return _on_schedule(position)
         if position.doubt is not None:
             return position.doubt
         if torch.is_grad_enabled() and self.unet.training:
@@ -209,10 +209,7 @@ class Engine:
             exit, position.branch.missing = kept.get(prepared.region.exit.node), "traced"
             if exit is not None and not prepared.region.exit_written:
                 position.branch.exit = (running.key, exit.detach(), version(exit))
-        if self.schedule.is_full(position.step):
-            reason = position.doubt or ("first step" if position.step == 1 else "scheduled")
-        else:
-            reason = "traced"
+        reason = _on_schedule(position) if self.schedule.is_full(position.step) else "traced"
         self.stats.count(reason, prepared.full_macs, prepared.full_macs)
         log.debug("step %d: full (%s, recorded)", position.step, reason)
 
@@ -290,6 +287,11 @@ class Engine:
             made = emit.run(self.adaptor, captured, cached)
         where = {"step": position.step, "region": prepared.region.line, "adaptor": type(self.adaptor).__name__}
         return emit.check(made, cached, finite=self.check_finite, where=where)
+
+
+def _on_schedule(position: Position) -> str:
+    """Why a full step is full. In a first step doubts count: a call that cannot be placed never gets beyond it."""
+    return "scheduled" if position.step > 1 else position.doubt or "first step"
 
 
 def _on_stack(wanted: FrameType | None) -> bool:

@@ -21,7 +21,7 @@ class Stats:
         full_passes: calls that ran the whole UNet.
         adaptor_passes: calls in which the adaptor stood in for the region.
         reasons: why full passes were full → how many: "first step" and "scheduled" are the schedule's own, every
-            other one cost a pass that the schedule would have given to the adaptor.
+            other one is a pass that could not be placed, or that the schedule would have given to the adaptor.
         macs_run: multiply-accumulates that ran, the adaptor's included; convolutions and matrix products, attention
             products counted. 1 MAC = 2 FLOPs.
         macs_plain: what the same calls cost without Clockwork.

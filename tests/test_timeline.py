@@ -451,6 +451,21 @@ def test_guidance_in_two_calls_keeps_two_features() -> None:
 
 
 @torch.no_grad()
+def test_a_scheduled_step_is_no_doubt() -> None:
+    """Two calls a step with the same conditions: only what the adaptor would have run is counted as a doubt."""
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        for t in (900, 900, 800, 800, 700, 700, 600, 600):
+            unet(sample(), t)
+    assert cw.stats.reasons == {
+        "first step": 1,
+        "same time and conditions again within a step": 3,
+        "several calls with these conditions in the step before": 2,
+        "scheduled": 2,
+    }
+
+
+@torch.no_grad()
 def test_a_guidance_interval() -> None:
     """The branch that paused comes back with a full pass."""
     unet = Tiny()
