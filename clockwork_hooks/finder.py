@@ -13,7 +13,6 @@ from clockwork_hooks.dominance import Dominance, Edge
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.levels import Levels
-from clockwork_hooks.macs import node_macs
 from clockwork_hooks.report import shape
 
 __all__ = ["Finder", "listed"]
@@ -51,9 +50,9 @@ class Finder:
     def _after_weights(self) -> list[bool]:
         """Nodes that carry the sample through at least one weighted operator; a region's entry is one of them."""
         found = [False] * len(self.trace.nodes)
-        for n, node in enumerate(self.trace.nodes):
+        for n, macs in enumerate(self.build.macs):
             if self.dom.dep[n]:
-                found[n] = any(found[u] for u in self.dom.sources[n]) or node_macs(node) > 0
+                found[n] = any(found[u] for u in self.dom.sources[n]) or macs > 0
         return found
 
     def chain(self) -> tuple[Region, ...]:
@@ -173,7 +172,7 @@ class Finder:
         merges = self._upward_exits()
         seen: dict[str, object] = {
             "model": self.trace.model,
-            "sample": "×".join(map(str, self.trace.inputs[self.trace.sample].meta["shape"])),
+            "sample": shape(self.trace.inputs[self.trace.sample].meta["shape"]),
             "resolutions": self._resolutions(),
         }
         if merges:

@@ -94,10 +94,6 @@ class Trace:
             call = self.calls[call.parent]
             yield call
 
-    def operators(self, call: ModuleCall) -> list[fx.Node]:
-        """The operators that ran within `call`, without weights and constants."""
-        return [node for node in self.nodes[call.first : call.last] if node.op == "call_function"]
-
     def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
         """The nodes whose values depend on those of `starts`, these included."""
         found = set(starts)
