@@ -1,0 +1,45 @@
+"""`clockwork-hooks demo`: the shipped model, plain and with Clockwork, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.options import show
+
+__all__ = ["demo"]
+
+DEMO_EPILOG = """Examples:
+
+clockwork-hooks demo
+
+clockwork-hooks demo --steps 20 --clock 4 --out my-folder
+
+clockwork-hooks demo --prompt "a large pink star left of a small white ring on a black background" --seed 7
+"""
+
+
+@app.command(epilog=DEMO_EPILOG)
+def demo(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A scene, e.g. "a small yellow star above a large cyan ring on a dark blue background"; repeatable. '
+            "None for the 16 that ship with the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="DPM++ denoising steps.", min=1)] = 8,
+    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    out: Annotated[str, typer.Option(help="Folder for grid.png, report.md and report.json.")] = "clockwork-demo",
+) -> None:
+    """Draw the same scenes with the plain UNet and with Clockwork: MACs, time, likeness, and a picture."""
+    from clockwork_hooks.demo.run import demo as run
+
+    result = run(prompt or (), steps=steps, clock=clock, seed=seed, out=out)
+    show(result.table())
+    for name in ("grid.png", "report.md", "report.json"):
+        typer.echo(result.folder / name)

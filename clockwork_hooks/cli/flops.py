@@ -1,0 +1,68 @@
+"""`clockwork-hooks flops`: what passes and trajectories cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clockwork_hooks.cli.app import EPILOG, app
+from clockwork_hooks.cli.options import (
+    Batch,
+    Cut,
+    CutOption,
+    Device,
+    Format,
+    Frames,
+    Level,
+    Model,
+    Output,
+    Size,
+    load,
+    show,
+)
+
+__all__ = ["flops"]
+
+
+@app.command(epilog=EPILOG)
+def flops(
+    model: Model,
+    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1)] = 8,
+    guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: twice the batch.")] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention/--no-attention", help="Count attention products; the paper leaves them out.")
+    ] = True,
+    norms: Annotated[bool, typer.Option("--norms", help="Add fvcore's estimate for normalisations.")] = False,
+    cut: CutOption = Cut.outer,
+    level: Level = 1,
+    depth: Annotated[int, typer.Option(help="Names of a module path that the table by module keeps.", min=1)] = 2,
+    size: Size = None,
+    batch: Batch = 1,
+    frames: Frames = 0,
+    device: Device = "meta",
+    output: Output = Format.table,
+) -> None:
+    """Count a full pass, an adaptor pass and a trajectory: by level, operator and module."""
+    from clockwork_hooks.flops import flops_report
+
+    loaded = load(model, size, batch, frames, device)
+    report = flops_report(
+        loaded.unet,
+        *loaded.args,
+        clock=clock,
+        steps=steps,
+        guidance=guidance,
+        level=level,
+        cut=cut.value,
+        attention=attention,
+        norms="fvcore" if norms else None,
+        **loaded.kwargs,
+    )
+    if output is Format.json:
+        typer.echo(report.to_json(depth=depth))
+    elif output is Format.md:
+        typer.echo(report.to_markdown(depth=depth))
+    else:
+        show(*report.tables(depth=depth))
