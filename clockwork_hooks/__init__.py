@@ -27,6 +27,7 @@ from clockwork_hooks.errors import (
     TraceError,
     WrapError,
 )
+from clockwork_hooks.evaluation import Evaluation, Variant, evaluate
 from clockwork_hooks.flops import flops_report
 from clockwork_hooks.graph import Trace, trace
 from clockwork_hooks.regions import find_region, find_regions
@@ -44,6 +45,7 @@ __all__ = [
     "ClockworkWrapper",
     "CountError",
     "DemoError",
+    "Evaluation",
     "FlopsReport",
     "IdentityAdaptor",
     "ModelNotFoundError",
@@ -56,8 +58,10 @@ __all__ = [
     "Stats",
     "Trace",
     "TraceError",
+    "Variant",
     "WrapError",
     "__version__",
+    "evaluate",
     "find_region",
     "find_regions",
     "flops_report",

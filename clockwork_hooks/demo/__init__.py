@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clockwork_hooks.demo.captions import VOCABULARY, parse, write_captions
     from clockwork_hooks.demo.classifier import Accuracy, AttributeClassifier, attribute_accuracy
-    from clockwork_hooks.demo.frechet import frechet_distance, statistics_of
+    from clockwork_hooks.demo.evaluate import Attributes
     from clockwork_hooks.demo.model import DEMO_PROMPTS, DemoModel, load_demo
     from clockwork_hooks.demo.scenes import Scenes, draw_scenes, render
 
@@ -27,22 +27,21 @@ __all__ = [
     "VOCABULARY",
     "Accuracy",
     "AttributeClassifier",
+    "Attributes",
     "DemoModel",
     "Scenes",
     "attribute_accuracy",
     "draw_scenes",
-    "frechet_distance",
     "load_demo",
     "parse",
     "render",
-    "statistics_of",
     "write_captions",
 ]
 
 _HOMES = {
     "captions": ("VOCABULARY", "parse", "write_captions"),
     "classifier": ("Accuracy", "AttributeClassifier", "attribute_accuracy"),
-    "frechet": ("frechet_distance", "statistics_of"),
+    "evaluate": ("Attributes",),
     "model": ("DEMO_PROMPTS", "DemoModel", "load_demo"),
     "scenes": ("Scenes", "draw_scenes", "render"),
 }

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clockwork_hooks.demo.captions import decode, write_captions
-from clockwork_hooks.demo.classifier import attribute_accuracy
-from clockwork_hooks.demo.frechet import Statistics, frechet_distance, statistics_of
+from clockwork_hooks.demo.captions import decode, parse, write_captions
+from clockwork_hooks.demo.classifier import AttributeClassifier, attribute_accuracy, score
 from clockwork_hooks.demo.model import DemoModel
 from clockwork_hooks.demo.pool import draw_split, render_bytes
+from clockwork_hooks.frechet import Statistics, frechet_distance, statistics_of
+from clockwork_hooks.metrics import Better
 
-__all__ = ["evaluate", "held_out_prompts", "reference_statistics", "sample_many", "sweep_guidance"]
+__all__ = ["Attributes", "evaluate", "held_out_prompts", "reference_statistics", "sample_many", "sweep_guidance"]
+
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """A metric of the task: the share of the attributes asked for that the classifier finds in the pictures, in %.
+
+    The generator was never trained against this classifier. Conditions are the captions, or, to read them only
+    once, what `captions.parse` makes of them.
+
+    Args:
+        classifier: reads pictures.
+    """
+
+    classifier: AttributeClassifier
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Higher is better."""
+        return {"attributes right": "higher", "pictures all right": "higher"}
+
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor:
+        """What is read and what was asked for (B, 18)."""
+        asked = conditions if isinstance(conditions, np.ndarray) else parse(conditions)
+        return torch.from_numpy(np.concatenate([self.classifier.read(images), asked], 1))
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The shares over all pictures, in percent."""
+        seen, asked = rows.numpy().astype(np.int64).reshape(len(rows), 2, -1).swapaxes(0, 1)
+        found = score(seen, asked)
+        return {"attributes right": 100 * found.total, "pictures all right": 100 * found.perfect}
 
 
 def held_out_prompts(count: int, seed: int = 7) -> list[str]:
@@ -26,8 +60,7 @@ def held_out_prompts(count: int, seed: int = 7) -> list[str]:
 def reference_statistics(model: DemoModel, count: int, seed: int = 8) -> Statistics:
     """Feature statistics of `count` rendered scenes of the held-out combinations."""
     images = render_bytes(draw_split(count, seed, test=True), model.device)
-    chunks = [chunk.float() / 255 for chunk in images.split(4096)]
-    return statistics_of(model.classifier, torch.cat(chunks))
+    return statistics_of(model.classifier.features, (chunk.float() / 255 for chunk in images.split(_CHUNK)))
 
 
 def sample_many(
@@ -73,12 +106,12 @@ def evaluate(
     rendered = render_bytes(draw_split(count, 7, test=True), model.device).float() / 255
     result: dict[str, Any] = {
         "rendered": asdict(attribute_accuracy(model.classifier, rendered, prompts))
-        | {"frechet": frechet_distance(reference, statistics_of(model.classifier, rendered))}
+        | {"frechet": frechet_distance(reference, statistics_of(model.classifier.features, rendered.split(_CHUNK)))}
     }
     for number in steps:
         images = sample_many(model, prompts, steps=number, guidance=guidance, scheduler=scheduler, batch=batch)
         accuracy = asdict(attribute_accuracy(model.classifier, images, prompts))
-        distance = frechet_distance(reference, statistics_of(model.classifier, images))
+        distance = frechet_distance(reference, statistics_of(model.classifier.features, images.split(_CHUNK)))
         result[f"steps_{number}"] = accuracy | {"frechet": distance}
     return result
 

@@ -6,6 +6,7 @@ place of a VAE. The UNet is an ordinary `diffusers.UNet2DConditionModel` with no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
+    ),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
 DEMO_PROMPTS = (
     "a large red circle left of a small blue square on a dark green background",
@@ -143,7 +149,9 @@ class DemoModel:
                 do=f"choose one of {', '.join(SCHEDULERS)}",
             )
         kind, options = SCHEDULERS[name]
-        return getattr(diffusers, kind)(**SCHEDULE, timestep_spacing="trailing", **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`algorithm_types dpmsolver", FutureWarning)  # the paper's Tab. 4 has it
+            return getattr(diffusers, kind)(**SCHEDULE, timestep_spacing="trailing", **options)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool = True) -> Tensor:
@@ -196,22 +204,57 @@ class DemoModel:
             UnknownWordError: a word that the model has never seen.
             ArgumentError: no steps, or an unknown scheduler.
         """
+        latents = self.noise(len(prompts), seed)
+        hidden = self.encode_prompts(prompts)
+        return to_images(
+            self.denoise(
+                latents, hidden, steps=steps, guidance=guidance, scheduler=scheduler, unet=unet, callback=callback
+            )
+        )
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Standard normal latents (count, 12, 32, 32), drawn on the CPU: a seed gives the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((count, *LATENT_SHAPE), generator=generator).to(self.device)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        hidden: Tensor,
+        *,
+        steps: int = 8,
+        guidance: float = GUIDANCE,
+        scheduler: str | Any = "dpm++",
+        unet: Any = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """The sampling loop of `sample`, from noise and hidden states that are there already.
+
+        Args:
+            noise: (B, 12, 32, 32) standard normal.
+            hidden: (2B, 18, 128), as `encode_prompts` gives them.
+            steps, guidance, scheduler, unet, callback: as in `sample`.
+
+        Returns:
+            (B, 12, 32, 32) float32 latents; `to_images` makes pictures of them.
+
+        Raises:
+            ArgumentError: no steps, or an unknown scheduler.
+        """
         if steps < 1:
             raise ArgumentError("sampling takes at least one step", seen={"steps": steps}, do="pass a positive number")
         run = self.unet if unet is None else unet
         solver = self.scheduler(scheduler) if isinstance(scheduler, str) else scheduler
-        hidden = self.encode_prompts(prompts)
-        generator = torch.Generator().manual_seed(seed)
         solver.set_timesteps(steps, device=self.device)
-        latents = torch.randn((len(prompts), *LATENT_SHAPE), generator=generator).to(self.device)
-        latents = latents * solver.init_noise_sigma
+        latents: Tensor = noise * solver.init_noise_sigma
         for number, t in enumerate(solver.timesteps):
             both = solver.scale_model_input(torch.cat([latents, latents]), t).to(hidden.dtype)
             plain, told = run(both, t, encoder_hidden_states=hidden).sample.float().chunk(2)
             latents = solver.step(plain + guidance * (told - plain), t, latents).prev_sample
             if callback is not None:
                 callback(number, int(t), latents)
-        return to_images(latents)
+        return latents
 
 
 def load_demo(

@@ -5,14 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from clockwork_hooks.demo.captions import decode, parse, write_captions
 from clockwork_hooks.demo.classifier import UNREADABLE, attribute_accuracy, score
 from clockwork_hooks.demo.degrade import add_noise, blur, half_denoised
 from clockwork_hooks.demo.errors import CaptionError
-from clockwork_hooks.demo.frechet import Statistics, frechet_distance, statistics_of
+from clockwork_hooks.demo.evaluate import Attributes
 from clockwork_hooks.demo.model import DEMO_PROMPTS, DemoModel
 from clockwork_hooks.demo.pool import draw_split
 from clockwork_hooks.demo.scenes import COLUMNS, Scenes, render
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.frechet import frechet_distance, statistics_of
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +98,24 @@ def test_read_of_nothing(model: DemoModel) -> None:
     assert model.classifier.read(torch.zeros(0, 3, 64, 64)).shape == (0, len(COLUMNS))
 
 
-def test_frechet_distance_of_known_gaussians() -> None:
-    a = Statistics(np.zeros(3), np.diag([1.0, 4.0, 0.0]))
-    b = Statistics(np.array([3.0, 0.0, 0.0]), np.diag([4.0, 1.0, 0.0]))
-    assert frechet_distance(a, b) == pytest.approx(9 + 1 + 1)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_distance_of_correlated_gaussians_agrees_with_the_general_root() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 5, 5))
-    a, b = Statistics(np.zeros(5), x @ x.T), Statistics(np.zeros(5), y @ y.T)
-    roots = np.sqrt(np.linalg.eigvals(a.covariance @ b.covariance).astype(complex)).real.sum()
-    expected = np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots
-    assert frechet_distance(a, b) == pytest.approx(expected)
-
-
 def test_frechet_distance_grows_with_damage(model: DemoModel, images: Tensor) -> None:
-    clean = statistics_of(model.classifier, images)
-    near = frechet_distance(clean, statistics_of(model.classifier, blur(images, 0.8)))
-    far = frechet_distance(clean, statistics_of(model.classifier, blur(images, 2.0)))
+    read = model.classifier.features
+    clean = statistics_of(read, [images])
+    near = frechet_distance(clean, statistics_of(read, [blur(images, 0.8)]))
+    far = frechet_distance(clean, statistics_of(read, [blur(images, 2.0)]))
     assert 0 < near < far
+
+
+def test_attributes_as_a_metric(model: DemoModel, images: Tensor, scenes: Scenes) -> None:
+    """In percent, over batches, from captions as from what was parsed of them; the wrong prompt scores low."""
+    prompts = decode(write_captions(scenes, 0))
+    metric = Attributes(model.classifier)
+    halves = (slice(0, 128), slice(128, None))
+    rows = torch.cat([metric.observe(images[half], None, prompts[half]) for half in halves]).double()
+    found = attribute_accuracy(model.classifier, images, prompts)
+    assert metric.score(rows) == {
+        "attributes right": pytest.approx(100 * found.total),
+        "pictures all right": pytest.approx(100 * found.perfect),
+    }
+    torch.testing.assert_close(metric.observe(images, None, parse(prompts)).double(), rows)
+    assert metric.score(metric.observe(images.roll(1, 0), None, prompts).double())["attributes right"] < 50

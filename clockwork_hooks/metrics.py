@@ -1,0 +1,233 @@
+"""What pictures are judged by. A metric is two functions: pictures to rows of numbers, and all rows to scores.
+
+Paired metrics compare with the plain picture from the same noise, distributional ones with a set of real pictures,
+task metrics with what was asked for. A metric of your own is any object with `better`, `observe` and `score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.frechet import Statistics, frechet_distance, statistics_of, statistics_of_features
+
+__all__ = ["Better", "ClipScore", "Frechet", "Metric", "Paired", "clip_score", "fid"]
+
+Better = Literal["higher", "lower"]
+SAME_DB = 100.0  # stands for the infinite PSNR of equal pictures
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """One way of judging pictures; it keeps no state, so any number of variants can be judged side by side.
+
+    Example:
+        >>> class Brightness:
+        ...     better = {"brightness": "higher"}
+        ...
+        ...     def observe(self, images, plain, conditions):
+        ...         return images.mean((1, 2, 3))[:, None]
+        ...
+        ...     def score(self, rows):
+        ...         return {"brightness": float(rows.mean())}
+        >>> isinstance(Brightness(), Metric)
+        True
+    """
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Name of each score → is a higher or a lower value better?"""
+        ...
+
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor | None:
+        """A row of numbers for each picture.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            plain: the plain pictures from the same noise; None when it is the plain pictures that are judged.
+            conditions: what the pictures were made from, as given to `evaluate`: often B prompts.
+
+        Returns:
+            (B, K), K at least 1; None where this metric says nothing about these pictures.
+        """
+        ...
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The scores of all pictures together. Args: rows (N, K), float64, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Likeness to the plain pictures from the same noise: PSNR in dB, SSIM and relative L2 distance.
+
+    Means over the pictures. PSNR and SSIM are torchmetrics', relative L2 is ‖x - plain‖ / ‖plain‖. The PSNR of equal
+    pictures counts as 100 dB.
+
+    Example:
+        >>> plain = torch.rand(2, 3, 16, 16)
+        >>> rows = Paired().observe((plain + 0.1).clamp(0, 1), plain, None)
+        >>> sorted(Paired().score(rows))
+        ['PSNR', 'SSIM', 'relative L2']
+    """
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Two where higher is better, one where lower is."""
+        return {"PSNR": "higher", "SSIM": "higher", "relative L2": "lower"}
+
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor | None:
+        """PSNR, SSIM and relative L2 (B, 3); None for the plain pictures themselves."""
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+        if plain is None:
+            return None
+        if images.shape != plain.shape:
+            raise ArgumentError(
+                "pictures are paired with the plain ones from the same noise, one by one",
+                seen={"pictures": tuple(images.shape), "plain": tuple(plain.shape)},
+                do="let generate return pictures of one shape for a batch and seed, whatever the variant",
+            )
+        images, plain = images.float(), plain.float()
+        psnr = peak_signal_noise_ratio(images, plain, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        ssim = structural_similarity_index_measure(images, plain, data_range=1.0, reduction="none")
+        far = (images - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return torch.stack([psnr.clamp_max(SAME_DB), torch.as_tensor(ssim).reshape(-1), far], 1)
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """Means over the pictures."""
+        return dict(zip(self.better, rows.mean(0).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Frechet:
+    """Squared Fréchet distance to a set of real pictures, in the space of any feature extractor.
+
+    Values of different extractors, or of different numbers of pictures, cannot be compared.
+
+    Args:
+        features: pictures (B, 3, H, W) in [0, 1] to features (B, F).
+        reference: `statistics_of` the real pictures, with the same extractor.
+        name: of the score.
+
+    Example:
+        >>> extract = lambda images: images.mean((2, 3))
+        >>> metric = Frechet(extract, statistics_of(extract, [torch.rand(64, 3, 8, 8)]))
+        >>> metric.score(metric.observe(torch.rand(64, 3, 8, 8), None, None))["Fréchet"] < 1
+        True
+    """
+
+    features: Callable[[Tensor], Tensor]
+    reference: Statistics
+    name: str = "Fréchet"
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Lower is better."""
+        return {self.name: "lower"}
+
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor:
+        """Features (B, F)."""
+        return self.features(images)
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The distance of all pictures to the reference."""
+        return {self.name: frechet_distance(self.reference, statistics_of_features(rows))}
+
+
+def fid(real: Iterable[Tensor], *, feature: nn.Module | None = None, weights: Path | str | None = None) -> Frechet:
+    """The usual FID: Fréchet distance in Inception features, with torchmetrics' network and weights of your own.
+
+    Args:
+        real: batches of real pictures (B, 3, H, W) in [0, 1].
+        feature: another extractor, from uint8 pictures to (B, F); None for torch-fidelity's Inception v3.
+        weights: file of the Inception weights (pt_inception-2015-12-05), for machines without network.
+
+    Returns:
+        A metric named "FID".
+
+    Raises:
+        ModuleNotFoundError: Inception is asked for and torch-fidelity is not installed.
+
+    Source: Heusel et al., arXiv 1706.08500; the paper's Tab. 1 uses it on 5,000 MS-COCO pictures.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    path = None if weights is None else str(weights)
+    options: dict[str, Any] = {"feature_extractor_weights_path": path} if feature is None else {"feature": feature}
+    network = FrechetInceptionDistance(**options).inception
+
+    def features(images: Tensor) -> Tensor:
+        made: Tensor = network.to(images.device)(_bytes(images))
+        return made.flatten(1)
+
+    return Frechet(features, statistics_of(features, real), "FID")
+
+
+@dataclass(frozen=True, slots=True)
+class ClipScore:
+    """How well pictures fit their prompts: the mean cosine of CLIP's two embeddings, as in the paper (not times 100).
+
+    torchmetrics' CLIPScore is 100 times this; its 1.9 does not run with transformers 5, so the cosine is taken here.
+
+    Args:
+        model: a `transformers.CLIPModel`.
+        processor: its `CLIPProcessor`; longer prompts are cut to what the model reads.
+    """
+
+    model: Any
+    processor: Any
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Higher is better."""
+        return {"CLIP": "higher"}
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor:
+        """The cosine of each picture and its prompt (B, 1)."""
+        longest = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(
+            text=list(conditions), images=list(_bytes(images)), return_tensors="pt", padding=True, truncation=True,
+            max_length=longest,
+        )  # fmt: skip
+        found = self.model.to(images.device)(**inputs.to(images.device))
+        cosines: Tensor = nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+        return cosines[:, None]
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The mean over the pictures."""
+        return {"CLIP": float(rows.mean())}
+
+
+def clip_score(folder: Path | str) -> ClipScore:
+    """CLIP score with a CLIP model from a local folder (`config.json`, weights, tokenizer, image processor).
+
+    Args:
+        folder: as `CLIPModel.save_pretrained` and `CLIPProcessor.save_pretrained` write it.
+
+    Raises:
+        ArgumentError: there is no such folder.
+
+    Source: Hessel et al., arXiv 2104.08718; the paper's Tab. 1.
+    """
+    if not Path(folder).is_dir():
+        raise ArgumentError(
+            "a CLIP model is loaded from a folder on this machine",
+            seen={"folder": folder},
+            do="download one first: hf download openai/clip-vit-large-patch14 --local-dir clip",
+        )
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    return ClipScore(model, CLIPProcessor.from_pretrained(folder, local_files_only=True))
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
