@@ -10,6 +10,10 @@
 Source: Habibian et al., "Clockwork Diffusion: Efficient Generation With Model-Step Distillation", arXiv 2312.08128.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+from clockwork_hooks import adaptors as _adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Boundary, Region, Side
@@ -35,6 +39,9 @@ from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.stats import RunReport, Stats
 from clockwork_hooks.wrapper import ClockworkWrapper, wrap
 
+if _TYPE_CHECKING:
+    from clockwork_hooks.adaptors import ResNetAdaptor
+
 __all__ = [
     "Adaptor",
     "AdaptorError",
@@ -52,6 +59,7 @@ __all__ = [
     "NoEffectWarning",
     "Region",
     "RegionNotFoundError",
+    "ResNetAdaptor",
     "RunReport",
     "Schedule",
     "Side",
@@ -68,3 +76,11 @@ __all__ = [
     "trace",
     "wrap",
 ]
+
+_LATER = {"ResNetAdaptor": _adaptors}  # imported when first asked for: what they need is slow to import
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_LATER[name], name)

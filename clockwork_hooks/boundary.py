@@ -113,6 +113,11 @@ class Region:
         return self.plan.skipped
 
     @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what an adaptor is given beside the exit, as traced: "entry", "time", "text"; what there is."""
+        return {name: port.shape for name, port in self.plan.ports.items()}
+
+    @property
     def line(self) -> str:
         """One line: where it is and what it saves."""
         return (

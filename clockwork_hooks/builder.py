@@ -172,7 +172,7 @@ class Builder:
                 for k, (_, leaf) in enumerate(leaves(value)):
                     if isinstance(leaf, TensorSpec) and leaf.node.meta["index"] == n:
                         seen = visible.get(call.index, self._seen(call, chosen))
-                        return Port(str(call.path), call.ordinal, seen, side, k)  # type: ignore[arg-type]
+                        return Port(str(call.path), call.ordinal, seen, side, k, leaf.shape, leaf.dtype)  # type: ignore[arg-type]
         return None
 
     def _visible(self, call: ModuleCall, chosen: set[int]) -> bool:

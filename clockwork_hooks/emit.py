@@ -1,4 +1,4 @@
-"""Run the adaptor, and check what it returns before the UNet sees it."""
+"""Run the adaptor, and see that it and what it returns fit the region before the UNet sees it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.graph import recording
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.report import shape
 
-__all__ = ["check", "count_and_run", "run"]
+__all__ = ["check", "check_region", "count_and_run", "place", "region_options", "run"]
 
 
 def run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached: torch.Tensor) -> Any:
@@ -29,6 +30,25 @@ def count_and_run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached
     with recording(module, (entry, cached), options) as recorder:
         made = run(module, captured, cached)
     return made, sum(map(node_macs, recorder.bindings.nodes))
+
+
+def region_options(adaptor: Adaptor) -> dict[str, Any]:
+    """The options of `find_region` that find the region an adaptor was made for; none where it knows of no region."""
+    return dict(getattr(adaptor, "region_options", None) or {})
+
+
+def check_region(adaptor: Adaptor, region: Region) -> None:
+    """Let an adaptor that knows its region (`LearnedAdaptor.check_region`) refuse another one."""
+    known = getattr(adaptor, "check_region", None)
+    if known is not None:
+        known(region)
+
+
+def place(adaptor: Adaptor, like: torch.Tensor) -> None:
+    """Move an adaptor's parameters to the exit's device and dtype; as plain tensors, also in inference mode."""
+    if isinstance(adaptor, nn.Module):
+        with torch.inference_mode(False):
+            adaptor.to(like.device, like.dtype)
 
 
 def check(made: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, object]) -> torch.Tensor:

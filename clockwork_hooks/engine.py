@@ -76,6 +76,7 @@ class Engine:
         region: the region to skip, None for the default one.
         time: name of the time input, None to find it.
         check_finite: look for NaN and infinity in what the adaptor returns (waits for the device once a pass).
+        loaded: the adaptor is ours to move to the exit's device and dtype.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class Engine:
         region: Region | None,
         time: str | None,
         check_finite: bool,
+        loaded: bool = False,
     ) -> None:
         self.unet, self.adaptor, self.schedule = unet, adaptor, schedule
-        self.region, self.time, self.check_finite = region, time, check_finite
+        self.region, self.time, self.check_finite, self.loaded = region, time, check_finite, loaded
         self.wanted = region
         self.enabled = True
         self.stats = Stats()
@@ -220,7 +222,7 @@ class Engine:
             why = "the chosen region is another one for these inputs"
         else:
             try:
-                region = choose(trace, self.unet)
+                region = choose(trace, self.unet, **emit.region_options(self.adaptor))
             except RegionNotFoundError:
                 if self.region is None:
                     raise
@@ -229,6 +231,7 @@ class Engine:
         full = sum(costs)
         rest = full - sum(costs[n] for n in skipped_nodes(trace, region)) if region is not None else full
         if region is not None:
+            emit.check_region(self.adaptor, region)
             self._install(region)
             self.region = self.region or region
         return Prepared(region, full, rest, trace.time, trace.sample, why)
@@ -282,6 +285,8 @@ class Engine:
         assert position is not None
         assert prepared.region is not None
         if prepared.adaptor_macs is None:
+            if self.loaded:
+                emit.place(self.adaptor, cached)
             made, prepared.adaptor_macs = emit.count_and_run(self.adaptor, captured, cached)
         else:
             made = emit.run(self.adaptor, captured, cached)

@@ -210,11 +210,6 @@ def _boundary(region: Region, device: torch.device, adaptor: object) -> tuple[tu
     def zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(sizes, dtype=floating or dtype, device=device)
 
-    ports = region.plan.ports
-    entry = zeros(region.entry.shape, region.entry.dtype) if "entry" in ports else None
-    given: dict[str, Any] = {}
-    for name, source in (("time", "time"), ("text", "context")):
-        sides = [side for side in region.sides if side.kind == source and side.dtype.is_floating_point]
-        best = max(sides, key=lambda side: len(side.shape), default=None)
-        given[name] = None if best is None or name not in ports else zeros(best.shape, best.dtype)
-    return (entry, zeros(region.exit.shape, region.exit.dtype)), given
+    given = {name: zeros(port.shape, port.dtype) for name, port in region.plan.ports.items()}
+    exit = zeros(region.exit.shape, region.exit.dtype)
+    return (given.get("entry"), exit), {name: given.get(name) for name in ("time", "text")}

@@ -53,13 +53,23 @@ class SkippedCall:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """Where a boundary tensor can be picked up: the k-th leaf of what a module call takes or returns."""
+    """Where a boundary tensor can be picked up: the k-th leaf of what a module call takes or returns.
+
+    Attributes:
+        path: dotted path of the module.
+        ordinal, visible: which of its calls, as in `SkippedCall`.
+        side: what it takes, or what it returns.
+        leaf: which of the leaves.
+        shape, dtype: of the tensor, as traced.
+    """
 
     path: str
     ordinal: int
     visible: int
     side: Literal["input", "output"]
     leaf: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)

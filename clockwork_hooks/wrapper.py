@@ -6,6 +6,7 @@ call, and only modules with skipped calls are patched (hooks.py). The first real
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from clockwork_hooks import emit
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.engine import Engine
@@ -27,7 +29,7 @@ __all__ = ["ClockworkWrapper", "wrap"]
 
 def wrap(
     unet: nn.Module,
-    adaptor: Adaptor | str | None = None,
+    adaptor: Adaptor | str | os.PathLike[str] | None = None,
     *,
     clock: int = 2,
     region: Region | None = None,
@@ -44,10 +46,11 @@ def wrap(
 
     Args:
         unet: any UNet: called once or more per denoising step, with a sample and a time.
-        adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`.
+        adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
+            or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
         clock: one full pass every `clock` steps; 1 switches Clockwork off.
-        region: from `find_region`, found for this UNet at any batch, size and device; None for the one below the
-            highest level.
+        region: from `find_region`, found for this UNet at any batch, size and device; None for the one that the
+            adaptor was made for, or else the one below the highest level.
         schedule: replaces `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
         plan: an object with `region`, `schedule` and `adaptor`, which replaces all three.
         time: name of the argument that holds the time, where it cannot be told.
@@ -59,7 +62,8 @@ def wrap(
     Raises:
         WrapError: `unet` is no module, is wrapped already, or is the output of `torch.compile`.
         ArgumentError: an option is outside its rule.
-        AdaptorError: the adaptor cannot be called.
+        AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
+            made for another region.
         RegionNotFoundError: (at the first call, which leaves the UNet unwrapped) nothing can be skipped.
         AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
 
@@ -95,7 +99,11 @@ def wrap(
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
     steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
-    engine = Engine(unet, _adaptor(adaptor), steps, region=region, time=time, check_finite=check_finite)
+    used = _adaptor(adaptor)
+    if region is not None:
+        emit.check_region(used, region)
+    loaded = used is not adaptor
+    engine = Engine(unet, used, steps, region=region, time=time, check_finite=check_finite, loaded=loaded)
     return ClockworkWrapper(unet, engine)
 
 
@@ -293,12 +301,17 @@ def _wrapped(unet: nn.Module) -> bool:
     return any(isinstance(hook, RootHook) for hook in unet._forward_pre_hooks.values())
 
 
-def _adaptor(adaptor: Adaptor | str | None) -> Adaptor:
+def _adaptor(adaptor: Adaptor | str | os.PathLike[str] | None) -> Adaptor:
     if adaptor is None or adaptor == "identity":
         return IdentityAdaptor()
-    if isinstance(adaptor, (str, type)) or not callable(adaptor):
+    if isinstance(adaptor, (str, os.PathLike)):
+        from clockwork_hooks.adaptors import LearnedAdaptor  # huggingface_hub comes with it
+
+        return LearnedAdaptor.from_pretrained(adaptor)
+    if isinstance(adaptor, type) or not callable(adaptor):
         raise AdaptorError(
-            'an adaptor is None, "identity", or a module called as adaptor(entry, exit_cached, time=..., text=...)',
+            'an adaptor is None, "identity", the folder of a saved one, or a module called as '
+            "adaptor(entry, exit_cached, time=..., text=...)",
             seen={"adaptor": repr(adaptor)[:80]},
             do="pass one of these",
         )

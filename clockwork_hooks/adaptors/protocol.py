@@ -1,13 +1,12 @@
-"""What stands in for the region on an adaptor pass."""
+"""What any adaptor is: one signature."""
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
-__all__ = ["Adaptor", "IdentityAdaptor"]
+__all__ = ["Adaptor"]
 
 
 @runtime_checkable
@@ -49,26 +48,3 @@ class Adaptor(Protocol):
             The exit, with `exit_cached`'s shape, dtype and device.
         """
         ...
-
-
-class IdentityAdaptor(nn.Module):
-    """Returns what the region emitted one step before: no parameters, no MACs.
-
-    Example:
-        >>> cached = torch.ones(1, 4, 8, 8)
-        >>> IdentityAdaptor()(None, cached, time=None, text=None) is cached
-        True
-
-    Source: arXiv 2312.08128, Sec. 4.2 ("identity adaptor") and Tab. 3.
-    """
-
-    def forward(
-        self,
-        entry: torch.Tensor | None,
-        exit_cached: torch.Tensor,
-        *,
-        time: torch.Tensor | None = None,
-        text: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return `exit_cached` itself."""
-        return exit_cached

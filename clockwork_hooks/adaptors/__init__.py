@@ -1,0 +1,26 @@
+"""What stands in for the region on an adaptor pass: the signature, the identity, and the paper's learned kinds.
+
+The learned ones come with huggingface_hub, so they are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clockwork_hooks.adaptors.identity import IdentityAdaptor
+from clockwork_hooks.adaptors.protocol import Adaptor
+
+if TYPE_CHECKING:
+    from clockwork_hooks.adaptors.learned import LearnedAdaptor
+    from clockwork_hooks.adaptors.resnet import ResNetAdaptor
+
+__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor"]
+
+_LATER = {"LearnedAdaptor": "learned", "ResNetAdaptor": "resnet"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
