@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks import emit
+from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import RegionNotFoundError
@@ -30,7 +30,7 @@ from clockwork_hooks.regions import choose, match, skipped_nodes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
-from clockwork_hooks.timeline import NOT_KEPT, Position
+from clockwork_hooks.timeline import Kept, Position
 from clockwork_hooks.tree import tensors
 
 __all__ = ["Engine"]
@@ -126,13 +126,13 @@ class Engine:
         if prepared.region is not None:
             if not self.installed.intact(prepared.region.plan):  # full passes need it too: they keep the exit
                 self._install(prepared.region)
-            kept = running.position.branch.exit
-            running.position.branch.exit, running.position.branch.missing = None, NOT_KEPT
+            before = running.position.before
+            kept = before.take() if before is not None else None
             adapt = running.reason is None and kept is not None
             running.run = Pass(
                 prepared.region.plan,
                 "adaptor" if adapt else "full",
-                (lambda captured: self._emit(running, kept[1], captured)) if adapt and kept else None,
+                (lambda captured: self._emit(running, kept.exit, captured)) if adapt and kept else None,
             )
             start_pass(self, running.run)
 
@@ -165,7 +165,8 @@ class Engine:
     # -- full or adaptor? ----------------------------------------------------------------------------------------
 
     def _locate(self, state: State, arguments: Arguments, prepared: Prepared) -> Position:
-        time, place = state.clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
+        name = prepared.time if state.timeline.needs_time else None
+        time, place = state.clock.read(arguments.get(name)) if name else (None, None)
         apart = {prepared.sample, prepared.time}
         conditions = [leaf for path, leaf in arguments.leaves() if path not in apart]
         return state.timeline.at(time, place, conditions, has_time=prepared.time is not None)
@@ -174,19 +175,20 @@ class Engine:
         """The reason for a full pass; None for an adaptor pass."""
         prepared, position = running.prepared, running.position
         if prepared is None or position is None or prepared.region is None:
-            return prepared.why if prepared else "traced"
+            return prepared.why if prepared else reasons.TRACED
         if self.schedule.is_full(position.step):
             return _on_schedule(position)
         if position.doubt is not None:
             return position.doubt
         if torch.is_grad_enabled() and self.unet.training:
-            return "training"
-        if position.branch.exit is None:
-            return position.branch.missing
-        if position.branch.exit[0] != running.key:
-            return "inputs or modes changed since the step before"
-        if position.branch.exit[2] != version(position.branch.exit[1]):
-            return "the kept feature was written to"
+            return reasons.TRAINING
+        before = position.before
+        if before is None or before.kept is None:
+            return before.missing if before else reasons.NOT_KEPT
+        if before.kept.key != running.key:
+            return reasons.CHANGED
+        if before.kept.version != version(before.kept.exit):
+            return reasons.WRITTEN
         return None
 
     # -- the first call of a signature ---------------------------------------------------------------------------
@@ -208,10 +210,10 @@ class Engine:
         self._prepared[running.key] = prepared
         position = self._locate(state, running.arguments, prepared)
         if prepared.region is not None:
-            exit, position.branch.missing = kept.get(prepared.region.exit.node), "traced"
+            exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None and not prepared.region.exit_written:
-                position.branch.exit = (running.key, exit.detach(), version(exit))
-        reason = _on_schedule(position) if self.schedule.is_full(position.step) else "traced"
+                position.call.kept = Kept(running.key, exit.detach(), version(exit))
+        reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
         self.stats.count(reason, prepared.full_macs, prepared.full_macs)
         log.debug("step %d: full (%s, recorded)", position.step, reason)
 
@@ -219,14 +221,14 @@ class Engine:
         why, region = "", None
         if self.wanted is not None:
             region = match(trace, self.unet, self.wanted)
-            why = "the chosen region is another one for these inputs"
+            why = reasons.OTHER_REGION
         else:
             try:
                 region = choose(trace, self.unet, **emit.region_options(self.adaptor))
             except RegionNotFoundError:
                 if self.region is None:
                     raise
-                why = "no region for these inputs"
+                why = reasons.NO_REGION
         costs = [node_macs(node) for node in trace.nodes]
         full = sum(costs)
         rest = full - sum(costs[n] for n in skipped_nodes(trace, region)) if region is not None else full
@@ -263,7 +265,7 @@ class Engine:
         adaptor_pass = run is not None and run.kind == "adaptor"
         cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
         if run is not None and run.kind == "adaptor" and not run.complete():
-            running.reason = "calls differed from the traced ones"
+            running.reason = reasons.DIFFERED
             cost += prepared.full_macs
             run = Pass(run.plan, "full")
             start_pass(self, run)
@@ -273,7 +275,7 @@ class Engine:
                 end_pass(self)
         if run is not None and run.exit is not None and run.complete() and run.untouched():
             exit = run.exit.detach() if run.exit.requires_grad else run.exit
-            position.branch.exit = (running.key, exit, version(exit))
+            position.call.kept = Kept(running.key, exit, version(exit))
         self.stats.count(running.reason, cost, prepared.full_macs)
         log.debug("step %d: %s", position.step, f"full ({running.reason})" if running.reason else "adaptor")
         return replaced
@@ -296,7 +298,7 @@ class Engine:
 
 def _on_schedule(position: Position) -> str:
     """Why a full step is full. In a first step doubts count: a call that cannot be placed never gets beyond it."""
-    return "scheduled" if position.step > 1 else position.doubt or "first step"
+    return reasons.SCHEDULED if position.step > 1 else position.doubt or reasons.FIRST
 
 
 def _on_stack(wanted: FrameType | None) -> bool:

@@ -8,7 +8,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from clockwork_hooks.timeline import Clock, Timeline
+from clockwork_hooks.clock import Clock
+from clockwork_hooks.timeline import Timeline
 
 __all__ = ["State", "States"]
 

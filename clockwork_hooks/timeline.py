@@ -1,149 +1,190 @@
 """Which denoising step is this call, and may the features of the step before serve it?
 
 The UNet's time input tells: a changed value is a new step, a value that runs backwards is a new trajectory. Every
-other input tells the branch: two calls belong together if their conditions are the same objects, unchanged. Where
-the answer is in doubt the position says why, and the wrapper takes a full pass.
+other input tells the branch, and the calls of one branch within a step are numbered: the k-th is served by the k-th
+of the step before. Where the answer is in doubt the position says why, and the wrapper takes a full pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from clockwork_hooks.inputs import is_number
-from clockwork_hooks.passes import version
+from clockwork_hooks import reasons
+from clockwork_hooks.clock import Place
+from clockwork_hooks.conditions import Conditions
 
-__all__ = ["Branch", "Clock", "Place", "Position", "Timeline"]
+__all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
 
-NOT_KEPT = "no feature was kept in the step before"
 _FAR = 4.0
-_LARGEST_LIST = 1 << 16
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_MOST_CALLS = 128
+_MOST_COMPARED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the region emitted in a call.
+
+    Attributes:
+        key: input signature and modes of the call.
+        exit: the tensor.
+        version: its counter of in-place writes, when it was kept.
+    """
+
+    key: Hashable
+    exit: torch.Tensor
+    version: int
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a branch.
+
+    Attributes:
+        offset: entries of the list of times from the step's first call to this one; 0 where there is no list.
+        kept: for the same call of the step after it; None if nothing may be used.
+        missing: why there is none.
+    """
+
+    offset: int = 0
+    kept: Kept | None = None
+    missing: str = reasons.NOT_KEPT
+
+    def take(self) -> Kept | None:
+        """What was kept, which is let go: it serves once."""
+        kept, self.kept = self.kept, None
+        return kept
 
 
 @dataclass(slots=True, eq=False)
 class Branch:
-    """The calls of one trajectory that share their conditions, and what the region last emitted for them.
+    """The calls of one trajectory that share their conditions.
 
     Attributes:
-        conditions: every input but sample and time, each with its version.
+        number: in order of appearance in the trajectory, from 1.
+        name: as the caller named it; None where the conditions tell.
+        conditions: every input but sample and time.
         step: the last step with a call.
-        calls: number of calls in that step.
-        exit: (input signature, what the region emitted in that step, its version), for the step after it; None if
-            nothing may be used.
-        missing: why there is none.
+        calls: the calls of that step.
+        before: the calls of the step before it.
+        doubt: why none of those may serve.
     """
 
-    conditions: tuple[tuple[Any, int], ...]
+    number: int
+    name: str | None
+    conditions: Conditions
     step: int = 0
-    calls: int = 0
-    exit: tuple[Hashable, torch.Tensor, int] | None = None
-    missing: str = NOT_KEPT
+    calls: list[Call] = field(default_factory=list)
+    before: list[Call] = field(default_factory=list)
+    doubt: str | None = None
+    _steps: int = 0
+    _usual: int = 0
+    _last: int = 0
+    _regular: bool = True
+
+    @property
+    def label(self) -> str:
+        """How reports call it."""
+        return repr(self.name) if self.name is not None else str(self.number)
+
+    def enter(self, step: int, *, declared: bool) -> None:
+        """The first call of this branch in a step."""
+        new = self.step == 0
+        self.before, self.calls, self.step = self.calls, [], step
+        self.doubt = reasons.NEW if new and step > 1 else None
+        if not new and not self._countable() and not declared:
+            self.doubt = reasons.COUNT
+
+    def _countable(self) -> bool:
+        """May the k-th call be told by its number? One call a step always; more, once their number is regular."""
+        count, last = len(self.before), self._last
+        self._steps, self._last = self._steps + 1, count
+        if self._steps <= 2:  # the first step may have fewer: Heun's corrections begin with the second
+            self._usual = count
+        elif count != self._usual:
+            self._regular = False
+        return count <= 1 or (self._regular and count == last)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Position:
     """Where a call is.
 
     Attributes:
+        trajectory: number of the trajectory in its thread or task, from 1.
         step: denoising step of the trajectory, from 1.
-        branch: what is remembered for its conditions.
-        doubt: why no cached feature may serve it; None where one may.
+        branch: what its conditions tell.
+        ordinal: which call of the branch in this step, from 0.
+        call: where its own exit is remembered.
+        before: the same call of the step before; None if there is none.
+        doubt: why that one may not serve; None where it may.
     """
 
+    trajectory: int
     step: int
     branch: Branch
+    ordinal: int
+    call: Call
+    before: Call | None = None
     doubt: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a time stands in a list of times.
-
-    Attributes:
-        times: the list; the weak reference keeps its address from being used for another one.
-        index: which entry.
-    """
-
-    times: StorageWeakRef
-    index: int
-
-
-class Clock:
-    """Reads the time input as a number, with as few waits for the device as can be.
-
-    Most loops hand over views of one list of times, so one copy of that list serves the whole trajectory.
-    """
-
-    def __init__(self) -> None:
-        self._lists: dict[int, tuple[StorageWeakRef, int, torch.Tensor]] = {}
-
-    def read(self, value: Any) -> tuple[float | None, Place | None]:
-        """The time, None if it cannot be told or differs between rows; and its place, if it comes from a list.
-
-        Args:
-            value: a number, or a tensor with one element or one per row.
-        """
-        if not isinstance(value, torch.Tensor):
-            return (float(value) if is_number(value) else None), None
-        if value.device.type == "meta" or value.numel() == 0:
-            return None, None
-        storage = value.untyped_storage()
-        size = storage.nbytes() // value.element_size()
-        listed = value.ndim == 0 and 1 < size <= _LARGEST_LIST
-        place = Place(StorageWeakRef(storage), int(value.storage_offset())) if listed else None
-        if value.device.type != "cpu" and size <= _LARGEST_LIST:
-            value = self._on_cpu(value, storage)
-        first = value if value.ndim == 0 else value.flatten()[0]
-        if value.ndim and not bool((value == first).all()):
-            return None, None
-        return float(first), place
-
-    def _on_cpu(self, value: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-        key, written = storage._cdata, version(value)
-        known = self._lists.get(key)
-        if known is None or known[1] != written or written < 0:
-            whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
-            if len(self._lists) > 8:
-                self._lists.clear()
-            known = self._lists[key] = (StorageWeakRef(storage), written, whole.cpu())
-        return known[2].as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @dataclass(slots=True)
 class Timeline:
-    """The steps and branches of one thread or task; `at` is called once per call of the UNet."""
+    """The steps and branches of one thread or task; `at` is called once per call of the UNet.
 
+    Attributes:
+        trajectory: number of the trajectory, from 1.
+        step: its last step, from 1; 0 before the first.
+        declared: are steps told by `declare`, and not by the time?
+        names: names of branches that the caller has opened, innermost last.
+        branches: the branches of this step and of the step before.
+    """
+
+    trajectory: int = 0
     step: int = 0
     declared: bool = False
+    names: list[str] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    _opened: bool = False
     _time: float | None = None
+    _first: float | None = None
     _direction: int = 0
-    _stride: float = 0.0
+    _strides: tuple[float, ...] = ()
+    _far: float = 0.0
     _place: Place | None = None
+    _start: Place | None = None
     _jump: int | None = None
     _doubt: str | None = None
-    _branches: list[Branch] = field(default_factory=list)
+    _calls: int = 0
+    _seen: int = 0
+    _compared: int = 0
 
     def reset(self) -> None:
-        """The next call begins a trajectory."""
-        self.step, self.declared = 0, False
-        self._time, self._place, self._jump, self._direction, self._stride = None, None, None, 0, 0.0
-        self._doubt = None
-        self._branches = []
+        """The next call begins a trajectory; what was kept is let go."""
+        self.step, self.declared, self._opened = 0, False, False
+        self._time, self._first, self._direction, self._strides, self._far = None, None, 0, (), 0.0
+        self._place, self._start, self._jump = None, None, None
+        self._doubt, self._calls, self._seen, self._compared = None, 0, 0, 0
+        self.branches = []
 
     def declare(self) -> None:
         """A new step begins now, whatever the time input says; from here on the caller declares all steps."""
-        if not self.declared and self.step:
+        if not self.declared:
             self.reset()
-        self.declared = True
+        self.declared, self._opened = True, True
         self._advance()
 
+    @property
+    def needs_time(self) -> bool:
+        """Does the time of the next call matter?"""
+        return not self.declared or self._opened
+
     def at(
-        self, time: float | None, place: Place | None, conditions: Iterable[Any], *, has_time: bool = True
+        self, time: float | None, place: Place | None, conditions: Sequence[Any], *, has_time: bool = True
     ) -> Position:
         """Place a call.
 
@@ -153,43 +194,64 @@ class Timeline:
             conditions: every input but the sample and the time.
             has_time: does the UNet have a time input at all?
         """
-        doubt = None if self.declared else self._tick(time, place, has_time)
-        branch = self._branch(tuple((value, _version(value)) for value in conditions))
-        if branch.step == self.step:
-            doubt = doubt or "same time and conditions again within a step"
-            branch.calls += 1
-        else:
-            if branch.calls > 1:
-                doubt = doubt or "several calls with these conditions in the step before"
-            elif branch.step == 0 and self.step > 1:
-                doubt = doubt or "conditions are new in this step"
-            branch.step, branch.calls = self.step, 1
-        return Position(self.step, branch, doubt)
-
-    def _tick(self, time: float | None, place: Place | None, has_time: bool) -> str | None:
-        if time is None:
+        if self.declared:
+            self._check_declared(time)
+        elif time is None:
             self.reset()
-            self.step = 1
-            return "time differs between rows or cannot be read" if has_time else "no time input: declare cw.step()"
+            return self._nowhere(reasons.UNREADABLE if has_time else reasons.NO_TIME)
+        else:
+            self._tick(time, place)
+        self._calls += 1
+        if self._calls > _MOST_CALLS:
+            self.branches.clear()
+            return self._nowhere(reasons.CROWDED)
+        branch = self._branch(conditions)
+        if branch.step != self.step:
+            branch.enter(self.step, declared=self.declared)
+        offset = place.index - self._start.index if place and self._start and not self.declared else 0
+        return self._call(branch, Call(offset))
+
+    def _call(self, branch: Branch, call: Call) -> Position:
+        ordinal = len(branch.calls)
+        branch.calls.append(call)
+        before = branch.before[ordinal] if ordinal < len(branch.before) else None
+        doubt = self._doubt or branch.doubt
+        if self.step > 1 and branch.before and not doubt:
+            if before is None:
+                doubt = reasons.AGAIN
+                self._doubt = None if self.declared else doubt  # this time comes twice: who missed the first one?
+            elif before.offset != call.offset:
+                doubt = reasons.APART
+        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt)
+
+    def _nowhere(self, doubt: str) -> Position:
+        """A call of which nothing is remembered."""
+        return Position(self.trajectory, max(self.step, 1), Branch(0, None, Conditions(())), 0, Call(), None, doubt)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _tick(self, time: float, place: Place | None) -> None:
+        """Find out whether the step goes on, the next one begins, or the next trajectory."""
         if self._time is None:
             self._begin(time, place)
-            return None
+            return
         change = time - self._time
         jump = self._from(place)
         if change == 0 and jump is not None:
             self._place = place
-            return self._doubt
+            return
         direction = (change > 0) - (change < 0)
         backwards = self._direction and direction != self._direction
-        if backwards or not self._regular(jump) or (self._stride and abs(change) > _FAR * self._stride):
+        if change == 0 or backwards or not self._regular(jump) or (self._far and abs(change) > _FAR * self._far):
             self._begin(time, place, jump)
-            return None
+            return
         known = self._direction != 0 or direction < 0 or bool(jump)
+        even = bool(jump) or _even((*self._strides, abs(change)))
         self._time, self._place, self._direction, self._jump = time, place, direction, jump
-        self._stride = max(self._stride, abs(change))
+        self._strides, self._far = (*self._strides, abs(change))[-2:], max(self._far, abs(change))
         self._advance()
-        self._doubt = None if known else "direction of time is not known yet"  # for every branch of the step
-        return self._doubt
+        self._start = place
+        self._doubt = self._doubt or (None if known else reasons.DIRECTION) or (None if even else reasons.STRIDE)
 
     def _from(self, place: Place | None) -> int | None:
         """Entries of the list since the time before; 0 where there is no list, None in another list."""
@@ -203,35 +265,69 @@ class Timeline:
 
     def _begin(self, time: float, place: Place | None, jump: int | None = None) -> None:
         self.reset()
-        self._time, self._place, self._jump = time, place, jump
+        self._time, self._place, self._start, self._jump = time, place, place, jump
         self._advance()
+
+    def _check_declared(self, time: float | None) -> None:
+        """Declared steps may take any time, but one that went back is not served by the step before."""
+        if not self._opened:
+            return
+        self._opened = False
+        if time is None or self._time is None or time == self._time:
+            self._time = self._time if time is None else time
+            self._first = self._time if self._first is None else self._first
+            return
+        direction = 1 if time > self._time else -1
+        self._time = time
+        if self._direction in (0, direction):
+            self._direction = direction
+        elif self._first is not None and (time - self._first) * self._direction <= 0:  # back where it began
+            self.reset()
+            self.declared, self._time, self._first = True, time, time
+            self._advance()
+        else:
+            self._doubt = reasons.BACKWARDS
 
     def _advance(self) -> None:
         """A new step: what was not called in the step before is forgotten."""
-        self._branches = [branch for branch in self._branches if branch.step == self.step]
+        self._doubt = reasons.CROWDED if self._calls > _MOST_CALLS else None
+        self._calls = 0
+        self.branches = [branch for branch in self.branches if branch.step == self.step]
+        self.trajectory += self.step == 0
         self.step += 1
 
-    def _branch(self, conditions: tuple[tuple[Any, int], ...]) -> Branch:
-        for branch in self._branches:
-            if len(branch.conditions) == len(conditions) and all(map(_same, branch.conditions, conditions)):
+    # -- branches ------------------------------------------------------------------------------------------------
+
+    def _branch(self, conditions: Sequence[Any]) -> Branch:
+        name = self.names[-1] if self.names else None
+        known = [branch for branch in self.branches if branch.name == name]
+        if name is not None:
+            found = known[0] if known else None
+        else:
+            found = next((branch for branch in known if branch.conditions.same(conditions)), None)
+            found = found or self._equal(known, conditions)
+        if found is None:
+            self._seen += 1
+            found = Branch(self._seen, name, Conditions(() if name is not None else conditions))
+            self.branches.append(found)
+        return found
+
+    def _equal(self, known: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
+        """New objects on a device may have equal values; given up after some that did not."""
+        if self._compared >= _MOST_COMPARED:
+            return None
+        for branch in known:
+            if branch.conditions.equal(conditions):
+                branch.conditions = Conditions(conditions)
                 return branch
-        self._branches.append(Branch(conditions))
-        return self._branches[-1]
+        self._compared += bool(known) and self.step > 1
+        return None
 
 
-def _version(value: Any) -> int:
-    """What changes with an in-place write: a tensor's counter, an array's contents; -1 where nothing tells.
-
-    Nothing tells for inference tensors, which keep no counter, and for objects of unknown classes.
-    """
-    if isinstance(value, torch.Tensor):
-        return version(value)
-    return hash(value.tobytes()) if hasattr(value, "tobytes") else -1
-
-
-def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
-    """The same object, unchanged; plain values may also be equal. What `==` means elsewhere, nobody knows."""
-    (a, a_version), (b, b_version) = one, other
-    if a is b:
-        return a_version == b_version
-    return type(a) is type(b) and (isinstance(a, _VALUES) or is_number(a)) and bool(a == b)
+def _even(strides: tuple[float, ...]) -> bool:
+    """Is the last stride like the two before it, where those two are alike?"""
+    if len(strides) < 3:
+        return True
+    one, two, last = strides[-3:]
+    slack = max(0.02 * two, 1.01 if min(strides) >= 2 else 0.0)  # times rounded to integers
+    return abs(one - two) > slack or abs(last - two) <= 2 * slack

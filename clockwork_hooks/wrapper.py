@@ -6,9 +6,10 @@ call, and only modules with skipped calls are patched (hooks.py). The first real
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -173,10 +174,48 @@ class ClockworkWrapper:
         """Declare that a denoising step begins; for samplers whose times do not tell.
 
         Call it before the step's evaluations, or write `with cw.step(): ...`. From the first declaration until
-        `reset()`, steps are counted by declarations alone. Evaluations after the first one of a step are full.
+        `reset()`, steps are counted by declarations alone. The evaluations of a step are numbered, and the k-th uses
+        the feature of the k-th of the step before.
+
+        Example:
+            >>> def heun(unet, cw, x, sigmas):
+            ...     for now, then in zip(sigmas[:-1], sigmas[1:]):
+            ...         with cw.step():
+            ...             slope = (x - unet(x, now)) / now
+            ...             other = x + (then - now) * slope
+            ...             x = x + (then - now) * (slope + (other - unet(other, then)) / then) / 2
+            ...     return x
         """
         self._engine.states.current().timeline.declare()
         return _Step()
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Calls inside belong to the guidance branch of this name, whatever their conditions are.
+
+        For conditions that are other tensors in each step, as embeddings made anew or a ControlNet's residuals.
+
+        Args:
+            name: any text; another name is another branch.
+
+        Raises:
+            ArgumentError: the name is no text.
+
+        Example:
+            >>> def guided(unet, cw, x, t, embed):
+            ...     with cw.branch("uncond"):
+            ...         plain = unet(x, t, embed(""))
+            ...     with cw.branch("cond"):
+            ...         return plain + 7.5 * (unet(x, t, embed("a red square")) - plain)
+        """
+        if not isinstance(name, str):
+            raise ArgumentError("a branch is named by text", seen={"name": repr(name)}, do='pass branch("uncond")')
+        names = self._engine.states.current().timeline.names
+        names.append(name)
+        try:
+            yield
+        finally:
+            names.pop()
 
     def report(self) -> RunReport:
         """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""

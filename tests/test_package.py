@@ -18,10 +18,10 @@ ROOT = Path(ch.__file__).parent
 
 # A file imports only from the rows above its own. A new file goes into the lowest row that lets it.
 FLOORS = (
-    ("_version", "errors", "report", "tree"),
+    ("_version", "errors", "reasons", "report", "tree"),
     ("examples", "frechet", "inputs", "operators", "passes", "presets", "schedule", "stats"),
-    ("bindings", "boundary", "hooks", "macs", "metrics", "models", "timeline"),
-    ("adaptors", "recorder"),
+    ("bindings", "boundary", "clock", "conditions", "hooks", "macs", "metrics", "models"),
+    ("adaptors", "recorder", "timeline"),
     ("graph", "state"),
     ("counting", "dominance", "emit", "levels"),
     ("builder",),

@@ -1,0 +1,108 @@
+"""The inputs beside sample and time, remembered so that a later call can be told to have the same ones.
+
+Where comparing is free they are compared by value: in main memory a copy is kept, so nothing that happens to the
+original goes unnoticed. On a device comparing means waiting, so identity and the version counter come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from clockwork_hooks.inputs import is_number
+from clockwork_hooks.passes import version
+
+__all__ = ["Conditions"]
+
+_LARGEST_COPY = 1 << 22  # elements
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Conditions:
+    """What one call was conditioned on.
+
+    Args:
+        values: every input but the sample and the time, in order.
+    """
+
+    __slots__ = ("_items", "nbytes")
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._items = tuple(map(_remember, values))
+        self.nbytes = sum(kept.nbytes for kept, _ in self._items if isinstance(kept, _Copy))
+
+    def same(self, values: Sequence[Any]) -> bool:
+        """Are these the same conditions? Never waits for a device: there, new objects are other conditions."""
+        return len(values) == len(self._items) and all(map(_same, self._items, values))
+
+    def equal(self, values: Sequence[Any]) -> bool:
+        """Like `same`, but new objects on a device are compared by value, which waits for it."""
+        if len(values) != len(self._items):
+            return False
+        differ = [pair for pair in zip(self._items, values, strict=True) if not _same(*pair)]
+        return all(_comparable(*pair) for pair in differ) and all(
+            torch.equal(_bits(was[0]), _bits(now)) for was, now in differ
+        )
+
+
+class _Copy:
+    """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all."""
+
+    __slots__ = ("bits", "dtype", "nbytes", "shape")
+
+    def __init__(self, value: Any) -> None:
+        self.shape, self.dtype = value.shape, value.dtype
+        self.bits = _bits(value).clone() if isinstance(value, torch.Tensor) else value.tobytes()
+        self.nbytes = self.bits.nbytes if isinstance(self.bits, torch.Tensor) else len(self.bits)
+
+    def same(self, value: Any) -> bool:
+        if self.shape != value.shape or self.dtype != value.dtype:
+            return False
+        if isinstance(value, torch.Tensor):
+            return torch.equal(self.bits, _bits(value))
+        return bool(self.bits == value.tobytes())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _remember(value: Any) -> tuple[Any, int]:
+    """(what is kept of it, its version): -1 where nothing tells of writes."""
+    if _copied(value):
+        return _Copy(value), -1
+    return value, version(value) if isinstance(value, torch.Tensor) else -1
+
+
+def _copied(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return hasattr(value, "tobytes") and getattr(getattr(value, "dtype", None), "hasobject", True) is False
+    return _plain(value) and value.device.type == "cpu" and value.numel() <= _LARGEST_COPY
+
+
+def _plain(value: Any) -> bool:
+    """Is its memory all there is to it?"""
+    ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return ordinary and not (value.is_quantized or value.is_conj() or value.is_neg())
+
+
+def _same(item: tuple[Any, int], value: Any) -> bool:
+    """Plain values may also be equal. What `==` means for other objects, nobody knows."""
+    kept, written = item
+    if isinstance(kept, _Copy):
+        tensor = isinstance(kept.bits, torch.Tensor)
+        return _copied(value) and isinstance(value, torch.Tensor) == tensor and kept.same(value)
+    if kept is value:
+        return not isinstance(value, torch.Tensor) or version(value) == written
+    return type(kept) is type(value) and (isinstance(kept, _VALUES) or is_number(kept)) and bool(kept == value)
+
+
+def _comparable(item: tuple[Any, int], value: Any) -> bool:
+    """Do both still have the values that the calls had?"""
+    kept, written = item
+    if not (_plain(kept) and _plain(value)) or kept is value or written < 0:
+        return False
+    alike = kept.shape == value.shape and kept.dtype == value.dtype and kept.device == value.device
+    return alike and kept.device.type != "meta" and version(kept) == written

@@ -1,0 +1,89 @@
+"""Why a full pass was full: every reason that `cw.stats.reasons` counts, what causes it, and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = ["REASONS"]
+
+FIRST = "first step"
+SCHEDULED = "scheduled"
+TRACED = "traced"
+TRAINING = "training"
+NO_TIME = "no time input: declare cw.step()"
+UNREADABLE = "time differs between rows or cannot be read"
+DIRECTION = "direction of time is not known yet"
+STRIDE = "time moved by another stride than before"
+BACKWARDS = "time runs against the declared steps"
+NEW = "conditions are new in this step"
+COUNT = "several calls with these conditions in the step before"
+AGAIN = "same time and conditions again within a step"
+APART = "another place in the list of times than in the step before"
+CROWDED = "too many calls in one step to remember"
+CHANGED = "inputs or modes changed since the step before"
+NOT_KEPT = "no feature was kept in the step before"
+WRITTEN = "the kept feature was written to"
+DIFFERED = "calls differed from the traced ones"
+NO_REGION = "no region for these inputs"
+OTHER_REGION = "the chosen region is another one for these inputs"
+
+REASONS: dict[str, tuple[str, str]] = {
+    FIRST: ("a trajectory begins: there is nothing to reuse", "nothing"),
+    SCHEDULED: ("the schedule says full", "choose another clock or schedule"),
+    TRACED: (
+        "the first call of an input signature is recorded, and its exit was not among the tensors kept alive",
+        "nothing; once per signature. `region=` found up front saves it",
+    ),
+    TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),
+    NO_TIME: ("the UNet takes no time, so nothing tells one step from the next", "`with cw.step():` around each step"),
+    UNREADABLE: (
+        "rows at different times, as in training and validation losses; or a time on the meta device",
+        "nothing; for a sampler with a time per row, `with cw.step():`",
+    ),
+    DIRECTION: (
+        "plain times rose from the first step to the second: inversion, or another single evaluation",
+        "nothing; once per trajectory",
+    ),
+    STRIDE: (
+        "plain times came at one stride, and now at another: perhaps a restart",
+        "nothing; or `cw.reset()` before each trajectory and `with cw.step():` around each step",
+    ),
+    BACKWARDS: (
+        "declared steps went back in time: noise was added again (RePaint), or a trajectory began without `reset()`",
+        "`cw.reset()` before each trajectory",
+    ),
+    NEW: (
+        "a branch that had no call in the step before: guidance begins, a branch paused, embeddings changed or were "
+        "made anew on a device",
+        "hand over the same embedding objects each step, or `with cw.branch(name):`",
+    ),
+    COUNT: (
+        "several calls with one time and the same conditions, and their number is not yet known to be regular",
+        "nothing; or `with cw.step():`, which trusts the order of the calls",
+    ),
+    AGAIN: (
+        "more calls with one time and the same conditions than in the step before",
+        "nothing; or `with cw.step():` around each step",
+    ),
+    APART: (
+        "a time stands twice in the scheduler's list, and this branch missed one of the two",
+        "`with cw.step():` around each step",
+    ),
+    CROWDED: (
+        "more than 128 calls at one time: their features are let go, so that memory stays bounded",
+        "fewer, larger batches",
+    ),
+    CHANGED: (
+        "batch, resolution, dtype, device, an argument that came or went, autocast, gradients or training mode",
+        "nothing; once per change",
+    ),
+    NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
+    WRITTEN: ("code outside of the UNet wrote to the cached feature in place", "find the hook that does"),
+    DIFFERED: (
+        "the UNet called its modules in another way than when it was recorded; the pass was run again in full",
+        "report it, if it happens every time",
+    ),
+    NO_REGION: ("these inputs have no low-resolution region", "nothing"),
+    OTHER_REGION: (
+        "`region=` does not fit what was recorded for these inputs",
+        "leave `region=` out",
+    ),
+}

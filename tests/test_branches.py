@@ -1,0 +1,212 @@
+"""Guidance branches, tiles, micro-batches and solvers that call the UNet several times a step."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import clockwork_hooks as ch
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+TIMES = range(900, 100, -100)  # eight steps
+
+
+def sample(batch: int = 1, size: int = 8) -> torch.Tensor:
+    return torch.randn(batch, 2, size, size)
+
+
+def condition() -> torch.Tensor:
+    return torch.randn(1, 3)
+
+
+def two_calls(judge: Judge, cw: Any) -> None:
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for b, c in enumerate(pair):
+            judge.call(sample(), t, c, step=k, branch=b)
+
+
+def either_order(judge: Judge, cw: Any) -> None:
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for b in (0, 1) if k % 3 else (1, 0):
+            judge.call(sample(), t, pair[b], step=k, branch=b)
+
+
+def latents_in_place(judge: Judge, cw: Any) -> None:
+    pair, x = (condition(), condition()), sample()
+    for k, t in enumerate(TIMES, 1):
+        for b, c in enumerate(pair):
+            x -= 0.1 * judge.call(x, t, c, step=k, branch=b)
+
+
+def scaled_copies(judge: Judge, cw: Any) -> None:
+    pair, x = (condition(), condition()), sample()
+    for k, t in enumerate(TIMES, 1):
+        x = x - sum(
+            judge.call(x * s, t, c, step=k, branch=b) for b, (c, s) in enumerate(zip(pair, (0.5, 2.0), strict=True))
+        )
+
+
+def new_embeddings(judge: Judge, cw: Any) -> None:
+    """Made anew in each step, with the same values: in main memory that is seen."""
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for b, c in enumerate(pair):
+            judge.call(sample(), t, c.clone(), step=k, branch=b)
+
+
+def three(judge: Judge, cw: Any) -> None:
+    """As in InstructPix2Pix: text and image, image alone, neither."""
+    text, image, none = condition(), sample(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for b, (c, i) in enumerate([(text, image), (none, image), (none, torch.zeros_like(image))]):
+            judge.call(sample(), t, c, image=i, step=k, branch=b)
+
+
+def the_same_object(judge: Judge, cw: Any) -> None:
+    """Perturbed attention, where a hook tells the calls apart: numbers do."""
+    c = condition()
+    for k, t in enumerate(TIMES, 1):
+        for b in range(2):
+            judge.call(sample(), t, c, step=k, branch=b)
+
+
+def interval(judge: Judge, cw: Any) -> None:
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for b in range(2 if 3 <= k <= 6 else 1):
+            judge.call(sample(), t, pair[b], step=k, branch=b)
+
+
+def tiles(judge: Judge, cw: Any) -> None:
+    c = condition()
+    for k, t in enumerate(TIMES, 1):
+        for b in range(4):
+            judge.call(sample(), t, c, step=k, branch=b)
+
+
+def tiles_with_guidance(judge: Judge, cw: Any) -> None:
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        for tile, b in itertools.product(range(3), range(2)):
+            judge.call(sample(), t, pair[b], step=k, branch=(tile, b))
+
+
+def a_last_chunk_that_is_smaller(judge: Judge, cw: Any) -> None:
+    """A batch of 5 in chunks of 2; each has its own rows of the conditions."""
+    x, c = sample(5), torch.randn(5, 3)
+    for k, t in enumerate(TIMES, 1):
+        for b, (rows, conditions) in enumerate(zip(x.split(2), c.split(2), strict=True)):
+            judge.call(rows, t, conditions, step=k, branch=b)
+
+
+def named(judge: Judge, cw: Any) -> None:
+    """Embeddings of other values in each step."""
+    for k, t in enumerate(TIMES, 1):
+        for name in ("cond", "uncond") if k % 2 else ("uncond", "cond"):
+            with cw.branch(name):
+                judge.call(sample(), t, condition(), step=k, branch=name)
+
+
+def declared_heun(judge: Judge, cw: Any) -> None:
+    """Two evaluations a step, at two times; one in the last step."""
+    times = list(TIMES)
+    for k, (now, then) in enumerate(itertools.pairwise(times), 1):
+        with cw.step():
+            judge.call(sample(), now, step=k)
+            if then != times[-1]:
+                judge.call(sample(), then, step=k)
+
+
+def declared_with_guidance(judge: Judge, cw: Any) -> None:
+    pair = condition(), condition()
+    for k, t in enumerate(TIMES, 1):
+        cw.step()
+        for stage, b in itertools.product(range(3), range(2)):
+            judge.call(sample(), t - stage, pair[b], step=k, branch=b)
+
+
+LOOPS: dict[Callable[[Judge, Any], None], str] = {  # the passes of each step, at clock 2
+    two_calls: "FF AA FF AA FF AA FF AA",
+    either_order: "FF AA FF AA FF AA FF AA",
+    latents_in_place: "FF AA FF AA FF AA FF AA",
+    scaled_copies: "FF AA FF AA FF AA FF AA",
+    new_embeddings: "FF AA FF AA FF AA FF AA",
+    three: "FFF AAA FFF AAA FFF AAA FFF AAA",
+    the_same_object: "FF FF FF AA FF AA FF AA",  # is their number regular? known after two steps
+    interval: "F A FF AA FF AA F A",
+    tiles: "FFFF FFFF FFFF AAAA FFFF AAAA FFFF AAAA",
+    tiles_with_guidance: "FFFFFF FFFFFF FFFFFF AAAAAA FFFFFF AAAAAA FFFFFF AAAAAA",
+    a_last_chunk_that_is_smaller: "FFF AAA FFF AAA FFF AAA FFF AAA",
+    named: "FF AA FF AA FF AA FF AA",
+    declared_heun: "FF AA FF AA FF AA F",
+    declared_with_guidance: "FFFFFF AAAAAA FFFFFF AAAAAA FFFFFF AAAAAA FFFFFF AAAAAA",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_each_call_of_a_step_keeps_its_own_features(loop: Callable[[Judge, Any], None]) -> None:
+    """Twice, with one wrapper: the second trajectory has the same passes as the first."""
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet) as cw:
+        for _ in range(2):
+            judge.made = ""
+            loop(judge, cw)
+            judge.begin()
+            assert judge.made == LOOPS[loop].replace(" ", "")
+            if cw._engine.states.current().timeline.declared:
+                cw.reset()
+    assert cw.stats.adaptor_passes == 2 * judge.made.count("A")
+
+
+@torch.no_grad()
+def test_an_interval_that_begins_with_an_adaptor_step() -> None:
+    """The branch that joins, or comes back, has a full pass in a step that the schedule gives to the adaptor."""
+    judge, pair = Judge(Tiny()), (condition(), condition())
+    with ch.wrap(judge.unet) as cw:
+        for k, t in enumerate(TIMES, 1):
+            for b in range(1 if k in (1, 4, 5) else 2):
+                judge.call(sample(), t, pair[b], step=k, branch=b)
+    assert judge.made == "F AF FF A F AF FF AA".replace(" ", "")
+    assert cw.stats.reasons["conditions are new in this step"] == 2
+
+
+@torch.no_grad()
+def test_a_step_with_another_number_of_calls() -> None:
+    """One tile more or less: whose features are whose is doubtful until the trajectory ends; single calls are not."""
+    judge, c = Judge(Tiny()), condition()
+    with ch.wrap(judge.unet, schedule=lambda step: True):
+        for k, (t, count) in enumerate(zip(TIMES, (2, 2, 2, 3, 2, 2, 1, 1), strict=True), 1):
+            for b in range(count):
+                judge.call(sample(), t, c, step=k, branch=b)
+    assert judge.made == "FF FF AA AAF FF FF F A".replace(" ", "")
+
+
+def test_the_judge_can_tell() -> None:
+    """It is told another branch than the conditions say, and sees a stale feature."""
+    judge, c = Judge(Tiny()), condition()
+    with torch.no_grad(), ch.wrap(judge.unet):
+        judge.call(sample(), 900, c, step=1, branch=0)
+        judge.call(sample(), 900, c + 1, step=1, branch=1)
+        with pytest.raises(AssertionError, match="stale"):
+            judge.call(sample(), 800, c, step=2, branch=1)
+
+
+def test_a_branch_is_named_by_text() -> None:
+    unet = Tiny()
+    with ch.wrap(unet) as cw, pytest.raises(ch.ArgumentError, match="text"), cw.branch(3):
+        pass
+
+
+@torch.no_grad()
+def test_a_name_ends_with_its_block_also_after_an_error() -> None:
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        with pytest.raises(RuntimeError), cw.branch("a"), cw.branch("b"):
+            raise RuntimeError
+        assert cw._engine.states.current().timeline.names == []
