@@ -63,6 +63,7 @@ class Running:
     prepared: Prepared | None = None
     position: Position | None = None
     run: Pass | None = None
+    cached: torch.Tensor | None = None
     reason: str | None = None
 
 
@@ -94,6 +95,7 @@ class Engine:
         self.region, self.time, self.check_finite, self.loaded = region, time, check_finite, loaded
         self.wanted = region
         self.enabled = True
+        self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.stats = Stats()
         self.states = States()
         self.installed = Installed(self)
@@ -134,6 +136,7 @@ class Engine:
                 "adaptor" if adapt else "full",
                 (lambda captured: self._emit(running, kept.exit, captured)) if adapt and kept else None,
             )
+            running.cached = kept.exit if adapt and kept else None
             start_pass(self, running.run)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -7,6 +7,7 @@
     ├── RegionNotFoundError               no low-resolution region can be skipped
     ├── AdaptorError                      an adaptor does not fit the region's boundary
     ├── WrapError                         the UNet cannot be wrapped, or is wrapped already
+    ├── CompileError                      a pass could not be compiled or captured
     ├── CountError                        an operator's MACs are unknown
     ├── ModelNotFoundError                a preset, folder or factory names no model
     └── DemoError                         the demo's prompt or weights cannot be used
@@ -24,6 +25,7 @@ __all__ = [
     "AmbiguousInputError",
     "ArgumentError",
     "ClockworkError",
+    "CompileError",
     "CountError",
     "DemoError",
     "ModelNotFoundError",
@@ -88,6 +90,10 @@ class AdaptorError(ClockworkError):
 
 class WrapError(ClockworkError):
     """The UNet cannot be wrapped, or is wrapped already."""
+
+
+class CompileError(ClockworkError):
+    """A pass of the UNet could not be compiled or captured."""
 
 
 class CountError(ClockworkError):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks.errors import WrapError
-from clockwork_hooks.passes import Plan, active_pass
+from clockwork_hooks.passes import Plan, active_pass, tracing_pass
 
 __all__ = ["Installed", "RootHook"]
 
@@ -37,7 +37,7 @@ class Forward:
         self.__wrapped__ = self.forward  # inspect.signature looks here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = active_pass(self.owner)
+        run = tracing_pass(self.owner) or active_pass(self.owner)
         if run is None:
             return self.forward(*args, **kwargs)
         return run.call(self.path, self.forward, args, kwargs)
@@ -74,6 +74,16 @@ def _class_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(type(module).forward, module)
 
 
+class RootForward(Forward):
+    """Stands in front of the root's forward while the wrapper is compiled; `owner` is called with forward and call."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the owner run the call."""
+        return self.owner(self.forward, args, kwargs) if callable(self.owner) else self.forward(*args, **kwargs)
+
+
 class Observer:
     """A native hook that only looks; copies and pickles as a hook that does nothing."""
 
@@ -81,7 +91,7 @@ class Observer:
         self.owner, self.path, self.side = owner, path, side
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        run = active_pass(self.owner)
+        run = tracing_pass(self.owner) or active_pass(self.owner)
         if run is not None:
             run.observe(self.path, self.side, output if self.side == "output" else (args, kwargs))
 
@@ -117,6 +127,7 @@ class Installed:
         self._forwards: dict[str, Forward] = {}
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
+        self._root: RootForward | None = None
 
     def add(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
         """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
@@ -170,13 +181,25 @@ class Installed:
             self._compiled.append((module, compiled))
             module._compiled_call_impl = None
 
+    def front(self, module: nn.Module, act: Callable[..., Any]) -> None:
+        """Put `act(forward, args, kwargs)` in front of the root's forward: a native hook cannot skip it."""
+        with self._lock:
+            if self._root is not None:
+                self._root.remove()
+            self._root = module.forward = RootForward(act, "", module)
+
     def intact(self, plan: Plan) -> bool:
         """Are all forwards that the plan needs still ours?"""
+        if self._root is not None and not self._root.attached:
+            self.front(self._root.module, self._root.owner)  # type: ignore[arg-type]
         return all(path in self._forwards and self._forwards[path].attached for path in plan.counts)
 
     def remove(self) -> None:
         """Take everything back; idempotent."""
         with self._lock:
+            if self._root is not None:
+                self._root.remove()
+                self._root = None
             while self._forwards:
                 self._forwards.popitem()[1].remove()
             while self._observers:

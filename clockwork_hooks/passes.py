@@ -12,7 +12,19 @@ import torch
 
 from clockwork_hooks.tree import Leaf, leaves, map_leaves
 
-__all__ = ["Pass", "Plan", "Port", "SkippedCall", "Slot", "active_pass", "end_pass", "start_pass", "version"]
+__all__ = [
+    "Pass",
+    "Plan",
+    "Port",
+    "SkippedCall",
+    "Slot",
+    "TracedPass",
+    "active_pass",
+    "end_pass",
+    "start_pass",
+    "tracing_pass",
+    "version",
+]
 
 Kind = Literal["full", "adaptor"]
 
@@ -166,6 +178,21 @@ class Pass:
         self.exit, self._written = exit, version(exit)
 
 
+class TracedPass(Pass):
+    """A pass that torch.compile traces: what it decides is decided once, and it keeps a copy of the exit.
+
+    A copy, because a graph that writes to the exit later on would return it written to.
+    """
+
+    def _fill(self, leaf: Any) -> Any:
+        if isinstance(leaf, Slot) and not (leaf.exit and self._emit is not None):
+            return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)  # compiled away
+        return super()._fill(leaf)
+
+    def _keep(self, exit: torch.Tensor) -> None:
+        self.exit = exit.clone() if self.kind == "full" else exit
+
+
 def version(tensor: torch.Tensor) -> int:
     """A counter of in-place writes to the tensor and its views; -1 for inference tensors, which keep none."""
     return -1 if tensor.is_inference() else tensor._version
@@ -192,6 +219,12 @@ _RUNNING = threading.local()
 def active_pass(owner: object) -> Pass | None:
     """The pass that `owner` (a wrapper) is running in this thread."""
     found: Pass | None = getattr(_RUNNING, "passes", {}).get(id(owner))
+    return found
+
+
+def tracing_pass(owner: object) -> Pass | None:
+    """The pass that torch.compile is tracing for `owner`; outside of tracing there is none."""
+    found: Pass | None = getattr(owner, "tracing", None)
     return found
 
 

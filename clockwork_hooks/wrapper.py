@@ -18,6 +18,8 @@ from torch import nn
 from clockwork_hooks import emit
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.capture import Captured
+from clockwork_hooks.compiled import Compiled
 from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph import module_paths
@@ -26,6 +28,8 @@ from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import RunReport, Stats
 
 __all__ = ["ClockworkWrapper", "wrap"]
+
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 
 
 def wrap(
@@ -217,6 +221,47 @@ class ClockworkWrapper:
         finally:
             names.pop()
 
+    def compile(
+        self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None
+    ) -> ClockworkWrapper:
+        """Run the UNet as two static graphs from now on: one for full passes, one for adaptor passes.
+
+        Each is compiled once per input signature, when its first pass comes; switching between them compiles nothing.
+        The first call of a signature is still recorded as it runs, and its first adaptor pass counted. Called again,
+        it begins anew; `remove()` undoes it.
+
+        Args:
+            mode: of `torch.compile` (None, "reduce-overhead", "max-autotune"), or "cudagraphs": both passes are
+                captured as plain CUDA graphs. That takes a second in place of minutes and saves the launches, which
+                is most of what small batches wait for; but what a replay runs is kernels, not the UNet's Python.
+            backend: of `torch.compile`.
+            options: of `torch.compile`.
+
+        Returns:
+            The wrapper itself.
+
+        Raises:
+            ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device.
+            CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
+
+        Example:
+            >>> cw = wrap(unet, clock=2).compile(mode="cudagraphs")  # doctest: +SKIP
+
+        Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
+        """
+        if mode not in MODES:
+            raise ArgumentError(
+                "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
+            )
+        if mode == "cudagraphs":
+            compiled: Compiled = Captured(self._engine)
+        else:
+            chosen = {"mode": mode, "backend": backend, "options": options}
+            pooled = mode in ("reduce-overhead", "max-autotune") or bool((options or {}).get("triton.cudagraphs"))
+            compiled = Compiled(self._engine, chosen, pooled=pooled)
+        self._engine.installed.front(self.unet, compiled)
+        return self
+
     def report(self) -> RunReport:
         """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""
         stats, region = self.stats, self.region
@@ -276,7 +321,7 @@ class _Step:
         return None
 
 
-def _check_unet(unet: nn.Module) -> None:
+def _check_unet(unet: Any) -> None:
     if isinstance(unet, ClockworkWrapper) or (isinstance(unet, nn.Module) and _wrapped(unet)):
         raise WrapError(
             "a UNet is wrapped once", seen={"unet": repr(unet)[:80]}, do="call remove() on its wrapper first"

@@ -28,7 +28,9 @@ FLOORS = (
     ("finder",),
     ("regions",),
     ("cost", "engine"),
-    ("flops", "wrapper"),
+    ("compiled", "flops"),
+    ("capture",),
+    ("wrapper",),
     ("evaluation",),
     ("__init__",),
     ("demo",),  # the demo is a user of the library

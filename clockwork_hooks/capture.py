@@ -1,0 +1,230 @@
+"""Captured calls: full and adaptor passes as plain CUDA graphs, without a compiler.
+
+A graph replays kernels at fixed addresses. So inputs are copied into buffers, outputs are copied out of the pool that
+all graphs share, and a graph is thrown away when weights have moved. Nothing else is fixed: an adaptor pass gets the
+exit of the step before through a buffer, as it gets the sample.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks import emit
+from clockwork_hooks.compiled import Compiled
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
+from clockwork_hooks.passes import Pass, start_pass, version
+from clockwork_hooks.tree import leaves, map_leaves, tensors
+
+if TYPE_CHECKING:
+    from clockwork_hooks.engine import Engine, Running
+
+__all__ = ["Captured"]
+
+_MOVES = 8
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A graph's input: its memory, and the tensor that was last copied there."""
+
+    memory: torch.Tensor
+    source: weakref.ref[torch.Tensor] | None = None
+    written: int = -1
+
+    def fill(self, value: torch.Tensor) -> None:
+        """Copy `value` in, unless it is there already."""
+        now = version(value)
+        if now < 0 or now != self.written or self.source is None or self.source() is not value:
+            self.memory.copy_(value, non_blocking=True)
+            self.source, self.written = weakref.ref(value), now
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One captured pass."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[_Buffer]
+    output: Any
+    exit: torch.Tensor | None
+    whole: bool
+    constants: tuple[Any, ...] = field(repr=False)
+
+
+class Captured(Compiled):
+    """Runs the calls of a wrapper whose passes are captured.
+
+    Args:
+        engine: decides what runs.
+
+    Raises:
+        ArgumentError: the UNet is not on a CUDA device.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, {}, pooled=True)
+        device = next((tensor.device for tensor in _weights(engine.unet)), torch.device("cpu"))
+        if device.type != "cuda":
+            raise ArgumentError(
+                'mode="cudagraphs" replays launches of CUDA kernels: the UNet must be on a CUDA device',
+                seen={"device": device},
+                do="move it there first, or call cw.compile(), which compiles for any device",
+            )
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._moved = 0
+        self._weights: list[torch.Tensor] = []
+        self._places: list[int] = []
+        self._looks: list[Any] = []
+
+    def ready(self, running: Running) -> bool:
+        """Is this pass one that a graph can stand for?"""
+        if not super().ready(running) or self._moved > _MOVES:
+            return False
+        if torch.is_grad_enabled():
+            _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
+            return False
+        return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(running.arguments.values))
+
+    def run(
+        self, running: Running, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, torch.Tensor | None, bool]:
+        """Replay the pass, captured first if need be: (output, exit, did its calls agree with the trace?)."""
+        assert running.run is not None  # asked for before
+        flat = [leaf for _, leaf in leaves((args, kwargs, running.cached))]
+        values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
+        with self._lock:
+            self._follow()
+            self._forget_if_changed(anew=running.position is not None and running.position.step == 1)
+            key = (running.key, running.run.kind, *map(_constant, constants))
+            captured = self._graphs.get(key)
+            if captured is None:
+                captured = self._graphs[key] = self._capture(running, forward, args, kwargs, constants)
+            for buffer, value in zip(captured.inputs, values, strict=True):
+                buffer.fill(value)
+            captured.graph.replay()
+            output = map_leaves(_copy, captured.output)
+            exit = captured.exit
+            if exit is not None:  # an adaptor may return what it was given
+                exit = running.cached if exit is captured.inputs[-1].memory else exit.clone()
+        return output, exit, captured.whole
+
+    def _capture(
+        self,
+        running: Running,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        constants: tuple[Any, ...],
+    ) -> _Graph:
+        device = next(tensor.device for tensor in self._weights)
+        buffers: list[_Buffer] = []
+
+        def buffer(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            buffers.append(_Buffer(leaf.detach().to(device, copy=True)))
+            return buffers[-1].memory
+
+        args, kwargs, cached = map_leaves(buffer, (args, kwargs, running.cached))
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # casts of weights belong into the graph
+        graph = torch.cuda.CUDAGraph()
+        try:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries choose algorithms and make workspaces on first use
+                    self._pass(running, forward, args, kwargs, cached)
+            torch.cuda.current_stream(device).wait_stream(side)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output, run = self._pass(running, forward, args, kwargs, cached)
+        except (RuntimeError, NotImplementedError) as error:
+            raise CompileError(
+                "a captured pass neither waits for the device nor decides by values on it",
+                seen={"pass": running.run and running.run.kind, "error": str(error).strip().split("\n", 1)[0]},
+                do="call cw.compile(), or leave the wrapper as it is",
+            ) from error
+        finally:
+            torch.set_autocast_cache_enabled(cache)
+        return _Graph(graph, buffers, output, run.exit, run.complete() and run.untouched(), constants)
+
+    def _pass(
+        self, running: Running, forward: Callable[..., Any], args: Any, kwargs: Any, cached: torch.Tensor | None
+    ) -> tuple[Any, Pass]:
+        assert running.run is not None  # asked for before
+        engine = self.engine
+        adapt = None if cached is None else lambda captured: emit.run(engine.adaptor, captured, cached)
+        run = Pass(running.run.plan, running.run.kind, adapt)
+        start_pass(engine, run)
+        return forward(*args, **kwargs), run
+
+    def _follow(self) -> None:
+        """Buffers are shared: a stream waits for the one that used them before."""
+        stream = torch.cuda.current_stream(self._weights[0].device if self._weights else None)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _forget_if_changed(self, *, anew: bool) -> None:
+        """Drop the graphs if weights have moved; once a trajectory, also if anything about the modules is another."""
+        engine = self.engine
+        roots = [root for root in (engine.unet, engine.adaptor) if isinstance(root, nn.Module)]
+        if anew or not self._weights:
+            looks = [part for root in roots for part in _looks(root)]
+            same = len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
+            self._weights = [tensor for root in roots for tensor in _weights(root)]
+            self._looks = looks
+        else:
+            same = True
+        places = [tensor.data_ptr() for tensor in self._weights]
+        if same and places == self._places:
+            return
+        self._places = places
+        if self._graphs:
+            self._graphs.clear()
+            self._pool = None
+            self._moved += 1
+            if self._moved > _MOVES:
+                _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run as they are")
+
+
+def _weights(root: nn.Module) -> list[torch.Tensor]:
+    return [*root.parameters(), *root.buffers()]
+
+
+def _looks(root: nn.Module) -> list[Any]:
+    """Whatever a module's Python could decide by: its attributes, and what its lists and dictionaries hold."""
+    found: list[Any] = []
+    for module in root.modules():
+        for value in vars(module).values():
+            found.append(value)
+            if isinstance(value, dict):
+                found += value.values()
+            elif isinstance(value, (list, tuple)):
+                found += value
+    return found
+
+
+def _constant(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, NoEffectWarning, stacklevel=2)

@@ -1,0 +1,237 @@
+"""`cw.compile()`: two graphs, the same numbers, and nothing compiled again."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import clockwork_hooks as ch
+from benchmarks.guided import GuidedUNet
+from clockwork_hooks.tree import tensors
+from tests.small_unet import Tiny
+from tests.snapshot import snapshot
+from tests.zoo.third_party import torchvision_or_stand_in
+
+TIMES = (900, 700, 500, 300, 200, 100)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own, while dynamo is imported
+        yield
+
+
+def diffusers_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def lucidrains_unet() -> nn.Module:
+    with torchvision_or_stand_in():
+        from denoising_diffusion_pytorch import Unet
+    return Unet(dim=8, dim_mults=(1, 2), channels=3, attn_heads=2, attn_dim_head=4).eval()
+
+
+class Case:
+    """A UNet and its calls."""
+
+    def __init__(self, make: Callable[[], nn.Module], channels: int = 3, **conditions: Tensor) -> None:
+        self.make, self.channels, self.conditions = make, channels, conditions
+
+    def call(self, unet: Any, k: int, batch: int = 2, time: Callable[[int, int], Any] | None = None) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(k)
+            x = torch.randn(batch, self.channels, 16, 16)
+        t = torch.full((batch,), TIMES[k]) if time is None else time(TIMES[k], batch)
+        rows = {name: self.rows(name, batch) for name in self.conditions}
+        return tensors(unet(x, t, **rows))[0]
+
+    def rows(self, name: str, batch: int) -> Tensor:
+        cached: dict[int, Tensor] = self.__dict__.setdefault(f"rows of {name}", {})
+        return cached.setdefault(batch, self.conditions[name].expand(batch, -1, -1))
+
+
+CASES = {
+    "diffusers": Case(diffusers_unet, 4, encoder_hidden_states=torch.ones(1, 3, 8)),
+    "guided-diffusion": Case(lambda: GuidedUNet(8, (1, 2))),
+    "lucidrains": Case(lucidrains_unet),
+    "tiny": Case(Tiny, 2),
+}
+
+
+class Halve(nn.Module):
+    """An adaptor with a weight, which reads everything that is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, entry: Any, exit_cached: Tensor, *, time: Any, text: Any) -> Tensor:
+        return exit_cached * self.scale + sum(part.mean() for part in (entry, time, text) if part is not None)
+
+
+def rollout(case: Case, unet: nn.Module, *, compiled: bool, adaptor: Any = None, **options: Any) -> list[Tensor]:
+    with ch.wrap(unet, adaptor, clock=2) as cw:
+        if compiled:
+            cw.compile(backend=options.pop("backend", "eager"))
+        outputs = [case.call(unet, k, **options) for k in range(len(TIMES))]
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
+        assert dict(cw.stats.reasons) == {"first step": 1, "scheduled": 2}
+    return outputs
+
+
+@pytest.mark.parametrize("adaptor", [None, "module"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_graphs_and_the_same_numbers(name: str, adaptor: str | None) -> None:
+    case = CASES[name]
+    unet = case.make()
+    chosen = Halve() if adaptor else None
+    expected = rollout(case, unet, compiled=False, adaptor=chosen)
+    before = snapshot(unet)
+    counters.clear()
+    with ch.wrap(unet, chosen, clock=2) as cw:
+        cw.compile(backend="eager")
+        got = [case.call(unet, k) for k in range(len(TIMES))]
+        assert counters["stats"]["unique_graphs"] == 2
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            again = [case.call(unet, k) for k in range(len(TIMES))]
+        assert counters["stats"]["unique_graphs"] == 2
+        assert counters["graph_break"] == {}
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (6, 6)
+    assert snapshot(unet) == before
+    for eager, one, two in zip(expected, got, again, strict=True):
+        torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(two, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_aot_autograd_gets_the_boundary_as_input_and_output() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    case = CASES["guided-diffusion"]
+    unet = case.make()
+    got = rollout(case, unet, compiled=True, backend=look)
+    full, adaptor = graphs
+    assert sum(node.op == "call_function" for node in adaptor.graph.nodes) < len(full.graph.nodes) / 2
+    outputs = [len(next(n for n in g.graph.nodes if n.op == "output").args[0]) for g in graphs]
+    assert outputs[0] == 2  # output and exit
+    torch.testing.assert_close(got, rollout(case, unet, compiled=False))
+
+
+def test_a_new_shape_compiles_once() -> None:
+    case = CASES["tiny"]
+    unet = case.make()
+    counters.clear()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        for batch in (1, 2, 3, 1, 2, 3):
+            for k in range(len(TIMES)):
+                case.call(unet, k, batch=batch)
+        assert counters["stats"]["unique_graphs"] == 2 * 3
+
+
+@pytest.mark.parametrize("time", [lambda t, _: t, lambda t, _: float(t), lambda t, _: torch.tensor(t)])
+def test_numbers_as_times_are_no_constants(time: Any) -> None:
+    case = CASES["tiny"]
+    unet = case.make()
+    expected = rollout(case, unet, compiled=False, time=time)
+    counters.clear()
+    torch.testing.assert_close(rollout(case, unet, compiled=True, time=time), expected)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_new_weights_and_attributes_are_seen() -> None:
+    case = CASES["tiny"]
+    unet = case.make()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        old = [case.call(unet, k) for k in range(4)]
+        unet.head.bias.add_(1)
+        new = [case.call(unet, k) for k in range(4)]
+        unet.head.weight = nn.Parameter(torch.zeros_like(unet.head.weight))
+        zero = [case.call(unet, k) for k in range(4)]
+    for a, b, c in zip(old, new, zero, strict=True):
+        torch.testing.assert_close(b, a + 1)
+        torch.testing.assert_close(c, unet.head.bias[None, :, None, None].expand_as(c))
+
+
+def test_what_cannot_be_one_graph_says_so_and_leaves_the_wrapper_alive() -> None:
+    class Peeks(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            return super().forward(x if float(x.sum()) > 1e9 else x * 1, t, c, **more)
+
+    unet = Peeks()
+    before = snapshot(unet)
+    case = Case(Peeks, 2)
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        case.call(unet, 0)
+        case.call(unet, 1)
+        with pytest.raises(ch.CompileError, match="one graph"):
+            case.call(unet, 2)
+    assert snapshot(unet) == before
+
+
+def test_modes_are_checked() -> None:
+    with ch.wrap(Tiny(), clock=2) as cw:
+        with pytest.raises(ch.ArgumentError, match="reduce-overhead"):
+            cw.compile(mode="fastest")
+        with pytest.raises(ch.ArgumentError, match="CUDA device"):
+            cw.compile(mode="cudagraphs")
+
+
+def test_copies_are_plain() -> None:
+    case = CASES["tiny"]
+    unet = case.make()
+    expected = case.call(unet, 0)
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        for k in range(4):
+            case.call(unet, k)
+        twin, thawed = copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))
+    for other in (twin, thawed):
+        torch.testing.assert_close(case.call(other, 0), expected)
+
+
+def test_remove_in_the_middle_and_errors_restore() -> None:
+    unet = Tiny()
+    before = snapshot(unet)
+    case = Case(Tiny, 2)
+    cw = ch.wrap(unet, clock=2).compile(backend="eager")
+    for k in range(5):
+        case.call(unet, k)
+    with pytest.raises((RuntimeError, ch.CompileError)):
+        unet(torch.zeros(2, 5, 16, 16), 100)
+    cw.remove()
+    assert snapshot(unet) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guided-diffusion", "diffusers"])
+def test_inductor_on_the_cpu(name: str) -> None:
+    case = CASES[name]
+    unet = case.make()
+    expected = rollout(case, unet, compiled=False)
+    for one, eager in zip(rollout(case, unet, compiled=True, backend="inductor"), expected, strict=True):
+        torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
