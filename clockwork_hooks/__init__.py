@@ -16,8 +16,10 @@ from typing import Any as _Any
 from clockwork_hooks import adaptors as _adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.blocks import diagram
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.cost import FlopsReport
+from clockwork_hooks.drawing import Diagram
 from clockwork_hooks.errors import (
     AdaptorError,
     AmbiguousInputError,
@@ -54,6 +56,7 @@ __all__ = [
     "CompileError",
     "CountError",
     "DemoError",
+    "Diagram",
     "Evaluation",
     "FlopsReport",
     "IdentityAdaptor",
@@ -71,6 +74,7 @@ __all__ = [
     "Variant",
     "WrapError",
     "__version__",
+    "diagram",
     "evaluate",
     "find_region",
     "find_regions",

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from clockwork_hooks.boundary import Region
-from clockwork_hooks.macs import Kind
+from clockwork_hooks.counts import MacsRow, OperatorMacs, Uncounted
+from clockwork_hooks.drawing import Diagram
+from clockwork_hooks.page import page, table_html
 from clockwork_hooks.report import Table, flops, macs, percent, shape, table
 from clockwork_hooks.schedule import Schedule
 
@@ -17,59 +19,6 @@ if TYPE_CHECKING:
     import rich.console
 
 __all__ = ["FlopsReport", "MacsRow", "OperatorMacs", "Uncounted"]
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorMacs:
-    """One operator of a full pass that multiplies and accumulates.
-
-    Attributes:
-        operator: "conv2d", "linear", "scaled_dot_product_attention", ...
-        kind: what it is to the count.
-        module: dotted path of the module it ran in; "" for the UNet itself.
-        resolution: spatial shape of the level it works at; () before the first spatial operator (time embedding).
-        macs: its MACs, all samples of the traced batch together.
-        skipped: an adaptor pass does not run it.
-    """
-
-    operator: str
-    kind: Kind
-    module: str
-    resolution: tuple[int, ...]
-    macs: int
-    skipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Uncounted:
-    """An operator that may multiply and accumulate, and that nothing here can count.
-
-    Attributes:
-        operator: its name.
-        calls: how often it ran.
-        modules: paths of the modules it ran in.
-    """
-
-    operator: str
-    calls: int
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MacsRow:
-    """One row of a view: a module, an operator or a level.
-
-    Attributes:
-        name: what the row sums up.
-        full_macs: MACs in a full pass.
-        adaptor_pass_macs: those that an adaptor pass runs too, without the adaptor's own; None without a region.
-        operators: how many counted operators it sums up.
-    """
-
-    name: str
-    full_macs: int
-    adaptor_pass_macs: int | None
-    operators: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +42,7 @@ class FlopsReport:
         guidance: classifier-free guidance: two samples a step for each one traced.
         operators: the operators that count, in the order they ran.
         uncounted: operators that may multiply and accumulate and are not counted.
+        diagram: the UNet as a U, for pictures; its MACs always count attention products.
     """
 
     model: str
@@ -109,6 +59,7 @@ class FlopsReport:
     guidance: bool
     operators: tuple[OperatorMacs, ...] = field(repr=False)
     uncounted: tuple[Uncounted, ...]
+    diagram: Diagram | None = field(default=None, repr=False, compare=False)
 
     @property
     def full_flops(self) -> int:
@@ -267,6 +218,7 @@ class FlopsReport:
         )
         region = self.region
         return {
+            "schema": "clockwork_hooks/flops/1",
             "convention": self.convention,
             **{name: getattr(self, name) for name in names.split()},
             "sample": list(self.sample),
@@ -284,6 +236,17 @@ class FlopsReport:
     def to_json(self, *, depth: int = 2, indent: int | None = 2) -> str:
         """The report as JSON, the data of `to_dict`."""
         return json.dumps(self.to_dict(depth=depth), indent=indent, ensure_ascii=False)
+
+    def to_html(self, *, depth: int = 2) -> str:
+        """The report as one HTML page with the U diagram; it needs no network and holds its data as JSON."""
+        passes, *views = self.tables(depth=depth)
+        picture = [] if self.diagram is None else [self.diagram.to_svg()]
+        title = f"{self.model}: what passes cost, and what Clockwork saves"
+        return page(title, [passes, *picture, *views], data=self.to_dict(depth=depth), about=self.convention)
+
+    def _repr_html_(self) -> str:
+        picture = "" if self.diagram is None else self.diagram.to_svg()
+        return picture + "".join(map(table_html, self.tables()))
 
     def __rich__(self) -> rich.console.Group:
         from rich.console import Group

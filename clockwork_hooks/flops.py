@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clockwork_hooks.blocks import diagram_of
 from clockwork_hooks.boundary import Region
-from clockwork_hooks.cost import FlopsReport, MacsRow, OperatorMacs, Uncounted
+from clockwork_hooks.cost import FlopsReport
+from clockwork_hooks.counts import MacsRow, OperatorMacs, Uncounted
 from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.levels import Levels
@@ -108,6 +110,7 @@ def flops_report(
         guidance=bool(guidance),
         operators=operators,
         uncounted=uncounted,
+        diagram=diagram_of(trace, region),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from clockwork_hooks.cli.options import (
     Device,
     Format,
     Frames,
+    Html,
     Level,
     Model,
     Output,
@@ -43,10 +45,20 @@ def flops(
     frames: Frames = 0,
     device: Device = "meta",
     output: Output = Format.table,
+    html: Html = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help='A JSON file of limits, e.g. {"trajectory_macs": 2.5e12}: exit with 1 if a count is over its limit.',
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Count a full pass, an adaptor pass and a trajectory: by level, operator and module."""
+    from clockwork_hooks.budget import check_budget, read_budget
     from clockwork_hooks.flops import flops_report
 
+    budget = None if check is None else read_budget(check)
     loaded = load(model, size, batch, frames, device)
     report = flops_report(
         loaded.unet,
@@ -66,3 +78,11 @@ def flops(
         typer.echo(report.to_markdown(depth=depth))
     else:
         show(*report.tables(depth=depth))
+    if html is not None:
+        html.write_text(report.to_html(depth=depth), encoding="utf-8")
+        typer.echo(html, err=True)
+    if budget is not None:
+        found = check_budget(report, budget)
+        typer.echo(found.table().to_markdown(), err=output is not Format.table)
+        if found.exceeded:
+            raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ __all__ = [
     "Device",
     "Format",
     "Frames",
+    "Html",
     "Level",
     "Model",
     "Output",
@@ -60,6 +62,10 @@ Level = Annotated[int, typer.Option(help="The region below this level; 1 is the 
 CutOption = Annotated[
     Cut,
     typer.Option(help="outer skips the region's downsampler and upsampler too; paper runs both, as in the paper."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(help="Also write the report as one HTML page, with a picture of the UNet.", show_default=False),
 ]
 Output = Annotated[Format, typer.Option("--format", help="How to print.")]
 

@@ -1,0 +1,242 @@
+"""A UNet drawn as a U: a row for each level, the way down on the left, the way up on the right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.report import macs, percent, shape
+from clockwork_hooks.shapes import WIDTH, Box, Drawing, Line, Word, save, svg
+
+__all__ = ["Block", "Diagram", "Skip"]
+
+MARGIN, TOP = 16.0, 64.0
+LABEL = 118.0  # left of the U: resolution and MACs of each level
+ROW, GAP = 66.0, 40.0
+MIDDLE = 56.0  # the least room between the two arms
+SPACE, THIN = 3.0, 5.0
+LETTER = 6.1  # width of a letter of 11 px text, about
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Module calls that work at one level.
+
+    Attributes:
+        name: dotted path of the module; of what they have in common for several.
+        level: index into `Diagram.levels`.
+        arm: on the way down, or on the way up. The bottleneck counts as down.
+        macs: at the traced batch, attention products counted.
+        skipped: an adaptor pass does not run it.
+        calls: how many module calls are drawn as this block.
+        first, last: the nodes from `first` to before `last` are its own.
+    """
+
+    name: str
+    level: int
+    arm: Literal["down", "up"]
+    macs: int
+    skipped: bool
+    calls: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A tensor that goes round the levels below: indices of the blocks that it leaves and reaches."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagram:
+    """A UNet's levels, blocks and skips, with its region.
+
+    Attributes:
+        model: class name.
+        levels: spatial shapes, highest resolution first.
+        blocks: in the order in which they run.
+        skips: between blocks of the two arms.
+        region: what adaptor passes skip; None where there is none.
+    """
+
+    model: str
+    levels: tuple[tuple[int, ...], ...]
+    blocks: tuple[Block, ...]
+    skips: tuple[Skip, ...]
+    region: Region | None
+
+    def cell(self, level: int, arm: str) -> tuple[int, ...]:
+        """Indices of the blocks of one arm of one level."""
+        return tuple(k for k, block in enumerate(self.blocks) if (block.level, block.arm) == (level, arm))
+
+    def to_svg(self) -> str:
+        """The picture as SVG text: needs no network, and follows the reader's light or dark mode."""
+        return svg(draw(self))
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture to a file whose ending tells the format: .svg, or .png (with matplotlib).
+
+        Raises:
+            ArgumentError: another ending.
+        """
+        save(draw(self), path)
+
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
+
+
+def draw(diagram: Diagram) -> Drawing:
+    """Lay out the U: a row for each level, the way down on the left, the way up on the right."""
+    page = Drawing(f"{diagram.model} as a U: blocks sized by MACs, the region that adaptor passes skip shaded")
+    places = _place(diagram)
+    page.height = TOP + len(diagram.levels) * (ROW + GAP) + 62
+    page.shapes += _shade(diagram, places)
+    page.shapes += _flow(diagram, places)
+    page.shapes += _arcs(diagram, places)
+    page.shapes += _boxes(diagram, places)
+    page.shapes += _words(diagram, places, page.height)
+    return page
+
+
+def _row(level: int) -> float:
+    return TOP + 12 + level * (ROW + GAP)
+
+
+def _place(diagram: Diagram) -> dict[int, Box]:
+    """Where each block goes: widths by MACs, one scale for all, an arm a little further in at each level."""
+    depth = max(len(diagram.levels) - 1, 1)
+    left, right = MARGIN + LABEL, WIDTH - MARGIN
+    step = min(34.0, 150.0 / depth)
+    rooms = [(right - left - 2 * level * step - MIDDLE) / 2 for level in range(len(diagram.levels))]
+    cells = {(level, arm): diagram.cell(level, arm) for level in range(len(diagram.levels)) for arm in ("down", "up")}
+    one_arm = not any(block.arm == "up" for block in diagram.blocks)
+
+    def room(level: int) -> float:
+        return 2 * rooms[level] if one_arm or not cells[level, "up"] else rooms[level]
+
+    scale = min(
+        (
+            (room(level) - SPACE * len(cell) - THIN * len(cell)) / max(sum(diagram.blocks[k].macs for k in cell), 1)
+            for (level, _), cell in cells.items()
+            if cell
+        ),
+        default=1.0,
+    )
+    places: dict[int, Box] = {}
+    for (level, arm), cell in cells.items():
+        widths = [THIN + scale * diagram.blocks[k].macs for k in cell]
+        total = sum(widths) + SPACE * max(len(cell) - 1, 0)
+        x = left + level * step if arm == "down" else right - level * step - total
+        if arm == "down" and not cells[level, "up"] and not one_arm:
+            x = (left + right - total) / 2  # the bottleneck closes the U
+        for k, width in zip(cell, widths, strict=True):
+            block = diagram.blocks[k]
+            places[k] = Box(x, _row(level), width, ROW, "skipped" if block.skipped else "block", _title(block, diagram))
+            x += width + SPACE
+    return places
+
+
+def _title(block: Block, diagram: Diagram) -> str:
+    total = sum(other.macs for other in diagram.blocks) or 1
+    calls = f", {block.calls} calls" if block.calls > 1 else ""
+    kept = "skipped on adaptor passes" if block.skipped else "runs on every pass"
+    return (
+        f"{block.name}{calls}: {macs(block.macs)}, {percent(block.macs / total)}, "
+        f"{shape(diagram.levels[block.level])}, {kept}"
+    )
+
+
+def _shade(diagram: Diagram, places: dict[int, Box]) -> Iterator[Box]:
+    """The region behind its blocks, a band for each level; bands of neighbouring levels touch."""
+    for level in range(len(diagram.levels)):
+        inside = [places[k] for k, block in enumerate(diagram.blocks) if block.level == level and block.skipped]
+        if inside:
+            first, last = min(box.x for box in inside), max(box.x + box.width for box in inside)
+            below = any(block.level == level + 1 and block.skipped for block in diagram.blocks)
+            yield Box(first - 6, _row(level) - 8, last - first + 12, ROW + (GAP if below else 16), "region")
+
+
+def _flow(diagram: Diagram, places: dict[int, Box]) -> Iterator[Line]:
+    """From each block to the next one, where that is at another level."""
+    for k in range(len(diagram.blocks) - 1):
+        a, b = diagram.blocks[k], diagram.blocks[k + 1]
+        if a.level != b.level:
+            one, two = places[k], places[k + 1]
+            down = b.level > a.level
+            start = (one.x + one.width / 2, one.y + (ROW if down else 0))
+            end = (two.x + two.width / 2, two.y + (0 if down else ROW))
+            yield Line((start, end), "flow", arrow=True)
+
+
+def _arcs(diagram: Diagram, places: dict[int, Box]) -> Iterator[Line]:
+    arriving: dict[int, int] = {}
+    total = {target: sum(s.target == target for s in diagram.skips) for target in {s.target for s in diagram.skips}}
+    for skip in sorted(diagram.skips, key=lambda s: (s.target, -s.source)):
+        one, two = places[skip.source], places[skip.target]
+        share = arriving.get(skip.target, 0) + 1
+        arriving[skip.target] = share
+        x1, x2 = one.x + one.width / 2, two.x + two.width * share / (total[skip.target] + 1)
+        lift = 14 + min(16.0, abs(x2 - x1) / 40)
+        yield Line(((x1, one.y), ((x1 + x2) / 2, min(one.y, two.y) - 2 * lift), (x2, two.y)), "skip")
+
+
+def _boxes(diagram: Diagram, places: dict[int, Box]) -> Iterator[Box | Word]:
+    """Each block with as much of its name as fits, upright where it is narrow."""
+    for k, block in enumerate(diagram.blocks):
+        box = places[k]
+        yield box
+        x, y = box.x + box.width / 2, box.y + ROW / 2
+        text = next((name for name in _names(block) if len(name) * LETTER + 6 <= box.width), None)
+        if text is not None:
+            yield Word(x, y - 3, text, "middle")
+            if len(str(macs(block.macs))) * LETTER <= box.width:
+                yield Word(x, y + 12, str(macs(block.macs)), "middle", "quiet", 10)
+        elif box.width >= 11:
+            short = [name for name in _names(block) if len(name) * LETTER * 0.77 + 4 <= ROW]
+            yield Word(x + 3.2, y, short[0] if short else "…", "middle", "word", 8.5, upright=True)
+
+
+def _names(block: Block) -> Iterator[str]:
+    """The path, then less and less of its beginning, while it still says more than a number."""
+    parts = block.name.split(".")
+    more = f" ({block.calls})" if block.calls > 1 else ""
+    for k in range(len(parts)):
+        if k == 0 or not parts[k].isdigit():
+            yield ".".join(parts[k:]) + more
+
+
+def _words(diagram: Diagram, places: dict[int, Box], height: float) -> Iterator[Word | Line]:
+    yield Word(MARGIN, 24, diagram.model, size=16, bold=True)
+    total = sum(block.macs for block in diagram.blocks)
+    skipped = sum(block.macs for block in diagram.blocks if block.skipped)
+    share = f", an adaptor pass skips {percent(skipped / total)}" if skipped and total else ""
+    line = f"{macs(total)} a pass at the traced batch, attention products counted{share}"
+    yield Word(MARGIN, 43, line, kind="quiet", size=12)
+    for level, space in enumerate(diagram.levels):
+        y = _row(level)
+        own = sum(block.macs for block in diagram.blocks if block.level == level)
+        yield Word(MARGIN, y + ROW / 2 - 4, shape(space), size=13, bold=True)
+        yield Word(MARGIN, y + ROW / 2 + 13, f"{macs(own)}", kind="quiet")
+    region = diagram.region
+    if region is None:
+        yield Word(MARGIN, height - 14, "No region can be skipped: every pass is full.", kind="edge", size=12)
+        return
+    inside = [k for k, block in enumerate(diagram.blocks) if block.skipped]
+    if inside:
+        first, last = places[inside[0]], places[inside[-1]]
+        for x, y, text in ((first.x - 6, first.y, "entry"), (last.x + last.width + 6, last.y, "exit")):
+            yield Line(((x, y - 12), (x, y + ROW + 12)), "mark")
+            yield Word(x + (-4 if text == "entry" else 4), y + ROW + 13, text, "end" if text == "entry" else "start",
+                       "edge", 11, bold=True)  # fmt: skip
+    counts = Counter(f"{side.kind} {shape(side.shape) or 'number'}" for side in region.sides)
+    sides = "; ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items()) or "none"
+    edge = f"entry {region.entry.path} {shape(region.entry.shape)} → exit {region.exit.path} {shape(region.exit.shape)}"
+    yield Word(MARGIN, height - 30, edge, kind="edge", size=12)
+    yield Word(MARGIN, height - 12, f"side inputs: {sides}", kind="quiet", size=12)

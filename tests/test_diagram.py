@@ -1,0 +1,116 @@
+"""The U diagram: its blocks add up to the pass, its region is the region, and both files show it."""
+
+import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+import clockwork_hooks as ch
+from clockwork_hooks.drawing import Diagram
+from tests.zoo import ZOO
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(params=["sd15", "unet1d", "svd", "plain", "ddpm_pytorch", "monai3d", "a_unet1d"], scope="module")
+def drawn(request):
+    made = ZOO[request.param]()
+    return made, ch.diagram(made.model, *made.args, **made.kwargs)
+
+
+def test_blocks_hold_all_macs_and_the_region_its_own(drawn):
+    case, made = drawn
+    report = ch.flops_report(case.model, *case.args, **case.kwargs)
+    assert sum(block.macs for block in made.blocks) == report.full_macs
+    assert sum(block.macs for block in made.blocks if block.skipped) == report.region.macs
+
+
+def test_blocks_are_in_order_and_lie_apart(drawn):
+    _, made = drawn
+    assert all(a.last <= b.first for a, b in pairwise(made.blocks))
+    assert {block.level for block in made.blocks} == set(range(len(made.levels)))
+    down = [block.level for block in made.blocks if block.arm == "down"]
+    assert down[0] == 0
+    assert max(down) == len(made.levels) - 1
+    assert [block.arm for block in made.blocks] == sorted((block.arm for block in made.blocks), key="down up".index)
+
+
+def test_skips_go_from_the_way_down_to_the_way_up(drawn):
+    _, made = drawn
+    assert made.skips
+    for skip in made.skips:
+        assert (made.blocks[skip.source].arm, made.blocks[skip.target].arm) == ("down", "up")
+        assert made.blocks[skip.source].level < len(made.levels) - 1
+
+
+def test_sd15_has_the_skips_that_its_code_has():
+    """UNet2DConditionModel: conv_in and every resnet, attention and downsampler output above the bottleneck."""
+    case = ZOO["sd15"]()
+    made = ch.diagram(case.model, *case.args, **case.kwargs)
+    sources = [made.blocks[skip.source] for skip in made.skips]
+    assert [sum(block.level == level for block in sources) for level in range(3)] == [3, 3, 3]
+    assert {block.name for block in sources if block.level == 0} == {
+        "conv_in", "down_blocks.0.attentions.0", "down_blocks.0.attentions.1"
+    }  # fmt: skip
+
+
+def test_residuals_of_a_controlnet_do_not_hide_the_skips():
+    plain, residuals = ZOO["sd15"](), ZOO["sd15_controlnet"]()
+    one, other = (ch.diagram(case.model, *case.args, **case.kwargs) for case in (plain, residuals))
+    assert len(one.skips) == len(other.skips)
+
+
+def test_the_svg_is_sound_and_tells_every_block(drawn):
+    _, made = drawn
+    root = ET.fromstring(made.to_svg())
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("class") in ("block", "skipped")]
+    assert [box.get("class") for box in boxes] == ["skipped" if block.skipped else "block" for block in made.blocks]
+    titles = [box.findtext(f"{SVG}title") for box in boxes]
+    assert all(title.startswith(block.name) for title, block in zip(titles, made.blocks, strict=True))
+    words = " ".join(word.text for word in root.iter(f"{SVG}text"))
+    assert all(mark in words for mark in ("entry", "exit", made.region.entry.path, "×".join(map(str, made.levels[0]))))
+
+
+def test_nothing_leaves_the_page(drawn):
+    _, made = drawn
+    root = ET.fromstring(made.to_svg())
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for box in root.iter(f"{SVG}rect"):
+        x, y, w, h = (float(box.get(name)) for name in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + w <= width
+        assert 0 <= y <= y + h <= height
+    for path in root.iter(f"{SVG}path"):
+        if path.get("class") == "skip":
+            assert all(float(n) >= 0 for n in re.findall(r"-?\d+\.\d", path.get("d")))
+
+
+def test_widths_go_by_macs(drawn):
+    _, made = drawn
+    root = ET.fromstring(made.to_svg())
+    widths = [float(b.get("width")) for b in root.iter(f"{SVG}rect") if b.get("class") in ("block", "skipped")]
+    order = sorted(range(len(widths)), key=lambda k: made.blocks[k].macs)
+    assert all(widths[a] <= widths[b] + 0.11 for a, b in pairwise(order))
+
+
+def test_files(drawn, tmp_path):
+    _, made = drawn
+    made.save(tmp_path / "u.svg")
+    assert (tmp_path / "u.svg").read_text(encoding="utf-8") == made.to_svg()
+    made.save(tmp_path / "u.png")
+    with Image.open(tmp_path / "u.png") as picture:
+        assert picture.size[0] == 1920
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    with pytest.raises(ch.ArgumentError, match="SVG or PNG"):
+        made.save(tmp_path / "u.gif")
+
+
+def test_without_a_region():
+    """A stack of convolutions at one resolution: one row, one arm, and a word that nothing is skipped."""
+    import torch
+
+    made = ch.diagram(torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))), torch.zeros(1, 4, 8, 8))
+    assert isinstance(made, Diagram)
+    assert (made.levels, made.region, made.skips) == (((8, 8),), None, ())
+    assert "No region" in made.to_svg()

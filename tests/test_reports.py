@@ -1,0 +1,132 @@
+"""Reports as pages, against their schema, and against a budget."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import clockwork_hooks as ch
+from clockwork_hooks.budget import check_budget, read_budget
+from clockwork_hooks.cli import main
+from clockwork_hooks.models import load_model
+from clockwork_hooks.page import page
+from clockwork_hooks.report import macs, table
+
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+
+
+@pytest.fixture(scope="module")
+def report():
+    unet, args, kwargs = load_model("ddpm-cifar10")
+    return ch.flops_report(unet, *args, **kwargs)
+
+
+class Cells(HTMLParser):
+    """The texts of a page's cells, and what it would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.fetched, self._open = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._open = tag in ("td", "th")
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+        if self._open:
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self._open:
+            self.cells[-1] += data
+
+    def handle_endtag(self, tag):
+        self._open = False
+
+
+def test_a_page_shows_the_numbers_and_holds_the_data(report):
+    text = report.to_html()
+    found = Cells(text)
+    for amount in (report.full_macs, report.adaptor_pass_macs, report.trajectory_macs):
+        assert macs(amount) in found.cells
+    stored = text.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(stored) == report.to_dict()
+    assert found.fetched == []
+    assert "<svg" in text
+
+
+def test_a_page_escapes_what_models_are_called():
+    text = page("<b>", [table("a<b", ("c&d",), [("<script>",)]), "x < y"], data={"name": "</script><script>"})
+    assert "<b>" not in text
+    assert text.count("<script") == 1
+    assert "x &lt; y" in text
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_the_json_follows_its_schema(report, attention):
+    schema = json.loads((SCHEMAS / "flops-1.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    unet, args, kwargs = load_model("ddpm-cifar10")
+    other = ch.flops_report(unet, *args, attention=attention, guidance=True, cut="outer", **kwargs)
+    for made in (report, other):
+        jsonschema.validate(json.loads(made.to_json()), schema)
+    broken = {**report.to_dict(), "full_macs": "many"}
+    with pytest.raises(jsonschema.ValidationError, match="many"):
+        jsonschema.validate(broken, schema)
+
+
+def test_without_a_region_the_json_follows_the_schema_too():
+    import torch
+
+    schema = json.loads((SCHEMAS / "flops-1.schema.json").read_text(encoding="utf-8"))
+    made = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
+    assert made.region is None
+    jsonschema.validate(json.loads(made.to_json()), schema)
+
+
+def test_a_budget_names_what_is_over(report):
+    found = check_budget(report, {"full_macs": report.full_macs, "trajectory_macs": report.trajectory_macs - 1})
+    assert found.exceeded == ("trajectory_macs",)
+    rows = {row[0]: row for row in found.table().rows}
+    assert rows["full_macs"][-1] == "within"
+    assert rows["trajectory_macs"][-1] == "over"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "a budget is a JSON file"),
+        ("{}", "it is empty"),
+        ('{"speed": 3}', "speed"),
+        ('{"full_macs": -1}', "a positive number"),
+        ('{"full_macs": true}', "a positive number"),
+        ("[1]", "no object"),
+    ],
+)
+def test_a_budget_that_is_none(tmp_path, text, said):
+    (tmp_path / "budget.json").write_text(text)
+    with pytest.raises(ch.ArgumentError, match=said):
+        read_budget(tmp_path / "budget.json")
+
+
+def test_a_budget_for_adaptor_passes_needs_a_region():
+    import torch
+
+    made = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ch.ArgumentError, match="no region because"):
+        check_budget(made, {"trajectory_macs": 1})
+
+
+def test_the_command_writes_a_page_and_fails_over_budget(report, tmp_path, capsys):
+    budget = tmp_path / "budget.json"
+    budget.write_text(json.dumps({"trajectory_macs": report.trajectory_macs}))
+    words = ["flops", "ddpm-cifar10", "--format", "json", "--check", str(budget)]
+    assert main([*words, "--html", str(tmp_path / "report.html")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trajectory_macs"] == report.trajectory_macs  # standard output is the report alone
+    assert "within" in err
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    budget.write_text(json.dumps({"trajectory_macs": report.trajectory_macs - 1}))
+    assert main(words) == 1
+    assert "over" in capsys.readouterr().err
