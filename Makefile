@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format typecheck docs build clean
+.PHONY: help demo test test-all test-browser lint format typecheck docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -27,10 +27,13 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 	$(BIN)/clockwork-hooks demo $(ARGS)
 
 test: $(VENV)/.test  ## install what the tests need and run all but the slow ones
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not browser" $(ARGS)
 
-test-all: $(VENV)/.test  ## run every test, the slow ones too
-	$(PYTEST) $(ARGS)
+test-all: $(VENV)/.test  ## run every test that needs no browser, the slow ones too
+	$(PYTEST) -m "not browser" $(ARGS)
+
+test-browser: $(VENV)/.test  ## look at the HTML report in headless Chromium (Debian: apt-get install chromium)
+	$(PYTEST) -m browser tests/browser $(ARGS)
 
 lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff check .

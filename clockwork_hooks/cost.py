@@ -242,7 +242,7 @@ class FlopsReport:
         passes, *views = self.tables(depth=depth)
         picture = [] if self.diagram is None else [self.diagram.to_svg()]
         title = f"{self.model}: what passes cost, and what Clockwork saves"
-        return page(title, [passes, *picture, *views], data=self.to_dict(depth=depth), about=self.convention)
+        return page(title, [passes, *picture, *views], data=self.to_dict(depth=depth))
 
     def _repr_html_(self) -> str:
         picture = "" if self.diagram is None else self.diagram.to_svg()

@@ -14,7 +14,7 @@ from clockwork_hooks.shapes import WIDTH, Box, Drawing, Line, Word, save, svg
 
 __all__ = ["Block", "Diagram", "Skip"]
 
-MARGIN, TOP = 16.0, 64.0
+MARGIN, TOP = 16.0, 82.0
 LABEL = 118.0  # left of the U: resolution and MACs of each level
 ROW, GAP = 66.0, 40.0
 MIDDLE = 56.0  # the least room between the two arms

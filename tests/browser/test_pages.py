@@ -1,0 +1,108 @@
+"""The HTML report in a real browser: what it shows is what was counted, and each of its looks is drawn.
+
+Needs Chromium: `make test-browser` installs nothing and says what is missing; `.ci/run` installs Debian's package.
+"""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import clockwork_hooks as ch
+from clockwork_hooks.models import load_model
+from clockwork_hooks.report import flops, macs
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DARK = "--blink-settings=preferredColorScheme=0"
+OUT = Path(__file__).parent.parent.parent / "out" / "browser"
+
+
+@pytest.fixture(scope="module")
+def report():
+    unet, args, kwargs = load_model("sd15")
+    return ch.flops_report(unet, *args, guidance=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def address(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(report.to_html(), encoding="utf-8")
+    return path.as_uri()
+
+
+def browse(*words):
+    if CHROMIUM is None:
+        pytest.fail("the browser tests need Chromium: apt-get install chromium")
+    fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000")
+    done = subprocess.run([CHROMIUM, *fixed, *words], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+class Dom(HTMLParser):
+    """Rows of all tables, the data, and the words of the picture, as the browser has them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.words, self.data, self._into = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "text":
+            self.words.append("")
+        self._into = "data" if ("id", "data") in attrs else tag
+
+    def handle_data(self, text):
+        if self._into in ("td", "th"):
+            self.rows[-1][-1] += text
+        elif self._into == "text":
+            self.words[-1] += text
+        elif self._into == "data":
+            self.data += text
+
+    def handle_endtag(self, tag):
+        self._into = None
+
+
+def test_the_numbers_in_the_page_are_those_that_were_counted(report, address):
+    dom = Dom(browse("--dump-dom", address))
+    rows = {row[0]: row[1:] for row in dom.rows if row}
+    assert rows["full pass"][:2] == [macs(report.full_macs), flops(report.full_flops)]
+    assert rows["adaptor pass"][:2] == [macs(report.adaptor_pass_macs), flops(report.adaptor_pass_flops)]
+    assert rows["8 steps with guidance, 4 of them full"][:2] == [
+        macs(report.trajectory_macs),
+        flops(report.trajectory_flops),
+    ]
+    assert json.loads(dom.data) == report.to_dict()
+    assert {"entry", "exit", "64×64", "8×8"} <= set(dom.words)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "more"),
+    [("light", (1000, 1600), ()), ("dark", (1000, 1600), (DARK,)), ("narrow", (420, 1600), ())],
+)
+def test_every_look_is_drawn(address, name, size, more):
+    OUT.mkdir(parents=True, exist_ok=True)
+    target = OUT / f"report-{name}.png"
+    target.unlink(missing_ok=True)
+    browse(f"--window-size={size[0]},{size[1]}", f"--screenshot={target}", *more, address)
+    with Image.open(target) as picture:
+        pixels = picture.convert("RGB")
+        corner = pixels.getpixel((2, 2))
+        assert (sum(corner) < 150) == (name == "dark"), corner
+        assert len(pixels.getcolors(1 << 22)) > 30  # text, bars and the picture, not a blank page
+    region = (107, 71, 24) if name == "dark" else (246, 207, 160)
+    assert name == "narrow" or region in {colour for _, colour in pixels.getcolors(1 << 22)}
+
+
+def test_the_page_asks_the_network_for_nothing(report):
+    text = report.to_html().replace("http://www.w3.org/2000/svg", "").replace("url(#ch-arrow)", "")
+    assert [word for word in ("http://", "https://", "url(") if word in text] == []
