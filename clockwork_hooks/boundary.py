@@ -104,7 +104,6 @@ class Region:
     fingerprint: str
     plan: Plan = field(repr=False)
     signature: tuple[Any, ...] = field(repr=False, compare=False)
-    exit_written: bool = field(default=False, repr=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
 
     @property

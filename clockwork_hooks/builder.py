@@ -107,7 +107,6 @@ class Builder:
             fingerprint=self._fingerprint(entries, exit, plan),
             plan=plan,
             signature=self.trace.signature,
-            exit_written=self._written_later(o, run),
         )
 
     def _skippable(self, inside: set[int]) -> list[ModuleCall]:

@@ -49,6 +49,7 @@ class Prepared:
     sample: str
     why: str = ""
     adaptor_macs: int | None = None
+    copies: bool = False  # code that the trace does not know writes to the exit
 
 
 @dataclass(slots=True)
@@ -135,6 +136,7 @@ class Engine:
                 prepared.region.plan,
                 "adaptor" if adapt else "full",
                 (lambda captured: self._emit(running, kept.exit, captured)) if adapt and kept else None,
+                copies=prepared.copies,
             )
             running.cached = kept.exit if adapt and kept else None
             start_pass(self, running.run)
@@ -214,7 +216,7 @@ class Engine:
         position = self._locate(state, running.arguments, prepared)
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
-            if exit is not None and not prepared.region.exit_written:
+            if exit is not None:
                 position.call.kept = Kept(running.key, exit.detach(), version(exit))
         reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
         self.stats.count(reason, prepared.full_macs, prepared.full_macs)
@@ -270,18 +272,28 @@ class Engine:
         if run is not None and run.kind == "adaptor" and not run.complete():
             running.reason = reasons.DIFFERED
             cost += prepared.full_macs
-            run = Pass(run.plan, "full")
+            run = Pass(run.plan, "full", copies=prepared.copies)
             start_pass(self, run)
             try:
                 replaced = module.forward(*args, **kwargs)
             finally:
                 end_pass(self)
-        if run is not None and run.exit is not None and run.complete() and run.untouched():
-            exit = run.exit.detach() if run.exit.requires_grad else run.exit
-            position.call.kept = Kept(running.key, exit, version(exit))
+        if run is not None:
+            self._remember(running, run, prepared, position)
         self.stats.count(running.reason, cost, prepared.full_macs)
         log.debug("step %d: %s", position.step, f"full ({running.reason})" if running.reason else "adaptor")
         return replaced
+
+    def _remember(self, running: Running, run: Pass, prepared: Prepared, position: Position) -> None:
+        """Keep what the region emitted for the step after this one, unless it may not be what it was."""
+        if not run.complete() or run.exit is None:
+            position.call.missing = reasons.DIFFERED
+        elif not run.untouched():
+            prepared.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
+            position.call.missing = reasons.WRITTEN
+        else:
+            exit = run.exit.detach() if run.exit.requires_grad else run.exit
+            position.call.kept = Kept(running.key, exit, version(exit))
 
     def _emit(self, running: Running, cached: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor and check what it returns before the UNet sees it."""

@@ -106,6 +106,12 @@ class Plan:
 class Pass:
     """One running call of the UNet.
 
+    Args:
+        plan: what is skipped and captured.
+        kind: "full" or "adaptor".
+        emit: makes the exit of an adaptor pass from the captured boundary tensors.
+        copies: code that the trace does not know writes to the exit: what is kept has memory of its own.
+
     Attributes:
         kind: "full" or "adaptor".
         captured: boundary tensors by name, once they have been seen.
@@ -114,9 +120,15 @@ class Pass:
     """
 
     def __init__(
-        self, plan: Plan, kind: Kind, emit: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+        self,
+        plan: Plan,
+        kind: Kind,
+        emit: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
+        *,
+        copies: bool = False,
     ) -> None:
         self.plan = plan
+        self.copies = copies
         self.kind: Kind = kind
         self.captured: dict[str, torch.Tensor] = {}
         self.exit: torch.Tensor | None = None
@@ -139,7 +151,7 @@ class Pass:
         output = forward(*args, **kwargs)
         for (_, leaf), (_, slot) in zip(leaves(output), leaves(found.output), strict=False):
             if isinstance(slot, Slot) and slot.exit and isinstance(leaf, torch.Tensor):
-                self._keep(leaf.clone() if slot.written else leaf)
+                self._keep(leaf.clone() if slot.written or self.copies else leaf)
         return output
 
     def observe(self, path: str, side: Literal["input", "output"], value: Any) -> None:
@@ -171,7 +183,7 @@ class Pass:
         if leaf.exit and self._emit is not None:
             made = self._emit(self.captured)
             self._keep(made)
-            return made.clone() if leaf.written else made
+            return made.clone() if leaf.written or self.copies else made
         return placeholder(leaf)
 
     def _keep(self, exit: torch.Tensor) -> None:

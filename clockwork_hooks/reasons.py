@@ -76,10 +76,14 @@ REASONS: dict[str, tuple[str, str]] = {
         "nothing; once per change",
     ),
     NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
-    WRITTEN: ("code outside of the UNet wrote to the cached feature in place", "find the hook that does"),
+    WRITTEN: (
+        "code that came after the trace wrote to the cached feature in place: a hook, or FreeU switched on",
+        "nothing; once, then a copy is kept",
+    ),
     DIFFERED: (
-        "the UNet called its modules in another way than when it was recorded; the pass was run again in full",
-        "report it, if it happens every time",
+        "the UNet called its modules in another way than when it was recorded, in this pass or in the step before; an "
+        "adaptor pass was run again in full",
+        "look for another library that skips modules (DeepCache); else report it, if it happens every time",
     ),
     NO_REGION: ("these inputs have no low-resolution region", "nothing"),
     OTHER_REGION: (

@@ -36,6 +36,7 @@ from clockwork_hooks.tree import tensors
 
 __all__ = ["ModuleCall", "Recorder"]
 
+_LIKELY = 6  # a LoRA on the exit's convolution makes three tensors of its size before it
 _FACTORIES = (
     torch.ops.aten.full.default,
     torch.ops.aten.full_like.default,
@@ -223,8 +224,15 @@ class Recorder(TorchDispatchMode):
         if size <= self._floor:
             self._floor = size
             self.kept.clear()
-        elif sum(tensor.shape[2:].numel() == size for tensor in self.kept.values()) < 3:
+        elif sum(tensor.shape[2:].numel() == size for tensor in self.kept.values()) < _LIKELY:
             self.kept.setdefault(self.bindings.node(output).meta["index"], output)
+
+    def _rescue(self, written: torch.Tensor) -> None:
+        """Something is about to write to a likely exit (FreeU does): keep it as it is now."""
+        storage = self.bindings.storage(written)
+        for index, tensor in self.kept.items():
+            if storage and self.bindings.storage(tensor) == storage:
+                self.kept[index] = tensor.clone()
 
     # -- operators -----------------------------------------------------------------------------------------------
 
@@ -237,6 +245,8 @@ class Recorder(TorchDispatchMode):
         written = _written(func, args, kwargs)
         for tensor in written if self._owned else ():
             self._save(tensor)
+        for tensor in written if self.kept else ():
+            self._rescue(tensor)
         out = func(*args, **kwargs)
         bindings = self.bindings
         node = bindings.add("call_function", func, bindings.lift(args), bindings.lift(kwargs))

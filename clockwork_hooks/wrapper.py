@@ -65,7 +65,7 @@ def wrap(
         The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
 
     Raises:
-        WrapError: `unet` is no module, is wrapped already, or is the output of `torch.compile`.
+        WrapError: `unet` is no module, is wrapped already, by DeepCache too, or is the output of `torch.compile`.
         ArgumentError: an option is outside its rule.
         AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
             made for another region.
@@ -339,6 +339,16 @@ def _check_unet(unet: Any) -> None:
             seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
             do="wrap the outer module alone, or leave it at the inner one",
         )
+    cached = [path for path, module in unet.named_modules() if _cached(module)]
+    if cached:
+        raise WrapError(
+            "one cache at a time: DeepCache skips modules of this UNet already, and would keep what stands in for ours",
+            seen={
+                "unet": type(unet).__name__,
+                "modules": f"{cached[0] or 'the UNet itself'} and {len(cached) - 1} more",
+            },
+            do="call disable() on its DeepCacheSDHelper first",
+        )
     if "_orig_mod" in unet._modules:
         raise WrapError(
             "the output of torch.compile has its calls fixed: no module call can be skipped in it",
@@ -383,6 +393,10 @@ def _check_region(region: Any, unet: nn.Module) -> None:
 
 def _wrapped(unet: nn.Module) -> bool:
     return any(isinstance(hook, RootHook) for hook in unet._forward_pre_hooks.values())
+
+
+def _cached(module: nn.Module) -> bool:
+    return str(getattr(vars(module).get("forward"), "__module__", "")).startswith("DeepCache.")
 
 
 def _adaptor(adaptor: Adaptor | str | os.PathLike[str] | None) -> Adaptor:
