@@ -124,7 +124,7 @@ class Engine:
         if prepared is None:
             self._record(running, args, kwargs)
             return
-        running.position = self._locate(state, arguments, prepared)
+        running.position = self._locate(state, running, prepared)
         running.reason = self._why_full(running)
         if prepared.region is not None:
             if not self.installed.intact(prepared.region.plan):  # full passes need it too: they keep the exit
@@ -169,7 +169,8 @@ class Engine:
 
     # -- full or adaptor? ----------------------------------------------------------------------------------------
 
-    def _locate(self, state: State, arguments: Arguments, prepared: Prepared) -> Position:
+    def _locate(self, state: State, running: Running, prepared: Prepared) -> Position:
+        arguments = running.arguments
         name = prepared.time if state.timeline.needs_time else None
         time, place = state.clock.read(arguments.get(name)) if name else (None, None)
         apart = {prepared.sample, prepared.time}
@@ -213,7 +214,7 @@ class Engine:
         trace = finish(recorder, self.unet, running.arguments, time=self.time)
         prepared = self._prepare(trace)
         self._prepared[running.key] = prepared
-        position = self._locate(state, running.arguments, prepared)
+        position = self._locate(state, running, prepared)
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None:

@@ -1,10 +1,14 @@
-"""What a wrapper remembers, kept apart for every thread and every asyncio task that samples with it."""
+"""What a wrapper remembers, kept apart for every thread, asyncio task and job of a thread pool that samples with it."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import itertools
+import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +18,7 @@ from clockwork_hooks.timeline import Timeline
 __all__ = ["State", "States"]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)  # slots would keep weak references out
 class State:
     """One sampling loop: its steps and features, and the calls of the UNet that are under way in it.
 
@@ -22,41 +26,49 @@ class State:
         timeline: steps, branches and their features.
         clock: reads the time input.
         running: the calls under way, innermost last; None for a call within a call.
-        generation: of the wrapper, when this was last in step with it.
     """
 
-    timeline: Timeline = field(default_factory=Timeline)
+    timeline: Timeline
     clock: Clock = field(default_factory=Clock)
     running: list[Any] = field(default_factory=list)
-    generation: int = 0
 
 
 class States:
-    """The state of the current thread or task. A ContextVar would not do: tasks share the object it holds."""
+    """The state of the current thread, task or job. A ContextVar would not do: tasks share the object it holds.
+
+    A pool gives each job to whatever thread is free, so that one thread may see every other step of a loop whose
+    calls are jobs of their own, and the next sampler after the last: what a job began ends with it.
+    """
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._tasks: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
-        self.generation = 0
+        self._owned: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+        self._all: weakref.WeakSet[State] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+
+    def __iter__(self) -> Iterator[State]:
+        with self._lock:
+            return iter(list(self._all))
 
     def current(self) -> State:
-        """The state of this thread and task, made on first use and after `forget`."""
-        task = _task()
-        state = getattr(self._local, "state", None) if task is None else self._tasks.get(task)
+        """The state of this thread, task or job, made on first use."""
+        owner = _task() or _job()
+        state = getattr(self._local, "state", None) if owner is None else self._owned.get(owner)
         if state is None:
-            state = State(generation=self.generation)
-            if task is None:
-                self._local.state = state
-            else:
-                self._tasks[task] = state
-        if state.generation != self.generation:
-            state.timeline.reset()
-            state.generation = self.generation
+            state = State(Timeline(self._numbers))
+            with self._lock:
+                self._all.add(state)
+                if owner is None:
+                    self._local.state = state
+                else:
+                    self._owned[owner] = state
         return state
 
     def forget(self) -> None:
-        """Every loop, in whatever thread, begins a new trajectory with its next call."""
-        self.generation += 1
+        """Every loop, in whatever thread, begins a new trajectory with its next call; what was kept is let go."""
+        for state in self:  # a call under way goes on with the old one: what it keeps is let go with it
+            state.timeline = Timeline(self._numbers, names=state.timeline.names)
 
 
 def _task() -> Any:
@@ -64,3 +76,17 @@ def _task() -> Any:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def _job() -> Any:
+    """What a thread of a pool is working on; None in other threads."""
+    pools = sys.modules.get("concurrent.futures.thread")
+    if pools is None or threading.current_thread() is threading.main_thread():
+        return None
+    run = getattr(getattr(pools, "_WorkItem", None), "run", None)
+    code, frame = getattr(run, "__code__", None), inspect.currentframe()
+    found = None
+    while frame is not None:
+        found = frame.f_locals.get("self") if frame.f_code is code else found
+        frame = frame.f_back
+    return found

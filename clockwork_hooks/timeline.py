@@ -7,7 +7,8 @@ of the step before. Where the answer is in doubt the position says why, and the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,12 @@ class Branch:
         """How reports call it."""
         return repr(self.name) if self.name is not None else str(self.number)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds: features, each storage once, and copies of conditions."""
+        kept = [call.kept.exit.untyped_storage() for call in (*self.before, *self.calls) if call.kept is not None]
+        return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+
     def enter(self, step: int, *, declared: bool) -> None:
         """The first call of this branch in a step."""
         new = self.step == 0
@@ -114,7 +121,7 @@ class Position:
     """Where a call is.
 
     Attributes:
-        trajectory: number of the trajectory in its thread or task, from 1.
+        trajectory: number of the trajectory; 0 for a call that belongs to none.
         step: denoising step of the trajectory, from 1.
         branch: what its conditions tell.
         ordinal: which call of the branch in this step, from 0.
@@ -137,13 +144,15 @@ class Timeline:
     """The steps and branches of one thread or task; `at` is called once per call of the UNet.
 
     Attributes:
-        trajectory: number of the trajectory, from 1.
+        numbers: where the numbers of trajectories come from; shared by the timelines of one wrapper.
+        trajectory: number of the trajectory.
         step: its last step, from 1; 0 before the first.
         declared: are steps told by `declare`, and not by the time?
         names: names of branches that the caller has opened, innermost last.
         branches: the branches of this step and of the step before.
     """
 
+    numbers: Iterator[int] = field(default_factory=itertools.count(1).__iter__)
     trajectory: int = 0
     step: int = 0
     declared: bool = False
@@ -184,7 +193,12 @@ class Timeline:
         return not self.declared or self._opened
 
     def at(
-        self, time: float | None, place: Place | None, conditions: Sequence[Any], *, has_time: bool = True
+        self,
+        time: float | None,
+        place: Place | None,
+        conditions: Sequence[Any],
+        *,
+        has_time: bool = True,
     ) -> Position:
         """Place a call.
 
@@ -226,7 +240,8 @@ class Timeline:
 
     def _nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
-        return Position(self.trajectory, max(self.step, 1), Branch(0, None, Conditions(())), 0, Call(), None, doubt)
+        number = self.trajectory if self.step else 0
+        return Position(number, max(self.step, 1), Branch(0, None, Conditions(())), 0, Call(), None, doubt)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -293,34 +308,33 @@ class Timeline:
         self._doubt = reasons.CROWDED if self._calls > _MOST_CALLS else None
         self._calls = 0
         self.branches = [branch for branch in self.branches if branch.step == self.step]
-        self.trajectory += self.step == 0
+        self.trajectory = self.trajectory if self.step else next(self.numbers)
         self.step += 1
 
     # -- branches ------------------------------------------------------------------------------------------------
 
     def _branch(self, conditions: Sequence[Any]) -> Branch:
         name = self.names[-1] if self.names else None
-        known = [branch for branch in self.branches if branch.name == name]
         if name is not None:
-            found = known[0] if known else None
-        else:
-            found = next((branch for branch in known if branch.conditions.same(conditions)), None)
-            found = found or self._equal(known, conditions)
+            conditions = ()
+        named = [branch for branch in self.branches if branch.name == name]
+        found = next((branch for branch in named if branch.conditions.same(conditions)), None)
+        found = found or self._equal(named, conditions)
         if found is None:
             self._seen += 1
-            found = Branch(self._seen, name, Conditions(() if name is not None else conditions))
+            found = Branch(self._seen, name, Conditions(conditions))
             self.branches.append(found)
         return found
 
-    def _equal(self, known: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
+    def _equal(self, named: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
         """New objects on a device may have equal values; given up after some that did not."""
         if self._compared >= _MOST_COMPARED:
             return None
-        for branch in known:
+        for branch in named:
             if branch.conditions.equal(conditions):
                 branch.conditions = Conditions(conditions)
                 return branch
-        self._compared += bool(known) and self.step > 1
+        self._compared += bool(named) and self.step > 1
         return None
 
 
