@@ -73,6 +73,8 @@ class Region:
         leftover: operators of parent modules inside the region that still run, on placeholders, with their counts.
         sample: path of the input it depends on.
         times: paths of the inputs that may be the time, best first.
+        residuals: paths of the inputs that are only added to feature maps, as a ControlNet's outputs are: like the
+            sample, they change in every step and tell no branch.
         full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
         macs: those of the skipped calls.
         macs_share: their share of a full pass.
@@ -104,6 +106,7 @@ class Region:
     fingerprint: str
     plan: Plan = field(repr=False)
     signature: tuple[Any, ...] = field(repr=False, compare=False)
+    residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
 
     @property

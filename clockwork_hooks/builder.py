@@ -107,6 +107,7 @@ class Builder:
             fingerprint=self._fingerprint(entries, exit, plan),
             plan=plan,
             signature=self.trace.signature,
+            residuals=self.dom.residuals(self.trace.inputs),
         )
 
     def _skippable(self, inside: set[int]) -> list[ModuleCall]:

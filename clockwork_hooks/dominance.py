@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
+import torch
 from torch import fx
 
 from clockwork_hooks.graph import Trace, sources
@@ -15,6 +18,8 @@ from clockwork_hooks.graph import Trace, sources
 __all__ = ["Dominance"]
 
 Edge = tuple[int, int]
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 class Dominance:
@@ -40,6 +45,26 @@ class Dominance:
         self._post_dominators({node.meta["index"] for node in trace.outputs})
         self._first, self._last = self._intervals()
         self._entries: dict[int, list[Edge]] | None = None
+
+    def residuals(self, inputs: Mapping[str, fx.Node]) -> tuple[str, ...]:
+        """Paths of the inputs that are only added to feature maps of their own shape, as a ControlNet's outputs are."""
+        return tuple(path for path, node in inputs.items() if self._only_added(node, inputs.values()))
+
+    def _only_added(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
+        n, shape = node.meta["index"], node.meta.get("shape", ())
+        users = [self.nodes[v] for v in self.users[n]]
+        if self.dep[n] or len(shape) < 3 or not users:
+            return False
+        return all(
+            self._adds(user, n, inputs) if len(sources(user)) > 1 else self._only_added(user, inputs) for user in users
+        )
+
+    def _adds(self, user: fx.Node, n: int, inputs: Collection[fx.Node]) -> bool:
+        """Is node n added to what the network has made of the sample so far, element by element?"""
+        others = [node for node in sources(user) if node.meta["index"] != n]
+        alike = all(node.meta.get("shape") == self.nodes[n].meta["shape"] for node in (user, *others))
+        made = all(self.dep[node.meta["index"]] and node not in inputs for node in others)
+        return user.target in _ADDITIONS and bool(others) and alike and made
 
     def _mark_dep(self, sample: fx.Node) -> None:
         self.dep[sample.meta["index"]] = True

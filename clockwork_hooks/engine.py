@@ -173,7 +173,8 @@ class Engine:
         arguments = running.arguments
         name = prepared.time if state.timeline.needs_time else None
         time, place = state.clock.read(arguments.get(name)) if name else (None, None)
-        apart = {prepared.sample, prepared.time}
+        residuals = prepared.region.residuals if prepared.region is not None else ()
+        apart = {prepared.sample, prepared.time, *residuals}
         conditions = [leaf for path, leaf in arguments.leaves() if path not in apart]
         return state.timeline.at(time, place, conditions, has_time=prepared.time is not None)
 

@@ -164,7 +164,7 @@ def ddim() -> Case:
 
 
 CASES = (
-    txt2img, img2img, inpaint, sdxl, sdxl_refiner, instruct_pix2pix, ip_adapter, svd, ddpm, ddim,
+    txt2img, img2img, inpaint, controlnet, sdxl, sdxl_refiner, instruct_pix2pix, ip_adapter, svd, ddpm, ddim,
 )  # fmt: skip
 
 
