@@ -29,6 +29,23 @@ class Place:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copy of a storage in main memory.
+
+    Attributes:
+        storage: of what; the weak reference keeps its address from being used for another one.
+        version: its counter of in-place writes then.
+        values: what was in it.
+        varied: does it hold different values? A list of times does, one time for each row does not.
+    """
+
+    storage: StorageWeakRef
+    version: int
+    values: torch.Tensor
+    varied: bool
+
+
 class Clock:
     """Reads the time input as a number, with as few waits for the device as can be.
 
@@ -36,7 +53,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self._lists: dict[int, tuple[StorageWeakRef, int, torch.Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
 
     def read(self, value: Any) -> tuple[float | None, Place | None]:
         """The time, None if it cannot be told or differs between rows; and its place, if it comes from a list.
@@ -48,23 +65,30 @@ class Clock:
             return (float(value) if is_number(value) else None), None
         if value.device.type == "meta" or value.numel() == 0:
             return None, None
-        storage = value.untyped_storage()
+        storage, place = value.untyped_storage(), None
         size = storage.nbytes() // value.element_size()
-        listed = value.ndim == 0 and 1 < size <= _LARGEST_LIST
-        place = Place(StorageWeakRef(storage), int(value.storage_offset())) if listed else None
-        if value.device.type != "cpu" and size <= _LARGEST_LIST:
-            value = self._on_cpu(value, storage)
+        one = value.numel() == 1 or not any(value.stride())  # one entry, or one that is expanded to all rows
+        listed = one and size > 1
+        if size <= _LARGEST_LIST and (listed or value.device.type != "cpu"):
+            copy = self._copy(value, storage, trusted=listed)
+            if listed and copy.varied:
+                place = Place(copy.storage, int(value.storage_offset()))
+            if value.device.type != "cpu":
+                value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
         first = value if value.ndim == 0 else value.flatten()[0]
-        if value.ndim and not bool((value == first).all()):
+        if not one and not bool((value == first).all()):
             return None, None
         return float(first), place
 
-    def _on_cpu(self, value: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
+        """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""
         key, written = storage._cdata, version(value)
-        known = self._lists.get(key)
-        if known is None or known[1] != written or written < 0:
-            whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
-            if len(self._lists) > 8:
-                self._lists.clear()
-            known = self._lists[key] = (StorageWeakRef(storage), written, whole.cpu())
-        return known[2].as_strided(value.shape, value.stride(), value.storage_offset())
+        known = self._copies.get(key)
+        same = known is not None and known.version == written and known.values.dtype == value.dtype
+        if known is None or not same or (written < 0 and not trusted):
+            values = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage).to("cpu", copy=True)
+            if len(self._copies) > 8:
+                self._copies.clear()
+            varied = bool((values != values[0]).any())
+            known = self._copies[key] = _Copy(StorageWeakRef(storage), written, values, varied)
+        return known

@@ -221,8 +221,7 @@ class Engine:
             if exit is not None:
                 position.call.kept = Kept(running.key, exit.detach(), version(exit))
         reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
-        self.stats.count(reason, prepared.full_macs, prepared.full_macs)
-        log.debug("step %d: full (%s, recorded)", position.step, reason)
+        self._count(position, reason, prepared.full_macs, prepared.full_macs)
 
     def _prepare(self, trace: Trace) -> Prepared:
         why, region = "", None
@@ -282,13 +281,22 @@ class Engine:
                 end_pass(self)
         if run is not None:
             self._remember(running, run, prepared, position)
-        self.stats.count(running.reason, cost, prepared.full_macs)
-        log.debug("step %d: %s", position.step, f"full ({running.reason})" if running.reason else "adaptor")
+        self._count(position, running.reason, cost, prepared.full_macs)
         return replaced
+
+    def _count(self, position: Position, reason: str | None, run: int, plain: int) -> None:
+        self.stats.count(reason, run, plain, trajectory=position.trajectory, step=position.step)
+        if log.isEnabledFor(logging.DEBUG):
+            where = (position.trajectory, position.step, position.branch.label, position.ordinal + 1)
+            log.debug(
+                "trajectory %d, step %d, branch %s, call %d: %s", *where, f"full: {reason}" if reason else "adaptor"
+            )
 
     def _remember(self, running: Running, run: Pass, prepared: Prepared, position: Position) -> None:
         """Keep what the region emitted for the step after this one, unless it may not be what it was."""
-        if not run.complete() or run.exit is None:
+        if self.unet.training and torch.is_grad_enabled():
+            position.call.missing = reasons.TRAINING  # nothing will be reused: no memory is taken from the training
+        elif not run.complete() or run.exit is None:
             position.call.missing = reasons.DIFFERED
         elif not run.untouched():
             prepared.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy

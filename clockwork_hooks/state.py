@@ -65,6 +65,16 @@ class States:
                     self._owned[owner] = state
         return state
 
+    def cache(self) -> dict[str, int]:
+        """Bytes that are kept for each branch, of every loop."""
+        found: dict[str, int] = {}
+        for state in self:
+            for branch in list(state.timeline.branches):
+                name = f"trajectory {state.timeline.trajectory}, branch {branch.label}"
+                if branch.nbytes:
+                    found[name] = found.get(name, 0) + branch.nbytes
+        return found
+
     def forget(self) -> None:
         """Every loop, in whatever thread, begins a new trajectory with its next call; what was kept is let go."""
         for state in self:  # a call under way goes on with the old one: what it keeps is let go with it

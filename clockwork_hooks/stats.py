@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from clockwork_hooks.report import Table, macs, percent, table
+from clockwork_hooks.report import Table, macs, percent, quantity, table
 
-__all__ = ["RunReport", "Stats"]
+__all__ = ["Counts", "RunReport", "Stats", "TrajectoryStats"]
 
 
 @dataclass(slots=True)
-class Stats:
-    """Counts of one wrapper over all its calls, threads and trajectories together.
+class Counts:
+    """Passes and what they cost.
 
     Attributes:
         full_passes: calls that ran the whole UNet.
@@ -32,7 +32,6 @@ class Stats:
     reasons: Counter[str] = field(default_factory=Counter)
     macs_run: int = 0
     macs_plain: int = 0
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def macs_saved(self) -> int:
@@ -44,22 +43,65 @@ class Stats:
         """Share of the MACs that did not run, 0 to 1."""
         return self.macs_saved / self.macs_plain if self.macs_plain else 0.0
 
-    def count(self, reason: str | None, run: int, plain: int) -> None:
-        """Add one pass: a full one with its reason, an adaptor pass without."""
+    def _add(self, reason: str | None, run: int, plain: int) -> None:
+        if reason is None:
+            self.adaptor_passes += 1
+        else:
+            self.full_passes += 1
+            self.reasons[reason] += 1
+        self.macs_run += run
+        self.macs_plain += plain
+
+
+@dataclass(slots=True)
+class TrajectoryStats(Counts):
+    """Counts of one trajectory.
+
+    Attributes:
+        number: in order of their beginning, over all threads, from 1.
+        steps: denoising steps so far.
+    """
+
+    number: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class Stats(Counts):
+    """Counts of one wrapper over all its calls, threads and trajectories together.
+
+    Attributes:
+        trajectories: the same for each of the last 64 trajectories, newest last.
+    """
+
+    trajectories: deque[TrajectoryStats] = field(default_factory=lambda: deque(maxlen=64))
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, reason: str | None, run: int, plain: int, *, trajectory: int = 0, step: int = 0) -> None:
+        """Add one pass: a full one with its reason, an adaptor pass without.
+
+        Args:
+            reason: why it was full.
+            run, plain: MACs that ran, and that a full pass runs.
+            trajectory: its number; 0 for a call that belongs to none.
+            step: of the trajectory.
+        """
         with self._lock:
-            if reason is None:
-                self.adaptor_passes += 1
-            else:
-                self.full_passes += 1
-                self.reasons[reason] += 1
-            self.macs_run += run
-            self.macs_plain += plain
+            self._add(reason, run, plain)
+            if trajectory:
+                found = next((known for known in reversed(self.trajectories) if known.number == trajectory), None)
+                if found is None:
+                    found = TrajectoryStats(number=trajectory)
+                    self.trajectories.append(found)
+                found._add(reason, run, plain)
+                found.steps = step
 
     def clear(self) -> None:
         """Start counting anew."""
         with self._lock:
             self.full_passes = self.adaptor_passes = self.macs_run = self.macs_plain = 0
             self.reasons.clear()
+            self.trajectories.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +114,7 @@ class RunReport:
         schedule: as `Schedule` prints.
         adaptor: class name.
         full_passes, adaptor_passes, reasons, macs_run, macs_plain: as in `Stats`.
+        cache: branch → bytes that are kept for it now, features and copies of its conditions.
     """
 
     model: str
@@ -83,6 +126,7 @@ class RunReport:
     reasons: dict[str, int]
     macs_run: int
     macs_plain: int
+    cache: dict[str, int] = field(default_factory=dict)
 
     @property
     def saving(self) -> float:
@@ -99,6 +143,7 @@ class RunReport:
             *(("full because", f"{reason}: {count}") for reason, count in self.reasons.items()),
             ("MACs run", f"{macs(self.macs_run)} of {macs(self.macs_plain)} (attention products counted)"),
             ("saved", str(percent(self.saving))),
+            *(("cache", f"{branch}: {quantity(size, 'B')}") for branch, size in self.cache.items()),
         ]
 
     def __str__(self) -> str:

@@ -171,8 +171,27 @@ class ClockworkWrapper:
         self._engine.states.forget()
 
     def reset(self) -> None:
-        """The next call in this thread begins a new trajectory: nothing cached is used again."""
+        """The next call in this thread begins a new trajectory; what was cached is let go."""
         self._engine.states.current().timeline.reset()
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[None]:
+        """One sampling run: nothing from before is used in it, and nothing of it is kept in memory after it.
+
+        Never needed where a sampler runs from start to end. It tells what times cannot: that a run was given up
+        half-way, that the next begins just below, that single evaluations are no run at all.
+
+        Example:
+            >>> def images(pipe, cw, prompts):
+            ...     for prompt in prompts:
+            ...         with cw.trajectory():
+            ...             yield pipe(prompt)
+        """
+        self.reset()
+        try:
+            yield
+        finally:
+            self.reset()
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
@@ -275,6 +294,7 @@ class ClockworkWrapper:
             dict(stats.reasons),
             stats.macs_run,
             stats.macs_plain,
+            self._engine.states.cache(),
         )
 
     def remove(self) -> None:
