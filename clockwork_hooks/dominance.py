@@ -124,11 +124,22 @@ class Dominance:
 
     def between(self, source: int, target: int) -> set[int]:
         """What depends on `source` and reaches the output only through `target`, with what serves that alone."""
-        found = {source}
-        for v in range(source + 1, target + 1):
+        return self._served(self._led({source}, target) - {source}, target)
+
+    def around(self, seeds: set[int], target: int) -> set[int]:
+        """The same of several nodes in P(target), with these."""
+        return self._served(self._led(seeds, target), target)
+
+    def _led(self, seeds: set[int], target: int) -> set[int]:
+        """The seeds, and what depends on them in P(target)."""
+        found = set(seeds)
+        for v in range(min(seeds) + 1, target + 1):
             if self.dep[v] and self.within(v, target) and any(u in found for u in self.sources[v]):
                 found.add(v)
-        found.discard(source)
+        return found
+
+    def _served(self, found: set[int], target: int) -> set[int]:
+        """With what does not depend on the sample and serves these alone."""
         for n in range(target - 1, -1, -1):
             if not self.dep[n] and self.within(n, target) and all(v in found for v in self.users[n] if self.live[v]):
                 found.add(n)

@@ -19,6 +19,7 @@ from torch import nn
 from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph import Trace, finish, module_paths
 from clockwork_hooks.hooks import Installed
@@ -26,7 +27,7 @@ from clockwork_hooks.inputs import Arguments, Binder, time_candidates
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.passes import Pass, end_pass, start_pass, version
 from clockwork_hooks.recorder import Recorder
-from clockwork_hooks.regions import choose, match, skipped_nodes
+from clockwork_hooks.regions import match, skipped_nodes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
@@ -75,7 +76,7 @@ class Engine:
         unet: the UNet.
         adaptor: stands in for the region.
         schedule: which steps are full.
-        region: the region to skip, None for the default one.
+        region: the region to skip, or how to choose it.
         time: name of the time input, None to find it.
         check_finite: look for NaN and infinity in what the adaptor returns (waits for the device once a pass).
         loaded: the adaptor is ours to move to the exit's device and dtype.
@@ -87,14 +88,15 @@ class Engine:
         adaptor: Adaptor,
         schedule: Schedule,
         *,
-        region: Region | None,
+        region: Region | Choice,
         time: str | None,
         check_finite: bool,
         loaded: bool = False,
     ) -> None:
         self.unet, self.adaptor, self.schedule = unet, adaptor, schedule
-        self.region, self.time, self.check_finite, self.loaded = region, time, check_finite, loaded
+        self.time, self.check_finite, self.loaded = time, check_finite, loaded
         self.wanted = region
+        self.region = region if isinstance(region, Region) else None
         self.enabled = True
         self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.stats = Stats()
@@ -203,14 +205,20 @@ class Engine:
     def _record(self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rank = max((leaf.ndim - 2 for leaf in tensors(running.arguments.values)), default=1)
         running.recorder = Recorder(self.unet, running.arguments, module_paths(self.unet))
-        running.recorder.start(args, kwargs, frame=running.frame, keep=max(rank, 1))
+        running.recorder.start(args, kwargs, frame=running.frame, keep=max(rank, 1), exits=self._likely_exits())
+
+    def _likely_exits(self) -> frozenset[str]:
+        """Paths of modules that may return the exit, where something is known before the trace."""
+        known = frozenset(self.region.exit.paths) if self.region is not None else frozenset[str]()
+        return known | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset[str]())
 
     def _finish_recording(self, state: State, running: Running, output: Any) -> None:
         """Turn the recorded call into a plan; if the likely exits kept alive include the exit, it is remembered."""
         recorder = running.recorder
         assert recorder is not None  # only called for recorded calls
-        kept = dict(recorder.kept)
+        kept = recorder.kept | recorder.named
         recorder.kept.clear()
+        recorder.named.clear()
         recorder.stop(output)
         trace = finish(recorder, self.unet, running.arguments, time=self.time)
         prepared = self._prepare(trace)
@@ -225,12 +233,13 @@ class Engine:
 
     def _prepare(self, trace: Trace) -> Prepared:
         why, region = "", None
-        if self.wanted is not None:
-            region = match(trace, self.unet, self.wanted)
+        if self.region is not None:
+            region = match(trace, self.unet, self.region)
+        if isinstance(self.wanted, Region):
             why = reasons.OTHER_REGION
-        else:
+        elif region is None:
             try:
-                region = choose(trace, self.unet, **emit.region_options(self.adaptor))
+                region = self.wanted.find(trace, self.unet)
             except RegionNotFoundError:
                 if self.region is None:
                     raise
@@ -247,7 +256,7 @@ class Engine:
     def _adopt(self, running: Running) -> Prepared | None:
         """The plan of the region that the user found before, if it was found for such a call: no trace is needed."""
         region, autocast = self.wanted, running.key[2]
-        if region is None or region.signature != running.arguments.signature or autocast is not None:
+        if not isinstance(region, Region) or region.signature != running.arguments.signature or autocast is not None:
             return None
         self._install(region)
         time = time_candidates(running.arguments, sample=region.sample, time=self.time) if self.time else region.times

@@ -10,7 +10,7 @@ from torch import nn
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.builder import Builder
 from clockwork_hooks.dominance import Dominance, Edge
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.report import shape
@@ -126,44 +126,6 @@ class Finder:
             return None
         return self.build.region(target, inside, level=level, cut=cut)
 
-    def by_hand(self, entry: str, exit: str) -> Region:
-        """What lies between two module outputs: descendants of the entry whose every path passes the exit."""
-        source, target = (self._output_of(path, role) for path, role in ((entry, "entry"), (exit, "exit")))
-        region = self.between(source, target, level=0, cut="hand")
-        if region is None:
-            inside = self.dom.between(source, target)
-            others = {self.build.name(u) for u, _ in self.dom.crossing(inside)[0]} - {entry}
-            raise RegionNotFoundError(
-                "every path from the entry must pass the exit, and nothing else that depends on the sample may enter",
-                seen={
-                    "entry": entry,
-                    "exit": exit,
-                    "also enters": ", ".join(sorted(others)) or "nothing",
-                    "goes round the exit": ", ".join(self._round(source, target)[:5]) or "nothing",
-                },
-                do="choose a later entry or an earlier exit; print(ch.trace(...).graph) shows the paths",
-            )
-        return region
-
-    def _round(self, source: int, target: int) -> list[str]:
-        """What comes from the source and reaches the output without the target, up to where the target is made."""
-        reached = self.trace.reachable([self.trace.nodes[source]])
-        between = [n for n in range(source + 1, target) if self.trace.nodes[n] in reached and self.dom.live[n]]
-        return list(dict.fromkeys(self.build.name(n) for n in between if not self.dom.within(n, target)))
-
-    def _output_of(self, path: str, role: str) -> int:
-        for call in reversed(self.trace.calls):
-            if call.path == path:
-                specs = self.build.tensors(call.output)
-                if len(specs) == 1 and self.dom.dep[specs[0].node.meta["index"]]:
-                    return int(specs[0].node.meta["index"])
-        known = [call.path for call in self.trace.calls if call.path and len(self.build.tensors(call.output)) == 1]
-        raise ArgumentError(
-            f"the {role} is a called module that returns one tensor depending on the sample",
-            seen={role: path, "such modules": ", ".join(dict.fromkeys(known[:40]))},
-            do="pass one of these dotted paths",
-        )
-
     def _resolutions(self) -> str:
         return ", ".join(dict.fromkeys(map(shape, self.levels.spatial.values()))) or "none"
 
@@ -184,9 +146,9 @@ class Finder:
             "a region is a part that works below the resolution of its entry and leaves through one tensor that a "
             f"module returns, with {SMALLEST:.0%} to {LARGEST:.0%} of the MACs",
             seen=seen,
-            do=("take a wider one: wrap(unet, region=find_regions(...)[0]); or " if wider else "")
+            do=(f"take a wider one: share={SMALLEST}; or " if wider else "")
             + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
-            " and out",
+            " and out; or modules=['blocks.5:blocks.20'], those to skip",
         )
 
     def _upward_exits(self) -> list[str]:

@@ -8,7 +8,7 @@ is an option that every rendering names: the paper leaves them out (338.61 GMACs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,13 +16,14 @@ from torch import nn
 
 from clockwork_hooks.blocks import diagram_of
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.cost import FlopsReport
 from clockwork_hooks.counts import MacsRow, OperatorMacs, Uncounted
 from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, RegionNotFoundError
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import kind, node_macs, operator_name
-from clockwork_hooks.regions import choose, skipped_nodes
+from clockwork_hooks.regions import skipped_nodes
 from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule
 
@@ -38,7 +39,12 @@ def flops_report(
     guidance: bool = False,
     adaptor: nn.Module | Callable[..., torch.Tensor] | Literal["identity"] | None = None,
     region: Region | None = None,
-    level: int = 1,
+    level: int | None = None,
+    resolution: int | tuple[int, ...] | None = None,
+    share: float | None = None,
+    modules: Iterable[str] | str | None = None,
+    entry: str | None = None,
+    exit: str | None = None,
     cut: Literal["outer", "paper"] = "outer",
     attention: bool = True,
     norms: Literal["fvcore"] | None = None,
@@ -55,9 +61,8 @@ def flops_report(
         steps: denoising steps of the trajectory.
         guidance: classifier-free guidance: twice the traced batch at every step.
         adaptor: None or "identity" (no MACs), or a module called as `adaptor(entry, exit, time=..., text=...)`.
-        region: what to skip, from `find_region`; None finds it.
-        level: the region below this level, 1 is the highest resolution.
-        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" runs both.
+        region: what to skip, from `find_region`; None has it chosen by the options that follow.
+        level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
         attention: count attention products; False is the paper's convention.
         norms: "fvcore" adds fvcore's estimate for normalisations.
         **kwargs: likewise arguments of the call.
@@ -67,7 +72,7 @@ def flops_report(
         Without a region it still has the full pass, and says why there is no adaptor pass.
 
     Raises:
-        ArgumentError: `steps`, `clock`, `level`, `cut` or `norms` is outside its rule.
+        ArgumentError: `steps`, `clock`, `norms` or a choice of the region is outside its rule.
         AdaptorError: the adaptor does not fit the region.
         CountError: an operator multiplies, but its shapes were not recorded.
         TraceError: the call could not be recorded.
@@ -86,11 +91,13 @@ def flops_report(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError("steps is an int of at least 1", seen={"steps": repr(steps)}, do="pass steps=8")
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
+    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
+    choice.instead_of(region)
     trace = record(unet, args, kwargs)
     no_region = ""
     if region is None:
         try:
-            region = choose(trace, unet, level=level, cut=cut)
+            region = choice.find(trace, unet)
         except RegionNotFoundError as error:
             no_region = str(error)
     operators, uncounted = _count(trace, region, attention=attention, norms=norms)

@@ -83,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self.bindings = Bindings(root, arguments)
         self.calls: list[ModuleCall] = []
         self.kept: dict[int, torch.Tensor] = {}
+        self.named: dict[int, torch.Tensor] = {}
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._root = root
         self._paths = paths
@@ -96,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self._outside = False
         self._floor = sys.maxsize
         self._rank = 4
+        self._exits: frozenset[str] = frozenset()
 
     # -- begin and end -------------------------------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class Recorder(TorchDispatchMode):
         *,
         frame: FrameType,
         keep: int = 0,
+        exits: frozenset[str] = frozenset(),
         outside: bool = False,
         save: bool = False,
     ) -> None:
@@ -115,6 +118,7 @@ class Recorder(TorchDispatchMode):
             args, kwargs: the root's arguments.
             frame: the one that runs the root's call; once it is off the stack, recording was abandoned.
             keep: spatial rank of the sample, to keep a few likely exits alive (`kept`); 0 keeps none.
+            exits: paths of modules; what the last call of them returns is kept alive too (`named`).
             outside: the root is yet to be called; else one of its own pre-hooks is what calls us.
             save: keep a copy of every parameter that the call writes to (`saved`).
         """
@@ -122,7 +126,7 @@ class Recorder(TorchDispatchMode):
         self._owned = _owners(self._root) if save else {}
         self._thread, self._caller = threading.get_ident(), threading.current_thread()
         self._frame = frame
-        self._rank = keep
+        self._rank, self._exits = keep, exits
         self._open(self._root)
         self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
         self._handles = [
@@ -194,6 +198,8 @@ class Recorder(TorchDispatchMode):
         self._close(output)
         if self._rank and call.path is not None:
             self._keep(output)
+        if call.path in self._exits:
+            self.named = {self.bindings.node(tensor).meta["index"]: tensor for tensor in tensors(output)}
 
     def _open(self, module: nn.Module) -> None:
         ordinal = self._ordinals.get(id(module), 0)

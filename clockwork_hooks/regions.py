@@ -7,14 +7,18 @@ resolution of the tensors that enter it. Regions nest: below the highest level, 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import nn
 
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
-from clockwork_hooks.finder import Finder, listed
+from clockwork_hooks.finder import Finder
 from clockwork_hooks.graph import Trace, record
+from clockwork_hooks.hand import by_ends, by_modules
 
 __all__ = ["choose", "find_region", "find_regions", "match", "regions_of", "skipped_nodes"]
 
@@ -63,23 +67,33 @@ def find_region(
     unet: nn.Module,
     /,
     *args: Any,
-    level: int = 1,
-    cut: Literal["outer", "paper"] = "outer",
+    level: int | None = None,
+    resolution: int | tuple[int, ...] | None = None,
+    share: float | None = None,
+    modules: Iterable[str] | str | None = None,
     entry: str | None = None,
     exit: str | None = None,
+    cut: Literal["outer", "paper"] = "outer",
     **kwargs: Any,
 ) -> Region:
-    """One region: below the highest level by default, or named by hand.
+    """One region: below the highest level by default, or chosen in one of the other ways.
+
+    `wrap` and `flops_report` take the same options.
 
     Args:
         unet: any UNet.
         *args: the arguments of one call.
         level: 1 is the region below the highest resolution ("stage 1" of the paper), 2 the one below the next.
-        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
-            running, so r_in comes after the first and r_out before the second.
-        entry: dotted path of the module whose output enters, for a region named by hand; with `exit`.
+        resolution: the region whose edge has this spatial shape: (32, 32), or 32 for all axes.
+        share: the narrowest region that skips at least this share of the MACs, 0 to 1, at any level; with `level` or
+            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its depths.
+        modules: dotted paths of the modules to skip, all their calls; "blocks.4:blocks.20" is a whole range. For
+            UNets whose middle has no lower resolution, and for transformers.
+        entry: dotted path of the module whose output enters; with `exit`.
         exit: dotted path of the module whose output leaves; every path from the entry to the UNet's output must
             pass it.
+        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
+            running, so r_in comes after the first and r_out before the second.
         **kwargs: likewise arguments of the call.
 
     Returns:
@@ -87,56 +101,25 @@ def find_region(
 
     Raises:
         RegionNotFoundError: there is no such region; lists those there are.
-        ArgumentError: level, cut or a path is outside its rule.
+        ArgumentError: an option is outside its rule, or several ways to choose are mixed.
+
+    Example:
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("sd15")  # on the meta device: no weights
+        >>> print(find_region(unet, *args, resolution=32, cut="paper", **kwargs).line)
+        down_blocks.0.downsamplers.0.conv → up_blocks.2.attentions.2, 32×32 down to 8×8, 58.0% of MACs, level 1
+        >>> print(find_region(unet, *args, share=0.75, **kwargs).line)
+        down_blocks.0.attentions.0 → up_blocks.3.attentions.0, 64×64 down to 8×8, 77.6% of MACs, level 1
 
     Source: arXiv 2312.08128, Sec. 4.1; Fig. 8 for the paper's own cut of SD v1.5.
     """
-    return choose(record(unet, args, kwargs), unet, level=level, cut=cut, entry=entry, exit=exit)
+    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
+    return choice.find(record(unet, args, kwargs), unet)
 
 
-def choose(
-    trace: Trace,
-    unet: nn.Module,
-    *,
-    level: int = 1,
-    cut: str = "outer",
-    entry: str | None = None,
-    exit: str | None = None,
-) -> Region:
-    """`find_region` on an existing trace."""
-    if cut not in ("outer", "paper"):
-        raise ArgumentError("a cut is 'outer' or 'paper'", seen={"cut": repr(cut)}, do="pass one of these")
-    if isinstance(level, bool) or not isinstance(level, int) or level < 1:
-        raise ArgumentError("a level is an int of at least 1", seen={"level": repr(level)}, do="pass level=1")
-    if (entry is None) != (exit is None):
-        raise ArgumentError(
-            "a region named by hand has an entry and an exit",
-            seen={"entry": entry, "exit": exit},
-            do="pass both: dotted paths of the modules whose outputs flow in and out",
-        )
-    finder = Finder(trace, unet)
-    if entry is not None and exit is not None:
-        return finder.by_hand(entry, exit)
-    regions = finder.chain()
-    found = next((region for region in reversed(regions) if region.level == level), None)
-    if found is not None and found.resolution in finder.small:
-        raise finder.not_found(regions)
-    if found is None:
-        levels = sorted({region.level for region in regions})
-        raise RegionNotFoundError(
-            "there is a region below each level of the UNet but the last",
-            seen={"level": level, "levels with a region": levels, **listed(regions)},
-            do=f"pass level={levels[-1]} or less",
-        )
-    if cut == "outer":
-        return found
-    if found.inner is None:
-        raise RegionNotFoundError(
-            "the paper's cut lies between the region's downsampler and its upsampler",
-            seen={"region": found.line},
-            do='pass cut="outer"',
-        )
-    return found.inner
+def choose(trace: Trace, unet: nn.Module, **options: Any) -> Region:
+    """`find_region` on an existing trace; the options are those of `Choice`."""
+    return Choice(**options).find(trace, unet)
 
 
 def regions_of(trace: Trace, unet: nn.Module) -> tuple[Region, ...]:
@@ -147,14 +130,18 @@ def regions_of(trace: Trace, unet: nn.Module) -> tuple[Region, ...]:
 def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
     """The same region in another trace of the same UNet (another batch, size or device); None if it has none."""
     finder = Finder(trace, unet)
-    try:
-        if region.cut == "hand":
-            found = [finder.by_hand(region.entry.path, region.exit.path)]
-        else:
+    if region.cut != "hand":
+        with contextlib.suppress(RegionNotFoundError):
             found = [r for outer in finder.chain() for r in (outer, outer.inner) if r is not None]
-    except (RegionNotFoundError, ArgumentError):
+            return next((r for r in found if r.fingerprint == region.fingerprint), None)
         return None
-    return next((r for r in found if r.fingerprint == region.fingerprint), None)
+    skipped = [call.path for call in region.skipped]
+    for by, named in ((by_ends, (region.entry.path, region.exit.path)), (by_modules, (skipped,))):
+        with contextlib.suppress(RegionNotFoundError, ArgumentError):
+            made = by(finder, *named)
+            if made.fingerprint == region.fingerprint:
+                return made
+    return None
 
 
 def skipped_nodes(trace: Trace, region: Region) -> set[int]:

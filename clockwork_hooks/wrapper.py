@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from clockwork_hooks import emit
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.capture import Captured
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.compiled import Compiled
 from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
@@ -38,6 +39,13 @@ def wrap(
     *,
     clock: int = 2,
     region: Region | None = None,
+    level: int | None = None,
+    resolution: int | tuple[int, ...] | None = None,
+    share: float | None = None,
+    modules: Iterable[str] | str | None = None,
+    entry: str | None = None,
+    exit: str | None = None,
+    cut: Literal["outer", "paper"] = "outer",
     schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
     plan: Any = None,
     time: str | None = None,
@@ -54,8 +62,10 @@ def wrap(
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
         clock: one full pass every `clock` steps; 1 switches Clockwork off.
-        region: from `find_region`, found for this UNet at any batch, size and device; None for the one that the
-            adaptor was made for, or else the one below the highest level.
+        region: from `find_region`, found for this UNet at any batch, size and device; None to have it chosen at the
+            first call, by the options that follow, or else the one that the adaptor was made for, or else the one
+            below the highest level.
+        level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
         schedule: replaces `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
         plan: an object with `region`, `schedule` and `adaptor`, which replaces all three.
         time: name of the argument that holds the time, where it cannot be told.
@@ -99,16 +109,20 @@ def wrap(
     if plan is not None:
         region, schedule, adaptor = _parts(plan)
     check_clock(clock)
+    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
     if region is not None:
         _check_region(region, unet)
+        choice.instead_of(region)
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
     steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
     used = _adaptor(adaptor)
     if region is not None:
         emit.check_region(used, region)
+    elif choice == Choice():
+        choice = Choice(**emit.region_options(used))
     loaded = used is not adaptor
-    engine = Engine(unet, used, steps, region=region, time=time, check_finite=check_finite, loaded=loaded)
+    engine = Engine(unet, used, steps, region=region or choice, time=time, check_finite=check_finite, loaded=loaded)
     return ClockworkWrapper(unet, engine)
 
 

@@ -55,6 +55,8 @@ FLOOR = {
     "levels": 50,
     "builder": 60,
     "finder": 70,
+    "hand": 72,
+    "choice": 74,
     "regions": 80,
     "blocks": 90,
     "cost": 90,

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import clockwork_hooks as ch
-from clockwork_hooks import engine
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.hooks import Forward, Installed
 from tests.small_unet import SKIPPED, Tiny
 from tests.snapshot import snapshot
@@ -99,14 +99,14 @@ def test_two_threads_that_trace_at_once_patch_once(monkeypatch: pytest.MonkeyPat
         return made
 
     monkeypatch.setattr(Installed, "_patch", slowly)
-    choose, meet = engine.choose, threading.Barrier(2)
+    find, meet = Choice.find, threading.Barrier(2)
 
     def together(*args: Any, **kwargs: Any) -> Any:
-        region = choose(*args, **kwargs)
+        region = find(*args, **kwargs)
         meet.wait(10)
         return region
 
-    monkeypatch.setattr(engine, "choose", together)
+    monkeypatch.setattr(Choice, "find", together)
     with ch.wrap(unet):
         threads = [threading.Thread(target=descend, args=(unet,)) for _ in range(2)]
         for thread in threads:

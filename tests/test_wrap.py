@@ -329,7 +329,7 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
             run = module.forward
             if path and path not in SKIPPED:
                 monkeypatch.setattr(module, "forward", lambda *a, run=run, path=path: (calls.append(path), run(*a))[1])
-        for name in ("choose", "finish", "node_macs", "module_paths", "skipped_nodes"):
+        for name in ("match", "finish", "node_macs", "module_paths", "skipped_nodes"):
             monkeypatch.setattr(engine, name, None)  # a call would raise
         monkeypatch.setattr(engine.emit, "count_and_run", None)
         with Operators() as operators:

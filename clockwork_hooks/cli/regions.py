@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from clockwork_hooks.cli.app import EPILOG, app
-from clockwork_hooks.cli.options import Batch, Cut, CutOption, Device, Format, Frames, Model, Output, Size, load, show
+from clockwork_hooks.cli.options import (
+    Batch,
+    Cut,
+    CutOption,
+    Device,
+    Entry,
+    Exit,
+    Format,
+    Frames,
+    Level,
+    Model,
+    Modules,
+    Output,
+    Resolution,
+    Share,
+    Size,
+    choice,
+    load,
+    show,
+)
 
 if TYPE_CHECKING:
     from clockwork_hooks.boundary import Region
@@ -20,9 +39,12 @@ __all__ = ["regions"]
 @app.command(epilog=EPILOG)
 def regions(
     model: Model,
-    level: Annotated[
-        int | None, typer.Option(help="Show the region below this level in full; 1 is the highest.", min=1)
-    ] = None,
+    level: Level = None,
+    resolution: Resolution = None,
+    share: Share = None,
+    module: Modules = None,
+    entry: Entry = None,
+    exit: Exit = None,
     cut: CutOption = Cut.outer,
     size: Size = None,
     batch: Batch = 1,
@@ -31,15 +53,19 @@ def regions(
     output: Output = Format.table,
 ) -> None:
     """List every region that adaptor passes can skip, widest first, and draw the chosen one."""
+    import contextlib
     import json
 
+    from clockwork_hooks.errors import RegionNotFoundError
     from clockwork_hooks.graph import record
     from clockwork_hooks.regions import choose, regions_of
 
     loaded = load(model, size, batch, frames, device)
     trace = record(loaded.unet, loaded.args, loaded.kwargs)
-    found = regions_of(trace, loaded.unet)
-    chosen = choose(trace, loaded.unet, level=level or 1, cut=cut.value)
+    chosen = choose(trace, loaded.unet, **choice(level, resolution, share, module, entry, exit, cut))
+    found: tuple[Region, ...] = ()
+    with contextlib.suppress(RegionNotFoundError):  # one named by hand may be the only one
+        found = regions_of(trace, loaded.unet)
     if output is Format.json:
         data = {"regions": [_region_data(region) for region in found], "chosen": _region_data(chosen)}
         typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
