@@ -236,9 +236,10 @@ class Recorder(TorchDispatchMode):
     def _rescue(self, written: torch.Tensor) -> None:
         """Something is about to write to a likely exit (FreeU does): keep it as it is now."""
         storage = self.bindings.storage(written)
-        for index, tensor in self.kept.items():
-            if storage and self.bindings.storage(tensor) == storage:
-                self.kept[index] = tensor.clone()
+        for likely in (self.kept, self.named):
+            for index, tensor in likely.items():
+                if storage and self.bindings.storage(tensor) == storage:
+                    likely[index] = tensor.clone()
 
     # -- operators -----------------------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ class Recorder(TorchDispatchMode):
         written = _written(func, args, kwargs)
         for tensor in written if self._owned else ():
             self._save(tensor)
-        for tensor in written if self.kept else ():
+        for tensor in written if self.kept or self.named else ():
             self._rescue(tensor)
         out = func(*args, **kwargs)
         bindings = self.bindings

@@ -267,6 +267,22 @@ def test_a_transformer_is_clocked_with_no_example_inputs() -> None:
     assert cw.stats.macs_run == 2 * each * (1 + 2)
 
 
+@torch.no_grad()
+def test_an_exit_known_by_name_is_kept_as_it_left_the_region() -> None:
+    """The code after it writes to it in place, also in the call that is traced."""
+
+    class Writes(Tiny):
+        def join(self, h: Tensor, low: Tensor) -> Tensor:
+            return super().join(h, low.mul_(0.5))
+
+    model = Writes()
+    with ch.wrap(model, modules="up") as cw:
+        for _ in range(2):
+            first, second = (model(noise(), t) for t in (900, 899.9))
+            assert torch.allclose(first, second, atol=1e-3)
+    assert cw.stats.adaptor_passes == 2
+
+
 def test_by_modules_is_by_ends() -> None:
     model, args, kwargs = dit()
     ends = {"entry": "transformer_blocks.0", "exit": "transformer_blocks.2"}
