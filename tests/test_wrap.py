@@ -301,7 +301,7 @@ def test_adaptors_get_what_a_plain_hook_sees(double: Double, sampler: str, clock
 
 
 def test_where_the_first_exit_cannot_be_kept_one_pass_more_is_full() -> None:
-    """It is the seventh tensor of its size, and fewer are kept alive. Once: then the module that returns it is known."""
+    """It is the seventh tensor of its size, and fewer are kept alive. Once: then its module is known."""
     unet = Tiny()
     unet.up = nn.Sequential(unet.up, *(nn.Conv2d(8, 8, 1) for _ in range(6)))
     with torch.no_grad(), ch.wrap(unet) as cw:
