@@ -28,6 +28,7 @@ from clockwork_hooks.errors import (
     CompileError,
     CountError,
     DemoError,
+    DistillError,
     ModelNotFoundError,
     NoEffectWarning,
     RegionNotFoundError,
@@ -40,6 +41,7 @@ from clockwork_hooks.graph import Trace, trace
 from clockwork_hooks.regions import find_region, find_regions
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.stats import RunReport, Stats
+from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
 from clockwork_hooks.wrapper import ClockworkWrapper, wrap
 
 if _TYPE_CHECKING:
@@ -57,6 +59,8 @@ __all__ = [
     "CountError",
     "DemoError",
     "Diagram",
+    "DistillError",
+    "DistillResult",
     "Evaluation",
     "FlopsReport",
     "IdentityAdaptor",
@@ -69,12 +73,15 @@ __all__ = [
     "Schedule",
     "Side",
     "Stats",
+    "Student",
     "Trace",
     "TraceError",
+    "TrainingOptions",
     "Variant",
     "WrapError",
     "__version__",
     "diagram",
+    "distill",
     "evaluate",
     "find_region",
     "find_regions",

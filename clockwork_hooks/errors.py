@@ -9,6 +9,7 @@
     ├── WrapError                         the UNet cannot be wrapped, or is wrapped already
     ├── CompileError                      a pass could not be compiled or captured
     ├── CountError                        an operator's MACs are unknown
+    ├── DistillError                      an adaptor cannot be trained, or training went wrong
     ├── ModelNotFoundError                a preset, folder or factory names no model
     └── DemoError                         the demo's prompt or weights cannot be used
     NoEffectWarning (UserWarning)         wrapping changes nothing (clock 1)
@@ -28,6 +29,7 @@ __all__ = [
     "CompileError",
     "CountError",
     "DemoError",
+    "DistillError",
     "ModelNotFoundError",
     "NoEffectWarning",
     "RegionNotFoundError",
@@ -98,6 +100,10 @@ class CompileError(ClockworkError):
 
 class CountError(ClockworkError):
     """An operator multiplies and accumulates, but its MACs are unknown."""
+
+
+class DistillError(ClockworkError):
+    """An adaptor cannot be trained, or training went wrong; what was trained until then is kept."""
 
 
 class ModelNotFoundError(ClockworkError):

@@ -28,7 +28,7 @@ from clockwork_hooks.hooks import RootHook
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import RunReport, Stats
 
-__all__ = ["ClockworkWrapper", "wrap"]
+__all__ = ["ClockworkWrapper", "check_unet", "wrap"]
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 
@@ -105,7 +105,7 @@ def wrap(
 
     Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
     """
-    _check_unet(unet)
+    check_unet(unet)
     if plan is not None:
         region, schedule, adaptor = _parts(plan)
     check_clock(clock)
@@ -355,7 +355,8 @@ class _Step:
         return None
 
 
-def _check_unet(unet: Any) -> None:
+def check_unet(unet: Any) -> None:
+    """Raise `WrapError` if the UNet cannot be wrapped, or is wrapped."""
     if isinstance(unet, ClockworkWrapper) or (isinstance(unet, nn.Module) and _wrapped(unet)):
         raise WrapError(
             "a UNet is wrapped once", seen={"unet": repr(unet)[:80]}, do="call remove() on its wrapper first"

@@ -67,6 +67,7 @@ FLOOR = {
     "capture": 110,
     "wrapper": 120,
     "evaluation": 130,
+    "training": 130,
     "__init__": 200,
     "demo": 210,
     "cli": 220,

@@ -1,0 +1,23 @@
+"""Training of adaptors on the trajectories of any sampler."""
+
+from clockwork_hooks.training.calls import Call, Trajectory
+from clockwork_hooks.training.distill import distill
+from clockwork_hooks.training.learner import Student
+from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
+from clockwork_hooks.training.options import TrainingOptions
+from clockwork_hooks.training.result import DistillResult, StudentResult
+from clockwork_hooks.training.trajectories import Capture
+
+__all__ = [
+    "LOSSES",
+    "Call",
+    "Capture",
+    "DistillResult",
+    "Loss",
+    "Outcome",
+    "Student",
+    "StudentResult",
+    "TrainingOptions",
+    "Trajectory",
+    "distill",
+]

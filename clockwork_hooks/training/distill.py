@@ -1,0 +1,263 @@
+"""`distill`: train adaptors for one UNet on the trajectories of the user's own sampler."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks._version import __version__
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.errors import DistillError
+from clockwork_hooks.training import checkpoint
+from clockwork_hooks.training.buffer import Buffer
+from clockwork_hooks.training.losses import Loss, guidance_weights
+from clockwork_hooks.training.options import Mode, TrainingOptions
+from clockwork_hooks.training.progress import Bar
+from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
+from clockwork_hooks.training.setup import check, check_folder, chosen, learners_of, students_of
+from clockwork_hooks.training.surroundings import accelerated, frozen, quietly, tf32
+from clockwork_hooks.training.trainer import Noise, Trainer, seeded
+from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.wrapper import check_unet
+
+__all__ = ["distill"]
+
+Generate = Callable[[list[Any]], Any]
+
+
+def distill(
+    unet: nn.Module,
+    adaptor: Any,
+    generate: Generate | Sequence[Generate],
+    *,
+    prompts: Sequence[Any],
+    clock: int | Sequence[int] = 2,
+    schedule: Any = None,
+    region: Region | None = None,
+    level: int | None = None,
+    cut: str = "outer",
+    time: str | None = None,
+    mode: Mode = "unrolled",
+    loss: str | Loss | None = None,
+    guidance: float | Sequence[float] | None = None,
+    images: Callable[[Any], Tensor] | None = None,
+    add_noise: Callable[[Tensor, Tensor, float], Tensor] | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    accelerator: Any = None,
+    progress: bool = True,
+    console: Any = None,
+    **options: Any,
+) -> DistillResult:
+    """Train an adaptor, or several on the same trajectories, to stand in for the UNet's low-resolution part.
+
+    Anything that calls the UNet is a sampler: `generate(batch)` runs your own sampling code on a list of prompts, and
+    what crosses the region's edge at every step of it is recorded and learned from. The UNet is frozen, and afterwards
+    is as it was. `generate` takes its noise from torch's random numbers, which are seeded anew for every trajectory:
+    a fixed seed inside it would train on one noise only.
+
+    Args:
+        unet: called by `generate`.
+        adaptor: "resnet", a module that follows `Adaptor`, a function that makes one for a region
+            (`ResNetAdaptor.for_region`), or a mapping name → any of these or a `Student` with a loss and a clock of
+            its own.
+        generate: your sampler, over a list of prompts; several take turns (other step counts, other solvers).
+        prompts: any sequence of conditions, which `generate` gets lists of.
+        clock: one full pass every so many steps; several take turns, for an adaptor that serves all of them.
+        schedule: replaces `clock`: what `wrap(schedule=...)` takes.
+        region: what to stand in for; None for the one that the adaptor was made for, or that `level` and `cut` name.
+        level: the region below this level; None for the highest.
+        cut: "outer", or "paper" to leave the region's downsampler and upsampler running.
+        time: name of the UNet's time input, where it cannot be told.
+        mode: "unrolled", on the teacher's trajectories from noise (the paper); "on_policy", on the student's own,
+            labelled by the teacher; "forward_noise", on noised images.
+        loss: "feature" (the paper), "guided-feature", "guided-output", or a `Loss`; None for "guided-output" where
+            `guidance` is known, else "feature".
+        guidance: scale of classifier-free guidance, unconditional branch first in the batch or in the calls; or a
+            weight for each branch in order; None where there is none or it is not known.
+        images: for "forward_noise": list of prompts → (B, ...) clean samples, as the sampler diffuses them.
+        add_noise: for "forward_noise": (clean, noise, time) → what the UNet is called with at that time.
+        folder: where the trained adaptor, the summary and checkpoints go; None keeps them in memory alone.
+        resume: go on from the folder's checkpoint, if there is one.
+        facts: what else to save with the adaptor, the sampler's name for example; JSON only.
+        accelerator: an `accelerate.Accelerator` of your own.
+        progress: draw a progress bar.
+        console: rich's, for the bar; None for standard error.
+        **options: fields of `TrainingOptions`: trajectories, minutes, batch, lr, buffer_gb, ema, precision, ...
+
+    Returns:
+        The trained adaptors (the modules passed in, trained in place), their losses, and a table.
+
+    Raises:
+        ArgumentError: an option is outside its rule, there are no prompts, or the buffer cannot hold one trajectory.
+        DistillError: `generate` never calls the UNet, a loss is not finite, the disk is full, or a checkpoint does not
+            fit. What was trained until then is kept, in the adaptor and in the folder.
+        RegionNotFoundError: nothing of the UNet can be skipped.
+        WrapError: the UNet is wrapped.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from clockwork_hooks.training import distill
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks)
+        >>> def generate(batch):
+        ...     sample = torch.randn(len(batch), 3, 16, 16)
+        ...     for t in (900, 600, 300, 0):
+        ...         sample = sample - 0.1 * unet(sample, t).sample
+        >>> class Add(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.scale = torch.nn.Parameter(torch.zeros(1))
+        ...
+        ...     def forward(self, entry, exit_cached, *, time, text):
+        ...         return exit_cached * (1 + self.scale)
+        >>> result = distill(unet, Add(), generate, prompts=range(8), batch=2, trajectories=4, progress=False)
+        >>> result.trajectories, len(result.losses), result.steps
+        (4, 8, (4,))
+
+    Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
+    """
+    settings = TrainingOptions.of(options)
+    check_unet(unet)
+    check(mode, prompts, images, add_noise)
+    weights = guidance_weights(guidance)
+    generates = (generate,) if callable(generate) else tuple(generate)
+    home = Path(folder) if folder is not None else None
+    check_folder(home, resume)
+    with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
+        capture = Capture(unet, region=region or chosen(adaptor, level, cut), time=time)
+        try:
+            with seeded(settings.seed):
+                first = [prompts[k % len(prompts)] for k in range(settings.batch)]
+                region = capture.probe(generates[0], first)
+                students = students_of(adaptor, region)
+                learners = learners_of(students, clock, schedule, loss, weights, engine, settings)
+            told = {
+                **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+                "mode": mode,
+                "guidance": guidance if guidance is None or isinstance(guidance, (int, float)) else list(guidance),
+                "losses": {learner.name: learner.loss.name for learner in learners},
+                "schedules": {learner.name: [str(one) for one in learner.schedules] for learner in learners},
+                "region": region.fingerprint,
+                "processes": engine.num_processes,
+                "prompts": len(prompts),
+                "versions": {
+                    "clockwork_hooks": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            }
+            trainer = Trainer(
+                capture=capture,
+                learners=learners,
+                generates=generates,
+                prompts=prompts,
+                buffer=Buffer(settings.buffer, settings.buffer_gb),
+                accelerator=engine,
+                options=settings,
+                mode=mode,
+                noise=Noise(images, add_noise) if images is not None and add_noise is not None else None,
+            )
+            if home is not None:
+                trainer.save = lambda: _save(home, trainer, told)
+                if resume:
+                    _resume(home, trainer, told)
+            with Bar(console, shown=progress and engine.is_main_process) as bar:
+                trainer.tell = lambda: _tell(trainer, bar)
+                try:
+                    trainer.run()
+                finally:
+                    trainer.close()
+                    if home is not None and engine.is_main_process:
+                        result = _result(trainer, region, told, home)
+                        with quietly(sys.exc_info()[1]):
+                            _write(result, facts or {})
+            engine.wait_for_everyone()
+            return _result(trainer, region, told, home)
+        finally:
+            capture.remove()
+
+
+def _versions() -> dict[str, str]:
+    return {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _tell(trainer: Trainer, bar: Bar) -> None:
+    bar.show(trainer)
+    if trainer.options.tracker is None:
+        return
+    for learner in trainer.learners:
+        if learner.losses:
+            values = {f"{learner.name}/loss": learner.losses[-1]}
+            values |= {f"{learner.name}/error/step {step}": error for step, error in learner.errors.items()}
+            trainer.accelerator.log(values, step=learner.updates)
+
+
+def _save(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    if trainer.accelerator.is_main_process:
+        steps = {str(kind): number for kind, number in trainer.steps.items()}
+        run = {"trajectories": trainer.done, "seconds": trainer.seconds, "steps": steps, "settings": dict(settings)}
+        checkpoint.save(folder, trainer.learners, run)
+
+
+def _resume(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    found = checkpoint.saved(folder)
+    if found is None:
+        return
+    free = ("trajectories", "minutes", "save_every", "log_every", "tracker", "buffer", "buffer_gb", "versions")
+    fixed = {name: value for name, value in settings.items() if name not in free}
+    run = checkpoint.load(found, trainer.learners, fixed)
+    trainer.done, trainer.seconds = run["trajectories"], run["seconds"]
+    trainer.steps = {int(kind): number for kind, number in run["steps"].items()}
+
+
+def _result(trainer: Trainer, region: Region, settings: Mapping[str, Any], folder: Path | None) -> DistillResult:
+    students = {
+        learner.name: StudentResult(
+            adaptor=learner.module,
+            loss=learner.loss.name,
+            losses=tuple(learner.losses),
+            errors=dict(sorted(learner.errors.items())),
+            updates=learner.updates,
+            schedules=tuple(map(str, learner.schedules)),
+        )
+        for learner in trainer.learners
+    }
+    steps = tuple(trainer.steps[kind] for kind in sorted(trainer.steps))
+    return DistillResult(students, region, steps, trainer.done, trainer.seconds, settings, folder)
+
+
+def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
+    folder = result.folder
+    assert folder is not None  # the caller has one
+    alone = len(result.students) == 1
+    for name, student in result.students.items():
+        steps = result.steps[0] if len(result.steps) == 1 else list(result.steps)
+        known = {
+            "steps": steps,
+            "schedule": ", ".join(student.schedules),
+            "mode": result.settings["mode"],
+            "loss": student.loss,
+            "guidance": result.settings["guidance"],
+            "gradient steps": student.updates,
+            "prompts": result.trajectories * result.settings["batch"],
+            "relative error": {str(step): round(error, 4) for step, error in student.errors.items()},
+        }
+        save_adaptor(student.adaptor, folder if alone else folder / name, {**known, **facts})
+    try:
+        (folder / "training.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DistillError(
+            "the summary is written into the run's folder",
+            seen={"folder": folder, "error": error},
+            do="free some space",
+        ) from error

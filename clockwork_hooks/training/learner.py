@@ -1,0 +1,282 @@
+"""One adaptor in training: its optimizer, its loss, its schedules, and what it has done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.errors import AdaptorError, DistillError
+from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.training.calls import StepCalls
+from clockwork_hooks.training.losses import Loss, Outcome
+from clockwork_hooks.training.options import TrainingOptions
+from clockwork_hooks.training.trajectories import Capture
+
+__all__ = ["Learner", "Student"]
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """An adaptor to train, where several learn from the same trajectories; what is None is as for all of them.
+
+    Attributes:
+        adaptor: the module, or a function that makes one for a region: `ResNetAdaptor.for_region`.
+        loss: name of a loss, or a `Loss`.
+        clock: the clock, or several, of which each trajectory gets one.
+        schedule: replaces `clock`.
+        lr: peak learning rate.
+    """
+
+    adaptor: Any
+    loss: str | Loss | None = None
+    clock: int | Sequence[int] | None = None
+    schedule: Any = None
+    lr: float | None = None
+
+
+class Learner:
+    """Trains one adaptor, a gradient step for each adaptor step of what it is shown.
+
+    Args:
+        name: for reports and files.
+        module: the adaptor, on the UNet's device.
+        loss: what is made small.
+        schedules: one for each trajectory, in turn.
+        weights: of the guidance branches.
+        accelerator: Hugging Face Accelerate's.
+        options: how to train.
+        lr: peak learning rate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        loss: Loss,
+        schedules: Sequence[Schedule],
+        weights: tuple[float, ...] | None,
+        accelerator: Any,
+        options: TrainingOptions,
+        lr: float,
+    ) -> None:
+        self.name, self.module, self.loss, self.schedules, self.weights = name, module, loss, tuple(schedules), weights
+        self.accelerator, self.options, self.lr = accelerator, options, lr
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise AdaptorError(
+                "an adaptor that is trained has parameters that want gradients",
+                seen={"adaptor": name, "class": type(module).__name__},
+                do='pass adaptor="resnet", or a module of your own',
+            )
+        self.dtype = self.parameters[0].dtype
+        fused = self.parameters[0].device.type == "cuda"
+        optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=fused)
+        self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        self.average: Any = None
+        if options.ema is not None:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        self.losses: list[float] = []
+        self.errors: dict[int, float] = {}
+        self.updates = 0
+        self._waiting = 0
+        self._pending: list[Tensor] = []
+        self._sizes: dict[int, Tensor] = {}
+        self._good = self._snapshot()
+
+    def schedule(self, number: int) -> Schedule:
+        """The schedule for the trajectory of that number."""
+        return self.schedules[number % len(self.schedules)]
+
+    def act(self, entry: Tensor | None, exit_cached: Tensor, *, time: Tensor | None, text: Tensor | None) -> Tensor:
+        """The adaptor as the student's trajectories use it."""
+        return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached)
+
+    def learn(self, chain: tuple[StepCalls, ...], schedule: Schedule, capture: Capture) -> None:
+        """A gradient step for each step of the chain; the exit that a step is given is what the last one emitted.
+
+        Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
+        """
+        emitted: dict[int, Tensor] = {}
+        self.model.train()
+        for step in chain:
+            last = self._waiting + 1 == self.options.accumulate
+            with _together(self.accelerator, self.model, last):
+                loss, sizes = self.loss(self._outcome(step, schedule, capture, emitted))
+                self.accelerator.backward(loss / self.options.accumulate)
+            self._waiting += 1
+            if last:
+                self.update()
+            self._pending.append(loss.detach())
+            held = self._sizes.get(step.step)
+            self._sizes[step.step] = sizes if held is None else held + sizes
+
+    def update(self) -> None:
+        """The optimizer's step, if any gradient waits for it."""
+        if not self._waiting:
+            return
+        self._waiting = 0
+        if self.options.max_norm is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.options.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+
+    def set_rate(self, share: float) -> None:
+        """The learning rate as this share of its peak."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * share
+
+    @property
+    def pending(self) -> int:
+        """Losses that nobody has looked at yet."""
+        return len(self._pending)
+
+    def look(self) -> None:
+        """Read the pending losses, the mean over all processes; waits for the device.
+
+        Raises:
+            DistillError: one is NaN or infinite; the weights are those of the last look.
+        """
+        if not self._pending:
+            return
+        steps = sorted(self._sizes)
+        told = torch.cat([torch.stack(self._pending), *(self._sizes[step].float() for step in steps)])
+        values: list[float] = self.accelerator.reduce(told, "mean").tolist()
+        losses, sizes = values[: len(self._pending)], values[len(self._pending) :]
+        wrong = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
+        first = len(self.losses) + (wrong[0] if wrong else 0)
+        self.losses += losses[: wrong[0]] if wrong else losses
+        self._pending, self._sizes = [], {}
+        if wrong:
+            self._restore(self._good)
+            raise DistillError(
+                "losses are finite numbers",
+                seen={"adaptor": self.name, "loss": losses[wrong[0]], "adaptor step": first + 1},
+                do='pass a lower lr=, or precision="bf16" in the place of "fp16"; the weights before it are kept',
+            )
+        for step, error, size in zip(steps, sizes[::2], sizes[1::2], strict=True):
+            self.errors[step] = (error / size) ** 0.5 if size > 0 else 0.0
+        self._good = self._snapshot()
+
+    def finish(self) -> None:
+        """Leave the adaptor in evaluation mode, with the averaged weights if they were asked for."""
+        self.optimizer.zero_grad()
+        if self.average is not None and self.updates:
+            self.module.load_state_dict(self.average.module.state_dict())
+        self.module.eval()
+
+    def _outcome(self, step: StepCalls, schedule: Schedule, capture: Capture, emitted: dict[int, Tensor]) -> Outcome:
+        features, outputs = [], []
+        adapted = {id(call) for call in step.adapted(schedule)}
+        made: list[Tensor] = []
+        for call in step.calls:
+            if id(call) not in adapted:
+                features.append(call.exit)
+                outputs.append(call.output)
+                continue
+            assert call.source is not None  # that is what adapted means
+            cached = emitted.get(id(call.source), call.source.exit)
+
+            def emit(captured: Mapping[str, Tensor | None], cached: Any = cached) -> Tensor:
+                made.append(self._predict(self.model, captured, cached))
+                return made[-1]
+
+            if self.loss.needs_output:
+                outputs.append(capture.again(call, emit))
+            else:
+                emit(call.captured)
+            features.append(made[-1])
+            emitted[id(call)] = made[-1].detach()
+        return Outcome(
+            features=_present(features),
+            exits=_present([call.exit for call in step.calls]),
+            outputs=_present(outputs),
+            true_outputs=_present([call.output for call in step.calls]),
+            branches=[call.branch for call in step.calls],
+            weights=self.weights,
+        )
+
+    def _predict(self, model: Adaptor, captured: Mapping[str, Tensor | None], cached: Tensor) -> Tensor:
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+        before = cached.to(self.dtype)
+        with self.accelerator.autocast():
+            made: Tensor = model(
+                cast(captured.get("entry")), before, time=cast(captured.get("time")), text=cast(captured.get("text"))
+            )
+        if made.shape != cached.shape:
+            raise AdaptorError(
+                "an adaptor returns a tensor like the region's exit",
+                seen={"adaptor": self.name, "exit": tuple(cached.shape), "returned": tuple(made.shape)},
+                do="make the adaptor's output fit Region.exit",
+            )
+        return made.to(cached.dtype)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.module} | ({} if self.average is None else {"average": self.average})
+
+    def _snapshot(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {key: value.detach().clone() for key, value in module.state_dict().items()}
+            for name, module in self._modules().items()
+        }
+
+    def _restore(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(kept[name])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that training goes on from: tensors by name, and numbers."""
+        tensors = {f"{name}.{key}": value for name, kept in self._snapshot().items() for key, value in kept.items()}
+        optimizer = self.optimizer.state_dict()
+        for index, values in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        numbers: dict[str, Any] = {"updates": self.updates, "errors": {str(k): v for k, v in self.errors.items()}}
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = self.accelerator.scaler.state_dict()
+        return tensors, numbers
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._restore({name: _under(tensors, f"{name}.") for name in self._modules()})
+        groups = self.optimizer.state_dict()["param_groups"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under(tensors, "optimizer.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.losses = tensors["losses"].tolist()
+        self.updates = numbers["updates"]
+        self.errors = {int(step): error for step, error in numbers["errors"].items()}
+        if self.accelerator.scaler is not None and "scaler" in numbers:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        self._good = self._snapshot()
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _together(accelerator: Any, model: Any, last: bool) -> Any:
+    """Gradients meet over the processes only in the last backward pass before an update."""
+    import contextlib
+
+    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+
+
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

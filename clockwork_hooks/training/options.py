@@ -1,0 +1,104 @@
+"""How to train: every number that `distill` takes, with the paper's as defaults where it names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from clockwork_hooks.errors import ArgumentError
+
+__all__ = ["MODES", "Mode", "TrainingOptions"]
+
+Mode = Literal["unrolled", "forward_noise", "on_policy"]
+MODES: tuple[str, ...] = get_args(Mode)
+_CHOICES = {"decay": ("constant", "cosine"), "precision": ("no", "bf16", "fp16"), "tracker": (None, "tensorboard")}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        trajectories: runs of `generate`, over all processes; None where `minutes` decides.
+        minutes: of training, resumed runs included; the learning rate falls over them. None where `trajectories`
+            decides; given both, the first to be reached ends the run.
+        batch: prompts in one run of `generate`, in each process; a gradient step has them all.
+        lr: peak learning rate of Adam.
+        decay: of the learning rate over the run: "constant" (the paper) or "cosine".
+        warmup: share of the run over which the learning rate rises.
+        max_norm: gradients are clipped to this norm; None: they are not.
+        accumulate: adaptor steps in one gradient step.
+        hold: trajectories that are recorded before they are trained on, if the buffer has room for them.
+        reuse: times that each recorded trajectory is trained on.
+        buffer: where they are held: "device" (the UNet's), "ram", or a folder on disk.
+        buffer_gb: bound of the buffer, in 10⁹ bytes.
+        precision: of the adaptor's arithmetic: "no" (its own), "bf16" or "fp16".
+        tf32: float32 products use TensorFloat-32 on CUDA during the run.
+        ema: decay of a moving average of the weights, which is what the run returns; None for none.
+        seed: of the prompts' order and the noise; runs with the same seed see the same trajectories.
+        save_every: seconds between checkpoints; 0 saves after every refill of the buffer.
+        log_every: gradient steps between looks at the losses, each of which waits for the device.
+        tracker: None or "tensorboard": logs in the folder.
+
+    Source: arXiv 2312.08128, Sec. 5.1 (Adam, learning rate 1e-4, batch 16).
+    """
+
+    trajectories: int | None = None
+    minutes: float | None = None
+    batch: int = 16
+    lr: float = 1e-4
+    decay: str = "constant"
+    warmup: float = 0.0
+    max_norm: float | None = 1.0
+    accumulate: int = 1
+    hold: int = 8
+    reuse: int = 1
+    buffer: str | Path = "device"
+    buffer_gb: float = 4.0
+    precision: str = "no"
+    tf32: bool = False
+    ema: float | None = None
+    seed: int = 0
+    save_every: float = 60.0
+    log_every: int = 50
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trajectories is None and self.minutes is None:
+            object.__setattr__(self, "trajectories", 500)
+        for name in ("trajectories", "batch", "accumulate", "hold", "reuse", "log_every"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ArgumentError(f"{name} is an int of at least 1", seen={name: repr(value)}, do=f"pass {name}=1")
+        for name in ("minutes", "lr", "max_norm", "buffer_gb"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+                raise ArgumentError(f"{name} is above 0", seen={name: repr(value)}, do=f"pass a positive {name}=")
+        for name in ("warmup", "ema"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ArgumentError(f"{name} is in [0, 1)", seen={name: repr(value)}, do=f"pass {name}=0.1 or the like")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ArgumentError(
+                    f"{name} is one of a few", seen={name: repr(getattr(self, name))}, do=f"pass one of {known}"
+                )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> TrainingOptions:
+        """From keyword arguments or a configuration.
+
+        Raises:
+            ArgumentError: there is no such option, or a value is outside its rule.
+        """
+        known = [one.name for one in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ArgumentError(
+                "a training option has a known name",
+                seen={"unknown": ", ".join(unknown)},
+                do=f"pass some of {', '.join(known)}",
+            )
+        return cls(**settings)

@@ -1,0 +1,55 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clockwork_hooks.training.trainer import Trainer
+
+__all__ = ["Bar"]
+
+
+class Bar:
+    """Share of the run, loss, relative error, throughput and time left, on standard error.
+
+    Args:
+        console: rich's; None for standard error.
+        shown: False draws nothing.
+    """
+
+    def __init__(self, console: Any = None, *, shown: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[told]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        self._progress = Progress(*columns, console=console or Console(stderr=True), transient=True, disable=not shown)
+        self._task = self._progress.add_task("distilling", total=1.0, told="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, trainer: Trainer) -> None:
+        """Show where the run is; what it says was read from the device before."""
+        learners = trainer.learners
+        parts = []
+        for learner in learners[:3]:
+            recent = learner.losses[-50:]
+            errors = list(learner.errors.values())
+            if recent and errors:
+                name = f"{learner.name} " if len(learners) > 1 else ""
+                parts.append(f"{name}loss {sum(recent) / len(recent):.3g} error {sum(errors) / len(errors):.1%}")
+        updates = sum(learner.updates for learner in learners)
+        speed = f" · {updates / trainer.seconds:.1f} steps/s" if trainer.seconds > 0 else ""
+        self._progress.update(self._task, completed=trainer.share(), told=" · ".join(parts) + speed)

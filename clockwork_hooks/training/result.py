@@ -1,0 +1,192 @@
+"""What a training run returns and leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.errors import DistillError
+from clockwork_hooks.report import Table, table
+
+__all__ = ["DistillResult", "StudentResult", "save_adaptor"]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentResult:
+    """One trained adaptor.
+
+    Attributes:
+        adaptor: the module, in evaluation mode.
+        loss: name of the loss.
+        losses: of every adaptor step that was trained on, in order; earlier runs of a resumed training included.
+        errors: step → relative error of what the loss looks at, root of the squared error over the squared norm, over
+            the last log interval.
+        updates: gradient steps.
+        schedules: which it was trained for.
+    """
+
+    adaptor: nn.Module = field(repr=False)
+    loss: str
+    losses: tuple[float, ...] = field(repr=False)
+    errors: Mapping[int, float]
+    updates: int
+    schedules: tuple[str, ...]
+
+    @property
+    def first(self) -> float:
+        """Mean of the first tenth of the losses."""
+        return _mean(self.losses[: max(1, len(self.losses) // 10)])
+
+    @property
+    def last(self) -> float:
+        """Mean of the last tenth of the losses."""
+        return _mean(self.losses[-max(1, len(self.losses) // 10) :])
+
+
+@dataclass(frozen=True, slots=True)
+class DistillResult:
+    """What `distill` trained.
+
+    Attributes:
+        students: name → trained adaptor; "adaptor" where there was one without a name.
+        region: what the adaptors stand in for.
+        steps: denoising steps of each sampler.
+        trajectories: runs of `generate` that were trained on, over all processes.
+        seconds: of training, earlier runs of a resumed one included.
+        settings: all options, the machine and the versions.
+        folder: where it was saved, or None.
+    """
+
+    students: Mapping[str, StudentResult]
+    region: Region = field(repr=False)
+    steps: tuple[int, ...]
+    trajectories: int
+    seconds: float
+    settings: Mapping[str, Any] = field(repr=False)
+    folder: Path | None
+
+    @property
+    def adaptor(self) -> nn.Module:
+        """The trained adaptor, where there is one."""
+        return self._only.adaptor
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The losses of the only adaptor."""
+        return self._only.losses
+
+    @property
+    def errors(self) -> Mapping[int, float]:
+        """Step → relative error of the only adaptor."""
+        return self._only.errors
+
+    @property
+    def _only(self) -> StudentResult:
+        if len(self.students) != 1:
+            raise DistillError(
+                "a run of several adaptors has several results",
+                seen={"adaptors": ", ".join(self.students)},
+                do='read result.students["name"]',
+            )
+        return next(iter(self.students.values()))
+
+    def table(self) -> Table:
+        """One row an adaptor."""
+        columns = (
+            "adaptor",
+            "loss",
+            "schedule",
+            ">gradient steps",
+            ">first loss",
+            ">last loss",
+            "relative error by step",
+        )
+        rows = [
+            (
+                name,
+                student.loss,
+                ", ".join(student.schedules),
+                f"{student.updates:,}",
+                f"{student.first:.4g}",
+                f"{student.last:.4g}",
+                ", ".join(f"{step}: {error:.1%}" for step, error in sorted(student.errors.items())),
+            )
+            for name, student in self.students.items()
+        ]
+        steps = ", ".join(map(str, self.steps))
+        note = (
+            f"{self.trajectories:,} trajectory batches of {self.settings.get('batch')} prompts in {steps} steps, "
+            f"{self.seconds:.0f} s. Region: {self.region.line}."
+        )
+        return table("Distillation", columns, rows, notes=(note,))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, as JSON can hold them; losses thinned to 1,000 an adaptor."""
+        students = {}
+        for name, student in self.students.items():
+            told = {key: value for key, value in _fields(student).items() if key not in ("adaptor", "losses")}
+            every = max(1, len(student.losses) // 1000)
+            students[name] = told | {
+                "errors": {str(step): error for step, error in student.errors.items()},
+                "first_loss": student.first,
+                "last_loss": student.last,
+                "losses_every": every,
+                "losses": list(student.losses[::every]),
+            }
+        return {
+            "students": students,
+            "region": {"line": self.region.line, "fingerprint": self.region.fingerprint},
+            "steps": list(self.steps),
+            "trajectories": self.trajectories,
+            "seconds": self.seconds,
+            "settings": dict(self.settings),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def _fields(student: StudentResult) -> dict[str, Any]:
+    """The fields by name, values as they are."""
+    return {name: getattr(student, name) for name in StudentResult.__dataclass_fields__}
+
+
+def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Save a trained adaptor: with `save_pretrained` where it has that, else its weights alone.
+
+    Args:
+        adaptor: the module.
+        folder: made if need be.
+        facts: what it was trained for; JSON only.
+
+    Raises:
+        DistillError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(adaptor, "save_pretrained"):
+            if hasattr(adaptor, "facts"):
+                adaptor.facts = {**adaptor.facts, **facts}
+            adaptor.save_pretrained(folder)
+        else:
+            from safetensors.torch import save_file
+
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in adaptor.state_dict().items()}
+            save_file(tensors, folder / "model.safetensors")
+    except OSError as error:
+        raise DistillError(
+            "the trained adaptor is saved in the run's folder",
+            seen={"folder": folder, "error": error},
+            do="free some space and save it again: result.adaptor.save_pretrained(folder)",
+        ) from error
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,167 @@
+"""What `distill` is given: checked, and made into learners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.choice import Choice
+from clockwork_hooks.emit import check_region, region_options
+from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
+from clockwork_hooks.schedule import Schedule, check_clock
+from clockwork_hooks.training import checkpoint
+from clockwork_hooks.training.learner import Learner, Student
+from clockwork_hooks.training.losses import Loss, loss_of
+from clockwork_hooks.training.options import MODES, TrainingOptions
+
+__all__ = ["check", "check_folder", "chosen", "learners_of", "students_of"]
+
+
+def check(mode: str, prompts: Any, images: Any, add_noise: Any) -> None:
+    """Raise `ArgumentError` if mode, prompts or images are outside their rule."""
+    if mode not in MODES:
+        raise ArgumentError("a mode is one of three", seen={"mode": repr(mode)}, do=f"pass one of {', '.join(MODES)}")
+    if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or isinstance(prompts, (str, Mapping)):
+        raise ArgumentError(
+            "prompts are a sequence: they have a length and are taken by number",
+            seen={"prompts": type(prompts).__name__},
+            do="pass a list; for a sampler without conditions, range(10_000)",
+        )
+    if len(prompts) == 0:
+        raise ArgumentError(
+            "there is something to generate from",
+            seen={"prompts": 0},
+            do="pass some; for a sampler without conditions, range(10_000)",
+        )
+    given = [name for name, value in (("images", images), ("add_noise", add_noise)) if value is not None]
+    if len(given) != (2 if mode == "forward_noise" else 0):
+        raise ArgumentError(
+            'mode="forward_noise" trains on noised images, and only that does',
+            seen={"mode": mode, "given": ", ".join(given) or "neither images nor add_noise"},
+            do="pass images=batch -> clean samples, and add_noise=(clean, noise, time) -> noisy, with that mode",
+        )
+
+
+def check_folder(folder: Path | None, resume: bool) -> None:
+    """Make the run's folder, and see that it can be written and holds no other run."""
+    if folder is None:
+        if resume:
+            raise ArgumentError("a run is resumed from its folder", seen={"folder": None}, do="pass folder=")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write").touch()
+        (folder / ".write").unlink()
+    except OSError as error:
+        raise DistillError(
+            "the run's folder can be written",
+            seen={"folder": folder, "error": error},
+            do="pass another folder=",
+        ) from error
+    if not resume and checkpoint.saved(folder) is not None:
+        raise ArgumentError(
+            "a folder holds one run",
+            seen={"folder": folder, "checkpoint": checkpoint.saved(folder)},
+            do="pass resume=True to go on with it, or another folder",
+        )
+
+
+def chosen(adaptor: Any, level: int | None, cut: str) -> Choice:
+    """How to choose the region: by the options, else as the first adaptor that was made for a region needs it."""
+    choice = Choice(level=level, cut=cut)
+    given = list(adaptor.values()) if isinstance(adaptor, Mapping) else [adaptor]
+    modules = [one.adaptor if isinstance(one, Student) else one for one in given]
+    known = next((options for options in map(region_options, modules) if options), {})
+    return Choice(**known) if choice == Choice() else choice
+
+
+def students_of(adaptor: Any, region: Region) -> dict[str, Student]:
+    """The adaptors by name, each one made and seen to fit the region."""
+    given = adaptor if isinstance(adaptor, Mapping) else {"adaptor": adaptor}
+    if not given or not all(isinstance(name, str) and name.isidentifier() for name in given):
+        raise ArgumentError(
+            "adaptors that are trained together have names, which become file names",
+            seen={"names": list(given)},
+            do='pass {"small": ..., "large": ...}',
+        )
+    return {
+        name: replace(student, adaptor=_made(student.adaptor, region))
+        for name, student in ((name, one if isinstance(one, Student) else Student(one)) for name, one in given.items())
+    }
+
+
+def _made(adaptor: Any, region: Region) -> nn.Module:
+    if isinstance(adaptor, str):
+        adaptor = _by_name(adaptor)
+    made = adaptor if isinstance(adaptor, nn.Module) else adaptor(region) if callable(adaptor) else None
+    if not isinstance(made, nn.Module):
+        raise AdaptorError(
+            "an adaptor to train is a module, or a function that makes one for a region",
+            seen={"adaptor": repr(adaptor)[:80], "made": type(made).__name__},
+            do='pass adaptor="resnet", or ResNetAdaptor.for_region',
+        )
+    check_region(made, region)
+    return made
+
+
+def _by_name(name: str) -> Callable[[Region], nn.Module]:
+    from clockwork_hooks import adaptors
+
+    kinds = {"resnet": "ResNetAdaptor", "unet": "UNetAdaptor"}
+    found = getattr(adaptors, kinds.get(name, ""), None)
+    if found is None:
+        raise AdaptorError(
+            "an adaptor to train is known by its name, or is a module",
+            seen={"adaptor": repr(name)},
+            do=f"pass one of {', '.join(kinds)}; the identity has nothing to train",
+        )
+    made: Callable[[Region], nn.Module] = found.for_region
+    return made
+
+
+def learners_of(
+    students: Mapping[str, Student],
+    clock: Any,
+    schedule: Any,
+    loss: str | Loss | None,
+    weights: tuple[float, ...] | None,
+    accelerator: Any,
+    options: TrainingOptions,
+) -> list[Learner]:
+    """The learners of the adaptors."""
+    return [
+        Learner(
+            name,
+            student.adaptor.to(accelerator.device),
+            loss=loss_of(student.loss if student.loss is not None else loss, weights),
+            schedules=_schedules(
+                clock if student.clock is None else student.clock,
+                schedule if student.clock is None and student.schedule is None else student.schedule,
+            ),
+            weights=weights,
+            accelerator=accelerator,
+            options=options,
+            lr=student.lr or options.lr,
+        )
+        for name, student in students.items()
+    ]
+
+
+def _schedules(clock: Any, schedule: Any) -> list[Schedule]:
+    if schedule is not None:
+        return [Schedule.of(schedule)]
+    clocks = list(clock) if isinstance(clock, Sequence) else [clock]
+    for one in clocks:
+        check_clock(one)
+    if not clocks or min(clocks) < 2:
+        raise ArgumentError(
+            "an adaptor is trained for clocks of at least 2: with clock 1 it never runs",
+            seen={"clock": clock},
+            do="pass clock=2, or several, as in clock=(2, 3, 4)",
+        )
+    return [Schedule.every(one) for one in clocks]

@@ -1,0 +1,247 @@
+"""Distillation: what is recorded, what is learned from it, and what it leaves behind."""
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import clockwork_hooks as ch
+from clockwork_hooks.training.buffer import Buffer
+from clockwork_hooks.training.losses import guidance_weights, guided
+from clockwork_hooks.training.trajectories import Capture
+from tests.small_unet import Tiny, reference
+from tests.snapshot import snapshot
+from tests.training_parts import GUIDANCE, TIMES, Small, by_hand, sampler
+
+MODES = ("unrolled", "on_policy", "forward_noise")
+LOSSES = ("feature", "guided-feature", "guided-output")
+
+
+def quick(unet: nn.Module, adaptor: Any, generate: Any = None, **options: Any) -> ch.DistillResult:
+    """`distill` without a bar, on few prompts."""
+    defaults = {
+        "prompts": range(12),
+        "batch": 2,
+        "trajectories": 3,
+        "guidance": GUIDANCE,
+        "progress": False,
+        "lr": 1e-2,
+    }
+    return ch.distill(unet, adaptor, generate or sampler(unet), **{**defaults, **options})
+
+
+def parameters_hash(unet: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in unet.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+# -- what is recorded --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> None:
+    unet = Tiny()
+    capture = Capture(unet)
+    trajectory = capture.record(sampler(unet, calls=calls), [1, 2, 3])
+    capture.remove()
+    assert [(step.step, len(step.calls)) for step in trajectory.steps] == [(k, calls) for k in range(1, 6)]
+    for step, before in zip(trajectory.steps, (None, *trajectory.steps), strict=False):
+        for k, call in enumerate(step.calls):
+            output, exit = reference(unet, *call.args, **call.kwargs)
+            assert torch.equal(call.output, output)
+            assert torch.equal(call.exit, exit)
+            assert call.captured["entry"].shape == (6 // calls, 8, 8, 8)
+            assert call.source is (before.calls[k] if before else None)
+            assert call.made is None
+
+
+def test_the_students_passes_are_labelled_by_the_teacher() -> None:
+    unet, adaptor = Tiny(), Small()
+    capture = Capture(unet)
+    schedule = ch.Schedule.every(3)
+    trajectory = capture.record(sampler(unet), [1, 2], student=(adaptor, schedule))
+    capture.remove()
+    with torch.no_grad(), ch.wrap(unet, adaptor, clock=3):
+        as_used: list[Any] = []
+        handle = unet.register_forward_hook(lambda module, args, output: as_used.append(output.clone()))
+        sampler(unet)([1, 2])
+        handle.remove()
+    for step, used in zip(trajectory.steps, as_used, strict=True):
+        (call,) = step.calls
+        output, exit = reference(unet, *call.args)
+        assert torch.equal(call.output, output)
+        assert torch.equal(call.exit, exit)
+        assert (call.made is None) == schedule.is_full(step.step)
+        assert torch.equal(call.output if call.made is None else call.made_output, used)
+
+
+def test_a_call_runs_again_without_the_region_and_with_gradient() -> None:
+    unet = Tiny()
+    unet.requires_grad_(False)
+    capture = Capture(unet)
+    call = capture.record(sampler(unet), [1, 2]).steps[2].calls[0]
+    exit = call.exit.clone().requires_grad_()
+    unet.body.weight.fill_(torch.nan)  # whoever runs it shows
+    output = capture.again(call, lambda captured: exit)
+    capture.remove()
+    assert torch.equal(output, call.output)
+    (gradient,) = torch.autograd.grad(output.sum(), exit)
+    assert gradient.abs().sum() > 0
+
+
+def test_inference_mode_and_in_place_samplers_are_recorded_too() -> None:
+    unet = Tiny()
+
+    def generate(batch: Any) -> None:
+        with torch.inference_mode():
+            sample, condition = torch.randn(2, 2, 8, 8), torch.randn(2, 3)
+            for t in torch.tensor(TIMES):
+                sample -= 0.2 * unet(sample, t, condition)
+
+    capture = Capture(unet)
+    steps = capture.record(generate, [1, 2]).steps
+    capture.remove()
+    for step in steps:
+        assert torch.equal(reference(unet, *step.calls[0].args)[0], step.calls[0].output)
+        assert not step.calls[0].exit.is_inference()
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [("guided-output", True), ("feature", False)])
+def test_keeps_only_what_is_needed(loss: str, outputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    add = Buffer.add
+
+    def watched(self: Buffer, trajectory: Any) -> None:
+        kept.append(trajectory)
+        add(self, trajectory)
+
+    monkeypatch.setattr(Buffer, "add", watched)
+    quick(Tiny(), Small(), loss=loss, trajectories=1, clock=4)
+    calls = [step.calls[0] for step in kept[0].steps]
+    assert [bool(call.args) for call in calls] == [False, outputs, outputs, outputs, False]
+    assert [bool(call.captured) for call in calls] == [False, *[not outputs] * 3, False]
+    assert calls[0].exit is not None
+
+
+# -- what is learned ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clock", [2, 3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_is_algorithm_1(loss: str, clock: int) -> None:
+    """The same losses as a loop with plain hooks; above clock 2 the student is given its own last output."""
+    unet, adaptor, twin = Tiny(), Small(), Small()
+    batches: list[list[int]] = []
+    generate = sampler(unet)
+
+    def watched(batch: list[int]) -> None:
+        batches.append(batch)
+        generate(batch)
+
+    result = quick(unet, adaptor, watched, loss=loss, clock=clock, max_norm=None, hold=1)
+    expected = by_hand(unet, twin, batches[1:], clock=clock, loss=loss, lr=1e-2)  # the first one found the region
+    assert result.losses == pytest.approx(expected, rel=1e-4)
+    for mine, theirs in zip(adaptor.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_branches_in_one_call_or_in_two_are_the_same(loss: str) -> None:
+    unet = Tiny()
+    one, two = (quick(unet, Small(), sampler(unet, calls=calls), loss=loss).losses for calls in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_overfits_one_trajectory(loss: str) -> None:
+    unet = Tiny()
+    result = quick(unet, Small(), prompts=[1], batch=1, loss=loss, trajectories=200, hold=1, decay="cosine")
+    student = result.students["adaptor"]
+    assert student.last < 0.1 * student.losses[0]
+
+
+def test_only_the_adaptor_learns_and_the_unet_is_as_before() -> None:
+    unet = Tiny().train()
+    unet.body.eval()
+    unet.down.requires_grad_(False)
+    before, flags, shape = parameters_hash(unet), [p.requires_grad for p in unet.parameters()], snapshot(unet)
+    adaptor = Small()
+    weights = [p.clone() for p in adaptor.parameters()]
+    quick(unet, adaptor)
+    assert parameters_hash(unet) == before
+    assert [p.requires_grad for p in unet.parameters()] == flags
+    assert all(p.grad is None for p in unet.parameters())
+    assert snapshot(unet) == shape
+    assert unet.training
+    assert not unet.body.training
+    assert not any(torch.equal(old, new) for old, new in zip(weights, adaptor.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_mode_with_every_loss(mode: str, loss: str) -> None:
+    unet = Tiny()
+    more = {}
+    if mode == "forward_noise":
+        more = {
+            "images": lambda batch: torch.stack([torch.full((2, 8, 8), k / 10) for k in batch]),
+            "add_noise": lambda clean, noise, t: clean * (1 - t / 1000) + noise * t / 1000,
+        }
+    both = {"fast": ch.Student(Small(), clock=3), "slow": Small(1)}
+    result = quick(unet, both, mode=mode, loss=loss, trajectories=40, **more)
+    for student in result.students.values():
+        assert student.last < student.first
+    assert "fast" in result.table().to_markdown()
+    assert '"relative' not in result.to_json()
+
+
+def test_forward_noise_gives_the_unet_noised_images() -> None:
+    unet = Tiny()
+    seen = []
+    handle = unet.register_forward_hook(lambda module, args, output: seen.append(args[0].clone()))
+    more = {"images": lambda batch: torch.ones(2, 2, 8, 8), "add_noise": lambda clean, noise, t: clean + t * noise}
+    quick(unet, Small(), mode="forward_noise", trajectories=1, loss="feature", **more)
+    handle.remove()
+    noisy = seen[-len(TIMES) :]
+    noise = (noisy[0] - 1) / TIMES[0]
+    for sample, t in zip(noisy, TIMES, strict=True):
+        torch.testing.assert_close(sample, 1 + t * noise)
+        assert torch.equal(sample[:2], sample[2:])
+
+
+def test_several_clocks_and_step_counts_in_one_adaptor() -> None:
+    unet = Tiny()
+    samplers = [sampler(unet), sampler(unet, (900.0, 500.0, 100.0))]
+    result = quick(unet, Small(), samplers, clock=(2, 3), trajectories=8)
+    assert result.steps == (5, 3)
+    assert result.students["adaptor"].schedules == ("every(2)", "every(3)")
+    assert result.errors.keys() == {2, 3, 4, 5}
+
+
+def test_on_policy_each_adaptor_learns_from_its_own_trajectories() -> None:
+    unet = Tiny()
+    both = quick(unet, {"a": Small(), "b": Small()}, mode="on_policy", trajectories=4)
+    assert [len(student.losses) for student in both.students.values()] == [4, 4]
+    shared = quick(unet, {"a": Small(), "b": Small()}, trajectories=4)
+    assert [len(student.losses) for student in shared.students.values()] == [8, 8]
+    assert shared.students["a"].losses == shared.students["b"].losses
+
+
+# -- guidance ----------------------------------------------------------------------------------------------------
+
+
+def test_guided_combinations() -> None:
+    plain, told = torch.randn(2, 3), torch.randn(2, 3)
+    expected = (plain + 4.0 * (told - plain)).flatten()
+    weights = guidance_weights(4.0)
+    torch.testing.assert_close(guided([torch.cat([plain, told])], [1], weights), expected)
+    torch.testing.assert_close(guided([plain, told], [1, 2], weights), expected)
+    torch.testing.assert_close(guided([told, plain], [1, 2], guidance_weights((4.0, -3.0))), expected)
+    tiles = guided([torch.cat([plain, told]), torch.cat([told, plain])], [1, 1], weights)
+    torch.testing.assert_close(tiles[:6], expected)
+    with pytest.raises(ch.DistillError, match="a weight for each branch"):
+        guided([plain, told, plain], [1, 2, 3], weights)
