@@ -45,7 +45,7 @@ from clockwork_hooks.training import DistillResult, Student, TrainingOptions, di
 from clockwork_hooks.wrapper import ClockworkWrapper, wrap
 
 if _TYPE_CHECKING:
-    from clockwork_hooks.adaptors import ResNetAdaptor
+    from clockwork_hooks.adaptors import ResNetAdaptor, UNetAdaptor
 
 __all__ = [
     "Adaptor",
@@ -77,6 +77,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "TrainingOptions",
+    "UNetAdaptor",
     "Variant",
     "WrapError",
     "__version__",
@@ -90,7 +91,8 @@ __all__ = [
     "wrap",
 ]
 
-_LATER = {"ResNetAdaptor": _adaptors}  # imported when first asked for: what they need is slow to import
+# imported when first asked for: what they need is slow to import
+_LATER = {"ResNetAdaptor": _adaptors, "UNetAdaptor": _adaptors}
 
 
 def __getattr__(name: str) -> _Any:

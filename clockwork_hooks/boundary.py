@@ -117,7 +117,10 @@ class Region:
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what an adaptor is given beside the exit, as traced: "entry", "time", "text"; what there is."""
-        return {name: port.shape for name, port in self.plan.ports.items()}
+        found = {name: port.shape for name, port in self.plan.ports.items()}
+        if found.pop("mask", None):  # the tokens are averaged where they are picked up
+            found["text"] = (found["text"][0], found["text"][2])
+        return found
 
     @property
     def line(self) -> str:

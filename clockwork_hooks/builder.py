@@ -13,6 +13,7 @@ from torch import nn
 from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.dominance import Dominance
+from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace, module_paths
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
@@ -21,11 +22,6 @@ from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.tree import leaves, map_leaves
 
 __all__ = ["Builder"]
-
-
-def _preference(side: Side) -> tuple[bool, int]:
-    """Embeddings (B, L, D) first, then (B, D); maps such as ControlNet residuals last."""
-    return len(side.shape) > 3, -len(side.shape)
 
 
 class Builder:
@@ -39,11 +35,7 @@ class Builder:
             if call.path:
                 for spec in self.tensors(call.output):
                     self._producers.setdefault(spec.node.meta["index"], []).append(call)
-        self._from_inputs = {
-            path: {n.meta["index"] for n in trace.reachable([node])}
-            for path, node in trace.inputs.items()
-            if path != trace.sample
-        }
+        self.embeddings = Embeddings(trace, dom)
 
     @staticmethod
     def tensors(value: Any) -> list[TensorSpec]:
@@ -145,11 +137,20 @@ class Builder:
             n = leaf.node.meta["index"]
             return Slot(leaf.shape, leaf.dtype, leaf.device, call is last and n == o, self._written_later(n, run))
 
-        ports = {"entry": self._port(entry, last, visible, chosen)}
-        for name, kind in (("time", "time"), ("text", "context")):
-            for side in sorted((s for s in sides if s.kind == kind), key=_preference):
-                if name not in ports and side.dtype.is_floating_point:
-                    ports[name] = self._port(side.node, last, visible, chosen)
+        def ports(*nodes: int) -> tuple[Port | None, int]:
+            found = ((self._port(n, last, visible, chosen), n) for n in nodes)
+            return next(((port, n) for port, n in found if port is not None), (None, -1))
+
+        before = [c for c in self.trace.calls if c.last <= last.first and self._visible(c, chosen | {last.index})]
+        made = [s.node.meta["index"] for c in before if c.index not in chosen for s in self.tensors(c.output)]
+        text, n = ports(*self.embeddings.text(sides, made))
+        mask = self.embeddings.mask(n) if text is not None and len(text.shape) == 3 else None
+        found = {
+            "entry": ports(entry)[0],
+            "time": ports(*self.embeddings.time(sides, made))[0],
+            "text": text,
+            "mask": None if mask is None else ports(mask)[0],
+        }
 
         def stand_in(call: ModuleCall) -> SkippedCall:
             output = map_leaves(lambda leaf: slot(leaf, call), call.output)
@@ -157,16 +158,18 @@ class Builder:
 
         return Plan(
             tuple(map(stand_in, skipped)),
-            {name: port for name, port in ports.items() if port is not None},
+            {name: port for name, port in found.items() if port is not None},
             counts,
         )
 
     def _port(self, n: int, last: ModuleCall, visible: dict[int, int], chosen: set[int]) -> Port | None:
         """Where node n can be picked up before the exit is needed: taken by a call (skipped ones first) or returned."""
-        calls = [c for c in self.trace.calls[: last.index + 1] if c.path and self._visible(c, chosen)]
+        root, *begun = (c for c in self.trace.calls[: last.index + 1] if c.path is not None)
+        calls = [c for c in begun if self._visible(c, chosen)]
         skipped = [c for c in calls if c.index in chosen]
         others = [c for c in calls if c.index not in chosen]
-        for side, among in (("input", skipped), ("input", others), ("output", others)):
+        ended = [c for c in others if c.last <= last.first]
+        for side, among in (("input", skipped), ("input", others), ("output", ended), ("input", [root])):
             for call in among:
                 value = call.inputs if side == "input" else call.output
                 for k, (_, leaf) in enumerate(leaves(value)):
@@ -198,7 +201,7 @@ class Builder:
 
     def _side(self, n: int) -> Side:
         node = self.trace.nodes[n]
-        inputs = tuple(path for path, reached in self._from_inputs.items() if n in reached)
+        inputs = self.embeddings.inputs(n)
         kind: Literal["time", "context", "constant"] = "context" if inputs else "constant"
         if set(inputs) & set(self.trace.times[:1]):
             kind = "time"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from clockwork_hooks.pooling import masked_mean
 from clockwork_hooks.tree import Leaf, leaves, map_leaves
 
 __all__ = [
@@ -114,7 +115,8 @@ class Pass:
 
     Attributes:
         kind: "full" or "adaptor".
-        captured: boundary tensors by name, once they have been seen.
+        captured: boundary tensors by name, once they have been seen; where a mask comes with the text's tokens, their
+            mean in place of both.
         exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
             code writes to it afterwards.
     """
@@ -176,6 +178,8 @@ class Pass:
             wanted = port.visible if self.kind == "adaptor" else port.ordinal
             if (port.path, port.side, wanted) == (path, side, k):
                 self.captured[name] = [leaf for _, leaf in leaves(value)][port.leaf]
+        if "mask" in self.captured and "text" in self.captured:
+            self.captured["text"] = masked_mean(self.captured["text"], self.captured.pop("mask"))
 
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):

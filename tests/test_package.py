@@ -21,6 +21,7 @@ ROOT = Path(ch.__file__).parent
 FLOOR = {
     "_version": 0,
     "errors": 0,
+    "pooling": 0,
     "reasons": 0,
     "report": 0,
     "tree": 0,
@@ -53,6 +54,7 @@ FLOOR = {
     "dominance": 50,
     "emit": 50,
     "levels": 50,
+    "embeddings": 55,
     "builder": 60,
     "finder": 70,
     "hand": 72,

@@ -14,10 +14,11 @@ from clockwork_hooks.adaptors.protocol import Adaptor
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
     from clockwork_hooks.adaptors.resnet import ResNetAdaptor
+    from clockwork_hooks.adaptors.unet import UNetAdaptor
 
-__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor"]
+__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "UNetAdaptor"]
 
-_LATER = {"LearnedAdaptor": "learned", "ResNetAdaptor": "resnet"}
+_LATER = {"LearnedAdaptor": "learned", "ResNetAdaptor": "resnet", "UNetAdaptor": "unet"}
 
 
 def __getattr__(name: str) -> Any:

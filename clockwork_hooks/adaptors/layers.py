@@ -12,7 +12,7 @@ from torch.nn import functional
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.report import shape
 
-__all__ = ["ResBlock", "conv", "down", "fit", "norm", "padded", "up", "vector", "vector_width", "zero"]
+__all__ = ["ResBlock", "conv", "cropped", "down", "fit", "norm", "padded", "up", "vector", "vector_width", "zero"]
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _UP: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -62,8 +62,14 @@ def up(rank: int, inner: int, outer: int) -> nn.Module:
 
 
 def norm(channels: int) -> nn.Module:
-    """Group normalisation with the usual 32 groups, or the largest number of them that divides."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Group normalisation with the usual 32 groups; fewer where they do not divide, or would hold under 4 channels.
+
+    A group of one channel would normalise the last position of a deep level to nothing.
+    """
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -79,6 +85,13 @@ def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
     if not any(missing):
         return x
     return functional.pad(x, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
+
+
+def cropped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The map without what `padded` added: as large as `like`."""
+    for axis, size in enumerate(like.shape[2:], 2):
+        x = x.narrow(axis, 0, size)
+    return x
 
 
 def fit(x: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:

@@ -1,22 +1,16 @@
-"""What the learned adaptors share: their inputs, the identity they start as, and how they are saved and loaded."""
+"""What the learned adaptors share: their inputs, their size, and the identity that they start as."""
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin
-from huggingface_hub.repocard import ModelCard
-from torch import nn
 
-from clockwork_hooks._version import __version__
-from clockwork_hooks.adaptors import files, origin
+from clockwork_hooks.adaptors import origin
 from clockwork_hooks.adaptors.layers import fit, vector, vector_width
 from clockwork_hooks.adaptors.layout import Layout
+from clockwork_hooks.adaptors.saved import SavedAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.report import shape
@@ -26,35 +20,9 @@ __all__ = ["LearnedAdaptor"]
 Self = TypeVar("Self", bound="LearnedAdaptor")
 
 INPUTS = ("entry", "exit", "text")
-BUILT_IN = {"ResNetAdaptor": "resnet"}
-CARD = """---
-{{ card_data }}
----
-
-# {{ kind }} for {{ model }}
-
-A [Clockwork Diffusion](https://arxiv.org/abs/2312.08128) adaptor, made with `clockwork_hooks`. It stands in for the
-low-resolution part of {{ model }} at the steps at which that does not run.
-
-    import clockwork_hooks as ch
-    cw = ch.wrap(unet, "{{ where }}")
-
-| | |
-|---|---|
-{{ rows }}
-
-An adaptor is tied to the sampler and the number of steps that it was trained with.
-"""
 
 
-class LearnedAdaptor(
-    nn.Module,
-    ModelHubMixin,
-    library_name="clockwork_hooks",
-    tags=["clockwork-diffusion", "diffusion", "feature-caching"],
-    paper_url="https://arxiv.org/abs/2312.08128",
-    model_card_template=CARD,
-):
+class LearnedAdaptor(SavedAdaptor):
     """Predicts the exit as the exit of the step before plus a learned difference, which starts at zero.
 
     Subclasses take the keyword arguments below and those of their own (values that JSON holds), pass all of them on
@@ -69,10 +37,6 @@ class LearnedAdaptor(
         sees_exit: the features given to `difference` include the exit of the step before. Where they do not, nothing
             is added to that exit either: the whole exit is predicted.
         **own: the arguments of the subclass, for the configuration.
-
-    Attributes:
-        region: the region that the adaptor was made for, as `config.json` holds it; None where it knows of none.
-        facts: what else should be saved: the sampler, the number of steps, the clock it was trained for. JSON only.
 
     Source: arXiv 2312.08128, Sec. 4.2.
     """
@@ -90,8 +54,6 @@ class LearnedAdaptor(
         super().__init__()
         self.exit, self.entry = Layout.of(exit), None if entry is None else Layout.of(entry)
         self.time_width, self.text_width, self.sees_exit = time, text, sees_exit
-        self.region: dict[str, Any] | None = None
-        self.facts: dict[str, Any] = {}
         self._own = own
         if self.entry is None and not sees_exit:
             raise ArgumentError(
@@ -134,16 +96,29 @@ class LearnedAdaptor(
                 seen={"inputs": tuple(inputs), "the region's entry": "none" if "entry" not in given else "there"},
                 do='pass inputs=("exit", "text")',
             )
+        exit = Layout.of_boundary(region.exit)
+        same = len(region.entry.shape) == len(region.exit.shape)
+        channels = Layout.of_boundary(region.entry).channels if same else exit.channels
         made = cls(
-            exit=Layout.of_boundary(region.exit),
+            exit=exit,
             entry=Layout.of_boundary(region.entry) if "entry" in inputs and "entry" in given else None,
             time=vector_width(given.get("time", ())),
             text=vector_width(given.get("text", ())) if "text" in inputs else None,
             sees_exit="exit" in inputs,
-            **own,
+            **cls.sized(channels, **own),
         )
         made.region = origin.describe(region)
         return made
+
+    @classmethod
+    def sized(cls, channels: int, **own: Any) -> dict[str, Any]:
+        """The options of this kind, with those left out or None filled in.
+
+        Args:
+            channels: of the region's entry.
+            **own: as given to `for_region`.
+        """
+        return own
 
     @property
     def channels(self) -> int:
@@ -229,8 +204,6 @@ class LearnedAdaptor(
                 do="pass the region it was made for (region=ch.find_region(unet, …)), or train one for this region",
             )
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that make an adaptor of the same shape, as JSON can hold them."""
@@ -240,81 +213,3 @@ class LearnedAdaptor(
             for name, one in layouts.items()
         }
         return {**plain, "time": self.time_width, "text": self.text_width, "sees_exit": self.sees_exit, **self._own}
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        config = {
-            "kind": type(self).__name__,
-            "clockwork_hooks": __version__,
-            "arguments": self.arguments,
-            "region": self.region,
-            "facts": self.facts,
-        }
-        files.write(save_directory, config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> Self:
-        """Load an adaptor that `save_pretrained` or `push_to_hub` saved; on the CPU, in evaluation mode.
-
-        Only JSON and safetensors are read, nothing is unpickled.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or "user/name" on the Hugging Face Hub.
-            **hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        Raises:
-            AdaptorError: there is no such adaptor, it is of another class, or a file is damaged.
-        """
-        folder = files.fetch(pretrained_model_name_or_path, **hub)
-        config = files.read_config(folder)
-        kind = _kind(config["kind"])
-        if kind is None or not issubclass(kind, cls):
-            raise AdaptorError(
-                f"{cls.__name__}.from_pretrained loads a {cls.__name__}",
-                seen={"folder": folder, "saved there": config["kind"]},
-                do="import the module that defines the class, and call that class's from_pretrained",
-            )
-        try:
-            with torch.device("meta"):  # no memory before the file is seen to hold these very tensors
-                made = kind(**config["arguments"])
-        except Exception as error:
-            raise AdaptorError(
-                f"the arguments in {files.CONFIG} make an adaptor",
-                seen={"folder": folder, "class": kind.__name__, "error": f"{type(error).__name__}: {error}"},
-                do="save the adaptor again with save_pretrained(folder)",
-            ) from error
-        weights = files.read_weights(folder, made.state_dict(), config.get("weights_sha256"))
-        made.load_state_dict(weights, assign=True)
-        made.region, made.facts = config["region"], config["facts"]
-        return made.eval()
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md of the folder or repository: what it is for, and the facts."""
-        region = self.region or {}
-        told = {
-            "level, cut": f"{region.get('level')}, {region.get('cut')}",
-            "entry": (region.get("entry") or {}).get("path"),
-            "exit": (region.get("exit") or {}).get("path"),
-            "fingerprint": region.get("fingerprint"),
-            "parameters": f"{sum(parameter.numel() for parameter in self.parameters()):,}",
-            **self.facts,
-        }
-        card = {
-            "kind": type(self).__name__,
-            "model": region.get("model", "a UNet"),
-            "where": "this folder",
-            "rows": "\n".join(f"| {name} | {value} |" for name, value in told.items()),
-        }
-        return super().generate_model_card(*args, **{**card, **kwargs})
-
-
-def _kind(name: str) -> type[LearnedAdaptor] | None:
-    """The class of that name, among ours and those that the user has imported."""
-    if name in BUILT_IN:
-        found: type[LearnedAdaptor] = getattr(
-            importlib.import_module(f"clockwork_hooks.adaptors.{BUILT_IN[name]}"), name
-        )
-        return found
-    kinds = LearnedAdaptor.__subclasses__()
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    return next((kind for kind in kinds if kind.__name__ == name), None)

@@ -39,10 +39,11 @@ class Adaptor(Protocol):
 
         Args:
             entry: what flows into the region now (r_in), as in `Region.entry.shape`; None where it cannot be picked
-                up (`Region.plan.ports` lists what can).
+                up (`Region.inputs` lists what can).
             exit_cached: what the region emitted one step before (r_out), as in `Region.exit.shape`.
             time: the side input that comes from the time, usually its embedding, (B, D); None where there is none.
-            text: the side input that comes from another argument, usually the text's tokens, (B, L, D); or None.
+            text: the embedding of another condition, usually the text's: a pooled vector (B, D) where there is one, or
+                the mean of the unmasked tokens where a mask comes with them; else the tokens, (B, L, D); or None.
 
         Returns:
             The exit, with `exit_cached`'s shape, dtype and device.

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks.adaptors.layers import ResBlock, conv, down, padded, spread, up, zero
-from clockwork_hooks.adaptors.layout import Layout
+from clockwork_hooks.adaptors.layers import ResBlock, conv, cropped, down, padded, spread, up, zero
 from clockwork_hooks.adaptors.learned import LearnedAdaptor
 
 __all__ = ["ResNetAdaptor"]
@@ -22,7 +21,7 @@ class ResNetAdaptor(LearnedAdaptor):
     start at zero, so a fresh adaptor returns the exit of the step before, bit for bit.
 
     Args:
-        width: channels inside; None takes the entry's, or without one the exit's.
+        width: channels inside; `for_region` takes the entry's.
         **inputs: those of `LearnedAdaptor`; `for_region` finds them.
 
     Example:
@@ -38,8 +37,7 @@ class ResNetAdaptor(LearnedAdaptor):
     Source: arXiv 2312.08128, Sec. 4.2 and Fig. 3.
     """
 
-    def __init__(self, *, width: int | None = None, **inputs: Any) -> None:
-        width = width or Layout.of(inputs.get("entry") or inputs["exit"]).channels
+    def __init__(self, *, width: int, **inputs: Any) -> None:
         super().__init__(width=width, **inputs)
         rank, outer = self.exit.rank, self.exit.channels
         self.width = width
@@ -52,12 +50,15 @@ class ResNetAdaptor(LearnedAdaptor):
         if self.sees_exit:
             zero(self.residual)
 
+    @classmethod
+    def sized(cls, channels: int, *, width: int | None = None) -> dict[str, Any]:  # type: ignore[override]
+        """As wide as the entry."""
+        return {"width": width or channels}
+
     def difference(self, x: torch.Tensor, time: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
         """(B, channels, *space) → (B, channels of the exit, *space)."""
         h = self.down(padded(x, 2))
         if self.text is not None and text is not None:
             h = h + spread(self.text(text), h)
         h = self.up(self.block2(self.block1(h, time), time))
-        for axis, size in enumerate(x.shape[2:], 2):
-            h = h.narrow(axis, 0, size)
-        return h + self.residual(x)  # type: ignore[no-any-return]
+        return cropped(h, x) + self.residual(x)  # type: ignore[no-any-return]
