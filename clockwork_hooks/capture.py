@@ -104,8 +104,8 @@ class Captured(Compiled):
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
-            self._follow()
             self._forget_if_changed(anew=running.position is not None and running.position.step == 1)
+            self._follow()
             key = (running.key, running.run.kind, *map(_constant, constants))
             captured = self._graphs.get(key)
             if captured is None:
@@ -173,7 +173,7 @@ class Captured(Compiled):
 
     def _follow(self) -> None:
         """Buffers are shared: a stream waits for the one that used them before."""
-        stream = torch.cuda.current_stream(self._weights[0].device if self._weights else None)
+        stream = torch.cuda.current_stream(self._weights[0].device)
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
         self._stream = stream

@@ -1,0 +1,88 @@
+"""The benchmarks measure what they say: the ideal computes what Clockwork computes, and the GPU script runs."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import Results, Timing, in_turns
+from benchmarks.setting import Loop, build
+from benchmarks.sides import Bench, Variant
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers
+    pytest.mark.filterwarnings("ignore::FutureWarning:DeepCache"),
+]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    return Bench(build(request.param, "cpu", torch.float32, tiny=True))
+
+
+@pytest.mark.parametrize("cut", ["outer", "paper"])
+def test_the_ideal_is_clockwork(bench: Bench, cut: str) -> None:
+    loop = Loop(bench.model, 2, 3)
+    plain, ours, ideal = (
+        loop(bench.open(variant, loop, "eager").call)
+        for variant in (Variant(), Variant("clockwork", 2, cut=cut), Variant("ideal", 2, cut=cut))
+    )
+    assert torch.equal(ours, ideal)
+    assert not torch.equal(ours, plain)
+
+
+def test_a_region_found_for_the_loop_is_not_traced_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(bench.model, 2, 2)
+    side = bench.open(Variant("clockwork", 2), loop, "eager")
+    monkeypatch.setattr("clockwork_hooks.engine.Recorder", None)
+    loop(side.call)
+    assert side.wrapper is not None
+    assert dict(side.wrapper.stats.reasons) == {"first step": 1}
+
+
+def test_twins_share_weights_and_nothing_else(bench: Bench) -> None:
+    unet, twin = bench.model.unet, bench.model.twin()
+    assert [id(p) for p in unet.parameters()] == [id(p) for p in twin.parameters()]
+    assert not {id(m) for m in unet.modules()} & {id(m) for m in twin.modules()}
+
+
+def test_deepcache_skips_what_the_widest_cut_skips() -> None:
+    bench = Bench(build("sd15", "cpu", torch.float32, tiny=True))
+    loop = Loop(bench.model, 2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        macs = {}
+        for variant in (Variant("DeepCache", 2), Variant("clockwork", 2, cut="widest")):
+            side = bench.open(variant, loop, "eager")
+            bench.warm(side, loop, "eager")
+            macs[variant.kind] = side.macs
+    assert macs["DeepCache"] == macs["clockwork"]
+
+
+def test_timings_take_turns_and_results_are_whole_after_every_row(tmp_path: Path) -> None:
+    seen: list[str] = []
+    sides = {name: (lambda name=name: seen.append(name)) for name in "ab"}
+    timings = in_turns(sides, "cpu", rounds=4, warmup=1)
+    assert [timing.runs for timing in timings.values()] == [4, 4]
+    assert all(set(seen[k : k + 2]) == {"a", "b"} for k in range(0, 10, 2))
+    assert Timing.of([1.0, 2.0, 3.0]).median == 2.0
+    results = Results(tmp_path / "r.json", {"seed": 0})
+    for k in range(2):
+        results.add("rows", value=k)
+        assert json.loads(results.path.read_text())["rows"][-1] == {"value": k}
+
+
+@pytest.mark.slow
+def test_the_gpu_script_in_miniature(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_latency.py", "--out", str(tmp_path), "--tiny", "--device", "cpu"]
+    subprocess.run([*command, "--minutes", "4"], check=True, cwd=ROOT, capture_output=True)
+    data = json.loads((tmp_path / "gpu_latency.json").read_text())
+    graphs = [row for row in data["failures"] if row.get("mode") != "cudagraphs"]
+    assert [row["side"] for row in graphs] == ["DeepCache, interval 2, branch 0"]  # under torch.compile
+    assert all(row["passed"] for row in data["checks"] if row["mode"] == "compile")
+    assert {row["model"] for row in data["latency"]} == {"sd15", "sdxl"}
