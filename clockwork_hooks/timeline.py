@@ -162,6 +162,7 @@ class Timeline:
     _time: float | None = None
     _first: float | None = None
     _direction: int = 0
+    _before: int = 0  # direction of the trajectory before
     _strides: tuple[float, ...] = ()
     _far: float = 0.0
     _place: Place | None = None
@@ -176,6 +177,7 @@ class Timeline:
         """The next call begins a trajectory; what was kept is let go."""
         self.step, self.declared, self._opened = 0, False, False
         self._time, self._first, self._direction, self._strides, self._far = None, None, 0, (), 0.0
+        self._before = 0
         self._place, self._start, self._jump = None, None, None
         self._doubt, self._calls, self._seen, self._compared = None, 0, 0, 0
         self.branches = []
@@ -258,6 +260,9 @@ class Timeline:
         direction = (change > 0) - (change < 0)
         backwards = self._direction and direction != self._direction
         if change == 0 or backwards or not self._regular(jump) or (self._far and abs(change) > _FAR * self._far):
+            self._begin(time, place, jump, before=self._direction)
+            return
+        if not jump and self._before not in (0, direction) and self.step == 1:  # its first step was another one's last
             self._begin(time, place, jump)
             return
         known = self._direction != 0 or direction < 0 or bool(jump)
@@ -278,8 +283,9 @@ class Timeline:
         """Does one trajectory go on? It takes its list's entries in turn; another list is another trajectory's."""
         return jump == 0 or (jump is not None and (jump == self._jump or (self.step == 1 and abs(jump) == 1)))
 
-    def _begin(self, time: float, place: Place | None, jump: int | None = None) -> None:
+    def _begin(self, time: float, place: Place | None, jump: int | None = None, *, before: int = 0) -> None:
         self.reset()
+        self._before = before
         self._time, self._place, self._start, self._jump = time, place, place, jump
         self._advance()
 

@@ -1,0 +1,324 @@
+"""Real samplers, untouched: what every call returns is checked by a judge that is told the true steps."""
+
+import importlib
+import importlib.util
+import itertools
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from benchmarks import schedulers
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+
+class Loop:
+    """Serves a sampler: `begin` is told each denoising step, and every call is judged.
+
+    Undeclared, a new time is a new step, and that is what the judge is told; declared, it is told the sampler's own.
+    """
+
+    def __init__(self, *, declared: bool, clock: int = 2) -> None:
+        self.judge = Judge(Tiny())
+        self.cw = ch.wrap(self.judge.unet, clock=clock)
+        self.declared, self.step, self.last = declared, 0, None
+
+    def restart(self) -> None:
+        if self.declared:
+            self.cw.reset()
+        self.judge.begin()
+        self.judge.made, self.step, self.last = "", 0, None
+
+    def begin(self) -> None:
+        if self.declared:
+            self.cw.step()
+            self.step += 1
+
+    def __call__(self, sample: Tensor, time: Any, *conditions: Any) -> Tensor:
+        value = torch.as_tensor(time).flatten()[0].item()
+        if not self.declared and value != self.last:
+            self.step, self.last = self.step + 1, value
+        return self.judge.call(sample, time, *conditions, step=self.step)
+
+
+UNDECLARED = {  # the least share of adaptor passes, where it is less than for others
+    "FlowMatchHeunDiscreteScheduler": 0.3,
+    "HeunDiscreteScheduler": 0.3,
+    "KarrasVeScheduler": 0.25,
+    "PNDMScheduler": 0.3,
+    "ScoreSdeVeScheduler": 0.3,
+}
+DIFFUSERS = [name for name in schedulers.names() if name not in schedulers.SKIPPED]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("declared", [False, True], ids=["as it is", "declared"])
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_schedulers_of_diffusers(name: str, declared: bool) -> None:
+    """Eight steps twice, the same picture both times; then another number of steps."""
+    loop = Loop(declared=declared)
+    with loop.cw:
+        made = []
+        for steps in (8, 8, 6):
+            loop.restart()
+            schedulers.rollout(name, loop, loop.begin, steps=steps)
+            made.append(loop.judge.made)
+    assert made[0] == made[1]
+    assert min(text.count("A") / len(text) for text in made) >= (0.4 if declared else UNDECLARED.get(name, 0.4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_schedulers_is_what_runs() -> None:
+    import diffusers
+
+    page = (Path(__file__).parent.parent / "docs" / "schedulers.md").read_text(encoding="utf-8")
+    if f"diffusers {diffusers.__version__}." not in page:
+        pytest.skip("the page was made with another diffusers")
+    assert schedulers.make() == page
+
+
+# -- k-diffusion --------------------------------------------------------------------------------------------------
+
+
+def k_sampling() -> Any:
+    """Its samplers alone: the package imports vision and plotting libraries that no sampler uses."""
+    if "k_diffusion" not in sys.modules:
+        spec = importlib.util.find_spec("k_diffusion")
+        if spec is None:
+            pytest.skip("needs k-diffusion")
+        package, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
+        package.__path__ = list(spec.submodule_search_locations or ())
+        package.utils = utils
+        utils.append_dims = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]
+        sys.modules["k_diffusion"], sys.modules["k_diffusion.utils"] = package, utils
+    return importlib.import_module("k_diffusion.sampling")
+
+
+K_SAMPLERS = {  # the least share of adaptor passes at clock 2, undeclared
+    "sample_euler": 0.5,
+    "sample_euler_ancestral": 0.5,
+    "sample_heun": 0.35,
+    "sample_dpm_2": 0.45,
+    "sample_dpm_2_ancestral": 0.3,  # evaluations below the next step's time: what follows runs backwards
+    "sample_lms": 0.5,
+    "sample_dpmpp_2s_ancestral": 0.3,  # likewise
+    "sample_dpmpp_sde": 0.45,
+    "sample_dpmpp_2m": 0.5,
+    "sample_dpmpp_2m_sde": 0.5,
+    "sample_dpmpp_3m_sde": 0.5,
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", K_SAMPLERS)
+def test_samplers_of_k_diffusion(name: str) -> None:
+    """They make a new tensor of sigmas for every call."""
+    sampling = k_sampling()
+    sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
+    loop = Loop(declared=False)
+    with loop.cw:
+        made = []
+        for _ in range(2):
+            loop.restart()
+            torch.manual_seed(0)
+            denoise = lambda x, sigma: x - sigma[:, None, None, None] * loop(x, sigma).tanh()  # noqa: E731
+            getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
+            made.append(loop.judge.made)
+    assert made[0] == made[1]
+    assert loop.judge.share >= K_SAMPLERS[name]
+
+
+# -- samplers written by hand -------------------------------------------------------------------------------------
+
+
+def edm(loop: Loop) -> None:
+    """Karras et al. 2022, algorithm 2, with churn: the noise is raised before each step."""
+    sigmas, x = [8.0, 5.0, 3.0, 1.8, 1.0, 0.5, 0.2, 0.0], torch.randn(1, 2, 8, 8) * 8
+    for now, then in itertools.pairwise(sigmas):
+        loop.begin()
+        hat = now * 1.3
+        x = x + torch.randn_like(x) * (hat**2 - now**2) ** 0.5
+        slope = loop(x, hat).tanh()
+        other = x + (then - hat) * slope
+        x = x + (then - hat) * (slope + loop(other, then).tanh()) / 2 if then else other
+
+
+def rk4(loop: Loop) -> None:
+    """Four evaluations a step: at its start, twice in its middle, at its end."""
+    x = torch.randn(1, 2, 8, 8)
+    for k in range(8):
+        loop.begin()
+        t, h = 1 - k / 8, -1 / 8
+        a = loop(x, t).tanh()
+        b = loop(x + a * h / 2, t + h / 2).tanh()
+        c = loop(x + b * h / 2, t + h / 2).tanh()
+        d = loop(x + c * h, t + h).tanh()
+        x = x + (a + 2 * b + 2 * c + d) * h / 6
+
+
+def repaint(loop: Loop) -> None:
+    """Two steps down, one up, again and again."""
+    t, x = 1000, torch.randn(1, 2, 8, 8)
+    for k in range(12):
+        loop.begin()
+        x = x - 0.1 * loop(x, t).tanh()
+        t += 100 if k % 3 == 2 else -100
+        x = x + 0.1 * torch.randn_like(x) if k % 3 == 2 else x
+
+
+def torchdiffeq_midpoint(loop: Loop) -> None:
+    """The library asks for two evaluations a step."""
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    calls = 0
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        if calls % 2 == 0:
+            loop.begin()
+        calls += 1
+        return loop(x, t.expand(len(x))).tanh()
+
+    torchdiffeq.odeint(field, torch.randn(2, 2, 8, 8), torch.linspace(1, 0, 9), method="midpoint")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sampler", "share"), [(edm, 0.3), (rk4, 0.3), (repaint, 0.3), (torchdiffeq_midpoint, 0.45)])
+def test_samplers_that_are_safe_undeclared(sampler: Callable[[Loop], None], share: float) -> None:
+    loop = Loop(declared=False)
+    with loop.cw:
+        for _ in range(2):
+            loop.restart()
+            sampler(loop)
+            assert loop.judge.share >= share
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sampler", "passes"),
+    [
+        (edm, "FF AA FF AA FF AA F"),
+        (rk4, "FFFF AAAA FFFF AAAA FFFF AAAA FFFF AAAA"),
+        (repaint, "F A F F F A F A F F F A"),  # the step after each way up is full
+        (torchdiffeq_midpoint, "FF AA FF AA FF AA FF AA"),
+    ],
+)
+def test_samplers_that_declare_their_steps(sampler: Callable[[Loop], None], passes: str) -> None:
+    loop = Loop(declared=True)
+    with loop.cw:
+        for _ in range(2):
+            loop.restart()
+            sampler(loop)
+            assert loop.judge.made == passes.replace(" ", "")
+
+
+# -- times in every form ------------------------------------------------------------------------------------------
+
+FORMS: dict[str, Callable[[float], Any]] = {
+    "int": int,
+    "float": float,
+    "0-dim": torch.tensor,
+    "0-dim int64": lambda t: torch.tensor(int(t)),
+    "(1,)": lambda t: torch.tensor([t]),
+    "(B,)": lambda t: torch.full((3,), t),
+    "(B,) expanded": lambda t: torch.tensor(t).expand(3),
+    "(B, 1)": lambda t: torch.full((3, 1), t),
+    "half": lambda t: torch.tensor(t, dtype=torch.float16),
+    "float32 of numpy": np.float32,
+    "int64 of numpy": np.int64,
+    "0-dim array": np.array,
+}
+LISTS: dict[str, list[float]] = {
+    "timesteps": [875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0, 0.0],
+    "sigmas": [80.0, 42.0, 21.0, 9.7, 4.1, 1.5, 0.5, 0.1],
+    "normalised": [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+    "flow matching, shifted": [1.0, 0.955, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3],
+    "log of sigma": [1.1, 0.9, 0.65, 0.38, 0.06, -0.33, -0.85, -1.5],
+    "inversion": [1.0, 126.0, 251.0, 376.0, 501.0, 626.0, 751.0, 876.0],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keyword", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("times", LISTS)
+def test_times_in_every_form(times: str, form: str, keyword: bool) -> None:
+    """Half of the passes; rising plain times cost one more, where their direction is learned."""
+    if "int" in form and times not in ("timesteps", "inversion"):
+        pytest.skip("no whole numbers")
+    judge, made = Judge(Tiny()), FORMS[form]
+    with ch.wrap(judge.unet) as cw:
+        for _ in range(2):
+            judge.begin()
+            judge.made = ""
+            for k, t in enumerate(LISTS[times], 1):
+                x = torch.randn(3, 2, 8, 8)
+                if keyword:
+                    judge.call(x, t=made(t), step=k)
+                else:
+                    judge.call(x, made(t), step=k)
+            assert judge.made == ("FFFAFAFA" if times == "inversion" else "FAFAFAFA"), cw.report()
+
+
+@torch.no_grad()
+def test_times_of_rows_are_full() -> None:
+    """Training, or a validation loss: a time for each row, at random."""
+    judge, random = Judge(Tiny()), torch.Generator().manual_seed(0)
+    with ch.wrap(judge.unet) as cw:
+        for _ in range(8):
+            judge.begin()
+            judge.call(torch.randn(3, 2, 8, 8), torch.rand(3, generator=random) * 1000, step=1)
+        assert cw.report().cache == {}
+    assert judge.made == "F" * 8
+    assert cw.stats.reasons == {"time differs between rows or cannot be read": 8}
+    assert not cw.stats.trajectories
+
+
+@torch.no_grad()
+def test_duplicates_among_the_times() -> None:
+    """Karras' sigmas as rounded times: where two steps share a time, whose features are whose is not known."""
+    times = [999, 850, 620, 400, 230, 110, 45, 14, 3, 1, 1, 0, 0, 0]
+    for make in (lambda: list(times), lambda: torch.tensor(times)):
+        judge = Judge(Tiny())
+        with ch.wrap(judge.unet):
+            for _ in range(2):
+                judge.begin()
+                judge.made = ""
+                for k, t in enumerate(make(), 1):
+                    judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+                assert judge.made[:11] == "FAFAFAFAFAF"
+
+
+@torch.no_grad()
+def test_a_picture_after_a_picture() -> None:
+    """After one that was given up half-way, one of another length and one that starts lower: each as if alone."""
+    from diffusers import DDIMScheduler
+
+    def picture(call: Callable[[Tensor, Any, int], Tensor], steps: int, first: int = 0, last: int = 99) -> Tensor:
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(steps)
+        x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        for k, t in enumerate(scheduler.timesteps[first:last], 1):
+            x = scheduler.step(call(x, t, k), t, x).prev_sample
+        return x
+
+    runs = [(8,), (8, 0, 3), (8, 4), (12,), (8,), (8, 0, 2), (8, 2), (5, 1)]
+    alone = []
+    for run in runs:
+        with ch.wrap(Tiny()) as cw:
+            alone.append(picture(lambda x, t, k, cw=cw: cw(x, t), *run))
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet):
+        for run, expected in zip(runs, alone, strict=True):
+            judge.begin()
+            assert torch.equal(picture(lambda x, t, k: judge.call(x, t, step=k), *run), expected)
+    assert judge.share >= 0.4
