@@ -35,11 +35,12 @@ from clockwork_hooks.errors import (
     TraceError,
     WrapError,
 )
-from clockwork_hooks.evaluation import Evaluation, Variant, evaluate
+from clockwork_hooks.evaluation import Variant, evaluate
 from clockwork_hooks.flops import flops_report
 from clockwork_hooks.graph import Trace, trace
 from clockwork_hooks.regions import find_region, find_regions
 from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.scores import Evaluation
 from clockwork_hooks.stats import RunReport, Stats
 from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
 from clockwork_hooks.wrapper import ClockworkWrapper, wrap

@@ -13,8 +13,9 @@ from torch import Tensor
 import clockwork_hooks as ch
 from clockwork_hooks.counting import counting
 from clockwork_hooks.errors import ArgumentError, WrapError
-from clockwork_hooks.evaluation import Evaluation, Score, Variant
+from clockwork_hooks.evaluation import Variant
 from clockwork_hooks.metrics import Paired
+from clockwork_hooks.scores import Evaluation, Score
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 

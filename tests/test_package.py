@@ -33,6 +33,7 @@ FLOOR = {
     "passes": 10,
     "presets": 10,
     "schedule": 10,
+    "scores": 10,
     "shapes": 10,
     "stats": 10,
     "bindings": 20,

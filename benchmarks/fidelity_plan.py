@@ -1,0 +1,196 @@
+"""What `benchmarks/fidelity.py` trains and measures: samplers, adaptors and rows, in groups, the most important first.
+
+A group is what shares one sampler and one region: its adaptors learn from the same trajectories, its rows are judged
+against the same plain pictures. Rows are named "group/label" everywhere.
+
+Source of the experiments: arXiv 2312.08128, Tab. 1 and 3-5, Fig. 4 and 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clockwork_hooks.demo.model import GUIDANCE
+from clockwork_hooks.schedule import Schedule
+
+__all__ = ["GROUPS", "Group", "Row", "Sampler", "Trained", "group_named"]
+
+WIDTH = 64  # of the ResNet: 12% of a full pass, so that clock 2 saves a third of the MACs
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How pictures are sampled."""
+
+    scheduler: str = "dpm++"
+    steps: int = 8
+    guidance: float = GUIDANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An adaptor to train.
+
+    Attributes:
+        name: its folder.
+        kind: class in `clockwork_hooks.adaptors`.
+        loss, mode: as `distill` takes them.
+        inputs: what it reads beside the time.
+        options: of the class.
+    """
+
+    name: str
+    kind: str = "ResNetAdaptor"
+    loss: str = "guided-output"
+    mode: str = "unrolled"
+    inputs: tuple[str, ...] = ("entry", "exit", "text")
+    options: tuple[tuple[str, int], ...] = (("width", WIDTH),)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way of sampling.
+
+    Attributes:
+        label: within its group.
+        steps: of the sampler, where it is not the group's.
+        adaptor: None for no Clockwork, "identity", or what was trained.
+        clock: one full pass every so many steps.
+        at: the steps that use the adaptor, in the place of the clock.
+        deepcache: runs the peer's package, with this cache branch, interval 2.
+    """
+
+    label: str
+    steps: int | None = None
+    adaptor: str | Trained | None = None
+    clock: int = 2
+    at: tuple[int, ...] | None = None
+    deepcache: int | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which steps are full."""
+        return Schedule.every(self.clock) if self.at is None else Schedule.at(self.at)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows with one sampler and one region.
+
+    Attributes:
+        name: of its file.
+        rows: beside "plain", which is always there.
+        sampler: of the plain row.
+        region: "outer" or "paper", the two cuts of the default region; or the place of another one in
+            `find_regions`, widest first.
+        share: of the basic number of training trajectories.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    sampler: Sampler = Sampler()
+    region: str | int = "outer"
+    share: float = 1.0
+
+    @property
+    def trained(self) -> tuple[tuple[Trained, Row], ...]:
+        """The adaptors to train, each with the row that says its schedule."""
+        return tuple((row.adaptor, row) for row in self.rows if isinstance(row.adaptor, Trained))
+
+
+def _pair(steps: int, scheduler: str = "dpm++", share: float = 1.0) -> Group:
+    """Identity and ResNet of one sampler."""
+    prefix = f"steps-{steps}" if scheduler == "dpm++" else f"solver-{scheduler}"
+    rows = (Row("identity", adaptor="identity"), Row("resnet", adaptor=Trained(f"{prefix}-resnet")))
+    return Group(prefix, rows, Sampler(scheduler, steps), share=share)
+
+
+def _modes(steps: int, share: float = 1.0) -> Group:
+    """The two other ways of training; the unrolled one is the ResNet of "losses-8" or of "steps-N"."""
+    rows = tuple(
+        Row(mode.replace("_", "-"), adaptor=Trained(f"modes-{steps}-{mode.replace('_', '-')}", mode=mode))
+        for mode in ("forward_noise", "on_policy")
+    )
+    return Group(f"modes-{steps}", rows, Sampler(steps=steps), share=share)
+
+
+def _cut(region: str | int) -> Group:
+    name = f"cut-{region}"
+    rows = (Row("identity", adaptor="identity"), Row("resnet", adaptor=Trained(f"{name}-resnet")))
+    return Group(name, rows, region=region)
+
+
+def _losses(name: str, sampler: Sampler, *more: Row, share: float) -> Group:
+    made = tuple(
+        Row(f"resnet, {loss}", adaptor=Trained(f"{name}-{loss}", loss=loss))
+        for loss in ("feature", "guided-feature", "guided-output")
+    )
+    return Group(name, (Row("identity", adaptor="identity"), *made, *more), sampler, share=share)
+
+
+_LATE, _MIDDLE, _ALL = (5, 6, 7, 8), (3, 4, 5, 6), tuple(range(2, 9))
+
+GROUPS: tuple[Group, ...] = (
+    _losses(
+        "losses-8",
+        Sampler(),
+        *(Row(f"plain, {steps} steps", steps=steps) for steps in (6, 5, 4, 3)),
+        Row("DeepCache, branch 0", deepcache=0),
+        Row("DeepCache, branch 1", deepcache=1),
+        share=2.0,
+    ),
+    _pair(4),
+    _pair(6),
+    Group(
+        "kinds-8",
+        (
+            Row("UNet-light", adaptor=Trained("kinds-8-unet-light", "UNetAdaptor", options=(("light", 1),))),
+            Row("UNet", adaptor=Trained("kinds-8-unet", "UNetAdaptor", options=())),
+            Row("resnet, width 48", adaptor=Trained("kinds-8-resnet-48", options=(("width", 48),))),
+            Row("resnet, width 80", adaptor=Trained("kinds-8-resnet-80", options=(("width", 80),))),
+        ),
+        share=2.0,
+    ),
+    Group(
+        "inputs-8",
+        (
+            Row("entry", adaptor=Trained("inputs-8-entry", inputs=("entry",))),
+            Row("exit", adaptor=Trained("inputs-8-exit", inputs=("exit",))),
+            Row("entry + exit", adaptor=Trained("inputs-8-both", inputs=("entry", "exit"))),
+            Row(
+                "every step, no cache", adaptor=Trained("inputs-8-every", inputs=("entry", "text")), at=(*range(2, 9),)
+            ),
+        ),
+        share=2.0,
+    ),
+    Group(
+        "schedules-8",
+        (
+            Row("identity, 5 6 7 8", adaptor="identity", at=_LATE),
+            Row("resnet, 5 6 7 8", adaptor=Trained("schedules-8-late"), at=_LATE),
+            Row("identity, 3 4 5 6", adaptor="identity", at=_MIDDLE),
+            Row("resnet, 3 4 5 6", adaptor=Trained("schedules-8-middle"), at=_MIDDLE),
+        ),
+        share=2.0,
+    ),
+    _modes(4),
+    _modes(8, share=2.0),
+    _cut("paper"),
+    _cut(2),  # below the second level: half of the MACs
+    _cut(0),  # nearly the whole UNet, as DeepCache cuts
+    _modes(6),
+    _pair(16),
+    _modes(16),
+    *(_pair(8, scheduler) for scheduler in ("ddim", "dpm", "pndm")),
+    Group(
+        "clocks-50",
+        tuple(Row(f"identity, clock {clock}", adaptor="identity", clock=clock) for clock in (2, 3, 4)),
+        Sampler("ddim", 50),
+    ),
+    _losses("guidance-4", Sampler(guidance=4.0), share=1.0),
+)
+
+
+def group_named(name: str) -> Group:
+    """The group of that name."""
+    return next(group for group in GROUPS if group.name == name)

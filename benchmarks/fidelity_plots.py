@@ -1,0 +1,60 @@
+"""Quality against cost: the two plots of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity_results import Results
+from benchmarks.fidelity_tables import FEWER, IDENTITY, OURS, PLAIN, SCORES
+
+__all__ = ["PLOTS", "plot"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+PLOTS = {"macs": DOCS / "results_macs.png", "ms": DOCS / "results_ms.png"}
+
+
+def plot(data: Mapping[str, Any]) -> list[Path]:
+    """Quality against MACs, and against milliseconds where times were measured."""
+    results = Results(data)
+    if not results.has(PLAIN, IDENTITY, OURS):
+        return []
+    made = [_pareto(results, PLOTS["macs"], "GMACs an image", lambda key: results.row(key)["macs_per_image"] / 1e9)]
+    if results.batches:
+        batch = results.batches[0]
+        label = f"ms an image, {batch}"
+        made.append(_pareto(results, PLOTS["ms"], label, lambda key: results.milliseconds(key, batch)))
+    return made
+
+
+def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
+    from matplotlib.figure import Figure
+
+    series = {
+        "plain": (PLAIN, "losses-8/plain, 6 steps", FEWER, "losses-8/plain, 4 steps", "losses-8/plain, 3 steps"),
+        "identity, clock 2": (IDENTITY, "steps-6/identity", "steps-4/identity"),
+        "ResNet, clock 2": (OURS, "steps-6/resnet", "steps-4/resnet"),
+        "DeepCache": ("losses-8/DeepCache, branch 0",),
+    }  # fmt: skip
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, score, better in zip(
+        figure.subplots(1, 2), SCORES, ("lower is better", "higher is better"), strict=False
+    ):
+        for (name, keys), marker in zip(series.items(), "os^D", strict=True):
+            shown = [key for key in keys if results.has(key) and cost(key) is not None]
+            scores = [results.score(key, score) for key in shown]
+            means, spreads = [s.mean for s in scores if s], [s.spread or 0 for s in scores if s]
+            axis.errorbar(list(map(cost, shown)), means, spreads, marker=marker, markersize=5, capsize=3, label=name)
+            for key, mean in zip(shown, means, strict=True):
+                steps = results.row(key)["steps"] or results.row(key)["sampler"]["steps"]
+                axis.annotate(str(steps), (cost(key), mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.set_xlabel(label)
+        axis.set_ylabel(f"{score}, {better}")
+        if score == "Fréchet":
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return path

@@ -1,0 +1,127 @@
+"""The rows of `fidelity.json`, and the targets judged by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN
+from clockwork_hooks.report import percent
+from clockwork_hooks.scores import Score
+
+__all__ = ["Claim", "Results", "claims"]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The JSON, by row."""
+
+    data: Mapping[str, Any]
+
+    def has(self, *keys: str) -> bool:
+        """Were all of these rows measured?"""
+        return all(key in self.data["rows"] for key in keys)
+
+    def row(self, key: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.data["rows"][key]
+        return found
+
+    def score(self, key: str, name: str) -> Score | None:
+        found = self.row(key)["scores"].get(name)
+        return Score(tuple(found["values"])) if found else None
+
+    def milliseconds(self, key: str, batch: str) -> float | None:
+        found = self.data.get("time", {}).get("rows", {}).get(key, {}).get(batch)
+        return 1000 * found["median"] if found else None
+
+    def saved(self, key: str) -> float:
+        """Share of MACs against the plain sampler of the row's own group."""
+        plain = self.row(f"{key.split('/')[0]}/plain")["macs_per_image"]
+        return float(1 - self.row(key)["macs_per_image"] / plain)
+
+    def difference(self, a: str, b: str, name: str) -> Score:
+        """Seed by seed, the same noise on both sides: the score of `a` less that of `b`."""
+        left, right = self.score(a, name), self.score(b, name)
+        assert left is not None  # every row has the scores that are compared
+        assert right is not None
+        return Score(tuple(x - y for x, y in zip(left.values, right.values, strict=True)))
+
+    @property
+    def batches(self) -> list[str]:
+        rows = self.data.get("time", {}).get("rows", {})
+        return sorted({batch for row in rows.values() for batch in row}, key=lambda text: -int(text.split()[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A target, and what was measured.
+
+    Attributes:
+        target: in words.
+        met: None where its rows are missing.
+        found: the numbers.
+    """
+
+    target: str
+    met: bool | None
+    found: str
+
+    def __str__(self) -> str:
+        verdict = {True: "met", False: "**missed**", None: "not measured"}[self.met]
+        return f"- {self.target}: {verdict}. {self.found}".rstrip()
+
+
+def claims(results: Results) -> list[Claim]:
+    """The targets of this experiment, judged by the JSON."""
+    made: list[Claim] = []
+
+    def claim(target: str, rows: Sequence[str], judge: Any) -> None:
+        if results.has(*rows):
+            met, found = judge()
+            made.append(Claim(target, met, found))
+        else:
+            made.append(Claim(target, None, ""))
+
+    def less(a: str, b: str, name: str = "Fréchet") -> tuple[bool, str]:
+        gap = results.difference(a, b, name)
+        return gap.mean <= 0, f"{name} {_signed(gap)}{_certain(gap)}."
+
+    def attributes() -> tuple[bool, str]:
+        gap = results.difference(OURS, PLAIN, "attributes right")
+        return gap.mean >= -0.5, f"{_signed(gap)} points{_certain(gap)}."
+
+    def saves() -> tuple[bool, str]:
+        share = results.saved(OURS)
+        return share >= 0.32, f"{percent(share)} fewer."
+
+    claim("8 DPM++ steps, clock 2: at least 32% fewer MACs, attention counted", (OURS, PLAIN), saves)
+    claim("Fréchet distance at most the plain model's at 8 steps", (OURS, PLAIN), lambda: less(OURS, PLAIN))
+    claim("attributes within 0.5 points of plain", (OURS, PLAIN), attributes)
+    claim("better than the identity", (OURS, IDENTITY), lambda: less(OURS, IDENTITY))
+    for steps, key in ((5, FEWER), (6, MORE)):
+        text = f"better than plain sampling with {steps} steps"
+        cost = f" ({percent(results.saved(key))} fewer MACs)" if results.has(key) else ""
+        claim(text + cost, (OURS, key), lambda key=key: less(OURS, key))
+    unrolled, noised, policy = MODES[4]
+    claim(
+        "4 steps: unrolled or on-policy training beats forward-noise training", (unrolled, noised, policy),
+        lambda: min((less(unrolled, noised), less(policy, noised)), key=lambda found: not found[0]),
+    )  # fmt: skip
+    return made
+
+
+def _signed(gap: Score) -> str:
+    spread = "" if gap.spread is None else f" ± {gap.spread:.3g}"
+    return f"{gap.mean:+.3g}{spread}".replace("-", "\N{MINUS SIGN}")
+
+
+def _certain(gap: Score) -> str:
+    """Is the difference more than what the seed does? 95% interval of a paired difference, Student's t."""
+    if gap.spread is None:
+        return ""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap.values), 2.0)
+    half = t * gap.spread / math.sqrt(len(gap.values))
+    inside = " (the interval includes 0)" if abs(gap.mean) <= half else ""
+    return f", 95% interval {gap.mean - half:+.3g} to {gap.mean + half:+.3g}{inside}".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,161 @@
+"""docs/results.md and its plots from benchmarks/results/fidelity.json: `python -m benchmarks.render`.
+
+No number and no verdict is typed: tables, differences and whether a target was met come from the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity_plots import PLOTS, plot
+from benchmarks.fidelity_results import Results, claims
+from benchmarks.fidelity_tables import IDENTITY, MODES, OURS, PLAIN, SCORES, TABLES
+from clockwork_hooks.report import Table, macs, percent, table
+
+__all__ = ["main", "render"]
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+INTRO = """# Results on the demo model
+
+The paper's experiments (arXiv 2312.08128, Tab. 1 and 3-5, Fig. 4 and 7), repeated on the text-to-image UNet that this
+package ships. They say what the method and this implementation do to *one small model*: 5.3 M parameters, 64×64
+pictures of captioned scenes. **Quality on Stable Diffusion has not been measured by us**; `benchmarks/coco_fid.py`
+does it for whoever has the weights and MS-COCO.
+"""
+
+HOW = """Held-out captions, that is attribute combinations that neither the generator nor an adaptor was trained on; the
+same captions and the same noise for every row. *Fréchet*: squared Fréchet distance to rendered scenes in the features
+of the shipped classifier. *Attributes right*: share of what the captions ask for that the classifier, which the
+generator never saw, finds in the pictures. *PSNR*: to the plain picture from the same noise. MACs of convolutions and
+matrix products, attention products and both guidance branches counted. Mean ± standard deviation over the seeds.
+"""
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The page as Markdown."""
+    results = Results(data)
+    parts = [INTRO, _commands(data), "## Targets\n", "\n".join(map(str, claims(results))), _best_loss(results), HOW]
+    parts.append(_settings(results))
+    if results.has(PLAIN, IDENTITY, OURS):
+        parts.append(f"![quality against MACs]({PLOTS['macs'].name})")
+        if results.batches:
+            parts.append(f"![quality against time]({PLOTS['ms'].name})")
+    for title, text, keys in TABLES:
+        if any(results.has(key) for key in keys):
+            parts.append(f"## {title}\n\n{text}\n\n{_table(results, title, keys)}")
+    parts += [_modes(results), _training(data)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _commands(data: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"    {command}" for command in data["commands"])
+    return f"Measured by\n\n{lines}\n\nand rendered by `python -m benchmarks.render`."
+
+
+def _settings(results: Results) -> str:
+    found = {json.dumps(row["settings"]) for row in results.data["rows"].values()}
+    lines = []
+    for text in sorted(found):
+        one = json.loads(text)
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        seeds = ", ".join(map(str, one["seeds"]))
+        lines.append(
+            f"{one['images']:,} pictures a row and seed, seeds {seeds}, {one['dtype']} on {one['device']}; {versions}."
+        )
+    return "\n".join(lines)
+
+
+def _best_loss(results: Results) -> str:
+    rows = {loss: f"losses-8/resnet, {loss}" for loss in ("feature", "guided-feature", "guided-output")}
+    if not results.has(*rows.values()):
+        return ""
+    best = min(rows, key=lambda loss: _mean(results, rows[loss], "Fréchet"))
+    return f"Of the three losses, {best} has the lowest Fréchet distance at 8 steps."
+
+
+def _mean(results: Results, key: str, name: str) -> float:
+    found = results.score(key, name)
+    assert found is not None
+    return found.mean
+
+
+def _table(results: Results, title: str, keys: Iterable[str]) -> str:
+    batches = results.batches
+    shown = [key for key in keys if results.has(key)]
+    timed = [batch for batch in batches if any(results.milliseconds(key, batch) for key in shown)]
+    rows = []
+    for key in shown:
+        row = results.row(key)
+        times = [results.milliseconds(key, batch) for batch in timed]
+        saved = None if key.endswith("/plain") else results.saved(key)
+        rows.append(
+            (key, *(results.score(key, name) for name in SCORES), macs(row["macs_per_image"]), percent(saved),
+             *(None if ms is None else f"{ms:.3g}" for ms in times))
+        )  # fmt: skip
+    heads = ("row", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑", ">MACs/image", ">saved")
+    return _without_title(table(title, (*heads, *(f">ms/image, {batch}" for batch in timed)), rows))
+
+
+def _modes(results: Results) -> str:
+    found = {steps: keys for steps, keys in MODES.items() if results.has(*keys)}
+    if not found:
+        return ""
+    rows = []
+    for steps, keys in found.items():
+        for mode, key in zip(("unrolled", "forward-noise", "on-policy"), keys, strict=True):
+            errors = results.row(key)["errors"]
+            by_step = ", ".join(f"{step}: {100 * value:.1f}" for step, value in errors["feature"].items())
+            output = statistics.fmean(errors["output"].values())
+            rows.append((steps, mode, *(results.score(key, name) for name in SCORES), by_step, f"{100 * output:.2f}"))
+    heads = (">steps", "training", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑",
+             "feature error at each adaptor step, %", ">guided output error, %")  # fmt: skip
+    text = (
+        "Errors on the states that the *student's own* sampling visits: what the adaptor emits against what the region "
+        "would have emitted there, relative; first the region's exit by step, then the guided output, mean over the "
+        "steps. All three with the same number of gradient steps and the guided-output loss. On-policy training is "
+        "this library's addition: trajectories of the student, labelled by the teacher."
+    )
+    return f"## Ways of training (Fig. 7)\n\n{text}\n\n{_without_title(table('', heads, rows))}"
+
+
+def _training(data: Mapping[str, Any]) -> str:
+    rows = []
+    for run in data["training"].values():
+        for student, told in run["students"].items():
+            losses = (f"{told['first_loss']:.3g}", f"{told['last_loss']:.3g}")
+            rows.append(
+                (student.replace("_", "-"), told["loss"], run["settings"]["mode"], f"{told['updates']:,}",
+                 f"{run['trajectories']:,} × {run['settings']['batch']}", f"{run['seconds']:.0f} s", *losses)
+            )  # fmt: skip
+    if not rows:
+        return ""
+    heads = ("adaptor", "loss", "training", ">gradient steps", ">trajectories", ">time", ">first loss", ">last loss")
+    text = (
+        "Adaptors of one sampler and region were trained together, on the same trajectories; the time is that of all "
+        "of them. Losses are means over the first and the last tenth of the steps. One training seed."
+    )
+    return f"## Training\n\n{text}\n\n{_without_title(table('', heads, rows))}"
+
+
+def _without_title(made: Table) -> str:
+    return made.to_markdown().split("\n", 2)[2]
+
+
+def main() -> int:
+    """Write the page and the plots."""
+    data = json.loads((Path(__file__).parent / "results" / "fidelity.json").read_text(encoding="utf-8"))
+    PAGE.write_text(render(data), encoding="utf-8")
+    for path in (PAGE, *plot(data)):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

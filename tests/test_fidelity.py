@@ -1,0 +1,150 @@
+"""`benchmarks/fidelity.py` in miniature, and docs/results.md against its JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import fidelity, render
+from benchmarks.fidelity_plan import GROUPS, Trained
+from benchmarks.fidelity_results import Results, claims
+from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN, TABLES
+
+RESULT = Path(fidelity.RESULT)
+KEYS = {f"{group.name}/{label}" for group in GROUPS for label in ("plain", *(row.label for row in group.rows))}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two adaptors trained and measured; a second run finds all there; one row taken out is the one done again."""
+    run = ["run", "--out", str(tmp_path / "out"), "--tiny", "--groups", "modes-4"]
+    assert fidelity.main(run) == 0
+    assert "all is there" in capsys.readouterr().out
+    made = tmp_path / "out" / "rows" / "modes-4.json"
+    first = json.loads(made.read_text())
+    assert list(first["rows"]) == ["plain", "forward-noise", "on-policy"]
+    row = first["rows"]["on-policy"]
+    assert list(row["errors"]["feature"]) == list(row["errors"]["output"]) == ["2", "4"]
+    assert row["full_passes"] == row["adaptor_passes"] == 4  # two seeds of one batch, four steps
+    assert row["macs_per_image"] < first["rows"]["plain"]["macs_per_image"]
+
+    before = made.stat().st_mtime_ns
+    assert fidelity.main(run) == 0
+    assert "0 groups to do" in capsys.readouterr().out
+    assert made.stat().st_mtime_ns == before
+
+    del first["rows"]["on-policy"]
+    made.write_text(json.dumps(first))
+    assert fidelity.main(run) == 0
+    assert "trained" not in capsys.readouterr().out  # the adaptor's folder was there
+    again = json.loads(made.read_text())["rows"]["on-policy"]
+    for name, score in row["scores"].items():
+        assert again["scores"][name]["values"] == pytest.approx(score["values"]), name
+
+    result = tmp_path / "fidelity.json"
+    assert fidelity.main(["collect", "--out", str(tmp_path / "out"), "--result", str(result)]) == 0
+    data = json.loads(result.read_text())
+    assert set(data["rows"]) == {"modes-4/plain", "modes-4/forward-noise", "modes-4/on-policy"}
+    assert {student for one in data["training"].values() for student in one["students"]} == {
+        "modes_4_forward_noise",
+        "modes_4_on_policy",
+    }
+    assert "not measured" in render.render(data)
+
+
+def test_no_group_begins_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fidelity.main(["run", "--out", str(tmp_path), "--tiny", "--minutes", "0.1"])
+    assert f"left: {GROUPS[0].name}" in capsys.readouterr().out
+    assert not (tmp_path / "rows").exists()
+
+
+def test_plan_and_tables_fit() -> None:
+    """Every row of a table is planned, every planned row is in a table, and names of adaptors are unique."""
+    shown = {key for _, _, keys in TABLES for key in keys} | {key for keys in MODES.values() for key in keys}
+    assert shown <= KEYS
+    assert {FEWER, MORE, IDENTITY, OURS, PLAIN} | set(fidelity.TIMED) <= KEYS
+    plain = {f"{group.name}/plain" for group in GROUPS}
+    assert KEYS - shown - plain == set()
+    names = [row.adaptor.name for group in GROUPS for row in group.rows if isinstance(row.adaptor, Trained)]
+    assert len(names) == len(set(names))
+
+
+def made_up(**frechet: tuple[float, ...]) -> dict[str, Any]:
+    """Results in which only the headline rows were measured."""
+    values = {
+        PLAIN: (20.0, 21.0, 22.0),
+        IDENTITY: (40.0, 41.0, 42.0),
+        FEWER: (30.0, 31.0, 32.0),
+        MORE: (24.0, 25.0, 26.0),
+    }
+    values |= {OURS: frechet.get("ours", (19.0, 20.0, 21.0))}
+    steps = {FEWER: 5, MORE: 6}
+    cost = {PLAIN: 100, IDENTITY: 60, OURS: 66, FEWER: 62, MORE: 75}
+    settings = {"images": 4, "seeds": [0, 1, 2], "device": "none", "dtype": "float32", "versions": {"torch": "2"}}
+    rows = {
+        key: {
+            "scores": {"Fréchet": {"values": list(v)}, "attributes right": {"values": [99.0 - k for k in range(3)]}},
+            "macs_per_image": cost[key],
+            "steps": steps.get(key),
+            "sampler": {"steps": 8},
+            "settings": settings,
+        }
+        for key, v in values.items()
+    }
+    times = {key: {"batch 8": {"median": cost[key] / 1e6}, "batch 1": {"median": 1e-3}} for key in rows}
+    return {"commands": ["made up"], "rows": rows, "time": {"rows": times}, "training": {}}
+
+
+def verdicts(data: dict[str, Any]) -> dict[str, bool | None]:
+    return {claim.target: claim.met for claim in claims(Results(data))}
+
+
+def test_targets_are_judged_by_the_numbers() -> None:
+    good = verdicts(made_up())
+    assert [met for met in good.values() if met is not None] == [True] * 6
+    worse = made_up(ours=(27.0, 28.0, 29.0))
+    changed = {target for target, met in verdicts(worse).items() if met is not good[target]}
+    assert changed == {
+        t for t in good if t.startswith(("Fréchet distance at most", "better than plain sampling with 6"))
+    }
+    dear = made_up()
+    dear["rows"][OURS]["macs_per_image"] = 69
+    assert verdicts(dear)["8 DPM++ steps, clock 2: at least 32% fewer MACs, attention counted"] is False
+    blind = made_up()
+    blind["rows"][OURS]["scores"]["attributes right"]["values"] = [98.0, 97.0, 96.0]
+    assert verdicts(blind)["attributes within 0.5 points of plain"] is False
+
+
+def test_intervals_by_hand() -> None:
+    """Differences −1 in every seed: no spread; differences 0, −1, −2: 95% interval −1 ± 4.303/√3."""
+    assert "−1 ± 0, 95% interval −1 to −1.\n" in render.render(made_up())
+    noisy = render.render(made_up(ours=(20.0, 20.0, 20.0)))
+    assert "−1 ± 1, 95% interval −3.48 to +1.48 (the interval includes 0)" in noisy
+
+
+def test_the_page_shows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = render.render(made_up())
+    assert "20.00 ± 1.00" in page
+    assert "34.0%" in page
+    assert "**missed**" not in page
+    assert "**missed**" in render.render(made_up(ours=(27.0, 28.0, 29.0)))
+    monkeypatch.setitem(render.PLOTS, "macs", tmp_path / "macs.png")
+    monkeypatch.setitem(render.PLOTS, "ms", tmp_path / "ms.png")
+    assert all(path.stat().st_size > 10_000 for path in render.plot(made_up()))
+
+
+def test_a_better_loss_is_named_by_the_numbers() -> None:
+    data = made_up()
+    for loss, value in (("feature", 30.0), ("guided-feature", 10.0)):
+        data["rows"][f"losses-8/resnet, {loss}"] = copy.deepcopy(data["rows"][OURS])
+        data["rows"][f"losses-8/resnet, {loss}"]["scores"]["Fréchet"]["values"] = [value] * 3
+    assert "Of the three losses, guided-feature has the lowest Fréchet distance" in render.render(data)
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="not measured yet")
+def test_the_docs_are_rendered_from_the_json() -> None:
+    assert render.PAGE.read_text(encoding="utf-8") == render.render(json.loads(RESULT.read_text(encoding="utf-8")))
