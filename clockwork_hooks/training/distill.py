@@ -233,7 +233,17 @@ def _result(trainer: Trainer, region: Region, settings: Mapping[str, Any], folde
         for learner in trainer.learners
     }
     steps = tuple(trainer.steps[kind] for kind in sorted(trainer.steps))
-    return DistillResult(students, region, steps, trainer.done, trainer.seconds, settings, folder)
+    return DistillResult(
+        students=students,
+        region=region,
+        steps=steps,
+        trajectories=trainer.done,
+        seconds=trainer.seconds,
+        recording_seconds=trainer.recording_seconds,
+        buffer_peak=trainer.buffer.peak,
+        settings=settings,
+        folder=folder,
+    )
 
 
 def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:

@@ -59,6 +59,8 @@ class DistillResult:
         steps: denoising steps of each sampler.
         trajectories: runs of `generate` that were trained on, over all processes.
         seconds: of training, earlier runs of a resumed one included.
+        recording_seconds: of this run, spent on recording trajectories.
+        buffer_peak: most bytes that recorded trajectories took.
         settings: all options, the machine and the versions.
         folder: where it was saved, or None.
     """
@@ -68,6 +70,8 @@ class DistillResult:
     steps: tuple[int, ...]
     trajectories: int
     seconds: float
+    recording_seconds: float
+    buffer_peak: int
     settings: Mapping[str, Any] = field(repr=False)
     folder: Path | None
 
@@ -145,6 +149,8 @@ class DistillResult:
             "steps": list(self.steps),
             "trajectories": self.trajectories,
             "seconds": self.seconds,
+            "recording_seconds": self.recording_seconds,
+            "buffer_peak_bytes": self.buffer_peak,
             "settings": dict(self.settings),
         }
 
