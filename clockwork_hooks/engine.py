@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,7 +31,7 @@ from clockwork_hooks.regions import match, skipped_nodes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
-from clockwork_hooks.timeline import Kept, Position
+from clockwork_hooks.timeline import Kept, Position, Timeline
 from clockwork_hooks.tree import tensors
 
 __all__ = ["Engine"]
@@ -98,6 +98,7 @@ class Engine:
         self.wanted = region
         self.region = region if isinstance(region, Region) else None
         self.enabled = True
+        self.steps: Callable[[Timeline, Any], None] | None = None
         self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.stats = Stats()
         self.states = States()
@@ -173,6 +174,8 @@ class Engine:
 
     def _locate(self, state: State, running: Running, prepared: Prepared) -> Position:
         arguments = running.arguments
+        if self.steps is not None and prepared.time is not None:
+            self.steps(state.timeline, arguments.get(prepared.time))
         name = prepared.time if state.timeline.needs_time else None
         time, place = state.clock.read(arguments.get(name)) if name else (None, None)
         residuals = prepared.region.residuals if prepared.region is not None else ()

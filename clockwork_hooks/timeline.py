@@ -158,6 +158,8 @@ class Timeline:
     declared: bool = False
     names: list[str] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    mark: Place | None = None
+    way: int = 0
     _opened: bool = False
     _time: float | None = None
     _first: float | None = None
@@ -180,12 +182,17 @@ class Timeline:
         self._before = 0
         self._place, self._start, self._jump = None, None, None
         self._doubt, self._calls, self._seen, self._compared = None, 0, 0, 0
-        self.branches = []
+        self.branches, self.mark, self.way = [], None, 0
 
-    def declare(self) -> None:
-        """A new step begins now, whatever the time input says; from here on the caller declares all steps."""
+    def declare(self, mark: Place | None = None) -> None:
+        """A new step begins now, whatever the time input says; from here on the caller declares all steps.
+
+        Args:
+            mark: the caller is a scheduler, and this is where it stands in its list.
+        """
         if not self.declared:
             self.reset()
+        self.mark = mark
         self.declared, self._opened = True, True
         self._advance()
 
@@ -303,8 +310,9 @@ class Timeline:
         if self._direction in (0, direction):
             self._direction = direction
         elif self._first is not None and (time - self._first) * self._direction <= 0:  # back where it began
+            mark, way = self.mark, self.way
             self.reset()
-            self.declared, self._time, self._first = True, time, time
+            self.declared, self._time, self._first, self.mark, self.way = True, time, time, mark, way
             self._advance()
         else:
             self._doubt = reasons.BACKWARDS

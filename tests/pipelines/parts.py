@@ -22,6 +22,12 @@ from transformers import (
 
 WIDTH = 16  # of the text embedding
 SIZE = 16  # of a latent; pictures are twice as large
+ADDED = {  # SDXL's UNet takes sizes and a pooled text too, and the texts of two encoders
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + WIDTH,
+    "cross_attention_dim": 2 * WIDTH,
+}
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -151,14 +157,8 @@ def text_to_image(kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
 
 
 def sdxl(kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Any:
-    added = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 6 * 4 + WIDTH,
-        "cross_attention_dim": 2 * WIDTH,
-    }
     base: dict[str, Any] = {
-        "unet": unet(**added),
+        "unet": unet(**ADDED),
         "vae": vae(),
         "text_encoder": text_encoder(),
         "text_encoder_2": text_encoder(CLIPTextModelWithProjection),

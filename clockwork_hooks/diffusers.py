@@ -1,0 +1,206 @@
+"""Diffusers' pipelines: wrap the UNets of one, and let its scheduler say where a denoising step begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.report import Table, table
+from clockwork_hooks.solvers import SchedulerSteps
+from clockwork_hooks.stats import RunReport
+from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+
+__all__ = ["PipelineReport", "WrappedPipeline", "wrap_pipeline"]
+
+
+def wrap_pipeline(
+    pipe: Any,
+    adaptor: Adaptor | str | Mapping[str, Any] | None = None,
+    *,
+    clock: int = 2,
+    unets: Iterable[str] | None = None,
+    **options: Any,
+) -> WrappedPipeline:
+    """Wrap every UNet of a pipeline; a step of the schedule is a step of the pipeline's own solver.
+
+    Like `wrap(pipe.unet)`, and for solvers that evaluate the UNet several times a step (Heun, DPM2, single-step
+    DPM-Solver, PNDM's warm-up) all evaluations of a step are of one kind, each with features of its own. The
+    scheduler is only read, as the pipeline has it at each call, so another one may be put in its place at any time.
+
+    Args:
+        pipe: a diffusers pipeline, or any object whose attributes are UNets, schedulers or pipelines (a base model
+            and its refiner).
+        adaptor: as for `wrap`; a mapping gives each UNet its own, by name.
+        clock: one full step every `clock` steps.
+        unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet".
+        options: of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.
+
+    Returns:
+        A handle: a context manager with `report()`, `remove()` and `wrappers`.
+
+    Raises:
+        ArgumentError: the pipeline has no UNet, or none of such a name.
+        WrapError: one of them cannot be wrapped; then none is.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import PNDMScheduler, UNet2DModel
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks).eval()
+        >>> class Pipeline:
+        ...     def __init__(self):
+        ...         self.unet, self.scheduler = unet, PNDMScheduler(skip_prk_steps=True)
+        ...
+        ...     @torch.no_grad()
+        ...     def __call__(self, steps):
+        ...         sample = torch.randn(1, 3, 16, 16)
+        ...         self.scheduler.set_timesteps(steps)
+        ...         for t in self.scheduler.timesteps:
+        ...             noise = self.unet(sample, t).sample
+        ...             sample = self.scheduler.step(noise, t, sample).prev_sample
+        >>> pipe = Pipeline()
+        >>> with wrap_pipeline(pipe, clock=2) as cw:
+        ...     pipe(steps=6)  # the first step is two evaluations: FF A F A F A
+        >>> stats = cw.wrappers["unet"].stats
+        >>> stats.full_passes, stats.adaptor_passes
+        (4, 3)
+
+    Source: arXiv 2312.08128, Sec. 4.3.
+    """
+    found = _unets(pipe)
+    chosen = _chosen(pipe, found, unets)
+    wrappers: dict[str, ClockworkWrapper] = {}
+    given = {"adaptor": adaptor, **options}
+    try:
+        for name in chosen:
+            own = {key: _own(value, name) for key, value in given.items()}
+            wrappers[name] = wrap(found[name], clock=clock, **own)
+            wrappers[name]._engine.steps = SchedulerSteps(lambda: _schedulers(pipe))
+    except BaseException:
+        for wrapper in wrappers.values():
+            wrapper.remove()
+        raise
+    return WrappedPipeline(pipe, wrappers)
+
+
+class WrappedPipeline:
+    """What `wrap_pipeline` returns.
+
+    Attributes:
+        pipe: the pipeline, unchanged but for its UNets' hooks.
+        wrappers: name of the UNet → its wrapper.
+    """
+
+    def __init__(self, pipe: Any, wrappers: Mapping[str, ClockworkWrapper]) -> None:
+        self.pipe = pipe
+        self.wrappers = dict(wrappers)
+
+    def report(self) -> PipelineReport:
+        """What ran in each UNet, what was saved, why each full pass was full."""
+        return PipelineReport({name: wrapper.report() for name, wrapper in self.wrappers.items()})
+
+    def reset(self) -> None:
+        """The next call of each UNet begins a trajectory; for loops of your own."""
+        for wrapper in self.wrappers.values():
+            wrapper.reset()
+
+    def remove(self) -> None:
+        """Take Clockwork off every UNet. Idempotent."""
+        for wrapper in self.wrappers.values():
+            wrapper.remove()
+
+    def __enter__(self) -> WrappedPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"WrappedPipeline({type(self.pipe).__name__}: {', '.join(self.wrappers)})"
+
+
+class PipelineReport:
+    """The reports of a pipeline's UNets; prints as one text.
+
+    Attributes:
+        unets: name → its `RunReport`.
+    """
+
+    def __init__(self, unets: Mapping[str, RunReport]) -> None:
+        self.unets = dict(unets)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {report}" for name, report in self.unets.items())
+
+    def table(self) -> Table:
+        """The same as one table: rich prints it."""
+        rows = [(name, *row) for name, report in self.unets.items() for row in report.rows()]
+        return table("Clockwork on a pipeline", ("UNet", "", "what ran"), rows)
+
+    def to_markdown(self) -> str:
+        """A three-column table."""
+        return self.table().to_markdown()
+
+    def to_json(self) -> str:
+        """Name → all fields of the UNet's report."""
+        return json.dumps({name: json.loads(report.to_json()) for name, report in self.unets.items()}, indent=2)
+
+
+def _own(value: Any, name: str) -> Any:
+    """An option of one UNet: a mapping names the UNets that have it."""
+    return value.get(name) if isinstance(value, Mapping) else value
+
+
+def _parts(pipe: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, part) of a pipeline, and of the pipelines that it holds."""
+    held = dict(vars(pipe))
+    for name, part in held.items():
+        if isinstance(part, ClockworkWrapper):  # `pipe.unet = cw`
+            part = part.unet
+        if not isinstance(part, nn.Module) and _is_pipeline(part) and part is not pipe:
+            yield from _parts(part, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", part
+
+
+def _is_pipeline(part: Any) -> bool:
+    return isinstance(getattr(type(part), "components", None), property) and callable(part)
+
+
+def _unets(pipe: Any) -> dict[str, nn.Module]:
+    """Each UNet once, under its first name; a combined pipeline holds each of its parts twice."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in _parts(pipe):
+        if isinstance(part, nn.Module) and "unet" in type(part).__name__.lower():
+            found.setdefault(id(part), (name, part))
+    return dict(found.values())
+
+
+def _schedulers(pipe: Any) -> Iterator[Any]:
+    for _, part in _parts(pipe):
+        if not isinstance(part, nn.Module) and hasattr(part, "set_timesteps"):
+            yield part
+
+
+def _chosen(pipe: Any, found: Mapping[str, nn.Module], unets: Iterable[str] | None) -> list[str]:
+    wanted = list(found) if unets is None else [unets] if isinstance(unets, str) else list(unets)
+    unknown = [name for name in wanted if name not in found]
+    if unknown or not wanted:
+        raise ArgumentError(
+            "a pipeline has UNets, and unets= names some of them",
+            seen={
+                "pipeline": type(pipe).__name__,
+                "its UNets": ", ".join(found) or "none",
+                "unets": ", ".join(map(str, wanted)) or "none",
+            },
+            do="pass names from the list; a model that no pipeline holds goes to wrap(model)",
+        )
+    return wanted

@@ -1,0 +1,71 @@
+"""Every scheduler of diffusers: the passes are the schedule's, the samples those of a plain UNet with a hook."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import samplers
+from benchmarks.samplers import PAGE, UNFIT, Row, Sampler, as_model, small_unet
+from clockwork_hooks.diffusers import wrap_pipeline
+from tests.pipelines.oracle import replay
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' deprecations, numpy's, torchsde's rounding
+
+EXIT = "up_blocks.1"  # of three levels: its upsampler ends the region below the highest
+ALL = list(samplers.samplers())
+
+
+@pytest.fixture(scope="module")
+def unet() -> torch.nn.Module:
+    made: torch.nn.Module = small_unet()
+    return made
+
+
+@pytest.fixture(scope="module")
+def measured(unet: torch.nn.Module) -> list[Row]:
+    return samplers.rows()
+
+
+def test_every_scheduler_is_run_or_refused() -> None:
+    """None that a new version of diffusers brings goes by unseen."""
+    run = {sampler.kind for sampler in ALL}
+    assert run | set(UNFIT) >= set(samplers.scheduler_names())
+    assert not run & set(UNFIT)
+    assert len(ALL) >= 40
+
+
+def test_passes_are_the_schedules_or_the_table_says_why(measured: list[Row]) -> None:
+    for row in measured:
+        expected = row.sampler.expected()
+        assert (row.plain == expected) == (not row.sampler.undeclared), row
+        assert (row.pipeline == expected) == (not row.sampler.by_time), row
+        for letters in (row.plain, row.pipeline):
+            assert letters.count("A") >= 0.33 * sum(row.sampler.evaluations), row
+
+
+def test_the_page_is_what_a_rerun_writes(measured: list[Row]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if samplers.version() not in text:
+        pytest.skip(f"the page was measured with another version than {samplers.version()}")
+    assert samplers.page(text, measured) == text
+
+
+def passes(sampler: Sampler) -> list[tuple[str, int]]:
+    return [(letter, slot) for group in sampler.expected().split() for slot, letter in enumerate(group)]
+
+
+@pytest.mark.parametrize("sampler", [one for one in ALL if not one.by_time], ids=lambda sampler: sampler.name)
+def test_samples_are_those_of_a_hook(unet: torch.nn.Module, sampler: Sampler) -> None:
+    def run() -> Tensor:
+        return sampler.run(as_model(unet), sampler.scheduler())
+
+    expected = replay(unet, EXIT, passes(sampler), run)
+    with torch.no_grad(), wrap_pipeline(Holder(unet, sampler)) as cw:
+        made = sampler.run(as_model(unet), cw.pipe.scheduler)
+        assert torch.equal(made, expected)
+        assert torch.equal(sampler.run(as_model(unet), cw.pipe.scheduler), expected)  # set_timesteps begins anew
+
+
+class Holder:
+    def __init__(self, unet: torch.nn.Module, sampler: Sampler) -> None:
+        self.unet, self.scheduler = unet, sampler.scheduler()

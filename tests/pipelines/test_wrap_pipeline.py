@@ -1,0 +1,301 @@
+"""`wrap_pipeline`: every UNet of a pipeline under one handle, and steps as the pipeline's own solver counts them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from clockwork_hooks.diffusers import wrap_pipeline
+from tests.pipelines import parts
+from tests.pipelines.oracle import every, letters, replay
+from tests.small_unet import Tiny
+from tests.snapshot import snapshot
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy on tensors, in diffusers
+
+EXIT = "up_blocks.0"
+TEXT = {"prompt": "a red cat", "height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
+EDIT = {"prompt": "a red cat", "guidance_scale": 3.0, "output_type": "latent"}
+
+
+def run(pipe: Any, steps: int = 6, **options: Any) -> Tensor:
+    made = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **({**TEXT, **options}))
+    return torch.as_tensor(made.images)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return parts.text_to_image()
+
+
+def counts(passes: Sequence[tuple[str, int]]) -> tuple[int, int]:
+    return letters(passes).count("F"), letters(passes).count("A")
+
+
+SOLVERS = {
+    "HeunDiscreteScheduler": [2, 2, 2, 2, 2, 1],
+    "KDPM2DiscreteScheduler": [2, 2, 2, 2, 2, 1],
+    "DPMSolverSinglestepScheduler": [2, 2, 1, 1],
+    "PNDMScheduler": [2, 1, 1, 1, 1, 1],
+    "EulerDiscreteScheduler": [1] * 6,
+}
+OPTIONS = {"DPMSolverSinglestepScheduler": {"lower_order_final": True}, "PNDMScheduler": {"skip_prk_steps": True}}
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_step_is_the_solvers(pipe: Any, kind: str) -> None:
+    """Both ways round: the scheduler was there, or comes later; it stays untouched."""
+    before, scheduler = pipe.scheduler, parts.scheduler(kind, **OPTIONS.get(kind, {}))
+    passes = every(2, SOLVERS[kind])
+    with wrap_pipeline(pipe) as cw:
+        run(pipe)
+        cw.wrappers["unet"].stats.clear()
+        pipe.scheduler = scheduler
+        made = run(pipe)
+        assert torch.equal(run(pipe), made)
+        stats = cw.wrappers["unet"].stats
+        assert (stats.full_passes, stats.adaptor_passes) == tuple(2 * count for count in counts(passes)), cw.report()
+        assert set(stats.reasons) == {"first step", "scheduled"}
+    assert type(scheduler).step is getattr(scheduler.step, "__func__", None)
+    assert not any(callable(value) for value in vars(scheduler).values() if not isinstance(value, torch.Tensor))
+    expected = replay(pipe.unet, EXIT, passes, lambda: run(pipe))
+    pipe.scheduler = before
+    assert torch.equal(made, expected)
+
+
+def test_img2img_may_enter_a_singlestep_solver_in_the_middle_of_a_step() -> None:
+    """Of orders 1 2 1 2 1 1 the last five remain; the solver then begins with two steps of one evaluation."""
+    scheduler = parts.scheduler("DPMSolverSinglestepScheduler", lower_order_final=True)
+    pipe = parts.text_to_image("StableDiffusionImg2ImgPipeline", scheduler=scheduler)
+    options = {**EDIT, "image": parts.picture(size=16), "strength": 0.85, "height": None, "width": None}
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def once() -> Tensor:
+        made: Tensor = pipe(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
+        return made
+
+    expected = replay(pipe.unet, EXIT, every(2, [1, 2, 1, 1]), once)
+    with wrap_pipeline(pipe) as cw:
+        assert torch.equal(once(), expected)
+        assert cw.wrappers["unet"].stats.adaptor_passes == 2, cw.report()  # the second of two has nothing before it
+
+
+def test_the_unets_place_in_the_pipeline_does_not_matter(pipe: Any) -> None:
+    unet = pipe.unet
+    with wrap_pipeline(pipe) as cw:
+        expected = run(pipe)
+        pipe.unet = cw.wrappers["unet"]
+        try:
+            assert torch.equal(run(pipe), expected)
+        finally:
+            pipe.unet = unet
+
+
+def test_aborted_runs_and_other_lengths_leave_nothing(pipe: Any) -> None:
+    before, pipe.scheduler = pipe.scheduler, parts.scheduler("HeunDiscreteScheduler")
+    try:
+        expected = {
+            steps: replay(pipe.unet, EXIT, every(2, [2] * (steps - 1) + [1]), lambda n=steps: run(pipe, n))
+            for steps in (4, 6)
+        }
+
+        def stop(pipe: Any, step: int, t: Any, kwargs: Any) -> Any:
+            if step == 2:
+                raise KeyboardInterrupt
+            return kwargs
+
+        with wrap_pipeline(pipe):
+            for steps in (6, 4, 6):
+                assert torch.equal(run(pipe, steps), expected[steps])
+                with pytest.raises(KeyboardInterrupt):
+                    run(pipe, callback_on_step_end=stop)
+    finally:
+        pipe.scheduler = before
+
+
+def test_a_scheduler_exchanged_in_the_middle_begins_a_trajectory(pipe: Any) -> None:
+    """The loop goes on with the old one's times, which are nobody's now: left to what they tell."""
+    before = pipe.scheduler
+
+    def swap(pipe: Any, step: int, t: Any, kwargs: Any) -> Any:
+        if step == 1:
+            pipe.scheduler = parts.scheduler(steps_offset=1)
+            pipe.scheduler.set_timesteps(3)
+        return kwargs
+
+    seen: list[str] = []
+    with wrap_pipeline(pipe) as cw:
+        stats = cw.wrappers["unet"].stats
+
+        def note(*_: Any) -> None:
+            seen.append("FA"[stats.adaptor_passes > seen.count("A")])
+
+        handle = pipe.unet.register_forward_hook(note)
+        run(pipe, callback_on_step_end=swap)
+        handle.remove()
+        pipe.scheduler = before
+        again = run(pipe)
+    assert "".join(seen) == "FAFAFA"
+    with wrap_pipeline(pipe):
+        assert torch.equal(run(pipe), again)
+
+
+# -- own loops ----------------------------------------------------------------------------------------------------
+
+
+def holder(kind: str) -> Any:
+    return SimpleNamespace(model=UNetOfMine(), scheduler=parts.scheduler(kind))
+
+
+class UNetOfMine(Tiny):
+    """Found by its class name, as diffusers' are."""
+
+
+def loop(pipe: Any, *, steps: int = 5, between: Any = None, declare: Any = None) -> Tensor:
+    """Guidance in two calls per evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    sample, texts = torch.randn(1, 2, 8, 8, generator=generator), (torch.zeros(1, 3), torch.ones(1, 3))
+    pipe.scheduler.set_timesteps(steps)
+    for k, t in enumerate(pipe.scheduler.timesteps):
+        if declare is not None:
+            declare(k)
+        scaled = pipe.scheduler.scale_model_input(sample, t)
+        plain, told = (pipe.model(scaled, t, text) for text in texts)
+        sample = pipe.scheduler.step(plain + 2 * (told - plain), t, sample).prev_sample
+        if between is not None:
+            between(k)
+    return sample
+
+
+@torch.no_grad()
+def test_guidance_in_two_calls_within_a_step_of_two_evaluations() -> None:
+    pipe = holder("HeunDiscreteScheduler")
+    expected = replay(pipe.model, "up", every(2, [2, 2, 2, 2, 1], branches=2), lambda: loop(pipe))
+    with wrap_pipeline(pipe) as cw:
+        assert torch.equal(loop(pipe), expected)
+        assert cw.wrappers["model"].stats.adaptor_passes == 8
+
+
+@torch.no_grad()
+def test_another_loop_on_the_unet_in_between_is_placed_by_its_own_times() -> None:
+    """A preview of three steps in the middle of a trajectory: both get passes, and no feature of each other."""
+    pipe = holder("HeunDiscreteScheduler")
+    x = torch.randn(1, 2, 8, 8)
+    kinds: list[int] = []
+
+    def preview(k: int) -> None:
+        if k == 3:
+            start = cw.wrappers["model"].stats.adaptor_passes
+            for t in (30.0, 20.0, 10.0):
+                pipe.model(x, t)
+            kinds.append(cw.wrappers["model"].stats.adaptor_passes - start)
+
+    with wrap_pipeline(pipe) as cw:
+        made = loop(pipe, between=preview)
+    assert kinds == [1]
+    # evaluations 0..3 as scheduled, then a trajectory from the fifth evaluation on: FF AA | FF AA F
+    expected = replay(
+        pipe.model, "up", every(2, [2, 2], branches=2) + every(2, [2, 2, 1], branches=2), lambda: loop(pipe)
+    )
+    assert torch.equal(made, expected)
+
+
+@torch.no_grad()
+def test_times_that_are_no_views_of_the_list_are_left_to_inference() -> None:
+    pipe = holder("DDIMScheduler")
+    with wrap_pipeline(pipe) as cw:
+        pipe.scheduler.set_timesteps(6)
+        for t in pipe.scheduler.timesteps.tolist():
+            pipe.model(torch.randn(1, 2, 8, 8), t)
+        for t in reversed(range(6)):  # and views in the other direction: inversion
+            pipe.model(torch.randn(1, 2, 8, 8), pipe.scheduler.timesteps[t])
+        assert cw.wrappers["model"].stats.adaptor_passes == 6, cw.report()
+
+
+@torch.no_grad()
+def test_who_declares_steps_is_not_overruled() -> None:
+    """Pairs of evaluations as one step, in a loop that the scheduler would count one by one."""
+    pipe = holder("DDIMScheduler")
+    with wrap_pipeline(pipe) as cw:
+        inner = cw.wrappers["model"]
+        loop(pipe, steps=8, declare=lambda k: inner.step() if k % 2 == 0 else None)
+        assert inner.stats.adaptor_passes == 8  # FFFF AAAA FFFF AAAA, guidance in two calls
+        cw.reset()
+        loop(pipe, steps=8)
+        assert inner.stats.adaptor_passes == 16
+
+
+# -- several UNets ------------------------------------------------------------------------------------------------
+
+
+class BaseAndRefiner:
+    def __init__(self) -> None:
+        self.base = parts.sdxl()
+        self.refiner = parts.sdxl("StableDiffusionXLImg2ImgPipeline", unet=parts.unet(**sdxl_options(seed_width=16)))
+
+    def __call__(self) -> Tensor:
+        image = self.base(
+            num_inference_steps=6, denoising_end=0.7, generator=torch.Generator().manual_seed(0), **TEXT
+        ).images
+        made: Tensor = self.refiner(
+            num_inference_steps=6, denoising_start=0.7, generator=torch.Generator().manual_seed(0), image=image, **EDIT
+        ).images
+        return made
+
+
+def sdxl_options(seed_width: int) -> dict[str, Any]:
+    return {**parts.ADDED, "block_out_channels": (8, 2 * seed_width)}
+
+
+def test_a_base_and_its_refiner_under_one_handle() -> None:
+    both = BaseAndRefiner()
+    plain = both()
+    before = [snapshot(pipe.unet) for pipe in (both.base, both.refiner)]
+    with wrap_pipeline(both) as cw:
+        assert list(cw.wrappers) == ["base.unet", "refiner.unet"]
+        made = both()
+        assert torch.equal(both(), made)
+        assert not torch.equal(made, plain)
+        passes = {name: (w.stats.full_passes, w.stats.adaptor_passes) for name, w in cw.wrappers.items()}
+        assert passes == {"base.unet": (4, 4), "refiner.unet": (2, 2)}  # four steps of the one, two of the other
+        report = cw.report()
+        assert str(report).startswith("base.unet: Clockwork on UNet2DConditionModel\n")
+        assert json.loads(report.to_json())["refiner.unet"]["adaptor_passes"] == 2
+        assert "| refiner.unet | passes" in report.to_markdown()
+        assert repr(cw) == "WrappedPipeline(BaseAndRefiner: base.unet, refiner.unet)"
+    assert [snapshot(pipe.unet) for pipe in (both.base, both.refiner)] == before
+    assert torch.equal(both(), plain)
+
+
+def test_some_of_them_and_options_for_each() -> None:
+    both = BaseAndRefiner()
+    with wrap_pipeline(both, unets=["refiner.unet"], clock=3) as cw:
+        assert list(cw.wrappers) == ["refiner.unet"]
+    options = {"base.unet": {2, 3}, "refiner.unet": {2}}
+    with wrap_pipeline(both, {"base.unet": ch.IdentityAdaptor()}, schedule=options) as cw:
+        assert [str(w.schedule) for w in cw.wrappers.values()] == ["at([2, 3])", "at([2])"]
+
+
+def test_all_or_none() -> None:
+    """The refiner is wrapped already: the base is let go again."""
+    both = BaseAndRefiner()
+    before = snapshot(both.base.unet)
+    with ch.wrap(both.refiner.unet), pytest.raises(ch.WrapError, match="wrapped once"):
+        wrap_pipeline(both)
+    assert snapshot(both.base.unet) == before
+
+
+def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
+    with pytest.raises(ch.ArgumentError, match="its UNets: none"):
+        wrap_pipeline(SimpleNamespace(text=torch.nn.Linear(1, 1)))
+    with pytest.raises(ch.ArgumentError, match="its UNets: unet\n  unets: decoder"):
+        wrap_pipeline(pipe, unets=["decoder"])
