@@ -82,10 +82,7 @@ def begins_step(scheduler: Any) -> bool:
         return bool(first)
     orders = getattr(scheduler, "order_list", None)  # DPM-Solver single-step: orders 1, 2, 3, 1, 2, 3, ...
     if orders:
-        order = orders[scheduler.step_index or 0]
-        while order > 1 and scheduler.model_outputs[1 - order] is None:  # img2img enters in the middle of a step
-            order -= 1
-        return bool(order == 1)
+        return bool(orders[scheduler.step_index or 0] == 1)
     warm_up = getattr(scheduler, "prk_timesteps", None)  # PNDM: Runge-Kutta steps of four, or a first step of two
     if warm_up is not None:
         return bool(scheduler.counter % 4 == 0 if scheduler.counter < len(warm_up) else scheduler.counter != 1)
