@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Captured"]
 
+DEVICES = ("cuda",)
 _MOVES = 8
 
 
@@ -72,7 +73,7 @@ class Captured(Compiled):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, {}, pooled=True)
         device = next((tensor.device for tensor in _weights(engine.unet)), torch.device("cpu"))
-        if device.type != "cuda":
+        if device.type not in DEVICES:
             raise ArgumentError(
                 'mode="cudagraphs" replays launches of CUDA kernels: the UNet must be on a CUDA device',
                 seen={"device": device},

@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
+from clockwork_hooks import capture
 from clockwork_hooks.tree import tensors
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
+from tests.tape import FakeCuda
 from tests.zoo.third_party import torchvision_or_stand_in
 
 TIMES = (900, 700, 500, 300, 200, 100)
@@ -98,8 +100,9 @@ def rollout(case: Case, unet: nn.Module, *, compiled: bool, adaptor: Any = None,
     return outputs
 
 
-@pytest.mark.parametrize("adaptor", [None, "module"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "adaptor"), [(name, None) for name in CASES] + [("guided-diffusion", "module"), ("tiny", "module")]
+)
 def test_two_graphs_and_the_same_numbers(name: str, adaptor: str | None) -> None:
     case = CASES[name]
     unet = case.make()
@@ -224,6 +227,156 @@ def test_remove_in_the_middle_and_errors_restore() -> None:
     with pytest.raises((RuntimeError, ch.CompileError)):
         unet(torch.zeros(2, 5, 16, 16), 100)
     cw.remove()
+    assert snapshot(unet) == before
+
+
+# -- plain captures, on a stand-in for CUDA graphs ------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("name", "adaptor"), [("diffusers", None), ("guided-diffusion", None), ("diffusers", "module")]
+)
+def test_captured_passes_are_replayed(name: str, adaptor: str | None, cuda: FakeCuda) -> None:
+    case = CASES[name]
+    unet = case.make()
+    chosen = Halve() if adaptor else None
+    expected = rollout(case, unet, compiled=False, adaptor=chosen)
+    before = snapshot(unet)
+    with ch.wrap(unet, chosen, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            got = [case.call(unet, k) for k in range(len(TIMES))]
+            torch.testing.assert_close(got, expected)
+        assert cuda.captures == 2
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (6, 6)
+        assert dict(cw.stats.reasons) == {"first step": 2, "scheduled": 4}
+        case.call(unet, 0, batch=1), case.call(unet, 1, batch=1), case.call(unet, 2, batch=1)
+        assert cuda.captures == 3
+    assert snapshot(unet) == before
+
+
+def test_captured_branches_keep_their_own_exits(cuda: FakeCuda) -> None:
+    unet = Tiny()
+    conditions = torch.zeros(2, 3), torch.ones(2, 3)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [unet(torch.randn(2, 2, 16, 16), t, c) for t in TIMES for c in conditions]
+
+    with ch.wrap(unet, clock=3):
+        expected = run()
+    with ch.wrap(unet, clock=3) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(3):
+            torch.testing.assert_close(run(), expected)
+    assert cuda.captures == 2
+
+
+def test_captured_outputs_are_the_callers_own(cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Tiny()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            outputs = [case.call(unet, k) for k in range(len(TIMES))]
+            copies = [output.clone() for output in outputs]
+            case.call(unet, 3)
+            assert all(map(torch.equal, outputs, copies))
+            outputs[-1].zero_()
+    assert torch.equal(case.call(unet, 0), case.call(Tiny(), 0))
+
+
+@pytest.mark.parametrize("time", [lambda t, _: t, lambda t, _: float(t), lambda t, _: torch.tensor(t)])
+def test_captured_times_are_inputs(time: Any, cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Tiny()
+    expected = rollout(case, unet, compiled=False, time=time)
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            torch.testing.assert_close([case.call(unet, k, time=time) for k in range(len(TIMES))], expected)
+    assert cuda.captures == 2
+
+
+def _swap_weight(unet: Tiny) -> None:
+    unet.head.weight = nn.Parameter(torch.zeros_like(unet.head.weight))
+
+
+def _move_weight(unet: Tiny) -> None:
+    unet.head.weight.data = unet.head.weight.data * 2
+
+
+def _swap_module(unet: Tiny) -> None:
+    unet.head = nn.Sequential(unet.head, nn.Tanh())
+
+
+def _add_hook(unet: Tiny) -> None:
+    unet.stem.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _in_place(unet: Tiny) -> None:
+    unet.head.bias.add_(1)
+
+
+@pytest.mark.parametrize("change", [_swap_weight, _move_weight, _swap_module, _add_hook, _in_place])
+def test_a_capture_follows_what_changes_between_trajectories(change: Callable[[Tiny], None], cuda: FakeCuda) -> None:
+    case, unet, plain = CASES["tiny"], Tiny(), Tiny()
+    change(plain)
+    expected = rollout(case, plain, compiled=False)
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        change(unet)
+        torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
+    assert cuda.captures == (2 if change is _in_place else 4)
+
+
+def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Tiny()
+    expected = case.call(unet, 3)
+
+    def move() -> None:
+        for _ in range(40):
+            unet.head.weight.data = unet.head.weight.data.clone()
+            torch.testing.assert_close(case.call(unet, 3), expected)
+
+    with ch.wrap(unet, clock=1, schedule=()) as cw:
+        cw.compile(mode="cudagraphs")
+        with pytest.warns(ch.NoEffectWarning, match="weights move"):
+            move()
+    assert cuda.captures < 12
+
+
+def test_gradients_are_not_captured(cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Tiny()
+    with ch.wrap(unet, clock=2) as cw, torch.enable_grad():
+        cw.compile(mode="cudagraphs")
+        with pytest.warns(ch.NoEffectWarning, match="no gradients"):
+            outputs = [case.call(unet, k) for k in range(4)]
+        assert all(output.requires_grad for output in outputs)
+    assert cuda.captures == 0
+
+
+def test_a_capture_that_fails_says_so(cuda: FakeCuda) -> None:
+    class Peeks(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            return super().forward(x if float(x.sum()) > 1e9 else x * 1, t, c, **more)
+
+    unet, case = Peeks(), CASES["tiny"]
+    before = snapshot(unet)
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        case.call(unet, 0), case.call(unet, 1)
+        with pytest.raises(ch.CompileError, match="neither waits"):
+            case.call(unet, 2)
     assert snapshot(unet) == before
 
 
