@@ -13,7 +13,8 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Args:
         tokens: (B, L, D).
         mask: (B, L), or (b, L) where each row serves B/b rows of tokens. True or above zero where a token counts; or
-            what is added to attention scores, 0 where a token counts and far below where it does not.
+            what is added to attention scores, 0 where a token counts and far below where it does not. Of numbers that
+            are all zero, every token counts.
 
     Returns:
         (B, D).
@@ -23,7 +24,7 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         tensor([[3.]])
     """
     if mask.dtype != torch.bool:
-        mask = torch.where(mask.min() < 0, mask > -1, mask > 0)
+        mask = torch.where(mask.max() > 0, mask > 0, mask > -1)
     if mask.shape[0] != tokens.shape[0]:
         mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], 0)
     keep = mask.to(tokens)[:, :, None]

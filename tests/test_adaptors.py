@@ -1,6 +1,10 @@
 """The learned adaptors: their size, the identity that they start as, what they read, how they lay out any boundary."""
 
+import importlib.util
+import re
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,24 +18,13 @@ from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.adaptors.layers import fit, vector
 from clockwork_hooks.adaptors.layout import Layout
 from clockwork_hooks.boundary import Boundary
-from clockwork_hooks.models import load_model
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase
 
-CASES = [
-    "unet2d",
-    "sd15",
-    "sd15_controlnet",
-    "sdxl",
-    "kandinsky22",
-    "unet1d",
-    "unet3d",
-    "svd",
-    "plain",
-    "ddpm_pytorch",
-    "monai3d",
-    "a_unet1d",
-]
+CASES = (
+    *("unet2d", "sd15", "sd15_controlnet", "sdxl", "kandinsky22", "unet1d", "unet3d", "svd"),
+    *("plain", "ddpm_pytorch", "monai3d", "a_unet1d"),
+)
 
 
 def region_of(case: ZooCase, **options: Any) -> ch.Region:
@@ -69,23 +62,26 @@ def rollout(case: ZooCase, adaptor: Any, *, steps: int = 2, **options: Any) -> l
 
 
 @pytest.fixture(scope="module")
-def on_sd15() -> Any:
-    """(region, adaptor -> (parameters, MACs of a sample)) for SD v1.5 with the paper's cut, no weights in memory."""
-    unet, args, kwargs = load_model("sd15")
-    region = ch.find_region(unet, *args, cut="paper", **kwargs)
+def script() -> Any:
+    """benchmarks/adaptor_sizes.py."""
+    place = Path(__file__).parent.parent / "benchmarks" / "adaptor_sizes.py"
+    spec = importlib.util.spec_from_file_location("adaptor_sizes", place)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
-    def size(adaptor: nn.Module) -> tuple[int, int]:
-        report = ch.flops_report(unet, *args, adaptor=adaptor, region=region, **kwargs)
-        return sum(parameter.numel() for parameter in adaptor.parameters()), report.adaptor_macs or 0
 
-    return region, size
+@pytest.fixture(scope="module")
+def on_sd15(script: Any) -> Any:
+    """Name → (adaptor, parameters, MACs of a sample, share) for SD v1.5 with the paper's cut."""
+    return script.sizes()
 
 
 def test_the_resnet_adaptor_on_sd15(on_sd15: Any) -> None:
     """By hand: 960→320 strided, two blocks with the time, 320→640 transposed, 960→640, the text."""
-    region, size = on_sd15
-    with torch.device("meta"):
-        adaptor = ch.ResNetAdaptor.for_region(region)
+    adaptor, parameters, macs, _ = on_sd15["ResNetAdaptor"]
     assert adaptor.width == 320
     assert isinstance(adaptor.down, nn.Conv2d)
     assert isinstance(adaptor.up, nn.ConvTranspose2d)
@@ -95,7 +91,6 @@ def test_the_resnet_adaptor_on_sd15(on_sd15: Any) -> None:
     strided, blocks, transposed, residual = 16 * 960 * 320, 4 * 9 * 320**2, 16 * 320 * 640, 960 * 640
     vectors = 2 * 1280 * 320 + 768 * 320
     biases = 320 + 2 * (2 * 320 + 2 * 2 * 320 + 320) + 640 + 640 + 320
-    parameters, macs = size(adaptor)
     assert parameters == strided + blocks + transposed + residual + vectors + biases
     assert macs == 16 * 16 * (strided + blocks + transposed) + 32 * 32 * residual + vectors
     assert 13e6 < parameters < 15e6
@@ -104,15 +99,12 @@ def test_the_resnet_adaptor_on_sd15(on_sd15: Any) -> None:
 
 def test_the_unet_adaptors_on_sd15(on_sd15: Any) -> None:
     """By hand: widths, blocks and levels as the paper tells them; the rest is our reading."""
-    region, size = on_sd15
     for light, (width, middle, blocks), told in ((False, (640, 4, 2), 152e6), (True, (96, 2, 1), 3e6)):
-        with torch.device("meta"):
-            adaptor = ch.UNetAdaptor.for_region(region, light=light)
+        adaptor, parameters, macs, _ = on_sd15["UNetAdaptor, light" if light else "UNetAdaptor"]
         assert (adaptor.width, adaptor.middle, adaptor.blocks) == (width, middle, blocks)
         stem, last, resample = 16 * 960 * width, 16 * width * 640, 16 * width**2
         block, wide = 18 * width**2, 27 * width**2 + 2 * width**2
         vectors = (768 + 1280 + (middle + 4 * blocks) * width) * width
-        parameters, macs = size(adaptor)
         assert macs == (
             (16 * 16) * (stem + last)
             + (8 * 8) * (2 * resample + blocks * (block + wide))
@@ -359,3 +351,20 @@ def test_a_subclass_is_an_adaptor_too() -> None:
     with pytest.raises(ch.ArgumentError, match="1 to 64 blocks"):
         ch.UNetAdaptor(exit=Layout(4, (8,)), width=8, middle=0)
     assert replace(Layout(4, (8,)), channels=5).channels == 5
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_is_so(script: Any, on_sd15: Any) -> None:
+    """Its table is the script's, and its own adaptor is the identity at first."""
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.BETWEEN.search(page).group() == script.table(on_sd15)
+    blocks = re.findall(r"(?:(?<=\n\n)|^)((?:    .*\n|\n(?=    ))+)", page, re.MULTILINE)
+    own = next(block for block in blocks if "class Blend" in block)
+    region = region_of(ZOO["sd15"]())
+    names: dict[str, Any] = {"torch": torch, "region": region}
+    exec(textwrap.dedent(own), names)
+    exit = torch.randn(region.exit.shape)
+    made = names["adaptor"](torch.randn(region.entry.shape), exit, time=torch.randn(2, 64), text=torch.randn(2, 24))
+    assert torch.equal(made, exit)

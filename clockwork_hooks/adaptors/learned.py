@@ -25,9 +25,9 @@ INPUTS = ("entry", "exit", "text")
 class LearnedAdaptor(SavedAdaptor):
     """Predicts the exit as the exit of the step before plus a learned difference, which starts at zero.
 
-    Subclasses take the keyword arguments below and those of their own (values that JSON holds), pass all of them on
-    to `super().__init__`, and define `difference`, of which the last layer starts at zero. A fresh adaptor then is
-    the identity, bit for bit.
+    Subclasses take the keyword arguments below and those of their own (values that JSON holds), pass these on as
+    `own`, and define `difference`, of which the last layer starts at zero. A fresh adaptor then is the identity, bit
+    for bit.
 
     Args:
         exit: layout of the exit.
@@ -36,7 +36,7 @@ class LearnedAdaptor(SavedAdaptor):
         text: width of the text embedding; None to do without it.
         sees_exit: the features given to `difference` include the exit of the step before. Where they do not, nothing
             is added to that exit either: the whole exit is predicted.
-        **own: the arguments of the subclass, for the configuration.
+        own: the subclass's own arguments by name, for the configuration.
 
     Source: arXiv 2312.08128, Sec. 4.2.
     """
@@ -49,12 +49,12 @@ class LearnedAdaptor(SavedAdaptor):
         time: int | None = None,
         text: int | None = None,
         sees_exit: bool = True,
-        **own: Any,
+        own: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.exit, self.entry = Layout.of(exit), None if entry is None else Layout.of(entry)
         self.time_width, self.text_width, self.sees_exit = time, text, sees_exit
-        self._own = own
+        self._own = dict(own or {})
         if self.entry is None and not sees_exit:
             raise ArgumentError(
                 "an adaptor reads the entry, the exit of the step before, or both",

@@ -38,7 +38,7 @@ class ResNetAdaptor(LearnedAdaptor):
     """
 
     def __init__(self, *, width: int, **inputs: Any) -> None:
-        super().__init__(width=width, **inputs)
+        super().__init__(own={"width": width}, **inputs)
         rank, outer = self.exit.rank, self.exit.channels
         self.width = width
         self.down = down(rank, self.channels, width)

@@ -50,7 +50,7 @@ class UNetAdaptor(LearnedAdaptor):
                 seen={"middle": middle, "blocks": blocks},
                 do="pass middle=4, blocks=2",
             )
-        super().__init__(width=width, middle=middle, blocks=blocks, **inputs)
+        super().__init__(own={"width": width, "middle": middle, "blocks": blocks}, **inputs)
         self.width, self.middle, self.blocks = width, middle, blocks
         rank = self.exit.rank
         timed = None if self.time_width is None else width
