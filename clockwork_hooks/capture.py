@@ -169,6 +169,7 @@ class Captured(Compiled):
         engine = self.engine
         adapt = None if cached is None else lambda captured: emit.run(engine.adaptor, captured, cached)
         run = Pass(running.run.plan, running.run.kind, adapt)
+        run.enter(args, kwargs)
         start_pass(engine, run)
         return forward(*args, **kwargs), run
 

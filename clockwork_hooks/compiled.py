@@ -121,6 +121,7 @@ class Compiled:
                 return emit.run(adaptor, captured, cached)
 
             run = engine.tracing = TracedPass(plan, kind, adapt if kind == "adaptor" else None)  # type: ignore[arg-type]
+            run.enter(args, kwargs)
             output = forward(*args, **kwargs)
             engine.tracing = None
             return output, run.exit, run.complete()

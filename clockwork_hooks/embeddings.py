@@ -55,7 +55,7 @@ class Embeddings:
         """
         fed = [side.node for side in sides if side.kind == "time"]
         found = self._vectors(fed) or self._made_inside(returned, self._is_time) or self._tokens(fed)
-        return found or [n for n in fed if self._trace.nodes[n].meta["dtype"].is_floating_point]
+        return found or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
 
     def text(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
         """Nodes that hold the text's embedding, or that of another condition: pooled vectors first, then tokens.
@@ -74,7 +74,7 @@ class Embeddings:
         for path, node in self._trace.inputs.items():
             sizes, dtype = node.meta.get("shape", ()), node.meta.get("dtype")
             called = "mask" in path.rsplit(".", 1)[-1].lower()
-            fits = len(sizes) == 2 and sizes[1] == length and rows % sizes[0] == 0
+            fits = len(sizes) == 2 and sizes[1] == length and sizes[0] > 0 and rows % sizes[0] == 0
             if fits and (called or dtype == torch.bool):
                 return int(node.meta["index"])
         return None
@@ -128,7 +128,7 @@ class Embeddings:
         while ways:
             at = ways.pop()
             for user in at.users:
-                index, last = user.meta["index"], user.meta.get("shape", (0,))[-1]
+                index, last = user.meta["index"], (user.meta.get("shape") or (0,))[-1]
                 if index in seen:
                     continue
                 seen.add(index)

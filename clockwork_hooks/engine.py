@@ -142,6 +142,7 @@ class Engine:
                 copies=prepared.copies,
             )
             running.cached = kept.exit if adapt and kept else None
+            running.run.enter(args, kwargs)
             start_pass(self, running.run)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -286,6 +287,7 @@ class Engine:
             running.reason = reasons.DIFFERED
             cost += prepared.full_macs
             run = Pass(run.plan, "full", copies=prepared.copies)
+            run.enter(args, kwargs)
             start_pass(self, run)
             try:
                 replaced = module.forward(*args, **kwargs)

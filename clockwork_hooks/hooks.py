@@ -156,7 +156,7 @@ class Installed:
                     known.remove()
                 self._forwards[path] = self._patch(path, modules[path])
         for port in plan.ports.values():
-            if port.path not in plan.counts and (port.path, port.side) not in self._observers:
+            if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
                 module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
                 add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
                 self._observers[port.path, port.side] = add(hook, with_kwargs=True)

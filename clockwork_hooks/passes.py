@@ -69,7 +69,7 @@ class Port:
     """Where a boundary tensor can be picked up: the k-th leaf of what a module call takes or returns.
 
     Attributes:
-        path: dotted path of the module.
+        path: dotted path of the module; "" for the UNet itself, whose arguments `Pass.enter` is given.
         ordinal, visible: which of its calls, as in `SkippedCall`.
         side: what it takes, or what it returns.
         leaf: which of the leaves.
@@ -139,6 +139,10 @@ class Pass:
         self._calls = plan.key(kind)
         self._counts: dict[str, int] = {}
         self._hooked: dict[str, int] = {}
+
+    def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The pass begins: pick up what is taken from the UNet's own arguments."""
+        self._capture("", 0, "input", (args, kwargs))
 
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A patched module is called: skip or run it."""

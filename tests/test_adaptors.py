@@ -317,6 +317,12 @@ def test_conditions_that_do_not_fit() -> None:
             adaptor(entry, exit, **{"time": time, "text": text, **wrong})  # type: ignore[arg-type]
 
 
+def test_rows_that_do_not_fit() -> None:
+    adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), entry=Layout(3, (4, 4)), width=8)
+    with pytest.raises(ch.AdaptorError, match="the same rows"):
+        adaptor(torch.zeros(2, 3, 4, 4), torch.zeros(4, 6, 4, 4))
+
+
 def test_vectors() -> None:
     """(B, D), (B, D, 1, 1), tokens averaged; the frames of a clip share its vector."""
     x = torch.arange(12.0).reshape(2, 6)

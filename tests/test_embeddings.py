@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.passes import Pass
 from clockwork_hooks.pooling import masked_mean
 from tests.small_unet import Tiny
 from tests.zoo import ZOO
@@ -133,6 +134,7 @@ class Odd(nn.Module):
         if "label" in c:
             z = z + nn.functional.pad(self.words(c["label"]), (0, 10)).reshape(-1, 16, *(1,) * (x.ndim - 2))
         if "size" in c:
+            z = z + (c["size"].sum() + t)  # a number and a scalar feed the region too
             z = z * c["size"].cos().sum(1).reshape(-1, 1, *(1,) * (x.ndim - 2))
         if "words" in c:  # time and text side by side, as tokens of one context
             context = torch.cat([c["words"], time.expand(len(x), 12)[:, None, :10]], 1)
@@ -169,8 +171,18 @@ def test_text_beside_time_in_one_context() -> None:
     assert torch.allclose(spy.text, torch.stack([words[0].mean(0), words[1, [0, 3]].mean(0)]))
 
 
+def test_a_pass_that_is_run_again_has_them_too() -> None:
+    """Compiled and captured passes, and those of training, call the forward itself, past the hooks on the UNet."""
+    case = ZOO["sdxl"]()
+    region = ch.find_region(case.model, *case.args, **case.kwargs)
+    assert region.plan.ports["text"].path == ""
+    run = Pass(region.plan, "full")
+    run.enter(case.args, case.kwargs)
+    assert run.captured["text"] is case.kwargs["added_cond_kwargs"]["text_embeds"]
+
+
 def test_nothing_stays_on_the_root() -> None:
-    """A condition taken from the UNet's own arguments is picked up by a hook on the UNet, which goes with the rest."""
+    """A condition taken from the UNet's own arguments leaves nothing behind."""
     case = ZOO["sdxl"]()
 
     def state() -> list[Any]:

@@ -97,8 +97,10 @@ class LearnedAdaptor(SavedAdaptor):
                 do='pass inputs=("exit", "text")',
             )
         exit = Layout.of_boundary(region.exit)
-        same = len(region.entry.shape) == len(region.exit.shape)
-        channels = Layout.of_boundary(region.entry).channels if same else exit.channels
+        try:
+            channels = Layout.of_boundary(region.entry).channels
+        except AdaptorError:  # then nothing but the size is lost: an entry that is read raises below
+            channels = exit.channels
         made = cls(
             exit=exit,
             entry=Layout.of_boundary(region.entry) if "entry" in inputs and "entry" in given else None,
@@ -158,12 +160,18 @@ class LearnedAdaptor(SavedAdaptor):
                     do='make one without it: for_region(region, inputs=("exit", "text"))',
                 )
             read.insert(0, fit(self.entry.to_map(entry), tuple(before.shape[2:])))
+            if entry.shape[0] != rows:
+                raise AdaptorError(
+                    "entry and exit have the same rows",
+                    seen={"entry": shape(entry.shape), "exit": shape(exit_cached.shape)},
+                    do='do without the entry: for_region(region, inputs=("exit", "text"))',
+                )
         x = torch.cat(read, 1).to(dtype)
         given = [
             vector(value, width, rows, name)
             for value, width, name in ((time, self.time_width, "time"), (text, self.text_width, "text"))
         ]
-        made = self.difference(x, *(None if value is None else value.to(dtype) for value in given))
+        made = self.difference(x, *(None if value is None else value.to(x) for value in given))
         made = made.to(before.dtype)
         return self.exit.from_map(before + made if self.sees_exit else made)
 

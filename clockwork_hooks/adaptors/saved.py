@@ -108,6 +108,8 @@ class SavedAdaptor(
                 do="save the adaptor again with save_pretrained(folder)",
             ) from error
         weights = files.read_weights(folder, made.state_dict(), config.get("weights_sha256"))
+        if any(buffer.is_meta for name, buffer in made.named_buffers() if name not in weights):
+            made = kind(**config["arguments"])  # of those that are not saved, only the constructor knows the values
         made.load_state_dict(weights, assign=True)
         made.region, made.facts = config["region"], config["facts"]
         return made.eval()

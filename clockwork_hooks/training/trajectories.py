@@ -165,6 +165,7 @@ class Capture(Engine):
         """
         assert call.region is not None  # calls without one have a reason, and are not trained on
         run = Pass(call.region.plan, "adaptor", emit)
+        run.enter(call.args, call.kwargs)
         kind = next((tensor.device.type for tensor in tensors([call.args, call.kwargs])), "cpu")
         if not self.installed.intact(call.region.plan):
             self._install(call.region)
@@ -248,6 +249,7 @@ class Capture(Engine):
         true, truth = run, output
         if run.kind == "adaptor" and running.reason is None:
             true = Pass(run.plan, "full", copies=prepared.copies)
+            true.enter(args, kwargs)
             start_pass(self, true)
             try:
                 truth = module.forward(*args, **kwargs)
