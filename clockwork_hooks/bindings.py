@@ -12,11 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.inputs import Arguments, is_number
-from clockwork_hooks.tree import Leaf, map_leaves
+from clockwork_hooks.tree import Leaf, leaves, map_leaves
 
 __all__ = ["Bindings", "TensorSpec"]
 
 _ALIAS = torch.ops.aten.alias.default
+_BLANK = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
@@ -52,6 +55,7 @@ class Bindings:
         self._storages: dict[int, StorageWeakRef] = {}
         self._owners: dict[int, fx.Node] = {}
         self._writes: dict[int, fx.Node] = {}
+        self._blank: set[int] = set()
         self._weights = {
             id(tensor): (weakref.ref(tensor), name)
             for walk in (root.named_parameters, root.named_buffers)
@@ -125,11 +129,14 @@ class Bindings:
             self._shared.setdefault(storage, set()).add(id(tensor))
             node.meta["storage"] = storage
             self._owners.setdefault(storage, node)
+            if node.op == "call_function" and getattr(node.target, "_schema", node).name in _BLANK:
+                self._blank.add(storage)
 
     def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """An in-place operator: its node is what the tensor is from now on; other views become nodes of their own."""
         node.meta["was"] = self.node(tensor)
         storage = self.storage(tensor)
+        self._blank.discard(storage)
         self._views.pop(storage, None)
         shared = self._shared.pop(storage, set())
         self.bind(tensor, node)
@@ -143,6 +150,19 @@ class Bindings:
                 now = self.add("call_function", _ALIAS, (before,))
                 now.meta["after"] = (node,)
                 self.bind(other, now)
+
+    def blank(self, tensor: torch.Tensor) -> bool:
+        """Is it memory that no operator seen so far has written to?"""
+        return bool(self._blank) and self.storage(tensor) in self._blank
+
+    def reveal(self, tensor: torch.Tensor, first: int, taken: Any) -> None:
+        """Unseen code made its values, out of what its call took and all since the node of index `first`."""
+        made = self.node(tensor)
+        known = {leaf.node for _, leaf in leaves(taken) if isinstance(leaf, TensorSpec)} | set(self.nodes[first:])
+        now = self.add("call_function", _ALIAS, (made,))
+        now.meta["after"] = tuple(sorted(known - {made, now}, key=lambda node: int(node.meta["index"])))
+        self._blank.discard(self.storage(tensor))
+        self.bind(tensor, now)
 
     def earlier(self, tensor: torch.Tensor, before: int) -> fx.Node:
         """The node that the tensor was before the node of index `before`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class Builder:
             level=level,
             cut=cut,
             resolution=self.levels.spatial.get(size[entry], self.trace.nodes[entry].meta["shape"][2:]),
-            bottleneck=by_level[-1][0] if by_level else (),
+            bottleneck=next((space for space, *_ in reversed(by_level) if math.prod(space) > 1), ()),
             leftover=tuple(sorted(left.items())),
             sample=self.trace.sample,
             times=self.trace.times,

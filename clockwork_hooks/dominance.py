@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -117,6 +117,14 @@ class Dominance:
     def within(self, n: int, o: int) -> bool:
         """Is n in P(o)?"""
         return self.live[n] and self._first[o] <= self._first[n] < self._last[o]
+
+    def totals(self, values: Sequence[int]) -> list[int]:
+        """For every node o the sum over P(o) of one value a node."""
+        found = [*values, 0]
+        for n in range(len(self.nodes)):
+            if self.live[n]:
+                found[self.parent[n]] += found[n]  # a post-dominator comes later, so found[n] is complete
+        return found
 
     def members(self, o: int) -> set[int]:
         """P(o)."""

@@ -13,6 +13,7 @@ from clockwork_hooks.dominance import Dominance, Edge
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.levels import Levels
+from clockwork_hooks.refusal import reason
 from clockwork_hooks.report import shape
 
 __all__ = ["Finder", "listed"]
@@ -56,14 +57,22 @@ class Finder:
         return found
 
     def chain(self) -> tuple[Region, ...]:
-        """The widest region, then again and again the widest that lies in it."""
+        """The region with the most MACs, then again and again the one with the most MACs that lies in it."""
         found: list[tuple[_Candidate, Region]] = []
-        for candidate in sorted(self._candidates(), key=lambda c: -self.dom.size(c.exits[0])):
-            if found and not self.dom.within(candidate.exits[0], found[-1][0].exits[0]):
+        macs = self.dom.totals(self.build.macs)
+        for candidate in sorted(self._candidates(), key=lambda c: (-macs[c.exits[0]], -self.dom.size(c.exits[0]))):
+            around = found[-1][0] if found else None
+            if around and not self.dom.within(candidate.exits[0], around.exits[0]):
                 continue
             region = self._region(candidate)
-            if region is not None:
+            if region is None:
+                continue
+            if SMALLEST <= region.macs_share <= LARGEST:
                 found.append((candidate, region))
+                continue
+            self.rejected.append(region.line)
+            if region.macs_share < SMALLEST and self._holds_most(candidate, around):
+                self.small.add(region.resolution)
         if not found:
             raise self.not_found()
         edges = sorted({candidate.positions for candidate, _ in found}, reverse=True)
@@ -88,19 +97,21 @@ class Finder:
                 yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
 
     def _region(self, candidate: _Candidate) -> Region | None:
-        """The candidate's region from the top-most of its exits that a module call returns; None if too small."""
+        """The candidate's region from the top-most of its exits that a module call returns."""
         for o in candidate.exits:
             region = self.build.region(o, self.dom.members(o), level=0, cut="outer")
-            if region is None:
-                continue
-            if SMALLEST <= region.macs_share <= LARGEST:
+            if region is not None:
                 return region
-            self.rejected.append(region.line)
-            if region.macs_share < SMALLEST:
-                self.small.add(region.resolution)
-            return None
         self.rejected.append(f"{self.build.name(candidate.exits[0])}: no module returns the exit")
         return None
+
+    def _holds_most(self, candidate: _Candidate, around: _Candidate | None) -> bool:
+        """Does it hold most of the work below its level? A small "U" of its own inside a block does not."""
+        positions = [self.levels.positions(node) or candidate.positions for node in self.trace.nodes]
+        low = [macs if p < candidate.positions else 0 for macs, p in zip(self.build.macs, positions, strict=True)]
+        totals = self.dom.totals(low)
+        whole = around.exits[0] if around else len(self.trace.nodes)
+        return 2 * totals[candidate.exits[0]] > totals[whole]
 
     def _inner(self, outer: Region) -> Region | None:
         """The cut inside the downsampler into the region and the upsampler out of it (Appendix A, Fig. 8).
@@ -131,14 +142,12 @@ class Finder:
 
     def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
         """What was looked for and what is there; `wider` regions may be had, but not by default."""
-        merges = self._upward_exits()
         seen: dict[str, object] = {
             "model": self.trace.model,
             "sample": shape(self.trace.inputs[self.trace.sample].meta["shape"]),
             "resolutions": self._resolutions(),
+            "why": reason(self.trace, self.dom, self.levels, self.build, small=bool(self.small)),
         }
-        if merges:
-            seen["several exits lead back up"] = ", ".join(merges)
         for k, line in enumerate(self.rejected):
             seen[f"rejected {k}"] = line
         seen.update(listed(wider))
@@ -150,14 +159,3 @@ class Finder:
             + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
             " and out; or modules=['blocks.5:blocks.20'], those to skip",
         )
-
-    def _upward_exits(self) -> list[str]:
-        """Operators of the highest resolution fed from below it."""
-        top = next(iter(self.levels.spatial), 0)
-        found: list[str] = []
-        for n, node in enumerate(self.trace.nodes):
-            if self.dom.live[n] and self.dom.dep[n] and self.levels.positions(node) == top:
-                below = [u for u in self.dom.sources[n] if (self.levels.positions(self.trace.nodes[u]) or top) < top]
-                if any(self.dom.dep[u] for u in below):
-                    found.append(self.build.name(n))
-        return found if len(found) > 1 else []

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
@@ -218,9 +218,17 @@ class Recorder(TorchDispatchMode):
     def _close(self, output: Any) -> None:
         call = self._stack.pop()
         around = self._stack[-1] if self._stack else None
+        for tensor in tensors(output):
+            made = None if is_lazy(tensor) else self.bindings.node(tensor)
+            if made is not None and made.meta["index"] >= call.first and self._hidden(tensor, made):
+                self.bindings.reveal(tensor, call.first, call.inputs)
         self.bindings.within(around.index if around else 0, around.scope if around else "")
         call.output = self.bindings.specs(output)
         call.last = len(self.bindings.nodes)
+
+    def _hidden(self, tensor: torch.Tensor, node: fx.Node) -> bool:
+        """Did code fill it that no dispatcher sees: a kernel of Triton, CUDA, NumPy?"""
+        return bool(node.meta.get("constant")) or self.bindings.blank(tensor)
 
     def _keep(self, output: Any) -> None:
         """Keep the first few outputs of each size on the way up: the region's exit is likely among them."""
@@ -250,6 +258,9 @@ class Recorder(TorchDispatchMode):
         if self._abandoned():
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
+        for tensor in tensors((args, kwargs)):
+            if self.bindings.blank(tensor) and all(tensor is not other for other in written):
+                self.bindings.reveal(tensor, self._stack[-1].first, self._stack[-1].inputs)
         for tensor in written if self._owned else ():
             self._save(tensor)
         for tensor in written if self.kept or self.named else ():

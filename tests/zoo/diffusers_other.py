@@ -1,9 +1,11 @@
-"""The 1D and video UNets of diffusers. File and line numbers are those of diffusers 0.42.1, under models/unets/."""
+"""diffusers' 1D UNets, Stable Cascade and UViT. Files and lines are those of diffusers 0.42.1, under models/unets/."""
+
+from typing import Any
 
 import torch
-from diffusers import UNet1DModel, UNet3DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers import StableCascadeUNet, UNet1DModel, UVit2DModel
 
-from tests.zoo.case import ZooCase, case, children
+from tests.zoo.case import RefusedCase, ZooCase, case, children, refused
 
 
 @case
@@ -41,81 +43,197 @@ def unet1d() -> ZooCase:
     )
 
 
-@case
-def unet3d() -> ZooCase:
-    model = UNet3DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
-        cross_attention_dim=24,
-        attention_head_dim=4,
+def _policy(**config: Any) -> UNet1DModel:
+    return UNet1DModel(
+        **{
+            "in_channels": 6,
+            "out_channels": 6,
+            "time_embedding_type": "positional",
+            "use_timestep_embedding": True,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "block_out_channels": (16, 32, 64),
+            "down_block_types": ("DownResnetBlock1D",) * 3,
+            "up_block_types": ("UpResnetBlock1D",) * 2,
+            "mid_block_type": "MidResTemporalBlock1D",
+            "out_block_type": "OutConv1DBlock",
+            "act_fn": "mish",
+            **config,
+        }
     )
-    lists = ("resnets", "temp_convs", "attentions", "temp_attentions")
+
+
+@case
+def unet1d_policy() -> ZooCase:
     return ZooCase(
-        name="unet3d",
-        model=model,
-        args=(torch.randn(1, 4, 3, 16, 16), 40),
-        kwargs={"encoder_hidden_states": torch.randn(1, 7, 24)},
-        entry=("down_blocks.0.temp_attentions.0",),
-        consumer="down_blocks.0.downsamplers.0",
-        exit=("up_blocks.1", "up_blocks.1.upsamplers.0", "up_blocks.1.upsamplers.0.conv"),
-        resolution=(16, 16),
-        source="diffusers UNet3DConditionModel (text to video)",
-        note="unet_3d_blocks.py:513-537: a layer is resnet, temporal convolution, attention, temporal attention; the "
-        "last one's output (in a 1-tuple) is a skip and goes into the downsampler; :781-785: up_blocks.1 ends with "
-        "its upsampler. Frames are folded into the batch (unet_3d_condition.py:575), so they are no resolution.",
+        name="unet1d_policy",
+        model=_policy(),
+        args=(torch.randn(2, 6, 32), torch.tensor([5, 5])),
+        entry=("down_blocks.1.resnets.1",),
+        consumer="down_blocks.1.downsample",
+        exit=("up_blocks.0", "up_blocks.0.upsample", "up_blocks.0.upsample.conv"),
+        resolution=(16,),
+        source="diffusers UNet1DModel, blocks as in Diffuser's planning policy",
+        note="unet_1d.py:252-256: each of the two up blocks takes the last skip left, so those of down_blocks.2 and "
+        ".1; the one of down_blocks.0, at full size, is never used, and the region is one level lower. "
+        "unet_1d_blocks.py:68-84: the skip is the last resnet's output, which goes into the downsampler; :125-148: "
+        "up_blocks.0 takes down_blocks.2's skip and ends with its upsampler; up_blocks.1 begins with the cat.",
         skipped=frozenset(
-            {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
-            | {path for name in lists for path in children(f"up_blocks.1.{name}", 2)}
+            {"down_blocks.1.downsample", "down_blocks.2", "mid_block", *children("up_blocks.0.resnets", 2)}
         ),
         kept=frozenset(
-            {"conv_in", "transformer_in", "time_embedding", "up_blocks.2", "conv_norm_out", "conv_act", "conv_out"}
-            | {f"down_blocks.0.{name}.0" for name in lists}
+            {"time_proj", "time_mlp", "down_blocks.0", *children("down_blocks.1.resnets", 2), "up_blocks.1"}
+            | {"out_block"}
         ),
     )
 
 
+@refused
+def unet1d_value() -> RefusedCase:
+    model = _policy(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownResnetBlock1D",) * 4,
+        up_block_types=(),
+        mid_block_type="ValueFunctionMidBlock1D",
+        out_block_type="ValueFunction",
+        downsample_each_block=True,
+    )
+    return RefusedCase(
+        name="unet1d_value",
+        model=model,
+        args=(torch.randn(2, 6, 64), torch.tensor([5, 5])),
+        source="diffusers UNet1DModel, blocks as in Diffuser's value function",
+        note="unet_1d_blocks.py:242-262: the output is one number a sample; there are down blocks and no up block.",
+        says=("nothing leads back up to 64",),
+    )
+
+
 @case
-def svd() -> ZooCase:
-    model = UNetSpatioTemporalConditionModel(
-        sample_size=16,
-        in_channels=8,
+def cascade_b() -> ZooCase:
+    layers = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
+    model = StableCascadeUNet(
+        in_channels=4,
         out_channels=4,
-        block_out_channels=(32, 32, 32),
-        layers_per_block=1,
-        down_block_types=(
-            "CrossAttnDownBlockSpatioTemporal",
-            "CrossAttnDownBlockSpatioTemporal",
-            "DownBlockSpatioTemporal",
-        ),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=3 * 8,
-        cross_attention_dim=24,
-        num_attention_heads=(2, 2, 2),
+        timestep_ratio_embedding_dim=16,
+        patch_size=2,
+        conditioning_dim=24,
+        block_out_channels=(16, 32, 32, 32),
+        num_attention_heads=(-1, -1, 4, 4),
+        down_num_layers_per_block=(1, 1, 2, 1),
+        up_num_layers_per_block=(1, 2, 1, 1),
+        down_blocks_repeat_mappers=(1, 1, 1, 1),
+        up_blocks_repeat_mappers=(2, 2, 1, 1),
+        block_types_per_layer=(layers, layers, (*layers, "SDCascadeAttnBlock"), (*layers, "SDCascadeAttnBlock")),
+        clip_text_pooled_in_channels=20,
+        clip_seq=2,
+        effnet_in_channels=6,
+        pixel_mapper_in_channels=3,
+        dropout=(0.1, 0.1, 0.1, 0.1),
+        timestep_conditioning_type=("sca",),
     )
     return ZooCase(
-        name="svd",
+        name="cascade_b",
         model=model,
-        args=(torch.randn(1, 3, 8, 16, 16), torch.tensor(1.2)),
-        kwargs={"encoder_hidden_states": torch.randn(1, 1, 24), "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]])},
-        entry=("down_blocks.0.attentions.0",),
-        consumer="down_blocks.0.downsamplers.0",
-        exit=("up_blocks.1", "up_blocks.1.upsamplers.0", "up_blocks.1.upsamplers.0.conv"),
+        args=(torch.randn(2, 4, 32, 32), torch.tensor([0.3, 0.3]), torch.randn(2, 1, 20)),
+        kwargs={"effnet": torch.randn(2, 6, 4, 4)},
+        entry=("down_blocks.0.1",),
+        consumer="down_downscalers.1",
+        exit=("up_upscalers.2", "up_upscalers.2.1"),
         resolution=(16, 16),
-        source="diffusers UNetSpatioTemporalConditionModel, as in Stable Video Diffusion",
-        note="unet_3d_blocks.py:1240-1254: the last attention's output (in a 1-tuple) is a skip and goes into the "
-        "downsampler; :1415-1419: up_blocks.1 ends with its upsampler; up_blocks.2 takes the top skips. The sample is "
-        "(batch, frames, channels, height, width); frames are folded into the batch.",
+        source="diffusers StableCascadeUNet, as in stage B",
+        note="unet_stable_cascade.py:594-603: `embedding` folds 2x2 pixels into channels, so the highest level is half "
+        "of the sample's; conditions are added to it before any skip. :471-485: what the blocks of a level give is its "
+        "skip, and goes into the next level's downscaler. :515-535: a level's blocks run once more after each repeat "
+        "mapper, so the same modules are called twice; `x = upscaler(x)` ends a level, and up_blocks.3.0 takes the "
+        "top skip.",
         skipped=frozenset(
-            {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
-            | {*children("up_blocks.1.resnets", 2), *children("up_blocks.1.attentions", 2)}
+            {f"down_downscalers.{level}" for level in (1, 2, 3)}
+            | {*children("down_blocks.1", 2), *children("down_blocks.2", 6), *children("down_blocks.3", 3)}
+            | {*children("up_blocks.0", 3), *children("up_blocks.1", 6), *children("up_blocks.2", 2)}
+            | {"up_repeat_mappers.0.0", "up_repeat_mappers.1.0", *children("up_upscalers", 2), "up_upscalers.2.0"}
         ),
         kept=frozenset(
-            {"conv_in", "time_embedding", "add_embedding", "down_blocks.0.resnets.0", "down_blocks.0.attentions.0"}
-            | {"up_blocks.2", "conv_norm_out", "conv_act", "conv_out"}
+            {"embedding", "effnet_mapper", "pixels_mapper", *children("down_blocks.0", 2)}
+            | {*children("up_blocks.3", 2), "clf"}
         ),
+    )
+
+
+@refused
+def cascade_c() -> RefusedCase:
+    model = StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        timestep_ratio_embedding_dim=16,
+        conditioning_dim=24,
+        block_out_channels=(32, 32),
+        num_attention_heads=(4, 4),
+        down_num_layers_per_block=(1, 2),
+        up_num_layers_per_block=(2, 1),
+        clip_text_in_channels=20,
+        clip_text_pooled_in_channels=20,
+        clip_image_in_channels=12,
+        clip_seq=2,
+        switch_level=(False,),
+    )
+    return RefusedCase(
+        name="cascade_c",
+        model=model,
+        args=(torch.randn(2, 4, 12, 12), torch.tensor([0.3, 0.3]), torch.randn(2, 1, 20)),
+        kwargs={"clip_text": torch.randn(2, 7, 20), "clip_img": torch.randn(2, 1, 12)},
+        source="diffusers StableCascadeUNet, as in stage C",
+        note="unet_stable_cascade.py:112-128: with `switch_level=(False,)` both resamplings are an Identity and a 1x1 "
+        "convolution: a UNet with skips, all at one resolution.",
+        says=("no resolution change: every layer works at 12×12", "entry='blocks.4', exit='blocks.20'"),
+    )
+
+
+def _uvit(resample: bool) -> dict[str, Any]:
+    model = UVit2DModel(
+        hidden_size=32,
+        cond_embed_dim=12,
+        micro_cond_encode_dim=4,
+        micro_cond_embed_dim=20,
+        encoder_hidden_size=20,
+        vocab_size=40,
+        codebook_size=32,
+        in_channels=16,
+        block_out_channels=16,
+        num_res_blocks=1,
+        downsample=resample,
+        upsample=resample,
+        block_num_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    conditions = {"pooled_text_emb": torch.randn(2, 12), "micro_conds": torch.randn(2, 5)}
+    return {
+        "model": model,
+        "args": (torch.randint(0, 32, (2, 16, 16)),),
+        "kwargs": {"encoder_hidden_states": torch.randn(2, 7, 20), **conditions},
+    }
+
+
+@refused
+def uvit256() -> RefusedCase:
+    return RefusedCase(
+        name="uvit256",
+        **_uvit(resample=False),
+        source="diffusers UVit2DModel, as in aMUSEd 256",
+        note="uvit_2d.py:86-98: without `downsample` and `upsample` the blocks and the transformer layers between them "
+        "work on as many tokens as the image has.",
+        says=("no resolution change: every layer works at 16×16",),
+    )
+
+
+@refused
+def uvit512() -> RefusedCase:
+    return RefusedCase(
+        name="uvit512",
+        **_uvit(resample=True),
+        source="diffusers UVit2DModel, as in aMUSEd 512",
+        note="uvit_2d.py:184-227: down_block halves, the transformer and up_block follow, no skip goes round them: "
+        "up_block's output decides the whole output.",
+        says=("nothing of 16×16 goes round the low resolutions: all passes up_block",),
     )

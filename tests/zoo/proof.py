@@ -5,7 +5,7 @@ Plain torch, independent of the package, so that it can judge the package.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,42 +123,58 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return model(*map_tensors(Tensor.clone, args), **map_tensors(Tensor.clone, dict(kwargs)))
 
 
+class Prover:
+    """One plain run of a model, with the outputs of the named calls; each question costs one more run, of what is left.
+
+    Args:
+        model: the UNet; left as it was.
+        args: positional arguments of the call; cloned for each run.
+        kwargs: keyword arguments of the call; cloned for each run.
+        named: dotted paths of all modules that `holds` will be asked about, each with the indices of its calls.
+
+    Raises:
+        ValueError: when a named call did not happen.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], named: Mapping[str, Iterable[int]]
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        wanted: dict[nn.Module, set[int]] = {}
+        for path, calls in named.items():
+            wanted.setdefault(model.get_submodule(path), set()).update(calls)
+        self.calls = _Calls(wanted)
+        with self.calls.recorded():
+            self.plain = _run(model, args, kwargs)
+        for module, indices in wanted.items():
+            for index in indices - {seen for owner, seen in self.calls.outputs if owner is module}:
+                raise ValueError(f"call {index} of a {type(module).__name__} was named and did not happen")
+
+    def holds(self, exit_path: str, exit_call: int, skipped: Mapping[str, Iterable[int]]) -> bool:
+        """Is the output bit-equal when every skipped call returns NaN and the exit call its own tensor?
+
+        Raises:
+            ValueError: when the exit's output is not one tensor.
+        """
+        exit_key = (self.model.get_submodule(exit_path), exit_call)
+        if not isinstance(self.calls.outputs[exit_key], Tensor):
+            raise ValueError(f"{exit_path} does not return one tensor")
+        keys = [(self.model.get_submodule(path), call) for path, calls in skipped.items() for call in calls]
+        answers = {key: map_tensors(_poison, self.calls.outputs[key]) for key in keys}
+        answers[exit_key] = self.calls.outputs[exit_key]
+        with self.calls.replaced(answers):
+            return same(self.plain, _run(self.model, self.args, self.kwargs))
+
+
 def nan_proof(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     exit_path: str,
     exit_call: int,
-    skipped: Mapping[str, set[int]],
+    skipped: Mapping[str, Iterable[int]],
 ) -> bool:
-    """Is the output bit-equal when every skipped call returns NaN and the exit call its own tensor?
-
-    Args:
-        model: the UNet; left as it was.
-        args: positional arguments of the call; cloned for each of the two runs.
-        kwargs: keyword arguments of the call; cloned for each of the two runs.
-        exit_path: dotted path of the injected module.
-        exit_call: which of its calls, counted from 0.
-        skipped: dotted paths of the skipped modules, each with the indices of its skipped calls.
-
-    Raises:
-        ValueError: when a named call did not happen in the plain run, or the exit's output is not one tensor.
-    """
-    wanted: dict[nn.Module, set[int]] = {model.get_submodule(exit_path): {exit_call}}
-    for path, calls in skipped.items():
-        wanted.setdefault(model.get_submodule(path), set()).update(calls)
-    exit_key = (model.get_submodule(exit_path), exit_call)
-
-    calls = _Calls(wanted)
-    with calls.recorded():
-        plain = _run(model, args, kwargs)
-    for module, indices in wanted.items():
-        for index in indices - {seen for owner, seen in calls.outputs if owner is module}:
-            raise ValueError(f"call {index} of a {type(module).__name__} was named and did not happen")
-    if not isinstance(calls.outputs[exit_key], Tensor):
-        raise ValueError(f"{exit_path} does not return one tensor")
-
-    answers = {key: map_tensors(_poison, output) for key, output in calls.outputs.items()}
-    answers[exit_key] = calls.outputs[exit_key]
-    with calls.replaced(answers):
-        return same(plain, _run(model, args, kwargs))
+    """`Prover` for one question: the exit is `exit_path`'s call `exit_call`, the calls of `skipped` return NaN."""
+    named = {path: set(calls) for path, calls in skipped.items()}
+    named.setdefault(exit_path, set()).add(exit_call)
+    return Prover(model, args, kwargs, named).holds(exit_path, exit_call, skipped)
