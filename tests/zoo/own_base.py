@@ -38,6 +38,22 @@ class Block(nn.Module):
         return nn.functional.silu(self.conv(x) + self.proj(emb)[:, :, None, None])
 
 
+class Layer(nn.Module):
+    """A transformer layer on (B, N, C)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (part.unflatten(2, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=2))
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
 class Small(nn.Module):
     """stem, high → (down, low → (sink, deep, rise) → merge, up) → join, head."""
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.case import RefusedCase, refused
-from tests.zoo.own_base import Block, Small, Time, conv
+from tests.zoo.own_base import Block, Layer, Small, Time, conv
 
 
 def _case(model: nn.Module, name: str, note: str, *says: str) -> RefusedCase:
@@ -87,7 +87,7 @@ class Flat(nn.Module):
         super().__init__()
         self.patch, self.out = nn.Conv2d(3, 32, 4, 4), nn.ConvTranspose2d(32, 3, 4, 4)
         self.time = Time(32)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True) for _ in range(3))
+        self.blocks = nn.ModuleList(Layer(32) for _ in range(3))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         patches = self.patch(x)
