@@ -15,7 +15,7 @@ from clockwork_hooks.schedule import Schedule
 
 __all__ = ["GROUPS", "Group", "Row", "Sampler", "Trained", "group_named"]
 
-WIDTH = 64  # of the ResNet: 12% of a full pass, so that clock 2 saves a third of the MACs
+WIDTH = 64  # of the ResNets: 12% of a full pass, so that clock 2 saves a third of the MACs
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Trained:
     """
 
     name: str
-    kind: str = "ResNetAdaptor"
+    kind: str = "ScaledResNetAdaptor"
     loss: str = "guided-output"
     mode: str = "unrolled"
     inputs: tuple[str, ...] = ("entry", "exit", "text")
@@ -97,16 +97,22 @@ class Group:
         """The adaptors to train, each with the row that says its schedule."""
         return tuple((row.adaptor, row) for row in self.rows if isinstance(row.adaptor, Trained))
 
+    @property
+    def seconds(self) -> float:
+        """A first guess of what it takes on one large GPU; `run` corrects it by what other groups took."""
+        sampled = sum(row.steps or self.sampler.steps for row in (Row("plain"), *self.rows))
+        return 8 + 18 * self.share * len(self.trained) + 0.5 * sampled
+
 
 def _pair(steps: int, scheduler: str = "dpm++", share: float = 1.0) -> Group:
-    """Identity and ResNet of one sampler."""
+    """Identity and trained adaptor of one sampler."""
     prefix = f"steps-{steps}" if scheduler == "dpm++" else f"solver-{scheduler}"
-    rows = (Row("identity", adaptor="identity"), Row("resnet", adaptor=Trained(f"{prefix}-resnet")))
+    rows = (Row("identity", adaptor="identity"), Row("trained", adaptor=Trained(prefix)))
     return Group(prefix, rows, Sampler(scheduler, steps), share=share)
 
 
 def _modes(steps: int, share: float = 1.0) -> Group:
-    """The two other ways of training; the unrolled one is the ResNet of "losses-8" or of "steps-N"."""
+    """The two other ways of training; the unrolled one is in "losses-8" or in "steps-N"."""
     rows = tuple(
         Row(mode.replace("_", "-"), adaptor=Trained(f"modes-{steps}-{mode.replace('_', '-')}", mode=mode))
         for mode in ("forward_noise", "on_policy")
@@ -116,24 +122,26 @@ def _modes(steps: int, share: float = 1.0) -> Group:
 
 def _cut(region: str | int) -> Group:
     name = f"cut-{region}"
-    rows = (Row("identity", adaptor="identity"), Row("resnet", adaptor=Trained(f"{name}-resnet")))
+    rows = (Row("identity", adaptor="identity"), Row("trained", adaptor=Trained(name)))
     return Group(name, rows, region=region)
 
 
 def _losses(name: str, sampler: Sampler, *more: Row, share: float) -> Group:
     made = tuple(
-        Row(f"resnet, {loss}", adaptor=Trained(f"{name}-{loss}", loss=loss))
+        Row(loss, adaptor=Trained(f"{name}-{loss}", loss=loss))
         for loss in ("feature", "guided-feature", "guided-output")
     )
     return Group(name, (Row("identity", adaptor="identity"), *made, *more), sampler, share=share)
 
 
-_LATE, _MIDDLE, _ALL = (5, 6, 7, 8), (3, 4, 5, 6), tuple(range(2, 9))
+_LATE, _MIDDLE, _SHIFTED, _ALL = (5, 6, 7, 8), (3, 4, 5, 6), (3, 5, 7, 8), tuple(range(2, 9))
 
 GROUPS: tuple[Group, ...] = (
     _losses(
         "losses-8",
         Sampler(),
+        Row("ResNet, feature", adaptor=Trained("losses-8-resnet-feature", "ResNetAdaptor", loss="feature")),
+        Row("ResNet, guided-output", adaptor=Trained("losses-8-resnet-guided-output", "ResNetAdaptor")),
         *(Row(f"plain, {steps} steps", steps=steps) for steps in (6, 5, 4, 3)),
         Row("DeepCache, branch 0", deepcache=0),
         Row("DeepCache, branch 1", deepcache=1),
@@ -146,8 +154,8 @@ GROUPS: tuple[Group, ...] = (
         (
             Row("UNet-light", adaptor=Trained("kinds-8-unet-light", "UNetAdaptor", options=(("light", 1),))),
             Row("UNet", adaptor=Trained("kinds-8-unet", "UNetAdaptor", options=())),
-            Row("resnet, width 48", adaptor=Trained("kinds-8-resnet-48", options=(("width", 48),))),
-            Row("resnet, width 80", adaptor=Trained("kinds-8-resnet-80", options=(("width", 80),))),
+            Row("width 48", adaptor=Trained("kinds-8-width-48", options=(("width", 48),))),
+            Row("width 80", adaptor=Trained("kinds-8-width-80", options=(("width", 80),))),
         ),
         share=2.0,
     ),
@@ -167,9 +175,11 @@ GROUPS: tuple[Group, ...] = (
         "schedules-8",
         (
             Row("identity, 5 6 7 8", adaptor="identity", at=_LATE),
-            Row("resnet, 5 6 7 8", adaptor=Trained("schedules-8-late"), at=_LATE),
+            Row("trained, 5 6 7 8", adaptor=Trained("schedules-8-late"), at=_LATE),
             Row("identity, 3 4 5 6", adaptor="identity", at=_MIDDLE),
-            Row("resnet, 3 4 5 6", adaptor=Trained("schedules-8-middle"), at=_MIDDLE),
+            Row("trained, 3 4 5 6", adaptor=Trained("schedules-8-middle"), at=_MIDDLE),
+            Row("identity, 3 5 7 8", adaptor="identity", at=_SHIFTED),
+            Row("trained, 3 5 7 8", adaptor=Trained("schedules-8-shifted"), at=_SHIFTED),
         ),
         share=2.0,
     ),

@@ -34,7 +34,7 @@ def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
     series = {
         "plain": (PLAIN, "losses-8/plain, 6 steps", FEWER, "losses-8/plain, 4 steps", "losses-8/plain, 3 steps"),
         "identity, clock 2": (IDENTITY, "steps-6/identity", "steps-4/identity"),
-        "ResNet, clock 2": (OURS, "steps-6/resnet", "steps-4/resnet"),
+        "trained, clock 2": (OURS, "steps-6/trained", "steps-4/trained"),
         "DeepCache": ("losses-8/DeepCache, branch 0",),
     }  # fmt: skip
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 __all__ = ["FEWER", "IDENTITY", "MODES", "MORE", "OURS", "PLAIN", "SCORES", "TABLES"]
 
-PLAIN, IDENTITY, OURS = "losses-8/plain", "losses-8/identity", "losses-8/resnet, guided-output"
+PLAIN, IDENTITY, OURS = "losses-8/plain", "losses-8/identity", "losses-8/guided-output"
 FEWER, MORE = "losses-8/plain, 5 steps", "losses-8/plain, 6 steps"  # the plain sampler just below our cost, and above
 SCORES = ("Fréchet", "attributes right", "PSNR")
 
 TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Plain, identity, trained (Tab. 1, Fig. 4)",
-        "Clock 2 with the ResNet adaptor (guided-output loss), one trained for each step count.",
+        "Clock 2; an adaptor trained for each step count: the scaled ResNet (`ScaledResNetAdaptor`, ours), width 64, "
+        "guided-output loss, unless a row says otherwise.",
         (
             PLAIN, MORE, FEWER, "losses-8/plain, 4 steps", "losses-8/plain, 3 steps", IDENTITY,
-            OURS, "steps-6/identity", "steps-6/resnet", "steps-4/identity", "steps-4/resnet", "steps-16/plain",
-            "steps-16/identity", "steps-16/resnet",
+            OURS, "steps-6/identity", "steps-6/trained", "steps-4/identity", "steps-4/trained", "steps-16/plain",
+            "steps-16/identity", "steps-16/trained",
         ),
     ),
     (
@@ -23,35 +24,36 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "The paper's loss compares features. Guidance e_u + g(e_c - e_u) multiplies the *difference* of the two "
         "branches' errors, so this library adds two losses on the guided combination: of the features, and of "
         "the UNet's output.",
-        (PLAIN, IDENTITY, "losses-8/resnet, feature", "losses-8/resnet, guided-feature", OURS),
+        (PLAIN, IDENTITY, "losses-8/feature", "losses-8/guided-feature", OURS),
     ),
     (
         "Losses at guidance 4",
         "The same at a guidance scale at which this model is overdriven.",
-        ("guidance-4/plain", "guidance-4/identity", "guidance-4/resnet, feature", "guidance-4/resnet, guided-feature",
-         "guidance-4/resnet, guided-output"),
+        ("guidance-4/plain", "guidance-4/identity", "guidance-4/feature", "guidance-4/guided-feature",
+         "guidance-4/guided-output"),
     ),
     (
-        "Kinds of adaptor (Tab. 3)", "8 steps, clock 2.",
-        (PLAIN, IDENTITY, "kinds-8/resnet, width 48", OURS, "kinds-8/resnet, width 80", "kinds-8/UNet-light",
-         "kinds-8/UNet"),
+        "Kinds of adaptor (Tab. 3)",
+        "8 steps, clock 2. `ResNet, feature` is the paper's adaptor with the paper's loss.",
+        (PLAIN, IDENTITY, "losses-8/ResNet, feature", "losses-8/ResNet, guided-output", "kinds-8/UNet-light",
+         "kinds-8/UNet", "kinds-8/width 48", OURS, "kinds-8/width 80"),
     ),
     (
         "Schedules (Tab. 3)", "Four of eight steps use the adaptor, which was trained for these steps.",
-        (IDENTITY, OURS, "schedules-8/identity, 5 6 7 8", "schedules-8/resnet, 5 6 7 8",
-         "schedules-8/identity, 3 4 5 6", "schedules-8/resnet, 3 4 5 6"),
+        (IDENTITY, OURS, *(f"schedules-8/{name}, {steps}" for steps in ("5 6 7 8", "3 4 5 6", "3 5 7 8")
+                           for name in ("identity", "trained"))),
     ),
     (
         "Cuts (Tab. 3)",
         "`losses-8`: the default cut. `cut-paper`: without the region's down- and upsampler. `cut-2`: below the second "
         "level. `cut-0`: nearly the whole UNet.",
-        (IDENTITY, OURS, "cut-paper/identity", "cut-paper/resnet", "cut-2/identity", "cut-2/resnet", "cut-0/identity",
-         "cut-0/resnet"),
+        (IDENTITY, OURS, "cut-paper/identity", "cut-paper/trained", "cut-2/identity", "cut-2/trained", "cut-0/identity",
+         "cut-0/trained"),
     ),
     (
         "Solvers (Tab. 4)", "8 steps, clock 2; an adaptor trained for each. PNDM evaluates its second step twice.",
         (PLAIN, IDENTITY, OURS, *(f"solver-{solver}/{row}" for solver in ("dpm", "pndm", "ddim")
-                                  for row in ("plain", "identity", "resnet"))),
+                                  for row in ("plain", "identity", "trained"))),
     ),
     (
         "What the adaptor reads (Tab. 5)",
@@ -73,8 +75,8 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 MODES = {
-    4: ("steps-4/resnet", "modes-4/forward-noise", "modes-4/on-policy"),
-    6: ("steps-6/resnet", "modes-6/forward-noise", "modes-6/on-policy"),
+    4: ("steps-4/trained", "modes-4/forward-noise", "modes-4/on-policy"),
+    6: ("steps-6/trained", "modes-6/forward-noise", "modes-6/on-policy"),
     8: (OURS, "modes-8/forward-noise", "modes-8/on-policy"),
-    16: ("steps-16/resnet", "modes-16/forward-noise", "modes-16/on-policy"),
+    16: ("steps-16/trained", "modes-16/forward-noise", "modes-16/on-policy"),
 }

@@ -73,7 +73,7 @@ def _settings(results: Results) -> str:
 
 
 def _best_loss(results: Results) -> str:
-    rows = {loss: f"losses-8/resnet, {loss}" for loss in ("feature", "guided-feature", "guided-output")}
+    rows = {loss: f"losses-8/{loss}" for loss in ("feature", "guided-feature", "guided-output")}
     if not results.has(*rows.values()):
         return ""
     best = min(rows, key=lambda loss: _mean(results, rows[loss], "Fréchet"))

@@ -46,7 +46,7 @@ from clockwork_hooks.training import DistillResult, Student, TrainingOptions, di
 from clockwork_hooks.wrapper import ClockworkWrapper, wrap
 
 if _TYPE_CHECKING:
-    from clockwork_hooks.adaptors import ResNetAdaptor, UNetAdaptor
+    from clockwork_hooks.adaptors import ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
 
 __all__ = [
     "Adaptor",
@@ -71,6 +71,7 @@ __all__ = [
     "RegionNotFoundError",
     "ResNetAdaptor",
     "RunReport",
+    "ScaledResNetAdaptor",
     "Schedule",
     "Side",
     "Stats",
@@ -93,7 +94,7 @@ __all__ = [
 ]
 
 # imported when first asked for: what they need is slow to import
-_LATER = {"ResNetAdaptor": _adaptors, "UNetAdaptor": _adaptors}
+_LATER = dict.fromkeys(("ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"), _adaptors)
 
 
 def __getattr__(name: str) -> _Any:

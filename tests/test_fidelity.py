@@ -140,8 +140,8 @@ def test_the_page_shows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_better_loss_is_named_by_the_numbers() -> None:
     data = made_up()
     for loss, value in (("feature", 30.0), ("guided-feature", 10.0)):
-        data["rows"][f"losses-8/resnet, {loss}"] = copy.deepcopy(data["rows"][OURS])
-        data["rows"][f"losses-8/resnet, {loss}"]["scores"]["Fréchet"]["values"] = [value] * 3
+        data["rows"][f"losses-8/{loss}"] = copy.deepcopy(data["rows"][OURS])
+        data["rows"][f"losses-8/{loss}"]["scores"]["Fréchet"]["values"] = [value] * 3
     assert "Of the three losses, guided-feature has the lowest Fréchet distance" in render.render(data)
 
 

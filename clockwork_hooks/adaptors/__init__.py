@@ -14,11 +14,17 @@ from clockwork_hooks.adaptors.protocol import Adaptor
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
     from clockwork_hooks.adaptors.resnet import ResNetAdaptor
+    from clockwork_hooks.adaptors.scaled import ScaledResNetAdaptor
     from clockwork_hooks.adaptors.unet import UNetAdaptor
 
-__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "UNetAdaptor"]
+__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"]
 
-_LATER = {"LearnedAdaptor": "learned", "ResNetAdaptor": "resnet", "UNetAdaptor": "unet"}
+_LATER = {
+    "LearnedAdaptor": "learned",
+    "ResNetAdaptor": "resnet",
+    "ScaledResNetAdaptor": "scaled",
+    "UNetAdaptor": "unet",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ __all__ = ["SavedAdaptor"]
 
 Self = TypeVar("Self", bound="SavedAdaptor")
 
-BUILT_IN = {"ResNetAdaptor": "resnet", "UNetAdaptor": "unet"}
+BUILT_IN = {"ResNetAdaptor": "resnet", "ScaledResNetAdaptor": "scaled", "UNetAdaptor": "unet"}
 CARD = """---
 {{ card_data }}
 ---

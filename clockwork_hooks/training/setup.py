@@ -112,7 +112,7 @@ def _made(adaptor: Any, region: Region) -> nn.Module:
 def _by_name(name: str) -> Callable[[Region], nn.Module]:
     from clockwork_hooks import adaptors
 
-    kinds = {"resnet": "ResNetAdaptor", "unet": "UNetAdaptor"}
+    kinds = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}
     found = getattr(adaptors, kinds.get(name, ""), None)
     if found is None:
         raise AdaptorError(
