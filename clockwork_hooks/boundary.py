@@ -109,6 +109,9 @@ class Region:
     residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
 
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
     @property
     def skipped(self) -> tuple[SkippedCall, ...]:
         """The module calls that adaptor passes do not run."""

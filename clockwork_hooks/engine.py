@@ -34,7 +34,9 @@ from clockwork_hooks.stats import Stats
 from clockwork_hooks.timeline import Kept, Position, Timeline
 from clockwork_hooks.tree import tensors
 
-__all__ = ["Engine"]
+__all__ = ["Emit", "Engine", "Prepared", "Running", "likely_exits"]
+
+Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 log = logging.getLogger("clockwork_hooks")
 
@@ -51,6 +53,7 @@ class Prepared:
     why: str = ""
     adaptor_macs: int | None = None
     copies: bool = False  # code that the trace does not know writes to the exit
+    name: str = ""  # tells adaptor passes apart where there are several regions
 
 
 @dataclass(slots=True)
@@ -106,6 +109,16 @@ class Engine:
         self._binder = Binder(unet.forward)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The region, once it is known."""
+        return () if self.region is None else (self.region,)
+
+    @property
+    def adaptors(self) -> tuple[Adaptor, ...]:
+        """What stands in for it."""
+        return (self.adaptor,)
+
     # -- the two hooks -------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,6 +141,7 @@ class Engine:
             self._record(running, args, kwargs)
             return
         running.position = self._locate(state, running, prepared)
+        running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
         if prepared.region is not None:
             if not self.installed.intact(prepared.region.plan):  # full passes need it too: they keep the exit
@@ -135,12 +149,8 @@ class Engine:
             before = running.position.before
             kept = before.take() if before is not None else None
             adapt = running.reason is None and kept is not None
-            running.run = Pass(
-                prepared.region.plan,
-                "adaptor" if adapt else "full",
-                (lambda captured: self._emit(running, kept.exit, captured)) if adapt and kept else None,
-                copies=prepared.copies,
-            )
+            stand_in = (lambda captured: self._emit(running, kept.exit, captured)) if adapt and kept else None
+            running.run = self._pass(prepared, prepared.region, stand_in)
             running.cached = kept.exit if adapt and kept else None
             running.run.enter(args, kwargs)
             start_pass(self, running.run)
@@ -161,6 +171,13 @@ class Engine:
             self._finish_recording(state, running, output)
             return None
         return self._finish(module, args, kwargs, running)
+
+    def _pass(self, prepared: Prepared, region: Region, stand_in: Emit | None) -> Pass:
+        return Pass(region.plan, "adaptor" if stand_in else "full", stand_in, copies=prepared.copies)
+
+    def _turn(self, running: Running, prepared: Prepared) -> Prepared:
+        """Which region is it that this step may skip? There is but one."""
+        return prepared
 
     def clean(self, state: State) -> None:
         """End whatever an interrupted call has left open in this thread."""
@@ -211,16 +228,17 @@ class Engine:
         running.recorder = Recorder(self.unet, running.arguments, module_paths(self.unet))
         running.recorder.start(args, kwargs, frame=running.frame, keep=max(rank, 1), exits=self._likely_exits())
 
-    def _likely_exits(self) -> frozenset[str]:
-        """Paths of modules that may return the exit, where something is known before the trace."""
-        known = frozenset(self.region.exit.paths) if self.region is not None else frozenset[str]()
-        return known | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset[str]())
+    def _likely_exits(self) -> tuple[frozenset[str], ...]:
+        """For each region, paths of modules that may return its exit, where something is known before the trace."""
+        return (likely_exits(self.wanted, self.region),)
 
     def _finish_recording(self, state: State, running: Running, output: Any) -> None:
         """Turn the recorded call into a plan; if the likely exits kept alive include the exit, it is remembered."""
         recorder = running.recorder
         assert recorder is not None  # only called for recorded calls
-        kept = recorder.kept | recorder.named
+        kept = dict(recorder.kept)
+        for named in recorder.named.values():
+            kept |= named
         recorder.kept.clear()
         recorder.named.clear()
         recorder.stop(output)
@@ -228,26 +246,33 @@ class Engine:
         prepared = self._prepare(trace)
         self._prepared[running.key] = prepared
         position = self._locate(state, running, prepared)
+        self._remember_recorded(running, prepared, position, kept)
+        reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
+        self._count(position, reason, prepared.full_macs, prepared.full_macs)
+
+    def _remember_recorded(
+        self, running: Running, prepared: Prepared, position: Position, kept: Mapping[int, torch.Tensor]
+    ) -> None:
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None:
                 position.call.kept = Kept(running.key, exit.detach(), version(exit))
-        reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
-        self._count(position, reason, prepared.full_macs, prepared.full_macs)
+
+    def _find(self, trace: Trace, wanted: Region | Choice, known: Region | None) -> tuple[Region | None, str]:
+        """The region of this trace: the one known from other inputs if it is there; None, and why."""
+        known = wanted if isinstance(wanted, Region) else known
+        region = match(trace, self.unet, known) if known is not None else None
+        if isinstance(wanted, Region) or region is not None:
+            return region, reasons.OTHER_REGION
+        try:
+            return wanted.find(trace, self.unet), ""
+        except RegionNotFoundError:
+            if known is None:
+                raise
+            return None, reasons.NO_REGION
 
     def _prepare(self, trace: Trace) -> Prepared:
-        why, region = "", None
-        if self.region is not None:
-            region = match(trace, self.unet, self.region)
-        if isinstance(self.wanted, Region):
-            why = reasons.OTHER_REGION
-        elif region is None:
-            try:
-                region = self.wanted.find(trace, self.unet)
-            except RegionNotFoundError:
-                if self.region is None:
-                    raise
-                why = reasons.NO_REGION
+        region, why = self._find(trace, self.wanted, self.region)
         costs = [node_macs(node) for node in trace.nodes]
         full = sum(costs)
         rest = full - sum(costs[n] for n in skipped_nodes(trace, region)) if region is not None else full
@@ -286,7 +311,8 @@ class Engine:
         if run is not None and run.kind == "adaptor" and not run.complete():
             running.reason = reasons.DIFFERED
             cost += prepared.full_macs
-            run = Pass(run.plan, "full", copies=prepared.copies)
+            assert prepared.region is not None  # else there was no adaptor pass
+            run = self._pass(prepared, prepared.region, None)
             run.enter(args, kwargs)
             start_pass(self, run)
             try:
@@ -295,15 +321,17 @@ class Engine:
                 end_pass(self)
         if run is not None:
             self._remember(running, run, prepared, position)
-        self._count(position, running.reason, cost, prepared.full_macs)
+        self._count(position, running.reason, cost, prepared.full_macs, prepared.name)
         return replaced
 
-    def _count(self, position: Position, reason: str | None, run: int, plain: int) -> None:
-        self.stats.count(reason, run, plain, trajectory=position.trajectory, step=position.step)
+    def _count(self, position: Position, reason: str | None, run: int, plain: int, region: str = "") -> None:
+        self.stats.count(reason, run, plain, trajectory=position.trajectory, step=position.step, region=region)
         if log.isEnabledFor(logging.DEBUG):
             where = (position.trajectory, position.step, position.branch.label, position.ordinal + 1)
             log.debug(
-                "trajectory %d, step %d, branch %s, call %d: %s", *where, f"full: {reason}" if reason else "adaptor"
+                "trajectory %d, step %d, branch %s, call %d: %s",
+                *where,
+                f"full: {reason}" if reason else f"adaptor {region}".strip(),
             )
 
     def _remember(self, running: Running, run: Pass, prepared: Prepared, position: Position) -> None:
@@ -325,14 +353,25 @@ class Engine:
         assert prepared is not None  # an adaptor pass has all three
         assert position is not None
         assert prepared.region is not None
+        adaptor, loaded = self._adaptor(prepared)
         if prepared.adaptor_macs is None:
-            if self.loaded:
-                emit.place(self.adaptor, cached)
-            made, prepared.adaptor_macs = emit.count_and_run(self.adaptor, captured, cached)
+            if loaded:
+                emit.place(adaptor, cached)
+            made, prepared.adaptor_macs = emit.count_and_run(adaptor, captured, cached)
         else:
-            made = emit.run(self.adaptor, captured, cached)
-        where = {"step": position.step, "region": prepared.region.line, "adaptor": type(self.adaptor).__name__}
+            made = emit.run(adaptor, captured, cached)
+        where = {"step": position.step, "region": prepared.region.line, "adaptor": type(adaptor).__name__}
         return emit.check(made, cached, finite=self.check_finite, where=where)
+
+    def _adaptor(self, prepared: Prepared) -> tuple[Adaptor, bool]:
+        """The adaptor of a region, and whether it is ours to move."""
+        return self.adaptor, self.loaded
+
+
+def likely_exits(wanted: Region | Choice, known: Region | None) -> frozenset[str]:
+    """Paths of modules of which the one called last may return the region's exit."""
+    paths = frozenset(known.exit.paths) if known is not None else frozenset[str]()
+    return paths | (wanted.exits if isinstance(wanted, Choice) else frozenset[str]())
 
 
 def _on_schedule(position: Position) -> str:

@@ -151,7 +151,9 @@ class Pass:
         self._capture(path, k, "input", (args, kwargs))
         found = self._calls.get((path, k))
         if found is None:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            self._capture(path, k, "output", output)
+            return output
         if self.kind == "adaptor":
             return map_leaves(self._fill, found.output)
         output = forward(*args, **kwargs)

@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self.bindings = Bindings(root, arguments)
         self.calls: list[ModuleCall] = []
         self.kept: dict[int, torch.Tensor] = {}
-        self.named: dict[int, torch.Tensor] = {}
+        self.named: dict[int, dict[int, torch.Tensor]] = {}
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._root = root
         self._paths = paths
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
         self._outside = False
         self._floor = sys.maxsize
         self._rank = 4
-        self._exits: frozenset[str] = frozenset()
+        self._exits: tuple[frozenset[str], ...] = ()
 
     # -- begin and end -------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
         *,
         frame: FrameType,
         keep: int = 0,
-        exits: frozenset[str] = frozenset(),
+        exits: tuple[frozenset[str], ...] = (),
         outside: bool = False,
         save: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
             args, kwargs: the root's arguments.
             frame: the one that runs the root's call; once it is off the stack, recording was abandoned.
             keep: spatial rank of the sample, to keep a few likely exits alive (`kept`); 0 keeps none.
-            exits: paths of modules; what the last call of them returns is kept alive too (`named`).
+            exits: sets of paths of modules; what the last call of each set returns is kept alive too (`named`).
             outside: the root is yet to be called; else one of its own pre-hooks is what calls us.
             save: keep a copy of every parameter that the call writes to (`saved`).
         """
@@ -198,8 +198,9 @@ class Recorder(TorchDispatchMode):
         self._close(output)
         if self._rank and call.path is not None:
             self._keep(output)
-        if call.path in self._exits:
-            self.named = {self.bindings.node(tensor).meta["index"]: tensor for tensor in tensors(output)}
+        for k, paths in enumerate(self._exits):
+            if call.path in paths:
+                self.named[k] = {self.bindings.node(tensor).meta["index"]: tensor for tensor in tensors(output)}
 
     def _open(self, module: nn.Module) -> None:
         ordinal = self._ordinals.get(id(module), 0)
@@ -244,7 +245,7 @@ class Recorder(TorchDispatchMode):
     def _rescue(self, written: torch.Tensor) -> None:
         """Something is about to write to a likely exit (FreeU does): keep it as it is now."""
         storage = self.bindings.storage(written)
-        for likely in (self.kept, self.named):
+        for likely in (self.kept, *self.named.values()):
             for index, tensor in likely.items():
                 if storage and self.bindings.storage(tensor) == storage:
                     likely[index] = tensor.clone()

@@ -22,6 +22,7 @@ class Counts:
         adaptor_passes: calls in which the adaptor stood in for the region.
         reasons: why full passes were full → how many: "first step" and "scheduled" are the schedule's own, every
             other one is a pass that could not be placed, or that the schedule would have given to the adaptor.
+        regions: where several regions have clocks of their own, which one adaptor passes skipped → how many.
         macs_run: multiply-accumulates that ran, the adaptor's included; convolutions and matrix products, attention
             products counted. 1 MAC = 2 FLOPs.
         macs_plain: what the same calls cost without Clockwork.
@@ -30,6 +31,7 @@ class Counts:
     full_passes: int = 0
     adaptor_passes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    regions: Counter[str] = field(default_factory=Counter)
     macs_run: int = 0
     macs_plain: int = 0
 
@@ -43,9 +45,11 @@ class Counts:
         """Share of the MACs that did not run, 0 to 1."""
         return self.macs_saved / self.macs_plain if self.macs_plain else 0.0
 
-    def _add(self, reason: str | None, run: int, plain: int) -> None:
+    def _add(self, reason: str | None, run: int, plain: int, region: str) -> None:
         if reason is None:
             self.adaptor_passes += 1
+            if region:
+                self.regions[region] += 1
         else:
             self.full_passes += 1
             self.reasons[reason] += 1
@@ -77,7 +81,9 @@ class Stats(Counts):
     trajectories: deque[TrajectoryStats] = field(default_factory=lambda: deque(maxlen=64))
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def count(self, reason: str | None, run: int, plain: int, *, trajectory: int = 0, step: int = 0) -> None:
+    def count(
+        self, reason: str | None, run: int, plain: int, *, trajectory: int = 0, step: int = 0, region: str = ""
+    ) -> None:
         """Add one pass: a full one with its reason, an adaptor pass without.
 
         Args:
@@ -85,15 +91,16 @@ class Stats(Counts):
             run, plain: MACs that ran, and that a full pass runs.
             trajectory: its number; 0 for a call that belongs to none.
             step: of the trajectory.
+            region: which one an adaptor pass skipped, where there are several.
         """
         with self._lock:
-            self._add(reason, run, plain)
+            self._add(reason, run, plain, region)
             if trajectory:
                 found = next((known for known in reversed(self.trajectories) if known.number == trajectory), None)
                 if found is None:
                     found = TrajectoryStats(number=trajectory)
                     self.trajectories.append(found)
-                found._add(reason, run, plain)
+                found._add(reason, run, plain, region)
                 found.steps = step
 
     def clear(self) -> None:
@@ -101,6 +108,7 @@ class Stats(Counts):
         with self._lock:
             self.full_passes = self.adaptor_passes = self.macs_run = self.macs_plain = 0
             self.reasons.clear()
+            self.regions.clear()
             self.trajectories.clear()
 
 
@@ -115,6 +123,7 @@ class RunReport:
         adaptor: class name.
         full_passes, adaptor_passes, reasons, macs_run, macs_plain: as in `Stats`.
         cache: branch → bytes that are kept for it now, features and copies of its conditions.
+        regions: as in `Stats`.
     """
 
     model: str
@@ -127,6 +136,7 @@ class RunReport:
     macs_run: int
     macs_plain: int
     cache: dict[str, int] = field(default_factory=dict)
+    regions: dict[str, int] = field(default_factory=dict)
 
     @property
     def saving(self) -> float:
@@ -140,6 +150,7 @@ class RunReport:
             ("schedule", self.schedule),
             ("adaptor", self.adaptor),
             ("passes", f"{self.full_passes} full, {self.adaptor_passes} with the adaptor"),
+            *(("skipping", f"{region}: {count}") for region, count in self.regions.items()),
             *(("full because", f"{reason}: {count}") for reason, count in self.reasons.items()),
             ("MACs run", f"{macs(self.macs_run)} of {macs(self.macs_plain)} (attention products counted)"),
             ("saved", str(percent(self.saving))),

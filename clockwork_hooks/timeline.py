@@ -48,11 +48,13 @@ class Call:
         offset: entries of the list of times from the step's first call to this one; 0 where there is no list.
         kept: for the same call of the step after it; None if nothing may be used.
         missing: why there is none.
+        inner: the same for the regions inside of that one that have clocks of their own.
     """
 
     offset: int = 0
     kept: Kept | None = None
     missing: str = reasons.NOT_KEPT
+    inner: tuple[Call, ...] = ()
 
     def take(self) -> Kept | None:
         """What was kept, which is let go: it serves once."""
@@ -94,7 +96,8 @@ class Branch:
     @property
     def nbytes(self) -> int:
         """Memory that it holds: features, each storage once, and copies of conditions."""
-        kept = [call.kept.exit.untyped_storage() for call in (*self.before, *self.calls) if call.kept is not None]
+        calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
+        kept = [call.kept.exit.untyped_storage() for call in calls if call.kept is not None]
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
     def enter(self, step: int, *, declared: bool) -> None:

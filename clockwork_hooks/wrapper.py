@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph import module_paths
 from clockwork_hooks.hooks import RootHook
+from clockwork_hooks.layers import Clocked
+from clockwork_hooks.nested import NestedEngine
+from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import RunReport, Stats
 
@@ -35,9 +38,10 @@ MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 def wrap(
     unet: nn.Module,
-    adaptor: Adaptor | str | os.PathLike[str] | None = None,
+    adaptor: Adaptor | str | os.PathLike[str] | Mapping[Any, Any] | None = None,
     *,
     clock: int = 2,
+    clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
     region: Region | None = None,
     level: int | None = None,
     resolution: int | tuple[int, ...] | None = None,
@@ -62,6 +66,10 @@ def wrap(
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
         clock: one full pass every `clock` steps; 1 switches Clockwork off.
+        clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
+            the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
+            the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
+            a mapping with these keys; `cut` goes for all.
         region: from `find_region`, found for this UNet at any batch, size and device; None to have it chosen at the
             first call, by the options that follow, or else the one that the adaptor was made for, or else the one
             below the highest level.
@@ -109,6 +117,23 @@ def wrap(
     if plan is not None:
         region, schedule, adaptor = _parts(plan)
     check_clock(clock)
+    if clocks is not None:
+        one_way: dict[str, object] = {
+            "region": region,
+            "schedule": schedule,
+            "level": level,
+            "resolution": resolution,
+            "share": share,
+        }
+        one_way |= {"modules": modules, "entry": entry, "exit": exit}
+        nested = _nested(unet, clocks, adaptor, one_way, cut, time, check_finite)
+        if all(one.clock == 1 for one in nested.clocks):
+            warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
+        return ClockworkWrapper(unet, nested)
+    if isinstance(adaptor, Mapping):
+        raise AdaptorError(
+            "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
+        )
     choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
     if region is not None:
         _check_region(region, unet)
@@ -161,8 +186,16 @@ class ClockworkWrapper:
 
     @property
     def region(self) -> Region | None:
-        """The region that adaptor passes skip; None before the first call, unless one was passed to `wrap`."""
+        """The region that adaptor passes skip; None before the first call, unless one was passed to `wrap`.
+
+        Of several the widest.
+        """
         return self._engine.region
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All regions that have clocks, widest first; none before the first call, unless one was passed to `wrap`."""
+        return self._engine.regions
 
     @property
     def schedule(self) -> Schedule:
@@ -274,7 +307,8 @@ class ClockworkWrapper:
             The wrapper itself.
 
         Raises:
-            ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device.
+            ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
+                several regions have clocks.
             CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
 
         Example:
@@ -282,6 +316,12 @@ class ClockworkWrapper:
 
         Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
         """
+        if isinstance(self._engine, NestedEngine):
+            raise ArgumentError(
+                "a compiled UNet has one region",
+                seen={"regions": len(self._engine.clocks)},
+                do="wrap it with one clock",
+            )
         if mode not in MODES:
             raise ArgumentError(
                 "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
@@ -297,18 +337,19 @@ class ClockworkWrapper:
 
     def report(self) -> RunReport:
         """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""
-        stats, region = self.stats, self.region
+        stats = self.stats
         return RunReport(
             type(self.unet).__name__,
-            region.line if region else "not known before the first call",
+            "; ".join(region.line for region in self.regions) or "not known before the first call",
             str(self.schedule),
-            type(self.adaptor).__name__,
+            ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in self._engine.adaptors)),
             stats.full_passes,
             stats.adaptor_passes,
             dict(stats.reasons),
             stats.macs_run,
             stats.macs_plain,
             self._engine.states.cache(),
+            dict(stats.regions),
         )
 
     def remove(self) -> None:
@@ -432,6 +473,41 @@ def _wrapped(unet: nn.Module) -> bool:
 
 def _cached(module: nn.Module) -> bool:
     return str(getattr(vars(module).get("forward"), "__module__", "")).startswith("DeepCache.")
+
+
+def _nested(
+    unet: nn.Module,
+    clocks: Mapping[Any, int],
+    adaptor: Any,
+    one_way: Mapping[str, object],
+    cut: str,
+    time: str | None,
+    check_finite: bool,
+) -> NestedEngine:
+    """What runs several clocks; the rules that can be checked before the first call are."""
+    if given := {name: value for name, value in one_way.items() if value is not None}:
+        raise ArgumentError("clocks= says which regions, and when", seen=given, do="pass clocks= alone")
+    if not isinstance(clocks, Mapping) or not clocks:
+        raise ArgumentError(
+            "clocks= gives each region a clock", seen={"clocks": repr(clocks)}, do="pass clocks={1: 2, 2: 4}"
+        )
+    adaptors = adaptor if isinstance(adaptor, Mapping) else dict.fromkeys(clocks, adaptor)
+    if unknown := [key for key in adaptors if key not in clocks]:
+        raise ArgumentError("adaptors are for the regions of clocks=", seen={"others": unknown}, do="use the same keys")
+    made = []
+    for key, clock in clocks.items():
+        check_clock(clock)
+        if isinstance(key, Region):
+            _check_region(key, unet)
+            wanted: Region | Choice = key
+            name = f"{key.entry.path} → {key.exit.path}"
+        elif isinstance(key, tuple):
+            wanted, name = Choice(resolution=key, cut=cut), shape(key)
+        else:
+            wanted, name = Choice(level=key, cut=cut), f"level {key}"
+        used = _adaptor(adaptors.get(key))
+        made.append(Clocked(name, wanted, clock, used, loaded=used is not adaptors.get(key)))
+    return NestedEngine(unet, made, time=time, check_finite=check_finite)
 
 
 def _adaptor(adaptor: Adaptor | str | os.PathLike[str] | None) -> Adaptor:

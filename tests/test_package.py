@@ -66,6 +66,8 @@ FLOOR = {
     "blocks": 90,
     "cost": 90,
     "engine": 90,
+    "layers": 93,
+    "nested": 95,
     "budget": 100,
     "flops": 100,
     "compiled": 100,
