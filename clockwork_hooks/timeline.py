@@ -284,9 +284,9 @@ class Timeline:
         self._doubt = self._doubt or (None if known else reasons.DIRECTION) or (None if even else reasons.STRIDE)
 
     def _from(self, place: Place | None) -> int | None:
-        """Entries of the list since the time before; 0 where there is no list, None in another list."""
+        """Entries of the list since the time before; 0 where neither is in a list, None in another list or in one."""
         if place is None or self._place is None:
-            return 0
+            return 0 if place is self._place else None
         return place.index - self._place.index if place.times == self._place.times else None
 
     def _regular(self, jump: int | None) -> bool:

@@ -34,6 +34,10 @@ class Judge:
         """A trajectory begins."""
         self._step.clear()
 
+    def forget(self, branch: Hashable) -> None:
+        """What this branch emitted is of no use any more: its conditions have changed."""
+        self._step.pop(branch, None)
+
     @property
     def share(self) -> float:
         """Adaptor passes among all calls."""

@@ -322,3 +322,16 @@ def test_a_picture_after_a_picture() -> None:
             judge.begin()
             assert torch.equal(picture(lambda x, t, k: judge.call(x, t, step=k), *run), expected)
     assert judge.share >= 0.4
+
+
+@torch.no_grad()
+def test_a_list_just_below_times_that_are_in_none() -> None:
+    """Fresh tensors, then the scheduler's list, as regular as if it were the same loop: it is another one."""
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet, schedule=lambda step: True):
+        for k, t in enumerate((900.0, 800.0, 700.0), 1):
+            judge.call(torch.randn(1, 2, 8, 8), torch.tensor(t), step=k)
+        judge.begin()
+        for k, t in enumerate(torch.tensor([600.0, 500.0, 400.0]), 1):
+            judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+    assert judge.made == "FAAFAA"

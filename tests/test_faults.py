@@ -1,0 +1,131 @@
+"""After an error anywhere the next call starts clean, and `remove()` restores everything."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+from tests.snapshot import snapshot
+
+
+class Faulty(nn.Module):
+    """An identity adaptor that raises, or returns NaN, when it is told to."""
+
+    fault: BaseException | str | None = None
+
+    def forward(self, entry: Any, exit_cached: Tensor, *, time: Any, text: Any) -> Tensor:
+        if isinstance(self.fault, BaseException):
+            raise self.fault
+        return exit_cached * float("nan") if self.fault == "nan" else exit_cached
+
+
+FAULTS: list[Callable[[], BaseException]] = [
+    lambda: RuntimeError("in the model"),
+    KeyboardInterrupt,
+    lambda: torch.OutOfMemoryError("CUDA out of memory (simulated)"),
+    lambda: MemoryError("no memory"),
+    SystemExit,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", FAULTS, ids=["error", "interrupt", "CUDA OOM", "OOM", "exit"])
+@pytest.mark.parametrize("where", ["full pass", "adaptor pass", "adaptor", "head", "between calls"])
+def test_the_next_call_starts_clean(where: str, make: Callable[[], BaseException]) -> None:
+    """At every step of a trajectory in turn; the steps after the fault are a trajectory of their own."""
+    unet, adaptor = Tiny(), Faulty()
+    faults: dict[str, BaseException | None] = {"body": None, "head": None}
+    for name in faults:
+        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: _raise(faults[name]))
+    before = snapshot(unet)
+    module = {"full pass": "body", "adaptor pass": "head", "head": "head"}.get(where)
+    step = 2 if "adaptor" in where else 3
+    judge = Judge(unet, Tiny())
+    cw = ch.wrap(unet, adaptor)
+    times = list(range(900, 0, -100))
+    for t in times[: step - 1]:
+        judge.call(torch.randn(1, 2, 8, 8), t, step=times.index(t) + 1)
+    error = make()
+    with contextlib.suppress(type(error)):
+        if where == "between calls":
+            raise error
+        if module is not None:
+            faults[module] = error
+        else:
+            adaptor.fault = error
+        unet(torch.randn(1, 2, 8, 8), times[step - 1])
+    faults.update(body=None, head=None)
+    adaptor.fault = None
+    if where == "between calls":  # of which we are not told
+        cw.reset()
+    judge.begin()
+    judge.made = ""
+    for k, t in enumerate(times[step:], 1):
+        judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+    assert judge.made == "FAFAFAFAF"[: len(times) - step]
+    cw.remove()
+    assert snapshot(unet) == before
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", FAULTS[:3], ids=["error", "interrupt", "CUDA OOM"])
+def test_removed_right_after_a_fault(make: Callable[[], BaseException]) -> None:
+    unet, adaptor = Tiny(), Faulty()
+    before, x = snapshot(unet), torch.randn(1, 2, 8, 8)
+    error = make()
+    with contextlib.suppress(type(error)), ch.wrap(unet, adaptor):
+        unet(x, 900)
+        adaptor.fault = error
+        unet(x, 800)
+    assert snapshot(unet) == before
+    assert torch.equal(unet(x, 700), Tiny()(x, 700))
+
+
+@torch.no_grad()
+def test_a_declared_step_that_fails() -> None:
+    """The trajectory is over; the next declaration begins another."""
+    judge, trip = Judge(Tiny()), True
+
+    def hook(*_: Any) -> None:
+        if trip:
+            raise RuntimeError
+
+    with ch.wrap(judge.unet) as cw:
+        for k, t in enumerate((900, 950, 400), 1):
+            with cw.step():
+                judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+        handle = judge.unet.body.register_forward_hook(hook)
+        with pytest.raises(RuntimeError), cw.step(), cw.branch("a"):
+            judge.unet(torch.randn(1, 2, 8, 8), 399, torch.zeros(1, 3))
+        handle.remove()
+        judge.begin()
+        for k, t in enumerate((390, 380), 1):
+            with cw.step():
+                judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+    assert judge.made == "FAFFA"
+
+
+@torch.no_grad()
+def test_nan_is_reported_with_step_and_region() -> None:
+    unet, adaptor = Tiny(), Faulty()
+    with ch.wrap(unet, adaptor, check_finite=True) as cw:
+        x = torch.randn(1, 2, 8, 8)
+        for t in (900, 800, 700):
+            unet(x, t)
+        adaptor.fault = "nan"
+        with pytest.raises(ch.AdaptorError, match=r"finite|NaN") as caught:
+            unet(x, 600)
+    assert caught.value.seen["step"] == 4
+    assert cw.region is not None
+    assert caught.value.seen["region"] == cw.region.line

@@ -1,0 +1,185 @@
+"""Several loops at once, copies and files: each one as if it were alone."""
+
+import asyncio
+import copy
+import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+RUNS = ((8, 0), (5, 1), (12, 2), (8, 3))  # steps, seed of prompt and noise
+
+
+def picture(call: Any, steps: int, seed: int) -> Iterator[Tensor]:
+    """A sampling loop with guidance in two calls that can be stopped between them."""
+    random = torch.Generator().manual_seed(seed)
+    x, *pair = torch.randn(1, 2, 8, 8, generator=random), *torch.randn(2, 1, 3, generator=random)
+    for t in torch.linspace(900, 0, steps):
+        for c in pair:
+            with torch.no_grad():
+                x = x - 0.1 * call(x, t, c).tanh()
+            yield x
+
+
+def last(loop: Iterator[Tensor]) -> Tensor:
+    *_, x = loop
+    return x
+
+
+def alone(steps: int, seed: int) -> Tensor:
+    with ch.wrap(Tiny()) as cw:
+        return last(picture(cw, steps, seed))
+
+
+def test_two_threads() -> None:
+    """They are made to take turns at every call."""
+    unet, made = Tiny(), {}
+    barrier = threading.Barrier(2)
+
+    def run(steps: int, seed: int) -> None:
+        for x in picture(unet, steps, seed):
+            made[seed] = x
+            barrier.wait(30)
+
+    with ch.wrap(unet) as cw:
+        for pair in (((8, 0), (8, 1)), ((6, 2), (6, 3))):
+            threads = [threading.Thread(target=run, args=options) for options in pair]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            for steps, seed in pair:
+                assert torch.equal(made[seed], alone(steps, seed))
+    assert cw.stats.adaptor_passes == 2 * 2 * (4 + 3)
+    assert sorted(known.steps for known in cw.stats.trajectories) == [6, 6, 8, 8]
+
+
+def test_jobs_of_a_pool() -> None:
+    """More jobs than threads, one after another in each; none goes on where the last one stopped."""
+    unet = Tiny()
+    with ch.wrap(unet), ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(lambda run: last(picture(unet, *run)), run) for run in RUNS * 2]
+        for run, job in zip(RUNS * 2, jobs, strict=True):
+            assert torch.equal(job.result(60), alone(*run))
+
+
+def test_asyncio_tasks() -> None:
+    """They take turns at every call, in one thread."""
+    unet = Tiny()
+
+    async def run(steps: int, seed: int) -> Tensor:
+        made = []
+        for x in picture(unet, steps, seed):
+            made.append(x)
+            await asyncio.sleep(0)
+        return made[-1]
+
+    async def main() -> list[Tensor]:
+        return await asyncio.gather(*(run(*options) for options in RUNS))
+
+    with ch.wrap(unet) as cw:
+        for options, x in zip(RUNS, asyncio.run(main()), strict=True):
+            assert torch.equal(x, alone(*options))
+        assert cw.stats.adaptor_passes == sum(2 * (steps // 2) for steps, _ in RUNS)
+        assert cw.report().cache == {}  # the tasks are over
+
+
+def test_calls_that_hop_between_threads() -> None:
+    """Each call is a job of its own: nothing tells that they are one loop, so all are full."""
+    unet = Tiny()
+
+    async def main() -> str:
+        judge = Judge(unet, Tiny())
+        for k, t in enumerate((900, 800, 700, 600), 1):
+            with torch.no_grad():
+                await asyncio.to_thread(torch.no_grad()(judge.call), torch.randn(1, 2, 8, 8), t, step=k)
+        return judge.made
+
+    with ch.wrap(unet):
+        assert asyncio.run(main()) == "FFFF"
+
+
+def test_names_and_declarations_stay_in_their_thread() -> None:
+    unet = Tiny()
+    with ch.wrap(unet) as cw, cw.branch("mine"), ThreadPoolExecutor(1) as pool:
+        cw.step()
+        other = pool.submit(lambda: cw._engine.states.current().timeline).result()
+        assert (other.names, other.declared) == ([], False)
+
+
+@torch.no_grad()
+def test_a_copy_is_independent() -> None:
+    """Made in the middle of a trajectory: it runs its own weights, in full, and can be wrapped by itself."""
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        cw(torch.randn(1, 2, 8, 8), 900)
+        cw(torch.randn(1, 2, 8, 8), 800)
+        made = copy.deepcopy(unet)
+        for parameter in made.parameters():
+            parameter.mul_(0.5)
+        before, x = cw.stats.full_passes, torch.randn(1, 2, 8, 8)
+        expected = Tiny()
+        for parameter in expected.parameters():
+            parameter.mul_(0.5)
+        assert torch.equal(made(x, 700), expected(x, 700))
+        assert cw.stats.full_passes == before
+        with ch.wrap(made) as other:
+            assert torch.equal(last(picture(other, 8, 0)), last(picture(ch.wrap(expected), 8, 0)))
+        assert torch.equal(last(picture(cw, 8, 0)), alone(8, 0))
+
+
+@torch.no_grad()
+def test_saved_while_wrapped(tmp_path: Path) -> None:
+    """`state_dict`, `torch.save` and `save_pretrained` see the UNet as it is without us."""
+    from diffusers import UNet2DModel
+
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(8, block_out_channels=(8, 32), norm_num_groups=8, layers_per_block=1, **blocks).eval()
+    keys, x = list(unet.state_dict()), torch.randn(1, 3, 8, 8)
+    with ch.wrap(unet) as cw:
+        for t in (900, 800, 700):
+            unet(x, t)
+        assert list(unet.state_dict()) == keys == list(cw.state_dict())
+        unet.save_pretrained(tmp_path / "saved")
+        weights, whole = io.BytesIO(), io.BytesIO()
+        torch.save(unet.state_dict(), weights)
+        torch.save(unet, whole)
+    again = UNet2DModel.from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False).eval()
+    fresh = UNet2DModel.from_config(unet.config).eval()
+    fresh.load_state_dict(torch.load(io.BytesIO(weights.getvalue()), weights_only=True))
+    pickled = torch.load(io.BytesIO(whole.getvalue()), weights_only=False)
+    for made in (again, fresh, pickled):
+        pairs = zip(made.state_dict().items(), unet.state_dict().items(), strict=True)
+        assert all(name == known and torch.equal(value, own) for (name, value), (known, own) in pairs)
+        torch.testing.assert_close(made(x, 500).sample, unet(x, 500).sample)
+        if made is not pickled:  # there, a skipped module's forward is its class's, bound to it
+            assert not any("forward" in vars(module) for module in made.modules())
+        with ch.wrap(made) as cw:
+            for t in (900, 800):
+                made(x, t)
+        assert cw.stats.adaptor_passes == 1
+
+
+@pytest.mark.parametrize("how", ["before", "while wrapped"])
+@torch.no_grad()
+def test_weights_loaded(how: str) -> None:
+    """New weights are a new model: after `reset()`, or in a new trajectory, nothing of the old one is used."""
+    unet, other = Tiny(), Tiny(seed=1)
+    if how == "before":
+        unet.load_state_dict(other.state_dict())
+    with ch.wrap(unet) as cw:
+        if how == "while wrapped":
+            last(picture(cw, 4, 0))
+            unet.load_state_dict(other.state_dict())
+        with ch.wrap(other) as expected:
+            assert torch.equal(last(picture(cw, 8, 0)), last(picture(expected, 8, 0)))
