@@ -77,7 +77,7 @@ class Builder:
         )
         entries = tuple(self._boundary(u) for u in entry_nodes)
         exit = self._boundary(o)
-        by_level = self._by_level(run)
+        by_level = self._by_level(run, size[entry])
         return Region(
             model=self.trace.model,
             entry=next(e for e in entries if e.node == entry),
@@ -223,10 +223,12 @@ class Builder:
         modules = [module for module in self.unet.modules() if named.get(id(module)) in paths]
         return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
-    def _by_level(self, run: set[int]) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    def _by_level(self, run: set[int], edge: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
         found: dict[int, list[int]] = {}
         order = sorted(n for n in run if self.macs[n] and self.dom.dep[n])
         known = [(n, self.levels.positions(self.trace.nodes[n])) for n in order]
+        # Heads times tokens can look like a level above the edge; only padding, which a convolution shows, is one.
+        known = [(n, p if p and (p <= edge or self.levels.is_spatial(self.trace.nodes[n])) else None) for n, p in known]
         floor = min((p for n, p in known if p and self.levels.is_spatial(self.trace.nodes[n])), default=0)
         turn = max((n for n, p in known if p == floor), default=0)
         at = floor

@@ -25,8 +25,8 @@ from clockwork_hooks.passes import SkippedCall, Slot
 from clockwork_hooks.regions import choose, regions_of
 from clockwork_hooks.tree import leaves
 from tests.snapshot import snapshot
-from tests.zoo import REFUSED, ZOO, Case, RefusedCase, ZooCase, random_unet
-from tests.zoo.proof import map_tensors, nan_proof, same
+from tests.zoo import REFUSED, ZOO, Case, RefusedCase, ZooCase, random_unet, table
+from tests.zoo.proof import map_tensors, same
 
 RANDOM = 5
 FIRST = int(os.environ.get("CLOCKWORK_RANDOM_SEED", time.time_ns() % 1_000_000))  # other UNets in every run
@@ -162,11 +162,10 @@ def test_region_is_where_the_code_says(seen: Seen) -> None:
 
 
 def test_nan_proof_by_the_independent_prover(seen: Seen) -> None:
-    skipped: dict[str, set[int]] = defaultdict(set)
-    for call in seen.region.skipped:
-        skipped[call.path].add(call.ordinal)
-    last, case = last_call(seen.region), seen.case
-    assert nan_proof(case.model, case.args, case.kwargs, last.path, last.ordinal, dict(skipped))
+    """And the row in docs/zoo.md, which tells the proof, is what this run gives."""
+    assert table.proved(seen.case, seen.region)
+    if seen.case.name in ZOO:
+        assert table.served_row(seen.case, seen.region) in table.committed()
 
 
 def test_an_adaptor_pass_with_the_true_exit_is_the_unet(seen: Seen) -> None:
@@ -277,6 +276,7 @@ def test_the_error_says_why(turned_away: RefusedCase) -> None:
     with pytest.raises(ch.RegionNotFoundError) as caught:
         ch.find_region(turned_away.model, *args, **kwargs)
     assert [part for part in turned_away.says if part not in str(caught.value)] == [], str(caught.value)
+    assert table.refused_row(turned_away, caught.value) in table.committed()
 
 
 def test_a_refused_unet_is_left_as_it_was(turned_away: RefusedCase) -> None:
