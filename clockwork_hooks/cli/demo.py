@@ -36,7 +36,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     out: Annotated[str, typer.Option(help="Folder for grid.png, report.md and report.json.")] = "clockwork-demo",
 ) -> None:
-    """Draw the same scenes with the plain UNet and with Clockwork: MACs, time, likeness, and a picture."""
+    """Draw the same scenes with the plain UNet, the identity and the trained adaptor: cost, likeness, a picture."""
     from clockwork_hooks.demo.run import demo as run
 
     result = run(prompt or (), steps=steps, clock=clock, seed=seed, out=out)

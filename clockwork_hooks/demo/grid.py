@@ -1,4 +1,4 @@
-"""The demo's picture: each prompt with its plain and its Clockwork picture, labelled."""
+"""The demo's picture: each prompt with its plain picture and those with Clockwork, labelled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_grid"]
 
 SIDE, GAP, MARGIN, CAPTION, HEAD = 144, 6, 24, 46, 74
-COLUMNS = 4
+COLUMNS = {2: 4}  # pictures of a prompt → prompts in a line
 INK, FAINT, EDGE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
 
 
@@ -28,12 +28,12 @@ def draw_grid(result: DemoResult) -> Image.Image:
         result: what the demo measured.
 
     Returns:
-        An RGB picture; as wide as four cells, or fewer for fewer prompts.
+        An RGB picture; as wide as three or four cells, or fewer for fewer prompts.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     prompts, rows = result.settings["prompts"], result.rows
-    columns = min(COLUMNS, len(prompts))
+    columns = min(COLUMNS.get(len(rows), 3), len(prompts))
     width = len(rows) * SIDE + (len(rows) - 1) * GAP
     height = SIDE + CAPTION
     lines = -(-len(prompts) // columns)
@@ -41,7 +41,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
     page = Image.new("RGB", (total, HEAD + lines * (height + MARGIN)), PAPER)
     draw = ImageDraw.Draw(page)
     head, small = ImageFont.load_default(20), ImageFont.load_default(12)
-    draw.text((MARGIN, 14), f"Each pair: {' | '.join(row.name for row in rows)}", INK, font=head)
+    draw.text((MARGIN, 14), f"Each prompt: {' | '.join(row.name for row in rows)}", INK, font=head)
     draw.text((MARGIN, 44), "     ".join(_told(row) for row in rows), FAINT, font=small)
     for k, prompt in enumerate(prompts):
         left = MARGIN + k % columns * (width + MARGIN)

@@ -19,6 +19,7 @@ from clockwork_hooks._version import __version__
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
+from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.errors import ArgumentError, DemoError
 from clockwork_hooks.regions import find_region
 from clockwork_hooks.report import Table, macs, percent, table
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["DemoResult", "Row", "demo"]
 
 ROUNDS = 2
+PLAIN, IDENTITY, TRAINED = "plain", "identity", "trained"
+ADAPTOR = WEIGHTS / "adaptor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Row:
     """One way of sampling, measured over all prompts.
 
     Attributes:
-        name: "plain" or "clock N".
+        name: "plain", "identity" or "trained": what stands in for the region.
         macs_per_image: of the UNet: convolutions and matrix products, attention products and both guidance branches
             counted.
         seconds_per_image: wall time of sampling, the better of two interleaved rounds.
@@ -47,7 +50,7 @@ class Row:
         psnr: mean over the pictures, to the plain pictures from the same noise, in dB; None for plain itself.
         accuracy: share of the captioned attributes that a classifier finds in the pictures, 0 to 1.
         full_passes: calls of the whole UNet in one round.
-        adaptor_passes: calls in which the cached feature stood in for its low-resolution part.
+        adaptor_passes: calls in which the cached feature, or a trained adaptor, stood in for its low-resolution part.
     """
 
     name: str
@@ -68,7 +71,8 @@ class DemoResult:
         rows: plain first.
         images: name of the row → pictures (B, 3, 64, 64) in [0, 1].
         region: one line about what Clockwork skips.
-        settings: prompts, steps, clock, seed, guidance, machine, versions, command.
+        settings: prompts, steps, clock, seed, guidance, machine, versions, command; and why there is no trained
+            adaptor, where there is none.
         folder: holds grid.png, report.md and report.json.
     """
 
@@ -96,9 +100,11 @@ class DemoResult:
         ]
         settings = self.settings
         notes = (
-            f"{len(settings['prompts'])} prompts, {settings['steps']} DPM++ steps, guidance {settings['guidance']:g}, "
-            f"seed {settings['seed']}. MACs of the UNet, attention products and both guidance branches counted.",
+            f"{len(settings['prompts'])} prompts, {settings['steps']} DPM++ steps, clock {settings['clock']}, "
+            f"guidance {settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention "
+            "products and both guidance branches counted.",
             f"Skipped on adaptor passes: {self.region}.",
+            *filter(None, [settings["untrained"]]),
         )
         return table("The demo model, plain and with Clockwork", columns, cells, notes=notes)
 
@@ -119,11 +125,14 @@ def demo(
 ) -> DemoResult:
     """Sample the prompts with the plain UNet and with Clockwork, and write a picture and a report.
 
+    Clockwork runs with the identity adaptor, and with the trained one that ships, if it was trained for these steps
+    and this clock.
+
     Args:
         prompts: captions of scenes; none for the 16 that ship with the demo.
         steps: DPM++ (2M) denoising steps.
         clock: one full pass every `clock` steps.
-        seed: of the initial noise, the same for both.
+        seed: of the initial noise, the same for all.
         out: folder for `grid.png`, `report.md` and `report.json`; made if need be.
         console: where the progress bar goes; None for standard error.
 
@@ -149,11 +158,12 @@ def demo(
     region = find_region(
         model.unet, torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1), encoder_hidden_states=hidden
     )
-    times: dict[str, list[float]] = {"plain": [], f"clock {clock}": []}
+    adaptors, untrained = _adaptors(steps, clock)
+    times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in adaptors}}
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
     with _progress(console) as progress:
-        task = progress.add_task("sampling", total=2 * ROUNDS * steps)
+        task = progress.add_task("sampling", total=len(times) * ROUNDS * steps)
 
         def sample(name: str) -> None:
             def advance(number: int, t: int, latents: Tensor) -> None:
@@ -164,15 +174,31 @@ def demo(
 
         model.sample(texts[:1], steps=1)  # first calls are slower
         for _ in range(ROUNDS):
-            sample("plain")
-            with wrap(model.unet, region=region, schedule=Schedule.every(clock)) as cw:
-                sample(f"clock {clock}")
-                counts["plain"] = (cw.stats.macs_plain, steps, 0)
-                counts[f"clock {clock}"] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
+            sample(PLAIN)
+            for name, adaptor in adaptors.items():
+                with wrap(model.unet, adaptor, region=region, schedule=Schedule.every(clock)) as cw:
+                    sample(name)
+                counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
+                counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
     rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
-    result = DemoResult(rows, images, region.line, _settings(texts, steps, clock, seed), folder)
+    settings = _settings(texts, steps, clock, seed) | {"untrained": untrained}
+    result = DemoResult(rows, images, region.line, settings, folder)
     _write(result)
     return result
+
+
+def _adaptors(steps: int, clock: int) -> tuple[dict[str, Any], str]:
+    """What stands in for the region, by name, and why the trained adaptor is not among them."""
+    found: dict[str, Any] = {IDENTITY: None}
+    if not (ADAPTOR / "config.json").exists():
+        return found, "No trained adaptor ships with this version."
+    from clockwork_hooks.adaptors import LearnedAdaptor
+
+    adaptor = LearnedAdaptor.from_pretrained(ADAPTOR).float()
+    facts = adaptor.facts
+    if (facts.get("steps"), facts.get("schedule")) != (steps, str(Schedule.every(clock))):
+        return found, f"The adaptor that ships was trained for {facts.get('steps')} steps, {facts.get('schedule')}."
+    return {**found, TRAINED: adaptor}, ""
 
 
 def _check_installed(*packages: str) -> None:
@@ -199,8 +225,8 @@ def _row(
         name=name,
         macs_per_image=run // len(texts),
         seconds_per_image=best[name] / len(texts),
-        speed_up=best["plain"] / best[name],
-        psnr=None if name == "plain" else psnr(images[name], images["plain"]),
+        speed_up=best[PLAIN] / best[name],
+        psnr=None if name == PLAIN else psnr(images[name], images[PLAIN]),
         accuracy=attribute_accuracy(model.classifier, images[name], texts).total,
         full_passes=full,
         adaptor_passes=adapted,
