@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks import emit
-from clockwork_hooks.compiled import Compiled
+from clockwork_hooks.compiled import Compiled, Ran
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 from clockwork_hooks.passes import Pass, start_pass, version
 from clockwork_hooks.tree import leaves, map_leaves, tensors
@@ -57,6 +57,7 @@ class _Graph:
     output: Any
     exit: torch.Tensor | None
     whole: bool
+    untouched: bool
     constants: tuple[Any, ...] = field(repr=False)
 
 
@@ -97,20 +98,19 @@ class Captured(Compiled):
         return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(running.arguments.values))
 
     def run(
-        self, running: Running, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, torch.Tensor | None, bool]:
-        """Replay the pass, captured first if need be: (output, exit, did its calls agree with the trace?)."""
-        assert running.run is not None  # asked for before
+        self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Ran]:
+        """Replay the pass, captured first if need be: (output, what it did)."""
         flat = [leaf for _, leaf in leaves((args, kwargs, running.cached))]
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
             self._forget_if_changed(anew=running.position is not None and running.position.step == 1)
             self._follow()
-            key = (running.key, running.run.kind, *map(_constant, constants))
+            key = (running.key, run.kind, run.copies, *map(_constant, constants))
             captured = self._graphs.get(key)
             if captured is None:
-                captured = self._graphs[key] = self._capture(running, forward, args, kwargs, constants)
+                captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
             for buffer, value in zip(captured.inputs, values, strict=True):
                 buffer.fill(value)
             captured.graph.replay()
@@ -118,11 +118,12 @@ class Captured(Compiled):
             exit = captured.exit
             if exit is not None:  # an adaptor may return what it was given
                 exit = running.cached if exit is captured.inputs[-1].memory else exit.clone()
-        return output, exit, captured.whole
+        return output, Ran(run.plan, run.kind, exit, whole=captured.whole, untouched=captured.untouched)
 
     def _capture(
         self,
         running: Running,
+        wanted: Pass,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -146,29 +147,28 @@ class Captured(Compiled):
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(2):  # libraries choose algorithms and make workspaces on first use
-                    self._pass(running, forward, args, kwargs, cached)
+                    self._pass(wanted, forward, args, kwargs, cached)
             torch.cuda.current_stream(device).wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output, run = self._pass(running, forward, args, kwargs, cached)
+                output, run = self._pass(wanted, forward, args, kwargs, cached)
         except (RuntimeError, NotImplementedError) as error:
             raise CompileError(
                 "a captured pass neither waits for the device nor decides by values on it",
-                seen={"pass": running.run and running.run.kind, "error": str(error).strip().split("\n", 1)[0]},
+                seen={"pass": wanted.kind, "error": str(error).strip().split("\n", 1)[0]},
                 do="call cw.compile(), or leave the wrapper as it is",
             ) from error
         finally:
             torch.set_autocast_cache_enabled(cache)
-        return _Graph(graph, buffers, output, run.exit, run.complete() and run.untouched(), constants)
+        return _Graph(graph, buffers, output, run.exit, run.complete(), run.untouched(), constants)
 
     def _pass(
-        self, running: Running, forward: Callable[..., Any], args: Any, kwargs: Any, cached: torch.Tensor | None
+        self, wanted: Pass, forward: Callable[..., Any], args: Any, kwargs: Any, cached: torch.Tensor | None
     ) -> tuple[Any, Pass]:
-        assert running.run is not None  # asked for before
         engine = self.engine
         adapt = None if cached is None else lambda captured: emit.run(engine.adaptor, captured, cached)
-        run = Pass(running.run.plan, running.run.kind, adapt)
+        run = Pass(wanted.plan, wanted.kind, adapt, copies=wanted.copies)
         run.enter(args, kwargs)
         start_pass(engine, run)
         return forward(*args, **kwargs), run

@@ -37,17 +37,19 @@ Static = Callable[..., "tuple[Any, torch.Tensor | None, bool]"]
 class Ran(Pass):
     """A pass that a static callable has run."""
 
-    def __init__(self, plan: Plan, kind: Kind, exit: torch.Tensor | None, whole: bool) -> None:
+    def __init__(
+        self, plan: Plan, kind: Kind, exit: torch.Tensor | None, *, whole: bool, untouched: bool = True
+    ) -> None:
         super().__init__(plan, kind)
-        self.exit, self._whole = exit, whole
+        self.exit, self._whole, self._untouched = exit, whole, untouched
 
     def complete(self) -> bool:
         """Did the calls agree with the trace, when this pass was compiled?"""
         return self._whole and self.exit is not None
 
     def untouched(self) -> bool:
-        """What is kept is a copy of its own."""
-        return True
+        """Was the exit as it was emitted at the end of the pass, when this pass was compiled?"""
+        return self._untouched
 
 
 class Compiled:
@@ -70,10 +72,11 @@ class Compiled:
         if running is None or running.run is None or running.prepared is None or not self.ready(running):
             return forward(*args, **kwargs)
         args, kwargs = with_tensor_time(running, args, kwargs)
-        output, exit, whole = self.run(running, forward, args, kwargs)
-        if running.cached is not None and exit is not None and self.engine.check_finite:
-            emit.check(exit, running.cached, finite=True, where={"step": running.position and running.position.step})
-        running.run = Ran(running.run.plan, running.run.kind, exit, whole)
+        output, ran = self.run(running, running.run, forward, args, kwargs)
+        if running.cached is not None and ran.exit is not None and self.engine.check_finite:
+            where = {"step": running.position and running.position.step}
+            emit.check(ran.exit, running.cached, finite=True, where=where)
+        running.run = ran
         return output
 
     def running(self) -> Running | None:
@@ -86,15 +89,14 @@ class Compiled:
         return running.cached is None or (running.prepared is not None and running.prepared.adaptor_macs is not None)
 
     def run(
-        self, running: Running, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, torch.Tensor | None, bool]:
-        """The callable of this pass: (output, exit, did its calls agree with the trace?)."""
-        assert running.run is not None  # asked for before
-        key = (running.key, running.run.kind)
+        self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Ran]:
+        """Run this pass as its static callable does: (output, what it did)."""
+        key = (running.key, run.kind, run.copies)
         with self._lock:
             static = self._static.get(key)
             if static is None:
-                made = self._make(running.run.plan, running.run.kind, forward)
+                made = self._make(run, forward)
                 static = self._static[key] = torch.compile(made, fullgraph=True, **self.options)
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
@@ -105,22 +107,23 @@ class Compiled:
                 raise
             raise CompileError(
                 "a compiled UNet is one graph, for full passes and for adaptor passes",
-                seen={"pass": running.run.kind, "error": str(error).strip().split("\n", 1)[0]},
+                seen={"pass": run.kind, "error": str(error).strip().split("\n", 1)[0]},
                 do='read the cause above; or call cw.compile(mode="cudagraphs"), which needs no graph of operators',
             ) from error
         if self.pooled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             exit = exit.clone() if exit is not None and exit is not running.cached else exit
-        return output, exit, whole
+        return output, Ran(run.plan, run.kind, exit, whole=whole)
 
-    def _make(self, plan: Plan, kind: Kind, forward: Callable[..., Any]) -> Static:
+    def _make(self, run: Pass, forward: Callable[..., Any]) -> Static:
         engine, adaptor = self.engine, self.engine.adaptor
+        plan, kind, copies = run.plan, run.kind, run.copies
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Any) -> tuple[Any, torch.Tensor | None, bool]:
             def adapt(captured: dict[str, torch.Tensor]) -> Any:
                 return emit.run(adaptor, captured, cached)
 
-            run = engine.tracing = TracedPass(plan, kind, adapt if kind == "adaptor" else None)  # type: ignore[arg-type]
+            run = engine.tracing = TracedPass(plan, kind, adapt if kind == "adaptor" else None, copies=copies)  # type: ignore[arg-type]
             run.enter(args, kwargs)
             output = forward(*args, **kwargs)
             engine.tracing = None

@@ -355,6 +355,20 @@ def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
     assert cuda.captures < 12
 
 
+@pytest.mark.parametrize("mode", ["cudagraphs", None])
+def test_a_hook_that_writes_to_the_exit(mode: str | None, cuda: FakeCuda) -> None:
+    case, unet, plain = CASES["tiny"], Tiny(), Tiny()
+    for one in (unet, plain):
+        one.up.register_forward_hook(lambda module, args, output: output.add_(1))
+    with ch.wrap(plain, clock=2):
+        expected = [[case.call(plain, k) for k in range(len(TIMES))] for _ in range(3)][-1]
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode=mode, backend="eager")
+        got = [[case.call(unet, k) for k in range(len(TIMES))] for _ in range(3)][-1]
+        assert cw.stats.adaptor_passes >= 6
+    torch.testing.assert_close(got, expected)
+
+
 def test_gradients_are_not_captured(cuda: FakeCuda) -> None:
     case, unet = CASES["tiny"], Tiny()
     with ch.wrap(unet, clock=2) as cw, torch.enable_grad():
