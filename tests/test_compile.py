@@ -18,7 +18,7 @@ from clockwork_hooks.tree import tensors
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
-from tests.zoo.third_party import stand_ins
+from tests.zoo.third_party import trainers
 
 TIMES = (900, 700, 500, 300, 200, 100)
 
@@ -47,7 +47,7 @@ def diffusers_unet() -> nn.Module:
 
 
 def lucidrains_unet() -> nn.Module:
-    with stand_ins():
+    with trainers():
         from denoising_diffusion_pytorch import Unet
     return Unet(dim=8, dim_mults=(1, 2), channels=3, attn_heads=2, attn_dim_head=4).eval()
 
