@@ -17,7 +17,7 @@ from clockwork_hooks.errors import ModelNotFoundError
 from clockwork_hooks.examples import CLASSES, example_inputs
 from clockwork_hooks.presets import PRESETS
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "find_factory", "load_model"]
 
 
 class LoadedModel(NamedTuple):
@@ -127,7 +127,7 @@ def _config_of(unet: nn.Module) -> Mapping[str, Any]:
 
 
 def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
-    found = _find(module, factory)
+    found = find_factory(module, factory)
     with torch.device(options["device"]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*which is a no-op.*")  # weights loaded into a meta model
         made = found()
@@ -152,7 +152,8 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
     )
 
 
-def _find(module: str, factory: str) -> Any:
+def find_factory(module: str, factory: str) -> Any:
+    """The function or class that `module:factory` names, the current directory included."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)

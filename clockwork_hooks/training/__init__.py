@@ -6,6 +6,7 @@ from clockwork_hooks.training.learner import Student
 from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
 from clockwork_hooks.training.options import TrainingOptions
 from clockwork_hooks.training.result import DistillResult, StudentResult
+from clockwork_hooks.training.surroundings import local_device
 from clockwork_hooks.training.trajectories import Capture
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "TrainingOptions",
     "Trajectory",
     "distill",
+    "local_device",
 ]

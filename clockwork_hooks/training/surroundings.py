@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from torch import nn
 from clockwork_hooks.errors import ArgumentError, DistillError
 from clockwork_hooks.training.options import TrainingOptions
 
-__all__ = ["accelerated", "frozen", "quietly", "tf32"]
+__all__ = ["accelerated", "frozen", "local_device", "quietly", "tf32"]
+
+
+def local_device() -> str:
+    """Where this process trains: its own GPU under `accelerate launch`, else the first one, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,171 @@
+"""`clockwork-hooks distill`: train an adaptor as a configuration file says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.options import show
+
+__all__ = ["distill"]
+
+DEMO: dict[str, Any] = {
+    "source": {"kind": "demo", "sampler": "dpm++", "steps": 8},
+    "adaptor": {"kind": "resnet"},
+    "trajectories": 60,
+    "batch": 8,
+    "reuse": 2,
+    "lr": 1e-3,
+    "decay": "cosine",
+}
+EPILOG = """Examples:
+
+clockwork-hooks distill demo --folder my-adaptor        (the demo model; minutes on a CPU)
+
+clockwork-hooks distill examples/distill_demo.toml --set trajectories=200 --set loss=feature
+
+clockwork-hooks distill sd15.json --resume               (goes on from the folder's checkpoint)
+
+accelerate launch --num_processes 2 -m clockwork_hooks distill sd15.json
+
+A configuration (TOML or JSON) has a table "source", a table "adaptor", and the options of clockwork_hooks.distill:
+clock, mode, loss, guidance, level, cut, folder, trajectories, minutes, batch, lr, buffer, buffer_gb, ema, ...
+
+source.kind = "demo": sampler, steps, guidance, captions, latent_size, device.
+
+source.kind = "pipeline": path (a diffusers folder), prompts (a text file, a prompt a line), steps, guidance, scheduler
+(class name), height, width, dtype, device.
+
+source.kind = "python": factory = "package.module:function", which gets the rest of the table and returns the
+arguments of clockwork_hooks.distill: unet, generate, prompts, guidance, ...
+
+adaptor.kind = "resnet" or "unet", with the options of its class (width, inputs, light, ...).
+"""
+
+
+@app.command(epilog=EPILOG)
+def distill(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help='A TOML or JSON file, or "demo".', show_default=False)
+    ],
+    folder: Annotated[
+        str | None, typer.Option(help="Where the adaptor and its checkpoints go.", show_default="the configuration's")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint, if any.")] = False,
+    buffer_gb: Annotated[
+        float | None, typer.Option(help="Bound of the recorded features, in 10⁹ bytes.", show_default="4")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for an option; source.steps=4 reaches a table."),
+    ] = None,
+) -> None:
+    """Train an adaptor on the trajectories of a sampler, and save it where `wrap(unet, FOLDER)` finds it."""
+    from clockwork_hooks.training import distill as train
+
+    options = _read(config)
+    for text in settings or ():
+        _set(options, text)
+    if buffer_gb is not None:
+        options["buffer_gb"] = buffer_gb
+    options["folder"] = folder or options.get("folder") or "clockwork-adaptor"
+    mode = options.pop("mode", "unrolled")
+    adaptor = _adaptor(options.pop("adaptor", {}))
+    given = _source(options.pop("source", {}), mode)
+    result = train(adaptor=adaptor, resume=resume, **{**given, "mode": mode, **options})
+    show(result.table())
+    typer.echo(result.folder)
+
+
+def _read(config: str) -> dict[str, Any]:
+    from clockwork_hooks.errors import ArgumentError
+
+    if config == "demo":
+        return json.loads(json.dumps(DEMO))  # type: ignore[no-any-return]
+    path = Path(config)
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = _toml(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            'a configuration is a TOML or JSON file, or "demo"',
+            seen={"file": path, "error": str(error).splitlines()[0]},
+            do="start from examples/distill_demo.toml",
+        ) from error
+    if not isinstance(found, dict):
+        raise ArgumentError(
+            "a configuration is a table", seen={"file": path, "holds": type(found).__name__}, do='{"source": {...}}'
+        )
+    return found
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    raise ValueError("Python 3.10 reads no TOML: write the configuration as JSON")
+
+
+def _set(options: dict[str, Any], text: str) -> None:
+    from clockwork_hooks.errors import ArgumentError
+
+    name, equals, value = text.partition("=")
+    *tables, last = name.split(".")
+    for table in tables:
+        options = options.setdefault(table, {})
+    if not equals or not last or not isinstance(options, dict):
+        raise ArgumentError("--set takes KEY=VALUE", seen={"got": text}, do="--set trajectories=200")
+    try:
+        options[last] = json.loads(value)
+    except ValueError:
+        options[last] = value
+
+
+def _adaptor(table: Any) -> Any:
+    from clockwork_hooks import adaptors
+    from clockwork_hooks.errors import AdaptorError
+
+    kinds = {"resnet": "ResNetAdaptor", "unet": "UNetAdaptor"}
+    own = {"kind": table} if isinstance(table, str) else dict(table)
+    kind = own.pop("kind", "resnet")
+    found = getattr(adaptors, kinds.get(kind, ""), None)
+    if found is None:
+        raise AdaptorError(
+            "an adaptor to train has a kind", seen={"kind": repr(kind)}, do=f"pass one of {', '.join(kinds)}"
+        )
+    return lambda region: found.for_region(region, **own)
+
+
+def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """Arguments of `distill` from the configuration's source."""
+    from clockwork_hooks.errors import ArgumentError
+    from clockwork_hooks.training import local_device
+
+    own = dict(table)
+    kind = own.pop("kind", None)
+    if kind == "demo":
+        from clockwork_hooks.demo.recipe import Recipe
+
+        return Recipe.of(**{"device": local_device(), **own}).arguments(mode)
+    if kind == "pipeline":
+        from clockwork_hooks.training.pipeline import pipeline_arguments
+
+        return pipeline_arguments(**{"device": local_device(), **own})
+    if kind == "python":
+        from clockwork_hooks.models import find_factory
+
+        module, _, factory = str(own.pop("factory", "")).partition(":")
+        made: dict[str, Any] = find_factory(module or "?", factory)(**own)
+        return made
+    raise ArgumentError(
+        "a source says what samples",
+        seen={"source.kind": repr(kind)},
+        do='pass "demo", "pipeline" or "python" in the table "source"; clockwork-hooks distill --help tells more',
+    )
