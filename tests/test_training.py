@@ -13,7 +13,7 @@ from clockwork_hooks.training.losses import guidance_weights, guided
 from clockwork_hooks.training.trajectories import Capture
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
-from tests.training_parts import GUIDANCE, TIMES, Small, by_hand, sampler
+from tests.training_parts import GUIDANCE, TIMES, Small, by_hand, noise_of, sampler
 
 MODES = ("unrolled", "on_policy", "forward_noise")
 LOSSES = ("feature", "guided-feature", "guided-output")
@@ -229,6 +229,26 @@ def test_on_policy_each_adaptor_learns_from_its_own_trajectories() -> None:
     shared = quick(unet, {"a": Small(), "b": Small()}, trajectories=4)
     assert [len(student.losses) for student in shared.students.values()] == [8, 8]
     assert shared.students["a"].losses == shared.students["b"].losses
+
+
+def test_gradients_survive_a_float16_unet() -> None:
+    """They pass its high-resolution half, and are too small for float16 as they are."""
+    unet = Tiny()
+    with torch.no_grad():
+        unet.head.weight[:, 8:] *= 1e-3  # what the exit does to the output
+    first: list[list[torch.Tensor]] = []
+    for kind in (torch.float32, torch.float16):
+        adaptor, twin = Small(), unet.to(kind)
+
+        def generate(batch: Any, twin: Any = twin, kind: Any = kind) -> None:
+            sample, condition = (torch.stack(parts).to(kind) for parts in zip(*map(noise_of, batch), strict=True))
+            for t in torch.tensor(TIMES):
+                sample = sample - 0.2 * twin(sample, t, condition)
+
+        quick(twin, adaptor, generate, trajectories=1, guidance=(1.0,), clock=4, accumulate=3)
+        first.append([new - old for new, old in zip(adaptor.parameters(), Small().parameters(), strict=True)])
+    agree = [(a * b > 0).float().mean().item() for a, b in zip(*first, strict=True)]  # Adam's first step: ± lr
+    assert min(agree) > 0.8
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Recipe:
         >>> from clockwork_hooks.demo.recipe import Recipe
         >>> recipe = Recipe.of(captions=4, latent_size=8)
         >>> recipe.captions[0]
-        'a small red triangle above a large white star on a dark green background'
+        'a large cyan star to the right of a small pink circle on a dark red background'
         >>> distill(adaptor="resnet", **recipe.arguments())  # doctest: +SKIP
     """
 

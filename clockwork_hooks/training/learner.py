@@ -19,6 +19,8 @@ from clockwork_hooks.training.trajectories import Capture
 
 __all__ = ["Learner", "Student"]
 
+_HALF_SCALE = 2.0**16  # gradients of a mean over a UNet's output are too small for float16, which they pass through
+
 
 @dataclass(frozen=True, slots=True)
 class Student:
@@ -86,7 +88,7 @@ class Learner:
         self.losses: list[float] = []
         self.errors: dict[int, float] = {}
         self.updates = 0
-        self._waiting = 0
+        self._waiting, self._scale = 0, 1.0
         self._pending: list[Tensor] = []
         self._sizes: dict[int, Tensor] = {}
         self._good = self._snapshot()
@@ -109,8 +111,11 @@ class Learner:
         for step in chain:
             last = self._waiting + 1 == self.options.accumulate
             with _together(self.accelerator, self.model, last):
-                loss, sizes = self.loss(self._outcome(step, schedule, capture, emitted))
-                self.accelerator.backward(loss / self.options.accumulate)
+                outcome = self._outcome(step, schedule, capture, emitted)
+                loss, sizes = self.loss(outcome)
+                half = outcome.features[0].dtype == torch.float16 and self.accelerator.scaler is None
+                self._scale = _HALF_SCALE if half else 1.0
+                self.accelerator.backward(loss * (self._scale / self.options.accumulate))
             self._waiting += 1
             if last:
                 self.update()
@@ -123,6 +128,8 @@ class Learner:
         if not self._waiting:
             return
         self._waiting = 0
+        if self._scale != 1:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self._scale)
         if self.options.max_norm is not None:
             self.accelerator.clip_grad_norm_(self.parameters, self.options.max_norm)
         self.optimizer.step()

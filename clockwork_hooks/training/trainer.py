@@ -112,6 +112,8 @@ class Trainer:
             trajectory = self._trajectory(self._number(len(self.buffer)))
             self.reasons.update(trajectory.reasons)
             self.buffer.add(trajectory)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # once a round, for honest times
         return int(min(self._gathered(len(self.buffer))))
 
     def _number(self, index: int) -> int:
