@@ -6,7 +6,7 @@ import pytest
 
 import clockwork_hooks as ch
 from clockwork_hooks.regions import choose
-from tests.zoo import ZOO, table
+from tests.zoo import REFUSED, ZOO, table
 from tests.zoo.real import REAL, Real
 
 
@@ -43,3 +43,9 @@ def test_the_region_is_that_of_the_tiny_one(real: Real) -> None:
         assert (region.entry.paths, region.exit.paths) == (small.entry.paths, small.exit.paths)
     sample = trace.inputs[trace.sample].meta["shape"]
     assert table.real_row(real, region, sample) in table.committed()
+
+
+def test_the_docs_have_these_rows_and_no_others() -> None:
+    """In each table's first column: every case and real model, the headings, the rules under them."""
+    names = {row[0] for row in table.committed()}
+    assert names == {*ZOO, *REFUSED, *(real.title for real in REAL.values()), "case", "model", "---"}
