@@ -82,6 +82,7 @@ class Engine:
         region: the region to skip, or how to choose it.
         time: name of the time input, None to find it.
         check_finite: look for NaN and infinity in what the adaptor returns (waits for the device once a pass).
+        keep_graph: under autograd, a kept exit stays in the graph of the call that made it.
         loaded: the adaptor is ours to move to the exit's device and dtype.
     """
 
@@ -94,10 +95,11 @@ class Engine:
         region: Region | Choice,
         time: str | None,
         check_finite: bool,
+        keep_graph: bool = False,
         loaded: bool = False,
     ) -> None:
         self.unet, self.adaptor, self.schedule = unet, adaptor, schedule
-        self.time, self.check_finite, self.loaded = time, check_finite, loaded
+        self.time, self.check_finite, self.keep_graph, self.loaded = time, check_finite, keep_graph, loaded
         self.wanted = region
         self.region = region if isinstance(region, Region) else None
         self.enabled = True
@@ -239,6 +241,8 @@ class Engine:
         kept = dict(recorder.kept)
         for named in recorder.named.values():
             kept |= named
+        for node in recorder.cut if self.keep_graph else ():
+            kept.pop(node, None)
         recorder.kept.clear()
         recorder.named.clear()
         recorder.stop(output)
@@ -256,7 +260,7 @@ class Engine:
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None:
-                position.call.kept = Kept(running.key, exit.detach(), version(exit))
+                position.call.kept = Kept(running.key, self._free(exit), version(exit))
 
     def _find(self, trace: Trace, wanted: Region | Choice, known: Region | None) -> tuple[Region | None, str]:
         """The region of this trace: the one known from other inputs if it is there; None, and why."""
@@ -344,8 +348,11 @@ class Engine:
             prepared.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
             position.call.missing = reasons.WRITTEN
         else:
-            exit = run.exit.detach() if run.exit.requires_grad else run.exit
-            position.call.kept = Kept(running.key, exit, version(exit))
+            position.call.kept = Kept(running.key, self._free(run.exit), version(run.exit))
+
+    def _free(self, exit: torch.Tensor) -> torch.Tensor:
+        """The exit to keep: without the graph that made it, unless gradients shall flow into the step before."""
+        return exit.detach() if exit.requires_grad and not self.keep_graph else exit
 
     def _emit(self, running: Running, cached: torch.Tensor, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor and check what it returns before the UNet sees it."""

@@ -84,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[ModuleCall] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.named: dict[int, dict[int, torch.Tensor]] = {}
+        self.cut: set[int] = set()
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._root = root
         self._paths = paths
@@ -248,7 +249,8 @@ class Recorder(TorchDispatchMode):
         for likely in (self.kept, *self.named.values()):
             for index, tensor in likely.items():
                 if storage and self.bindings.storage(tensor) == storage:
-                    likely[index] = tensor.clone()
+                    likely[index] = tensor.clone()  # below autograd: the copy has no graph
+                    self.cut |= {index} if tensor.requires_grad else set()
 
     # -- operators -----------------------------------------------------------------------------------------------
 

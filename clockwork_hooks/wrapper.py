@@ -54,6 +54,7 @@ def wrap(
     plan: Any = None,
     time: str | None = None,
     check_finite: bool = False,
+    keep_graph: bool = False,
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
 
@@ -78,6 +79,8 @@ def wrap(
         plan: an object with `region`, `schedule` and `adaptor`, which replaces all three.
         time: name of the argument that holds the time, where it cannot be told.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
+        keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
+            who train through the sampler; the memory of both steps is held. Otherwise it is detached.
 
     Returns:
         The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
@@ -147,7 +150,8 @@ def wrap(
     elif choice == Choice():
         choice = Choice(**emit.region_options(used))
     loaded = used is not adaptor
-    engine = Engine(unet, used, steps, region=region or choice, time=time, check_finite=check_finite, loaded=loaded)
+    checks = {"check_finite": check_finite, "keep_graph": keep_graph}
+    engine = Engine(unet, used, steps, region=region or choice, time=time, loaded=loaded, **checks)
     return ClockworkWrapper(unet, engine)
 
 
