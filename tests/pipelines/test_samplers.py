@@ -54,7 +54,16 @@ def passes(sampler: Sampler) -> list[tuple[str, int]]:
     return [(letter, slot) for group in sampler.expected().split() for slot, letter in enumerate(group)]
 
 
-@pytest.mark.parametrize("sampler", [one for one in ALL if not one.by_time], ids=lambda sampler: sampler.name)
+LIKE_DDIM = (1,) * samplers.STEPS  # one evaluation a step: a few of these in every run, all of them in `make test-all`
+OFTEN = ("DDIM", "DDIMInverse", "DPMSolverMultistep", "EulerAncestral", "DDPMWuerstchen", "LCM", "FlowMatchEuler")
+
+
+def marked(sampler: Sampler) -> object:
+    slow = sampler.evaluations == LIKE_DDIM and sampler.name not in OFTEN
+    return pytest.param(sampler, id=sampler.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("sampler", [marked(one) for one in ALL if not one.by_time])
 def test_samples_are_those_of_a_hook(unet: torch.nn.Module, sampler: Sampler) -> None:
     def run() -> Tensor:
         return sampler.run(as_model(unet), sampler.scheduler())
