@@ -239,6 +239,60 @@ def test_who_declares_steps_is_not_overruled() -> None:
 # -- several UNets ------------------------------------------------------------------------------------------------
 
 
+def cascade() -> Any:
+    """Stable Cascade's decoder: a UNet of another class and name, given a row of views of its scheduler's times."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline
+    from diffusers.models import StableCascadeUNet
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+    from transformers import CLIPTextModelWithProjection
+
+    blocks = ["SDCascadeResBlock", "SDCascadeTimestepBlock"]
+    decoder = parts.seeded(StableCascadeUNet)(
+        in_channels=4,
+        out_channels=4,
+        conditioning_dim=16,
+        block_out_channels=[16, 32],
+        num_attention_heads=[-1, 2],
+        down_num_layers_per_block=[1, 1],
+        up_num_layers_per_block=[1, 1],
+        down_blocks_repeat_mappers=[1, 1],
+        up_blocks_repeat_mappers=[1, 1],
+        block_types_per_layer=[blocks, [*blocks, "SDCascadeAttnBlock"]],
+        clip_text_pooled_in_channels=parts.WIDTH,
+        dropout=[0.1, 0.1],
+        effnet_in_channels=16,
+        patch_size=1,
+        timestep_ratio_embedding_dim=8,
+        timestep_conditioning_type=["sca"],
+    )
+    return parts.quiet(
+        StableCascadeDecoderPipeline(
+            decoder=decoder,
+            tokenizer=parts.tokenizer(),
+            text_encoder=parts.text_encoder(CLIPTextModelWithProjection),
+            scheduler=DDPMWuerstchenScheduler(),
+            vqgan=parts.seeded(PaellaVQModel)(bottleneck_blocks=1, num_vq_embeddings=2),
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_stable_cascade() -> None:
+    pipe = cascade()
+    options = {"prompt": "a cat", "image_embeddings": torch.ones(1, 16, 2, 2), "guidance_scale": 2.0}
+
+    def once() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        made: Tensor = pipe(num_inference_steps=6, generator=generator, output_type="latent", **options).images
+        return made
+
+    expected = replay(pipe.decoder, "up_upscalers.0", every(2, [1] * 6), once)
+    with wrap_pipeline(pipe) as cw:
+        assert torch.equal(once(), expected)
+        assert torch.equal(once(), expected)
+        assert cw.wrappers["decoder"].stats.adaptor_passes == 6
+
+
 class BaseAndRefiner:
     def __init__(self) -> None:
         self.base = parts.sdxl()
