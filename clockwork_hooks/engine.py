@@ -19,6 +19,7 @@ from torch import nn
 from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.branches import Kept
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph import Trace, finish, module_paths
@@ -31,7 +32,7 @@ from clockwork_hooks.regions import match, skipped_nodes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
-from clockwork_hooks.timeline import Kept, Position, Timeline
+from clockwork_hooks.timeline import Position, Timeline
 from clockwork_hooks.tree import tensors
 
 __all__ = ["Emit", "Engine", "Prepared", "Running", "likely_exits"]

@@ -20,6 +20,7 @@ from torch import nn
 from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.branches import Call, Kept
 from clockwork_hooks.engine import Emit, Engine, Prepared, Running, likely_exits
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.layers import Clocked, Layer, NestedPass, check, plans
@@ -27,7 +28,7 @@ from clockwork_hooks.macs import node_macs
 from clockwork_hooks.passes import Pass, version
 from clockwork_hooks.regions import skipped_nodes
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.timeline import Call, Kept, Position
+from clockwork_hooks.timeline import Position
 
 __all__ = ["NestedEngine"]
 

@@ -8,115 +8,20 @@ of the step before. Where the answer is in doubt the position says why, and the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from clockwork_hooks import reasons
+from clockwork_hooks.branches import Branch, Call
 from clockwork_hooks.clock import Place
 from clockwork_hooks.conditions import Conditions
 
-__all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
+__all__ = ["Position", "Timeline"]
 
 _FAR = 4.0
 _MOST_CALLS = 128
 _MOST_COMPARED = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What the region emitted in a call.
-
-    Attributes:
-        key: input signature and modes of the call.
-        exit: the tensor.
-        version: its counter of in-place writes, when it was kept.
-    """
-
-    key: Hashable
-    exit: torch.Tensor
-    version: int
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of a branch.
-
-    Attributes:
-        offset: entries of the list of times from the step's first call to this one; 0 where there is no list.
-        kept: for the same call of the step after it; None if nothing may be used.
-        missing: why there is none.
-        inner: the same for the regions inside of that one that have clocks of their own.
-    """
-
-    offset: int = 0
-    kept: Kept | None = None
-    missing: str = reasons.NOT_KEPT
-    inner: tuple[Call, ...] = ()
-
-    def take(self) -> Kept | None:
-        """What was kept, which is let go: it serves once."""
-        kept, self.kept = self.kept, None
-        return kept
-
-
-@dataclass(slots=True, eq=False)
-class Branch:
-    """The calls of one trajectory that share their conditions.
-
-    Attributes:
-        number: in order of appearance in the trajectory, from 1.
-        name: as the caller named it; None where the conditions tell.
-        conditions: every input but sample and time.
-        step: the last step with a call.
-        calls: the calls of that step.
-        before: the calls of the step before it.
-        doubt: why none of those may serve.
-    """
-
-    number: int
-    name: str | None
-    conditions: Conditions
-    step: int = 0
-    calls: list[Call] = field(default_factory=list)
-    before: list[Call] = field(default_factory=list)
-    doubt: str | None = None
-    _steps: int = 0
-    _usual: int = 0
-    _last: int = 0
-    _regular: bool = True
-
-    @property
-    def label(self) -> str:
-        """How reports call it."""
-        return repr(self.name) if self.name is not None else str(self.number)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it holds: features, each storage once, and copies of conditions."""
-        calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
-        kept = [call.kept.exit.untyped_storage() for call in calls if call.kept is not None]
-        return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
-
-    def enter(self, step: int, *, declared: bool) -> None:
-        """The first call of this branch in a step."""
-        new = self.step == 0
-        self.before, self.calls, self.step = self.calls, [], step
-        self.doubt = reasons.NEW if new and step > 1 else None
-        if not new and not self._countable() and not declared:
-            self.doubt = reasons.COUNT
-
-    def _countable(self) -> bool:
-        """May the k-th call be told by its number? One call a step always; more, once their number is regular."""
-        count, last = len(self.before), self._last
-        self._steps, self._last = self._steps + 1, count
-        if self._steps <= 2:  # the first step may have fewer: Heun's corrections begin with the second
-            self._usual = count
-        elif count != self._usual:
-            self._regular = False
-        return count <= 1 or (self._regular and count == last)
 
 
 @dataclass(slots=True)

@@ -210,3 +210,54 @@ def test_a_name_ends_with_its_block_also_after_an_error() -> None:
         with pytest.raises(RuntimeError), cw.branch("a"), cw.branch("b"):
             raise RuntimeError
         assert cw._engine.states.current().timeline.names == []
+
+
+# -- what changes midway ------------------------------------------------------------------------------------------
+
+
+def _dtype(judge: Judge, call: dict[str, Any]) -> None:
+    for unet in (judge.unet, judge.plain):
+        unet.double()
+    call["x"] = call["x"].double()
+
+
+def _training(judge: Judge, call: dict[str, Any]) -> None:
+    for unet in (judge.unet, judge.plain):
+        unet.train()
+
+
+def _argument(judge: Judge, call: dict[str, Any]) -> None:
+    call["c"] = FIXED
+
+
+def _keyword(judge: Judge, call: dict[str, Any]) -> None:
+    call["more"] = {"scale": 0.5, "image": FIXED}
+
+
+def _batch(judge: Judge, call: dict[str, Any]) -> None:
+    call["x"] = sample(3)
+
+
+def _resolution(judge: Judge, call: dict[str, Any]) -> None:
+    call["x"] = sample(1, 16)
+
+
+FIXED = condition()
+CHANGES = (_dtype, _training, _argument, _keyword, _batch, _resolution)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_a_change_midway_costs_one_full_pass(change: Callable[[Judge, dict[str, Any]], None]) -> None:
+    """From the fourth step on something is different: one full pass with its reason, then on as before."""
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet, schedule=lambda step: True) as cw:
+        for k, t in enumerate(TIMES, 1):
+            call: dict[str, Any] = {"x": sample()}
+            if k >= 4:
+                change(judge, call)
+            x, c, more = call["x"], call.get("c"), call.get("more", {})
+            judge.call(*((x, t) if c is None else (x, t, c)), step=k, **more)
+    assert judge.made == "FAAFAAAA"
+    assert cw.stats.full_passes == 2
+    assert sum(cw.stats.reasons[name] for name in ("traced", "conditions are new in this step")) == 1

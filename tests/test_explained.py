@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
+from benchmarks import sync_count
 from clockwork_hooks import reasons
+from clockwork_hooks.clock import Clock
 from tests.small_unet import Tiny
 
 DOCS = Path(__file__).parent.parent / "docs" / "timeline.md"
@@ -180,3 +182,38 @@ def test_every_reason_is_explained() -> None:
     page = DOCS.read_text(encoding="utf-8")
     for reason, (cause, do) in reasons.REASONS.items():
         assert f"| {reason} | {cause} | {do} |" in page, f"docs/timeline.md lacks: | {reason} | {cause} | {do} |"
+
+
+# -- waiting for the device ---------------------------------------------------------------------------------------
+
+
+def test_a_list_of_times_is_read_once() -> None:
+    """One copy of the whole list, whatever is taken from it: on a device, one wait for each trajectory."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+            return func(*args, **(kwargs or {}))
+
+    for inference in (False, True):
+        clock = Clock()
+        with torch.inference_mode(inference):
+            for expected in (1, 2):
+                times, mode = torch.linspace(999, 0, 20), Copies()
+                with mode:
+                    places = [clock.read(view)[1] for t in times for view in (t, t[None], t.expand(4))]
+                assert mode.count == 1, expected
+                assert [place.index for place in places if place] == [k for k in range(20) for _ in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_waits_are_counted_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_count, "LOOPS", {"bare": sync_count.bare_loop})
+    made = json.loads(sync_count.run("cpu", tmp_path, steps=2, seed=0).read_text())
+    assert made["values read"] == [
+        {"loop": "bare", "steps": 2, "plain": 0, "wrapped": 3, "ours": 3, "adaptor_passes": 1}
+    ]
+    assert made["environment"]["seed"] == 0

@@ -46,6 +46,7 @@ FLOOR = {
     "models": 20,
     "adaptors": 30,
     "counts": 30,
+    "branches": 25,
     "drawing": 30,
     "recorder": 30,
     "timeline": 30,
