@@ -53,11 +53,11 @@ class SchedulerSteps:
                 timeline.declare(place)
 
     def _scheduler(self, time: torch.Tensor) -> Any:
-        """The scheduler in whose list of times this one stands; the last one comes first."""
-        if _listed(self._last, time) and any(self._last is scheduler for scheduler in self._schedulers()):
-            return self._last
-        self._last = next((scheduler for scheduler in self._schedulers() if _listed(scheduler, time)), None)
-        return self._last
+        """The scheduler in whose list of times this one stands; the last one is looked at first."""
+        known, now = self._last, list(self._schedulers())  # another thread may exchange `_last`
+        if not (_listed(known, time) and any(known is scheduler for scheduler in now)):
+            known = self._last = next((scheduler for scheduler in now if _listed(scheduler, time)), None)
+        return known
 
 
 def begins_step(scheduler: Any) -> bool:
