@@ -13,6 +13,7 @@ from clockwork_hooks.training.losses import guidance_weights, guided
 from clockwork_hooks.training.trajectories import Capture
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
+from tests.tape import FakeCuda
 from tests.training_parts import GUIDANCE, TIMES, Small, by_hand, noise_of, sampler
 
 MODES = ("unrolled", "on_policy", "forward_noise")
@@ -86,11 +87,41 @@ def test_a_call_runs_again_without_the_region_and_with_gradient() -> None:
     call = capture.record(sampler(unet), [1, 2]).steps[2].calls[0]
     exit = call.exit.clone().requires_grad_()
     unet.body.weight.fill_(torch.nan)  # whoever runs it shows
-    output = capture.again(call, lambda captured: exit)
+    seen: dict[str, Any] = {}
+    output = capture.again(call, lambda captured: (seen.update(captured), exit)[1])
     capture.remove()
+    assert seen.keys() == call.captured.keys() == {"entry", "time", "text"}
+    assert all(torch.equal(seen[name], call.captured[name]) for name in seen)
     assert torch.equal(output, call.output)
     (gradient,) = torch.autograd.grad(output.sum(), exit)
     assert gradient.abs().sum() > 0
+
+
+class Direct(Tiny):
+    """Adds its condition within the region as it comes: no module call takes it, only the root does."""
+
+    def forward(self, x: Any, t: Any, c: Any = None, **more: Any) -> Any:
+        h = self.stem(x)
+        z = self.up(self.body(self.act(self.down(h) + nn.functional.linear(c, self.side.weight)[:, :, None, None])))
+        return self.head(torch.cat([h, z], 1))
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_what_only_the_root_takes_is_captured_too(student: bool) -> None:
+    unet, condition = Direct(), torch.randn(2, 3)
+
+    def generate(batch: Any) -> None:
+        for t in torch.tensor(TIMES):
+            unet(torch.randn(2, 2, 8, 8), t, condition)
+
+    capture = Capture(unet)
+    acting = (Small(), ch.Schedule.every(2)) if student else None
+    call = capture.record(generate, [1, 2], student=acting).steps[1].calls[0]
+    seen: dict[str, Any] = {}
+    capture.again(call, lambda captured: (seen.update(captured), call.exit)[1])
+    capture.remove()
+    assert torch.equal(call.captured["text"], call.args[2])
+    assert torch.equal(seen["text"], call.args[2])
 
 
 def test_inference_mode_and_in_place_samplers_are_recorded_too() -> None:
@@ -249,6 +280,24 @@ def test_gradients_survive_a_float16_unet() -> None:
         first.append([new - old for new, old in zip(adaptor.parameters(), Small().parameters(), strict=True)])
     agree = [(a * b > 0).float().mean().item() for a, b in zip(*first, strict=True)]  # Adam's first step: ± lr
     assert min(agree) > 0.8
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_graphs_replay_the_teacher(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    unet = Tiny()
+    before = snapshot(unet)
+    with pytest.raises(ch.ArgumentError, match="on a CUDA device"):
+        quick(unet, Small(), graphs=True)
+    monkeypatch.setattr("clockwork_hooks.capture.DEVICES", ("cpu",))
+    plain, replayed = (quick(unet, Small(), loss=loss, graphs=graphs).losses for graphs in (False, True))
+    assert fake.captures == 1
+    assert replayed == pytest.approx(plain, rel=1e-5)
+    assert snapshot(unet) == before
+    with pytest.raises(ch.ArgumentError, match="the teacher's trajectories"):
+        quick(unet, Small(), graphs=True, mode="on_policy")
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------

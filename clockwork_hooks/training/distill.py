@@ -18,12 +18,13 @@ from clockwork_hooks.errors import DistillError
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.losses import Loss, guidance_weights
+from clockwork_hooks.training.noise import Noise
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.progress import Bar
 from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
 from clockwork_hooks.training.setup import check, check_folder, chosen, learners_of, students_of
 from clockwork_hooks.training.surroundings import accelerated, frozen, quietly, tf32
-from clockwork_hooks.training.trainer import Noise, Trainer, seeded
+from clockwork_hooks.training.trainer import Trainer, seeded
 from clockwork_hooks.training.trajectories import Capture
 from clockwork_hooks.wrapper import check_unet
 
@@ -128,13 +129,13 @@ def distill(
     """
     settings = TrainingOptions.of(options)
     check_unet(unet)
-    check(mode, prompts, images, add_noise)
+    check(mode, prompts, images, add_noise, settings.graphs)
     weights = guidance_weights(guidance)
     generates = (generate,) if callable(generate) else tuple(generate)
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
-        capture = Capture(unet, region=region or chosen(adaptor, level, cut), time=time)
+        capture = Capture(unet, region=region or chosen(adaptor, level, cut), time=time, graphs=settings.graphs)
         try:
             with seeded(settings.seed):
                 first = [prompts[k % len(prompts)] for k in range(settings.batch)]

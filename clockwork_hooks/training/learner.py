@@ -198,7 +198,7 @@ class Learner:
                 made.append(self._predict(self.model, captured, cached))
                 return made[-1]
 
-            if self.loss.needs_output:
+            if self.loss.needs_output or not call.captured:
                 outputs.append(capture.again(call, emit))
             else:
                 emit(call.captured)
@@ -207,7 +207,7 @@ class Learner:
         return Outcome(
             features=_present(features),
             exits=_present([call.exit for call in step.calls]),
-            outputs=_present(outputs),
+            outputs=_present(outputs) if self.loss.needs_output else [],
             true_outputs=_present([call.output for call in step.calls]),
             branches=[call.branch for call in step.calls],
             weights=self.weights,

@@ -36,6 +36,8 @@ class TrainingOptions:
         buffer_gb: bound of the buffer, in 10⁹ bytes.
         precision: of the adaptor's arithmetic: "no" (its own), "bf16" or "fp16".
         tf32: float32 products use TensorFloat-32 on CUDA during the run.
+        graphs: the teacher's passes are replayed as CUDA graphs: for small UNets and batches, which wait for launches.
+            Losses of features then run the UNet's high-resolution half too, to see what flows into the region.
         ema: decay of a moving average of the weights, which is what the run returns; None for none.
         seed: of the prompts' order and the noise; runs with the same seed see the same trajectories.
         save_every: seconds between checkpoints; 0 saves after every refill of the buffer.
@@ -59,6 +61,7 @@ class TrainingOptions:
     buffer_gb: float = 4.0
     precision: str = "no"
     tf32: bool = False
+    graphs: bool = False
     ema: float | None = None
     seed: int = 0
     save_every: float = 60.0

@@ -22,8 +22,14 @@ from clockwork_hooks.training.options import MODES, TrainingOptions
 __all__ = ["check", "check_folder", "chosen", "learners_of", "students_of"]
 
 
-def check(mode: str, prompts: Any, images: Any, add_noise: Any) -> None:
+def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) -> None:
     """Raise `ArgumentError` if mode, prompts or images are outside their rule."""
+    if graphs and mode == "on_policy":
+        raise ArgumentError(
+            "graphs replay the teacher's trajectories",
+            seen={"graphs": True, "mode": mode},
+            do="pass graphs=False: the student runs its adaptor, which changes",
+        )
     if mode not in MODES:
         raise ArgumentError("a mode is one of three", seen={"mode": repr(mode)}, do=f"pass one of {', '.join(MODES)}")
     if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or isinstance(prompts, (str, Mapping)):

@@ -20,23 +20,11 @@ from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.calls import Needs, Trajectory
 from clockwork_hooks.training.learner import Learner
+from clockwork_hooks.training.noise import Noise
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.trajectories import Capture
 
-__all__ = ["Noise", "Trainer"]
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """What forward-noise training needs: images, and how they are noised.
-
-    Attributes:
-        images: batch of prompts → (B, ...) clean samples, in the space that the sampler diffuses.
-        add_noise: (clean samples, noise of their shape, time as the UNet is told it) → the UNet's input.
-    """
-
-    images: Callable[[Any], Tensor]
-    add_noise: Callable[[Tensor, Tensor, float], Tensor]
+__all__ = ["Trainer", "seeded"]
 
 
 @dataclass(slots=True)
@@ -177,7 +165,13 @@ class Trainer:
         def needs(step: int) -> Needs:
             adapted = any(not schedule.is_full(step) for schedule in schedules)
             feeds = any(not schedule.is_full(step + 1) for schedule in schedules)
-            return Needs(adapted or feeds, adapted and captured, adapted and outputs, adapted and outputs)
+            graphs = self.options.graphs
+            return Needs(
+                exit=adapted or feeds,
+                captured=adapted and captured and not graphs,
+                arguments=adapted and (outputs or graphs),
+                output=adapted and outputs,
+            )
 
         return needs
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.capture import Captured
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.engine import Engine, Prepared, Running
 from clockwork_hooks.errors import DistillError, RegionNotFoundError
@@ -25,6 +26,7 @@ from clockwork_hooks.hooks import RootHook
 from clockwork_hooks.passes import Pass, end_pass, start_pass, version
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.calls import Call, Needs, Trajectory, steps_of
+from clockwork_hooks.training.noise import with_sample
 from clockwork_hooks.tree import map_leaves, tensors
 
 __all__ = ["Capture"]
@@ -45,6 +47,7 @@ class Capture(Engine):
         unet: the UNet, in evaluation mode.
         region: to record, or how to choose it at the first call; None for the one below the highest level.
         time: name of the time input, where it cannot be told.
+        graphs: the teacher's passes are replayed as CUDA graphs; what flows into the region is not picked up then.
 
     Example:
         >>> import torch
@@ -63,8 +66,17 @@ class Capture(Engine):
         >>> capture.remove()
     """
 
-    def __init__(self, unet: nn.Module, *, region: Region | Choice | None = None, time: str | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        region: Region | Choice | None = None,
+        time: str | None = None,
+        graphs: bool = False,
+    ) -> None:
         super().__init__(unet, IdentityAdaptor(), _ALWAYS, region=region or Choice(), time=time, check_finite=False)
+        self._identity = self.adaptor
+        replayed = Captured(self) if graphs else None
         self.enabled = False
         self._teacher, self._probing = True, False
         self._needs: Callable[[int], Needs] = lambda step: Needs()
@@ -80,6 +92,8 @@ class Capture(Engine):
             unet.register_forward_hook(RootHook(self, self.end), prepend=True, with_kwargs=True, always_call=True),
         ]
         self.installed.run_eagerly(unet)
+        if replayed is not None:
+            self.installed.front(unet, replayed)
 
     # -- one trajectory ------------------------------------------------------------------------------------------
 
@@ -107,7 +121,7 @@ class Capture(Engine):
             DistillError: `generate` never calls the UNet.
         """
         self._teacher = student is None
-        self.adaptor, self.schedule = student or (IdentityAdaptor(), _ALWAYS)
+        self.adaptor, self.schedule = student or (self._identity, _ALWAYS)
         self._needs = needs or (lambda step: Needs())
         self._replace, self._where = replace, torch.device(device) if device is not None else None
         self.states.forget()
@@ -165,10 +179,10 @@ class Capture(Engine):
         """
         assert call.region is not None  # calls without one have a reason, and are not trained on
         run = Pass(call.region.plan, "adaptor", emit)
-        run.enter(call.args, call.kwargs)
         kind = next((tensor.device.type for tensor in tensors([call.args, call.kwargs])), "cpu")
         if not self.installed.intact(call.region.plan):
             self._install(call.region)
+        run.enter(call.args, call.kwargs)
         start_pass(self, run)
         try:
             with torch.autocast(kind, call.autocast, enabled=call.autocast is not None):
@@ -203,7 +217,7 @@ class Capture(Engine):
         if outermost and self._probing:
             raise _Enough
         if outermost and self._replace is not None:
-            self._call = self._replaced(state.running[-1], args, kwargs, self._replace)
+            self._call = with_sample(state.running[-1], state.clock, args, kwargs, self._replace)
             return self._call
         return None
 
@@ -280,33 +294,6 @@ class Capture(Engine):
         if true is not run and emitted is not None:
             call.made, call.cached = self._copy(emitted), self._copy(cached)
             call.made_output = self._copy(tensors(output)[0])
-
-    def _replaced(
-        self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any], replace: Callable[[float], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        prepared, arguments = running.prepared, running.arguments
-        assert prepared is not None  # `begin` set it
-        state = self.states.current()
-        time, _ = state.clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
-        sample = arguments.get(prepared.sample)
-        if time is None:
-            raise DistillError(
-                "forward noise needs the time of every call, one for all rows",
-                seen={"time input": prepared.time},
-                do='use mode="unrolled", or pass time=',
-            )
-        made = replace(time)
-        if sample.shape[1:] != made.shape[1:] or sample.shape[0] % made.shape[0]:
-            raise DistillError(
-                "noised images are shaped like the sample that the UNet is called with",
-                seen={"sample": tuple(sample.shape), "noised images": tuple(made.shape)},
-                do="make images(batch) return what the sampler diffuses, latents for a latent model",
-            )
-        made = made.to(sample).repeat(sample.shape[0] // made.shape[0], *[1] * (made.ndim - 1))
-        at = list(arguments.values).index(prepared.sample)
-        if at < len(args):
-            return (*args[:at], made, *args[at + 1 :]), kwargs
-        return args, {**kwargs, prepared.sample: made}
 
     # -- copies --------------------------------------------------------------------------------------------------
 
