@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
+from clockwork_hooks import conditions
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
@@ -261,3 +262,69 @@ def test_a_change_midway_costs_one_full_pass(change: Callable[[Judge, dict[str, 
     assert judge.made == "FAAFAAAA"
     assert cw.stats.full_passes == 2
     assert sum(cw.stats.reasons[name] for name in ("traced", "conditions are new in this step")) == 1
+
+
+# -- conditions on a device, where comparing means waiting ----------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No private copies; the list grows by one with each comparison by value, which would wait for the device."""
+    waits: list[int] = []
+    equal = torch.equal
+    monkeypatch.setattr(conditions, "_LARGEST_COPY", 0)
+    monkeypatch.setattr(conditions.torch, "equal", lambda a, b: waits.append(1) or equal(a, b))
+    return waits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "loop", [two_calls, either_order, interval, tiles_with_guidance], ids=lambda loop: loop.__name__
+)
+def test_the_same_objects_need_no_waiting(loop: Callable[[Judge, Any], None], as_on_a_device: list[int]) -> None:
+    """The only comparisons are those of objects that are new in the first step, or when a branch joins."""
+    made, unet = LOOPS[loop].replace(" ", ""), Tiny()
+    judge = Judge(unet, unet)
+    judge.call = lambda *args, step, branch=0, **kwargs: unet(*args, **kwargs)  # type: ignore[method-assign]
+    with ch.wrap(unet) as cw:
+        loop(judge, cw)
+        assert cw.stats.adaptor_passes == made.count("A")
+    assert len(as_on_a_device) <= 1
+
+
+def remembered(values: list[torch.Tensor], others: list[torch.Tensor]) -> tuple[bool, bool]:
+    known = conditions.Conditions(values)
+    return known.same(others), known.equal(others)
+
+
+def test_conditions_on_a_device(as_on_a_device: list[int]) -> None:
+    c = condition()
+    assert remembered([c], [c]) == (True, True)
+    assert as_on_a_device == []
+    assert remembered([c], [c.clone()]) == (False, True)
+    assert remembered([c], [c + 1]) == (False, False)
+    assert len(as_on_a_device) == 2
+    known = conditions.Conditions([c])
+    c += 1
+    assert not known.same([c])
+    assert not known.equal([c])  # what it was is gone
+    assert not known.equal([c.clone()])
+    assert remembered([c], [c.double()]) == (False, False)
+    assert remembered([c], [torch.zeros(2, 3)]) == (False, False)
+    with torch.inference_mode():
+        unversioned = condition()
+        assert remembered([unversioned], [unversioned]) == (True, True)  # nothing tells: docs/timeline.md
+        assert remembered([unversioned], [unversioned.clone()]) == (False, False)
+    assert len(as_on_a_device) == 2
+
+
+@torch.no_grad()
+def test_comparing_is_given_up(as_on_a_device: list[int]) -> None:
+    """Embeddings with other values in each step: full passes, and no waiting after the second of them."""
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        for t in TIMES:
+            unet(sample(), t, condition())
+    assert len(as_on_a_device) == 2
+    assert cw.stats.adaptor_passes == 0
+    assert cw.stats.reasons["conditions are new in this step"] == 4
