@@ -249,14 +249,14 @@ class Timeline:
         return found
 
     def _equal(self, named: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
-        """New objects on a device may have equal values; given up after some that did not."""
-        if self._compared >= _MOST_COMPARED:
+        """New objects on a device may have the values of old ones; given up after some that did not."""
+        if self.step == 1 or self._compared >= _MOST_COMPARED:
             return None
         for branch in named:
             if branch.conditions.equal(conditions):
                 branch.conditions = Conditions(conditions)
                 return branch
-        self._compared += bool(named) and self.step > 1
+        self._compared += bool(named)
         return None
 
 
