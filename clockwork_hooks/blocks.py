@@ -22,7 +22,7 @@ from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs
 from clockwork_hooks.regions import choose, skipped_nodes
 
-__all__ = ["diagram", "diagram_of"]
+__all__ = ["View", "diagram", "diagram_of"]
 
 _MOST = 9  # blocks of one arm of one level; more are drawn together
 _LEAST = 0.001  # of all MACs: what is less and no convolution gets no block of its own
@@ -64,13 +64,13 @@ def diagram(unet: nn.Module, /, *args: Any, region: Region | None = None, **kwar
 
 def diagram_of(trace: Trace, region: Region | None) -> Diagram:
     """`diagram` on an existing trace."""
-    view = _View(trace, region)
+    view = View(trace, region)
     blocks = [replace(block, level=view.rank[block.level]) for block in _merged(list(view.blocks()))]
     spaces = tuple(view.levels.spatial[p] for p in view.order)
     return Diagram(trace.model, spaces, tuple(blocks), tuple(view.skips(blocks)), region)
 
 
-class _View:
+class View:
     """The trace with, for every node, its MACs, its level (in positions), and whether it is skipped."""
 
     def __init__(self, trace: Trace, region: Region | None) -> None:
@@ -104,7 +104,7 @@ class _View:
 
         What is small and holds no convolution (a time embedding, a position embedding) goes with its neighbour.
         """
-        found, total = list(self._all_blocks()), sum(self.macs)
+        found, total = list(self.whole()), sum(self.macs)
         for k, block in enumerate(found):
             small = block.macs < _LEAST * total and not any(
                 map(self.spatial.__contains__, range(block.first, block.last))
@@ -114,7 +114,8 @@ class _View:
             else:
                 yield block
 
-    def _all_blocks(self) -> Iterator[Block]:
+    def whole(self) -> Iterator[Block]:
+        """Before small ones go with their neighbours."""
         until = 0
         for call in self.trace.calls:
             if not call.path or call.first < until:
