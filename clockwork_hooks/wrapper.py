@@ -30,6 +30,7 @@ from clockwork_hooks.nested import NestedEngine
 from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import RunReport, Stats
+from clockwork_hooks.timeline import Position
 
 __all__ = ["ClockworkWrapper", "check_unet", "wrap"]
 
@@ -220,6 +221,15 @@ class ClockworkWrapper:
     def enabled(self, on: bool) -> None:
         self._engine.enabled = bool(on)
         self._engine.states.forget()
+
+    @property
+    def position(self) -> Position | None:
+        """Step and branch of the call that is under way in this thread or task; None between calls.
+
+        None also during a call that is being traced: its place is known when it is over.
+        """
+        running = self._engine.states.current().running
+        return next((call.position for call in reversed(running) if call is not None), None)
 
     def reset(self) -> None:
         """The next call in this thread begins a new trajectory; what was cached is let go."""

@@ -1,0 +1,1 @@
+"""Where a UNet can be approximated: feature maps, what disturbing them does, how they drift, and a plan."""

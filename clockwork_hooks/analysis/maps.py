@@ -75,7 +75,7 @@ def find_maps(trace: Trace, unet: nn.Module) -> tuple[FeatureMap, ...]:
         >>> [found.name for found in find_maps(trace(unet, *args, **kwargs), unet)][:3]
         ['first', 'down 32×32', 'down 16×16']
 
-    Source: arXiv 2312.08128, Sec. 3, Fig. 2 (upsampling outputs) and App. C (bottleneck, downsampling outputs, conv_in).
+    Source: arXiv 2312.08128, Sec. 3, Fig. 2 (upsampling outputs) and App. C (bottleneck, downsampling, conv_in).
     """
     return tuple(_Search(trace, unet).maps())
 

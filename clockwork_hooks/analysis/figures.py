@@ -1,0 +1,76 @@
+"""The pictures of the analyses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clockwork_hooks.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from clockwork_hooks.analysis.robustness import Robustness
+
+__all__ = ["curves", "grid"]
+
+_STYLES = {"first": ":", "down": "--", "bottleneck": "-.", "up": "-"}
+
+
+def curves(result: Robustness, path: Path) -> None:
+    """Distance over the first disturbed step, a line a map; colours go by resolution, line styles by place."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = sorted({one.resolution for one in result.maps}, reverse=True)
+    colours = {size: colormaps["viridis"](k / max(len(sizes), 2)) for k, size in enumerate(sizes)}
+    for one in result.maps:
+        axes.plot(
+            result.starts,
+            result.distances[one.name],
+            linestyle=_STYLES[one.kind],
+            color=colours[one.resolution],
+            marker="o",
+            markersize=3,
+            label=one.name,
+        )
+    axes.set(xlabel=f"disturbed from step k of {result.steps} on", ylabel="L2 distance to the undisturbed result")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"α = {result.alpha:g}, statistics per {result.statistics}", fontsize=10)
+    figure.savefig(path)
+
+
+def grid(result: Robustness, path: Path) -> None:
+    """The first picture of every cell, with the undisturbed one at the left."""
+    from matplotlib.figure import Figure
+
+    plain = result.pictures.get(("", 0))
+    if plain is None or plain.ndim != 3 or plain.shape[0] not in (1, 3):
+        raise ArgumentError(
+            "a grid shows pictures (C, H, W) with one or three channels",
+            seen={"results": None if plain is None else tuple(plain.shape)},
+            do="let generate return pictures; results read from JSON have none",
+        )
+    rows, columns = len(result.maps), len(result.starts) + 1
+    figure = Figure(figsize=(1.1 * columns + 1.2, 1.1 * rows + 0.5), dpi=130, layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False)
+    for r, one in enumerate(result.maps):
+        for c, start in enumerate((0, *result.starts)):
+            axes = cells[r][c]
+            _show(axes, plain if c == 0 else result.pictures[one.name, start])
+            if r == 0:
+                axes.set_title("plain" if c == 0 else f"k = {start}", fontsize=8)
+            if c == 0:
+                axes.set_ylabel(one.name, fontsize=8, rotation=0, ha="right", va="center")
+    figure.savefig(path)
+
+
+def _show(axes: Any, picture: Tensor) -> None:
+    image = picture.clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(image, cmap="gray" if image.shape[2] == 1 else None, vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])

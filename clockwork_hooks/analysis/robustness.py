@@ -1,0 +1,298 @@
+"""`measure_robustness`: how well does a sampler recover from a disturbed feature map, and from which step on?
+
+From step k on, a feature map f is mixed with noise that keeps its statistics, f ← μ + √α(f - μ) + √(1-α)z with
+z ~ N(0, σ²), and the final result is compared with the undisturbed one. What can be disturbed early without harm can
+be approximated: the observation that the paper's choice of region rests on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
+from clockwork_hooks.analysis.watch import Generate, Watch, final, first_call
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.progress import progress
+from clockwork_hooks.regions import choose
+from clockwork_hooks.report import Table, table
+from clockwork_hooks.tree import map_leaves
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Robustness", "measure_robustness"]
+
+Statistics = Literal["channel", "map"]
+
+
+@dataclass(frozen=True, slots=True)
+class Robustness:
+    """L2 distance of the final result for every (map, first disturbed step).
+
+    Attributes:
+        maps: what was disturbed.
+        starts: first disturbed steps, from 1.
+        steps: denoising steps of the sampler.
+        alpha: share of the map's own variance that is kept.
+        statistics: whose mean and variance the noise has: each channel's, or the whole map's.
+        distances: name of the map → L2 distance to the undisturbed result, one a start; a mean over samples.
+        norm: L2 norm of the undisturbed result, a mean over samples.
+        samples: how many results each number is a mean of.
+        seeds: of the noise that sampling starts from.
+        pictures: (map, start) → the first result, (C, H, W), and ("", 0) → the undisturbed one; where they are images.
+    """
+
+    maps: tuple[FeatureMap, ...]
+    starts: tuple[int, ...]
+    steps: int
+    alpha: float
+    statistics: Statistics
+    distances: Mapping[str, tuple[float, ...]]
+    norm: float
+    samples: int
+    seeds: tuple[int, ...]
+    pictures: Mapping[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def recovers_from(self, name: str, share: float = 0.5) -> int | None:
+        """The first start whose distance is below `share` of the map's largest one; None where none is."""
+        values = self.distances[name]
+        return next((k for k, value in zip(self.starts, values, strict=True) if value < share * max(values)), None)
+
+    def table(self) -> Table:
+        """Distances, a row a map, a column a start."""
+        rows = [(one.name, one.path, *(f"{d:.2f}" for d in self.distances[one.name])) for one in self.maps]
+        notes = (
+            f"L2 distance to the undisturbed result (norm {self.norm:.2f}), mean of {self.samples} samples; disturbed "
+            f"from step k of {self.steps} on, α = {self.alpha:g}, statistics per {self.statistics}.",
+        )
+        return table("Robustness", ("map", "module", *(f">k={k}" for k in self.starts)), rows, notes=notes)
+
+    def to_markdown(self) -> str:
+        """The table as Markdown."""
+        return self.table().to_markdown()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the pictures."""
+        maps = [{name: getattr(one, name) for name in FeatureMap.__slots__} for one in self.maps]
+        names = ["starts", "steps", "alpha", "statistics", "distances", "norm", "samples", "seeds"]
+        return {"schema": "clockwork_hooks/robustness/1", "maps": maps, **{n: getattr(self, n) for n in names}}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Robustness:
+        """What `to_json` wrote; pictures are not in it."""
+        data = json.loads(text)
+        maps = tuple(
+            FeatureMap(**{**one, "shape": tuple(one["shape"]), "resolution": tuple(one["resolution"])})
+            for one in data["maps"]
+        )
+        distances = {name: tuple(values) for name, values in data["distances"].items()}
+        names = ["steps", "alpha", "statistics", "norm", "samples"]
+        return cls(
+            maps=maps,
+            distances=distances,
+            starts=tuple(data["starts"]),
+            seeds=tuple(data["seeds"]),
+            **{n: data[n] for n in names},
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Curves of distance over start, a line a map (PNG, SVG or PDF; needs matplotlib). Source: Figs. 12 and 13."""
+        from clockwork_hooks.analysis.figures import curves
+
+        curves(self, Path(path))
+
+    def plot_grid(self, path: str | Path) -> None:
+        """The first picture of every cell, a row a map, a column a start (needs matplotlib). Source: Fig. 2.
+
+        Raises:
+            ArgumentError: the results are no pictures, or were not kept.
+        """
+        from clockwork_hooks.analysis.figures import grid
+
+        grid(self, Path(path))
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+
+def measure_robustness(
+    unet: nn.Module,
+    generate: Generate,
+    conditions: Iterable[Any],
+    *,
+    maps: Iterable[str] | None = None,
+    starts: Iterable[int] | None = None,
+    alpha: float = 0.3,
+    statistics: Statistics = "channel",
+    seeds: Sequence[int] = (0,),
+    console: Console | None = None,
+) -> Robustness:
+    """Disturb each feature map from each step on, and measure what it does to the result.
+
+    Every cell samples from the same noise, and is disturbed by the same noise.
+
+    Args:
+        unet: what `generate` calls; not wrapped.
+        generate: your own sampling code: `generate(batch, seed)` draws its noise from the seed and returns one tensor,
+            samples first.
+        conditions: batches of whatever `generate` takes.
+        maps: names of the maps, as `measure_robustness` lists them in an error; None for all.
+        starts: first disturbed steps, from 1; None for about ten over the trajectory.
+        alpha: share of the variance that stays the map's own, 0 (noise alone) to 1 (no noise).
+        statistics: "channel": mean and variance over space, for each sample and channel; "map": over all but the batch.
+        seeds: of the noise that sampling starts from.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The distances; `.plot(...)`, `.plot_grid(...)`, `.to_json()`.
+
+    Raises:
+        ArgumentError: an option is outside its rule, a start lies beyond the last step, or `generate` never calls
+            the UNet.
+        TraceError: a call of the UNet could not be recorded.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from clockwork_hooks import measure_robustness
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks).eval()
+        >>> def generate(count, seed):
+        ...     x = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        ...     for t in (900, 600, 300, 0):
+        ...         x = x - 0.1 * unet(x, t).sample
+        ...     return x
+        >>> result = measure_robustness(unet, generate, [2], starts=(1, 4))
+        >>> [one.name for one in result.maps]
+        ['first', 'down 16×16', 'bottleneck 8×8', 'up 16×16']
+        >>> result.distances["up 16×16"][0] > result.distances["up 16×16"][1] > 0
+        True
+
+    Source: arXiv 2312.08128, Sec. 3, Fig. 2; App. C, Figs. 10-13.
+    """
+    batches = _check(conditions, seeds, alpha, statistics)
+    trace = first_call(unet, generate, batches[0], seeds[0])
+    chosen = choose_maps(find_maps(trace, unet), maps)
+    cells = [(k, seed) for seed in range(len(seeds)) for k in range(len(batches))]
+    plain, steps = [], 0
+    with Watch(unet, choose(trace, unet)) as watch, progress(console) as bar:
+        for k, seed in cells:
+            with watch.trajectory():
+                plain.append(final(unet, generate, batches[k], seeds[seed]))
+            steps = max(steps, watch.step)
+        first_steps = _starts(starts, steps)
+        sums = {(one.name, start): 0.0 for one in chosen for start in first_steps}
+        pictures = {("", 0): plain[0][0].float().cpu()}
+        task = bar.add_task("", total=len(sums) * len(cells))
+        for one in chosen:
+            for start in first_steps:
+                for (k, seed), reference in zip(cells, plain, strict=True):
+                    bar.update(task, description=f"{one.name}, from step {start}")
+                    with watch.trajectory(), _disturbed(unet, one, start, watch, alpha, statistics, seeds[seed]):
+                        made = final(unet, generate, batches[k], seeds[seed])
+                    sums[one.name, start] += float((made.float() - reference.float()).flatten(1).norm(dim=1).sum())
+                    pictures.setdefault((one.name, start), made[0].float().cpu())
+                    bar.advance(task)
+    samples = sum(len(reference) for reference in plain)
+    return Robustness(
+        maps=chosen,
+        starts=first_steps,
+        steps=steps,
+        alpha=alpha,
+        statistics=statistics,
+        distances={one.name: tuple(sums[one.name, k] / samples for k in first_steps) for one in chosen},
+        norm=sum(float(reference.float().flatten(1).norm(dim=1).sum()) for reference in plain) / samples,
+        samples=samples,
+        seeds=tuple(seeds),
+        pictures=pictures,
+    )
+
+
+def disturb(f: Tensor, alpha: float, statistics: Statistics, noise: Tensor) -> Tensor:
+    """The map f as μ + √α(f - μ) + √(1-α)σz, with the map's own mean and deviation.
+
+    Args:
+        f: (B, C, ...) feature map.
+        alpha: share of the variance that is kept.
+        statistics: "channel" for mean and deviation of each channel, "map" for those of the whole map, of each sample.
+        noise: z, standard normal, in f's shape.
+
+    Source: arXiv 2312.08128, Sec. 3.
+    """
+    axes = tuple(range(2 if statistics == "channel" and f.ndim > 2 else 1, f.ndim))
+    mean = f.mean(axes, keepdim=True)
+    deviation = f.std(axes, keepdim=True, correction=0)
+    return mean + math.sqrt(alpha) * (f - mean) + math.sqrt(1 - alpha) * deviation * noise
+
+
+@contextlib.contextmanager
+def _disturbed(
+    unet: nn.Module, one: FeatureMap, start: int, watch: Watch, alpha: float, statistics: Statistics, seed: int
+) -> Iterator[None]:
+    """Disturb one map at every call from step `start` on; the noise is the same whatever the start and the map."""
+    counts = {"root": -1, "call": 0}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if counts["root"] != watch.calls:
+            counts.update(root=watch.calls, call=0)
+        ordinal, counts["call"] = counts["call"], counts["call"] + 1
+        found = leaf_of(output, one.leaf)
+        if ordinal != one.call or watch.step < start or found is None:
+            return None
+        generator = torch.Generator(found.device).manual_seed(1_000_003 * (seed + 1) + watch.calls)
+        noise = torch.randn(found.shape, generator=generator, device=found.device, dtype=torch.float32)
+        made = disturb(found.float(), alpha, statistics, noise).to(found.dtype)
+        return map_leaves(lambda leaf: made if leaf is found else leaf, output)
+
+    handle = unet.get_submodule(one.path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check(conditions: Iterable[Any], seeds: Sequence[int], alpha: object, statistics: object) -> list[Any]:
+    batches = list(conditions)
+    if not batches or not seeds:
+        raise ArgumentError(
+            "a measurement needs conditions and seeds",
+            seen={"batches": len(batches), "seeds": len(seeds)},
+            do="pass at least one of each",
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ArgumentError("α is a share, 0 to 1", seen={"alpha": repr(alpha)}, do="pass alpha=0.3, the paper's")
+    if statistics not in ("channel", "map"):
+        raise ArgumentError(
+            'statistics are those of each "channel" or of the whole "map"',
+            seen={"statistics": repr(statistics)},
+            do='pass statistics="channel"',
+        )
+    return batches
+
+
+def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:
+    if given is None:
+        stride = max(1, round(steps / 10))
+        return tuple(range(1, steps + 1, stride))
+    starts = tuple(given)
+    wrong = [k for k in starts if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= steps]
+    if wrong or not starts:
+        raise ArgumentError(
+            "a start is a denoising step of the sampler",
+            seen={"starts": starts, "outside": wrong or "none given", "steps": steps},
+            do=f"choose from 1 to {steps}",
+        )
+    return starts

@@ -1,0 +1,118 @@
+"""Look into the calls that a sampler makes: the first one's arguments, and every call's step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.graph import Trace, record
+from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.tree import map_leaves
+from clockwork_hooks.wrapper import wrap
+
+__all__ = ["Generate", "Watch", "final", "first_call"]
+
+Generate = Callable[[Any, int], Tensor]
+
+
+class _Enough(BaseException):
+    """Leaves a sampling loop, through whatever it catches."""
+
+
+def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Trace:
+    """Trace the first call that `generate(batch, seed)` makes; the loop goes no further.
+
+    Raises:
+        ArgumentError: it makes none.
+        TraceError: the call could not be recorded.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
+        raise _Enough
+
+    handle = unet.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            generate(batch, seed)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise _never(unet)
+    return record(unet, *seen[0])
+
+
+def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+    """What `generate(batch, seed)` returns: one tensor, samples first.
+
+    Raises:
+        ArgumentError: it returns something else.
+    """
+    with torch.no_grad():
+        made = generate(batch, seed)
+    if not isinstance(made, Tensor) or made.ndim < 2 or not made.is_floating_point():
+        seen = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+        raise ArgumentError(
+            "generate(batch, seed) returns one tensor of floats, samples first",
+            seen={"returned": seen},
+            do="return the pictures, or the last latents",
+        )
+    return made.detach()
+
+
+class Watch:
+    """Tells the step of the call that is under way; a context manager around any number of trajectories.
+
+    The UNet is wrapped with a schedule of full passes alone: nothing changes, and steps are placed as in use.
+
+    Attributes:
+        step: denoising step of the call under way, or of the last one; from 1.
+        calls: how many there were in this trajectory.
+    """
+
+    def __init__(self, unet: nn.Module, region: Region) -> None:
+        self.unet, self.step, self.calls = unet, 0, 0
+        self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
+        self._handle = unet.register_forward_pre_hook(self._place)  # after the wrapper's own
+
+    def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        position = self._wrapper.position
+        self.step = position.step if position is not None else 1  # the call that is traced is a first one
+        self.calls += 1
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[Watch]:
+        """Watch one run of the sampler.
+
+        Raises:
+            ArgumentError: it never called the UNet.
+        """
+        self._wrapper.reset()
+        self.step = self.calls = 0
+        yield self
+        if not self.calls:
+            raise _never(self.unet)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+        self._wrapper.remove()
+
+
+def _never(unet: nn.Module) -> ArgumentError:
+    return ArgumentError(
+        "generate(batch, seed) samples with the UNet that is looked into",
+        seen={"calls of the UNet": 0, "unet": type(unet).__name__},
+        do="let it call this very UNet object, not a copy or a compiled one",
+    )
