@@ -10,9 +10,10 @@ from torch import Tensor
 from clockwork_hooks.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from clockwork_hooks.analysis.drift import Drift
     from clockwork_hooks.analysis.robustness import Robustness
 
-__all__ = ["curves", "grid"]
+__all__ = ["curves", "grid", "heat_map"]
 
 _STYLES = {"first": ":", "down": "--", "bottleneck": "-.", "up": "-"}
 
@@ -66,6 +67,22 @@ def grid(result: Robustness, path: Path) -> None:
                 axes.set_title("plain" if c == 0 else f"k = {start}", fontsize=8)
             if c == 0:
                 axes.set_ylabel(one.name, fontsize=8, rotation=0, ha="right", va="center")
+    figure.savefig(path)
+
+
+def heat_map(drift: Drift, path: Path) -> None:
+    """Relative change of every region's exit at every step."""
+    from matplotlib.figure import Figure
+
+    names = list(drift.regions)
+    values = [[float("nan") if v is None else v for v in drift.change(name)] for name in names]
+    figure = Figure(figsize=(min(14, 3.5 + 0.35 * drift.steps), 1.6 + 0.42 * len(names)), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="magma", vmin=0, extent=(0.5, drift.steps + 0.5, len(names), 0))
+    axes.set_yticks([k + 0.5 for k in range(len(names))], names, fontsize=8)
+    axes.set_xlabel("denoising step s")
+    axes.set_title("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the region's exit", fontsize=10)
+    figure.colorbar(image, ax=axes)
     figure.savefig(path)
 
 

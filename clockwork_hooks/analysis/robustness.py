@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
-from clockwork_hooks.analysis.watch import Generate, Watch, final, first_call
+from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import choose
@@ -183,7 +183,8 @@ def measure_robustness(
 
     Source: arXiv 2312.08128, Sec. 3, Fig. 2; App. C, Figs. 10-13.
     """
-    batches = _check(conditions, seeds, alpha, statistics)
+    batches = check_runs(conditions, seeds)
+    _check(alpha, statistics)
     trace = first_call(unet, generate, batches[0], seeds[0])
     chosen = choose_maps(find_maps(trace, unet), maps)
     cells = [(k, seed) for seed in range(len(seeds)) for k in range(len(batches))]
@@ -264,14 +265,7 @@ def _disturbed(
         handle.remove()
 
 
-def _check(conditions: Iterable[Any], seeds: Sequence[int], alpha: object, statistics: object) -> list[Any]:
-    batches = list(conditions)
-    if not batches or not seeds:
-        raise ArgumentError(
-            "a measurement needs conditions and seeds",
-            seen={"batches": len(batches), "seeds": len(seeds)},
-            do="pass at least one of each",
-        )
+def _check(alpha: object, statistics: object) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ArgumentError("α is a share, 0 to 1", seen={"alpha": repr(alpha)}, do="pass alpha=0.3, the paper's")
     if statistics not in ("channel", "map"):
@@ -280,7 +274,6 @@ def _check(conditions: Iterable[Any], seeds: Sequence[int], alpha: object, stati
             seen={"statistics": repr(statistics)},
             do='pass statistics="channel"',
         )
-    return batches
 
 
 def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,29 @@ from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.tree import map_leaves
 from clockwork_hooks.wrapper import wrap
 
-__all__ = ["Generate", "Watch", "final", "first_call"]
+__all__ = ["Generate", "Watch", "check_runs", "final", "first_call"]
 
 Generate = Callable[[Any, int], Tensor]
 
 
 class _Enough(BaseException):
     """Leaves a sampling loop, through whatever it catches."""
+
+
+def check_runs(conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
+    """The batches of conditions, as a list.
+
+    Raises:
+        ArgumentError: there are none, or no seeds.
+    """
+    batches = list(conditions)
+    if not batches or not seeds:
+        raise ArgumentError(
+            "a measurement needs conditions and seeds",
+            seen={"batches": len(batches), "seeds": len(seeds)},
+            do="pass at least one of each",
+        )
+    return batches
 
 
 def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Trace:
@@ -77,16 +93,19 @@ class Watch:
     Attributes:
         step: denoising step of the call under way, or of the last one; from 1.
         calls: how many there were in this trajectory.
+        branch: (guidance branch, which of its calls in the step) of the call under way.
     """
 
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.calls = unet, 0, 0
+        self.branch = (1, 0)
         self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
         self._handle = unet.register_forward_pre_hook(self._place)  # after the wrapper's own
 
     def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         position = self._wrapper.position
         self.step = position.step if position is not None else 1  # the call that is traced is a first one
+        self.branch = (position.branch.number, position.ordinal) if position is not None else (1, 0)
         self.calls += 1
 
     @contextlib.contextmanager
