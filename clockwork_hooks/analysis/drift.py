@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.analysis.maps import FeatureMap, exit_maps, leaf_of, region_name
-from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call
+from clockwork_hooks.analysis.watch import Generate, Watch, candidates, check_runs, final, first_call
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.graph import Trace
 from clockwork_hooks.progress import progress
-from clockwork_hooks.regions import choose, match, regions_of
+from clockwork_hooks.regions import choose
 from clockwork_hooks.report import Table, percent, table
 from clockwork_hooks.wrapper import wrap
 
@@ -186,7 +185,7 @@ def measure_drift(
             "a clock that skips is an int of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)"
         )
     trace = first_call(unet, generate, batches[0], seeds[0])
-    chosen = _candidates(trace, unet, regions, adaptor)
+    chosen = candidates(trace, unet, regions, adaptor)
     maps = exit_maps(trace, unet, chosen)
     runs = [(batch, seed) for seed in seeds for batch in batches]
     longest = max((2, *clocks)) - 1
@@ -230,28 +229,6 @@ def relative_error(made: Tensor, reference: Tensor) -> Tensor:
     difference = (made.float() - reference.float()).flatten(1).norm(dim=1)
     relative: Tensor = difference / reference.float().flatten(1).norm(dim=1).clamp_min(1e-12)
     return relative.cpu()
-
-
-def _candidates(
-    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: Adaptor | str | None
-) -> tuple[Region, ...]:
-    if regions is not None:
-        chosen = tuple(regions)
-        if not chosen or not all(isinstance(region, Region) for region in chosen):
-            raise ArgumentError(
-                "candidates are regions of the UNet",
-                seen={"regions": [type(region).__name__ for region in chosen] or "none"},
-                do="pass some of ch.find_regions(unet, *args)",
-            )
-        found = [match(trace, unet, region) for region in chosen]
-        if None in found:
-            raise ArgumentError(
-                "candidates are regions of this UNet, as generate calls it",
-                seen={"not found": [r.line for r, f in zip(chosen, found, strict=True) if f is None]},
-                do="pass some of ch.find_regions(unet, *args), found for this UNet",
-            )
-        return tuple(region for region in found if region is not None)
-    return regions_of(trace, unet) if adaptor in (None, "identity") else (choose(trace, unet),)
 
 
 class _Sums:

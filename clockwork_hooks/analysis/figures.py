@@ -11,9 +11,10 @@ from clockwork_hooks.errors import ArgumentError
 
 if TYPE_CHECKING:
     from clockwork_hooks.analysis.drift import Drift
+    from clockwork_hooks.analysis.plan import Plan
     from clockwork_hooks.analysis.robustness import Robustness
 
-__all__ = ["curves", "grid", "heat_map"]
+__all__ = ["curves", "grid", "heat_map", "pareto"]
 
 _STYLES = {"first": ":", "down": "--", "bottleneck": "-.", "up": "-"}
 
@@ -83,6 +84,30 @@ def heat_map(drift: Drift, path: Path) -> None:
     axes.set_xlabel("denoising step s")
     axes.set_title("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the region's exit", fontsize=10)
     figure.colorbar(image, ax=axes)
+    figure.savefig(path)
+
+
+def pareto(plan: Plan, path: Path) -> None:
+    """Measured error against saving, a marker an option; the chosen one is circled."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(option.region for option in plan.options))
+    for k, name in enumerate(names):
+        for planned, marker in ((True, "o"), (False, "x")):
+            mine = [o for o in plan.options if o.region == name and (o.kind == "planned") == planned]
+            points = [(100 * o.saved, 100 * o.measured) for o in mine if o.measured is not None]
+            label = f"{name}, {'planned' if planned else 'uniform clocks'}"
+            axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{k}", label=label) if points else None
+    best = [(100 * o.saved, 100 * o.measured) for o in plan.pareto() if o.measured is not None]
+    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
+    x, y = 100 * plan.chosen.saved, 100 * (plan.chosen.measured or 0)
+    axes.scatter([x], [y], s=160, facecolors="none", edgecolors="black", label="chosen")
+    axes.set(xlabel="MACs saved, %", ylabel="relative L2 error of the result, %")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
     figure.savefig(path)
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import Trace, record
+from clockwork_hooks.regions import choose, match, regions_of
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.tree import map_leaves
 from clockwork_hooks.wrapper import wrap
 
-__all__ = ["Generate", "Watch", "check_runs", "final", "first_call"]
+__all__ = ["Generate", "Watch", "candidates", "check_runs", "final", "first_call"]
 
 Generate = Callable[[Any, int], Tensor]
 
@@ -83,6 +85,34 @@ def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
             do="return the pictures, or the last latents",
         )
     return made.detach()
+
+
+def candidates(
+    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: Adaptor | str | None
+) -> tuple[Region, ...]:
+    """The regions to look at: those given, or all nested ones; an adaptor has the default one.
+
+    Raises:
+        ArgumentError: what is given is no region of this UNet.
+        RegionNotFoundError: the UNet has none.
+    """
+    if regions is not None:
+        chosen = tuple(regions)
+        if not chosen or not all(isinstance(region, Region) for region in chosen):
+            raise ArgumentError(
+                "candidates are regions of the UNet",
+                seen={"regions": [type(region).__name__ for region in chosen] or "none"},
+                do="pass some of ch.find_regions(unet, *args)",
+            )
+        found = [match(trace, unet, region) for region in chosen]
+        if None in found:
+            raise ArgumentError(
+                "candidates are regions of this UNet, as generate calls it",
+                seen={"not found": [r.line for r, f in zip(chosen, found, strict=True) if f is None]},
+                do="pass some of ch.find_regions(unet, *args), found for this UNet",
+            )
+        return tuple(region for region in found if region is not None)
+    return regions_of(trace, unet) if adaptor in (None, "identity") else (choose(trace, unet),)
 
 
 class Watch:
