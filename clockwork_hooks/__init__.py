@@ -16,6 +16,9 @@ from typing import Any as _Any
 from clockwork_hooks import adaptors as _adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.analysis.drift import Drift, measure_drift
+from clockwork_hooks.analysis.plan import Plan, plan
+from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
 from clockwork_hooks.blocks import diagram
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.cost import FlopsReport
@@ -62,14 +65,17 @@ __all__ = [
     "Diagram",
     "DistillError",
     "DistillResult",
+    "Drift",
     "Evaluation",
     "FlopsReport",
     "IdentityAdaptor",
     "ModelNotFoundError",
     "NoEffectWarning",
+    "Plan",
     "Region",
     "RegionNotFoundError",
     "ResNetAdaptor",
+    "Robustness",
     "RunReport",
     "ScaledResNetAdaptor",
     "Schedule",
@@ -89,6 +95,9 @@ __all__ = [
     "find_region",
     "find_regions",
     "flops_report",
+    "measure_drift",
+    "measure_robustness",
+    "plan",
     "trace",
     "wrap",
 ]

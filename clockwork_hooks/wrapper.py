@@ -77,7 +77,7 @@ def wrap(
             below the highest level.
         level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
         schedule: replaces `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
-        plan: an object with `region`, `schedule` and `adaptor`, which replaces all three.
+        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, which replaces all three.
         time: name of the argument that holds the time, where it cannot be told.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
         keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
@@ -118,8 +118,10 @@ def wrap(
     Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
     """
     check_unet(unet)
+    chosen: Choice | None = None
     if plan is not None:
         region, schedule, adaptor = _parts(plan)
+        chosen = plan.region if isinstance(plan.region, Choice) else None
     check_clock(clock)
     if clocks is not None:
         one_way: dict[str, object] = {
@@ -139,6 +141,8 @@ def wrap(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
         )
     choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
+    if chosen is not None:
+        choice, region = chosen, None
     if region is not None:
         _check_region(region, unet)
         choice.instead_of(region)

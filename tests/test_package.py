@@ -75,6 +75,8 @@ FLOOR = {
     "capture": 110,
     "wrapper": 120,
     "diffusers": 130,
+    "analysis": 130,
+    "progress": 10,
     "evaluation": 130,
     "training": 130,
     "__init__": 200,

@@ -181,9 +181,7 @@ def measure_drift(
     batches = check_runs(conditions, seeds)
     wrong = [clock for clock in clocks if isinstance(clock, bool) or not isinstance(clock, int) or clock < 2]
     if wrong:
-        raise ArgumentError(
-            "a clock that skips is an int of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)"
-        )
+        raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
     trace = first_call(unet, generate, batches[0], seeds[0])
     chosen = candidates(trace, unet, regions, adaptor)
     maps = exit_maps(trace, unet, chosen)

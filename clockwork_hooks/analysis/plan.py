@@ -65,7 +65,7 @@ class Plan:
         fingerprint: of the region.
         model: class name of the UNet.
         adaptor: stands in for the region; None for the identity. Not in the JSON.
-        region: the region; None after `from_json`, then `choice` finds it.
+        found: the region itself; None after `from_json`.
     """
 
     chosen: Option
@@ -77,17 +77,17 @@ class Plan:
     fingerprint: str
     model: str
     adaptor: Adaptor | str | None = field(default=None, compare=False, repr=False)
-    region: Region | None = field(default=None, compare=False, repr=False)
+    found: Region | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def region(self) -> Region | Choice:
+        """The region; after `from_json`, how `wrap` finds it at the first call."""
+        return self.found or Choice(level=self.level, share=self.share)
 
     @property
     def schedule(self) -> Schedule:
         """The adaptor at exactly the chosen steps."""
         return Schedule.at(self.chosen.steps)
-
-    @property
-    def choice(self) -> Choice:
-        """How `wrap` finds the region without having it."""
-        return Choice(level=self.level, share=self.share)
 
     def pareto(self) -> tuple[Option, ...]:
         """The measured options that no other one beats in both saving and error, by saving."""
@@ -116,10 +116,10 @@ class Plan:
             if option.measured is not None
         ]
         notes = (
-            f"{self.model}, {self.steps} steps: {chosen.region}, adaptor at {', '.join(map(str, chosen.steps)) or 'none'}.",
+            f"{self.model}, {self.steps} steps: {chosen.region}, adaptor at {', '.join(map(str, chosen.steps))}.",
             "Relative L2 error of the result. Saved: share of a trajectory's MACs, attention products counted.",
-            f"The chosen option: predicted {percent(chosen.predicted)}, measured {percent(chosen.measured)}, on what it "
-            f"was not planned with {percent(self.held_out)}.",
+            f"The chosen option: predicted {percent(chosen.predicted)}, measured {percent(chosen.measured)}, held out "
+            f"{percent(self.held_out)}.",
         )
         heads = ("", "schedule", "region", ">adaptor steps", ">saved", ">predicted", ">measured")
         return table("Plan", heads, rows, notes=notes)
@@ -184,9 +184,9 @@ def plan(
 ) -> Plan:
     """Choose region and schedule from measured error against MACs.
 
-    Of every candidate region the drift is measured, and what one adaptor step alone does to the result. From these,
-    sets of adaptor steps are chosen greedily; the best set of each region and the plain clocks are then run end to
-    end, and the one with the least measured error (or the largest saving) wins. A uniform clock wins where it is best.
+    Of every candidate region the drift is measured, and what one adaptor step alone does to the result. From these
+    follow the sets of adaptor steps of least predicted error. The best set of each region and the uniform clocks are
+    then run end to end, and the one with the least measured error (or the largest saving) wins.
 
     Args:
         unet: what `generate` calls; not wrapped.
@@ -242,7 +242,7 @@ def plan(
         fingerprint=region.fingerprint,
         model=region.model,
         adaptor=adaptor,
-        region=region,
+        found=region,
     )
 
 
@@ -293,7 +293,7 @@ class _Planner:
             self.sets[name] = []
             return
         sensitivity = Sensitivity(ages, weights)
-        sets = sensitivity.greedy(self.steps - 1)
+        sets = sensitivity.best()
         self.sets[name] = [
             Option(name, tuple(sorted(s)), "planned", self.saved(name, len(s)), sensitivity.predicted(s)) for s in sets
         ]
@@ -348,7 +348,7 @@ class _Planner:
                 "a plan has at least one adaptor step",
                 seen={
                     "max_error": percent(allowed),
-                    "least error": percent(_error(least)) if least else "none measured",
+                    "least error": percent(least.measured) if least else "none measured",
                 },
                 do="allow more, train an adaptor, or sample with more steps",
             )

@@ -1,4 +1,4 @@
-"""Choose adaptor steps for a budget from measured sensitivities: greedy, one region at a time; pure arithmetic.
+"""Choose adaptor steps for a budget from measured sensitivities, one region at a time; pure arithmetic.
 
 The error that a set of adaptor steps makes is predicted as √Σ(w(s)·d(s, age))²: d(s, age) is what keeping a feature for
 `age` steps is off by at step s (`Drift.ages`), and w(s) is what such an error does to the result. w is measured, one
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Sensitivity", "probe_steps"]
 
@@ -59,35 +60,35 @@ class Sensitivity:
         total, age = 0.0, 0
         for step in range(1, len(self.ages[0]) + 1):
             age = age + 1 if step in chosen else 0
-            if not age:
-                continue
-            off = self.ages[age - 1][step - 1] if age <= len(self.ages) else None
-            if off is None:
-                return math.inf
-            total += (self.weight(step) * off) ** 2
+            total += self._squared(step, age) if age else 0.0
         return math.sqrt(total)
 
-    def greedy(self, most: int) -> list[frozenset[int]]:
-        """Sets of 1, 2, ... `most` adaptor steps, each the one before with the step that adds the least error."""
-        found: list[frozenset[int]] = []
-        chosen: frozenset[int] = frozenset()
-        steps = range(2, len(self.ages[0]) + 1)
-        while len(chosen) < most:
-            options = [chosen | {step} for step in steps if step not in chosen]
-            best = min(options, key=self.predicted, default=None)
-            if best is None or math.isinf(self.predicted(best)):
-                break
-            chosen = self.improved(best)
-            found.append(chosen)
-        return found
+    def best(self) -> list[frozenset[int]]:
+        """The sets of 1, 2, ... adaptor steps with the least predicted error.
 
-    def improved(self, chosen: frozenset[int]) -> frozenset[int]:
-        """The set after every exchange of one step for another that lowers the predicted error."""
-        steps = range(2, len(self.ages[0]) + 1)
-        while True:
-            now = self.predicted(chosen)
-            swaps = [(chosen - {a}) | {b} for a in chosen for b in steps if b not in chosen]
-            best = min(swaps, key=self.predicted, default=chosen)
-            if self.predicted(best) >= now * (1 - 1e-9):
-                return chosen
-            chosen = best
+        Squared errors add up over steps, and each depends on its step and age alone: dynamic programming over the
+        steps, with (age, number of adaptor steps so far) as the state, finds the exact minimum.
+        """
+        states: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
+        for step in range(1, len(self.ages[0]) + 1):
+            after: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+            for (age, count), (cost, chosen) in states.items():
+                _keep(after, (0, count), (cost, chosen))
+                more = self._squared(step, age + 1) if step > 1 else math.inf
+                if not math.isinf(more):
+                    _keep(after, (age + 1, count + 1), (cost + more, (*chosen, step)))
+            states = after
+        least: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for (_, count), found in states.items():
+            if count:
+                _keep(least, count, found)
+        return [frozenset(least[count][1]) for count in sorted(least)]
+
+    def _squared(self, step: int, age: int) -> float:
+        off = self.ages[age - 1][step - 1] if age <= len(self.ages) else None
+        return math.inf if off is None else float(self.weight(step) * off) ** 2
+
+
+def _keep(table: dict[Any, tuple[float, tuple[int, ...]]], key: Any, found: tuple[float, tuple[int, ...]]) -> None:
+    if key not in table or found < table[key]:
+        table[key] = found

@@ -134,9 +134,11 @@ class Watch:
 
     def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         position = self._wrapper.position
-        self.step = position.step if position is not None else 1  # the call that is traced is a first one
-        self.branch = (position.branch.number, position.ordinal) if position is not None else (1, 0)
         self.calls += 1
+        if position is not None:
+            self.step, self.branch = position.step, (position.branch.number, position.ordinal)
+        else:  # this call is being traced: which branch's it is will be known when it is over
+            self.step, self.branch = max(self.step, 1), (0, self.calls)
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[Watch]:
