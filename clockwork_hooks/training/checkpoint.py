@@ -39,6 +39,8 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
 
     parent = folder / "checkpoint"
     partial, final = parent / "partial", parent / f"{_PREFIX}{run['trajectories']:09d}"
+    if (final / "run.json").is_file():
+        return  # the state after so many trajectories is there already, and is never taken away before another is whole
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -47,7 +49,6 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
             tensors, numbers[learner.name] = learner.state()
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial / f"{learner.name}.safetensors")
         (partial / "run.json").write_text(json.dumps({**run, "learners": numbers}) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in parent.glob(f"{_PREFIX}*"):
             if old != final:

@@ -242,7 +242,7 @@ def seeded(*keys: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python from a seed of these keys; as they were before, afterwards."""
     import numpy as np
 
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # no context on the other GPUs
     states = random.getstate(), np.random.get_state()
     seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
     with torch.random.fork_rng(devices=devices):
