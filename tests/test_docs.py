@@ -1,0 +1,44 @@
+"""The documentation: every page is reached, every public name is described, nothing is fetched."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import clockwork_hooks as ch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def pages(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages(part)
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    """A new page needs a line under `nav` in mkdocs.yml."""
+    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_the_api_page_has_every_public_name_once() -> None:
+    """A new name needs a line under its topic in docs/api.md."""
+    described = re.findall(r"^::: clockwork_hooks\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(described) == sorted(set(ch.__all__) - {"__version__"})
+
+
+def test_the_site_fetches_nothing() -> None:
+    """No fonts of Google's, no pictures of other sites, no plugin that asks the network."""
+    assert CONFIG["theme"]["font"] is False
+    assert {next(iter(plugin)) if isinstance(plugin, dict) else plugin for plugin in CONFIG["plugins"]} == {
+        "search", "offline", "mkdocstrings"
+    }  # fmt: skip
+    for path in DOCS.rglob("*.md"):
+        fetched = re.search(r"!\[[^\]]*\]\(https?:|<(img|script|link)[^>]*https?:", path.read_text(encoding="utf-8"))
+        assert not fetched, path
