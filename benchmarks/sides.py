@@ -144,7 +144,7 @@ class Bench:
         With the mathematical attention: torch's counter gives 0 for the fused kernels of a CPU.
         """
         kind, clock = side.variant.kind, side.variant.clock
-        key = kind.split(",")[0], loop.batch
+        key = kind.split(",")[0], side.variant.cut, loop.batch
         if key not in self.counted and mode == "eager":
             totals = []
             for steps in (1, 2):

@@ -1,0 +1,172 @@
+"""The tables, verdicts and plots of docs/performance.md from benchmarks/results/: `python -m benchmarks.performance`.
+
+The page is written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.performance_plots import plot
+from benchmarks.performance_results import IDEAL, OURS, Latencies, verdicts
+from clockwork_hooks.report import table
+
+__all__ = ["PARTS", "filled", "main"]
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Data = dict[str, dict[str, Any]]
+
+
+def environment(data: Data) -> str:
+    """Where it was measured."""
+    seen = data["gpu_latency"]["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items() if version)
+    return f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
+
+
+def targets(data: Data) -> str:
+    """The targets, judged."""
+    rows = [(one.what, one.target, one.measured, one.verdict) for one in verdicts(Latencies(data["gpu_latency"]))]
+    return _table(("target", ">at", ">measured", "verdict"), rows)
+
+
+def latency(data: Data) -> str:
+    """A table for each model, batch, number of steps."""
+    rows = Latencies(data["gpu_latency"]).data["latency"]
+    parts = []
+    for model, batch, steps in dict.fromkeys((row["model"], row["batch"], row["steps"]) for row in rows):
+        shown = [row for row in rows if (row["model"], row["batch"], row["steps"]) == (model, batch, steps)]
+        cells = [
+            (row["mode"], row["side"], f"{row['ms_per_image']:.1f}", f"{row['ms_per_step']:.2f}",
+             f"{row['spread']:.0%}" if row["runs"] > 1 else "one run", _number(row["speedup"], 2),
+             _number(row["macs_ratio"], 3), _number(row["tflops"], 0), _number(row["to_ideal"], 3),
+             _number(row["peak_memory_gib"], 2))
+            for row in shown
+        ]  # fmt: skip
+        heads = ("mode", "side", ">ms/image", ">ms/step", ">spread", ">speed-up", ">MACs ratio", ">TFLOP/s",
+                 ">to ideal", ">peak GiB")  # fmt: skip
+        parts.append(f"**{model}, guidance batch {batch}, {steps} steps**\n\n{_table(heads, cells)}")
+    return "\n\n".join(parts)
+
+
+def passes(data: Data) -> str:
+    """Single passes against the ideal."""
+    cells = [
+        (row["model"], row["mode"], row["side"], f"{row['ms']:.3f}", f"{row['spread']:.1%}", _number(row["gmacs"], 0),
+         _number(row["ratio"], 3), row["against"])
+        for row in data["gpu_latency"]["passes"]
+    ]  # fmt: skip
+    return _table(("model", "mode", "pass", ">ms", ">spread", ">GMACs", ">ratio", "to"), cells)
+
+
+def failures(data: Data) -> str:
+    """What did not run in a mode, and why."""
+    cells = [(r["model"], r["mode"], r["side"], _short(r["reason"])) for r in data["gpu_latency"]["failures"]]
+    return _table(("model", "mode", "side", "reason"), cells)
+
+
+def choices(data: Data) -> str:
+    """What the user may change, and what it brings."""
+    cells = [(r["choice"], r["kind"], f"{r['ms_per_step']:.2f}", f"{r['spread']:.1%}", f"{r['gain']:.3f}×")
+             for r in data["gpu_latency"]["choices"]]  # fmt: skip
+    return _table(("choice", "side", ">ms/step", ">spread", ">gain"), cells)
+
+
+def throughput(data: Data) -> str:
+    """Images a second."""
+    cells = [(r["batch"], r["kind"], f"{r['images_per_s']:.2f}", f"{r['spread']:.1%}",
+              f"{r['cache_mib_per_image']:.0f}") for r in data["gpu_latency"]["throughput"]]  # fmt: skip
+    return _table((">guidance batch", "side", ">images/s", ">spread", ">cache, MiB/image"), cells)
+
+
+def profile(data: Data) -> str:
+    """Where the device's time goes."""
+    cells = [(f"`{r['kernel'][:70]}`", r["calls"], f"{r['us'] / 1e3:.2f}", f"{r['share']:.1%}")
+             for r in data["gpu_latency"]["profile"]]  # fmt: skip
+    return _table(("kernel", ">calls", ">ms", ">share"), cells)
+
+
+def fixed(data: Data) -> str:
+    """What a captured trajectory costs over the same modules called by hand."""
+    found = Latencies(data["gpu_latency"])
+    wide = [(f"clockwork, clock {n}, identity, widest cut", f"DeepCache, static by hand, interval {n}, branch 0")
+            for n in (2, 3)]  # fmt: skip
+    cells = [
+        (model, batch, steps, ours, hand, f"{steps * (found.ms(ours, *where) - found.ms(hand, *where)):.1f}")  # type: ignore[operator]
+        for ours, hand, model, batch, steps in (
+            (OURS, IDEAL, "sd15", 2, 8), (OURS, IDEAL, "sd15", 2, 50), (OURS, IDEAL, "sd15", 8, 8),
+            (OURS, IDEAL, "sdxl", 2, 8), (*wide[0], "sd15", 2, 8), (*wide[1], "sd15", 2, 8), (*wide[0], "sd15", 8, 8))
+        for where in [("cudagraphs", model, batch, steps)]
+    ]  # fmt: skip
+    return _table(("model", ">batch", ">steps", "side", "by hand", ">ms a trajectory more"), cells)
+
+
+def checks(data: Data) -> str:
+    """Equality, recompilations, waits for the device."""
+    cells = []
+    for r in data["gpu_latency"]["checks"]:
+        if "reasons" in r:
+            text = ", ".join(f"{count} {why}" for why, count in r["reasons"].items())
+        elif "plain" in r:
+            text = f"plain {r['plain']}, Clockwork {r['clockwork']}"
+        else:
+            text = "equal" if r["worst"] == 999.0 else f"{r['worst']:.3g}"
+        cells.append(
+            (r["check"], r.get("model", "demo"), r["mode"], r.get("dtype"), text, "yes" if r["passed"] else "**no**")
+        )
+    return _table(("check", "model", "mode", "dtype", "seen", "passed"), cells)
+
+
+PARTS: dict[str, Callable[[Data], str]] = {
+    part.__name__: part
+    for part in (environment, targets, latency, passes, failures, choices, throughput, profile, fixed, checks)
+}
+
+
+def filled(page: str, data: Data) -> str:
+    """The page with its marked parts made anew."""
+
+    def make(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- begin {name} -->\n{PARTS[name](data)}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", make, page, flags=re.DOTALL)
+
+
+def read() -> Data:
+    """All the results that there are."""
+    names = ("gpu_latency", "overhead", "analysis")
+    paths = {name: RESULTS / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
+    return table("", heads, rows).to_markdown().split("\n", 2)[2]
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def _short(text: str) -> str:
+    return text.split(" Set TORCHDYNAMO", 1)[0]
+
+
+def main() -> int:
+    """Write the page and the plots."""
+    data = read()
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
+    for path in (PAGE, *plot(data["gpu_latency"])):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""Three questions, three plots of docs/performance.md: how much faster, for how many MACs, how far from the ideal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.performance_results import IDEAL, OURS, Latencies
+
+__all__ = ["PLOTS", "plot"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+PLOTS = {name: DOCS / f"performance_{name}.png" for name in ("speedup", "macs", "ideal")}
+MODES = ("eager", "cudagraphs", "compile")
+COLOURS = {
+    "plain": "0.55",
+    "clockwork": "tab:blue",
+    "ideal": "tab:green",
+    "DeepCache": "tab:orange",
+    "tomesd": "tab:red",
+}
+
+
+def plot(data: Mapping[str, Any]) -> list[Path]:
+    """Draw all of them."""
+    found = Latencies(data)
+    made = []
+    for name, draw in (("speedup", _speedup), ("macs", _macs), ("ideal", _ideal)):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        draw(figure, found)
+        figure.savefig(PLOTS[name], dpi=130, metadata={"Software": None})
+        made.append(PLOTS[name])
+    return made
+
+
+def _speedup(figure: Any, found: Latencies) -> None:
+    """Plain eager = 1, at 8 steps: one group of bars a mode."""
+    sides = {
+        "plain": ("plain",),
+        "clockwork": (OURS,),
+        "ideal": (IDEAL,),
+        "DeepCache": ("DeepCache, interval 2, branch 0", "DeepCache, static by hand, interval 2, branch 0"),
+    }
+    labels = {"plain": "plain", "clockwork": "Clockwork, clock 2", "ideal": "the same by hand",
+              "DeepCache": "DeepCache, interval 2 (captured: by hand)"}  # fmt: skip
+    axis = figure.subplots()
+    base = found.ms("plain", "eager")
+    assert base is not None
+    for k, (kind, names) in enumerate(sides.items()):
+        heights = [next((base / ms for name in names if (ms := found.ms(name, mode))), 0.0) for mode in MODES]
+        bars = axis.bar(
+            [m + 0.2 * k for m in range(len(MODES))], heights, 0.19, label=labels[kind], color=COLOURS[kind]
+        )
+        axis.bar_label(bars, [f"{height:.2f}" if height else "–" for height in heights], fontsize=8)
+    axis.set_xticks([m + 0.3 for m in range(len(MODES))], MODES)
+    axis.set_xlabel("–: not measured")
+    axis.set_ylabel("times as fast as plain eager")
+    axis.set_title("sd15, guidance batch 2, 8 DPM++ steps")
+    axis.margins(y=0.12)
+    axis.legend(fontsize=8, loc="upper left")
+
+
+def _macs(figure: Any, found: Latencies) -> None:
+    """Time relative to plain against MACs relative to plain; the diagonal is where time follows arithmetic."""
+    for axis, mode in zip(figure.subplots(1, 2), MODES[:2], strict=True):
+        rows = [
+            r for r in found.data["latency"] if (r["model"], r["batch"], r["steps"], r["mode"]) == ("sd15", 2, 8, mode)
+        ]
+        for kind, marker in (("plain", "o"), ("clockwork", "s"), ("ideal", "^"), ("DeepCache", "D"), ("tomesd", "x")):
+            shown = [row for row in rows if row["kind"].startswith(kind) and row["macs_ratio"] is not None]
+            if shown:
+                axis.plot([r["macs_ratio"] for r in shown], [r["ms_per_step"] for r in shown], marker,
+                          color=COLOURS[kind], label=kind.capitalize() if kind == "clockwork" else kind)  # fmt: skip
+        plain = next(row["ms_per_step"] for row in rows if row["kind"] == "plain")
+        axis.plot([0, 1], [0, plain], ":", color="0.6", label="time as MACs")
+        axis.set(title=f"sd15, batch 2, 8 steps, {mode}", xlabel="MACs relative to plain", ylabel="ms a step")
+        axis.set_xlim(0.35, 1.05)
+        axis.set_ylim(0)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+
+
+def _ideal(figure: Any, found: Latencies) -> None:
+    """Whole images over the ideal's time, and single adaptor passes; 1.03 is the target."""
+    names = {"eager": "eager", "cudagraphs": "captured", "compile": "compiled"}
+    whole = [
+        (f"{r['model']}, batch {r['batch']}, {r['steps']} steps, clock {r['clock']}, {r['cut']}",
+         r["mode"], r["to_ideal"])
+        for r in found.data["latency"] if r["to_ideal"] is not None and r["adaptor"] == "identity"
+    ]  # fmt: skip
+    single = [
+        (f"{r['model']}, {r['side'].split(', ')[-1]}", r["mode"], r["ratio"])
+        for r in found.data["passes"] if r["side"].startswith("adaptor pass, identity")
+    ]  # fmt: skip
+    for axis, rows, title in zip(figure.subplots(1, 2), (whole, single), ("an image", "an adaptor pass"), strict=True):
+        labels = [f"{what}, {names[mode]}" for what, mode, _ in rows]
+        for k, (_, mode, ratio) in enumerate(rows):
+            axis.plot(ratio, k, "o", color="0.6" if mode == "eager" else "tab:blue")
+            axis.annotate(f"{ratio:.3f}", (ratio, k), textcoords="offset points", xytext=(6, -3), fontsize=7)
+        axis.axvline(1.03, color="tab:red", linewidth=1, label="target: 1.03")
+        axis.set_xlim(0.95, 1.3)
+        axis.set_yticks(range(len(rows)), labels, fontsize=6.5)
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{title}: time relative to the ideal's", fontsize=9)
+    figure.axes[1].legend(fontsize=8)

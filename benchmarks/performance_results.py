@@ -1,0 +1,137 @@
+"""What `gpu_latency.json` says, looked up by name, and the targets judged by it: no verdict is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["IDEAL", "OURS", "Latencies", "Verdict", "verdicts"]
+
+OURS, IDEAL = "clockwork, clock 2, identity, outer cut", "ideal, clock 2, identity, outer cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One target: what, how much, what was measured. `met` is None where it was not measured."""
+
+    what: str
+    target: str
+    measured: str
+    met: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        return "not measured" if self.met is None else "met" if self.met else "**missed**"
+
+
+class Latencies:
+    """Rows of `gpu_latency.json` by what they are of."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = {**data, "latency": [_counted(row, data["latency"]) for row in data["latency"]]}
+
+    def row(self, side: str, mode: str, model: str = "sd15", batch: int = 2, steps: int = 8) -> dict[str, Any] | None:
+        """A row of the latency table."""
+        wanted = (model, batch, steps, mode, side)
+        for row in self.data["latency"]:
+            if tuple(row[key] for key in ("model", "batch", "steps", "mode", "side")) == wanted:
+                return dict(row)
+        return None
+
+    def ms(self, *args: Any, **kwargs: Any) -> float | None:
+        """Milliseconds a step."""
+        row = self.row(*args, **kwargs)
+        return None if row is None else float(row["ms_per_step"])
+
+    def one_pass(self, side: str, mode: str, model: str = "sd15") -> dict[str, Any] | None:
+        """A row of the table of single passes."""
+        for row in self.data["passes"]:
+            if (row["model"], row["mode"], row["side"]) == (model, mode, side):
+                return dict(row)
+        return None
+
+
+def _counted(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """An ideal's MACs are those of Clockwork with the same clock and cut: this run counted them for one cut only."""
+    if row["kind"] != "ideal":
+        return dict(row)
+    same = ("model", "batch", "steps", "mode", "clock", "cut")
+    for other in rows:
+        if other["adaptor"] == "identity" and all(other[key] == row[key] for key in same):
+            rate = other["tflops"] and other["tflops"] * other["ms_per_step"] / row["ms_per_step"]
+            return {**row, "macs_ratio": other["macs_ratio"], "tflops": rate}
+    return {**row, "macs_ratio": None, "tflops": None}
+
+
+def verdicts(found: Latencies) -> list[Verdict]:
+    """Every target, in the order in which they were set."""
+    return [*_speedups(found), *_ideal(found), *_deepcache(found), *_adaptor(found), *_overhead(found)]
+
+
+def _speedups(found: Latencies) -> Iterator[Verdict]:
+    for steps in (8, 50):
+        eager = found.ms("plain", "eager", steps=steps)
+        for mode, name in (("cudagraphs", "captured"), ("compile", "compiled")):
+            ours, plain = found.ms(OURS, mode, steps=steps), found.ms("plain", mode, steps=steps)
+            if ours is None and steps != 8:
+                continue
+            where = f"sd15, batch 2, {steps} steps, {name}: Clockwork (clock 2, identity)"
+            yield _at_least(f"{where} against plain eager", eager, ours, 4.0)
+            yield _at_least(f"{where} against plain {name}", plain, ours, 1.45)
+    for batch in (2, 8):
+        ours, plain = (found.ms(side, "cudagraphs", model="sdxl", batch=batch) for side in (OURS, "plain"))
+        yield _at_least(f"sdxl, batch {batch}, 8 steps: captured against plain captured", plain, ours, 1.7)
+
+
+def _ideal(found: Latencies) -> Iterator[Verdict]:
+    for model, mode in (("sd15", "cudagraphs"), ("sdxl", "cudagraphs"), ("sd15", "eager"), ("sd15", "compile")):
+        for cut in ("outer", "paper"):
+            row = found.one_pass(f"adaptor pass, identity, {cut} cut", mode, model)
+            what = f"{model}, {mode}: adaptor pass (identity, {cut} cut) against the ideal"
+            yield _at_most(what, row["ratio"] if row else None, 1.03)
+
+
+def _deepcache(found: Latencies) -> Iterator[Verdict]:
+    for mode, kind, batch, intervals in (
+        ("eager", "DeepCache", 2, (2, 3)),
+        ("cudagraphs", "DeepCache, static by hand", 2, (2, 3)),
+        ("cudagraphs", "DeepCache, static by hand", 8, (2,)),
+    ):
+        for n in intervals:
+            ours = found.ms(f"clockwork, clock {n}, identity, widest cut", mode, batch=batch)
+            theirs = found.ms(f"{kind}, interval {n}, branch 0", mode, batch=batch)
+            ratio = ours / theirs if ours and theirs else None
+            yield _at_most(f"sd15, batch {batch}, {mode}: clock {n} at equal MACs against {kind}", ratio, 1.0)
+
+
+def _adaptor(found: Latencies) -> Iterator[Verdict]:
+    for model in ("sd15", "sdxl"):
+        for cut in ("outer", "paper"):
+            ours = found.one_pass(f"adaptor pass, ResNet, {cut} cut", "cudagraphs", model)
+            bare = found.one_pass(f"adaptor pass, identity, {cut} cut", "cudagraphs", model)
+            what = f"{model}, captured: what the ResNet adds to an adaptor pass ({cut} cut)"
+            if ours is None or bare is None:
+                yield Verdict(what, "its share of MACs × 1.10", "–", None)
+                continue
+            time, macs = (ours[key] / bare[key] - 1 for key in ("ms", "gmacs"))
+            limit = 1.1 * macs
+            yield Verdict(what, f"≤ {limit:.1%} (MACs {macs:.1%})", f"{time:.1%}", time <= limit)
+
+
+def _overhead(found: Latencies) -> Iterator[Verdict]:
+    for model, mode in (("sd15", "cudagraphs"), ("sdxl", "cudagraphs"), ("sd15", "eager")):
+        row = found.one_pass("clockwork, clock 1", mode, model)
+        yield _at_most(f"{model}, {mode}: clock 1 against plain", row["ratio"] if row else None, 1.01)
+
+
+def _at_least(what: str, base: float | None, ours: float | None, limit: float) -> Verdict:
+    if base is None or ours is None:
+        return Verdict(what, f"≥ {limit:g}×", "–", None)
+    return Verdict(what, f"≥ {limit:g}×", f"{base / ours:.2f}×", base / ours >= limit)
+
+
+def _at_most(what: str, ratio: float | None, limit: float) -> Verdict:
+    measured = "–" if ratio is None else f"{ratio:.3f}"
+    return Verdict(what, f"≤ {limit:g}", measured, None if ratio is None else ratio <= limit)
