@@ -1,0 +1,247 @@
+"""Plug-and-Play editing: DDIM's two directions, what is injected and when, and what it costs, to the MAC."""
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
+
+import clockwork_hooks as ch
+from clockwork_hooks.demo import load_demo
+from clockwork_hooks.demo.captions import parse
+from clockwork_hooks.demo.classifier import attribute_accuracy
+from clockwork_hooks.demo.layout import layout_error
+from clockwork_hooks.demo.model import to_images, to_latents
+from clockwork_hooks.demo.scenes import render, scenes_of
+from clockwork_hooks.editing import edit, edit_macs, invert
+from clockwork_hooks.injection import Injection, find_injection
+from tests.snapshot import snapshot
+from tests.test_examples import example
+
+CROSS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    made = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "down_block_types": CROSS,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(made | options)).eval()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny()
+
+
+def scheduler(**options):
+    return DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **options)
+
+
+def things(batch=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(3, batch, 5, 8, generator=generator)
+
+
+# -- DDIM ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_both_directions_are_those_of_diffusers(unet, predicts):
+    source, hidden = things()
+    mine = scheduler(prediction_type=predicts, beta_schedule="squaredcos_cap_v2")
+    forth = DDIMInverseScheduler.from_config(mine.config)
+    x = source
+    with torch.no_grad():
+        for solver in (forth, mine):
+            solver.set_timesteps(10)
+        for t in forth.timesteps:
+            made = unet(x, t, encoder_hidden_states=hidden[0]).sample
+            x = forth.step(made, t, x).prev_sample
+        inversion = invert(unet, mine, source, hidden[0], steps=10)
+        assert torch.allclose(inversion.noise, x, rtol=1e-4, atol=1e-4)
+        for t in mine.timesteps:
+            away = unet(x, t, encoder_hidden_states=hidden[1]).sample
+            made = away + 3 * (unet(x, t, encoder_hidden_states=hidden[2]).sample - away)
+            x = mine.step(made, t, x).prev_sample
+    options = {"target": hidden[2], "negative": hidden[1], "steps": 10, "guidance": 3.0, "clock": 1}
+    made = edit(unet, mine, inversion, injection=Injection(), **options).latents
+    assert (made - x).norm() < 1e-4 * x.norm()
+
+
+# -- what it costs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "clock", "inversion_clock", "steps"), [(1, 2, 2, (7, 5)), (1, 3, 2, (8, 6)), (2, 2, 1, (4, 4))]
+)
+def test_the_cost_is_the_papers_to_the_mac(unet, batch, clock, inversion_clock, steps):
+    source, hidden = things(batch)
+    made = edit(
+        unet,
+        scheduler(),
+        source,
+        hidden[0],
+        target=hidden[1],
+        negative=hidden[2],
+        inversion_steps=steps[0],
+        steps=steps[1],
+        clock=clock,
+        inversion_clock=inversion_clock,
+    )
+    report = ch.flops_report(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0])
+    counts = {"inversion_steps": steps[0], "steps": steps[1], "clock": clock, "inversion_clock": inversion_clock}
+    assert made.macs == edit_macs(report.full_macs, report.adaptor_pass_macs, **counts)
+    assert made.macs_plain == report.full_macs * (steps[0] + 3 * steps[1])
+    assert made.passes.full_passes == -(-steps[1] // clock)
+    assert made.inversion.passes.full_passes == -(-steps[0] // inversion_clock)
+
+
+# -- injection -----------------------------------------------------------------------------------------------------
+
+
+def by_hand(unet, inversion, hidden, injection, clock, steps):
+    """The way back written out: hooks of its own, the exit kept and put back, no wrapper. Returns latents."""
+    solver = scheduler()
+    solver.set_timesteps(steps)
+    x, told = inversion.noise, torch.cat([hidden[0], hidden[2], hidden[1]])
+    state = {"on": {}, "exit": None, "adapt": False}
+
+    def inject(kind):
+        def hook(module, args, output):
+            return output[:1].expand_as(output).clone() if state["on"][kind] and not state["adapt"] else None
+
+        return hook
+
+    def keep(module, args, output):
+        state["exit"] = state["exit"] if state["adapt"] else output
+        return state["exit"]
+
+    region = ch.find_region(unet, x, torch.tensor(5), encoder_hidden_states=hidden[0])
+    handles = [
+        unet.get_submodule(path).register_forward_hook(inject(kind))
+        for kind in ("features", "attention")
+        for path in getattr(injection, kind)
+    ] + [unet.get_submodule(region.exit.path).register_forward_hook(keep)]
+    with torch.no_grad():
+        for k, t in enumerate(solver.timesteps):
+            state["adapt"] = k % clock != 0
+            state["on"] = {
+                "features": k < steps * injection.until_features,
+                "attention": k < steps * injection.until_attention,
+            }
+            made = unet(torch.cat([inversion.latents[int(t)], x, x]), t, encoder_hidden_states=told).sample
+            x = solver.step(made[1:2] + 3 * (made[2:] - made[1:2]), t, x).prev_sample
+    for handle in handles:
+        handle.remove()
+    return x
+
+
+INSIDE = Injection(
+    ("up_blocks.1.resnets.1",),
+    tuple(f"up_blocks.{b}.attentions.1.transformer_blocks.0.attn1.to_{x}" for b in (1, 2) for x in "qk"),
+)
+OUTSIDE = Injection(("up_blocks.2.resnets.0",), until_features=0.3)  # of the region: it runs on adaptor passes too
+
+
+@pytest.mark.parametrize(("injection", "clock"), [(INSIDE, 1), (INSIDE, 3), (OUTSIDE, 2)])
+def test_an_edit_is_what_one_writes_by_hand(unet, injection, clock):
+    source, hidden = things()
+    inversion = invert(unet, scheduler(), source, hidden[0], steps=10)
+    options = {"target": hidden[1], "negative": hidden[2], "steps": 10, "guidance": 3.0, "clock": clock}
+    made = edit(unet, scheduler(), inversion, injection=injection, **options).latents
+    want = by_hand(unet, inversion, hidden, injection, clock, 10)
+    assert torch.allclose(made, want, rtol=1e-4, atol=1e-4)
+    never = Injection(injection.features, injection.attention, 0.0, 0.0)
+    assert not torch.allclose(made, edit(unet, scheduler(), inversion, injection=never, **options).latents)
+
+
+def test_where_to_inject_is_found_in_the_graph(unet):
+    source, hidden = things()
+    found = find_injection(ch.trace(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0]))
+    assert found.features == ("up_blocks.1.resnets.1",)
+    assert len(found.attention) == 2 * 3  # one after the feature at its level, two at the highest; none of the text's
+    assert {path.rpartition(".")[2] for path in found.attention} == {"to_q", "to_k"}
+    assert all(".attn1." in path for path in found.attention)
+    plain = torch.nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ch.ArgumentError, match="takes in a skip"):
+        find_injection(ch.trace(plain, source))
+
+
+# -- the demo model ------------------------------------------------------------------------------------------------
+
+
+def test_a_red_circle_becomes_a_blue_square_where_it_was():
+    demo = load_demo()
+    rest = "left of a small green star on a white background"
+    old, new = f"a large red circle {rest}", f"a large blue square {rest}"
+    picture = render(scenes_of(parse([old]), 3))
+    told, wanted = demo.encode_prompts([old, new], guided=False).split(1)
+    inversion = invert(demo.unet, demo.scheduler("ddim"), to_latents(picture), told, steps=20, clock=2)
+    trace = ch.trace(demo.unet, inversion.noise, torch.tensor(5), encoder_hidden_states=told)
+    options = {"target": wanted, "negative": told, "steps": 20, "guidance": 3.0}
+    moved = {}
+    for name, injection in (("kept", find_injection(trace, until_features=0.3)), ("free", Injection())):
+        made = edit(demo.unet, demo.scheduler("ddim"), inversion, injection=injection, **options)
+        image = to_images(made.latents)
+        assert attribute_accuracy(demo.classifier, image, [new]).total == 1.0
+        assert made.saving > 0.35
+        moved[name], _, lost = layout_error(picture, image)
+        assert not lost
+    assert 2 * moved["kept"] < moved["free"]
+
+
+def test_the_example_runs(capsys):
+    pictures = example("edit_scene").main(2, 2)
+    assert {name: tuple(picture.shape) for name, picture in pictures.items()} == dict.fromkeys(
+        ("source", "plain", "Clockwork"), (1, 3, 64, 64)
+    )
+    assert "2 passes with the adaptor" in capsys.readouterr().out
+
+
+# -- errors and restoring ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0}, "steps are an int"),
+        ({"steps": 1001}, "steps are an int"),
+        ({"inversion_steps": True}, "steps are an int"),
+        ({"clock": 0}, "a clock is an int"),
+        ({"injection": Injection(("up_blocks.9",))}, "no such module: up_blocks.9"),
+        ({"negative": {"text": torch.zeros(1)}}, "told in the same way"),
+        ({"scheduler": object()}, "alphas_cumprod"),
+        ({"scheduler": scheduler(prediction_type="sample")}, "predicts noise or v"),
+        ({"conditions": None}, "told about the source"),
+    ],
+)
+def test_bad_options_are_told_and_leave_nothing(unet, options, said):
+    source, hidden = things()
+    before = snapshot(unet)
+    given = {"scheduler": scheduler(), "conditions": hidden[0], "target": hidden[1], "negative": hidden[2]}
+    given |= {"inversion_steps": 2, "steps": 2} | options
+    with pytest.raises(ch.ArgumentError, match=said):
+        edit(unet, source=source, **given)
+    assert snapshot(unet) == before
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(ch.ArgumentError, match="until_features is a share"):
+        Injection(until_features=1.5)
+
+
+def test_an_exception_leaves_the_unet_as_it_was(unet):
+    source, hidden = things()
+    before = snapshot(unet)
+    wrong = hidden[1][..., :4]  # of another width
+    with pytest.raises(RuntimeError):
+        edit(unet, scheduler(), source, hidden[0], target=wrong, negative=wrong, inversion_steps=2, steps=2)
+    assert snapshot(unet) == before
