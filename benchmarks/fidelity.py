@@ -145,7 +145,7 @@ def _group(name: str, options: argparse.Namespace) -> float:
     _say(f"{name}: {len(found.rows)} rows measured in {time.monotonic() - begun:.1f} s")
     held = _rows(group, options)
     for row in (Row("plain"), *rows):
-        told = {"sampler": _sampler(group), "region": bench.region(group).line, **_described(row)}
+        told = {"sampler": _sampler(group), "region": bench.region(group).line, **row.told}
         if row.adaptor is not None:
             adaptor = adaptors[row.adaptor.name] if isinstance(row.adaptor, Trained) else None
             told["errors"] = student_errors(
@@ -219,18 +219,27 @@ def measure_time(options: argparse.Namespace) -> int:
 
 
 def collect(options: argparse.Namespace) -> int:
-    """All rows, trainings and times of a folder as one JSON file."""
+    """All planned rows, the trainings that they rest on and the times of a folder as one JSON file."""
     groups = {group.name: _read(_file(group, options)) for group in GROUPS if _file(group, options).exists()}
-    trained = {path.stem: _read(path) for path in sorted((options.out / "training").glob("*.json"))}
     times = _read(options.out / "time.json") if (options.out / "time.json").exists() else {}
-    rows = {f"{name}/{label}": row for name, data in groups.items() for label, row in data["rows"].items()}
+    planned = {group.name: {"plain", *(row.label for row in group.rows)} for group in GROUPS}
+    rows = {
+        f"{name}/{label}": row
+        for name, data in groups.items()
+        for label, row in data["rows"].items()
+        if label in planned[name]
+    }
+    used = {str(row["adaptor"]).replace("-", "_") for row in rows.values()}
+    trained = {path.stem: _read(path) for path in sorted((options.out / "training").glob("*.json"))}
+    for run in trained.values():
+        run["students"] = {name: told for name, told in run["students"].items() if name in used}
     data = {
         "what": "the demo model: the tables of arXiv 2312.08128 on captioned scenes",
         "commands": sorted({data["command"] for data in (*groups.values(), *filter(None, [times]))}),
         "convention": "MACs of convolutions and matrix products, attention products and both guidance branches counted",
         "rows": rows,
         "time": times,
-        "training": trained,
+        "training": {name: run for name, run in trained.items() if run["students"]},
     }
     write_json(options.result, data)
     _say(f"{len(rows)} rows in {options.result}")
@@ -256,11 +265,16 @@ def _rows(group: Group, options: argparse.Namespace) -> dict[str, Any]:
 
 def _missing(group: Group, options: argparse.Namespace) -> list[Row]:
     there = _rows(group, options)
-    return [row for row in group.rows if row.label not in there and (row.deepcache is None or _has_deepcache())]
+    return [
+        row
+        for row in group.rows
+        if not row.is_measured_by(there.get(row.label)) and (row.deepcache is None or _has_deepcache())
+    ]
 
 
 def _saved(trained: Trained, options: argparse.Namespace) -> bool:
-    return (Path(options.out) / "adaptors" / trained.name / "config.json").exists()
+    path = Path(options.out) / "adaptors" / trained.name / "config.json"
+    return path.exists() and _read(path)["kind"] == trained.kind
 
 
 def _row(key: str) -> tuple[Group, Row]:
@@ -272,18 +286,6 @@ def _row(key: str) -> tuple[Group, Row]:
 def _sampler(group: Group) -> dict[str, Any]:
     sampler = group.sampler
     return {"scheduler": sampler.scheduler, "steps": sampler.steps, "guidance": sampler.guidance}
-
-
-def _described(row: Row) -> dict[str, Any]:
-    trained = row.adaptor if isinstance(row.adaptor, Trained) else None
-    return {
-        "steps": row.steps,
-        "adaptor": trained.name if trained else row.adaptor,
-        "kind": trained.kind if trained else None,
-        "loss": trained.loss if trained else None,
-        "mode": trained.mode if trained else None,
-        "schedule": None if row.adaptor is None else str(row.schedule),
-    }
 
 
 def _identity() -> Any:

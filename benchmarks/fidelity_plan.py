@@ -8,7 +8,9 @@ Source of the experiments: arXiv 2312.08128, Tab. 1 and 3-5, Fig. 4 and 7.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from clockwork_hooks.demo.model import GUIDANCE
 from clockwork_hooks.schedule import Schedule
@@ -71,6 +73,23 @@ class Row:
     def schedule(self) -> Schedule:
         """Which steps are full."""
         return Schedule.every(self.clock) if self.at is None else Schedule.at(self.at)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What it is, for the JSON of its measurement."""
+        trained = self.adaptor if isinstance(self.adaptor, Trained) else None
+        return {
+            "steps": self.steps,
+            "adaptor": trained.name if trained else self.adaptor,
+            "kind": trained.kind if trained else None,
+            "loss": trained.loss if trained else None,
+            "mode": trained.mode if trained else None,
+            "schedule": None if self.adaptor is None else str(self.schedule),
+        }
+
+    def is_measured_by(self, found: Mapping[str, Any] | None) -> bool:
+        """Is this the measurement of this row, not of an earlier plan's row of the same label?"""
+        return found is not None and all(found.get(name) == value for name, value in self.told.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Losses",
         "The paper's loss compares features. Guidance e_u + g(e_c - e_u) multiplies the *difference* of the two "
         "branches' errors, so this library adds two losses on the guided combination: of the features, and of "
-        "the UNet's output.",
-        (PLAIN, IDENTITY, "losses-8/feature", "losses-8/guided-feature", OURS),
+        "the UNet's output. `ResNet`: the paper's adaptor; the others are the scaled one, ours, which works in "
+        "units of the cached exit.",
+        (PLAIN, IDENTITY, "losses-8/ResNet, feature", "losses-8/ResNet, guided-output", "losses-8/feature",
+         "losses-8/guided-feature", OURS),
     ),
     (
         "Losses at guidance 4",
@@ -57,9 +59,10 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "What the adaptor reads (Tab. 5)",
-        "Beside the time. The last row has no cached feature and runs at every step but the first, which is always "
-        "full here.",
-        ("inputs-8/entry", "inputs-8/exit", "inputs-8/entry + exit", OURS, "inputs-8/every step, no cache"),
+        "Beside the time; those of `losses-8` read entry, exit and text. The last row has no cached feature and runs "
+        "at every step but the first, which is always full here.",
+        ("inputs-8/entry", "inputs-8/exit", "inputs-8/entry + exit", "losses-8/ResNet, guided-output", OURS,
+         "inputs-8/every step, no cache"),
     ),
     (
         "Clocks at 50 DDIM steps", "Identity adaptor.",

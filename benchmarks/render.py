@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fidelity_plan import Sampler
 from benchmarks.fidelity_plots import PLOTS, plot
-from benchmarks.fidelity_results import Results, claims
+from benchmarks.fidelity_results import Results, claims, difference
 from benchmarks.fidelity_tables import IDENTITY, MODES, OURS, PLAIN, SCORES, TABLES
 from clockwork_hooks.report import Table, macs, percent, table
 
@@ -41,16 +42,18 @@ matrix products, attention products and both guidance branches counted. Mean ± 
 def render(data: Mapping[str, Any]) -> str:
     """The page as Markdown."""
     results = Results(data)
-    parts = [INTRO, _commands(data), "## Targets\n", "\n".join(map(str, claims(results))), _best_loss(results), HOW]
-    parts.append(_settings(results))
+    parts = [INTRO, _commands(data), "## Targets\n", "\n".join(map(str, claims(results)))]
+    parts += [_best_loss(results), _tried(results), HOW, _settings(results)]
     if results.has(PLAIN, IDENTITY, OURS):
         parts.append(f"![quality against MACs]({PLOTS['macs'].name})")
         if results.batches:
             parts.append(f"![quality against time]({PLOTS['ms'].name})")
+        parts.append("The numbers in the plot are sampler steps.")
     for title, text, keys in TABLES:
-        if any(results.has(key) for key in keys):
+        own = [key for key in keys if not key.startswith("losses-8/")] or keys  # not only what other tables show too
+        if any(results.has(key) for key in own):
             parts.append(f"## {title}\n\n{text}\n\n{_table(results, title, keys)}")
-    parts += [_modes(results), _training(data)]
+    parts += [_modes(results), _training(data), _unmeasured(results)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -76,8 +79,29 @@ def _best_loss(results: Results) -> str:
     rows = {loss: f"losses-8/{loss}" for loss in ("feature", "guided-feature", "guided-output")}
     if not results.has(*rows.values()):
         return ""
-    best = min(rows, key=lambda loss: _mean(results, rows[loss], "Fréchet"))
-    return f"Of the three losses, {best} has the lowest Fréchet distance at 8 steps."
+    best, second, _ = sorted(rows, key=lambda loss: _mean(results, rows[loss], "Fréchet"))
+    gap = difference(results, rows[best], rows[second], "Fréchet")
+    return f"Of the three losses, {best} has the lowest Fréchet distance at 8 steps; against {second}: {gap}."
+
+
+def _tried(results: Results) -> str:
+    """What came how near to the plain model's Fréchet distance, at its sampler and clock 2."""
+    every_other = {"scheduler": Sampler().scheduler, "steps": Sampler().steps, "guidance": Sampler().guidance}
+    tried = {
+        key: _mean(results, key, "Fréchet")
+        for key, row in results.data["rows"].items()
+        if row.get("loss") and row["sampler"] == every_other and row.get("schedule") == "every(2)"
+    }
+    if len(tried) < 2 or not results.has(PLAIN):
+        return ""
+    plain = _mean(results, PLAIN, "Fréchet")
+    near = sorted((key for key in tried if tried[key] < 2 * plain), key=tried.__getitem__)
+    told = "; ".join(f"{results.name(key)} {tried[key]:.1f} ({percent(results.saved(key))} fewer MACs)" for key in near)
+    beaten = [key for key in near if tried[key] <= plain]
+    verdict = (
+        f"{len(beaten)} of them at most the plain model's." if beaten else "None of them reaches the plain model's."
+    )
+    return f"Tried at 8 steps, clock 2, by Fréchet distance (plain: {plain:.1f}): {told}. {verdict}"
 
 
 def _mean(results: Results, key: str, name: str) -> float:
@@ -96,11 +120,12 @@ def _table(results: Results, title: str, keys: Iterable[str]) -> str:
         times = [results.milliseconds(key, batch) for batch in timed]
         saved = None if key.endswith("/plain") else results.saved(key)
         rows.append(
-            (key, *(results.score(key, name) for name in SCORES), macs(row["macs_per_image"]), percent(saved),
-             *(None if ms is None else f"{ms:.3g}" for ms in times))
+            (results.name(key), *(results.score(key, name) for name in SCORES), macs(row["macs_per_image"]),
+             percent(saved), *(None if ms is None else f"{ms:.3g}" for ms in times), results.updates(key))
         )  # fmt: skip
-    heads = ("row", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑", ">MACs/image", ">saved")
-    return _without_title(table(title, (*heads, *(f">ms/image, {batch}" for batch in timed)), rows))
+    heads = ["row", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑", ">MACs/image", ">saved"]
+    heads += [*(f">ms/image, {batch}" for batch in timed), ">gradient steps"]
+    return _without_title(table(title, heads, rows))
 
 
 def _modes(results: Results) -> str:
@@ -139,9 +164,29 @@ def _training(data: Mapping[str, Any]) -> str:
     heads = ("adaptor", "loss", "training", ">gradient steps", ">trajectories", ">time", ">first loss", ">last loss")
     text = (
         "Adaptors of one sampler and region were trained together, on the same trajectories; the time is that of all "
-        "of them. Losses are means over the first and the last tenth of the steps. One training seed."
+        "of them, with other groups training beside them on the same GPU; it was limited, hence the different numbers "
+        "of steps. Losses are means over the first and the last tenth of the steps. One training seed."
     )
     return f"## Training\n\n{text}\n\n{_without_title(table('', heads, rows))}"
+
+
+def _unmeasured(results: Results) -> str:
+    left = results.unmeasured
+    lines = []
+    for group in left:
+        there = [row.label for row in group.rows if results.has(f"{group.name}/{row.label}")]
+        other = "; the rows above are of another kind of adaptor than the one that is planned now" if there else ""
+        lines.append(f"- {group.name}: {', '.join(f'`{row.label}`' for row in group.rows)}{other}")
+    if left:
+        names = ",".join(group.name for group in left)
+        command = f"    python -m benchmarks.fidelity run --out DIR --minutes 9 --groups {names}"
+        lines += ["", "Measured, ten minutes at a time, by", "", command]
+    if not results.batches:
+        lines += ["", "Wall times, by", "", "    python -m benchmarks.fidelity time --out DIR"]
+    if not lines:
+        return ""
+    end = "Then `python -m benchmarks.fidelity collect --out DIR` and `python -m benchmarks.render`."
+    return "\n".join(["## Not measured yet", "", *lines, "", end])
 
 
 def _without_title(made: Table) -> str:

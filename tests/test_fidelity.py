@@ -13,6 +13,7 @@ from benchmarks import fidelity, render
 from benchmarks.fidelity_plan import GROUPS, Trained
 from benchmarks.fidelity_results import Results, claims
 from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN, TABLES
+from clockwork_hooks.demo.weights import WEIGHTS
 
 RESULT = Path(fidelity.RESULT)
 KEYS = {f"{group.name}/{label}" for group in GROUPS for label in ("plain", *(row.label for row in group.rows))}
@@ -38,9 +39,13 @@ def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixt
     assert made.stat().st_mtime_ns == before
 
     del first["rows"]["on-policy"]
+    first["rows"]["forward-noise"]["kind"] = (
+        "ResNetAdaptor"  # an earlier plan's row of that label is not the planned one
+    )
     made.write_text(json.dumps(first))
     assert fidelity.main(run) == 0
     assert "trained" not in capsys.readouterr().out  # the adaptor's folder was there
+    assert json.loads(made.read_text())["rows"]["forward-noise"]["kind"] == "ScaledResNetAdaptor"
     again = json.loads(made.read_text())["rows"]["on-policy"]
     for name, score in row["scores"].items():
         assert again["scores"][name]["values"] == pytest.approx(score["values"]), name
@@ -143,6 +148,28 @@ def test_a_better_loss_is_named_by_the_numbers() -> None:
         data["rows"][f"losses-8/{loss}"] = copy.deepcopy(data["rows"][OURS])
         data["rows"][f"losses-8/{loss}"]["scores"]["Fréchet"]["values"] = [value] * 3
     assert "Of the three losses, guided-feature has the lowest Fréchet distance" in render.render(data)
+
+
+def test_what_is_missing_or_of_another_kind_is_told() -> None:
+    """A group is done once every row was measured with the planned adaptor; the others stand in the command."""
+    measured = {f"{g.name}/{row.label}": {**row.told} for g in GROUPS for row in g.rows if g.name != "clocks-50"}
+    results = Results({"rows": measured, "training": {}})
+    assert [group.name for group in results.unmeasured] == ["clocks-50"]
+    measured["inputs-8/exit"]["kind"] = "ResNetAdaptor"
+    assert [group.name for group in results.unmeasured] == ["inputs-8", "clocks-50"]
+    assert results.name("inputs-8/exit") == "inputs-8/exit (ResNetAdaptor)"
+    assert results.name("inputs-8/entry") == "inputs-8/entry"
+    assert "--groups inputs-8,clocks-50\n" in render._unmeasured(results)
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="not measured yet")
+def test_the_adaptor_that_ships_is_a_measured_one() -> None:
+    config = json.loads((WEIGHTS / "adaptor" / "config.json").read_text(encoding="utf-8"))
+    key = config["facts"]["measured_as"].removesuffix(" in docs/results.md")
+    results = Results(json.loads(RESULT.read_text(encoding="utf-8")))
+    assert results.row(key)["kind"] == config["kind"]
+    assert results.row(key)["loss"] == config["facts"]["loss"]
+    assert results.updates(key) == config["facts"]["gradient_steps"]
 
 
 @pytest.mark.skipif(not RESULT.exists(), reason="not measured yet")
