@@ -1,5 +1,6 @@
 """The README's numbers against a rerun, and its code blocks run."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,9 @@ import torch
 from diffusers import DDIMScheduler
 
 import clockwork_hooks as ch
+from benchmarks.fidelity_results import Results
+from clockwork_hooks.adaptors import LearnedAdaptor
+from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.models import load_model
 from clockwork_hooks.report import flops, macs, percent, shape
 
@@ -47,7 +51,32 @@ def test_cost_of_the_demo() -> None:
     report = ch.flops_report(unet, *inputs, steps=8, encoder_hidden_states=hidden)
     table = rows("demo table")
     assert table["plain"][0] == macs(report.full_trajectory_macs)
-    assert table["clock 2"][:2] == [macs(report.trajectory_macs), percent(report.saved_share)]
+    assert table["identity"][:2] == [macs(report.trajectory_macs), percent(report.saved_share)]
+    unet, sample, hidden = new_unet().eval(), torch.zeros(2, *LATENT_SHAPE), torch.zeros(2, 18, 128)
+    with ch.wrap(unet, LearnedAdaptor.from_pretrained(WEIGHTS / "adaptor").float(), clock=2) as cw, torch.no_grad():
+        for step in range(8):
+            unet(sample, torch.tensor(1000 - step), encoder_hidden_states=hidden)
+    assert table["trained"][:2] == [macs(cw.stats.macs_run), percent(1 - cw.stats.macs_run / cw.stats.macs_plain)]
+
+
+def test_quality_of_the_demo() -> None:
+    """The README's rows are those of the JSON, and what its text says about them is so."""
+    measured = json.loads((Path(__file__).parents[1] / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
+    results = Results(measured)
+    keys = {label: f"losses-8/{label}" for label in ("plain", "plain, 6 steps", "plain, 5 steps", "identity")}
+    keys["the paper's adaptor and loss"] = "losses-8/ResNet, feature"
+    keys["the adaptor that ships"] = "losses-8/ResNet, guided-output"
+    told = rows("quality table")
+    assert list(told) == list(keys)
+    for label, key in keys.items():
+        saved = "–" if label == "plain" else percent(results.saved(key))
+        scores = [str(results.score(key, name)) for name in ("Fréchet", "attributes right")]
+        assert told[label] == [macs(results.row(key)["macs_per_image"]), saved, *scores], label
+    order = ("plain", "the adaptor that ships", "plain, 6 steps", "plain, 5 steps", "identity")
+    distances = [results.score(keys[label], "Fréchet") for label in (*order, "the paper's adaptor and loss")]
+    means = [score.mean for score in distances if score]
+    assert means == sorted(means)
+    assert results.difference("steps-4/trained", "losses-8/plain, 3 steps", "Fréchet").mean > 0
 
 
 def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
