@@ -3,6 +3,9 @@
 A graph replays kernels at fixed addresses. So inputs are copied into buffers, outputs are copied out of the pool that
 all graphs share, and a graph is thrown away when weights have moved. Nothing else is fixed: an adaptor pass gets the
 exit of the step before through a buffer, as it gets the sample.
+
+Whether the modules still are what was captured is looked up once a trajectory. That takes the host about as long as a
+step takes the device, so it comes after the launch; what was launched does not count if the answer is no.
 """
 
 from __future__ import annotations
@@ -60,6 +63,16 @@ class _Graph:
     untouched: bool
     constants: tuple[Any, ...] = field(repr=False)
 
+    def replay(self, values: list[torch.Tensor], cached: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
+        """Launch it on these inputs: (output, exit), copied out of the graph's memory."""
+        for buffer, value in zip(self.inputs, values, strict=True):
+            buffer.fill(value)
+        self.graph.replay()
+        output, exit = map_leaves(_copy, self.output), self.exit
+        if exit is not None:  # an adaptor may return what it was given
+            exit = cached if exit is self.inputs[-1].memory else exit.clone()
+        return output, exit
+
 
 class Captured(Compiled):
     """Runs the calls of a wrapper whose passes are captured.
@@ -105,19 +118,19 @@ class Captured(Compiled):
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
-            self._forget_if_changed(anew=running.position is not None and running.position.step == 1)
+            if not self._weights or [tensor.data_ptr() for tensor in self._weights] != self._places:
+                self._look()  # before any replay: what it would read may be gone
             self._follow()
             key = (running.key, run.kind, run.copies, *map(_constant, constants))
+            anew = running.position is not None and running.position.step == 1
             captured = self._graphs.get(key)
+            if captured is not None:
+                output, exit = captured.replay(values, running.cached)
+            if anew and self._look():
+                captured = None
             if captured is None:
                 captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
-            for buffer, value in zip(captured.inputs, values, strict=True):
-                buffer.fill(value)
-            captured.graph.replay()
-            output = map_leaves(_copy, captured.output)
-            exit = captured.exit
-            if exit is not None:  # an adaptor may return what it was given
-                exit = running.cached if exit is captured.inputs[-1].memory else exit.clone()
+                output, exit = captured.replay(values, running.cached)
         return output, Ran(run.plan, run.kind, exit, whole=captured.whole, untouched=captured.untouched)
 
     def _capture(
@@ -180,27 +193,25 @@ class Captured(Compiled):
             stream.wait_stream(self._stream)
         self._stream = stream
 
-    def _forget_if_changed(self, *, anew: bool) -> None:
-        """Drop the graphs if weights have moved; once a trajectory, also if anything about the modules is another."""
-        engine = self.engine
-        roots = [root for root in (engine.unet, engine.adaptor) if isinstance(root, nn.Module)]
-        if anew or not self._weights:
-            looks = [part for root in roots for part in _looks(root)]
-            same = len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
-            self._weights = [tensor for root in roots for tensor in _weights(root)]
-            self._looks = looks
-        else:
-            same = True
-        places = [tensor.data_ptr() for tensor in self._weights]
-        if same and places == self._places:
-            return
-        self._places = places
-        if self._graphs:
+    def _look(self) -> bool:
+        """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
+        roots = [root for root in (self.engine.unet, self.engine.adaptor) if isinstance(root, nn.Module)]
+        looks = [part for root in roots for part in _looks(root)]
+        weights = [tensor for root in roots for tensor in _weights(root)]
+        places = [tensor.data_ptr() for tensor in weights]
+        same = places == self._places and len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
+        if not same and self._graphs:
+            torch.cuda.current_stream(weights[0].device).synchronize()  # one may be running, on what it was made from
             self._graphs.clear()
             self._pool = None
             self._moved += 1
             if self._moved > _MOVES:
                 _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run as they are")
+            dropped = True
+        else:
+            dropped = False
+        self._weights, self._places, self._looks = weights, places, looks
+        return dropped
 
 
 def _weights(root: nn.Module) -> list[torch.Tensor]:

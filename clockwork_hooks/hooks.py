@@ -192,7 +192,11 @@ class Installed:
         """Are all forwards that the plan needs still ours?"""
         if self._root is not None and not self._root.attached:
             self.front(self._root.module, self._root.owner)  # type: ignore[arg-type]
-        return all(path in self._forwards and self._forwards[path].attached for path in plan.counts)
+        for path in plan.counts:
+            forward = self._forwards.get(path)
+            if forward is None or forward.module.__dict__.get("forward") is not forward:
+                return False
+        return True
 
     def remove(self) -> None:
         """Take everything back; idempotent."""

@@ -38,6 +38,9 @@ class Arguments:
 
     def get(self, path: str) -> Any:
         """The leaf at a dotted path; None where it was not passed."""
+        value = self.values.get(path)
+        if isinstance(value, torch.Tensor):
+            return value
         head = path.split(".", 1)[0]
         return next((leaf for found, leaf in leaves(self.values.get(head), head) if found == path), None)
 

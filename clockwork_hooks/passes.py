@@ -93,15 +93,46 @@ class Plan:
         skipped: the calls, in order; exactly one has the exit among its slots.
         ports: boundary tensors to pick up, by name.
         counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
+        events: kind of a pass → what happens when in it; made from the others.
     """
 
     skipped: tuple[SkippedCall, ...]
     ports: Mapping[str, Port]
     counts: Mapping[str, tuple[int, int]]
+    events: Mapping[Kind, Events] = field(init=False, repr=False, compare=False)
 
-    def key(self, kind: Kind) -> dict[tuple[str, int], SkippedCall]:
-        """The skipped calls by (path, how many calls of the module came before in a pass of this kind)."""
-        return {(call.path, call.visible if kind == "adaptor" else call.ordinal): call for call in self.skipped}
+    def __post_init__(self) -> None:
+        kinds: tuple[Kind, ...] = ("full", "adaptor")
+        object.__setattr__(self, "events", {kind: Events.of(self, kind) for kind in kinds})
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """A plan as passes of one kind look things up in it, at each call of a patched module.
+
+    Attributes:
+        skipped: the skipped calls by (path, how many calls of the module came before).
+        ports: (name, leaf) of what is picked up, by (path, how many calls came before, side).
+        counts: how often each patched module is called; those that are not are left out.
+    """
+
+    skipped: Mapping[tuple[str, int], SkippedCall]
+    ports: Mapping[tuple[str, int, str], tuple[tuple[str, int], ...]]
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, plan: Plan, kind: Kind) -> Events:
+        """What happens in passes of this kind."""
+        which = 1 if kind == "adaptor" else 0
+        ports: dict[tuple[str, int, str], tuple[tuple[str, int], ...]] = {}
+        for name, port in plan.ports.items():
+            key = (port.path, (port.ordinal, port.visible)[which], port.side)
+            ports[key] = (*ports.get(key, ()), (name, port.leaf))
+        return cls(
+            {(call.path, (call.ordinal, call.visible)[which]): call for call in plan.skipped},
+            ports,
+            {path: counts[which] for path, counts in plan.counts.items() if counts[which]},
+        )
 
 
 class Pass:
@@ -136,7 +167,7 @@ class Pass:
         self.exit: torch.Tensor | None = None
         self._written = -1
         self._emit = emit
-        self._calls = plan.key(kind)
+        self._events = plan.events[kind]
         self._counts: dict[str, int] = {}
         self._hooked: dict[str, int] = {}
 
@@ -149,7 +180,7 @@ class Pass:
         k = self._counts.get(path, 0)
         self._counts[path] = k + 1
         self._capture(path, k, "input", (args, kwargs))
-        found = self._calls.get((path, k))
+        found = self._events.skipped.get((path, k))
         if found is None:
             output = forward(*args, **kwargs)
             self._capture(path, k, "output", output)
@@ -170,20 +201,23 @@ class Pass:
 
     def complete(self) -> bool:
         """Did every patched module get exactly the calls of the trace, and the exit its tensor?"""
-        which = 1 if self.kind == "adaptor" else 0
-        expected = {path: counts[which] for path, counts in self.plan.counts.items() if counts[which]}
-        seen = {path: count for path, count in self._counts.items() if path in self.plan.counts}
-        return seen == expected and self.exit is not None
+        if self.exit is None:
+            return False
+        if self._counts == self._events.counts:
+            return True
+        return {path: count for path, count in self._counts.items() if path in self.plan.counts} == self._events.counts
 
     def untouched(self) -> bool:
         """Is the exit still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
         return self.exit is not None and version(self.exit) == self._written
 
     def _capture(self, path: str, k: int, side: str, value: Any) -> None:
-        for name, port in self.plan.ports.items():
-            wanted = port.visible if self.kind == "adaptor" else port.ordinal
-            if (port.path, port.side, wanted) == (path, side, k):
-                self.captured[name] = [leaf for _, leaf in leaves(value)][port.leaf]
+        wanted = self._events.ports.get((path, k, side))
+        if wanted is None:
+            return
+        found = [leaf for _, leaf in leaves(value)]
+        for name, leaf in wanted:
+            self.captured[name] = found[leaf]
         if "mask" in self.captured and "text" in self.captured:
             self.captured["text"] = masked_mean(self.captured["text"], self.captured.pop("mask"))
 

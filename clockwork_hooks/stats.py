@@ -96,7 +96,9 @@ class Stats(Counts):
         with self._lock:
             self._add(reason, run, plain, region)
             if trajectory:
-                found = next((known for known in reversed(self.trajectories) if known.number == trajectory), None)
+                found = self.trajectories[-1] if self.trajectories else None
+                if found is None or found.number != trajectory:  # another thread's began meanwhile
+                    found = next((known for known in self.trajectories if known.number == trajectory), None)
                 if found is None:
                     found = TrajectoryStats(number=trajectory)
                     self.trajectories.append(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -22,19 +22,23 @@ class Leaf:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, leaf) in a fixed order; everything that is no container is a leaf, None too.
+    """(dotted path, leaf) in a fixed order; everything that is no container is a leaf, None too.
 
     Example:
         >>> list(leaves({"a": (1, None), "b": "x"}))
         [('a.0', 1), ('a.1', None), ('b', 'x')]
     """
-    if isinstance(value, torch.Tensor):
-        yield path, value
+    found: list[tuple[str, Any]] = []
+    _collect(value, path, found)
+    return iter(found)
+
+
+def _collect(value: Any, path: str, found: list[tuple[str, Any]]) -> None:
+    if isinstance(value, torch.Tensor) or not _is_container(value):
+        found.append((path, value))
         return
     for key, item in _items(value):
-        yield from leaves(item, f"{path}.{key}" if path else str(key))
-    if not _is_container(value):
-        yield path, value
+        _collect(item, f"{path}.{key}" if path else str(key), found)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -75,13 +79,9 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value)
 
 
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    if not _is_container(value):
-        return
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, Mapping):
-        yield from list(value.items())
-    elif isinstance(value, (list, tuple)):
-        yield from enumerate(value)
-    else:
-        for field in dataclasses.fields(value):
-            yield field.name, getattr(value, field.name)
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]

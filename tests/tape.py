@@ -38,6 +38,8 @@ class _Stream:
 
     def wait_stream(self, other: Any) -> None: ...
 
+    def synchronize(self) -> None: ...
+
 
 class FakeCuda:
     """What capture.py uses of `torch.cuda`."""

@@ -100,8 +100,13 @@ def rollout(case: Case, unet: nn.Module, *, compiled: bool, adaptor: Any = None,
     return outputs
 
 
+SLOW = {"diffusers", "lucidrains"}  # seconds of dynamo each; what they need of ours, the others need too
+
+
 @pytest.mark.parametrize(
-    ("name", "adaptor"), [(name, None) for name in CASES] + [("guided-diffusion", "module"), ("tiny", "module")]
+    ("name", "adaptor"),
+    [pytest.param(name, None, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+    + [("guided-diffusion", "module"), ("tiny", "module")],
 )
 def test_two_graphs_and_the_same_numbers(name: str, adaptor: str | None) -> None:
     case = CASES[name]
@@ -337,6 +342,24 @@ def test_a_capture_follows_what_changes_between_trajectories(change: Callable[[T
         change(unet)
         torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
     assert cuda.captures == (2 if change is _in_place else 4)
+
+
+def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trajectory's look comes after its first launch; weights that have moved are found before it."""
+    case, unet, events = CASES["tiny"], Tiny(), []
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        look, replay = capture.Captured._look, cuda.CUDAGraph.replay
+        monkeypatch.setattr(capture.Captured, "_look", lambda self: events.append("look") or look(self))
+        monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
+        [case.call(unet, k) for k in range(3)]
+        assert events == ["launch", "look", "launch", "launch"]
+        events.clear()
+        _move_weight(unet)
+        case.call(unet, 0)
+        assert events == ["look", "look", "launch"]  # at once, and as in every first step
 
 
 def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
