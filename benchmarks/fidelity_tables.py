@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["FEWER", "IDENTITY", "MODES", "MORE", "OURS", "PLAIN", "SCORES", "TABLES"]
+__all__ = ["FEWER", "IDENTITY", "MODES", "MORE", "OURS", "PLAIN", "SCORES", "SHIPS", "TABLES"]
 
 PLAIN, IDENTITY, OURS = "losses-8/plain", "losses-8/identity", "losses-8/guided-output"
+SHIPS = "losses-8/ResNet, guided-output"  # with the demo
 FEWER, MORE = "losses-8/plain, 5 steps", "losses-8/plain, 6 steps"  # the plain sampler just below our cost, and above
 SCORES = ("Fréchet", "attributes right", "PSNR")
 
@@ -36,7 +37,8 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "Kinds of adaptor (Tab. 3)",
-        "8 steps, clock 2. `ResNet, feature` is the paper's adaptor with the paper's loss.",
+        "8 steps, clock 2. `ResNet, feature` is the paper's adaptor with the paper's loss. "
+        f"`{SHIPS}` is the one that ships with the demo.",
         (PLAIN, IDENTITY, "losses-8/ResNet, feature", "losses-8/ResNet, guided-output", "kinds-8/UNet-light",
          "kinds-8/UNet", "kinds-8/width 48", OURS, "kinds-8/width 80"),
     ),

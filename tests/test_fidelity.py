@@ -12,7 +12,7 @@ import pytest
 from benchmarks import fidelity, render
 from benchmarks.fidelity_plan import GROUPS, Trained
 from benchmarks.fidelity_results import Results, claims
-from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN, TABLES
+from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN, SHIPS, TABLES
 from clockwork_hooks.demo.weights import WEIGHTS
 
 RESULT = Path(fidelity.RESULT)
@@ -166,6 +166,7 @@ def test_what_is_missing_or_of_another_kind_is_told() -> None:
 def test_the_adaptor_that_ships_is_a_measured_one() -> None:
     config = json.loads((WEIGHTS / "adaptor" / "config.json").read_text(encoding="utf-8"))
     key = config["facts"]["measured_as"].removesuffix(" in docs/results.md")
+    assert key == SHIPS
     results = Results(json.loads(RESULT.read_text(encoding="utf-8")))
     assert results.row(key)["kind"] == config["kind"]
     assert results.row(key)["loss"] == config["facts"]["loss"]
