@@ -6,10 +6,10 @@ import sys
 
 import typer
 
-from clockwork_hooks.cli import demo, distill, flops, regions  # each registers its command
+from clockwork_hooks.cli import demo, distill, drift, edit, flops, perturb, plan, regions  # each registers its command
 from clockwork_hooks.cli.app import app
 
-__all__ = ["app", "demo", "distill", "flops", "main", "regions"]
+__all__ = ["app", "demo", "distill", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
 
 
 def main(arguments: list[str] | None = None) -> int:

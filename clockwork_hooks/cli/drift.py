@@ -1,0 +1,39 @@
+"""`clockwork-hooks drift`: how much what regions emit changes from step to step."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.sampling import Out, Prompts, Sampled, Seeds, Steps, draw, load_sampler, write
+
+__all__ = ["drift"]
+
+EPILOG = """Examples:
+
+clockwork-hooks drift                         (the demo model)
+
+clockwork-hooks drift my_package.sampler:build --clock 2 --clock 4 --out my-folder
+"""
+
+
+@app.command(epilog=EPILOG)
+def drift(
+    model: Sampled = "demo",
+    clock: Annotated[
+        list[int] | None, typer.Option(help="A clock to try; repeatable.", min=2, show_default="2, 3 and 4")
+    ] = None,
+    steps: Steps = 8,
+    prompts: Prompts = 2,
+    seed: Seeds = None,
+    out: Out = "clockwork-drift",
+) -> None:
+    """Measure how every region's exit changes along the trajectory, and what keeping it does to the result."""
+    from clockwork_hooks.analysis.drift import measure_drift
+
+    loaded = load_sampler(model, steps, prompts)
+    result = measure_drift(*loaded, clocks=tuple(clock or (2, 3, 4)), seeds=tuple(seed or (0,)))
+    folder = write(out, "drift", result)
+    draw(result.plot, folder / "drift.png")

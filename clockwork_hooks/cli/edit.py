@@ -1,0 +1,64 @@
+"""`clockwork-hooks edit`: edit pictures of the demo model by their text, plain and with Clockwork."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.sampling import Out, draw, write
+
+__all__ = ["edit"]
+
+EPILOG = """Examples:
+
+clockwork-hooks edit
+
+clockwork-hooks edit --source "a large red circle in the centre on a grey background" --replace "red circle"
+--by "blue square" --inversion-steps 100 --steps 50
+
+It is the demo model that edits; for a model of your own call clockwork_hooks.editing.edit.
+"""
+
+
+@app.command(epilog=EPILOG)
+def edit(
+    source: Annotated[
+        str | None,
+        typer.Option(help="What the source shows: size, colour, shape, place, background.", show_default="4 scenes"),
+    ] = None,
+    replace: Annotated[str | None, typer.Option(help="Words of it to replace.", show_default=False)] = None,
+    by: Annotated[str | None, typer.Option(help="Words in their place.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(help="DDIM steps under the target's text.", min=1, max=1000)] = 20,
+    inversion_steps: Annotated[int, typer.Option(help="DDIM steps of the inversion.", min=1, max=1000)] = 40,
+    clock: Annotated[int, typer.Option(help="One full pass every so many steps, in both loops.", min=1)] = 2,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
+    until_features: Annotated[float, typer.Option(help="Share of the steps in which features are injected.")] = 0.3,
+    until_attention: Annotated[float, typer.Option(help="Likewise for self-attention.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the scenes' geometry.")] = 3,
+    out: Out = "clockwork-edit",
+) -> None:
+    """Edit scenes by their text, plain, with Clockwork and without injection: cost, text, layout, a picture."""
+    from clockwork_hooks.demo.edits import EDITS, edit_scenes
+    from clockwork_hooks.errors import ArgumentError
+
+    own = [word for word in (source, replace, by) if word is not None]
+    if len(own) not in (0, 3):
+        raise ArgumentError(
+            "an edit of your own has a source, words to replace, and words in their place",
+            seen={"--source": source, "--replace": replace, "--by": by},
+            do="pass all three, or none",
+        )
+    result = edit_scenes(
+        [(own[0], own[1], own[2])] if own else EDITS,
+        inversion_steps=inversion_steps,
+        steps=steps,
+        clock=clock,
+        guidance=guidance,
+        until_features=until_features,
+        until_attention=until_attention,
+        seed=seed,
+    )
+    folder = write(out, "edit", result)
+    draw(result.plot, folder / "edit.png")

@@ -1,0 +1,100 @@
+"""perturb, drift, plan and edit on the command line: files, tables and errors."""
+
+import json
+
+import pytest
+import torch
+
+from clockwork_hooks import Plan, wrap
+from clockwork_hooks.cli import main
+from tests.test_analysis import made, sampler
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' schedulers, of NumPy
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def build():
+    """What a user's own factory returns."""
+    unet = made()
+    return unet, sampler(unet), [1]
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        (["perturb", "--start", "1", "--map", "first", "--alpha", "0.7"], ["perturb.json", "curves.png"]),
+        (["drift", "--clock", "2"], ["drift.json", "drift.md", "drift.png"]),
+        (["plan", "--min-saving", "0.2", "--clock", "2", "--probes", "2"], ["plan.json", "plan.md", "plan.png"]),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_factory_is_analysed(capsys, tmp_path, words, files):
+    out = tmp_path / "new" / "folder"
+    code, printed, err = run(capsys, words[0], "tests.test_analysis_cli:build", *words[1:], "--out", str(out))
+    assert code == 0, err
+    for name in files:
+        assert (out / name).stat().st_size > 100
+        assert str(out / name) in printed
+    data = json.loads((out / files[0]).read_text(encoding="utf-8"))
+    assert data["schema"] == {"perturb": "clockwork_hooks/robustness/1"}.get(words[0], f"clockwork_hooks/{words[0]}/1")
+    if words[0] == "perturb":
+        assert (data["alpha"], data["starts"], list(data["distances"])) == (0.7, [1], ["first"])
+    if words[0] == "plan":
+        unet, generate, conditions = build()
+        with torch.no_grad(), wrap(unet, plan=Plan.from_json((out / "plan.json").read_text())) as cw:
+            generate(conditions[0], 0)
+            generate(conditions[0], 0)
+        assert cw.stats.trajectories[-1].adaptor_passes == len(data["chosen"]["steps"])
+
+
+def test_the_demo_model_is_the_default(capsys, tmp_path):
+    words = ["--start", "2", "--map", "bottleneck 8×8", "--steps", "2", "--prompts", "1", "--out", str(tmp_path)]
+    code, printed, err = run(capsys, "perturb", *words)
+    assert code == 0, err
+    assert "mid_block" in printed
+    assert (tmp_path / "grid.png").stat().st_size > 5000
+
+
+def test_scenes_are_edited(capsys, tmp_path):
+    own = ["--source", "a large red circle in the centre on a grey background", "--replace", "red", "--by", "blue"]
+    small = ["--inversion-steps", "2", "--steps", "2", "--out", str(tmp_path)]
+    code, printed, err = run(capsys, "edit", *own, *small)
+    assert code == 0, err
+    assert "plain, no injection" in printed
+    data = json.loads((tmp_path / "edit.json").read_text(encoding="utf-8"))
+    assert data["settings"]["targets"] == ["a large blue circle in the centre on a grey background"]
+    plain, quick, _ = data["rows"]
+    assert quick["macs"] == round(plain["macs"] * (1 - quick["saving"]))
+    assert (tmp_path / "edit.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["perturb", "sd15"], "a preset or a folder has no sampler"),
+        (["plan", "no_such_package:build", "--min-saving", "0.2"], "Python can import from here"),
+        (["drift", "tests.test_analysis:made"], "returns (unet, generate, conditions)"),
+        (["plan", "tests.test_analysis_cli:build"], "one budget"),
+        (["perturb", "tests.test_analysis_cli:build", "--alpha", "2"], "α is a share"),
+        (["perturb", "tests.test_analysis_cli:build", "--start", "99"], "choose from 1 to 8"),
+        (["edit", "--source", "a large red circle in the centre on a grey background"], "pass all three"),
+        (["edit", "--source", "a red circle", "--replace", "red", "--by", "blue"], "tells all"),
+        (["edit", "--source", "a large red dog", "--replace", "red", "--by", "blue"], "dog"),
+    ],
+)
+def test_errors_are_told(capsys, tmp_path, words, said):
+    code, _, err = run(capsys, *words, "--out", str(tmp_path))
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
