@@ -261,7 +261,8 @@ class Recorder(TorchDispatchMode):
         if self._abandoned():
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
-        for tensor in tensors((args, kwargs)):
+        # a view of blank memory (`out[:, :3] = ...`) reads nothing yet
+        for tensor in () if getattr(func, "is_view", False) else tensors((args, kwargs)):
             if self.bindings.blank(tensor) and all(tensor is not other for other in written):
                 self.bindings.reveal(tensor, self._stack[-1].first, self._stack[-1].inputs)
         for tensor in written if self._owned else ():

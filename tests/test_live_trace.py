@@ -439,12 +439,14 @@ def test_an_interrupted_recorder_leaves_other_modes_on() -> None:
             return func(*args, **(kwargs or {}))
 
     model = Breaks()
+    with Counts() as plain, torch.no_grad():
+        model(noise(), 9.0)
     with ch.wrap(model):
         interrupted(model)
         with Counts() as below, Counts() as mode, torch.no_grad():
             model(noise(), 9.0)
             assert _get_current_dispatch_mode_stack() == [below, mode]
-        assert mode.count == below.count > 20
+        assert mode.count == below.count >= plain.count > 10
     assert_clean()
 
 
