@@ -194,13 +194,15 @@ def _boxes(diagram: Diagram, places: dict[int, Box]) -> Iterator[Box | Word]:
         yield box
         x, y = box.x + box.width / 2, box.y + ROW / 2
         text = next((name for name in _names(block) if len(name) * LETTER + 6 <= box.width), None)
+        short = next((name for name in _names(block) if len(name) * LETTER * 0.77 + 4 <= ROW), None)
+        if text is None and short is None and (letters := int((box.width - 6) / LETTER)) >= 8:
+            text = "…" + next(_names(block))[1 - letters :]  # transformer_blocks.0: nothing shorter tells it apart
         if text is not None:
             yield Word(x, y - 3, text, "middle")
             if len(str(macs(block.macs))) * LETTER <= box.width:
                 yield Word(x, y + 12, str(macs(block.macs)), "middle", "quiet", 10)
         elif box.width >= 11:
-            short = [name for name in _names(block) if len(name) * LETTER * 0.77 + 4 <= ROW]
-            yield Word(x + 3.2, y, short[0] if short else "…", "middle", "word", 8.5, upright=True)
+            yield Word(x + 3.2, y, short or "…", "middle", "word", 8.5, upright=True)
 
 
 def _names(block: Block) -> Iterator[str]:
