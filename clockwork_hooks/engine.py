@@ -397,5 +397,6 @@ def _on_stack(wanted: FrameType | None) -> bool:
 def _mode(module: nn.Module, arguments: Arguments) -> tuple[Any, ...]:
     """What changes the computation beside the inputs: training, autocast, gradients."""
     kind = next((arg.device.type for arg in arguments.values.values() if isinstance(arg, torch.Tensor)), "cpu")
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
+    autocast = torch.get_autocast_dtype(kind) if casts else None
     return module.training, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

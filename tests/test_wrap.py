@@ -622,3 +622,12 @@ def test_threads_and_tasks_sample_as_if_alone() -> None:
         for outputs, expected in zip(asyncio.run(both()), alone, strict=True):
             assert equal(outputs, expected)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (6, 10)
+
+
+def test_a_unet_on_meta_runs_full() -> None:
+    """Its time cannot be read there, and it has no autocast to ask for."""
+    unet = Tiny().to("meta")
+    with torch.no_grad(), ch.wrap(unet) as cw:
+        for t in (3.0, 2.0):
+            assert unet(torch.zeros(2, 2, 16, 16, device="meta"), torch.tensor(t, device="meta")).device.type == "meta"
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 0)
