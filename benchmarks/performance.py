@@ -6,6 +6,7 @@ The page is written by hand around marked parts (`<!-- begin NAME -->`); what st
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,85 @@ def checks(data: Data) -> str:
     return _table(("check", "model", "mode", "dtype", "seen", "passed"), cells)
 
 
+def overhead(data: Data) -> str:
+    """Clock 1 against plain, an adaptor pass against the ideal, in the CPU time of one thread."""
+    limits = {"clock 1": 1.01, "adaptor pass": 1.03}
+    cells = [
+        (r["model"], r["side"], r["base"], f"{r['ms']:.2f}", f"{r['base_ms']:.2f}", f"{r['more_us']:.0f}",
+         f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"≤ {limits[r['side']]}",
+         "met" if r["ratio"] <= limits[r["side"]] else "**missed**")
+        for r in data["overhead"]["overhead"]
+    ]  # fmt: skip
+    heads = (
+        "model",
+        "side",
+        "against",
+        ">ms",
+        ">against, ms",
+        ">more, µs",
+        ">ratio",
+        ">quartiles",
+        ">target",
+        "verdict",
+    )
+    return f"{_machine(data['overhead'])}\n\n{_table(heads, cells)}"
+
+
+def placeholders(data: Data) -> str:
+    """What may stand in the place of a skipped output."""
+    cells = [(r["kind"], f"{r['us']:.2f}", f"{r['bytes']:,}", "yes" if r["mixes"] else "no")
+             for r in data["overhead"]["placeholders"]]  # fmt: skip
+    return _table(("kind", ">µs", ">bytes", "mixes with real tensors"), cells)
+
+
+def analysis(data: Data) -> str:
+    """CPU seconds and memory of the analysis, by model."""
+    return f"{_machine(data['analysis'])}\n\n{_stages(data['analysis']['models'])}"
+
+
+def growth(data: Data) -> str:
+    """The same by the number of nodes."""
+    return _stages(data["analysis"]["growth"])
+
+
+def _stages(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        (r["case"], f"{r['nodes']:,}", r["regions"], f"{r['trace_s']:.2f}", f"{r['find_regions_s']:.2f}",
+         f"{r['flops_report_s']:.2f}", f"{1e6 * r['total_s'] / (r['nodes'] * math.log2(r['nodes'])):.0f}",
+         f"{r['peak_mib']:.0f}")
+        for r in rows
+    ]  # fmt: skip
+    heads = ("UNet", ">nodes", ">regions", ">trace, s", ">find_regions, s", ">flops_report, s", ">µs / (n log₂ n)",
+             ">peak, MiB")  # fmt: skip
+    return _table(heads, cells)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    seen = result["environment"]
+    return (
+        f"{seen['device']}, {seen['cores']} cores shared with other work (load {seen['load'][0]:.1f} at the start), "
+        f"one thread's CPU time; torch {seen['versions']['torch']}; {seen['date']}; measured by `{seen['command']}`."
+    )
+
+
 PARTS: dict[str, Callable[[Data], str]] = {
     part.__name__: part
-    for part in (environment, targets, latency, passes, failures, choices, throughput, profile, fixed, checks)
+    for part in (
+        environment,
+        targets,
+        latency,
+        passes,
+        failures,
+        choices,
+        throughput,
+        profile,
+        fixed,
+        checks,
+        overhead,
+        placeholders,
+        analysis,
+        growth,
+    )
 }
 
 

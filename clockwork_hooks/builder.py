@@ -36,6 +36,14 @@ class Builder:
             if call.path:
                 for spec in self.tensors(call.output):
                     self._producers.setdefault(spec.node.meta["index"], []).append(call)
+        self._writers: dict[Any, list[int]] = {}  # storage → nodes that write to it in place
+        for n, node in enumerate(trace.nodes):
+            if "was" in node.meta and node.meta.get("storage") is not None:
+                self._writers.setdefault(node.meta["storage"], []).append(n)
+        named = module_paths(unet)
+        self._modules = {named[id(module)]: module for module in unet.modules() if id(module) in named}
+        self._total_macs = sum(self.macs)
+        self._total_weights = sum(parameter.numel() for parameter in unet.parameters())
         self.embeddings = Embeddings(trace, dom)
 
     @staticmethod
@@ -68,8 +76,8 @@ class Builder:
         entry = max(entry_nodes, key=lambda u: (size[u], u))
         sides = tuple(self._side(n) for n in side_nodes if not self.trace.nodes[n].meta.get("constant"))
         plan = self._plan(skipped, last, o, entry, sides, run)
-        macs, total = sum(self.macs[n] for n in run), sum(self.macs) or 1
-        weights, all_weights = self._parameters(skipped), sum(p.numel() for p in self.unet.parameters()) or 1
+        macs, total = sum(self.macs[n] for n in run), self._total_macs or 1
+        weights, all_weights = self._parameters(skipped), self._total_weights or 1
         left = Counter(
             operator_name(self.trace.nodes[n])
             for n in inside - run
@@ -212,15 +220,10 @@ class Builder:
     def _written_later(self, n: int, run: set[int]) -> bool:
         """Does code that still runs write to the storage of node n's tensor after it was made?"""
         storage = self.trace.nodes[n].meta.get("storage")
-        return storage is not None and any(
-            "was" in node.meta and node.meta.get("storage") == storage and index not in run
-            for index, node in enumerate(self.trace.nodes[n + 1 :], n + 1)
-        )
+        return storage is not None and any(w > n and w not in run for w in self._writers.get(storage, ()))
 
     def _parameters(self, skipped: list[ModuleCall]) -> int:
-        paths = {call.path for call in skipped}
-        named = module_paths(self.unet)
-        modules = [module for module in self.unet.modules() if named.get(id(module)) in paths]
+        modules = [self._modules[call.path] for call in skipped if call.path in self._modules]
         return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
     def _by_level(self, run: set[int], edge: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
