@@ -6,10 +6,20 @@ import sys
 
 import typer
 
-from clockwork_hooks.cli import demo, distill, drift, edit, flops, perturb, plan, regions  # each registers its command
+from clockwork_hooks.cli import (  # each registers its command
+    demo,
+    distill,
+    doctor,
+    drift,
+    edit,
+    flops,
+    perturb,
+    plan,
+    regions,
+)
 from clockwork_hooks.cli.app import app
 
-__all__ = ["app", "demo", "distill", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
+__all__ = ["app", "demo", "distill", "doctor", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows the command's name; None takes them from `sys.argv`.
 
     Returns:
-        0, or 2 after an error, which is one readable block on stderr; with `--debug` the error is raised.
+        0; 1 where a check failed, of a budget or of `doctor`; or 2 after an error, which is one readable block on
+        stderr, or with `--debug` is raised.
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP

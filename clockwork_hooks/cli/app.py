@@ -8,9 +8,13 @@ import typer
 
 from clockwork_hooks._version import __version__
 
-__all__ = ["EPILOG", "app"]
+__all__ = ["EPILOG", "EXIT_CODES", "app"]
 
-EPILOG = """Examples:
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a check failed (a budget exceeded, a package missing); "
+    "2 an error, told in one block on stderr."
+)
+EPILOG = f"""Examples:
 
 clockwork-hooks flops sd15 --guidance
 
@@ -21,6 +25,8 @@ clockwork-hooks flops path/to/unet --size 96 --steps 20 --clock 4 --format md
 clockwork-hooks regions sdxl
 
 clockwork-hooks regions my_package.unet:build --level 2 --format json
+
+{EXIT_CODES}
 """
 
 
@@ -31,7 +37,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 

@@ -6,18 +6,20 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.options import show
 
 __all__ = ["demo"]
 
-DEMO_EPILOG = """Examples:
+DEMO_EPILOG = f"""Examples:
 
 clockwork-hooks demo
 
 clockwork-hooks demo --steps 20 --clock 4 --out my-folder
 
 clockwork-hooks demo --prompt "a large pink star left of a small white ring on a black background" --seed 7
+
+{EXIT_CODES}
 """
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.options import show
 
 __all__ = ["distill"]
@@ -24,7 +24,7 @@ DEMO: dict[str, Any] = {
     "lr": 1e-3,
     "decay": "cosine",
 }
-EPILOG = """Examples:
+EPILOG = f"""Examples:
 
 clockwork-hooks distill demo --folder my-adaptor        (the demo model; minutes on a CPU)
 
@@ -46,6 +46,8 @@ source.kind = "python": factory = "package.module:function", which gets the rest
 arguments of clockwork_hooks.distill: unet, generate, prompts, guidance, ...
 
 adaptor.kind = "resnet" or "unet", with the options of its class (width, inputs, light, ...).
+
+{EXIT_CODES}
 """
 
 

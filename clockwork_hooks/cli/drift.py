@@ -6,16 +6,18 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.sampling import Out, Prompts, Sampled, Seeds, Steps, draw, load_sampler, write
 
 __all__ = ["drift"]
 
-EPILOG = """Examples:
+EPILOG = f"""Examples:
 
 clockwork-hooks drift                         (the demo model)
 
 clockwork-hooks drift my_package.sampler:build --clock 2 --clock 4 --out my-folder
+
+{EXIT_CODES}
 """
 
 

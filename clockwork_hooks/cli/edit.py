@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.sampling import Out, draw, write
 
 __all__ = ["edit"]
 
-EPILOG = """Examples:
+EPILOG = f"""Examples:
 
 clockwork-hooks edit
 
@@ -19,6 +19,8 @@ clockwork-hooks edit --source "a large red circle in the centre on a grey backgr
 --by "blue square" --inversion-steps 100 --steps 50
 
 It is the demo model that edits; for a model of your own call clockwork_hooks.editing.edit.
+
+{EXIT_CODES}
 """
 
 

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.sampling import Out, Prompts, Sampled, Seeds, Steps, draw, load_sampler, write
 
 __all__ = ["perturb"]
 
-EPILOG = """Examples:
+EPILOG = f"""Examples:
 
 clockwork-hooks perturb                       (the demo model; some minutes on a CPU)
 
 clockwork-hooks perturb --map "up 16×16" --map "up 32×32" --start 1 --start 5 --prompts 2
 
 clockwork-hooks perturb my_package.sampler:build --alpha 0.7 --out my-folder
+
+{EXIT_CODES}
 """
 
 

@@ -6,18 +6,20 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import EXIT_CODES, app
 from clockwork_hooks.cli.sampling import Out, Prompts, Sampled, Seeds, Steps, draw, load_sampler, write
 
 __all__ = ["plan"]
 
-EPILOG = """Examples:
+EPILOG = f"""Examples:
 
 clockwork-hooks plan --min-saving 0.4         (the demo model; some minutes on a CPU)
 
 clockwork-hooks plan my_package.sampler:build --max-error 0.05 --out my-folder
 
 The plan is used by:  wrap(unet, plan=clockwork_hooks.Plan.from_json(open("my-folder/plan.json").read()))
+
+{EXIT_CODES}
 """
 
 
