@@ -47,7 +47,7 @@ typecheck: $(VENV)/.test  ## mypy --strict on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.base  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m hatchling build
