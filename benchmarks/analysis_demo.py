@@ -45,17 +45,17 @@ def robustness(demo: Demo, figures: Path) -> dict[str, Any]:
     )
     found.plot(figures / "analysis-robustness.png")
     found.plot_grid(figures / "analysis-grid.png")
-    _shrink(figures / "analysis-grid.png")
+    _shrink(figures / "analysis-grid.png", 0.6, 64)
     return found.to_dict()
 
 
-def _shrink(path: Path) -> None:
-    """Noise does not compress: fewer pixels and colours."""
+def _shrink(path: Path, share: float, colours: int | None = None) -> None:
+    """Fewer pixels and, for pictures of noise, which does not compress, fewer colours."""
     from PIL import Image
 
     picture = Image.open(path).convert("RGB")
-    small = picture.resize((picture.width * 3 // 5, picture.height * 3 // 5), Image.Resampling.LANCZOS)
-    small.quantize(64).save(path, optimize=True)
+    small = picture.resize((int(picture.width * share), int(picture.height * share)), Image.Resampling.LANCZOS)
+    (small.quantize(colours) if colours else small).save(path, optimize=True)
 
 
 def drift(demo: Demo, figures: Path) -> dict[str, Any]:
@@ -111,6 +111,7 @@ def edits(demo: Demo, figures: Path) -> dict[str, Any]:
         found = edit_scenes(inversion_steps=inversion_steps, steps=steps, model=demo.model)
         if (inversion_steps, steps) == (100, 50):
             found.plot(figures / "editing.png")
+            _shrink(figures / "editing.png", 0.8)
         rows.append(found.to_dict())
     return {"runs": rows}
 

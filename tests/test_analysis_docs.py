@@ -12,9 +12,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_the_tables_are_those_of_the_results():
     made = analysis_tables.tables(json.loads(analysis_tables.RESULTS.read_text(encoding="utf-8")))
-    text = (DOCS / "analysis.md").read_text(encoding="utf-8")
-    assert all(markdown in text for name, markdown in made.items() if name != "edits")
-    assert analysis_tables.filled(text, made) == text
+    assert set(made) == {"robustness", "plan", "edits"}
+    for page, names in {"analysis.md": ("robustness", "plan"), "editing.md": ("edits",)}.items():
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert all(made[name] in text for name in names)
+        assert analysis_tables.filled(text, made) == text
 
 
 def test_pictures_are_small_and_there():
