@@ -11,6 +11,7 @@ import torch
 import clockwork_hooks as ch
 from clockwork_hooks import errors
 from docs import generate_diagrams
+from tests import test_analysis, test_editing
 from tests.pipelines import parts
 from tests.small_unet import Tiny
 
@@ -35,7 +36,20 @@ def compiler_names() -> dict[str, Any]:
     return {"ch": ch, "unet": Tiny().cuda()}
 
 
+def analysis_names() -> dict[str, Any]:
+    unet = test_analysis.made(upper=lambda t: 1 + 5 * t)
+    return {"unet": unet, "generate": test_analysis.sampler(unet), "prompts": 1}
+
+
+def editing_names() -> dict[str, Any]:
+    latents, states = test_editing.things()
+    names = dict(zip(("source_states", "target_states", "negative_states"), states, strict=True))
+    return {"unet": test_editing.tiny(), "scheduler": test_editing.scheduler(), "latents": latents, **names}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "analysis.md": analysis_names,
+    "editing.md": editing_names,
     "pipelines.md": pipeline_names,
     "samplers.md": sampler_names,
     "performance.md": compiler_names,

@@ -111,7 +111,7 @@ def test_there_is_no_attention_at_the_highest_level(model: DemoModel) -> None:
 def test_shipped_files_are_small_and_hold_no_code() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
-    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl"}
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".md"}  # a model card
 
 
 def test_shipped_weights_are_fp16() -> None:
