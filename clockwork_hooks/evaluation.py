@@ -20,6 +20,7 @@ from clockwork_hooks._version import __version__
 from clockwork_hooks.counting import counting
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
+from clockwork_hooks.progress import progress
 from clockwork_hooks.scores import Evaluation, Score, VariantResult
 from clockwork_hooks.wrapper import wrap
 
@@ -112,22 +113,22 @@ def evaluate(
     for name, given in variants.items():
         variant = given if isinstance(given, Variant) else Variant(wrap=given)
         tallies.append(_Tally(name, variant, None if variant.wrap is None else dict(variant.wrap)))
-    with _progress(console) as progress:
-        task = progress.add_task("", total=len(seeds) * len(batches) * len(tallies))
+    with progress(console) as bar:
+        task = bar.add_task("", total=len(seeds) * len(batches) * len(tallies))
         for number, seed in enumerate(seeds):
             for tally in tallies:
                 tally.rows.append([[] for _ in judges])
             for k, batch in enumerate(batches):
                 plain: Tensor | None = None
                 for tally in tallies:
-                    progress.update(task, description=f"seed {seed}, {tally.name}")
+                    bar.update(task, description=f"seed {seed}, {tally.name}")
                     images = _run(unet, tally, generate, batch, seed * len(batches) + k)
                     for judge, rows in zip(judges, tally.rows[number], strict=True):
                         seen = judge.observe(images, plain, batch)
                         if seen is not None:
                             rows.append(seen.detach().double().cpu())
                     plain = images if plain is None else plain
-                    progress.advance(task)
+                    bar.advance(task)
     better = {name: way for judge in judges for name, way in judge.better.items()}
     found = tuple(_result(tally, judges, len(seeds)) for tally in tallies)
     return Evaluation(found, better, _settings(found[0].images, seeds, unet))
@@ -215,11 +216,3 @@ def _settings(images: int, seeds: Sequence[int], unet: nn.Module) -> dict[str, A
         "dtype": str(weight.dtype).removeprefix("torch."),
         "versions": versions,
     }
-
-
-def _progress(console: Console | None) -> Any:
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console or RichConsole(stderr=True), transient=True)
