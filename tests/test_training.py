@@ -9,7 +9,6 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.losses import guidance_weights, guided
 from clockwork_hooks.training.trajectories import Capture
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
@@ -298,19 +297,3 @@ def test_graphs_replay_the_teacher(loss: str, monkeypatch: pytest.MonkeyPatch) -
     assert snapshot(unet) == before
     with pytest.raises(ch.ArgumentError, match="the teacher's trajectories"):
         quick(unet, Small(), graphs=True, mode="on_policy")
-
-
-# -- guidance ----------------------------------------------------------------------------------------------------
-
-
-def test_guided_combinations() -> None:
-    plain, told = torch.randn(2, 3), torch.randn(2, 3)
-    expected = (plain + 4.0 * (told - plain)).flatten()
-    weights = guidance_weights(4.0)
-    torch.testing.assert_close(guided([torch.cat([plain, told])], [1], weights), expected)
-    torch.testing.assert_close(guided([plain, told], [1, 2], weights), expected)
-    torch.testing.assert_close(guided([told, plain], [1, 2], guidance_weights((4.0, -3.0))), expected)
-    tiles = guided([torch.cat([plain, told]), torch.cat([told, plain])], [1, 1], weights)
-    torch.testing.assert_close(tiles[:6], expected)
-    with pytest.raises(ch.DistillError, match="a weight for each branch"):
-        guided([plain, told, plain], [1, 2, 3], weights)

@@ -34,15 +34,22 @@ def noise_of(prompt: int) -> tuple[Tensor, Tensor]:
 
 
 def sampler(
-    unet: nn.Module, times: Sequence[float] = TIMES, *, calls: int = 1, guidance: float = GUIDANCE
+    unet: nn.Module,
+    times: Sequence[float] = TIMES,
+    *,
+    calls: int = 1,
+    guidance: float = GUIDANCE,
+    within: Sequence[float] | None = None,
 ) -> Callable[[Any], Tensor]:
-    """A guided Euler-like sampler: both branches in one call, or in two."""
+    """A guided Euler-like sampler: both branches in one call, or in two; at other times than `within`, one alone."""
 
     def generate(batch: Any) -> Tensor:
         sample, condition = (torch.stack(parts) for parts in zip(*map(noise_of, batch), strict=True))
         empty, both = torch.zeros_like(condition), torch.cat([torch.zeros_like(condition), condition])
         for t in torch.tensor(times):
-            if calls == 1:
+            if within is not None and t not in within:
+                plain = told = unet(sample, t, condition)
+            elif calls == 1:
                 plain, told = unet(torch.cat([sample, sample]), t, both).chunk(2)
             else:
                 plain, told = unet(sample, t, empty), unet(sample, t, condition)
@@ -53,7 +60,16 @@ def sampler(
 
 
 def by_hand(
-    unet: Tiny, adaptor: nn.Module, batches: list[list[int]], *, clock: int, loss: str, lr: float
+    unet: Tiny,
+    adaptor: nn.Module,
+    batches: list[list[int]],
+    *,
+    clock: int,
+    loss: str,
+    lr: float,
+    times: Sequence[float] = TIMES,
+    scale: Callable[[float], float | None] = lambda t: GUIDANCE,
+    within: Sequence[float] | None = None,
 ) -> list[float]:
     """Algorithm 1 with plain hooks, and the three losses as they are defined."""
     optimizer = torch.optim.Adam(adaptor.parameters(), lr=lr)
@@ -68,14 +84,14 @@ def by_hand(
             return output
 
         with torch.no_grad():
-            sampler(teacher)(batch)  # type: ignore[arg-type]
+            sampler(teacher, times, within=within)(batch)  # type: ignore[arg-type]
         cached = seen[0][2]
         for step, (args, entry, exit, output) in enumerate(seen, 1):
             if (step - 1) % clock == 0:
                 cached = exit
                 continue
             made = adaptor(entry, cached, time=None, text=None)
-            value = _loss(loss, unet, args, made, exit, output)
+            value = _loss(loss, unet, args, made, exit, output, scale(float(args[1])))
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -84,13 +100,16 @@ def by_hand(
     return losses
 
 
-def _loss(loss: str, unet: Tiny, args: Any, made: Tensor, exit: Tensor, output: Tensor) -> Tensor:
+def _loss(loss: str, unet: Tiny, args: Any, made: Tensor, exit: Tensor, output: Tensor, scale: float | None) -> Tensor:
+    def combined(error: Tensor) -> Tensor:
+        if scale is None:
+            return error
+        plain, told = error.chunk(2)
+        return plain + scale * (told - plain)
+
     feature = (made - exit).square().mean()
     if loss == "feature":
         return feature
     if loss == "guided-feature":
-        plain, told = (made - exit).chunk(2)
-        return feature + (plain + GUIDANCE * (told - plain)).square().mean()
-    found, _ = reference(unet, *args, exit=made)
-    plain, told = (found - output).chunk(2)
-    return (plain + GUIDANCE * (told - plain)).square().mean()
+        return feature + combined(made - exit).square().mean()
+    return combined(reference(unet, *args, exit=made)[0] - output).square().mean()

@@ -2,9 +2,8 @@
 
 from clockwork_hooks.training.calls import Call, Trajectory
 from clockwork_hooks.training.distill import distill
-from clockwork_hooks.training.learner import Student
 from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
-from clockwork_hooks.training.options import TrainingOptions
+from clockwork_hooks.training.options import Student, TrainingOptions
 from clockwork_hooks.training.result import DistillResult, StudentResult
 from clockwork_hooks.training.surroundings import local_device
 from clockwork_hooks.training.trajectories import Capture

@@ -40,6 +40,8 @@ class Call:
     Attributes:
         trajectory: number of the trajectory that it belongs to.
         step: its denoising step, from 1.
+        time: as the UNet was told it; None where it was told none, or another one for each row.
+        rows: of the sample.
         branch: number of its branch: equal for calls that share their conditions (all inputs but sample and time).
         args, kwargs: as given; copies.
         reason: why an adaptor pass could not serve it; None where one could.
@@ -58,6 +60,8 @@ class Call:
     branch: int
     reason: str | None
     autocast: torch.dtype | None
+    time: float | None = None
+    rows: int = 0
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     source: Call | None = None
@@ -81,6 +85,11 @@ class StepCalls:
 
     step: int
     calls: tuple[Call, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows that the UNet was called with, over all calls."""
+        return sum(call.rows for call in self.calls)
 
     def adapted(self, schedule: Schedule) -> tuple[Call, ...]:
         """The calls that the adaptor serves on this schedule."""
@@ -114,6 +123,11 @@ class Trajectory:
                 found.append([*found.pop(), now] if goes_on else [now])
             before = now
         return [tuple(chain) for chain in found]
+
+    @property
+    def rows(self) -> int:
+        """Most rows of any step: those of a step with all guidance branches."""
+        return max((step.rows for step in self.steps), default=0)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, each tensor once."""

@@ -17,7 +17,7 @@ from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.losses import Loss, guidance_weights
+from clockwork_hooks.training.losses import Guidance, Loss, guidance_of
 from clockwork_hooks.training.noise import Noise
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.progress import Bar
@@ -47,7 +47,7 @@ def distill(
     time: str | None = None,
     mode: Mode = "unrolled",
     loss: str | Loss | None = None,
-    guidance: float | Sequence[float] | None = None,
+    guidance: Guidance = None,
     images: Callable[[Any], Tensor] | None = None,
     add_noise: Callable[[Tensor, Tensor, float], Tensor] | None = None,
     folder: str | Path | None = None,
@@ -83,7 +83,9 @@ def distill(
         loss: "feature" (the paper), "guided-feature", "guided-output", or a `Loss`; None for "guided-output" where
             `guidance` is known, else "feature".
         guidance: scale of classifier-free guidance, unconditional branch first in the batch or in the calls; or a
-            weight for each branch in order; None where there is none or it is not known.
+            weight for each branch in order; or a function of step (from 1) and time that returns one of these or
+            None; None where there is none or it is not known. A step in which one branch alone is called counts as
+            without guidance.
         images: for "forward_noise": list of prompts → (B, ...) clean samples, as the sampler diffuses them.
         add_noise: for "forward_noise": (clean, noise, time) → what the UNet is called with at that time.
         folder: where the trained adaptor, the summary and checkpoints go; None keeps them in memory alone.
@@ -130,7 +132,7 @@ def distill(
     settings = TrainingOptions.of(options)
     check_unet(unet)
     check(mode, prompts, images, add_noise, settings.graphs)
-    weights = guidance_weights(guidance)
+    weights = guidance_of(guidance)
     generates = (generate,) if callable(generate) else tuple(generate)
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
@@ -145,17 +147,13 @@ def distill(
             told = {
                 **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
                 "mode": mode,
-                "guidance": guidance if guidance is None or isinstance(guidance, (int, float)) else list(guidance),
+                "guidance": _named(guidance),
                 "losses": {learner.name: learner.loss.name for learner in learners},
                 "schedules": {learner.name: [str(one) for one in learner.schedules] for learner in learners},
                 "region": region.fingerprint,
                 "processes": engine.num_processes,
                 "prompts": len(prompts),
-                "versions": {
-                    "clockwork_hooks": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": _versions(),
             }
             trainer = Trainer(
                 capture=capture,
@@ -190,6 +188,13 @@ def distill(
 
 def _versions() -> dict[str, str]:
     return {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _named(guidance: Guidance) -> Any:
+    """The guidance as JSON holds it: of a function, its name."""
+    if callable(guidance):
+        return f"{getattr(guidance, '__qualname__', type(guidance).__name__)}(step, time)"
+    return list(guidance) if isinstance(guidance, Sequence) else guidance
 
 
 def _tell(trainer: Trainer, bar: Bar) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,33 +11,14 @@ from torch import Tensor, nn
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.training.calls import StepCalls
-from clockwork_hooks.training.losses import Loss, Outcome
+from clockwork_hooks.training.calls import StepCalls, Trajectory
+from clockwork_hooks.training.losses import Loss, Outcome, Weights
 from clockwork_hooks.training.options import TrainingOptions
 from clockwork_hooks.training.trajectories import Capture
 
-__all__ = ["Learner", "Student"]
+__all__ = ["Learner"]
 
 _HALF_SCALE = 2.0**16  # gradients of a mean over a UNet's output are too small for float16, which they pass through
-
-
-@dataclass(frozen=True, slots=True)
-class Student:
-    """An adaptor to train, where several learn from the same trajectories; what is None is as for all of them.
-
-    Attributes:
-        adaptor: the module, or a function that makes one for a region: `ResNetAdaptor.for_region`.
-        loss: name of a loss, or a `Loss`.
-        clock: the clock, or several, of which each trajectory gets one.
-        schedule: replaces `clock`.
-        lr: peak learning rate.
-    """
-
-    adaptor: Any
-    loss: str | Loss | None = None
-    clock: int | Sequence[int] | None = None
-    schedule: Any = None
-    lr: float | None = None
 
 
 class Learner:
@@ -49,7 +29,7 @@ class Learner:
         module: the adaptor, on the UNet's device.
         loss: what is made small.
         schedules: one for each trajectory, in turn.
-        weights: of the guidance branches.
+        guidance: step and time → weights of the guidance branches; None where nothing is known.
         accelerator: Hugging Face Accelerate's.
         options: how to train.
         lr: peak learning rate.
@@ -62,12 +42,13 @@ class Learner:
         *,
         loss: Loss,
         schedules: Sequence[Schedule],
-        weights: tuple[float, ...] | None,
+        guidance: Callable[[int, float | None], Weights] | None,
         accelerator: Any,
         options: TrainingOptions,
         lr: float,
     ) -> None:
-        self.name, self.module, self.loss, self.schedules, self.weights = name, module, loss, tuple(schedules), weights
+        self.name, self.module, self.loss, self.schedules = name, module, loss, tuple(schedules)
+        self.guidance = guidance
         self.accelerator, self.options, self.lr = accelerator, options, lr
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not self.parameters:
@@ -101,17 +82,24 @@ class Learner:
         """The adaptor as the student's trajectories use it."""
         return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached)
 
-    def learn(self, chain: tuple[StepCalls, ...], schedule: Schedule, capture: Capture) -> None:
+    def learn(self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, capture: Capture) -> None:
         """A gradient step for each step of the chain; the exit that a step is given is what the last one emitted.
+
+        Args:
+            chain: one of `of.chains(schedule)`.
+            of: the trajectory.
+            schedule: this learner's.
+            capture: runs recorded calls again.
 
         Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
         """
         emitted: dict[int, Tensor] = {}
+        widest = of.rows
         self.model.train()
         for step in chain:
             last = self._waiting + 1 == self.options.accumulate
             with _together(self.accelerator, self.model, last):
-                outcome = self._outcome(step, schedule, capture, emitted)
+                outcome = self._outcome(step, widest, schedule, capture, emitted)
                 loss, sizes = self.loss(outcome)
                 half = outcome.features[0].dtype == torch.float16 and self.accelerator.scaler is None
                 self._scale = _HALF_SCALE if half else 1.0
@@ -182,7 +170,20 @@ class Learner:
             self.module.load_state_dict(self.average.module.state_dict())
         self.module.eval()
 
-    def _outcome(self, step: StepCalls, schedule: Schedule, capture: Capture, emitted: dict[int, Tensor]) -> Outcome:
+    def _weights(self, step: StepCalls, widest: int) -> Weights:
+        """The weights of the branches in a step.
+
+        None where guidance is off: with fewer rows than a step of all branches has, one branch alone was called.
+
+        Source: Kynkäänniemi et al., arXiv 2404.07724 (guidance in an interval of the noise levels).
+        """
+        weights = self.guidance(step.step, step.calls[0].time) if self.guidance is not None else None
+        alone = weights is not None and len(weights) > 1 and step.rows * len(weights) <= widest
+        return None if alone else weights
+
+    def _outcome(
+        self, step: StepCalls, widest: int, schedule: Schedule, capture: Capture, emitted: dict[int, Tensor]
+    ) -> Outcome:
         features, outputs = [], []
         adapted = {id(call) for call in step.adapted(schedule)}
         made: list[Tensor] = []
@@ -210,7 +211,7 @@ class Learner:
             outputs=_present(outputs) if self.loss.needs_output else [],
             true_outputs=_present([call.output for call in step.calls]),
             branches=[call.branch for call in step.calls],
-            weights=self.weights,
+            weights=self._weights(step, widest),
         )
 
     def _predict(self, model: Adaptor, captured: Mapping[str, Tensor | None], cached: Tensor) -> Tensor:

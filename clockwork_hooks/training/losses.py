@@ -16,7 +16,11 @@ from torch import Tensor
 
 from clockwork_hooks.errors import ArgumentError, DistillError
 
-__all__ = ["LOSSES", "Loss", "Outcome", "guidance_weights", "guided", "loss_of"]
+__all__ = ["LOSSES", "Guidance", "Loss", "Outcome", "guidance_of", "guidance_weights", "guided", "loss_of"]
+
+Scale = float | Sequence[float] | None
+Guidance = Scale | Callable[[int, float | None], Scale]
+Weights = tuple[float, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Outcome:
         outputs: what the UNet returned with the features, with gradient; empty unless the loss needs them.
         true_outputs: what the UNet returns in full passes; likewise.
         branches: number of each call's branch: equal for calls with the same conditions.
-        weights: the guided output is the sum of the branches' outputs with these weights; None without guidance.
+        weights: the guided output is the sum of the branches' outputs with these weights; None without guidance, or
+            where only one branch was called.
     """
 
     features: Sequence[Tensor]
@@ -37,7 +42,7 @@ class Outcome:
     outputs: Sequence[Tensor]
     true_outputs: Sequence[Tensor]
     branches: Sequence[int]
-    weights: tuple[float, ...] | None
+    weights: Weights
 
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -52,7 +57,7 @@ class Loss:
         pairs: outcome → pairs of tensors; the last pair is the one whose relative error is reported.
         needs_exit: it looks at `Outcome.exits`.
         needs_output: it looks at outputs, so the UNet's high-resolution half runs, with gradient.
-        needs_guidance: it looks at `Outcome.weights`.
+        needs_guidance: it looks at `Outcome.weights`, so the guidance has to be told.
     """
 
     name: str
@@ -92,24 +97,24 @@ LOSSES = {
 }
 
 
-def loss_of(loss: str | Loss | None, weights: tuple[float, ...] | None) -> Loss:
+def loss_of(loss: str | Loss | None, *, known: bool) -> Loss:
     """The loss that `distill(loss=...)` means; None for the best that can be had.
 
     Args:
         loss: a name in `LOSSES`, a `Loss`, or None: "guided-output" where the guidance is known, else "feature".
-        weights: of the branches; None where the guidance is not known.
+        known: has the guidance been told?
 
     Raises:
         ArgumentError: there is no such loss, or it needs the guidance.
     """
     if loss is None:
-        loss = "feature" if weights is None else "guided-output"
+        loss = "guided-output" if known else "feature"
     found = loss if isinstance(loss, Loss) else LOSSES.get(loss)
     if found is None:
         raise ArgumentError(
             "a loss has a name, or is a Loss", seen={"loss": repr(loss)}, do=f"pass one of {', '.join(LOSSES)}"
         )
-    if found.needs_guidance and weights is None:
+    if found.needs_guidance and not known:
         raise ArgumentError(
             "a guided loss knows how the sampler combines its branches",
             seen={"loss": found.name, "guidance": None},
@@ -118,7 +123,25 @@ def loss_of(loss: str | Loss | None, weights: tuple[float, ...] | None) -> Loss:
     return found
 
 
-def guidance_weights(guidance: float | Sequence[float] | None) -> tuple[float, ...] | None:
+def guidance_of(guidance: Guidance) -> Callable[[int, float | None], Weights] | None:
+    """Step and time → weights of the branches there; None where nothing is known of the guidance.
+
+    Raises:
+        ArgumentError: it is neither a scale, nor weights, nor a function that returns such; a function's values are
+            looked at when they are asked for.
+
+    Example:
+        >>> weights = guidance_of(lambda step, time: 4.0 if 200 < time < 800 else None)
+        >>> weights(1, 900.0), weights(2, 700.0)
+        (None, (-3.0, 4.0))
+    """
+    if callable(guidance):
+        return lambda step, time: guidance_weights(guidance(step, time))
+    weights = guidance_weights(guidance)
+    return None if weights is None else lambda step, time: weights
+
+
+def guidance_weights(guidance: Scale) -> Weights:
     """The weights of the guidance branches, in the order of the sampler's calls or of the batch's parts.
 
     Args:
@@ -139,14 +162,14 @@ def guidance_weights(guidance: float | Sequence[float] | None) -> tuple[float, .
     numbers: list[Any] = list(guidance) if isinstance(guidance, (list, tuple)) else []
     if not numbers or any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in numbers):
         raise ArgumentError(
-            "guidance is a scale, or a weight for each branch",
+            "guidance is a scale, or a weight for each branch, or a function (step, time) → such",
             seen={"guidance": repr(guidance)},
             do="pass guidance=7.5, or guidance=(-6.5, 7.5): weights in the order of the branches",
         )
     return tuple(map(float, numbers))
 
 
-def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: tuple[float, ...] | None) -> Tensor:
+def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: Weights) -> Tensor:
     """The guided combination of what one step's calls gave, flat.
 
     Calls that share their conditions (or a single call) hold all branches, as equal parts of the batch; calls with
@@ -155,7 +178,7 @@ def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: tuple[floa
     Args:
         calls: (branches * B, ...) or (B, ...) each.
         branches: number of each call's branch.
-        weights: of the branches.
+        weights: of the branches; None for what the calls gave as it is.
 
     Raises:
         DistillError: the branches cannot be told.
@@ -171,7 +194,8 @@ def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: tuple[floa
     raise DistillError(
         "guidance has a weight for each branch: each a call of its own, or an equal part of the batch",
         seen={"weights": weights, "calls in a step": len(calls), "branches seen": len(kinds)},
-        do="pass guidance=(w1, w2, ...) with a weight for each branch, or loss='feature'",
+        do="pass guidance=(w1, w2, ...) with a weight for each branch, guidance=lambda step, time: ... where they are "
+        "not the same in all steps, or loss='feature'",
     )
 
 

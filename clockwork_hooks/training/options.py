@@ -1,15 +1,16 @@
-"""How to train: every number that `distill` takes, with the paper's as defaults where it names them."""
+"""How to train: every number that `distill` takes, with the paper's as defaults where it names them; and whom."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.training.losses import Loss
 
-__all__ = ["MODES", "Mode", "TrainingOptions"]
+__all__ = ["MODES", "Mode", "Student", "TrainingOptions"]
 
 Mode = Literal["unrolled", "forward_noise", "on_policy"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -105,3 +106,22 @@ class TrainingOptions:
                 do=f"pass some of {', '.join(known)}",
             )
         return cls(**settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """An adaptor to train, where several learn from the same trajectories; what is None is as for all of them.
+
+    Attributes:
+        adaptor: the module, or a function that makes one for a region: `ResNetAdaptor.for_region`.
+        loss: name of a loss, or a `Loss`.
+        clock: the clock, or several, of which each trajectory gets one.
+        schedule: replaces `clock`.
+        lr: peak learning rate.
+    """
+
+    adaptor: Any
+    loss: str | Loss | None = None
+    clock: int | Sequence[int] | None = None
+    schedule: Any = None
+    lr: float | None = None

@@ -15,9 +15,9 @@ from clockwork_hooks.emit import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.training import checkpoint
-from clockwork_hooks.training.learner import Learner, Student
-from clockwork_hooks.training.losses import Loss, loss_of
-from clockwork_hooks.training.options import MODES, TrainingOptions
+from clockwork_hooks.training.learner import Learner
+from clockwork_hooks.training.losses import Loss, Weights, loss_of
+from clockwork_hooks.training.options import MODES, Student, TrainingOptions
 
 __all__ = ["check", "check_folder", "chosen", "learners_of", "students_of"]
 
@@ -135,7 +135,7 @@ def learners_of(
     clock: Any,
     schedule: Any,
     loss: str | Loss | None,
-    weights: tuple[float, ...] | None,
+    guidance: Callable[[int, float | None], Weights] | None,
     accelerator: Any,
     options: TrainingOptions,
 ) -> list[Learner]:
@@ -144,12 +144,12 @@ def learners_of(
         Learner(
             name,
             student.adaptor.to(accelerator.device),
-            loss=loss_of(student.loss if student.loss is not None else loss, weights),
+            loss=loss_of(student.loss if student.loss is not None else loss, known=guidance is not None),
             schedules=_schedules(
                 clock if student.clock is None else student.clock,
                 schedule if student.clock is None and student.schedule is None else student.schedule,
             ),
-            weights=weights,
+            guidance=guidance,
             accelerator=accelerator,
             options=options,
             lr=student.lr or options.lr,

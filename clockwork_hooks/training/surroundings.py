@@ -72,10 +72,6 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def _import_accelerate() -> Any:
     try:
         import accelerate

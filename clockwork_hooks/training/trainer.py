@@ -207,7 +207,7 @@ class Trainer:
             schedule = self._schedule(learner, group, again)
             chains = trajectory.chains(schedule)
             for chain in chains[: int(min(self._gathered(len(chains))))]:
-                learner.learn(chain, schedule, self.capture)
+                learner.learn(chain, trajectory, schedule, self.capture)
                 trained = True
                 if learner.pending >= self.options.log_every:
                     learner.look()

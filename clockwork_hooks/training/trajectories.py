@@ -23,11 +23,12 @@ from clockwork_hooks.engine import Engine, Prepared, Running
 from clockwork_hooks.errors import DistillError, RegionNotFoundError
 from clockwork_hooks.graph import record
 from clockwork_hooks.hooks import RootHook
-from clockwork_hooks.passes import Pass, end_pass, start_pass, version
+from clockwork_hooks.passes import Pass, end_pass, start_pass
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.calls import Call, Needs, Trajectory, steps_of
+from clockwork_hooks.training.copies import Copies, Given
 from clockwork_hooks.training.noise import with_sample
-from clockwork_hooks.tree import map_leaves, tensors
+from clockwork_hooks.tree import tensors
 
 __all__ = ["Capture"]
 
@@ -81,12 +82,11 @@ class Capture(Engine):
         self._teacher, self._probing = True, False
         self._needs: Callable[[int], Needs] = lambda step: Needs()
         self._replace: Callable[[float], Tensor] | None = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._call: Given = ((), {})
         self._seen: tuple[str | None, Tensor | None] = (None, None)
         self._calls: list[Call] = []
         self._by_exit: dict[int, tuple[Tensor, Call]] = {}
-        self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._where: torch.device | None = None
+        self._copies = Copies()
         self._handles = [
             unet.register_forward_pre_hook(RootHook(self, self._open), with_kwargs=True),
             unet.register_forward_hook(RootHook(self, self.end), prepend=True, with_kwargs=True, always_call=True),
@@ -123,7 +123,7 @@ class Capture(Engine):
         self._teacher = student is None
         self.adaptor, self.schedule = student or (self._identity, _ALWAYS)
         self._needs = needs or (lambda step: Needs())
-        self._replace, self._where = replace, torch.device(device) if device is not None else None
+        self._replace, self._copies = replace, Copies(device)
         self.states.forget()
         self.enabled = True
         try:
@@ -133,7 +133,7 @@ class Capture(Engine):
         finally:
             self.enabled = False
             self.clean(self.states.current())
-            self._calls, self._by_exit, self._kept = [], {}, {}
+            self._calls, self._by_exit, self._copies = [], {}, Copies()
         if not calls:
             raise DistillError(
                 "generate(batch) samples with the UNet that is distilled",
@@ -252,9 +252,17 @@ class Capture(Engine):
         assert prepared is not None
         reason, cached = self._seen
         args, kwargs = self._call
-        needs = self._needs(position.step)
-        where = position.trajectory, position.step, position.branch.number
-        call = Call(*where, reason=reason, autocast=running.key[2], region=prepared.region)
+        needs, copies = self._needs(position.step), self._copies
+        call = Call(
+            position.trajectory,
+            position.step,
+            position.branch.number,
+            reason=reason,
+            autocast=running.key[2],
+            time=self._time(running, prepared),
+            rows=len(running.arguments.get(prepared.sample)),
+            region=prepared.region,
+        )
         self._calls.append(call)
         if run is None:
             return
@@ -276,41 +284,14 @@ class Capture(Engine):
         if emitted is not None:  # only the next step's calls ask for it
             self._by_exit = {k: v for k, v in self._by_exit.items() if v[1].step >= call.step - 1}
             self._by_exit[id(emitted)] = (emitted, call)
-        if needs.exit:
-            call.exit = self._copy(true.exit)
-        if needs.arguments:
-            moving = [running.arguments.get(path) for path in (prepared.sample, prepared.time) if path]
-            call.args, call.kwargs = map_leaves(
-                lambda leaf: self._copy(leaf) if any(leaf is one for one in moving) else self._share(leaf),
-                (args, kwargs),
-            )
-        if needs.captured:
-            call.captured = {
-                name: self._copy(tensor) if name == "entry" else self._share(tensor)
-                for name, tensor in true.captured.items()
-            }
-        if needs.output:
-            call.output = self._copy(tensors(truth)[0])
+        moving = [running.arguments.get(path) for path in (prepared.sample, prepared.time) if path]
+        copies.keep(call, needs, true, (args, kwargs), truth, moving)
         if true is not run and emitted is not None:
-            call.made, call.cached = self._copy(emitted), self._copy(cached)
-            call.made_output = self._copy(tensors(output)[0])
+            call.made, call.cached = copies.copy(emitted), copies.copy(cached)
+            call.made_output = copies.copy(tensors(output)[0])
 
-    # -- copies --------------------------------------------------------------------------------------------------
-
-    def _copy(self, tensor: Any) -> Any:
-        """An ordinary tensor that nobody else writes to; what is no tensor, as it is."""
-        if not isinstance(tensor, Tensor):
-            return tensor
-        with torch.inference_mode(False):
-            where = self._where or tensor.device
-            made = tensor.detach()
-            return made.clone() if where == made.device else made.to(where)
-
-    def _share(self, leaf: Any) -> Any:
-        """A copy made once a trajectory: conditions are the same objects at every step."""
-        if not isinstance(leaf, Tensor):
-            return leaf
-        key = (id(leaf), version(leaf), leaf.device)
-        if key not in self._kept:
-            self._kept[key] = (leaf, self._copy(leaf))
-        return self._kept[key][1]
+    def _time(self, running: Running, prepared: Prepared) -> float | None:
+        """The call's time as a number."""
+        if prepared.time is None:
+            return None
+        return self.states.current().clock.read(running.arguments.get(prepared.time))[0]
