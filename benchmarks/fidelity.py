@@ -35,7 +35,8 @@ TIMED = (
     *(f"losses-8/plain{steps}" for steps in ("", ", 6 steps", ", 5 steps", ", 4 steps", ", 3 steps")),
     *(f"losses-8/{name}" for name in ("identity", "guided-output", "ResNet, guided-output", "DeepCache, branch 0")),
     *(f"kinds-8/{name}" for name in ("UNet-light", "UNet")),
-    *(f"{group}/{name}" for group in ("cut-paper", "steps-6", "steps-4") for name in ("identity", "trained")),
+    *(f"best-8/{name}, 3 5 7" for name in ("identity", "width 64", "UNet-light")),
+    *(f"{group}/{name}" for group in ("cut-paper", "cut-0", "steps-6", "steps-4") for name in ("identity", "trained")),
 )
 
 
@@ -181,26 +182,28 @@ def _train_missing(group: Group, options: argparse.Namespace) -> None:
 
 
 def measure_time(options: argparse.Namespace) -> int:
-    """Wall time of the rows in `TIMED`, in interleaved rounds, for a large batch and for one picture."""
+    """Wall time of the rows in `TIMED`, in interleaved rounds, for a large batch and for one picture.
+
+    Adaptors are fresh ones: time does not depend on weights.
+    """
     from benchmarks.fidelity_bench import Bench
-    from benchmarks.fidelity_train import load
+    from benchmarks.fidelity_train import make
 
     on_cuda = str(options.device).startswith("cuda")
     dtype = torch.float16 if on_cuda else torch.float32
     bench = Bench.make(options.device, images=options.batch, batch=options.batch, seeds=1, dtype=dtype)
-    made = {
-        row.adaptor.name: load(options.out / "adaptors", row.adaptor, bench.model.device, dtype)
-        for _, row in map(_row, TIMED)
-        if isinstance(row.adaptor, Trained) and _saved(row.adaptor, options)
-    }
     found: dict[str, Any] = {}
     for batch in (options.batch, 1):
         runs = {}
         for key in TIMED:
             group, row = _row(key)
-            absent = isinstance(row.adaptor, Trained) and row.adaptor.name not in made
-            if not absent and (row.deepcache is None or _has_deepcache()):
-                runs[key] = bench.variant(row, group.sampler, bench.region(group, batch), made)
+            if row.deepcache is not None and not _has_deepcache():
+                continue
+            region = bench.region(group, batch)
+            fresh = {}
+            if isinstance(row.adaptor, Trained):
+                fresh[row.adaptor.name] = make(row.adaptor, region).to(device=bench.model.device, dtype=dtype)
+            runs[key] = bench.variant(row, group.sampler, region, fresh)
         seconds: dict[str, list[float]] = {key: [] for key in runs}
         for _ in range(options.rounds + 1):  # the first round warms up
             for key, variant in runs.items():
@@ -219,23 +222,20 @@ def measure_time(options: argparse.Namespace) -> int:
 
 
 def collect(options: argparse.Namespace) -> int:
-    """All planned rows, the trainings that they rest on and the times of a folder as one JSON file."""
+    """The planned rows, the trainings that they rest on and the times of a folder, added to one JSON file."""
+    earlier = _read(options.result) if options.result.exists() else {"rows": {}, "training": {}, "commands": []}
     groups = {group.name: _read(_file(group, options)) for group in GROUPS if _file(group, options).exists()}
-    times = _read(options.out / "time.json") if (options.out / "time.json").exists() else {}
-    planned = {group.name: {"plain", *(row.label for row in group.rows)} for group in GROUPS}
-    rows = {
-        f"{name}/{label}": row
-        for name, data in groups.items()
-        for label, row in data["rows"].items()
-        if label in planned[name]
-    }
+    times = _read(options.out / "time.json") if (options.out / "time.json").exists() else earlier.get("time", {})
+    found = {f"{name}/{label}": row for name, data in groups.items() for label, row in data["rows"].items()}
+    planned = {f"{group.name}/{label}" for group in GROUPS for label in ("plain", *(row.label for row in group.rows))}
+    rows = {key: row for key, row in {**earlier["rows"], **found}.items() if key in planned}
     used = {str(row["adaptor"]).replace("-", "_") for row in rows.values()}
-    trained = {path.stem: _read(path) for path in sorted((options.out / "training").glob("*.json"))}
+    trained = earlier["training"] | {p.stem: _read(p) for p in sorted((options.out / "training").glob("*.json"))}
     for run in trained.values():
         run["students"] = {name: told for name, told in run["students"].items() if name in used}
     data = {
         "what": "the demo model: the tables of arXiv 2312.08128 on captioned scenes",
-        "commands": sorted({data["command"] for data in (*groups.values(), *filter(None, [times]))}),
+        "commands": sorted({*earlier["commands"], *(d["command"] for d in (*groups.values(), *filter(None, [times])))}),
         "convention": "MACs of convolutions and matrix products, attention products and both guidance branches counted",
         "rows": rows,
         "time": times,

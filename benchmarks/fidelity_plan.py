@@ -130,11 +130,11 @@ def _pair(steps: int, scheduler: str = "dpm++", share: float = 1.0) -> Group:
     return Group(prefix, rows, Sampler(scheduler, steps), share=share)
 
 
-def _modes(steps: int, share: float = 1.0) -> Group:
-    """The two other ways of training; the unrolled one is in "losses-8" or in "steps-N"."""
+def _modes(steps: int, share: float = 0.5) -> Group:
+    """The three ways of training, each with as many gradient steps."""
     rows = tuple(
         Row(mode.replace("_", "-"), adaptor=Trained(f"modes-{steps}-{mode.replace('_', '-')}", mode=mode))
-        for mode in ("forward_noise", "on_policy")
+        for mode in ("unrolled", "forward_noise", "on_policy")
     )
     return Group(f"modes-{steps}", rows, Sampler(steps=steps), share=share)
 
@@ -153,14 +153,22 @@ def _losses(name: str, sampler: Sampler, *more: Row, share: float) -> Group:
     return Group(name, (Row("identity", adaptor="identity"), *made, *more), sampler, share=share)
 
 
-_LATE, _MIDDLE, _SHIFTED, _ALL = (5, 6, 7, 8), (3, 4, 5, 6), (3, 5, 7, 8), tuple(range(2, 9))
+_LATE, _MIDDLE, _BOTH = (5, 6, 7, 8), (3, 4, 5, 6), (3, 4, 6, 7)  # _BOTH: the first and the last step are full
+_INNER = (3, 5, 7)  # every other step, the first two and the last one full
+_LIGHT = (("light", 1),)
+_PAPER = "ResNetAdaptor"
+
+
+def _light(name: str) -> Trained:
+    return Trained(name, "UNetAdaptor", options=_LIGHT)
+
 
 GROUPS: tuple[Group, ...] = (
     _losses(
         "losses-8",
         Sampler(),
-        Row("ResNet, feature", adaptor=Trained("losses-8-resnet-feature", "ResNetAdaptor", loss="feature")),
-        Row("ResNet, guided-output", adaptor=Trained("losses-8-resnet-guided-output", "ResNetAdaptor")),
+        Row("ResNet, feature", adaptor=Trained("losses-8-resnet-feature", _PAPER, loss="feature")),
+        Row("ResNet, guided-output", adaptor=Trained("losses-8-resnet-guided-output", _PAPER)),
         *(Row(f"plain, {steps} steps", steps=steps) for steps in (6, 5, 4, 3)),
         Row("DeepCache, branch 0", deepcache=0),
         Row("DeepCache, branch 1", deepcache=1),
@@ -171,7 +179,7 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "kinds-8",
         (
-            Row("UNet-light", adaptor=Trained("kinds-8-unet-light", "UNetAdaptor", options=(("light", 1),))),
+            Row("UNet-light", adaptor=_light("kinds-8-unet-light")),
             Row("UNet", adaptor=Trained("kinds-8-unet", "UNetAdaptor", options=())),
             Row("width 48", adaptor=Trained("kinds-8-width-48", options=(("width", 48),))),
             Row("width 80", adaptor=Trained("kinds-8-width-80", options=(("width", 80),))),
@@ -181,15 +189,47 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "inputs-8",
         (
-            Row("entry", adaptor=Trained("inputs-8-entry", inputs=("entry",))),
-            Row("exit", adaptor=Trained("inputs-8-exit", inputs=("exit",))),
-            Row("entry + exit", adaptor=Trained("inputs-8-both", inputs=("entry", "exit"))),
+            Row("entry", adaptor=Trained("inputs-8-entry", _PAPER, inputs=("entry",))),
+            Row("exit", adaptor=Trained("inputs-8-exit", _PAPER, inputs=("exit",))),
+            Row("entry + exit", adaptor=Trained("inputs-8-both", _PAPER, inputs=("entry", "exit"))),
             Row(
-                "every step, no cache", adaptor=Trained("inputs-8-every", inputs=("entry", "text")), at=(*range(2, 9),)
+                "every step, no cache",
+                adaptor=Trained("inputs-8-every", _PAPER, inputs=("entry", "text")),
+                at=(*range(2, 9),),
             ),
         ),
         share=2.0,
     ),
+    Group(  # what came nearest to the plain model: fewer adaptor steps, each of which skips more
+        "best-8",
+        (
+            Row("identity, 3 5 7", adaptor="identity", at=_INNER),
+            Row("width 64, 3 5 7", adaptor=Trained("best-8-width-64"), at=_INNER),
+            Row("width 32, 3 5 7", adaptor=Trained("best-8-width-32", options=(("width", 32),)), at=_INNER),
+            Row("UNet-light, 3 5 7", adaptor=_light("best-8-unet-light"), at=_INNER),
+        ),
+        region=0,
+        share=4.0,
+    ),
+    Group(  # the default cut and clock 2, trained for longer
+        "long-8",
+        (
+            Row("UNet-light", adaptor=_light("long-8-unet-light")),
+            Row("width 64", adaptor=Trained("long-8-width-64")),
+            Row("width 64, on-policy", adaptor=Trained("long-8-on-policy", mode="on_policy")),
+        ),
+        share=3.0,
+    ),
+    _modes(4),
+    Group(
+        "clocks-50",
+        tuple(Row(f"identity, clock {clock}", adaptor="identity", clock=clock) for clock in (2, 3, 4)),
+        Sampler("ddim", 50),
+    ),
+    _cut(0),  # nearly the whole UNet, as DeepCache cuts
+    _cut(2),  # below the second level: half of the MACs
+    _cut("paper"),
+    *(_pair(8, scheduler) for scheduler in ("ddim", "dpm", "pndm")),
     Group(
         "schedules-8",
         (
@@ -197,25 +237,15 @@ GROUPS: tuple[Group, ...] = (
             Row("trained, 5 6 7 8", adaptor=Trained("schedules-8-late"), at=_LATE),
             Row("identity, 3 4 5 6", adaptor="identity", at=_MIDDLE),
             Row("trained, 3 4 5 6", adaptor=Trained("schedules-8-middle"), at=_MIDDLE),
-            Row("identity, 3 5 7 8", adaptor="identity", at=_SHIFTED),
-            Row("trained, 3 5 7 8", adaptor=Trained("schedules-8-shifted"), at=_SHIFTED),
+            Row("identity, 3 4 6 7", adaptor="identity", at=_BOTH),
+            Row("trained, 3 4 6 7", adaptor=Trained("schedules-8-both"), at=_BOTH),
         ),
         share=2.0,
     ),
-    _modes(4),
-    _modes(8, share=2.0),
-    _cut("paper"),
-    _cut(2),  # below the second level: half of the MACs
-    _cut(0),  # nearly the whole UNet, as DeepCache cuts
-    _modes(6),
     _pair(16),
     _modes(16),
-    *(_pair(8, scheduler) for scheduler in ("ddim", "dpm", "pndm")),
-    Group(
-        "clocks-50",
-        tuple(Row(f"identity, clock {clock}", adaptor="identity", clock=clock) for clock in (2, 3, 4)),
-        Sampler("ddim", 50),
-    ),
+    _modes(8),
+    _modes(6),
     _losses("guidance-4", Sampler(guidance=4.0), share=1.0),
 )
 

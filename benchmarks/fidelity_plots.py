@@ -35,13 +35,14 @@ def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
         "plain": (PLAIN, "losses-8/plain, 6 steps", FEWER, "losses-8/plain, 4 steps", "losses-8/plain, 3 steps"),
         "identity, clock 2": (IDENTITY, "steps-6/identity", "steps-4/identity"),
         "trained, clock 2": (OURS, "steps-6/trained", "steps-4/trained"),
+        "trained, steps 3 5 7": ("best-8/width 64, 3 5 7",),
         "DeepCache": ("losses-8/DeepCache, branch 0",),
     }  # fmt: skip
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, score, better in zip(
         figure.subplots(1, 2), SCORES, ("lower is better", "higher is better"), strict=False
     ):
-        for (name, keys), marker in zip(series.items(), "os^D", strict=True):
+        for (name, keys), marker in zip(series.items(), "os^vD", strict=True):
             shown = [key for key in keys if results.has(key) and cost(key) is not None]
             scores = [results.score(key, score) for key in shown]
             means, spreads = [s.mean for s in scores if s], [s.spread or 0 for s in scores if s]

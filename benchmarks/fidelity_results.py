@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.fidelity_plan import GROUPS, Group, Row
+from benchmarks.fidelity_plan import GROUPS, Group, Row, Sampler
 from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN
 from clockwork_hooks.report import percent
 from clockwork_hooks.scores import Score
+
+LEAST = 0.32  # of the MACs are to be saved
 
 __all__ = ["Claim", "Results", "claims", "difference"]
 
@@ -68,6 +70,15 @@ class Results:
         assert right is not None
         return Score(tuple(x - y for x, y in zip(left.values, right.values, strict=True)))
 
+    def trained_at(self, sampler: Sampler) -> list[str]:
+        """The rows of trained adaptors with this sampler."""
+        return [key for key, row in self.data["rows"].items() if row.get("loss") and row["sampler"] == asdict(sampler)]
+
+    def best(self, sampler: Sampler, saved: float) -> str | None:
+        """Of the rows of trained adaptors that save this much, the one with the lowest Fréchet distance."""
+        enough = [key for key in self.trained_at(sampler) if self.saved(key) >= saved]
+        return min(enough, key=lambda key: self.score(key, "Fréchet").mean, default=None)  # type: ignore[union-attr]
+
     @property
     def batches(self) -> list[str]:
         rows = self.data.get("time", {}).get("rows", {})
@@ -113,22 +124,26 @@ def claims(results: Results) -> list[Claim]:
     def less(a: str, b: str, name: str = "Fréchet") -> tuple[bool, str]:
         return results.difference(a, b, name).mean <= 0, f"{name} {difference(results, a, b, name)}."
 
-    def attributes() -> tuple[bool, str]:
-        gap = results.difference(OURS, PLAIN, "attributes right")
+    def attributes(ours: str) -> tuple[bool, str]:
+        gap = results.difference(ours, PLAIN, "attributes right")
         return gap.mean >= -0.5, f"{_signed(gap)} points{_certain(gap)}."
 
-    def saves() -> tuple[bool, str]:
-        share = results.saved(OURS)
-        return share >= 0.32, f"{percent(share)} fewer."
+    def saves(ours: str) -> tuple[bool, str]:
+        share = results.saved(ours)
+        return share >= LEAST, f"{percent(share)} fewer."
 
-    claim("8 DPM++ steps, clock 2: at least 32% fewer MACs, attention counted", (OURS, PLAIN), saves)
-    claim("Fréchet distance at most the plain model's at 8 steps", (OURS, PLAIN), lambda: less(OURS, PLAIN))
-    claim("attributes within 0.5 points of plain", (OURS, PLAIN), attributes)
-    claim("better than the identity", (OURS, IDENTITY), lambda: less(OURS, IDENTITY))
-    for steps, key in ((5, FEWER), (6, MORE)):
-        text = f"better than plain sampling with {steps} steps"
-        cost = f" ({percent(results.saved(key))} fewer MACs)" if results.has(key) else ""
-        claim(text + cost, (OURS, key), lambda key=key: less(OURS, key))
+    best = results.best(Sampler(), LEAST)
+    sides = {"clock 2, default cut": OURS} | ({f"best of all, `{best}`": best} if best and best != OURS else {})
+    for name, ours in sides.items():
+        at = f"8 DPM++ steps, {name}"
+        claim(f"{at}: at least 32% fewer MACs, attention counted", (ours, PLAIN), lambda ours=ours: saves(ours))
+        claim(f"{at}: Fréchet at most the plain model's", (ours, PLAIN), lambda ours=ours: less(ours, PLAIN))
+        claim(f"{at}: attributes within 0.5 points of plain", (ours, PLAIN), lambda ours=ours: attributes(ours))
+        claim(f"{at}: better than the identity", (ours, IDENTITY), lambda ours=ours: less(ours, IDENTITY))
+        for steps, key in ((5, FEWER), (6, MORE)):
+            text = f"{at}: better than plain sampling with {steps} steps"
+            cost = f" ({percent(results.saved(key))} fewer MACs)" if results.has(key) else ""
+            claim(text + cost, (ours, key), lambda ours=ours, key=key: less(ours, key))
     for ours, fewer in ((6, 4), (4, 3)):  # beside it on the cost axis; there is no plain row below four steps' cost
         key, plain = f"steps-{ours}/trained", f"losses-8/plain, {fewer} steps"
         text = f"{ours} steps, clock 2: better than plain sampling with {fewer} steps"

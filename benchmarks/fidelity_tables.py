@@ -43,8 +43,15 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
          "kinds-8/UNet", "kinds-8/width 48", OURS, "kinds-8/width 80"),
     ),
     (
+        "Towards the plain model's distance",
+        "`best-8`: skips nearly the whole UNet (`cut-0`) at steps 3, 5 and 7, so that the first two steps and the last "
+        "one are full. `long-8`: the default cut and clock 2, trained for longer.",
+        (PLAIN, OURS, "best-8/identity, 3 5 7", "best-8/width 64, 3 5 7", "best-8/width 32, 3 5 7",
+         "best-8/UNet-light, 3 5 7", "long-8/UNet-light", "long-8/width 64", "long-8/width 64, on-policy"),
+    ),
+    (
         "Schedules (Tab. 3)", "Four of eight steps use the adaptor, which was trained for these steps.",
-        (IDENTITY, OURS, *(f"schedules-8/{name}, {steps}" for steps in ("5 6 7 8", "3 4 5 6", "3 5 7 8")
+        (IDENTITY, OURS, *(f"schedules-8/{name}, {steps}" for steps in ("5 6 7 8", "3 4 5 6", "3 4 6 7")
                            for name in ("identity", "trained"))),
     ),
     (
@@ -80,8 +87,6 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 MODES = {
-    4: ("steps-4/trained", "modes-4/forward-noise", "modes-4/on-policy"),
-    6: ("steps-6/trained", "modes-6/forward-noise", "modes-6/on-policy"),
-    8: (OURS, "modes-8/forward-noise", "modes-8/on-policy"),
-    16: ("steps-16/trained", "modes-16/forward-noise", "modes-16/on-policy"),
+    steps: tuple(f"modes-{steps}/{mode}" for mode in ("unrolled", "forward-noise", "on-policy"))
+    for steps in (4, 6, 8, 16)
 }

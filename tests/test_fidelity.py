@@ -21,13 +21,13 @@ KEYS = {f"{group.name}/{label}" for group in GROUPS for label in ("plain", *(row
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two adaptors trained and measured; a second run finds all there; one row taken out is the one done again."""
+    """Three adaptors trained and measured; a second run finds all there; one row taken out is the one done again."""
     run = ["run", "--out", str(tmp_path / "out"), "--tiny", "--groups", "modes-4"]
     assert fidelity.main(run) == 0
     assert "all is there" in capsys.readouterr().out
     made = tmp_path / "out" / "rows" / "modes-4.json"
     first = json.loads(made.read_text())
-    assert list(first["rows"]) == ["plain", "forward-noise", "on-policy"]
+    assert list(first["rows"]) == ["plain", "unrolled", "forward-noise", "on-policy"]
     row = first["rows"]["on-policy"]
     assert list(row["errors"]["feature"]) == list(row["errors"]["output"]) == ["2", "4"]
     assert row["full_passes"] == row["adaptor_passes"] == 4  # two seeds of one batch, four steps
@@ -53,12 +53,14 @@ def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixt
     result = tmp_path / "fidelity.json"
     assert fidelity.main(["collect", "--out", str(tmp_path / "out"), "--result", str(result)]) == 0
     data = json.loads(result.read_text())
-    assert set(data["rows"]) == {"modes-4/plain", "modes-4/forward-noise", "modes-4/on-policy"}
-    assert {student for one in data["training"].values() for student in one["students"]} == {
-        "modes_4_forward_noise",
-        "modes_4_on_policy",
-    }
+    modes = ("unrolled", "forward-noise", "on-policy")
+    assert set(data["rows"]) == {"modes-4/plain", *(f"modes-4/{mode}" for mode in modes)}
+    trained = {student for one in data["training"].values() for student in one["students"]}
+    assert trained == {f"modes_4_{mode.replace('-', '_')}" for mode in modes}
     assert "not measured" in render.render(data)
+
+    assert fidelity.main(["collect", "--out", str(tmp_path / "nothing"), "--result", str(result)]) == 0
+    assert json.loads(result.read_text()) == data  # what other folders brought stays
 
 
 def test_no_group_begins_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,15 +115,27 @@ def test_targets_are_judged_by_the_numbers() -> None:
     assert [met for met in good.values() if met is not None] == [True] * 6
     worse = made_up(ours=(27.0, 28.0, 29.0))
     changed = {target for target, met in verdicts(worse).items() if met is not good[target]}
-    assert changed == {
-        t for t in good if t.startswith(("Fréchet distance at most", "better than plain sampling with 6"))
-    }
+    assert changed == {t for t in good if "Fréchet at most" in t or ("8 DPM++ steps" in t and "with 6 steps" in t)}
     dear = made_up()
     dear["rows"][OURS]["macs_per_image"] = 69
-    assert verdicts(dear)["8 DPM++ steps, clock 2: at least 32% fewer MACs, attention counted"] is False
+    assert verdicts(dear)["8 DPM++ steps, clock 2, default cut: at least 32% fewer MACs, attention counted"] is False
     blind = made_up()
     blind["rows"][OURS]["scores"]["attributes right"]["values"] = [98.0, 97.0, 96.0]
-    assert verdicts(blind)["attributes within 0.5 points of plain"] is False
+    assert verdicts(blind)["8 DPM++ steps, clock 2, default cut: attributes within 0.5 points of plain"] is False
+
+
+def test_the_best_row_is_judged_too() -> None:
+    """Of the trained rows with the plain row's sampler that save enough, the one with the lowest distance."""
+    data = made_up()
+    sampler = {"scheduler": "dpm++", "steps": 8, "guidance": 1.5}
+    for key, cost, value in (("best-8/width 32, 3 5 7", 67, 12.0), ("best-8/width 64, 3 5 7", 69, 10.0)):
+        row = {**copy.deepcopy(data["rows"][OURS]), "loss": "guided-output", "sampler": sampler}
+        row["scores"]["Fréchet"]["values"] = [value] * 3
+        data["rows"][key] = {**row, "macs_per_image": cost}
+    data["rows"]["best-8/plain"] = data["rows"][PLAIN]
+    judged = verdicts(data)
+    assert judged["8 DPM++ steps, best of all, `best-8/width 32, 3 5 7`: Fréchet at most the plain model's"] is True
+    assert not any("width 64" in target for target in judged)
 
 
 def test_intervals_by_hand() -> None:
@@ -155,9 +169,9 @@ def test_what_is_missing_or_of_another_kind_is_told() -> None:
     measured = {f"{g.name}/{row.label}": {**row.told} for g in GROUPS for row in g.rows if g.name != "clocks-50"}
     results = Results({"rows": measured, "training": {}})
     assert [group.name for group in results.unmeasured] == ["clocks-50"]
-    measured["inputs-8/exit"]["kind"] = "ResNetAdaptor"
+    measured["inputs-8/exit"]["kind"] = "ScaledResNetAdaptor"
     assert [group.name for group in results.unmeasured] == ["inputs-8", "clocks-50"]
-    assert results.name("inputs-8/exit") == "inputs-8/exit (ResNetAdaptor)"
+    assert results.name("inputs-8/exit") == "inputs-8/exit (ScaledResNetAdaptor)"
     assert results.name("inputs-8/entry") == "inputs-8/entry"
     assert "--groups inputs-8,clocks-50\n" in render._unmeasured(results)
 
