@@ -37,12 +37,16 @@ class Call:
         kept: for the same call of the step after it; None if nothing may be used.
         missing: why there is none.
         inner: the same for the regions inside of that one that have clocks of their own.
+        entry: where the schedule decides at run time, the entry of the last full pass.
+        age: and how many adaptor passes came since.
     """
 
     offset: int = 0
     kept: Kept | None = None
     missing: str = reasons.NOT_KEPT
     inner: tuple[Call, ...] = ()
+    entry: torch.Tensor | None = None
+    age: int = 0
 
     def take(self) -> Kept | None:
         """What was kept, which is let go: it serves once."""
@@ -85,8 +89,10 @@ class Branch:
     def nbytes(self) -> int:
         """Memory that it holds: features, each storage once, and copies of conditions."""
         calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
-        kept = [call.kept.exit.untyped_storage() for call in calls if call.kept is not None]
-        return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+        kept = [call.kept.exit for call in calls if call.kept is not None]
+        kept += [call.entry for call in calls if call.entry is not None]
+        storages = map(torch.Tensor.untyped_storage, kept)
+        return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def enter(self, step: int, *, declared: bool) -> None:
         """The first call of this branch in a step."""

@@ -80,7 +80,7 @@ class FlopsReport:
 
     @property
     def full_steps(self) -> tuple[int, ...]:
-        """The steps, from 1, that run the whole UNet."""
+        """The steps, from 1, that run the whole UNet; of an adaptive schedule, those that do so for certain."""
         return tuple(step for step in range(1, self.steps + 1) if self.schedule.is_full(step))
 
     @property
@@ -95,10 +95,20 @@ class FlopsReport:
 
     @property
     def trajectory_macs(self) -> int | None:
-        """MACs of a trajectory: full and adaptor passes as the schedule says; None without a region."""
+        """MACs of a trajectory: full and adaptor passes as the schedule says; None without a region.
+
+        Of an adaptive schedule the most there can be: it may find every step to be full.
+        """
+        return self._trajectory(self.schedule.bounds(self.steps)[1])
+
+    @property
+    def least_trajectory_macs(self) -> int | None:
+        """The same, but of an adaptive schedule the least: its longest runs of adaptor steps throughout."""
+        return self._trajectory(self.schedule.bounds(self.steps)[0])
+
+    def _trajectory(self, full: int) -> int | None:
         if self.adaptor_pass_macs is None:
             return None
-        full = len(self.full_steps)
         each = full * self.full_macs + (self.steps - full) * self.adaptor_pass_macs
         return each * (2 if self.guidance else 1)
 
@@ -109,10 +119,11 @@ class FlopsReport:
 
     @property
     def saved_share(self) -> float | None:
-        """Share of a trajectory's MACs that Clockwork saves, 0 to 1; None without a region."""
-        if self.trajectory_macs is None or not self.full_trajectory_macs:
-            return None
-        return 1 - self.trajectory_macs / self.full_trajectory_macs
+        """Share of a trajectory's MACs that Clockwork saves, 0 to 1, as `trajectory_macs`; None without a region."""
+        return self._saved(self.trajectory_macs)
+
+    def _saved(self, run: int | None) -> float | None:
+        return None if run is None or not self.full_trajectory_macs else 1 - run / self.full_trajectory_macs
 
     @property
     def convention(self) -> str:
@@ -176,8 +187,9 @@ class FlopsReport:
         each = f"{self.steps} steps" + (" with guidance" if self.guidance else "")
         rows.append((f"{each}, all full", macs(self.full_trajectory_macs), flops(self.full_trajectory_flops), None))
         if self.trajectory_macs is not None:
-            name = f"{each}, {len(self.full_steps)} of them full"
-            rows.append((name, macs(self.trajectory_macs), flops(self.trajectory_flops), percent(self.saved_share)))
+            for full in dict.fromkeys(self.schedule.bounds(self.steps)):
+                run, name = self._trajectory(full) or 0, f"{each}, {full} of them full"
+                rows.append((name, macs(run), flops(2 * run), percent(self._saved(run))))
         title = f"{self.model}, sample {shape(self.sample)}, {self.parameters / 1e6:.2f} M parameters"
         return table(title, ("", ">MACs", ">FLOPs", ">saved"), rows, notes=self._notes())
 
@@ -187,7 +199,8 @@ class FlopsReport:
             notes.append("Guidance doubles the batch: two samples a step for each one traced.")
         if self.region is None:
             return [*notes, f"No adaptor pass: {self.no_region}"]
-        preview = f": {self.schedule.preview(self.steps)} (F full pass, A adaptor pass)" if self.steps <= 16 else ""
+        letters = "F full pass, " + ("A adaptor pass" if self.schedule.threshold is None else "? decided at run time")
+        preview = f": {self.schedule.preview(self.steps)} ({letters})" if self.steps <= 16 else ""
         region = self.region
         edge = f"{shape(region.resolution)} down to {shape(region.bottleneck)}, level {region.level}, cut {region.cut}"
         return [
@@ -214,7 +227,8 @@ class FlopsReport:
         """The report as plain data; every key that holds a count names its unit."""
         names = (
             "model parameters attention norms full_macs full_flops adaptor_macs adaptor_pass_macs adaptor_pass_flops "
-            "steps guidance full_trajectory_macs full_trajectory_flops trajectory_macs trajectory_flops saved_share"
+            "steps guidance full_trajectory_macs full_trajectory_flops trajectory_macs trajectory_flops saved_share "
+            "least_trajectory_macs"
         )
         region = self.region
         return {

@@ -6,6 +6,8 @@ __all__ = ["REASONS"]
 
 FIRST = "first step"
 SCHEDULED = "scheduled"
+MOVED = "scheduled: the entry changed by more than the threshold"
+LONGEST = "scheduled: the longest run of adaptor steps is over"
 TRACED = "traced"
 TRAINING = "training"
 NO_TIME = "no time input: declare cw.step()"
@@ -28,8 +30,14 @@ OTHER_REGION = "the chosen region is another one for these inputs"
 REASONS: dict[str, tuple[str, str]] = {
     FIRST: ("a trajectory begins: there is nothing to reuse", "nothing"),
     SCHEDULED: ("the schedule says full", "choose another clock or schedule"),
+    MOVED: (
+        "an adaptive schedule compared the region's entry with that of the last full pass",
+        "a larger threshold, if the results allow it",
+    ),
+    LONGEST: ("an adaptive schedule came to its bound", "a larger `longest=`, if the results allow it"),
     TRACED: (
-        "the first call of an input signature is recorded, and its exit was not among the tensors kept alive",
+        "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "
+        "compares with, was not among the tensors kept alive",
         "nothing; once per signature. `region=` found up front saves it",
     ),
     TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ __all__ = ["Schedule", "check_clock"]
 class Schedule:
     """Step → full or adaptor. Step 1, the first of a trajectory, is always full.
 
-    Build one with `Schedule.every`, `Schedule.at` or `Schedule.where`; combine it with `within`.
+    Build one with `Schedule.every`, `Schedule.at`, `Schedule.where` or `Schedule.adaptive`. Two are equal if they were
+    built from equal numbers, or from the same function.
 
     Attributes:
-        uses_adaptor: step (from 1) → does the adaptor stand in for the region?
+        uses_adaptor: step (from 1) → does the adaptor stand in for the region? Of an adaptive schedule: may it?
         name: how it prints.
+        threshold: of an adaptive schedule, the change of the entry that the adaptor may face; None for all others.
+        longest: of an adaptive schedule, how many steps in a row may use the adaptor.
 
     Example:
         >>> print(Schedule.every(2).preview(8))
@@ -27,12 +31,16 @@ class Schedule:
         F F F F A A A A
         >>> print(Schedule.every(3, start=4).preview(9))
         F F F F A A F A A
+        >>> Schedule.adaptive(0.2, longest=3).bounds(8)
+        (2, 8)
 
     Source: arXiv 2312.08128, Sec. 4.3 and Tab. 3, whose step numbers these are.
     """
 
     uses_adaptor: Callable[[int], bool]
     name: str
+    threshold: float | None = None
+    longest: int = 0
 
     @classmethod
     def every(
@@ -70,15 +78,9 @@ class Schedule:
                 "final full steps are counted from the end", seen={"final": final, "steps": None}, do="pass steps= too"
             )
         end = None if stop is None and not final else min(x for x in (stop, steps and steps - final) if x is not None)
-
-        def uses_adaptor(step: int) -> bool:
-            if step < start or step <= warmup or (end is not None and step > end):
-                return False
-            return (step - start) % clock != 0
-
         given = {"start": (start, 1), "stop": (stop, None), "warmup": (warmup, 0), "final": (final, 0)}
         options = "".join(f", {name}={value}" for name, (value, default) in given.items() if value != default)
-        return cls(uses_adaptor, f"every({clock}{options})")
+        return cls(_Ticks(clock, start, warmup, end), f"every({clock}{options})")
 
     @classmethod
     def at(cls, steps: Iterable[int]) -> Schedule:
@@ -95,8 +97,7 @@ class Schedule:
                 seen={"steps": repr(steps), "outside the rule": wrong or "no set"},
                 do="number the steps from 1, as in {2, 4, 6, 8}",
             )
-        chosen = frozenset(given)
-        return cls(chosen.__contains__, f"at({sorted(chosen)})")
+        return cls(_Among(frozenset(given)), f"at({sorted(set(given))})")
 
     @classmethod
     def where(cls, uses_adaptor: Callable[[int], bool]) -> Schedule:
@@ -106,6 +107,42 @@ class Schedule:
                 "a schedule's rule is a function of the step", seen={"got": repr(uses_adaptor)}, do="pass step -> bool"
             )
         return cls(uses_adaptor, f"where({getattr(uses_adaptor, '__name__', 'rule')})")
+
+    @classmethod
+    def adaptive(cls, threshold: float, *, longest: int = 4, warmup: int = 1) -> Schedule:
+        """Decided at run time: the adaptor, until the region's entry has changed too much since the last full pass.
+
+        The entry is compared in each guidance branch on its own, over all samples of a batch together; the first call
+        of a step that gets to compare decides for the whole step, so the device is waited for once a step at most.
+        Where the bound or the first steps ask for a full pass, nothing is compared. A copy of the entry is kept.
+
+        Args:
+            threshold: ‖entry - last full one‖ / ‖last full one‖, above which a step is full.
+            longest: so many steps in a row may use the adaptor.
+            warmup: so many first steps are full, whatever the entry does.
+
+        Raises:
+            ArgumentError: the threshold is no positive number, or a count is below 1.
+
+        Example:
+            >>> print(Schedule.adaptive(0.2, longest=3, warmup=2))
+            adaptive(0.2, longest=3, warmup=2)
+            >>> print(Schedule.adaptive(0.2).preview(6))
+            F ? ? ? ? ?
+
+        Source: arXiv 2312.08128, Sec. 4.3 fixes the steps beforehand; this one measures what Sec. 3 rests on.
+        """
+        wrong = isinstance(threshold, bool) or not isinstance(threshold, (int, float))
+        if wrong or not 0 < threshold < math.inf:
+            raise ArgumentError(
+                "the threshold is a relative change of the region's entry, above 0",
+                seen={"threshold": repr(threshold)},
+                do="pass threshold=0.2; ch.plan(...) measures which one a budget allows",
+            )
+        _check_count("longest", longest, 1)
+        _check_count("warmup", warmup, 1)
+        options = f", longest={longest}" + (f", warmup={warmup}" if warmup > 1 else "")
+        return cls(_Ticks(math.inf, 1, warmup, None), f"adaptive({threshold:g}{options})", float(threshold), longest)
 
     @classmethod
     def of(cls, value: Schedule | Iterable[int] | Callable[[int], bool]) -> Schedule:
@@ -121,19 +158,66 @@ class Schedule:
         return cls.where(value) if callable(value) else cls.at(value)
 
     def is_full(self, step: int) -> bool:
-        """Is this step (from 1) a full pass?"""
+        """Is this step (from 1) a full pass? Of an adaptive schedule: whatever the entry does?"""
         return step <= 1 or not self.uses_adaptor(step)
 
     def full_steps(self, steps: int) -> int:
-        """How many of the first `steps` steps are full: ⌈steps / clock⌉ for `every(clock)`."""
-        return sum(self.is_full(step) for step in range(1, steps + 1))
+        """How many of the first `steps` steps are full: ⌈steps / clock⌉ for `every(clock)`.
+
+        Raises:
+            ArgumentError: that is decided at run time.
+        """
+        self.known_beforehand("how many steps are full")
+        return self.bounds(steps)[0]
+
+    def bounds(self, steps: int) -> tuple[int, int]:
+        """How many of the first `steps` steps are full at least, and at most: the same unless it is adaptive."""
+        certain = sum(self.is_full(step) for step in range(1, steps + 1))
+        if self.threshold is None:
+            return certain, certain
+        return certain + (steps - certain) // (self.longest + 1), steps
+
+    def known_beforehand(self, what: str) -> None:
+        """Raise `ArgumentError` if it is adaptive: `what` needs to know the steps before they run."""
+        if self.threshold is not None:
+            raise ArgumentError(
+                f"{what} is known beforehand only of a schedule that does not decide at run time",
+                seen={"schedule": self},
+                do="pass Schedule.every(...) or Schedule.at(...)",
+            )
 
     def preview(self, steps: int) -> str:
-        """One letter a step: F for full, A for adaptor."""
-        return " ".join("F" if self.is_full(step) else "A" for step in range(1, steps + 1))
+        """One letter a step: F for full, A for adaptor, ? for what is decided at run time."""
+        other = "A" if self.threshold is None else "?"
+        return " ".join("F" if self.is_full(step) else other for step in range(1, steps + 1))
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticks:
+    """The rule of `every`: as an object, so that equal schedules are equal."""
+
+    clock: float
+    start: int
+    warmup: int
+    end: int | None
+
+    def __call__(self, step: int) -> bool:
+        if step < self.start or step <= self.warmup or (self.end is not None and step > self.end):
+            return False
+        return (step - self.start) % self.clock != 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Among:
+    """The rule of `at`."""
+
+    steps: frozenset[int]
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps
 
 
 def check_clock(clock: object) -> None:

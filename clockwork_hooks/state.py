@@ -26,11 +26,14 @@ class State:
         timeline: steps, branches and their features.
         clock: reads the time input.
         running: the calls under way, innermost last; None for a call within a call.
+        decided: where the schedule decides at run time, ((trajectory, step), why it is full or None) of the last step
+            that was decided.
     """
 
     timeline: Timeline
     clock: Clock = field(default_factory=Clock)
     running: list[Any] = field(default_factory=list)
+    decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
 
 
 class States:

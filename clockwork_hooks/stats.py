@@ -20,8 +20,9 @@ class Counts:
     Attributes:
         full_passes: calls that ran the whole UNet.
         adaptor_passes: calls in which the adaptor stood in for the region.
-        reasons: why full passes were full → how many: "first step" and "scheduled" are the schedule's own, every
-            other one is a pass that could not be placed, or that the schedule would have given to the adaptor.
+        reasons: why full passes were full → how many: "first step" and what begins with "scheduled" are the schedule's
+            own, every other one is a pass that could not be placed, or that the schedule would have given to the
+            adaptor.
         regions: where several regions have clocks of their own, which one adaptor passes skipped → how many.
         macs_run: multiply-accumulates that ran, the adaptor's included; convolutions and matrix products, attention
             products counted. 1 MAC = 2 FLOPs.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks import emit
+from clockwork_hooks.adaptive import AdaptiveEngine
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.capture import Captured
@@ -76,7 +77,8 @@ def wrap(
             first call, by the options that follow, or else the one that the adaptor was made for, or else the one
             below the highest level.
         level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
-        schedule: replaces `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
+        schedule: replaces `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps (numbered
+            from 1), or step -> bool.
         plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, which replaces all three.
         time: name of the argument that holds the time, where it cannot be told.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
@@ -156,7 +158,8 @@ def wrap(
         choice = Choice(**emit.region_options(used))
     loaded = used is not adaptor
     checks = {"check_finite": check_finite, "keep_graph": keep_graph}
-    engine = Engine(unet, used, steps, region=region or choice, time=time, loaded=loaded, **checks)
+    kind = Engine if steps.threshold is None else AdaptiveEngine
+    engine = kind(unet, used, steps, region=region or choice, time=time, loaded=loaded, **checks)
     return ClockworkWrapper(unet, engine)
 
 
@@ -326,7 +329,7 @@ class ClockworkWrapper:
 
         Raises:
             ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
-                several regions have clocks.
+                several regions have clocks; or the schedule decides at run time.
             CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
 
         Example:
@@ -340,6 +343,7 @@ class ClockworkWrapper:
                 seen={"regions": len(self._engine.clocks)},
                 do="wrap it with one clock",
             )
+        self.schedule.known_beforehand("the pass that a static graph stands for")
         if mode not in MODES:
             raise ArgumentError(
                 "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"

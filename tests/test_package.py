@@ -70,6 +70,7 @@ FLOOR = {
     "engine": 90,
     "layers": 93,
     "nested": 95,
+    "adaptive": 95,
     "budget": 100,
     "flops": 100,
     "compiled": 100,

@@ -160,7 +160,9 @@ def learners_of(
 
 def _schedules(clock: Any, schedule: Any) -> list[Schedule]:
     if schedule is not None:
-        return [Schedule.of(schedule)]
+        one = Schedule.of(schedule)
+        one.known_beforehand("what an adaptor is trained for")
+        return [one]
     clocks = list(clock) if isinstance(clock, Sequence) else [clock]
     for one in clocks:
         check_clock(one)
