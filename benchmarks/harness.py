@@ -118,6 +118,7 @@ def in_turns(
     rounds: int,
     warmup: int = 1,
     until: float | None = None,
+    least: int = 1,
     measure: Callable[[Callable[[], Any], str], float] = timed,
 ) -> dict[str, Timing]:
     """Time the sides in turns; the order changes from round to round, so none always follows the same one.
@@ -127,7 +128,8 @@ def in_turns(
         device: what to wait for.
         rounds: runs of each side.
         warmup: runs of each side before.
-        until: `time.monotonic()` after which no round begins (one is always made).
+        until: `time.monotonic()` after which no round begins.
+        least: rounds that are made however late it is.
         measure: seconds of one run.
     """
     for _ in range(warmup):
@@ -136,7 +138,7 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffle = list(sides), random.Random(0)
     for k in range(rounds):
-        if k and until is not None and time.monotonic() > until:
+        if k >= least and until is not None and time.monotonic() > until:
             break
         shuffle.shuffle(order)
         for name in order:

@@ -110,9 +110,7 @@ class Graphed:
             self._capture(args, kwargs)
         torch.utils._pytree.tree_map(lambda buffer, value: buffer.copy_(value), self.inputs, _tensors((args, kwargs)))
         self.graph.replay()
-        return torch.utils._pytree.tree_map(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output
-        )
+        return tree_map(copied, self.output)
 
     def _capture(self, args: Any, kwargs: Any) -> None:
         made: list[Tensor] = []
@@ -151,12 +149,13 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         output = self.function(*args, **kwargs)
-        return tree_map(_copy, output)
+        return tree_map(copied, output)
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _copy(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
+    """A tensor's copy; anything else as it is."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

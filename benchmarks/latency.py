@@ -27,15 +27,26 @@ class Latency:
         minutes: wall-clock time, all in all.
         tiny: models of a tenth of the width.
         compile_options: of torch.compile, for the mode "compile".
+        timed: False runs every side until it is warm, and times none.
     """
 
-    def __init__(self, path: Path, *, device: str, minutes: float, tiny: bool, compile_options: dict[str, Any]) -> None:
-        self.device, self.tiny, self.compile_options = device, tiny, compile_options
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        minutes: float,
+        tiny: bool,
+        compile_options: dict[str, Any],
+        timed: bool = True,
+    ) -> None:
+        self.device, self.tiny, self.compile_options, self.timed = device, tiny, compile_options, timed
         self.deadline = time.monotonic() + 60 * minutes
         self.results = Results(path, environment(device, 0))
         self.dtype = torch.float32 if device == "cpu" else torch.float16
         self.eager: dict[Any, float] = {}
         self.benches: dict[str, Bench] = {}
+        self.counted: dict[str, dict[Any, tuple[float, float]]] = {}
 
     def take(self, earlier: dict[str, Any]) -> None:
         """Go on from the results of an earlier run."""
@@ -55,7 +66,7 @@ class Latency:
             self.benches.clear()
             self.free()
             model = build(name, self.device, self.dtype, tiny=self.tiny)
-            made = Bench(model, self.compile_options)
+            made = Bench(model, self.compile_options, counted=self.counted.setdefault(name, {}))
             self.benches[name] = made
             say(f"{name}: {model.parameters / 1e6:.0f} M parameters")
         return self.benches[name]
@@ -71,33 +82,40 @@ class Latency:
         self, name: str, batch: int, steps: int, mode: str, variants: Iterable[Variant], *, rounds: int, limit: float
     ) -> None:
         """Whole sampling loops of all the variants, in turns."""
-        bench, until = self.bench(name), time.monotonic() + min(limit, self.left())
+        limit = min(limit, self.left())
+        bench, until = self.bench(name), time.monotonic() + limit
+        opened = until - 0.2 * limit  # what is left then is for timing
         sides: dict[str, tuple[Side, Loop]] = {}
         where = {"model": name, "batch": batch, "steps": steps, "mode": mode}
         for variant in variants:
-            if time.monotonic() > until and sides:
+            if time.monotonic() > opened and sides:
                 self.results.add("failures", **where, side=variant.name, reason="no time was left")
                 continue
-            loop = Loop(bench.model, batch, steps)
+            loop, start = Loop(bench.model, batch, steps), time.monotonic()
             try:
                 side = bench.open(variant, loop, mode)
                 bench.warm(side, loop, mode)
                 sides[variant.name] = side, loop
+                say(f"ready: {variant.name}, {time.monotonic() - start:.1f} s")
             except Exception as error:
                 self.results.add("failures", **where, side=variant.name, reason=reason(error))
         runs: dict[str, Callable[[], Any]] = {
             side: (lambda loop=loop, call=one.call: loop(call)) for side, (one, loop) in sides.items()
         }
-        timings = in_turns(runs, self.device, rounds=rounds, warmup=0, until=until)
+        if not self.timed:
+            runs.clear()
+        timings = in_turns(runs, self.device, rounds=rounds, warmup=0, until=until, least=3)
         plain = timings.get("plain")
         if plain is not None and mode == "eager":
             self.eager[name, batch, steps] = plain.median
         eager = self.eager.get((name, batch, steps))
         plain_macs = sides["plain"][0].macs if "plain" in sides else None
+        plain_macs = plain_macs or steps * bench.find(Loop(bench.model, batch, steps))["outer"].full_macs
         for label, timing in timings.items():
             side, loop = sides[label]
             ideal = timings.get(Variant("ideal", side.variant.clock, "identity", side.variant.cut).name)
             ours = side.variant.kind == "clockwork"
+            macs = side.macs or (plain_macs if label == "plain" else None)
             full = bench.find(loop)["outer"].full_macs * steps
             self.results.add(
                 "latency",
@@ -113,8 +131,8 @@ class Latency:
                 runs=timing.runs,
                 speedup=plain.median / timing.median if plain else None,
                 speedup_to_eager=eager / timing.median if eager else None,
-                macs_ratio=side.macs / full if ours else side.macs / plain_macs if side.macs and plain_macs else None,
-                tflops=2 * side.macs / timing.median / 1e12 if side.macs else None,
+                macs_ratio=macs / (full if ours else plain_macs) if macs else None,
+                tflops=2 * macs / timing.median / 1e12 if macs else None,
                 to_ideal=timing.median / ideal.median if ideal and ours else None,
                 peak_memory_gib=side.memory / 2**30 if side.memory else None,
             )
@@ -124,7 +142,9 @@ class Latency:
 
     def passes(self, name: str, batch: int, mode: str, *, rounds: int, limit: float) -> None:
         """Single passes: full and adaptor, against the UNet alone, the hand-pruned UNet and the adaptor alone."""
-        bench, until = self.bench(name), time.monotonic() + min(limit, self.left())
+        limit = min(limit, self.left())
+        bench, until = self.bench(name), time.monotonic() + limit
+        opened = until - 0.2 * limit
         steps, skip = (20, 4) if self.device != "cpu" else (8, 3)
         adaptor_steps = set(range(2, steps + 1))
         loop = Loop(bench.model, batch, steps)
@@ -158,18 +178,20 @@ class Latency:
         sides: dict[str, Side] = {}
         for label, (variant, schedule) in wanted.items():
             try:
+                start = time.monotonic()
                 sides[label] = bench.open(variant, loop, mode, schedule=schedule)
                 for _ in range(2):
                     run(sides[label].call)()
+                say(f"ready: {label}, {time.monotonic() - start:.1f} s")
             except Exception as error:
                 sides.pop(label, None)
                 where = {"model": name, "batch": batch, "mode": mode}
                 self.results.add("failures", **where, side=label, reason=reason(error))
-            if time.monotonic() > until:
+            if time.monotonic() > opened:
                 break
-        runs = {label: run(side.call) for label, side in sides.items()}
+        runs = {label: run(side.call) for label, side in sides.items() if self.timed}
         timings = in_turns(
-            runs, self.device, rounds=rounds, warmup=0, until=until, measure=lambda seconds, _: seconds()
+            runs, self.device, rounds=rounds, warmup=0, until=until, least=3, measure=lambda seconds, _: seconds()
         )
         for label, timing in timings.items():
             side = sides[label]

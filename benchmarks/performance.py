@@ -69,7 +69,7 @@ def passes(data: Data) -> str:
 
 def failures(data: Data) -> str:
     """What did not run in a mode, and why."""
-    cells = [(r["model"], r["mode"], r["side"], _short(r["reason"])) for r in data["gpu_latency"]["failures"]]
+    cells = [(r.get("model"), r.get("mode"), r["side"], _short(r["reason"])) for r in data["gpu_latency"]["failures"]]
     return _table(("model", "mode", "side", "reason"), cells)
 
 
@@ -105,6 +105,7 @@ def fixed(data: Data) -> str:
             (OURS, IDEAL, "sd15", 2, 8), (OURS, IDEAL, "sd15", 2, 50), (OURS, IDEAL, "sd15", 8, 8),
             (OURS, IDEAL, "sdxl", 2, 8), (*wide[0], "sd15", 2, 8), (*wide[1], "sd15", 2, 8), (*wide[0], "sd15", 8, 8))
         for where in [("cudagraphs", model, batch, steps)]
+        if found.ms(ours, *where) and found.ms(hand, *where)
     ]  # fmt: skip
     return _table(("model", ">batch", ">steps", "side", "by hand", ">ms a trajectory more"), cells)
 

@@ -98,6 +98,7 @@ def _deepcache(found: Latencies) -> Iterator[Verdict]:
         ("eager", "DeepCache", 2, (2, 3)),
         ("cudagraphs", "DeepCache, static by hand", 2, (2, 3)),
         ("cudagraphs", "DeepCache, static by hand", 8, (2,)),
+        ("compile", "DeepCache, static by hand", 2, (2,)),
     ):
         for n in intervals:
             ours = found.ms(f"clockwork, clock {n}, identity, widest cut", mode, batch=batch)

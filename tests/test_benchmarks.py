@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Results, Timing, in_turns
+from benchmarks.latency import PLAIN, Latency
 from benchmarks.setting import Loop, build
 from benchmarks.sides import Bench, Variant
 
@@ -64,12 +65,37 @@ def test_deepcache_skips_what_the_widest_cut_skips() -> None:
     assert macs["DeepCache"] == macs["clockwork"]
 
 
+def test_deepcache_by_hand_is_deepcache() -> None:
+    bench = Bench(build("sd15", "cpu", torch.float32, tiny=True))
+    loop = Loop(bench.model, 2, 4)
+    sides = [bench.open(Variant(kind, 3), loop, "eager") for kind in ("DeepCache", "DeepCache, static by hand")]
+    first, by_hand = (loop(side.call) for side in sides)
+    assert torch.equal(first, by_hand)
+    assert not torch.equal(first, loop(bench.open(Variant(), loop, "eager").call))
+
+
+def test_a_warm_up_times_nothing(tmp_path: Path) -> None:
+    run = Latency(tmp_path / "r.json", device="cpu", minutes=5, tiny=True, compile_options={}, timed=False)
+    calls = []
+    run.bench("sd15").model.unet.register_forward_hook(lambda *_: calls.append(1))  # twins have it too
+    run.trajectories("sd15", 2, 1, "eager", [PLAIN], rounds=1, limit=60)
+    assert calls
+    assert set(run.results.data) == {"environment"}
+    before = len(calls)
+    run.timed = True
+    run.trajectories("sd15", 2, 1, "eager", [PLAIN], rounds=1, limit=60)
+    assert len(calls) > before
+    assert [row["side"] for row in run.results.data["latency"]] == ["plain"]
+
+
 def test_timings_take_turns_and_results_are_whole_after_every_row(tmp_path: Path) -> None:
     seen: list[str] = []
     sides = {name: (lambda name=name: seen.append(name)) for name in "ab"}
     timings = in_turns(sides, "cpu", rounds=4, warmup=1)
     assert [timing.runs for timing in timings.values()] == [4, 4]
     assert all(set(seen[k : k + 2]) == {"a", "b"} for k in range(0, 10, 2))
+    late = in_turns(sides, "cpu", rounds=9, warmup=0, until=0.0, least=3)
+    assert [timing.runs for timing in late.values()] == [3, 3]
     assert Timing.of([1.0, 2.0, 3.0]).median == 2.0
     results = Results(tmp_path / "r.json", {"seed": 0})
     for k in range(2):
@@ -80,7 +106,7 @@ def test_timings_take_turns_and_results_are_whole_after_every_row(tmp_path: Path
 @pytest.mark.slow
 def test_the_gpu_script_in_miniature(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_latency.py", "--out", str(tmp_path), "--tiny", "--device", "cpu"]
-    subprocess.run([*command, "--minutes", "4"], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run([*command, "--minutes", "9"], check=True, cwd=ROOT, capture_output=True)
     data = json.loads((tmp_path / "gpu_latency.json").read_text())
     graphs = [row for row in data["failures"] if row.get("mode") != "cudagraphs"]
     assert [row["side"] for row in graphs] == ["DeepCache, interval 2, branch 0"]  # under torch.compile
