@@ -18,6 +18,7 @@ from torch import nn
 
 from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.apart import stands_apart
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.branches import Kept
 from clockwork_hooks.choice import Choice
@@ -139,6 +140,10 @@ class Engine:
         frame = sys._getframe(3)  # ours ← the wrapper's ← the hook's ← the root's call
         running = Running(frame, sys.exc_info()[1], arguments, key)
         state.running.append(running)
+        running.reason = stands_apart()
+        if running.reason is not None:
+            state.timeline.reset()
+            return
         running.prepared = prepared = self._prepared.get(running.key) or self._adopt(running)
         if prepared is None:
             self._record(running, args, kwargs)
@@ -172,6 +177,11 @@ class Engine:
             return None
         if running.recorder is not None:
             self._finish_recording(state, running, output)
+            return None
+        if running.prepared is None:
+            known = (one.full_macs for key, one in self._prepared.items() if key[0] == running.key[0])
+            cost = next(known, 0)  # not known before a call of this signature was recorded
+            self._count(state.timeline.nowhere(running.reason or ""), running.reason, cost, cost)
             return None
         return self._finish(module, args, kwargs, running)
 

@@ -25,6 +25,8 @@ NOT_KEPT = "no feature was kept in the step before"
 WRITTEN = "the kept feature was written to"
 DIFFERED = "calls differed from the traced ones"
 NO_REGION = "no region for these inputs"
+TRANSFORMED = "within a transform of torch.func"
+REPEATED = "within torch.utils.checkpoint or a backward pass"
 OTHER_REGION = "the chosen region is another one for these inputs"
 
 REASONS: dict[str, tuple[str, str]] = {
@@ -97,5 +99,14 @@ REASONS: dict[str, tuple[str, str]] = {
     OTHER_REGION: (
         "`region=` does not fit what was recorded for these inputs",
         "leave `region=` out",
+    ),
+    TRANSFORMED: (
+        "`vjp`, `jvp`, `grad`, `vmap`: what they compute is of the UNet itself, and no step of a sampling loop",
+        "nothing",
+    ),
+    REPEATED: (
+        "the call is run again by the backward pass, or is that second run, and has to do the same both times; also "
+        "in the forward of any `autograd.Function`, as in an adjoint method",
+        "nothing; `unet.enable_gradient_checkpointing()` leaves the adaptor passes",
     ),
 }

@@ -129,13 +129,13 @@ class Timeline:
             self._check_declared(time)
         elif time is None:
             self.reset()
-            return self._nowhere(reasons.UNREADABLE if has_time else reasons.NO_TIME)
+            return self.nowhere(reasons.UNREADABLE if has_time else reasons.NO_TIME)
         else:
             self._tick(time, place)
         self._calls += 1
         if self._calls > _MOST_CALLS:
             self.branches.clear()
-            return self._nowhere(reasons.CROWDED)
+            return self.nowhere(reasons.CROWDED)
         branch = self._branch(conditions)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared)
@@ -155,7 +155,7 @@ class Timeline:
                 doubt = reasons.APART
         return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt)
 
-    def _nowhere(self, doubt: str) -> Position:
+    def nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
         number = self.trajectory if self.step else 0
         return Position(number, max(self.step, 1), Branch(0, None, Conditions(())), 0, Call(), None, doubt)

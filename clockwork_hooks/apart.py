@@ -1,0 +1,39 @@
+"""Calls that stand apart from a sampling loop: transformed by torch.func, or run again by a backward pass.
+
+What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
+run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clockwork_hooks import reasons
+
+__all__ = ["stands_apart"]
+
+
+def stands_apart() -> str | None:
+    """Why the call that begins now is none of a sampling loop's; None where it is. Reads four flags of torch.
+
+    Example:
+        >>> seen = []
+        >>> def f(x):
+        ...     seen.append(stands_apart())
+        ...     return x * x
+        >>> f(torch.ones(1)), torch.func.vjp(f, torch.ones(1))[0]
+        (tensor([1.]), tensor([1.]))
+        >>> seen
+        [None, 'within a transform of torch.func']
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return reasons.TRANSFORMED
+    return reasons.REPEATED if _will_be_repeated() or torch._C._current_graph_task_id() != -1 else None
+
+
+def _will_be_repeated() -> bool:
+    """Within a checkpoint, by the hooks that it sets, or by the mode in which every `autograd.Function` runs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
