@@ -9,7 +9,7 @@ from torch import nn
 
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
-from clockwork_hooks.finder import Finder, listed
+from clockwork_hooks.finder import Finder, listed, of_fingerprint
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.hand import by_ends, by_modules
 from clockwork_hooks.report import percent, shape
@@ -29,6 +29,7 @@ class Choice:
         modules: dotted paths of the modules to skip.
         entry, exit: dotted paths of the modules whose outputs flow in and out.
         cut: "outer" or "paper".
+        fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
     """
 
     level: int | None = None
@@ -38,6 +39,7 @@ class Choice:
     entry: str | None = None
     exit: str | None = None
     cut: str = "outer"
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.modules, str):
@@ -124,6 +126,8 @@ class Choice:
         if self.entry is not None and self.exit is not None:
             return by_ends(finder, self.entry, self.exit)
         regions = finder.chain()
+        if self.fingerprint is not None and (known := of_fingerprint(regions, self.fingerprint)) is not None:
+            return known
         level = 1 if self.level is self.resolution is self.share is None else self.level
         fitting = [region for region in regions if level in (None, region.level)]
         if not fitting:

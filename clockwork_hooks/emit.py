@@ -33,7 +33,7 @@ def count_and_run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached
 
 
 def region_options(adaptor: Adaptor) -> dict[str, Any]:
-    """The options of `find_region` that find the region an adaptor was made for; none where it knows of no region."""
+    """The options of `Choice` that find the region an adaptor was made for; none where it knows of no region."""
     return dict(getattr(adaptor, "region_options", None) or {})
 
 

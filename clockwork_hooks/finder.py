@@ -16,7 +16,7 @@ from clockwork_hooks.levels import Levels
 from clockwork_hooks.refusal import reason
 from clockwork_hooks.report import shape
 
-__all__ = ["Finder", "listed"]
+__all__ = ["Finder", "listed", "of_fingerprint"]
 
 SMALLEST, LARGEST = 0.20, 0.97
 _TRIES = 12
@@ -159,3 +159,9 @@ class Finder:
             + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
             " and out; or modules=['blocks.5:blocks.20'], those to skip",
         )
+
+
+def of_fingerprint(chain: Iterable[Region], fingerprint: str) -> Region | None:
+    """The region of a chain, or the paper's cut of one, that has this fingerprint; None if there is none."""
+    found = (edge for outer in chain for edge in (outer, outer.inner) if edge is not None)
+    return next((region for region in found if region.fingerprint == fingerprint), None)

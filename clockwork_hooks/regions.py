@@ -16,7 +16,7 @@ from torch import nn
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
-from clockwork_hooks.finder import Finder
+from clockwork_hooks.finder import Finder, of_fingerprint
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.hand import by_ends, by_modules
 
@@ -132,8 +132,7 @@ def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
     finder = Finder(trace, unet)
     if region.cut != "hand":
         with contextlib.suppress(RegionNotFoundError):
-            found = [r for outer in finder.chain() for r in (outer, outer.inner) if r is not None]
-            return next((r for r in found if r.fingerprint == region.fingerprint), None)
+            return of_fingerprint(finder.chain(), region.fingerprint)
         return None
     skipped = [call.path for call in region.skipped]
     for by, named in ((by_ends, (region.entry.path, region.exit.path)), (by_modules, (skipped,))):

@@ -78,6 +78,24 @@ def test_a_loaded_adaptor_goes_where_the_exit_is(sd15: ZooCase, tmp_path: Path) 
 # -- the region ------------------------------------------------------------------------------------------------------
 
 
+def test_every_region_is_found_again(sd15: ZooCase, tmp_path: Path) -> None:
+    """By its fingerprint: several regions lie below one level, of which `share=` finds the wider ones."""
+    regions = ch.find_regions(sd15.model, *sd15.args, **sd15.kwargs)
+    assert len({region.level for region in regions}) < len(regions)
+    edges = [edge for region in regions for edge in (region, region.inner) if edge is not None]
+    for k, region in enumerate(edges):
+        adaptor = ch.ResNetAdaptor.for_region(region, width=4)
+        adaptor.save_pretrained(tmp_path / str(k))
+        with torch.no_grad(), ch.wrap(sd15.model, tmp_path / str(k)) as cw:
+            cw(*sd15.args, **sd15.kwargs)
+            assert cw.region is not None
+            assert cw.region.fingerprint == region.fingerprint
+        with torch.no_grad(), ch.wrap(sd15.model, adaptor) as cw:
+            cw(*sd15.args, **sd15.kwargs)
+            assert cw.region is not None
+            assert cw.region.fingerprint == region.fingerprint
+
+
 def test_another_cut_is_refused(sd15: ZooCase, tmp_path: Path) -> None:
     ch.ResNetAdaptor.for_region(region_of(sd15, cut="paper")).save_pretrained(tmp_path)
     with pytest.raises(ch.AdaptorError) as raised:

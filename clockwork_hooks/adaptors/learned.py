@@ -179,7 +179,7 @@ class LearnedAdaptor(SavedAdaptor):
 
     @property
     def region_options(self) -> dict[str, Any]:
-        """The options of `find_region` that find the region it was made for; `wrap` uses them."""
+        """The options of `Choice` that find the region it was made for; `wrap` and `distill` use them."""
         return origin.options(self.region)
 
     def check_region(self, region: Region) -> None:

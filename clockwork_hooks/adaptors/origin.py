@@ -54,14 +54,18 @@ def differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:
 
 
 def options(saved: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of `find_region` that find the region again; none where the adaptor knows of no region."""
+    """The options of `Choice` that find the region again; none where the adaptor knows of no region.
+
+    Where no region has the fingerprint, level and cut find the one to compare with.
+    """
     if not saved:
         return {}
     if saved.get("cut") == "hand" and len(saved.get("entries", ())) > 1:
         return {"modules": list(dict.fromkeys(call.partition(" (call")[0] for call in saved["skipped"]))}
     if saved.get("cut") == "hand":
         return {"entry": saved["entry"]["path"], "exit": saved["exit"]["path"]}
-    return {"level": saved.get("level", 1), "cut": saved.get("cut", "outer")}
+    known = {"level": saved.get("level", 1), "cut": saved.get("cut", "outer")}
+    return {**known, "fingerprint": saved.get("fingerprint")}
 
 
 def _port(boundary: Boundary) -> dict[str, Any]:
