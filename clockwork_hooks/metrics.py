@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.frechet import Statistics, frechet_distance, statistics_of, statistics_of_features
+from clockwork_hooks.needed import need
 
 __all__ = ["Better", "ClipScore", "Frechet", "Metric", "Paired", "clip_score", "fid"]
 
@@ -84,6 +85,7 @@ class Paired:
 
     def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor | None:
         """PSNR, SSIM and relative L2 (B, 3); None for the plain pictures themselves."""
+        need("PSNR and SSIM are torchmetrics'", "torchmetrics", install="clockwork-hooks[evaluate]")
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
         if plain is None:
@@ -153,10 +155,13 @@ def fid(real: Iterable[Tensor], *, feature: nn.Module | None = None, weights: Pa
         A metric named "FID".
 
     Raises:
-        ModuleNotFoundError: Inception is asked for and torch-fidelity is not installed.
+        ArgumentError: torchmetrics is not installed; or Inception is asked for, and torch-fidelity is not.
 
     Source: Heusel et al., arXiv 1706.08500; the paper's Tab. 1 uses it on 5,000 MS-COCO pictures.
     """
+    need("FID is torchmetrics'", "torchmetrics", install="clockwork-hooks[evaluate]")
+    if feature is None:
+        need("the FID's Inception v3 is torch-fidelity's", "torch_fidelity", install="torch-fidelity")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     path = None if weights is None else str(weights)
@@ -223,6 +228,7 @@ def clip_score(folder: Path | str) -> ClipScore:
             seen={"folder": folder},
             do="download one first: hf download openai/clip-vit-large-patch14 --local-dir clip",
         )
+    need("CLIP is that of transformers", "transformers", install="clockwork-hooks[diffusers]")
     from transformers import CLIPModel, CLIPProcessor
 
     model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()

@@ -15,6 +15,7 @@ from torch import nn
 
 from clockwork_hooks.errors import ModelNotFoundError
 from clockwork_hooks.examples import CLASSES, example_inputs
+from clockwork_hooks.needed import need
 from clockwork_hooks.presets import PRESETS
 
 __all__ = ["LoadedModel", "find_factory", "load_model"]
@@ -100,15 +101,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _from_config(
     config: Mapping[str, Any], *, size: tuple[int, ...] | None, batch: int, frames: int, device: str
 ) -> LoadedModel:
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ModelNotFoundError(
-            "presets and config.json folders are built by diffusers, which is not installed",
-            seen={"import error": error},
-            do="pip install clockwork-hooks[diffusers]",
-        ) from error
-    kind = config["_class_name"]
+    what = "presets and config.json folders are built by diffusers"
+    need(what, "diffusers", install="clockwork-hooks[diffusers]", error=ModelNotFoundError)
+    diffusers, kind = importlib.import_module("diffusers"), config["_class_name"]
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unet: nn.Module = getattr(diffusers, kind).from_config(dict(config))

@@ -79,6 +79,7 @@ FLOOR = {
     "wrapper": 120,
     "diffusers": 130,
     "analysis": 130,
+    "needed": 10,
     "progress": 10,
     "editing": 130,
     "evaluation": 130,

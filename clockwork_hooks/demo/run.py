@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import shlex
@@ -21,6 +20,8 @@ from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.errors import ArgumentError, DemoError
+from clockwork_hooks.needed import need
+from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import find_region
 from clockwork_hooks.report import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
@@ -28,7 +29,6 @@ from clockwork_hooks.wrapper import wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 __all__ = ["DemoResult", "Row", "demo"]
 
@@ -149,7 +149,13 @@ def demo(
     check_clock(clock)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError("sampling takes at least one step", seen={"steps": steps}, do="pass --steps 8")
-    _check_installed("diffusers", "PIL")
+    need(
+        "the demo samples with diffusers and draws with Pillow",
+        "diffusers",
+        "PIL",
+        install="clockwork-hooks[demo]",
+        error=DemoError,
+    )
     texts = tuple(prompts) or DEMO_PROMPTS
     folder = _folder(Path(out))
     model = load_demo()
@@ -162,12 +168,12 @@ def demo(
     times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in adaptors}}
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
-    with _progress(console) as progress:
-        task = progress.add_task("sampling", total=len(times) * ROUNDS * steps)
+    with progress(console) as bar:
+        task = bar.add_task("sampling", total=len(times) * ROUNDS * steps)
 
         def sample(name: str) -> None:
             def advance(number: int, t: int, latents: Tensor) -> None:
-                progress.update(task, advance=1, description=f"{name}, step {number + 1} of {steps}")
+                bar.update(task, advance=1, description=f"{name}, step {number + 1} of {steps}")
 
             images[name], seconds = _timed(lambda: model.sample(texts, steps=steps, seed=seed, callback=advance))
             times[name].append(seconds)
@@ -201,16 +207,6 @@ def _adaptors(steps: int, clock: int) -> tuple[dict[str, Any], str]:
     return {**found, TRAINED: adaptor}, ""
 
 
-def _check_installed(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(
-            "the demo samples with diffusers and draws with Pillow",
-            seen={"not installed": ", ".join(missing)},
-            do='pip install "clockwork-hooks[demo]"',
-        )
-
-
 def _row(
     name: str,
     model: DemoModel,
@@ -242,14 +238,6 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     started = time.perf_counter()
     return run(), time.perf_counter() - started
-
-
-def _progress(console: Console | None) -> Progress:
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console or RichConsole(stderr=True), transient=True)
 
 
 def _settings(texts: Sequence[str], steps: int, clock: int, seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.needed import need
 
 __all__ = ["pipeline_arguments", "read_prompts"]
 
@@ -44,6 +45,7 @@ def pipeline_arguments(
 
     Source: arXiv 2312.08128, Sec. 5.1 (8 steps of DPM++, guidance 7.5).
     """
+    need("pipelines are those of diffusers", "diffusers", "transformers", install="clockwork-hooks[diffusers]")
     import diffusers
 
     texts = read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts

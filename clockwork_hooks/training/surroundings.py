@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks.errors import ArgumentError, DistillError
+from clockwork_hooks.needed import need
 from clockwork_hooks.training.options import TrainingOptions
 
 __all__ = ["accelerated", "frozen", "local_device", "quietly", "tf32"]
@@ -43,7 +44,10 @@ def frozen(unet: nn.Module) -> Iterator[None]:
 def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, given: Any) -> Iterator[Any]:
     """Accelerate on the UNet's device, with trackers: the one given, or a fresh one."""
     device = next((tensor.device for tensor in (*unet.parameters(), *unet.buffers())), torch.device("cpu"))
-    accelerate = _import_accelerate()
+    need("training runs on Hugging Face Accelerate", "accelerate", install="clockwork-hooks[train]")
+    if options.tracker is not None:
+        need("losses are logged with TensorBoard", "tensorboard", install="clockwork-hooks[train]")
+    import accelerate
     from accelerate.state import AcceleratorState
 
     fresh = given is None and not AcceleratorState._shared_state
@@ -70,18 +74,6 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
             made.end_training()
         if fresh and made.num_processes == 1:  # the next run in this process may want another precision
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _import_accelerate() -> Any:
-    try:
-        import accelerate
-    except ImportError:
-        raise ArgumentError(
-            "training runs on Hugging Face Accelerate",
-            seen={"not installed": "accelerate"},
-            do='pip install "clockwork-hooks[train]"',
-        ) from None
-    return accelerate
 
 
 @contextlib.contextmanager
