@@ -45,7 +45,9 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Towards the plain model's distance",
         "`best-8`: skips nearly the whole UNet (`cut-0`) at steps 3, 5 and 7, so that the first two steps and the last "
-        "one are full. `long-8`: the default cut and clock 2, trained for longer.",
+        "one are full: on the adaptor's own trajectories step 2 is the hardest of all (see the ways of training), and "
+        "whatever the last step leaves wrong is in the picture. `long-8`: the default cut and clock 2, trained for "
+        "longer.",
         (PLAIN, OURS, "best-8/identity, 3 5 7", "best-8/width 64, 3 5 7", "best-8/width 32, 3 5 7",
          "best-8/UNet-light, 3 5 7", "long-8/UNet-light", "long-8/width 64", "long-8/width 64, on-policy"),
     ),
