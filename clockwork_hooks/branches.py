@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from clockwork_hooks import reasons
-from clockwork_hooks.conditions import Conditions
+from clockwork_hooks.conditions import Conditions, Seen
 
 __all__ = ["Branch", "Call", "Kept"]
 
@@ -62,6 +62,7 @@ class Branch:
         number: in order of appearance in the trajectory, from 1.
         name: as the caller named it; None where the conditions tell.
         conditions: every input but sample and time.
+        seen: the objects that they were.
         step: the last step with a call.
         calls: the calls of that step.
         before: the calls of the step before it.
@@ -71,6 +72,7 @@ class Branch:
     number: int
     name: str | None
     conditions: Conditions
+    seen: Seen = field(default_factory=Seen)
     step: int = 0
     calls: list[Call] = field(default_factory=list)
     before: list[Call] = field(default_factory=list)
@@ -97,6 +99,7 @@ class Branch:
     def enter(self, step: int, *, declared: bool) -> None:
         """The first call of this branch in a step."""
         new = self.step == 0
+        self.seen.enter()
         self.before, self.calls, self.step = self.calls, [], step
         self.doubt = reasons.NEW if new and step > 1 else None
         if not new and not self._countable() and not declared:

@@ -6,6 +6,7 @@ original goes unnoticed. On a device comparing means waiting, so identity and th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from clockwork_hooks.inputs import is_number
 from clockwork_hooks.passes import version
 
-__all__ = ["Conditions"]
+__all__ = ["Conditions", "Seen"]
 
 _LARGEST_COPY = 1 << 22  # elements
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -45,6 +46,42 @@ class Conditions:
         return all(_comparable(*pair) for pair in differ) and all(
             torch.equal(_bits(was[0]), _bits(now)) for was, now in differ
         )
+
+
+class Seen:
+    """The very objects that a branch was called with. Where its first two steps shared them, new ones are a new run's.
+
+    Their values would not tell: a prompt that is sampled twice has equal embeddings. Embeddings made anew in every step
+    tell nothing, and neither do numbers and text.
+    """
+
+    __slots__ = ("_known", "_steps")
+
+    def __init__(self) -> None:
+        self._known: list[list[weakref.ref[Any]] | None] = []
+        self._steps = 0
+
+    def enter(self) -> None:
+        """The branch's next step begins."""
+        self._steps += 1
+
+    def renewed(self, values: Sequence[Any]) -> bool:
+        """Is one of these a new object, in a place where there were none in the second step?"""
+        self._known += [[] for _ in values[len(self._known) :]]
+        found = False
+        for k, (value, known) in enumerate(zip(values, self._known, strict=False)):
+            if known is None or any(one() is value for one in known):
+                continue
+            if self._steps == 2 or not _referable(value):
+                self._known[k] = None
+                continue
+            found = found or self._steps > 2
+            self._known[k] = [*(one for one in known if one() is not None), weakref.ref(value)]
+        return found
+
+
+def _referable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (not isinstance(value, _VALUES) and type(value).__weakrefoffset__ > 0)
 
 
 class _Copy:

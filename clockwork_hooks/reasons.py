@@ -16,6 +16,7 @@ DIRECTION = "direction of time is not known yet"
 STRIDE = "time moved by another stride than before"
 BACKWARDS = "time runs against the declared steps"
 NEW = "conditions are new in this step"
+RENEWED = "conditions came as new objects, in the middle of a step"
 COUNT = "several calls with these conditions in the step before"
 AGAIN = "same time and conditions again within a step"
 APART = "another place in the list of times than in the step before"
@@ -64,6 +65,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "a branch that had no call in the step before: guidance begins, a branch paused, embeddings changed or were "
         "made anew on a device",
         "hand over the same embedding objects each step, or `with cw.branch(name):`",
+    ),
+    RENEWED: (
+        "they were the same objects in the steps before: perhaps the next run, with the same prompt",
+        "nothing; or `cw.reset()` before each trajectory",
     ),
     COUNT: (
         "several calls with one time and the same conditions, and their number is not yet known to be regular",

@@ -139,6 +139,11 @@ class Timeline:
         branch = self._branch(conditions)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared)
+        if branch.seen.renewed(conditions):
+            if self._calls == 1:
+                self._begin_again(time, place)
+                return self.at(time, place, conditions, has_time=has_time)
+            self._doubt = reasons.RENEWED  # calls of this step have been counted already
         offset = place.index - self._start.index if place and self._start and not self.declared else 0
         return self._call(branch, Call(offset))
 
@@ -204,6 +209,17 @@ class Timeline:
         self._time, self._place, self._start, self._jump = time, place, place, jump
         self._advance()
 
+    def _begin_again(self, time: float | None, place: Place | None) -> None:
+        """This very call begins a trajectory; of declared steps, if those before it were."""
+        if not self.declared:
+            assert time is not None  # else it would have no place
+            self._begin(time, place)
+            return
+        mark, way = self.mark, self.way
+        self.reset()
+        self.declared, self._time, self._first, self.mark, self.way = True, time, time, mark, way
+        self._advance()
+
     def _check_declared(self, time: float | None) -> None:
         """Declared steps may take any time, but one that went back is not served by the step before."""
         if not self._opened:
@@ -218,10 +234,7 @@ class Timeline:
         if self._direction in (0, direction):
             self._direction = direction
         elif self._first is not None and (time - self._first) * self._direction <= 0:  # back where it began
-            mark, way = self.mark, self.way
-            self.reset()
-            self.declared, self._time, self._first, self.mark, self.way = True, time, time, mark, way
-            self._advance()
+            self._begin_again(time, None)
         else:
             self._doubt = reasons.BACKWARDS
 

@@ -264,9 +264,9 @@ class ClockworkWrapper:
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
 
-        Call it before the step's evaluations, or write `with cw.step(): ...`. From the first declaration until
-        `reset()`, steps are counted by declarations alone. The evaluations of a step are numbered, and the k-th uses
-        the feature of the k-th of the step before.
+        Call it before the step's evaluations, or write `with cw.step(): ...`, where an error ends the trajectory. From
+        the first declaration until `reset()`, steps are counted by declarations alone. The evaluations of a step are
+        numbered, and the k-th uses the feature of the k-th of the step before.
 
         Example:
             >>> def heun(unet, cw, x, sigmas):
@@ -278,7 +278,7 @@ class ClockworkWrapper:
             ...     return x
         """
         self._engine.states.current().timeline.declare()
-        return _Step()
+        return _Step(self.reset)
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
@@ -305,6 +305,9 @@ class ClockworkWrapper:
         names.append(name)
         try:
             yield
+        except BaseException:
+            self.reset()
+            raise
         finally:
             names.pop()
 
@@ -409,13 +412,17 @@ class ClockworkWrapper:
 
 
 class _Step:
-    """What `cw.step()` returns: nothing to keep; a context for those who like to see where a step ends."""
+    """What `cw.step()` returns: a context for those who like to see where a step ends; an error there ends the run."""
+
+    def __init__(self, reset: Callable[[], None]) -> None:
+        self._reset = reset
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *_: object) -> None:
-        return None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._reset()
 
 
 def check_unet(unet: Any) -> None:

@@ -97,6 +97,8 @@ class Program:
             for loop in self.loops.values():
                 for tile in range(loop.tiles):
                     loop.judge.forget((0, tile))
+        elif what == "new objects":  # of the same values
+            self.conditions = [condition.clone() for condition in self.conditions]
         elif what == "off and on":
             self.cw.enabled = False
             x = torch.randn(1, 2, 8, 8, generator=self.random)
@@ -128,7 +130,8 @@ STARTS = st.tuples(
 ORDERS = ["in turn", "in turn", "reversed", "alone"]
 STEPS = st.tuples(st.just("advance"), SLOTS, st.integers(1, 3), st.sampled_from(ORDERS))
 CHANGES = st.tuples(
-    st.just("change"), st.sampled_from(["size", "condition", "off and on", "remove", "error", "interrupt"])
+    st.just("change"),
+    st.sampled_from(["size", "condition", "new objects", "off and on", "remove", "error", "interrupt"]),
 )
 PROGRAMS = st.lists(st.one_of(STARTS, STEPS, STEPS, STEPS, CHANGES), min_size=2, max_size=10)
 SCHEDULES = {"clock 2": ch.Schedule.every(2), "clock 4": ch.Schedule.every(4), "always": lambda step: True}
