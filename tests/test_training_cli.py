@@ -12,7 +12,7 @@ import torch
 import clockwork_hooks as ch
 from clockwork_hooks.cli import main
 from tests.small_unet import Tiny
-from tests.training_parts import GUIDANCE, sampler
+from tests.training_parts import GUIDANCE, Small, sampler
 
 # diffusers 0.42 hands numpy 2 a tensor in `set_timesteps`, in a way that torch and numpy will both give up
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -63,19 +63,44 @@ def test_a_configuration_with_a_factory(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/training.json").read_text())["trajectories"] == 4
 
 
+def without_prompts() -> dict[str, Any]:
+    """A factory that forgets something."""
+    return {name: value for name, value in made().items() if name != "prompts"}
+
+
+def with_adaptor() -> dict[str, Any]:
+    """A factory that brings its own adaptor."""
+    return made(adaptor=Small(), trajectories=1, batch=2)
+
+
+def test_a_factory_may_bring_its_adaptor(tmp_path: Path) -> None:
+    """A table of the configuration goes before it."""
+    for table, files in ({}, {"model.safetensors"}), ({"adaptor": {"kind": "scaled-resnet"}}, {"config.json"}):
+        out = tmp_path / str(len(table))
+        config = {"source": {"kind": "python", "factory": f"{__name__}:with_adaptor"}, "folder": str(out), **table}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert main(["distill", str(tmp_path / "config.json")]) == 0
+        assert files <= {path.name for path in out.iterdir()}
+        assert (out / "config.json").exists() == bool(table)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("[1]", "a configuration is a table"),
         ("{", "TOML or JSON"),
         ('{"source": {"kind": "dream"}}', "a source says what samples"),
-        ('{"source": {"kind": "demo"}, "adaptor": "identity"}', "pass one of resnet, unet"),
+        ('{"source": {"kind": "demo"}, "adaptor": "identity"}', "pass one of resnet, scaled-resnet, unet"),
+        ('{"source": {"kind": "demo"}, "adaptor": {"depth": 3}}', "pass some of inputs, width"),
+        ('{"source": {"kind": "python", "factory": "HERE:without_prompts", "x": 1}}', "the same names"),
+        ('{"source": {"kind": "python", "factory": "HERE:without_prompts"}}', "returned: unet, generate, guidance"),
+        ('{"source": {"kind": "python", "factory": "HERE:quickly"}}', "has no attribute 'quickly'"),
         ('{"source": {"kind": "pipeline", "prompts": ["a"]}}', "a pipeline has a path"),
     ],
 )
 def test_a_bad_configuration(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_text(text.replace("HERE", __name__))
     assert main(["distill", str(path)]) == 2
     assert says in capsys.readouterr().err
 

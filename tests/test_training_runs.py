@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
 import clockwork_hooks as ch
@@ -162,7 +166,11 @@ def test_a_buffer_too_small_for_one_trajectory() -> None:
     assert "pass buffer_gb=" in str(caught.value)
 
 
-def test_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
+
+
+@pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
+def test_the_disk_is_full(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
     adaptor, save, calls = Small(), safetensors.torch.save_file, []
@@ -172,7 +180,7 @@ def test_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         if "trajectories" in str(path):
             calls.append(path)
             if len(calls) > 2:
-                raise OSError(28, "No space left on device")
+                raise error
         save(tensors, path, **more)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
@@ -182,6 +190,58 @@ def test_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert torch.equal(saved["mix.0.weight"], adaptor.mix[0].weight)
     assert json.loads((tmp_path / "training.json").read_text())["trajectories"] == 2
+
+
+@pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
+def test_no_room_for_a_checkpoint_or_for_the_adaptor(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes room for nothing is taken away, so that the adaptor fits; where it does not, both are told."""
+    import safetensors.torch
+
+    save, places = safetensors.torch.save_file, ["partial/"]
+
+    def full(tensors: Any, path: Any, **more: Any) -> None:
+        Path(path).touch()
+        if any(place in str(path) for place in places):
+            raise error
+        save(tensors, path, **more)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ch.DistillError, match="No space left") as caught:
+        quick(Tiny(), Small(), folder=tmp_path / "a", save_every=0)
+    assert "checkpoint before: none" in str(caught.value)
+    assert not any((tmp_path / "a/checkpoint").iterdir())
+    assert safetensors.torch.load_file(tmp_path / "a/model.safetensors")
+    places.append("/model.safetensors")
+    with (
+        pytest.warns(RuntimeWarning, match="could not be saved either"),
+        pytest.raises(ch.DistillError, match="checkpoints are written"),
+    ):
+        quick(Tiny(), Small(), folder=tmp_path / "b", save_every=0)
+    places.remove("partial/")
+    with pytest.raises(ch.DistillError, match="the trained adaptor is saved"):
+        quick(Tiny(), Small(), folder=tmp_path / "c")
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("times", "shown"), [(5, {2, 4}), (20, {2, 8, 14, 20})])
+def test_the_bar_tells_loss_error_by_step_throughput_and_time_left(times: int, shown: set[int]) -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    unet = Tiny()
+    generate = sampler(unet, [1000.0 - 10 * k for k in range(times)])
+    result = quick(unet, Small(), generate, progress=True, console=console, log_every=1000)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    last = [line for line in re.split("[\r\n]", drawn) if "loss" in line][-1]
+    assert "distilling" in last
+    assert "100%" in last
+    assert re.search(r"0:00:\d\d left 0:00:00 [\d.]+ steps/s", last)
+    recent = result.losses[-50:]
+    assert f"loss {sum(recent) / len(recent):.3g}" in last
+    assert {int(step) for step in re.findall(r"(\d+): \d+%", last)} == shown
+    assert all(f"{step}: {result.errors[step]:.0%}" in last for step in shown)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -81,13 +82,22 @@ class LearnedAdaptor(SavedAdaptor):
             **own: options of the kind of adaptor; what is None or left out follows from the region.
 
         Raises:
-            ArgumentError: `inputs` names something else, or nothing that the region has.
+            ArgumentError: `inputs` names something else, or nothing that the region has; or the kind of adaptor has no
+                such option.
             AdaptorError: the region's edge is laid out in a way that no adaptor of this kind reads.
         """
         unknown = [name for name in inputs if name not in INPUTS]
         if unknown or isinstance(inputs, str):
             raise ArgumentError(
                 f"inputs are some of {', '.join(INPUTS)}", seen={"inputs": inputs}, do='pass inputs=("entry", "exit")'
+            )
+        known = inspect.signature(cls.sized).parameters
+        strange = [name for name in own if name not in known]
+        if strange and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
+            raise ArgumentError(
+                f"{cls.__name__} has options of its own",
+                seen={"unknown": ", ".join(strange)},
+                do=f"pass some of inputs, {', '.join(name for name in known if name != 'channels')}",
             )
         given = region.inputs
         if "exit" not in inputs and not ("entry" in inputs and "entry" in given):

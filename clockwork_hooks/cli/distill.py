@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,9 +44,9 @@ source.kind = "pipeline": path (a diffusers folder), prompts (a text file, a pro
 (class name), height, width, dtype, device.
 
 source.kind = "python": factory = "package.module:function", which gets the rest of the table and returns the
-arguments of clockwork_hooks.distill: unet, generate, prompts, guidance, ...
+arguments of clockwork_hooks.distill: unet, generate, prompts, guidance, an adaptor of your own, ...
 
-adaptor.kind = "resnet" or "unet", with the options of its class (width, inputs, light, ...).
+adaptor.kind = "resnet", "scaled-resnet" or "unet", with the options of its class (width, inputs, light, ...).
 
 {EXIT_CODES}
 """
@@ -78,9 +79,12 @@ def distill(
         options["buffer_gb"] = buffer_gb
     options["folder"] = folder or options.get("folder") or "clockwork-adaptor"
     mode = options.pop("mode", "unrolled")
-    adaptor = _adaptor(options.pop("adaptor", {}))
-    given = _source(options.pop("source", {}), mode)
-    result = train(adaptor=adaptor, resume=resume, **{**given, "mode": mode, **options})
+    table = options.pop("adaptor", None)
+    adaptor = _adaptor(table or {})
+    given = {"adaptor": adaptor, **_source(options.pop("source", {}), mode)}
+    if table is not None:
+        given["adaptor"] = adaptor
+    result = train(resume=resume, **{**given, "mode": mode, **options})
     show(result.table())
     typer.echo(result.folder)
 
@@ -131,18 +135,11 @@ def _set(options: dict[str, Any], text: str) -> None:
 
 
 def _adaptor(table: Any) -> Any:
-    from clockwork_hooks import adaptors
-    from clockwork_hooks.errors import AdaptorError
+    from clockwork_hooks.training.setup import kind_of
 
-    kinds = {"resnet": "ResNetAdaptor", "unet": "UNetAdaptor"}
     own = {"kind": table} if isinstance(table, str) else dict(table)
-    kind = own.pop("kind", "resnet")
-    found = getattr(adaptors, kinds.get(kind, ""), None)
-    if found is None:
-        raise AdaptorError(
-            "an adaptor to train has a kind", seen={"kind": repr(kind)}, do=f"pass one of {', '.join(kinds)}"
-        )
-    return lambda region: found.for_region(region, **own)
+    kind = kind_of(own.pop("kind", "resnet"))
+    return lambda region: kind.for_region(region, **own)
 
 
 def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
@@ -163,11 +160,35 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
     if kind == "python":
         from clockwork_hooks.models import find_factory
 
-        module, _, factory = str(own.pop("factory", "")).partition(":")
-        made: dict[str, Any] = find_factory(module or "?", factory)(**own)
-        return made
+        name = str(own.pop("factory", ""))
+        module, _, factory = name.partition(":")
+        return _made(name, find_factory(module or "?", factory), own)
     raise ArgumentError(
         "a source says what samples",
         seen={"source.kind": repr(kind)},
         do='pass "demo", "pipeline" or "python" in the table "source"; clockwork-hooks distill --help tells more',
     )
+
+
+def _made(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user's factory makes of the rest of the source's table."""
+    from clockwork_hooks.errors import ArgumentError
+
+    try:
+        inspect.signature(factory).bind(**own)
+    except TypeError as error:
+        raise ArgumentError(
+            "a factory takes the rest of the source's table",
+            seen={"factory": f"{name}{inspect.signature(factory)}", "table": dict(own), "error": error},
+            do="give the factory's parameters and the table the same names",
+        ) from error
+    made = factory(**own)
+    needed = ("unet", "generate", "prompts")
+    if not isinstance(made, Mapping) or not all(one in made for one in needed):
+        told = ", ".join(made) if isinstance(made, Mapping) else f"a {type(made).__name__}"
+        raise ArgumentError(
+            "a factory returns the arguments of clockwork_hooks.distill as a dict",
+            seen={"factory": name, "returned": told},
+            do=f"return {', '.join(needed)}, and what else should be set: guidance, facts, ...",
+        )
+    return dict(made)

@@ -32,7 +32,7 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
         run: what else the run goes on from; "trajectories" names the checkpoint.
 
     Raises:
-        DistillError: the folder cannot be written; the checkpoint before is still there.
+        DistillError: the folder cannot be written; the checkpoint before, if any, is still there.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -54,10 +54,12 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # room for the adaptor itself
+        before = saved(folder)
         raise DistillError(
             "checkpoints are written into the run's folder",
-            seen={"folder": parent, "error": error},
-            do="free some space and go on with resume=True; the checkpoint before is still there",
+            seen={"folder": parent, "error": error, "checkpoint before": before or "none"},
+            do="free some space and go on with resume=True" if before else "free some space, or pass another folder=",
         ) from error
 
 

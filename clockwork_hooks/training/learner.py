@@ -157,7 +157,8 @@ class Learner:
             raise DistillError(
                 "losses are finite numbers",
                 seen={"adaptor": self.name, "loss": losses[wrong[0]], "adaptor step": first + 1},
-                do='pass a lower lr=, or precision="bf16" in the place of "fp16"; the weights before it are kept',
+                do="see that the UNet itself returns finite numbers; pass a lower lr=, or precision='bf16' in the "
+                "place of 'fp16'; the weights before it are kept",
             )
         for step, error, size in zip(steps, sizes[::2], sizes[1::2], strict=True):
             self.errors[step] = (error / size) ** 0.5 if size > 0 else 0.0

@@ -175,6 +175,9 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         DistillError: the folder cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(adaptor, "save_pretrained"):
@@ -182,11 +185,9 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
                 adaptor.facts = {**adaptor.facts, **facts}
             adaptor.save_pretrained(folder)
         else:
-            from safetensors.torch import save_file
-
             tensors = {name: tensor.contiguous().cpu() for name, tensor in adaptor.state_dict().items()}
             save_file(tensors, folder / "model.safetensors")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DistillError(
             "the trained adaptor is saved in the run's folder",
             seen={"folder": folder, "error": error},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,7 +19,12 @@ from clockwork_hooks.training.learner import Learner
 from clockwork_hooks.training.losses import Loss, Weights, loss_of
 from clockwork_hooks.training.options import MODES, Student, TrainingOptions
 
-__all__ = ["check", "check_folder", "chosen", "learners_of", "students_of"]
+if TYPE_CHECKING:
+    from clockwork_hooks.adaptors import LearnedAdaptor
+
+__all__ = ["KINDS", "check", "check_folder", "chosen", "kind_of", "learners_of", "students_of"]
+
+KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}
 
 
 def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) -> None:
@@ -103,7 +108,7 @@ def students_of(adaptor: Any, region: Region) -> dict[str, Student]:
 
 def _made(adaptor: Any, region: Region) -> nn.Module:
     if isinstance(adaptor, str):
-        adaptor = _by_name(adaptor)
+        adaptor = kind_of(adaptor).for_region
     made = adaptor if isinstance(adaptor, nn.Module) else adaptor(region) if callable(adaptor) else None
     if not isinstance(made, nn.Module):
         raise AdaptorError(
@@ -115,19 +120,22 @@ def _made(adaptor: Any, region: Region) -> nn.Module:
     return made
 
 
-def _by_name(name: str) -> Callable[[Region], nn.Module]:
+def kind_of(name: str) -> type[LearnedAdaptor]:
+    """The class of adaptors of this name.
+
+    Raises:
+        AdaptorError: there is none.
+    """
     from clockwork_hooks import adaptors
 
-    kinds = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}
-    found = getattr(adaptors, kinds.get(name, ""), None)
-    if found is None:
+    if name not in KINDS:
         raise AdaptorError(
             "an adaptor to train is known by its name, or is a module",
             seen={"adaptor": repr(name)},
-            do=f"pass one of {', '.join(kinds)}; the identity has nothing to train",
+            do=f"pass one of {', '.join(KINDS)}; the identity has nothing to train",
         )
-    made: Callable[[Region], nn.Module] = found.for_region
-    return made
+    kind: type[LearnedAdaptor] = getattr(adaptors, KINDS[name])
+    return kind
 
 
 def learners_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,10 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly(error: BaseException | None) -> Iterator[None]:
-    """While an error is on its way out, another one while saving does not hide it."""
+    """While an error is on its way out, another one while saving does not hide it, but warns."""
     try:
         yield
-    except DistillError:
+    except DistillError as other:
         if error is None:
             raise
+        warnings.warn(f"what was trained could not be saved either: {other}", RuntimeWarning, stacklevel=4)
