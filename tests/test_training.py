@@ -179,6 +179,45 @@ def test_is_algorithm_1(loss: str, clock: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_accumulate_and_weights_are_averaged() -> None:
+    """Two adaptor steps a gradient step; what comes back is the moving average of the weights, from the first on."""
+    unet, adaptor, twin, averaged = Tiny(), Small(), Small(), Small()
+    batches: list[list[int]] = []
+    generate, averages = sampler(unet), []
+
+    def watched(batch: list[int]) -> None:
+        batches.append(batch)
+        generate(batch)
+
+    def average() -> None:
+        averages.append(1)
+        with torch.no_grad():
+            for mean, now in zip(averaged.parameters(), twin.parameters(), strict=True):
+                mean.copy_(now if len(averages) == 1 else 0.75 * mean + 0.25 * now)
+
+    result = quick(unet, adaptor, watched, max_norm=None, hold=1, accumulate=2, ema=0.75, trajectories=5)
+    expected = by_hand(unet, twin, batches[1:], clock=2, loss="guided-output", lr=1e-2, accumulate=2, after=average)
+    assert result.losses == pytest.approx(expected, rel=1e-4)
+    assert result.students["adaptor"].updates == len(averages) == 5
+    for mine, theirs, last in zip(adaptor.parameters(), averaged.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(mine, last, rtol=1e-3, atol=1e-5)
+
+
+def test_prompts_come_in_a_new_order_each_time_they_are_used_up() -> None:
+    unet = Tiny()
+    generate, batches = sampler(unet), []
+
+    def watched(batch: list[int]) -> None:
+        batches.append(batch)
+        generate(batch)
+
+    quick(unet, Small(), watched, prompts=range(8), trajectories=12, hold=3)
+    orders = [sum(batches[1:][at : at + 4], []) for at in (0, 4, 8)]  # noqa: RUF017
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_branches_in_one_call_or_in_two_are_the_same(loss: str) -> None:
     unet = Tiny()

@@ -229,7 +229,7 @@ def test_no_room_for_a_checkpoint_or_for_the_adaptor(
 
 @pytest.mark.parametrize(("times", "shown"), [(5, {2, 4}), (20, {2, 8, 14, 20})])
 def test_the_bar_tells_loss_error_by_step_throughput_and_time_left(times: int, shown: set[int]) -> None:
-    console = Console(file=StringIO(), force_terminal=True, width=120)
+    console = Console(file=StringIO(), force_terminal=True, width=160)
     unet = Tiny()
     generate = sampler(unet, [1000.0 - 10 * k for k in range(times)])
     result = quick(unet, Small(), generate, progress=True, console=console, log_every=1000)
@@ -328,9 +328,8 @@ def test_a_wrapped_unet_is_refused_and_an_error_of_the_sampler_is_its_own() -> N
 
 def test_the_folder_is_what_wrap_takes(tmp_path: Path) -> None:
     unet = Tiny()
-    result = quick(unet, "resnet", folder=tmp_path, facts={"sampler": "Euler"}, ema=0.5, tracker="tensorboard")
+    result = quick(unet, "resnet", folder=tmp_path, facts={"sampler": "Euler"}, ema=0.5)
     assert (tmp_path / "README.md").is_file()
-    assert any((tmp_path / "logs").rglob("events.*"))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["region"]["fingerprint"] == result.region.fingerprint
     assert (config["facts"]["sampler"], config["facts"]["steps"], config["facts"]["schedule"]) == (
@@ -354,15 +353,29 @@ def test_random_numbers_of_the_caller_go_on() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_tensorboard_holds_losses_and_errors(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = quick(Tiny(), Small(), folder=tmp_path, tracker="tensorboard", log_every=2)
+    (events,) = (path for path in (tmp_path / "logs").rglob("events.*"))
+    read = EventAccumulator(str(events.parent)).Reload()
+    assert {"adaptor/loss", "adaptor/error/step 2", "adaptor/error/step 4"} <= set(read.Tags()["scalars"])
+    loss = read.Scalars("adaptor/loss")[-1]
+    assert (loss.step, loss.value) == (len(result.losses), pytest.approx(result.losses[-1]))
+    assert read.Scalars("adaptor/error/step 2")[-1].value == pytest.approx(result.errors[2])
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_half_precision_unet_trains_a_float32_adaptor(precision: str) -> None:
-    unet = Tiny().bfloat16()
+    unet, adaptor, seen = Tiny().bfloat16(), Small(), set()
+    adaptor.mix[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
     generate = sampler(unet)
 
     def cast(batch: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             generate(batch)
 
-    result = quick(unet, Small(), cast, precision=precision)
+    result = quick(unet, adaptor, cast, precision=precision)
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert next(result.adaptor.parameters()).dtype == torch.float32
     assert all(0 < loss < 10 for loss in result.losses)

@@ -70,8 +70,10 @@ def by_hand(
     times: Sequence[float] = TIMES,
     scale: Callable[[float], float | None] = lambda t: GUIDANCE,
     within: Sequence[float] | None = None,
+    accumulate: int = 1,
+    after: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Algorithm 1 with plain hooks, and the three losses as they are defined."""
+    """Algorithm 1 with plain hooks, and the three losses as they are defined; `after` each gradient step."""
     optimizer = torch.optim.Adam(adaptor.parameters(), lr=lr)
     losses = []
     for batch in batches:
@@ -92,10 +94,12 @@ def by_hand(
                 continue
             made = adaptor(entry, cached, time=None, text=None)
             value = _loss(loss, unet, args, made, exit, output, scale(float(args[1])))
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            (value / accumulate).backward()
             losses.append(value.item())
+            if len(losses) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                after()
             cached = made.detach()
     return losses
 

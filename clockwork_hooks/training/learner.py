@@ -220,7 +220,7 @@ class Learner:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
         before = cached.to(self.dtype)
-        with self.accelerator.autocast():
+        with torch.autocast(cached.device.type, enabled=False), self.accelerator.autocast():  # ours, not the sampler's
             made: Tensor = model(
                 cast(captured.get("entry")), before, time=cast(captured.get("time")), text=cast(captured.get("text"))
             )
