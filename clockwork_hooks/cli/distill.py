@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,8 +86,9 @@ def distill(
     if table is not None:
         given["adaptor"] = adaptor
     result = train(resume=resume, **{**given, "mode": mode, **options})
-    show(result.table())
-    typer.echo(result.folder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+        show(result.table())
+        typer.echo(result.folder)
 
 
 def _read(config: str) -> dict[str, Any]:

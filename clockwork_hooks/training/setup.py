@@ -67,7 +67,7 @@ def check_folder(folder: Path | None, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write").touch()
-        (folder / ".write").unlink()
+        (folder / ".write").unlink(missing_ok=True)  # another process may have been quicker
     except OSError as error:
         raise DistillError(
             "the run's folder can be written",
