@@ -19,6 +19,7 @@ LABEL = 118.0  # left of the U: resolution and MACs of each level
 ROW, GAP = 66.0, 40.0
 MIDDLE = 56.0  # the least room between the two arms
 SPACE, THIN = 3.0, 5.0
+TURN = 13.0  # how far above the lower row the flow turns
 LETTER = 6.1  # width of a letter of 11 px text, about
 
 
@@ -170,9 +171,10 @@ def _flow(diagram: Diagram, places: dict[int, Box]) -> Iterator[Line]:
         if a.level != b.level:
             one, two = places[k], places[k + 1]
             down = b.level > a.level
-            start = (one.x + one.width / 2, one.y + (ROW if down else 0))
-            end = (two.x + two.width / 2, two.y + (0 if down else ROW))
-            yield Line((start, end), "flow", arrow=True)
+            x1, y1 = one.x + one.width / 2, one.y + (ROW if down else 0)
+            x2, y2 = two.x + two.width / 2, two.y + (0 if down else ROW)
+            between = max(y1, y2) - TURN  # nearer to the lower row: the words at the marks hang from the upper one
+            yield Line(((x1, y1), (x1, between), (x2, between), (x2, y2)), "flow", arrow=True)
 
 
 def _arcs(diagram: Diagram, places: dict[int, Box]) -> Iterator[Line]:

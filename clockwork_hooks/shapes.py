@@ -40,7 +40,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve: a straight line for two points, a quadratic one for three (the middle one is its control point)."""
+    """A quadratic curve for three points (the middle one is its control point), else straight from point to point."""
 
     points: tuple[tuple[float, float], ...]
     kind: str
@@ -99,7 +99,7 @@ def _svg_of(shape: Box | Line | Word) -> str:
         )
     if isinstance(shape, Line):
         points = [f"{x:.1f} {y:.1f}" for x, y in shape.points]
-        path = f"M{points[0]}L{points[1]}" if len(points) == 2 else f"M{points[0]}Q{points[1]} {points[2]}"
+        path = f"M{points[0]}Q{points[1]} {points[2]}" if len(points) == 3 else f"M{'L'.join(points)}"
         arrow = ' marker-end="url(#ch-arrow)"' if shape.arrow else ""
         return f'<path class="{shape.kind}" d="{path}"{arrow} />'
     bold = ' font-weight="600"' if shape.bold else ""
@@ -145,7 +145,7 @@ def _png(page: Drawing, target: Path) -> None:
             )  # fmt: skip
             axes.add_patch(patch)
         elif isinstance(item, Line):
-            codes = [Curve.MOVETO, *([Curve.LINETO] if len(item.points) == 2 else [Curve.CURVE3, Curve.CURVE3])]
+            codes = [Curve.MOVETO, *[Curve.CURVE3 if len(item.points) == 3 else Curve.LINETO] * (len(item.points) - 1)]
             axes.add_patch(PathPatch(Curve(list(item.points), codes), fill=False, edgecolor=line, linewidth=0.9))
         else:
             axes.text(

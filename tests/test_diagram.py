@@ -86,6 +86,24 @@ def test_nothing_leaves_the_page(drawn):
             assert all(float(n) >= 0 for n in re.findall(r"-?\d+\.\d", path.get("d")))
 
 
+def test_the_flow_crosses_no_word(drawn):
+    """Its straight pieces against the places of `entry` and `exit`, 26 × 9 pixels each."""
+    _, made = drawn
+    root = ET.fromstring(made.to_svg())
+    marks = [word for word in root.iter(f"{SVG}text") if word.text in ("entry", "exit")]
+    flows = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "flow" and path.get("marker-end")]
+    assert len(marks) == 2
+    assert flows
+    for word in marks:
+        x, y = float(word.get("x")), float(word.get("y"))
+        left = x - 26 * (word.get("text-anchor") == "end")
+        for path in flows:
+            points = [tuple(map(float, point.split())) for point in re.split("[ML]", path) if point]
+            for (x1, y1), (x2, y2) in pairwise(points):
+                beside = max(x1, x2) < left or min(x1, x2) > left + 26
+                assert beside or max(y1, y2) < y - 9 or min(y1, y2) > y, word.text
+
+
 def test_widths_go_by_macs(drawn):
     _, made = drawn
     root = ET.fromstring(made.to_svg())
