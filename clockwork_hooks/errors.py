@@ -14,11 +14,13 @@
     └── DemoError                         the demo's prompt or weights cannot be used
     NoEffectWarning (UserWarning)         wrapping changes nothing (clock 1)
 
-Every message has three parts: the rule, what was seen (one value a line), and what to do.
+Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python
+3.11 or newer) stands the page of docs/errors with causes and fixes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 __all__ = [
@@ -46,6 +48,9 @@ class ClockworkError(Exception):
         seen: what was found instead, name → value; one a line in the message.
         do: what the reader can do about it.
 
+    Attributes:
+        page: the page of this project's documentation with the error's causes and fixes.
+
     Example:
         >>> print(ArgumentError("clock is an int of at least 1", seen={"clock": 0}, do="pass clock=2"))
         clock is an int of at least 1
@@ -61,6 +66,14 @@ class ClockworkError(Exception):
         if do:
             lines.append(f"What to do: {do}")
         super().__init__("\n".join(lines))
+        if sys.version_info >= (3, 11):
+            self.add_note(f"Causes and fixes: {self.page}")
+
+    @property
+    def page(self) -> str:
+        """Of the class itself, or of the public one that it is a kind of."""
+        public = next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in __all__)
+        return f"docs/errors/{'index' if public == 'ClockworkError' else public}.md"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.rule, self.seen, self.do)

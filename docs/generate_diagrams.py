@@ -1,4 +1,7 @@
-"""Draw eight UNets of the zoo into docs/diagrams: `python docs/generate_diagrams.py [--out FOLDER] [--format png]`."""
+"""Draw eight UNets, and why an exit is one, into docs/diagrams.
+
+python docs/generate_diagrams.py [--out FOLDER] [--format png]
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,15 @@ ZOO_CASES = {
     "nested": "nested",
     "several-entries": "several_entries",
 }
-NAMES = (*ZOO_CASES, "dit")
+NAMES = (*ZOO_CASES, "dit", "dominance")
 
 
-def make(name: str) -> Diagram:
-    """The diagram of one of `NAMES`; weights are random and play no part in it."""
+def make(name: str) -> Any:
+    """The diagram of one of `NAMES`, with `to_svg` and `save`; weights are random and play no part in it."""
+    if name == "dominance":
+        from docs.draw_dominance import picture
+
+        return picture()
     if name == "dit":
         return by_hand()
     from tests.zoo import ZOO
@@ -60,5 +67,5 @@ def main() -> None:
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(HERE.parent))  # tests.zoo
+    sys.path.insert(0, str(HERE.parent))  # tests.zoo, docs.draw_dominance
     main()

@@ -91,7 +91,9 @@ def test_the_flow_crosses_no_word(drawn):
     _, made = drawn
     root = ET.fromstring(made.to_svg())
     marks = [word for word in root.iter(f"{SVG}text") if word.text in ("entry", "exit")]
-    flows = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "flow" and path.get("marker-end")]
+    flows = [
+        path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "flow" and path.get("marker-end")
+    ]
     assert len(marks) == 2
     assert flows
     for word in marks:

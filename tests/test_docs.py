@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import clockwork_hooks as ch
@@ -42,3 +43,15 @@ def test_the_site_fetches_nothing() -> None:
     for path in DOCS.rglob("*.md"):
         fetched = re.search(r"!\[[^\]]*\]\(https?:|<(img|script|link)[^>]*https?:", path.read_text(encoding="utf-8"))
         assert not fetched, path
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")))
+def test_a_page_begins_with_what_it_is_for(page: str) -> None:
+    """A title, then a sentence; and who cannot see its pictures is told what they show."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    title, first, *_ = (part for part in text.split("\n\n") if not part.startswith("<!--"))
+    assert re.match(r"# \S", title)
+    assert re.match(r"[A-Z`*\[]", first), first
+    assert not first.startswith("- "), first
+    for alt in re.findall(r"!\[([^\]]*)\]", text):
+        assert len(alt) > 12, alt

@@ -1,6 +1,9 @@
 """Every Python block of the documentation runs, and what it says it prints or raises is what happens."""
 
 import re
+import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks import errors
+from clockwork_hooks.demo.errors import CaptionError
 from docs import generate_diagrams
 from tests import test_analysis, test_editing
 from tests.pipelines import parts
@@ -17,7 +21,7 @@ from tests.small_unet import Tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ELSEWHERE = {"regions.md", "errors.md", "index.md"}  # test_docs_regions.py; below; the README's
+ELSEWHERE = {"regions.md", "index.md"}  # test_docs_regions.py; the README's
 
 
 def blocks(path: Path) -> list[str]:
@@ -76,37 +80,60 @@ def test_the_start_shows_the_five_lines_of_the_readme() -> None:
     assert blocks(DOCS / "index.md") == blocks(ROOT / "README.md")[:1]
 
 
-def sections() -> dict[str, str]:
-    title, *found = re.split(r"^## ", (DOCS / "errors.md").read_text(encoding="utf-8"), flags=re.M)
-    parts = {"": title} | dict(section.split("\n", 1) for section in found)
-    return {name.strip(): text for name, text in parts.items()}
+ERRORS = [name for name in errors.__all__ if name != "ClockworkError"]  # the base has the index
+CASE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?|^```text\n(.*?)^```", re.M | re.S)
 
 
-def test_every_error_has_a_section() -> None:
-    assert sorted(sections()) == sorted(known())
+def test_every_error_has_its_page() -> None:
+    """And no other: what is raised names the page."""
+    pages = {path.relative_to(ROOT).as_posix() for path in (DOCS / "errors").glob("*.md")}
+    kinds = [getattr(errors, name) for name in errors.__all__]
+    named = {
+        kind("a rule").page if issubclass(kind, ch.ClockworkError) else f"docs/errors/{kind.__name__}.md"
+        for kind in kinds
+    }
+    assert pages == named
+    index = (DOCS / "errors" / "index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\w+)\]\(\1\.md\)", index, re.M) == sorted(ERRORS, key=index.index)
+    assert set(re.findall(r"\]\((\w+)\.md\)", index)) == set(ERRORS)
 
 
-def known() -> list[str]:
-    return ["", *(name for name in errors.__all__ if name != "ClockworkError")]
+def test_a_kind_of_a_public_error_has_its_page_and_says_so() -> None:
+    error = CaptionError("a rule")
+    assert error.page == "docs/errors/DemoError.md"
+    if sys.version_info >= (3, 11):
+        assert "".join(traceback.format_exception(error)).endswith("\nCauses and fixes: docs/errors/DemoError.md\n")
 
 
-@pytest.mark.parametrize("name", known()[1:])
-def test_an_errors_message_is_the_one_that_comes(name: str) -> None:
-    """By running the example; where there is none, rule and advice stand in the code."""
-    parts = sections()
-    said = re.findall(r"^```text\n(.*?)\n```", parts[name], re.M | re.S)[0]
-    examples = re.findall(r"^```python\n(.*?)^```", parts[name], re.M | re.S)
-    if not examples:
-        code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "clockwork_hooks").glob("*.py"))
-        rule, *_ = lines = said.splitlines()
-        assert rule in code
-        assert issubclass(getattr(errors, name), Warning) or lines[-1].removeprefix("What to do: ") in code
-        return
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile imports what is deprecated
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_examples_of_an_errors_page_say_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block with a message below it raises the error with it, others raise nothing; a lone message is in the code."""
+    monkeypatch.chdir(tmp_path)
+    kind, page = getattr(errors, name), (DOCS / "errors" / f"{name}.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "clockwork_hooks").rglob("*.py"))
     space: dict[str, Any] = {"__name__": "docs"}
-    exec(re.findall(r"^```python\n(.*?)^```", parts[""], re.M | re.S)[0], space)
-    with pytest.raises(getattr(errors, name)) as caught:
-        exec(examples[0], space)
-    assert str(caught.value) == said
+    exec(blocks(DOCS / "errors" / "index.md")[0], space)
+    raised = 0
+    with warnings.catch_warnings():
+        for example, message, lone in CASE.findall(page):
+            if lone:
+                assert re.search(re.escape(lone.strip()).replace(re.escape("..."), ".*"), code), lone
+            elif message:
+                with pytest.raises(ch.ClockworkError if kind is not ch.NoEffectWarning else kind) as caught:
+                    exec(example, space)
+                assert type(caught.value) is kind or kind is errors.DemoError, caught.value
+                assert isinstance(caught.value, kind)
+                said = re.escape(message.rstrip("\n")).replace(re.escape("..."), ".*")
+                assert re.fullmatch(said, str(caught.value)), caught.value
+                raised += 1
+            else:
+                exec(example, space)
+    assert raised
+    assert "**Cause:**" in page
+    assert page.count("**Fix:**") >= raised
 
 
 @pytest.mark.parametrize("name", generate_diagrams.NAMES)

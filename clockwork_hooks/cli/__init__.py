@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
-        text = str(error)
+        text = f"{error}\nCauses and fixes: {error.page}"
         if debug:
             raise
     except Exception as error:  # the model's own code failed
