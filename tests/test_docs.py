@@ -1,5 +1,6 @@
 """The documentation: every page is reached, every public name is described, nothing is fetched."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import clockwork_hooks as ch
+from benchmarks import few_steps
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -55,3 +57,18 @@ def test_a_page_begins_with_what_it_is_for(page: str) -> None:
     assert not first.startswith("- "), first
     for alt in re.findall(r"!\[([^\]]*)\]", text):
         assert len(alt) > 12, alt
+
+
+def test_the_limits_are_those_that_were_measured() -> None:
+    """`python -m benchmarks.few_steps` renders the JSON; its sentences say what the rows say."""
+    found = json.loads(few_steps.RESULT.read_text(encoding="utf-8"))
+    assert f"<!-- few steps -->\n{few_steps.markdown(found)}<!-- /few steps -->" in (DOCS / "limits.md").read_text(
+        "utf-8"
+    )
+    by = {(row["sampler"], row["steps"], row["kind"]): row for row in found["rows"]}
+    for (sampler, steps, kind), row in by.items():
+        if kind == "identity":
+            assert row["psnr"] < by[sampler, steps, "fewer"]["psnr"]
+        if kind == "trained":
+            assert abs(row["psnr"] - by[sampler, steps, "fewer"]["psnr"]) < 0.3
+    assert by["ddim", 4, "fewer"]["macs"] < by["ddim", 4, "identity"]["macs"]
