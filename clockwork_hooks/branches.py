@@ -21,11 +21,13 @@ class Kept:
         key: input signature and modes of the call.
         exit: the tensor.
         version: its counter of in-place writes, when it was kept.
+        weights: state of the UNet's weights in the call.
     """
 
     key: Hashable
     exit: torch.Tensor
     version: int
+    weights: Hashable
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
 from clockwork_hooks.timeline import Position, Timeline
 from clockwork_hooks.tree import tensors
+from clockwork_hooks.weights import Weights
 
 __all__ = ["Emit", "Engine", "Prepared", "Running", "likely_exits"]
 
@@ -66,6 +67,7 @@ class Running:
     error: BaseException | None
     arguments: Arguments
     key: tuple[Any, ...]
+    weights: Hashable
     recorder: Recorder | None = None
     prepared: Prepared | None = None
     position: Position | None = None
@@ -110,6 +112,7 @@ class Engine:
         self.stats = Stats()
         self.states = States()
         self.installed = Installed(self)
+        self.weights = Weights(unet)
         self._binder = Binder(unet.forward)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
@@ -138,7 +141,7 @@ class Engine:
         arguments = self._binder(args, kwargs)
         key = (arguments.signature, *_mode(module, arguments))
         frame = sys._getframe(3)  # ours ← the wrapper's ← the hook's ← the root's call
-        running = Running(frame, sys.exc_info()[1], arguments, key)
+        running = Running(frame, sys.exc_info()[1], arguments, key, self.weights.state())
         state.running.append(running)
         running.reason = stands_apart()
         if running.reason is not None:
@@ -230,6 +233,8 @@ class Engine:
             return before.missing if before else reasons.NOT_KEPT
         if before.kept.key != running.key:
             return reasons.CHANGED
+        if before.kept.weights != running.weights:
+            return reasons.WEIGHTS
         if before.kept.version != version(before.kept.exit):
             return reasons.WRITTEN
         return None
@@ -271,7 +276,7 @@ class Engine:
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None:
-                position.call.kept = Kept(running.key, self._free(exit), version(exit))
+                position.call.kept = Kept(running.key, self._free(exit), version(exit), running.weights)
 
     def _find(self, trace: Trace, wanted: Region | Choice, known: Region | None) -> tuple[Region | None, str]:
         """The region of this trace: the one known from other inputs if it is there; None, and why."""
@@ -359,7 +364,7 @@ class Engine:
             prepared.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
             position.call.missing = reasons.WRITTEN
         else:
-            position.call.kept = Kept(running.key, self._free(run.exit), version(run.exit))
+            position.call.kept = Kept(running.key, self._free(run.exit), version(run.exit), running.weights)
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
         """The exit to keep: without the graph that made it, unless gradients shall flow into the step before."""

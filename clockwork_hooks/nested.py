@@ -179,7 +179,7 @@ class NestedEngine(Engine):
                 if version(exit) != written:
                     layer.copies, call.missing = True, reasons.WRITTEN
                     continue
-                call.kept = Kept(running.key, self._free(exit), written)
+                call.kept = Kept(running.key, self._free(exit), written, running.weights)
             elif before is not None:  # inside of what was skipped: it emitted nothing
                 call.kept, call.missing = before.take(), before.missing
 

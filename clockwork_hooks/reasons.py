@@ -22,6 +22,7 @@ AGAIN = "same time and conditions again within a step"
 APART = "another place in the list of times than in the step before"
 CROWDED = "too many calls in one step to remember"
 CHANGED = "inputs or modes changed since the step before"
+WEIGHTS = "weights or adapters of the UNet changed since the step before"
 NOT_KEPT = "no feature was kept in the step before"
 WRITTEN = "the kept feature was written to"
 DIFFERED = "calls differed from the traced ones"
@@ -89,6 +90,10 @@ REASONS: dict[str, tuple[str, str]] = {
     CHANGED: (
         "batch, resolution, dtype, device, an argument that came or went, autocast, gradients or training mode",
         "nothing; once per change",
+    ),
+    WEIGHTS: (
+        "weights were loaded or written to, or a LoRA was loaded, switched, scaled, fused or taken off",
+        "nothing; once per change. `cw.reset()` after writes through `.data`, which leave no mark",
     ),
     NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
     WRITTEN: (

@@ -25,6 +25,7 @@ FLOOR = {
     "reasons": 0,
     "report": 0,
     "tree": 0,
+    "weights": 20,
     "apart": 10,
     "examples": 10,
     "frechet": 10,

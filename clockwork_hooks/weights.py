@@ -1,0 +1,73 @@
+"""Are the UNet's weights still those of the step before? By counters and switches: no value of a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.passes import version
+
+__all__ = ["Weights"]
+
+_PARAMETERS, _LAYERS = 32, 8
+
+
+class Weights:
+    """Watches parameters and PEFT's layers, some of each where there are many: what changes weights changes many.
+
+    Noticed: whatever is written to parameters (`load_state_dict`, an optimizer, an average of weights), and adapters
+    of PEFT that are loaded, switched, scaled, fused or taken off. Writes through `.data` leave no mark.
+
+    Args:
+        unet: the UNet.
+
+    Example:
+        >>> unet = nn.Conv2d(1, 1, 1)
+        >>> weights = Weights(unet)
+        >>> before = weights.state()
+        >>> _ = unet.load_state_dict(unet.state_dict())
+        >>> weights.state() == before
+        False
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._unet = unet
+        self._adapters: tuple[str, ...] | None = None
+        self._owners: Sequence[tuple[dict[str, Any], str]] = ()
+        self._layers: Sequence[Any] = ()
+
+    def state(self) -> tuple[Hashable, ...]:
+        """Equal for two calls between which no weight has changed."""
+        adapters = tuple(vars(self._unet).get("peft_config") or ())
+        if adapters != self._adapters:
+            self._adapters = adapters
+            self._look()
+        try:  # offloading exchanges the parameters: they are looked up in each call
+            written = sum([owner[name]._version for owner, name in self._owners])
+        except (KeyError, AttributeError, RuntimeError):  # gone, None, or made under `inference_mode`
+            written = sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
+        return (adapters, written, *(_switches(layer) for layer in self._layers))
+
+    def _look(self) -> None:
+        modules = list(self._unet.modules())
+        owners = [(module._parameters, name) for module in modules for name in module._parameters]
+        self._owners = _spread(owners, _PARAMETERS)
+        self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
+
+
+def _spread(found: list[Any], count: int) -> list[Any]:
+    """So many of them, evenly, the last one among them."""
+    return found if len(found) <= count else [found[(k + 1) * len(found) // count - 1] for k in range(count)]
+
+
+def _switches(layer: Any) -> tuple[Hashable, ...]:
+    """Of a layer that PEFT has put around one of the UNet's: which adapters are on, how strong, fused or not."""
+    active = layer._active_adapter
+    return (
+        layer._disable_adapters,
+        active if isinstance(active, str) else tuple(active),
+        tuple(layer.merged_adapters),
+        tuple(getattr(layer, "scaling", {}).values()),
+    )

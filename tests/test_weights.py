@@ -1,0 +1,115 @@
+"""Weights that change in the middle of a trajectory: one full pass, with its reason; then on as before."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import clockwork_hooks as ch
+from clockwork_hooks import weights
+from clockwork_hooks.weights import Weights
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+REASON = "weights or adapters of the UNet changed since the step before"
+
+
+def loaded(unet: Tiny) -> None:
+    unet.load_state_dict(Tiny(seed=1).state_dict())
+
+
+def averaged(unet: Tiny) -> None:
+    with torch.no_grad():
+        for parameter, other in zip(unet.parameters(), Tiny(seed=1).parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+
+
+def one_layer(unet: Tiny) -> None:
+    with torch.no_grad():
+        unet.head.weight.mul_(2)
+
+
+def optimized(unet: Tiny) -> None:
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("change", [loaded, averaged, one_layer, optimized], ids=lambda change: change.__name__)
+def test_a_change_costs_one_full_pass(change: Callable[[Tiny], None], nested: bool) -> None:
+    judge = Judge(Tiny())
+    options: dict[str, Any] = {"clocks": {1: 100}} if nested else {"schedule": lambda step: True}
+    with ch.wrap(judge.unet, **options) as cw:
+        for k, t in enumerate(range(900, 100, -100), 1):
+            if k == 4:
+                for unet in (judge.unet, judge.plain):
+                    change(unet)
+            judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+    assert judge.made == "FAAFAAAA"
+    assert cw.stats.reasons == {"first step": 1, REASON: 1}
+
+
+@torch.no_grad()
+def test_adaptors_of_peft_switched_in_the_middle() -> None:
+    """A LoRA that is loaded, scaled, switched off and on, fused, and taken off, one change every second step."""
+    from tests.pipelines import parts
+    from tests.pipelines.test_companions import lora
+
+    pipe, text = parts.text_to_image(), torch.randn(1, 16, parts.WIDTH)
+    unet = pipe.unet
+    changes: list[Callable[[], object]] = [
+        lambda: pipe.load_lora_weights(lora(), adapter_name="style"),
+        lambda: pipe.set_adapters("style", 0.5),
+        lambda: unet.disable_lora(),
+        lambda: unet.enable_lora(),
+        lambda: pipe.fuse_lora(components=["unet"]),
+        lambda: pipe.unfuse_lora(components=["unet"]),
+        lambda: pipe.unload_lora_weights(),
+    ]
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        made = ""
+        for k, t in enumerate(range(900, 100, -50)):
+            if k % 2 == 0 and k:
+                changes[k // 2 - 1]()
+            before = cw.stats.adaptor_passes
+            x = torch.randn(1, 4, 8, 8)
+            output = unet(x, t, text).sample
+            made += "A" if cw.stats.adaptor_passes > before else "F"
+            if made[-1] == "F":
+                cw.enabled, timeline = False, cw._engine.states.current().timeline
+                assert torch.equal(unet(x, t, text).sample, output)
+                cw.enabled = True
+                cw._engine.states.current().timeline = timeline
+        assert made == "FA" * 8, cw.report()
+        assert cw.stats.reasons[REASON] == len(changes)
+
+
+def test_what_leaves_no_mark_and_what_keeps_no_count() -> None:
+    """Writes through `.data`; parameters that are gone, or made under `inference_mode`: no change, and no error."""
+    unet = Tiny()
+    found = Weights(unet)
+    before = found.state()
+    unet.head.weight.data.mul_(2)
+    assert found.state() == before
+    unet.body.bias = None
+    assert found.state() == found.state()
+    with torch.inference_mode():
+        unversioned = Tiny()
+    found = Weights(unversioned)
+    assert found.state() == found.state()
+
+
+def test_some_of_many() -> None:
+    """Evenly, the last one among them; a change of all is a change of these."""
+    many = nn.ModuleList(nn.Linear(2, 2) for _ in range(50))
+    found = Weights(many)
+    before = found.state()
+    assert len(found._owners) == weights._PARAMETERS
+    assert found._owners[-1][0] is many[-1]._parameters
+    many.load_state_dict(many.state_dict())
+    assert found.state() != before
