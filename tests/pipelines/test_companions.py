@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -110,6 +112,34 @@ def start_broadcast_anew(pipe: Any) -> None:
     registry(pipe).reset_stateful_hooks()
 
 
+def to_disk(pipe: Any) -> None:
+    """Weights in files between the calls."""
+    pipe.folder = tempfile.mkdtemp()
+    accelerate.disk_offload(pipe.unet, pipe.folder, CPU, offload_buffers=True)
+    assert all(parameter.is_meta for parameter in pipe.unet.parameters())
+
+
+def dispatch(pipe: Any) -> None:
+    """Some parts stay, others come from the CPU's memory or from files: `from_pretrained(device_map=...)` does this."""
+    places = dict.fromkeys((name for name, _ in pipe.unet.named_children()), "cpu")
+    pipe.folder = tempfile.mkdtemp()
+    accelerate.dispatch_model(
+        pipe.unet,
+        places | {"mid_block": "disk", "up_blocks.0": "disk", "up_blocks.1": "cpu"},
+        main_device="cpu",
+        offload_dir=pipe.folder,
+        force_hooks=True,
+    )
+    assert {parameter.is_meta for parameter in pipe.unet.parameters()} == {True, False}
+
+
+def from_disk(pipe: Any) -> None:
+    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+    shutil.rmtree(pipe.folder)
+    for name in ("hf_device_map", "to", "cuda"):  # what `dispatch_model` leaves on the model
+        vars(pipe.unet).pop(name, None)
+
+
 CPU = torch.device("cpu")
 COMPANIONS = {
     "attention slicing": Companion(
@@ -144,6 +174,8 @@ COMPANIONS = {
         lambda pipe: accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True),
         exact=True,
     ),
+    "disk offload": Companion(to_disk, from_disk, exact=True),
+    "dispatched": Companion(dispatch, from_disk, exact=True),
     "group offload": Companion(
         lambda pipe: pipe.unet.enable_group_offload(
             onload_device=CPU, offload_device=CPU, offload_type="leaf_level", use_stream=False
