@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import clockwork_hooks as ch
+from clockwork_hooks.needed import need
 from clockwork_hooks.training import local_device
 from clockwork_hooks.training.pipeline import pipeline_arguments, read_prompts
 
@@ -72,7 +73,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam")
     parser.add_argument("--cut", choices=("paper", "outer"), default="paper", help="outer skips more")
     parser.add_argument(
-        "--loss", default=None, help="feature (the paper's), guided-feature, or the default guided-output"
+        "--loss",
+        choices=tuple(ch.training.LOSSES),
+        help="feature is the paper's; without --loss guided-output, which knows of the guidance",
     )
     parser.add_argument("--mode", choices=("unrolled", "on_policy"), default="unrolled")
     parser.add_argument("--buffer-gb", type=float, default=8.0, help="recorded features on the GPU, in 10⁹ bytes")
@@ -91,10 +94,14 @@ def prompts_of(options: argparse.Namespace) -> Any:
         if options.prompts is None:
             raise SystemExit("pass --prompts captions.txt, or --dataset name --column text")
         return read_prompts(options.prompts)
+    need("prompts of a dataset are read with Hugging Face's datasets", "datasets", install="datasets")
     from datasets import load_dataset
 
     return list(load_dataset(options.dataset, split="train")[options.column])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ch.ClockworkError as error:
+        raise SystemExit(f"Error: {error}") from None

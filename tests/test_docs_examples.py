@@ -15,7 +15,7 @@ import clockwork_hooks as ch
 from clockwork_hooks import errors
 from clockwork_hooks.demo.errors import CaptionError
 from docs import generate_diagrams
-from tests import test_analysis, test_editing
+from tests import test_analysis, test_editing, test_metrics
 from tests.pipelines import parts
 from tests.small_unet import Tiny
 
@@ -51,12 +51,24 @@ def editing_names() -> dict[str, Any]:
     return {"unet": test_editing.tiny(), "scheduler": test_editing.scheduler(), "latents": latents, **names}
 
 
+def training_names() -> dict[str, Any]:
+    """Also the folders of a CLIP model and of an adaptor, where the page's blocks run."""
+    pipe = parts.text_to_image()
+    test_metrics.tiny_clip(Path("clip-folder"))
+    region = ch.find_region(pipe.unet, torch.zeros(2, 4, 16, 16), torch.tensor(1), torch.zeros(2, 16, 16))
+    ch.ResNetAdaptor.for_region(region, width=8).save_pretrained("my-adaptor")
+    pictures = torch.rand(2, 4, 3, 32, 32).unbind()
+    captions = ["a cat", "a dog", "a house", "a tree"]
+    return {"pipe": pipe, "captions": captions, "pictures": pictures, "features": test_metrics.Extractor()}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "analysis.md": analysis_names,
     "editing.md": editing_names,
     "pipelines.md": pipeline_names,
     "samplers.md": sampler_names,
     "performance.md": compiler_names,
+    "training.md": training_names,
 }
 NEED_CUDA = {"performance.md"}
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if blocks(path) and path.name not in ELSEWHERE)

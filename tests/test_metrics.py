@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,35 @@ def test_fid_agrees_with_torchmetrics() -> None:
     assert ours.better == {"FID": "lower"}
 
 
+class Network(nn.Module):
+    """In the place of torch-fidelity's Inception v3, made as torchmetrics makes it: with the path of its weights."""
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_: object
+    ) -> None:
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+        self.linear = nn.Linear(3, 5)
+        if feature_extractor_weights_path is not None:
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        return self.linear(images.float().mean((2, 3)))
+
+
+def test_fid_with_local_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", True)
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
+    network, real = Network("inception-v3-compat", ["2048"]), pictures(32, 0)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    metric = fid(real.split(8), weights=tmp_path / "weights.pth")
+    rows = metric.observe(real, None, None)
+    torch.testing.assert_close(rows, network((real * 255).round().to(torch.uint8)))
+    assert metric.score(rows.detach().double())["FID"] == pytest.approx(0, abs=1e-3)
+
+
 def test_frechet_metric_is_zero_on_its_reference_and_grows() -> None:
     images = pictures(64, 0)
     metric = Frechet(Extractor(), statistics_of(Extractor(), [images]))
@@ -129,6 +160,7 @@ def tiny_clip(folder: Path) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
     words = ["!", "<|startoftext|>", "<|endoftext|>", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
     words += list("abcdefghijklmnopqrstuvwxyz")
     (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))

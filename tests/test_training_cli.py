@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,21 @@ def tiny_sd(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder / "sd")
     return folder / "sd"
+
+
+def test_the_recipe_reads_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for `datasets`, which is not among the packages of the tests."""
+    example = runpy.run_path(str(ROOT / "examples/sd15_adaptor.py"))
+    words = ["--model", "sd", "--out", "out", "--dataset", "mine", "--column", "caption"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ch.ArgumentError, match="import datasets"):
+        example["prompts_of"](example["parse"](words))
+    asked = []
+    stand_in = types.ModuleType("datasets")
+    stand_in.load_dataset = lambda *args, **options: asked.append((args, options)) or {"caption": ("a", "b")}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert example["prompts_of"](example["parse"](words)) == ["a", "b"]
+    assert asked == [(("mine",), {"split": "train"})]
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and diffusers, which differ by version

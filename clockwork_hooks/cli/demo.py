@@ -19,6 +19,8 @@ clockwork-hooks demo --steps 20 --clock 4 --out my-folder
 
 clockwork-hooks demo --prompt "a large pink star left of a small white ring on a black background" --seed 7
 
+clockwork-hooks demo --prompts my-scenes.txt
+
 {EXIT_CODES}
 """
 
@@ -33,6 +35,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Scenes of a text file, one a line.", show_default=False)
+    ] = None,
     steps: Annotated[int, typer.Option(help="DPM++ denoising steps.", min=1)] = 8,
     clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
@@ -40,8 +45,10 @@ def demo(
 ) -> None:
     """Draw the same scenes with the plain UNet, the identity and the trained adaptor: cost, likeness, a picture."""
     from clockwork_hooks.demo.run import demo as run
+    from clockwork_hooks.training.pipeline import read_prompts
 
-    result = run(prompt or (), steps=steps, clock=clock, seed=seed, out=out)
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    result = run(texts, steps=steps, clock=clock, seed=seed, out=out)
     show(result.table())
     for name in ("grid.png", "report.md", "report.json"):
         typer.echo(result.folder / name)

@@ -82,7 +82,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file, one a line; empty lines are left out.
 
     Raises:
-        ArgumentError: there is no such file.
+        ArgumentError: there is no such file, or no prompt in it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -90,4 +90,11 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ArgumentError(
             "prompts are read from a text file, one a line", seen={"file": path, "error": error}, do="pass its path"
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ArgumentError(
+            "prompts are read from a text file, one a line",
+            seen={"file": path, "prompts": 0},
+            do="write some into it",
+        )
+    return prompts

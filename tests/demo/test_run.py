@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 import clockwork_hooks as ch
+from clockwork_hooks.cli import main
 from clockwork_hooks.demo import run
 from clockwork_hooks.demo.model import DEMO_PROMPTS, LATENT_SHAPE, DemoModel
 
@@ -49,6 +50,18 @@ def test_an_adaptor_for_other_steps_is_not_shown(adaptor: Path, tmp_path: Path) 
     found = drawn(tmp_path / "out", steps=2)
     assert [row.name for row in found.rows] == ["plain", "identity"]
     assert "trained for 4 steps, every(2)" in found.table().to_markdown()
+
+
+def test_a_list_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+    (tmp_path / "scenes.txt").write_text("a red ring\n\n a small blue star \n")
+    words = ["demo", "--prompt", "a pink circle", "--prompts", str(tmp_path / "scenes.txt")]
+    monkeypatch.setattr(run, "demo", lambda texts, **options: asked.append(texts) or 1 / 0)
+    assert main(words) == 2
+    assert asked == [["a pink circle", "a red ring", "a small blue star"]]
+    (tmp_path / "scenes.txt").write_text("\n")
+    assert main(words) == 2
+    assert "prompts: 0" in capsys.readouterr().err
 
 
 def test_without_an_adaptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
