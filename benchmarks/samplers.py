@@ -4,13 +4,15 @@
     python -m benchmarks.samplers --check    # exit with 1 if the table in docs/ is another one
 
 The UNet has the demo model's architecture and inputs, narrower, with random weights: patterns of passes do not depend
-on them. Each scheduler takes eight denoising steps in a plain loop.
+on them. Each scheduler takes eight denoising steps in a plain loop: under `wrap`, under `wrap_pipeline`, and with
+`cw.step()` before each step.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +51,7 @@ class Sampler:
         restarts: denoising steps that begin a trajectory of their own.
         note: what there is to know.
         undeclared: why the passes of a plain `wrap` are others; empty where they are not.
-        by_time: its times are no entries of a scheduler's list, so `wrap_pipeline` has nothing to declare either.
+        by_time: its times are no entries of a scheduler's list, so `wrap_pipeline` does not see its steps.
     """
 
     name: str
@@ -67,11 +69,23 @@ class Sampler:
 
         return getattr(diffusers, self.kind)(**self.options)
 
-    def run(self, model: Model, scheduler: Any) -> Tensor:
+    def run(self, model: Model, scheduler: Any, shape: tuple[int, ...] = SHAPE) -> Tensor:
         """One trajectory, the same every time."""
         torch.manual_seed(0)
         with torch.no_grad():
-            return (self.loop or plain_loop)(model, scheduler, torch.randn(SHAPE))
+            return (self.loop or plain_loop)(model, scheduler, torch.randn(shape))
+
+    def told(self, model: Model, begin: Callable[[], None]) -> Model:
+        """The model, with `begin` called before the first evaluation of each denoising step."""
+        firsts = {0, *itertools.accumulate(self.evaluations)}
+        numbers = itertools.count()
+
+        def told(sample: Tensor, t: Any) -> Tensor:
+            if next(numbers) in firsts:
+                begin()
+            return model(sample, t)
+
+        return told
 
     def expected(self) -> str:
         """The schedule's passes, a group of letters for each denoising step."""
@@ -126,8 +140,8 @@ def cogvideox_dpm(model: Model, scheduler: Any, sample: Tensor) -> Tensor:
 def repaint(model: Model, scheduler: Any, sample: Tensor) -> Tensor:
     """Four steps down, two up again with noise, as RePaintPipeline does it."""
     scheduler.set_timesteps(STEPS, jump_length=2, jump_n_sample=2)
-    image, mask, last = torch.zeros(SHAPE), torch.zeros(SHAPE), scheduler.timesteps[0] + 1
-    mask[..., : SHAPE[-1] // 2] = 1  # the half that is known
+    image, mask, last = torch.zeros_like(sample), torch.zeros_like(sample), scheduler.timesteps[0] + 1
+    mask[..., : sample.shape[-1] // 2] = 1  # the half that is known
     for t in scheduler.timesteps:
         if t < last:
             sample = scheduler.step(model(sample, t), t, sample, image, mask).prev_sample
@@ -313,11 +327,13 @@ class Row:
         sampler: which.
         plain: letters of the passes under `wrap`, grouped by denoising step.
         pipeline: the same under `wrap_pipeline`.
+        declared: the same under `wrap`, with `cw.step()` before each denoising step.
     """
 
     sampler: Sampler
     plain: str
     pipeline: str
+    declared: str
 
 
 def small_unet() -> Any:
@@ -348,14 +364,14 @@ def grouped(letters: Sequence[str], evaluations: Sequence[int]) -> str:
 
 
 def measure(unet: Any, sampler: Sampler) -> Row:
-    """Run a sampler under `wrap` and under `wrap_pipeline`."""
+    """Run a sampler under `wrap`, under `wrap_pipeline`, and with its steps declared by hand."""
     found = {}
-    for way in ("plain", "pipeline"):
+    for way in ("plain", "pipeline", "declared"):
         seen: list[str] = []
         pipe = SimpleNamespace(unet=unet, scheduler=sampler.scheduler())
-        with ch.wrap(unet, clock=CLOCK) if way == "plain" else wrap_pipeline(pipe, clock=CLOCK) as cw:
-            wrapper = cw if way == "plain" else cw.wrappers["unet"]
-            sampler.run(as_model(unet, seen, wrapper), pipe.scheduler)
+        with wrap_pipeline(pipe, clock=CLOCK) if way == "pipeline" else ch.wrap(unet, clock=CLOCK) as cw:
+            model = as_model(unet, seen, cw.wrappers["unet"] if way == "pipeline" else cw)
+            sampler.run(sampler.told(model, cw.step) if way == "declared" else model, pipe.scheduler)
         found[way] = grouped(seen, sampler.evaluations)
     return Row(sampler, **found)
 
@@ -372,15 +388,14 @@ def to_table(found: Sequence[Row]) -> Table:
     cells = []
     for row in found:
         expected = row.sampler.expected()
-        plain = "the same" if row.plain == expected else row.plain
-        pipeline = "the same" if row.pipeline == expected else row.pipeline
+        made = ["the same" if one == expected else one for one in (row.plain, row.pipeline, row.declared)]
         why = row.sampler.undeclared and f"`wrap`: {row.sampler.undeclared}"
-        declare = "its times are no entries of a list: declare them, `with cw.step():`" if row.sampler.by_time else ""
+        declare = "its times are no entries of a list: declare its steps" if row.sampler.by_time else ""
         notes = [why, declare, row.sampler.note]
-        cells.append((row.sampler.name, expected, plain, pipeline, "; ".join(note for note in notes if note)))
+        cells.append((row.sampler.name, expected, *made, "; ".join(note for note in notes if note)))
     unfit = [(name, why) for name, why in UNFIT.items() if name in scheduler_names()]
-    cells += [(name.removesuffix("Scheduler"), "–", "–", "–", f"does not fit: {why}") for name, why in unfit]
-    heads = ("scheduler", "passes of the schedule", "`wrap`", "`wrap_pipeline`", "note")
+    cells += [(name.removesuffix("Scheduler"), "–", "–", "–", "–", f"does not fit: {why}") for name, why in unfit]
+    heads = ("scheduler", "passes of the schedule", "`wrap`", "`wrap_pipeline`", "`cw.step()`", "note")
     return table(f"{STEPS} steps at clock {CLOCK}: F a full pass, A an adaptor pass", heads, cells, notes=(version(),))
 
 

@@ -6,7 +6,6 @@ import itertools
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 import clockwork_hooks as ch
-from benchmarks import schedulers
+from benchmarks import samplers
+from benchmarks.samplers import Sampler
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
@@ -49,41 +49,20 @@ class Loop:
         return self.judge.call(sample, time, *conditions, step=self.step)
 
 
-UNDECLARED = {  # the least share of adaptor passes, where it is less than for others
-    "FlowMatchHeunDiscreteScheduler": 0.3,
-    "HeunDiscreteScheduler": 0.3,
-    "KarrasVeScheduler": 0.25,
-    "PNDMScheduler": 0.3,
-    "ScoreSdeVeScheduler": 0.3,
-}
-DIFFUSERS = [name for name in schedulers.names() if name not in schedulers.SKIPPED]
-
-
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("declared", [False, True], ids=["as it is", "declared"])
-@pytest.mark.parametrize("name", DIFFUSERS)
-def test_schedulers_of_diffusers(name: str, declared: bool) -> None:
-    """Eight steps twice, the same picture both times; then another number of steps."""
-    loop = Loop(declared=declared)
+@pytest.mark.parametrize("sampler", list(samplers.samplers()), ids=lambda sampler: sampler.name)
+def test_schedulers_of_diffusers(sampler: Sampler, declared: bool) -> None:
+    """The same picture twice. docs/samplers.md has the passes."""
+    loop, made = Loop(declared=declared), []
     with loop.cw:
-        made = []
-        for steps in (8, 8, 6):
+        for _ in range(2):
             loop.restart()
-            schedulers.rollout(name, loop, loop.begin, steps=steps)
+            sampler.run(sampler.told(loop, loop.begin), sampler.scheduler(), (1, 2, 8, 8))
             made.append(loop.judge.made)
     assert made[0] == made[1]
-    assert min(text.count("A") / len(text) for text in made) >= (0.4 if declared else UNDECLARED.get(name, 0.4))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_page_of_schedulers_is_what_runs() -> None:
-    import diffusers
-
-    page = (Path(__file__).parent.parent / "docs" / "schedulers.md").read_text(encoding="utf-8")
-    if f"diffusers {diffusers.__version__}." not in page:
-        pytest.skip("the page was made with another diffusers")
-    assert schedulers.make() == page
+    assert loop.judge.share >= (0.25 if sampler.undeclared and not declared else 0.33)
 
 
 # -- k-diffusion --------------------------------------------------------------------------------------------------

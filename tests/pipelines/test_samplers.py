@@ -39,6 +39,7 @@ def test_passes_are_the_schedules_or_the_table_says_why(measured: list[Row]) -> 
         expected = row.sampler.expected()
         assert (row.plain == expected) == (not row.sampler.undeclared), row
         assert (row.pipeline == expected) == (not row.sampler.by_time), row
+        assert row.declared == expected, row
         for letters in (row.plain, row.pipeline):
             assert letters.count("A") >= 0.33 * sum(row.sampler.evaluations), row
 
