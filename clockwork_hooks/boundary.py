@@ -8,10 +8,14 @@ from typing import Any, Literal
 
 import torch
 
+from clockwork_hooks.drawing import Block, Diagram
 from clockwork_hooks.passes import Plan, SkippedCall
-from clockwork_hooks.report import quantity, shape
+from clockwork_hooks.rendering import Report
+from clockwork_hooks.report import Table, macs, quantity, shape, table
 
 __all__ = ["Boundary", "Region", "Side"]
+
+_ARMS: tuple[tuple[Literal["down", "up"], int], ...] = (("down", 1), ("up", -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class Region(Report):
     """The low-resolution subgraph that adaptor passes skip.
 
     Attributes:
@@ -84,6 +88,8 @@ class Region:
         inner: the same region without the downsampler into it and the upsampler out of it (the paper's cut).
         fingerprint: equal for the same region of the same architecture at any batch, size, dtype and device.
     """
+
+    SCHEMA = "region/1"
 
     model: str
     entry: Boundary
@@ -133,10 +139,11 @@ class Region:
             f"{self.macs_share:.1%} of MACs, level {self.level}"
         )
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) in the order of printing."""
         sides = ", ".join(f"{side.kind} {shape(side.shape) or 'scalar'}" for side in self.sides) or "none"
         others = ", ".join(f"{e.path} {shape(e.shape)}" for e in self.entries if e.node != self.entry.node) or "none"
-        rows = [
+        return [
             ("entry", f"{self.entry.path} (call {self.entry.call}) {shape(self.entry.shape)}"),
             ("exit", f"{self.exit.path} (call {self.exit.call}) {shape(self.exit.shape)}"),
             ("other entries", others),
@@ -149,7 +156,55 @@ class Region:
             ("parameters", f"{self.parameters / 1e6:.2f} M ({self.parameter_share:.1%})"),
             ("fingerprint", self.fingerprint),
         ]
-        return "\n".join([f"Region of {self.model}", *(f"  {name:<19}{value}" for name, value in rows)])
+
+    def __str__(self) -> str:
+        return "\n".join([f"Region of {self.model}", *(f"  {name:<19}{value}" for name, value in self.rows())])
+
+    def table(self) -> Table:
+        """What it is, in two columns."""
+        return table(f"Region of {self.model}", ("", "value"), self.rows())
+
+    def tables(self) -> tuple[Table, ...]:
+        """What it is, and its MACs by level."""
+        rows = [(shape(space) or "no level", macs(down), macs(up)) for space, down, up in self.by_level]
+        notes = ("Of the skipped calls, at the traced batch, attention products counted.",)
+        return self.table(), table("By level", ("level", ">on the way down", ">on the way up"), rows, notes=notes)
+
+    def figures(self) -> tuple[Diagram, ...]:
+        """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
+        kept = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
+        arms = [
+            Block(f"{arm} {shape(space) or '(no level)'}", k + 1, arm, own, True, 1, 0, 0)
+            for arm, order in _ARMS
+            for k, (space, *both) in list(enumerate(self.by_level))[::order]
+            if (own := both[order < 0]) or (order > 0 and k + 1 == len(self.by_level))
+        ]
+        levels = (self.resolution, *(space for space, _, _ in self.by_level))
+        return (Diagram(self.model, levels, (kept, *arms), (), self),)
+
+    def data(self) -> dict[str, Any]:
+        """All that is known; counts in units."""
+
+        def edge(one: Boundary) -> dict[str, Any]:
+            return {"path": one.path, "call": one.call, "shape": one.shape, "dtype": one.dtype}
+
+        names = (
+            "model level cut resolution bottleneck full_macs macs macs_share parameters parameter_share fingerprint "
+            "sample times residuals"
+        )
+        return {
+            **{name: getattr(self, name) for name in names.split()},
+            "entry": edge(self.entry),
+            "exit": edge(self.exit),
+            "entries": [edge(one) for one in self.entries],
+            "sides": [
+                {name: getattr(one, name) for name in ("kind", "inputs", "path", "shape", "dtype")}
+                for one in self.sides
+            ],
+            "skipped": [{"path": call.path, "ordinal": call.ordinal} for call in self.skipped],
+            "leftover": [{"operator": name, "calls": calls} for name, calls in self.leftover],
+            "by_level": [{"resolution": space, "down_macs": down, "up_macs": up} for space, down, up in self.by_level],
+        }
 
     def draw(self) -> str:
         """The region as a text "U": a line a level, the bars as long as the MACs of its two arms.

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.counts import MacsRow, OperatorMacs, Uncounted
 from clockwork_hooks.drawing import Diagram
-from clockwork_hooks.page import page, table_html
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, flops, macs, percent, shape, table
 from clockwork_hooks.schedule import Schedule
-
-if TYPE_CHECKING:
-    import rich.console
 
 __all__ = ["FlopsReport", "MacsRow", "OperatorMacs", "Uncounted"]
 
 
 @dataclass(frozen=True, slots=True)
-class FlopsReport:
+class FlopsReport(Report):
     """The cost of a UNet's passes and of a whole trajectory, with several views of one count.
 
     All MACs are for the batch that was traced; only the trajectory knows of guidance, which doubles the batch.
@@ -43,7 +39,10 @@ class FlopsReport:
         operators: the operators that count, in the order they ran.
         uncounted: operators that may multiply and accumulate and are not counted.
         diagram: the UNet as a U, for pictures; its MACs always count attention products.
+        depth: names of a module path that the view by module keeps.
     """
+
+    SCHEMA = "flops/1"
 
     model: str
     sample: tuple[int, ...]
@@ -60,6 +59,7 @@ class FlopsReport:
     operators: tuple[OperatorMacs, ...] = field(repr=False)
     uncounted: tuple[Uncounted, ...]
     diagram: Diagram | None = field(default=None, repr=False, compare=False)
+    depth: int = field(default=2, repr=False, compare=False)
 
     @property
     def full_flops(self) -> int:
@@ -135,8 +135,9 @@ class FlopsReport:
             f"Batch as traced: {self.sample[0]}."
         )
 
-    def by_module(self, depth: int = 2) -> tuple[MacsRow, ...]:
-        """MACs per module, in the order of first use; paths are cut off after `depth` names."""
+    def by_module(self, depth: int | None = None) -> tuple[MacsRow, ...]:
+        """MACs per module, in the order of first use; paths are cut off after `depth` names, the report's own."""
+        depth = depth or self.depth
         return self._rows(lambda operator: ".".join(operator.module.split(".")[:depth]) or "(the UNet itself)")
 
     def by_operator(self) -> tuple[MacsRow, ...]:
@@ -161,14 +162,14 @@ class FlopsReport:
 
     # -- renderings ---------------------------------------------------------------------------------------------------
 
-    def tables(self, *, depth: int = 2) -> tuple[Table, ...]:
-        """The report as tables: passes, levels, operators, modules down to `depth`, and what was not counted."""
+    def tables(self) -> tuple[Table, ...]:
+        """Passes, levels, operators, modules, and what was not counted."""
         views = (
             ("By resolution level", "level", self.by_level()),
             ("By operator", "operator", self.by_operator()),
-            ("By module", "module", self.by_module(depth)),
+            ("By module", "module", self.by_module()),
         )
-        made = [self._passes(), *(self._view(*view) for view in views)]
+        made = [self.table(), *(self._view(*view) for view in views)]
         if self.uncounted:
             rows = [(item.operator, item.calls, ", ".join(item.modules[:3])) for item in self.uncounted]
             columns = ("operator", ">calls", "first modules")
@@ -176,7 +177,8 @@ class FlopsReport:
             made.append(table("Not counted", columns, rows, notes=(note,)))
         return tuple(made)
 
-    def _passes(self) -> Table:
+    def table(self) -> Table:
+        """A full pass, an adaptor pass and the trajectory."""
         rows: list[tuple[object, ...]] = [("full pass", macs(self.full_macs), flops(self.full_flops), None)]
         if self.adaptor_pass_macs is not None and self.adaptor_macs is not None:
             share = 1 - self.adaptor_pass_macs / (self.full_macs or 1)
@@ -219,11 +221,16 @@ class FlopsReport:
         notes = ("The adaptor's own MACs are not among these.",) if self.adaptor_macs else ()
         return table(title, columns, cells, notes=notes)
 
-    def to_markdown(self, *, depth: int = 2) -> str:
-        """The report as Markdown tables."""
-        return "\n\n".join(part.to_markdown() for part in self.tables(depth=depth))
+    def figures(self) -> tuple[Diagram, ...]:
+        """The U."""
+        return () if self.diagram is None else (self.diagram,)
 
-    def to_dict(self, *, depth: int = 2) -> dict[str, Any]:
+    @property
+    def heading(self) -> str:
+        """Title of the page."""
+        return f"{self.model}: what passes cost, and what Clockwork saves"
+
+    def data(self) -> dict[str, Any]:
         """The report as plain data; every key that holds a count names its unit."""
         names = (
             "model parameters attention norms full_macs full_flops adaptor_macs adaptor_pass_macs adaptor_pass_flops "
@@ -232,43 +239,22 @@ class FlopsReport:
         )
         region = self.region
         return {
-            "schema": "clockwork_hooks/flops/1",
             "convention": self.convention,
             **{name: getattr(self, name) for name in names.split()},
-            "sample": list(self.sample),
+            "sample": self.sample,
             "schedule": str(self.schedule),
-            "full_steps": list(self.full_steps),
+            "full_steps": self.full_steps,
             "region": region
             and {"entry": region.entry.path, "exit": region.exit.path, "cut": region.cut, "level": region.level},
             "no_region": self.no_region,
             "by_level": [_plain(row) for row in self.by_level()],
             "by_operator": [_plain(row) for row in self.by_operator()],
-            "by_module": [_plain(row) for row in self.by_module(depth)],
-            "uncounted": [{**_plain(item), "modules": list(item.modules)} for item in self.uncounted],
+            "by_module": [_plain(row) for row in self.by_module()],
+            "uncounted": [_plain(item) for item in self.uncounted],
         }
 
-    def to_json(self, *, depth: int = 2, indent: int | None = 2) -> str:
-        """The report as JSON, the data of `to_dict`."""
-        return json.dumps(self.to_dict(depth=depth), indent=indent, ensure_ascii=False)
-
-    def to_html(self, *, depth: int = 2) -> str:
-        """The report as one HTML page with the U diagram; it needs no network and holds its data as JSON."""
-        passes, *views = self.tables(depth=depth)
-        picture = [] if self.diagram is None else [self.diagram.to_svg()]
-        title = f"{self.model}: what passes cost, and what Clockwork saves"
-        return page(title, [passes, *picture, *views], data=self.to_dict(depth=depth))
-
-    def _repr_html_(self) -> str:
-        picture = "" if self.diagram is None else self.diagram.to_svg()
-        return picture + "".join(map(table_html, self.tables()))
-
-    def __rich__(self) -> rich.console.Group:
-        from rich.console import Group
-
-        return Group(*self.tables())
-
     def __str__(self) -> str:
-        return self._passes().to_markdown()
+        return self.table().to_markdown()
 
 
 def _plain(row: MacsRow | Uncounted) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, table
 from clockwork_hooks.solvers import SchedulerSteps
 from clockwork_hooks.stats import RunReport
@@ -127,12 +127,14 @@ class WrappedPipeline:
         return f"WrappedPipeline({type(self.pipe).__name__}: {', '.join(self.wrappers)})"
 
 
-class PipelineReport:
+class PipelineReport(Report):
     """The reports of a pipeline's UNets; prints as one text.
 
     Attributes:
         unets: name → its `RunReport`.
     """
+
+    SCHEMA = "pipeline/1"
 
     def __init__(self, unets: Mapping[str, RunReport]) -> None:
         self.unets = dict(unets)
@@ -145,13 +147,9 @@ class PipelineReport:
         rows = [(name, *row) for name, report in self.unets.items() for row in report.rows()]
         return table("Clockwork on a pipeline", ("UNet", "", "what ran"), rows)
 
-    def to_markdown(self) -> str:
-        """A three-column table."""
-        return self.table().to_markdown()
-
-    def to_json(self) -> str:
+    def data(self) -> dict[str, Any]:
         """Name → all fields of the UNet's report."""
-        return json.dumps({name: json.loads(report.to_json()) for name, report in self.unets.items()}, indent=2)
+        return {"unets": {name: report.data() for name, report in self.unets.items()}}
 
 
 def _own(value: Any, name: str) -> Any:

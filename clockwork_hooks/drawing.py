@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from clockwork_hooks.boundary import Region
 from clockwork_hooks.report import macs, percent, shape
 from clockwork_hooks.shapes import WIDTH, Box, Drawing, Line, Word, save, svg
 
@@ -21,6 +20,22 @@ MIDDLE = 56.0  # the least room between the two arms
 SPACE, THIN = 3.0, 5.0
 TURN = 13.0  # how far above the lower row the flow turns
 LETTER = 6.1  # width of a letter of 11 px text, about
+
+
+class Shaded(Protocol):
+    """What of a `Region` the picture tells."""
+
+    @property
+    def entry(self) -> Any:
+        """What flows in: its path and shape."""
+
+    @property
+    def exit(self) -> Any:
+        """What flows out, likewise."""
+
+    @property
+    def sides(self) -> Any:
+        """What else flows in: kinds and shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +79,14 @@ class Diagram:
         levels: spatial shapes, highest resolution first.
         blocks: in the order in which they run.
         skips: between blocks of the two arms.
-        region: what adaptor passes skip; None where there is none.
+        region: the `Region` that adaptor passes skip; None where there is none.
     """
 
     model: str
     levels: tuple[tuple[int, ...], ...]
     blocks: tuple[Block, ...]
     skips: tuple[Skip, ...]
-    region: Region | None
+    region: Shaded | None
 
     def cell(self, level: int, arm: str) -> tuple[int, ...]:
         """Indices of the blocks of one arm of one level."""

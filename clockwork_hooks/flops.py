@@ -48,6 +48,7 @@ def flops_report(
     cut: Literal["outer", "paper"] = "outer",
     attention: bool = True,
     norms: Literal["fvcore"] | None = None,
+    depth: int = 2,
     **kwargs: Any,
 ) -> FlopsReport:
     """Count a full pass, an adaptor pass and a whole trajectory of any UNet.
@@ -65,6 +66,7 @@ def flops_report(
         level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
         attention: count attention products; False is the paper's convention.
         norms: "fvcore" adds fvcore's estimate for normalisations.
+        depth: names of a module path that the view by module keeps.
         **kwargs: likewise arguments of the call.
 
     Returns:
@@ -118,6 +120,7 @@ def flops_report(
         operators=operators,
         uncounted=uncounted,
         diagram=diagram_of(trace, region),
+        depth=depth,
     )
 
 

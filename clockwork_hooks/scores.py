@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
 
 __all__ = ["Evaluation", "Score", "VariantResult"]
@@ -76,7 +77,7 @@ class VariantResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(Report):
     """What `evaluate` found; prints as a table.
 
     Attributes:
@@ -84,6 +85,8 @@ class Evaluation:
         better: name of each score → "higher" or "lower".
         settings: seeds, device, versions.
     """
+
+    SCHEMA = "evaluation/1"
 
     rows: tuple[VariantResult, ...]
     better: Mapping[str, str]
@@ -114,20 +117,12 @@ class Evaluation:
         )
         return table("Fidelity", ("variant", *heads, ">MACs/image", ">saved", ">time/image"), cells, notes=notes)
 
-    def to_markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().to_markdown()
-
-    def to_json(self) -> str:
+    def data(self) -> dict[str, Any]:
         """Everything; times in seconds, MACs in units."""
-        data = {"rows": [row.to_dict() for row in self.rows], "better": dict(self.better), "settings": self.settings}
-        return json.dumps(data, indent=2, ensure_ascii=False)
+        return {"rows": [row.to_dict() for row in self.rows], "better": self.better, "settings": self.settings}
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """What `to_json` wrote."""
         data = json.loads(text)
         return cls(tuple(VariantResult.from_dict(row) for row in data["rows"]), data["better"], data["settings"])
-
-    def __str__(self) -> str:
-        return self.to_markdown()

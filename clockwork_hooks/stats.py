@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, quantity, table
 
 __all__ = ["Counts", "RunReport", "Stats", "TrajectoryStats"]
@@ -116,7 +116,7 @@ class Stats(Counts):
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport:
+class RunReport(Report):
     """`cw.report()`: the counts, the region and the schedule at one moment; prints as a short text.
 
     Attributes:
@@ -128,6 +128,8 @@ class RunReport:
         cache: branch → bytes that are kept for it now, features and copies of its conditions.
         regions: as in `Stats`.
     """
+
+    SCHEMA = "run/1"
 
     model: str
     region: str
@@ -163,15 +165,10 @@ class RunReport:
     def __str__(self) -> str:
         return "\n".join([f"Clockwork on {self.model}", *(f"  {name:<13}{value}" for name, value in self.rows())])
 
-    def to_markdown(self) -> str:
-        """A two-column table."""
-        return self.table().to_markdown()
-
     def table(self) -> Table:
         """The same as a table: rich prints it."""
         return table(f"Clockwork on {self.model}", ("", "what ran"), self.rows())
 
-    def to_json(self) -> str:
+    def data(self) -> dict[str, Any]:
         """All fields; counts as integers, MACs in units."""
-        names = [name for name in RunReport.__slots__ if not name.startswith("_")]
-        return json.dumps({name: getattr(self, name) for name in names} | {"saving": self.saving}, indent=2)
+        return {name: getattr(self, name) for name in RunReport.__slots__} | {"saving": self.saving}

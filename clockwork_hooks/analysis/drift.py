@@ -22,8 +22,10 @@ from clockwork_hooks.analysis.maps import FeatureMap, exit_maps, leaf_of, region
 from clockwork_hooks.analysis.watch import Generate, Watch, candidates, check_runs, final, first_call
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import choose
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, percent, table
 from clockwork_hooks.wrapper import wrap
 
@@ -34,7 +36,7 @@ __all__ = ["Drift", "measure_drift"]
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class Drift(Report):
     """How regions' exits change over a trajectory. A step is None where there is nothing to compare it with.
 
     Attributes:
@@ -48,6 +50,8 @@ class Drift:
         samples: how many results each effect is a mean of.
         seeds: of the noise that sampling starts from.
     """
+
+    SCHEMA = "drift/1"
 
     regions: Mapping[str, str]
     shares: Mapping[str, float]
@@ -98,17 +102,9 @@ class Drift:
         )
         return table("Drift", heads, rows, notes=notes)
 
-    def to_markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().to_markdown()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"schema": "clockwork_hooks/drift/1", **{name: getattr(self, name) for name in Drift.__slots__}}
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+    def data(self) -> dict[str, Any]:
+        """All fields."""
+        return {name: getattr(self, name) for name in Drift.__slots__}
 
     @classmethod
     def from_json(cls, text: str) -> Drift:
@@ -122,12 +118,16 @@ class Drift:
 
     def plot(self, path: str | Path) -> None:
         """A heat map, regions by steps (PNG, SVG or PDF; needs matplotlib)."""
+        self._heat_map().save(path)
+
+    def figures(self) -> Sequence[Plot]:
+        """The heat map."""
+        return plots(self._heat_map())
+
+    def _heat_map(self) -> Plot:
         from clockwork_hooks.analysis.figures import heat_map
 
-        heat_map(self, Path(path))
-
-    def __str__(self) -> str:
-        return self.to_markdown()
+        return Plot(lambda: heat_map(self), "Relative change of each region's exit at each step")
 
 
 def measure_drift(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,6 +9,8 @@ from torch import Tensor
 from clockwork_hooks.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from clockwork_hooks.analysis.drift import Drift
     from clockwork_hooks.analysis.plan import Plan
     from clockwork_hooks.analysis.robustness import Robustness
@@ -19,7 +20,7 @@ __all__ = ["curves", "grid", "heat_map", "pareto"]
 _STYLES = {"first": ":", "down": "--", "bottleneck": "-.", "up": "-"}
 
 
-def curves(result: Robustness, path: Path) -> None:
+def curves(result: Robustness) -> Figure:
     """Distance over the first disturbed step, a line a map; colours go by resolution, line styles by place."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -43,10 +44,10 @@ def curves(result: Robustness, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(f"α = {result.alpha:g}, statistics per {result.statistics}", fontsize=10)
-    figure.savefig(path)
+    return figure
 
 
-def grid(result: Robustness, path: Path) -> None:
+def grid(result: Robustness) -> Figure:
     """The first picture of every cell, with the undisturbed one at the left."""
     from matplotlib.figure import Figure
 
@@ -68,10 +69,10 @@ def grid(result: Robustness, path: Path) -> None:
                 axes.set_title("plain" if c == 0 else f"k = {start}", fontsize=8)
             if c == 0:
                 axes.set_ylabel(one.name, fontsize=8, rotation=0, ha="right", va="center")
-    figure.savefig(path)
+    return figure
 
 
-def heat_map(drift: Drift, path: Path) -> None:
+def heat_map(drift: Drift) -> Figure:
     """Relative change of every region's exit at every step."""
     from matplotlib.figure import Figure
 
@@ -84,10 +85,10 @@ def heat_map(drift: Drift, path: Path) -> None:
     axes.set_xlabel("denoising step s")
     axes.set_title("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the region's exit", fontsize=10)
     figure.colorbar(image, ax=axes)
-    figure.savefig(path)
+    return figure
 
 
-def pareto(plan: Plan, path: Path) -> None:
+def pareto(plan: Plan) -> Figure:
     """Measured error against saving, a marker an option; the chosen one is circled."""
     from matplotlib.figure import Figure
 
@@ -108,7 +109,7 @@ def pareto(plan: Plan, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path)
+    return figure
 
 
 def _show(axes: Any, picture: Tensor) -> None:

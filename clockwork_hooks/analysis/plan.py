@@ -20,7 +20,9 @@ from clockwork_hooks.analysis.watch import Generate, candidates, check_runs, fin
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, percent, table
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.wrapper import wrap
@@ -53,7 +55,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Report):
     """A region and a schedule for one sampler and number of steps; `wrap(unet, plan=plan)` takes it.
 
     Attributes:
@@ -67,6 +69,8 @@ class Plan:
         adaptor: stands in for the region; None for the identity. Not in the JSON.
         found: the region itself; None after `from_json`.
     """
+
+    SCHEMA = "plan/1"
 
     chosen: Option
     held_out: float
@@ -124,16 +128,11 @@ class Plan:
         heads = ("", "schedule", "region", ">adaptor steps", ">saved", ">predicted", ">measured")
         return table("Plan", heads, rows, notes=notes)
 
-    def to_markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().to_markdown()
-
-    def to_json(self) -> str:
+    def data(self) -> dict[str, Any]:
         """Everything but the adaptor."""
         names = ["held_out", "steps", "level", "share", "fingerprint", "model"]
         options = [_plain(option) for option in self.options]
-        data = {"schema": "clockwork_hooks/plan/1", "chosen": _plain(self.chosen), "options": options}
-        return json.dumps(data | {name: getattr(self, name) for name in names}, indent=2, ensure_ascii=False)
+        return {"chosen": _plain(self.chosen), "options": options} | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_json(cls, text: str, *, adaptor: Adaptor | str | None = None) -> Plan:
@@ -158,12 +157,16 @@ class Plan:
 
     def plot(self, path: str | Path) -> None:
         """Error against saving, planned schedules and clocks (PNG, SVG or PDF; needs matplotlib)."""
+        self._pareto().save(path)
+
+    def figures(self) -> Sequence[Plot]:
+        """Error against saving."""
+        return plots(self._pareto())
+
+    def _pareto(self) -> Plot:
         from clockwork_hooks.analysis.figures import pareto
 
-        pareto(self, Path(path))
-
-    def __str__(self) -> str:
-        return self.to_markdown()
+        return Plot(lambda: pareto(self), "Error of the result against MACs saved, by region and kind of schedule")
 
 
 def plan(

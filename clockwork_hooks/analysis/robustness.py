@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
 from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import choose
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, table
 from clockwork_hooks.tree import map_leaves
 
@@ -35,7 +37,7 @@ Statistics = Literal["channel", "map"]
 
 
 @dataclass(frozen=True, slots=True)
-class Robustness:
+class Robustness(Report):
     """L2 distance of the final result for every (map, first disturbed step).
 
     Attributes:
@@ -50,6 +52,8 @@ class Robustness:
         seeds: of the noise that sampling starts from.
         pictures: (map, start) → the first result, (C, H, W), and ("", 0) → the undisturbed one; where they are images.
     """
+
+    SCHEMA = "robustness/1"
 
     maps: tuple[FeatureMap, ...]
     starts: tuple[int, ...]
@@ -76,19 +80,11 @@ class Robustness:
         )
         return table("Robustness", ("map", "module", *(f">k={k}" for k in self.starts)), rows, notes=notes)
 
-    def to_markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().to_markdown()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the pictures."""
+    def data(self) -> dict[str, Any]:
+        """All fields but the pictures."""
         maps = [{name: getattr(one, name) for name in FeatureMap.__slots__} for one in self.maps]
         names = ["starts", "steps", "alpha", "statistics", "distances", "norm", "samples", "seeds"]
-        return {"schema": "clockwork_hooks/robustness/1", "maps": maps, **{n: getattr(self, n) for n in names}}
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        return {"maps": maps, **{n: getattr(self, n) for n in names}}
 
     @classmethod
     def from_json(cls, text: str) -> Robustness:
@@ -110,9 +106,7 @@ class Robustness:
 
     def plot(self, path: str | Path) -> None:
         """Curves of distance over start, a line a map (PNG, SVG or PDF; needs matplotlib). Source: Figs. 12 and 13."""
-        from clockwork_hooks.analysis.figures import curves
-
-        curves(self, Path(path))
+        self._curves().save(path)
 
     def plot_grid(self, path: str | Path) -> None:
         """The first picture of every cell, a row a map, a column a start (needs matplotlib). Source: Fig. 2.
@@ -120,12 +114,23 @@ class Robustness:
         Raises:
             ArgumentError: the results are no pictures, or were not kept.
         """
+        self._grid().save(path)
+
+    def figures(self) -> Sequence[Plot]:
+        """The curves, and the grid where the results are pictures."""
+        first = self.pictures.get(("", 0))
+        shown = first is not None and first.ndim == 3 and first.shape[0] in (1, 3)
+        return plots(self._curves(), *([self._grid()] if shown else []))
+
+    def _curves(self) -> Plot:
+        from clockwork_hooks.analysis.figures import curves
+
+        return Plot(lambda: curves(self), "Distance to the undisturbed result over the first disturbed step")
+
+    def _grid(self) -> Plot:
         from clockwork_hooks.analysis.figures import grid
 
-        grid(self, Path(path))
-
-    def __str__(self) -> str:
-        return self.to_markdown()
+        return Plot(lambda: grid(self), "Results by disturbed map and first disturbed step")
 
 
 def measure_robustness(

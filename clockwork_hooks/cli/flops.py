@@ -80,16 +80,17 @@ def flops(
         **choice(level, resolution, share, module, entry, exit, cut),
         attention=attention,
         norms="fvcore" if norms else None,
+        depth=depth,
         **loaded.kwargs,
     )
     if output is Format.json:
-        typer.echo(report.to_json(depth=depth))
+        typer.echo(report.to_json())
     elif output is Format.md:
-        typer.echo(report.to_markdown(depth=depth))
+        typer.echo(report.to_markdown())
     else:
-        show(*report.tables(depth=depth))
+        show(*report.tables())
     if html is not None:
-        html.write_text(report.to_html(depth=depth), encoding="utf-8")
+        html.write_text(report.to_html(), encoding="utf-8")
         typer.echo(html, err=True)
     if budget is not None:
         found = check_budget(report, budget)

@@ -5,7 +5,6 @@ The source's layout is known because the source is drawn; what is on the edited 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,9 +22,12 @@ from clockwork_hooks.editing import edit, invert
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import trace
 from clockwork_hooks.injection import Injection, find_injection
+from clockwork_hooks.plots import Plot, plots
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
 __all__ = ["EDITS", "GUIDANCE", "UNTIL_FEATURES", "EditRow", "SceneEdits", "edit_scenes"]
@@ -66,7 +68,7 @@ class EditRow:
 
 
 @dataclass(frozen=True, slots=True)
-class SceneEdits:
+class SceneEdits(Report):
     """What `edit_scenes` measured.
 
     Attributes:
@@ -74,6 +76,8 @@ class SceneEdits:
         settings: sources, targets, steps, clock, guidance, shares, seed.
         pictures: "source" and each way's name → (B, 3, 64, 64) pictures.
     """
+
+    SCHEMA = "edits/1"
 
     rows: tuple[EditRow, ...]
     settings: dict[str, Any]
@@ -103,20 +107,22 @@ class SceneEdits:
         )
         return table("Edits of the demo model's scenes", heads, rows, notes=notes)
 
-    def to_markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().to_markdown()
-
-    def to_dict(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """Rows and settings."""
         return {"rows": [asdict(row) for row in self.rows], "settings": self.settings}
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps({"schema": "clockwork_hooks/edits/1", **self.to_dict()}, indent=2, ensure_ascii=False)
-
     def plot(self, path: str | Path) -> None:
         """A row a scene: the source and each edit (PNG, SVG or PDF; needs matplotlib)."""
+        self._scenes().save(path)
+
+    def figures(self) -> Sequence[Plot]:
+        """A row a scene: the source and each edit."""
+        return plots(self._scenes())
+
+    def _scenes(self) -> Plot:
+        return Plot(self._draw, "Scenes, a row each: the source and its edits")
+
+    def _draw(self) -> Figure:
         from matplotlib.figure import Figure
 
         names, count = list(self.pictures), len(self.settings["sources"])
@@ -128,7 +134,7 @@ class SceneEdits:
                 one.title.set_fontsize(9)
             told = f"{self.settings['sources'][r]}\n→ {self.settings['targets'][r]}"
             axes[0].set_xlabel(told, fontsize=6, loc="left")
-        figure.savefig(Path(path))
+        return figure
 
 
 def edit_scenes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import time
@@ -21,8 +20,10 @@ from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, Dem
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.errors import ArgumentError, DemoError
 from clockwork_hooks.needed import need
+from clockwork_hooks.plots import Bitmap
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import find_region
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.wrapper import wrap
@@ -64,7 +65,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class DemoResult:
+class DemoResult(Report):
     """What `demo` measured, and where it put its files.
 
     Attributes:
@@ -75,6 +76,8 @@ class DemoResult:
             adaptor, where there is none.
         folder: holds grid.png, report.md and report.json.
     """
+
+    SCHEMA = "demo/1"
 
     rows: tuple[Row, ...]
     images: dict[str, Tensor]
@@ -108,10 +111,15 @@ class DemoResult:
         )
         return table("The demo model, plain and with Clockwork", columns, cells, notes=notes)
 
-    def to_json(self) -> str:
+    def data(self) -> dict[str, Any]:
         """Rows and settings; times in seconds, MACs in units."""
-        data = {"rows": [asdict(row) for row in self.rows], "region": self.region, "settings": self.settings}
-        return json.dumps(data, indent=2, ensure_ascii=False)
+        return {"rows": [asdict(row) for row in self.rows], "region": self.region, "settings": self.settings}
+
+    def figures(self) -> Sequence[Bitmap]:
+        """Each prompt with its pictures, side by side."""
+        from clockwork_hooks.demo.grid import draw_grid
+
+        return (Bitmap(lambda: draw_grid(self), "Each prompt with its pictures, plain and with Clockwork"),)
 
 
 def demo(
@@ -271,10 +279,8 @@ def _folder(path: Path) -> Path:
 
 
 def _write(result: DemoResult) -> None:
-    from clockwork_hooks.demo.grid import draw_grid
-
-    draw_grid(result).save(result.folder / "grid.png")
-    (result.folder / "report.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    for name in ("grid.png", "report.json", "report.html"):
+        result.save(result.folder / name)
     text = [
         "# Clockwork demo",
         "",

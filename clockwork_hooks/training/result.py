@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import DistillError
+from clockwork_hooks.plots import Plot, plots
+from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["DistillResult", "StudentResult", "save_adaptor"]
 
@@ -50,7 +54,7 @@ class StudentResult:
 
 
 @dataclass(frozen=True, slots=True)
-class DistillResult:
+class DistillResult(Report):
     """What `distill` trained.
 
     Attributes:
@@ -64,6 +68,8 @@ class DistillResult:
         settings: all options, the machine and the versions.
         folder: where it was saved, or None.
     """
+
+    SCHEMA = "distill/1"
 
     students: Mapping[str, StudentResult]
     region: Region = field(repr=False)
@@ -130,33 +136,47 @@ class DistillResult:
         )
         return table("Distillation", columns, rows, notes=(note,))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All numbers, as JSON can hold them; losses thinned to 1,000 an adaptor."""
+    def figures(self) -> Sequence[Plot]:
+        """The losses over the adaptor steps that were trained on."""
+        return plots(Plot(self._losses, "Loss over the adaptor steps that were trained on, an adaptor a line"))
+
+    def _losses(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 3.2), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        for name, student in self.students.items():
+            wide = max(1, len(student.losses) // 100)
+            means = [_mean(student.losses[k : k + wide]) for k in range(0, len(student.losses), wide)]
+            axes.plot([wide * (k + 0.5) for k in range(len(means))], means, label=f"{name} ({student.loss})")
+        axes.set(xlabel="adaptor steps trained on", ylabel="loss, means of 1%", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return figure
+
+    def data(self) -> dict[str, Any]:
+        """All numbers; losses thinned to 1,000 an adaptor."""
         students = {}
         for name, student in self.students.items():
             told = {key: value for key, value in _fields(student).items() if key not in ("adaptor", "losses")}
             every = max(1, len(student.losses) // 1000)
             students[name] = told | {
-                "errors": {str(step): error for step, error in student.errors.items()},
+                "errors": student.errors,
                 "first_loss": student.first,
                 "last_loss": student.last,
                 "losses_every": every,
-                "losses": list(student.losses[::every]),
+                "losses": student.losses[::every],
             }
         return {
             "students": students,
             "region": {"line": self.region.line, "fingerprint": self.region.fingerprint},
-            "steps": list(self.steps),
+            "steps": self.steps,
             "trajectories": self.trajectories,
             "seconds": self.seconds,
             "recording_seconds": self.recording_seconds,
             "buffer_peak_bytes": self.buffer_peak,
-            "settings": dict(self.settings),
+            "settings": self.settings,
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
 def _fields(student: StudentResult) -> dict[str, Any]:

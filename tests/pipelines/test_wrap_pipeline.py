@@ -325,7 +325,7 @@ def test_a_base_and_its_refiner_under_one_handle() -> None:
         assert passes == {"base.unet": (4, 4), "refiner.unet": (2, 2)}  # four steps of the one, two of the other
         report = cw.report()
         assert str(report).startswith("base.unet: Clockwork on UNet2DConditionModel\n")
-        assert json.loads(report.to_json())["refiner.unet"]["adaptor_passes"] == 2
+        assert json.loads(report.to_json())["unets"]["refiner.unet"]["adaptor_passes"] == 2
         assert "| refiner.unet | passes" in report.to_markdown()
         assert repr(cw) == "WrappedPipeline(BaseAndRefiner: base.unet, refiner.unet)"
     assert [snapshot(pipe.unet) for pipe in (both.base, both.refiner)] == before

@@ -1,0 +1,170 @@
+"""What every report can do with its tables, pictures and data: terminal, Markdown, JSON, HTML, SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.page import page, table_html
+from clockwork_hooks.report import Table
+
+if TYPE_CHECKING:
+    import rich.console
+
+__all__ = ["Picture", "Report", "plain"]
+
+TEXTS = (".json", ".md", ".html")
+PICTURES = (".svg", ".png")
+
+
+class Picture(Protocol):
+    """A picture of a report."""
+
+    def to_svg(self) -> str:
+        """As SVG text; it follows the reader's light or dark mode."""
+
+    def save(self, path: str | Path) -> None:
+        """As a file whose ending tells the format."""
+
+
+class Report:
+    """Base of all that is counted or measured: a report gives its table, data and pictures, and has every form.
+
+    Terminal (rich prints it), Markdown, JSON, one HTML page, a notebook's cell, files. The JSON says which published
+    schema it follows: "clockwork_hooks/NAME/VERSION" is docs/schemas/NAME-VERSION.schema.json.
+
+    Attributes:
+        SCHEMA: NAME/VERSION.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from clockwork_hooks.report import table
+        >>> @dataclass(frozen=True)
+        ... class Two(Report):
+        ...     SCHEMA = "two/1"
+        ...     number: int
+        ...
+        ...     def table(self):
+        ...         return table("Two", ("name", ">value"), [("number", self.number)])
+        ...
+        ...     def data(self):
+        ...         return {"number": self.number}
+        >>> Two(2).to_dict()
+        {'schema': 'clockwork_hooks/two/1', 'number': 2}
+        >>> print(Two(2))
+        **Two**
+        <BLANKLINE>
+        | name   | value |
+        |:-------|------:|
+        | number |     2 |
+    """
+
+    __slots__ = ()
+    SCHEMA: ClassVar[str] = ""
+
+    def table(self) -> Table:
+        """The report as one table, the most important one where there are several."""
+        raise NotImplementedError
+
+    def tables(self) -> Sequence[Table]:
+        """All tables."""
+        return (self.table(),)
+
+    def figures(self) -> Sequence[Picture]:
+        """The pictures, the most important one first; none where their package is missing."""
+        return ()
+
+    def data(self) -> Mapping[str, Any]:
+        """All numbers by name; counts and times in units, never rounded."""
+        raise NotImplementedError
+
+    @property
+    def heading(self) -> str:
+        """Title of the page."""
+        return self.table().title
+
+    def to_dict(self) -> dict[str, Any]:
+        """The data as JSON's own types, with the schema that it follows."""
+        made: dict[str, Any] = plain({"schema": f"clockwork_hooks/{self.SCHEMA}", **self.data()})
+        return made
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """The tables as Markdown."""
+        return "\n\n".join(part.to_markdown() for part in self.tables())
+
+    def to_html(self) -> str:
+        """One HTML page with tables and pictures; it needs no network and no script, and holds the data as JSON."""
+        first, *more = self.tables()
+        drawn = [picture.to_svg() for picture in self.figures()]
+        return page(self.heading, [first, *drawn, *more], data=self.to_dict())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report to a file whose ending tells the form: .json, .md, .html; .svg or .png for its picture.
+
+        Args:
+            path: the file; its folder is made if need be.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArgumentError: another ending, no picture, or the file cannot be written.
+        """
+        target = Path(path)
+        drawn = self.figures() if target.suffix in PICTURES else ()
+        if target.suffix not in (*TEXTS, *PICTURES) or (target.suffix in PICTURES and not drawn):
+            has = (*TEXTS, *(PICTURES if self.figures() else ()))
+            raise ArgumentError(
+                "a report is written to a file whose ending tells its form",
+                seen={"file": target, "forms of this report": " ".join(has)},
+                do="end the name with one of these",
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if drawn:
+                drawn[0].save(target)
+            else:
+                form = {".json": self.to_json, ".md": self.to_markdown, ".html": self.to_html}[target.suffix]
+                target.write_text(form().rstrip("\n") + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(
+                "a report goes to a file that can be written",
+                seen={"file": target, "error": error},
+                do="name another one",
+            ) from error
+        return target
+
+    def _repr_html_(self) -> str:
+        return "".join([*(picture.to_svg() for picture in self.figures()), *map(table_html, self.tables())])
+
+    def __rich__(self) -> rich.console.Group:
+        from rich.console import Group
+
+        return Group(*self.tables())
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types: tuples become lists, keys text, what is not finite None, the rest its `str`.
+
+    Example:
+        >>> plain({2: (1, float("nan")), "where": Path("a")})
+        {'2': [1, None], 'where': 'a'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, Set)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
