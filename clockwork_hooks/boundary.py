@@ -174,7 +174,7 @@ class Region(Report):
         """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
         kept = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
         arms = [
-            Block(f"{arm} {shape(space) or '(no level)'}", k + 1, arm, own, True, 1, 0, 0)
+            Block(f"{arm}, {shape(space) or 'no level'}", k + 1, arm, own, True, 1, 0, 0)
             for arm, order in _ARMS
             for k, (space, *both) in list(enumerate(self.by_level))[::order]
             if (own := both[order < 0]) or (order > 0 and k + 1 == len(self.by_level))

@@ -228,18 +228,19 @@ class Builder:
 
     def _by_level(self, run: set[int], edge: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
         found: dict[int, list[int]] = {}
-        order = sorted(n for n in run if self.macs[n] and self.dom.dep[n])
-        known = [(n, self.levels.positions(self.trace.nodes[n])) for n in order]
+        order = sorted(n for n in run if self.macs[n])
+        # Text keys and the like are no feature maps: they count where the operators before them work.
+        known = [(n, self.levels.positions(self.trace.nodes[n]) if self.dom.dep[n] else None) for n in order]
         # Heads times tokens can look like a level above the edge; only padding, which a convolution shows, is one.
         known = [(n, p if p and (p <= edge or self.levels.is_spatial(self.trace.nodes[n])) else None) for n, p in known]
         floor = min((p for n, p in known if p and self.levels.is_spatial(self.trace.nodes[n])), default=0)
         turn = max((n for n, p in known if p == floor), default=0)
-        at = floor
+        at = next((p for _, p in known if p and p >= floor), floor)
         for n, p in known:
-            at = p or at
+            at = p if p and p >= floor else at
             arms = found.setdefault(at, [0, 0])
             arms[n > turn] += self.macs[n]
-        return tuple((self.levels.spatial.get(p, ()), *found[p]) for p in sorted(found, reverse=True) if p >= floor)  # type: ignore[misc]
+        return tuple((self.levels.spatial.get(p, ()), *found[p]) for p in sorted(found, reverse=True))  # type: ignore[misc]
 
     def _fingerprint(self, entries: tuple[Boundary, ...], exit: Boundary, plan: Plan) -> str:
         def port(boundary: Boundary) -> list[Any]:

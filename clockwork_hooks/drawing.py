@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -114,10 +115,11 @@ def draw(diagram: Diagram) -> Drawing:
     places = _place(diagram)
     page.height = TOP + len(diagram.levels) * (ROW + GAP) + 62
     page.shapes += _shade(diagram, places)
-    page.shapes += _flow(diagram, places)
-    page.shapes += _arcs(diagram, places)
+    lines = [*_flow(diagram, places), *_arcs(diagram, places)]
+    page.shapes += lines
     page.shapes += _boxes(diagram, places)
-    page.shapes += _words(diagram, places, page.height)
+    page.shapes += _marks(diagram, places, lines)
+    page.shapes += _words(diagram, page.height)
     return page
 
 
@@ -231,7 +233,42 @@ def _names(block: Block) -> Iterator[str]:
             yield ".".join(parts[k:]) + more
 
 
-def _words(diagram: Diagram, places: dict[int, Box], height: float) -> Iterator[Word | Line]:
+def _marks(diagram: Diagram, places: dict[int, Box], lines: Iterable[Line]) -> Iterator[Word | Line]:
+    """Where the region's entry and exit are, each with its word at the first place that no line crosses."""
+    inside = [places[k] for k, block in enumerate(diagram.blocks) if block.skipped]
+    if diagram.region is None or not inside:
+        return
+    points = [point for line in lines for point in _along(line)]
+    for name, box, x, side in (
+        ("entry", inside[0], inside[0].x - SPACE / 2, -1),
+        ("exit", inside[-1], inside[-1].x + inside[-1].width + SPACE / 2, 1),
+    ):
+        yield Line(((x, box.y - 12), (x, box.y + ROW + 12)), "mark")
+        wide = LETTER * len(name) + 4
+
+        def crossed(place: tuple[int, float], x: float = x, wide: float = wide) -> int:
+            left, low = min(x, x + place[0] * wide), place[1]
+            return sum(left - 2 <= px <= left + wide + 2 and low - 11 <= py <= low + 3 for px, py in points)
+
+        rows = [y for more in (0, 6, 12, 18) for y in (box.y + ROW + 13 + more, box.y - 5 - more)]
+        turn, y = min(((turn, y) for y in rows for turn in (side, -side)), key=crossed)
+        yield Word(x + 4 * turn, y, name, "start" if turn > 0 else "end", "edge", 11, bold=True)
+
+
+def _along(line: Line, count: int = 60) -> Iterator[tuple[float, float]]:
+    """Points of a line, of each straight piece of it, or of a quadratic Bézier curve."""
+    shares = [k / count for k in range(count + 1)]
+    if len(line.points) == 3:
+        (ax, ay), (cx, cy), (bx, by) = line.points
+        for t in shares:
+            a, b, c = (1 - t) ** 2, t * t, 2 * t * (1 - t)
+            yield a * ax + b * bx + c * cx, a * ay + b * by + c * cy
+        return
+    for (ax, ay), (bx, by) in pairwise(line.points):
+        yield from ((ax + t * (bx - ax), ay + t * (by - ay)) for t in shares)
+
+
+def _words(diagram: Diagram, height: float) -> Iterator[Word]:
     yield Word(MARGIN, 24, diagram.model, size=16, bold=True)
     total = sum(block.macs for block in diagram.blocks)
     skipped = sum(block.macs for block in diagram.blocks if block.skipped)
@@ -247,13 +284,6 @@ def _words(diagram: Diagram, places: dict[int, Box], height: float) -> Iterator[
     if region is None:
         yield Word(MARGIN, height - 14, "No region can be skipped: every pass is full.", kind="edge", size=12)
         return
-    inside = [k for k, block in enumerate(diagram.blocks) if block.skipped]
-    if inside:
-        first, last = places[inside[0]], places[inside[-1]]
-        for x, y, text in ((first.x - 6, first.y, "entry"), (last.x + last.width + 6, last.y, "exit")):
-            yield Line(((x, y - 12), (x, y + ROW + 12)), "mark")
-            yield Word(x + (-4 if text == "entry" else 4), y + ROW + 13, text, "end" if text == "entry" else "start",
-                       "edge", 11, bold=True)  # fmt: skip
     counts = Counter(f"{side.kind} {shape(side.shape) or 'number'}" for side in region.sides)
     sides = "; ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items()) or "none"
     edge = f"entry {region.entry.path} {shape(region.entry.shape)} → exit {region.exit.path} {shape(region.exit.shape)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -15,7 +16,7 @@ from clockwork_hooks.report import Table
 if TYPE_CHECKING:
     import rich.console
 
-__all__ = ["Picture", "Report", "plain"]
+__all__ = ["Picture", "Report", "plain", "reading"]
 
 TEXTS = (".json", ".md", ".html")
 PICTURES = (".svg", ".png")
@@ -152,6 +153,27 @@ class Report:
 
     def __str__(self) -> str:
         return self.to_markdown()
+
+
+@contextlib.contextmanager
+def reading(kind: type[Report], text: str) -> Iterator[dict[str, Any]]:
+    """The data of a report that `to_json` wrote; what is wrong with it, here or within, is one error.
+
+    Raises:
+        ArgumentError: the text is no JSON, follows another schema, or lacks something.
+    """
+    wanted = f"clockwork_hooks/{kind.SCHEMA}"
+    try:
+        data = json.loads(text)
+        if data.get("schema") != wanted:
+            raise ValueError(f"its schema is {data.get('schema')!r}, not {wanted!r}")
+        yield data
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"a {kind.__name__.lower()} is what {kind.__name__}.to_json wrote",
+            seen={"error": f"{type(error).__name__}: {error}"},
+            do="write it again",
+        ) from error
 
 
 def plain(value: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clockwork_hooks.rendering import Report
+from clockwork_hooks.rendering import Report, reading
 from clockwork_hooks.report import Table, macs, percent, table
 
 __all__ = ["Evaluation", "Score", "VariantResult"]
@@ -123,6 +122,10 @@ class Evaluation(Report):
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """What `to_json` wrote."""
-        data = json.loads(text)
-        return cls(tuple(VariantResult.from_dict(row) for row in data["rows"]), data["better"], data["settings"])
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is no evaluation.
+        """
+        with reading(cls, text) as data:
+            return cls(tuple(VariantResult.from_dict(row) for row in data["rows"]), data["better"], data["settings"])

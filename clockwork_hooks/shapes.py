@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from clockwork_hooks.errors import ArgumentError
 
@@ -129,7 +130,7 @@ def save(page: Drawing, path: str | Path) -> None:
 
 def _png(page: Drawing, target: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch, PathPatch
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
     from matplotlib.path import Path as Curve
 
     figure = Figure(figsize=(WIDTH / 96, page.height / 96), dpi=192)
@@ -146,7 +147,10 @@ def _png(page: Drawing, target: Path) -> None:
             axes.add_patch(patch)
         elif isinstance(item, Line):
             codes = [Curve.MOVETO, *[Curve.CURVE3 if len(item.points) == 3 else Curve.LINETO] * (len(item.points) - 1)]
-            axes.add_patch(PathPatch(Curve(list(item.points), codes), fill=False, edgecolor=line, linewidth=0.9))
+            look: dict[str, Any] = {"edgecolor": line, "linewidth": 0.9, "fill": False}
+            path = Curve(list(item.points), codes)
+            arrow = {"arrowstyle": "->", "mutation_scale": 7.0, **look}
+            axes.add_patch(FancyArrowPatch(path=path, **arrow) if item.arrow else PathPatch(path, **look))
         else:
             axes.text(
                 item.x - 3 * item.upright,

@@ -86,24 +86,43 @@ def test_nothing_leaves_the_page(drawn):
             assert all(float(n) >= 0 for n in re.findall(r"-?\d+\.\d", path.get("d")))
 
 
-def test_the_flow_crosses_no_word(drawn):
-    """Its straight pieces against the places of `entry` and `exit`, 26 × 9 pixels each."""
+def test_no_line_crosses_the_words_entry_and_exit(drawn):
+    """Nor do their marks lie in a block."""
     _, made = drawn
     root = ET.fromstring(made.to_svg())
-    marks = [word for word in root.iter(f"{SVG}text") if word.text in ("entry", "exit")]
-    flows = [
-        path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "flow" and path.get("marker-end")
+    words = [word for word in root.iter(f"{SVG}text") if word.text in ("entry", "exit")]
+    assert len(words) == 2
+    curves = [
+        path.get("d")
+        for path in root.iter(f"{SVG}path")
+        if path.get("class") in ("flow", "skip") and path.get("id") is None
     ]
-    assert len(marks) == 2
-    assert flows
-    for word in marks:
-        x, y = float(word.get("x")), float(word.get("y"))
-        left = x - 26 * (word.get("text-anchor") == "end")
-        for path in flows:
-            points = [tuple(map(float, point.split())) for point in re.split("[ML]", path) if point]
-            for (x1, y1), (x2, y2) in pairwise(points):
-                beside = max(x1, x2) < left or min(x1, x2) > left + 26
-                assert beside or max(y1, y2) < y - 9 or min(y1, y2) > y, word.text
+    assert sum("Q" in curve for curve in curves) < len(curves)
+    for word in words:
+        x, y, wide = float(word.get("x")), float(word.get("y")), 6.0 * len(word.text)
+        left = x - wide if word.get("text-anchor") == "end" else x
+        for px, py in (point for curve in curves for point in points(curve)):
+            assert not (left < px < left + wide and y - 8 < py < y), (word.text, px, py)
+    marks = [float(path.get("d")[1:].split()[0]) for path in root.iter(f"{SVG}path") if path.get("class") == "mark"]
+    top = min(made.blocks[k].level for k in range(len(made.blocks)) if made.blocks[k].skipped)
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("class") in ("block", "skipped")]
+    for box, block in zip(boxes, made.blocks, strict=True):
+        if block.level == top:
+            x, wide = float(box.get("x")), float(box.get("width"))
+            assert not any(x < mark < x + wide for mark in marks[1:])
+
+
+def points(path):
+    """Points along "Mx yQx y x y", or along the straight pieces of "Mx yLx yLx y"."""
+    corners = [tuple(map(float, point.split())) for point in re.split("[MLQ]", path) if point]
+    if "Q" in path:
+        (ax, ay), (cx, cy, bx, by) = corners
+        for t in (k / 200 for k in range(201)):
+            a, b, c = (1 - t) ** 2, t * t, 2 * t * (1 - t)
+            yield a * ax + b * bx + c * cx, a * ay + b * by + c * cy
+        return
+    for (ax, ay), (bx, by) in pairwise(corners):
+        yield from ((ax + (bx - ax) * k / 200, ay + (by - ay) * k / 200) for k in range(201))
 
 
 def test_widths_go_by_macs(drawn):

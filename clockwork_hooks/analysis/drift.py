@@ -7,7 +7,6 @@ is compared is reduced to sums as it passes.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import choose
-from clockwork_hooks.rendering import Report
+from clockwork_hooks.rendering import Report, reading
 from clockwork_hooks.report import Table, percent, table
 from clockwork_hooks.wrapper import wrap
 
@@ -108,13 +107,17 @@ class Drift(Report):
 
     @classmethod
     def from_json(cls, text: str) -> Drift:
-        """What `to_json` wrote."""
-        data = json.loads(text)
-        del data["schema"]
-        data["ages"] = {name: tuple(map(tuple, ages)) for name, ages in data["ages"].items()}
-        data["cosines"] = {name: tuple(values) for name, values in data["cosines"].items()}
-        data["effects"] = {name: {int(c): e for c, e in effects.items()} for name, effects in data["effects"].items()}
-        return cls(**{**data, "seeds": tuple(data["seeds"])})
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is no drift.
+        """
+        with reading(cls, text) as data:
+            del data["schema"]
+            data["ages"] = {name: tuple(map(tuple, ages)) for name, ages in data["ages"].items()}
+            data["cosines"] = {name: tuple(values) for name, values in data["cosines"].items()}
+            data["effects"] = {r: {int(c): e for c, e in effects.items()} for r, effects in data["effects"].items()}
+            return cls(**{**data, "seeds": tuple(data["seeds"])})
 
     def plot(self, path: str | Path) -> None:
         """A heat map, regions by steps (PNG, SVG or PDF; needs matplotlib)."""

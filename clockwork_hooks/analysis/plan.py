@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
-from clockwork_hooks.rendering import Report
+from clockwork_hooks.rendering import Report, reading
 from clockwork_hooks.report import Table, percent, table
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.wrapper import wrap
@@ -141,8 +140,7 @@ class Plan(Report):
         Raises:
             ArgumentError: the text is no plan.
         """
-        try:
-            data = json.loads(text)
+        with reading(cls, text) as data:
             names = ["held_out", "steps", "level", "share", "fingerprint", "model"]
             return cls(
                 chosen=_option(data["chosen"]),
@@ -150,10 +148,6 @@ class Plan(Report):
                 adaptor=adaptor,
                 **{name: data[name] for name in names},
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(
-                "a plan is what Plan.to_json wrote", seen={"error": f"{type(error).__name__}: {error}"}, do="plan again"
-            ) from error
 
     def plot(self, path: str | Path) -> None:
         """Error against saving, planned schedules and clocks (PNG, SVG or PDF; needs matplotlib)."""

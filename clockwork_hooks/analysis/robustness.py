@@ -8,7 +8,6 @@ be approximated: the observation that the paper's choice of region rests on.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
 from clockwork_hooks.regions import choose
-from clockwork_hooks.rendering import Report
+from clockwork_hooks.rendering import Report, reading
 from clockwork_hooks.report import Table, table
 from clockwork_hooks.tree import map_leaves
 
@@ -88,21 +87,24 @@ class Robustness(Report):
 
     @classmethod
     def from_json(cls, text: str) -> Robustness:
-        """What `to_json` wrote; pictures are not in it."""
-        data = json.loads(text)
-        maps = tuple(
-            FeatureMap(**{**one, "shape": tuple(one["shape"]), "resolution": tuple(one["resolution"])})
-            for one in data["maps"]
-        )
-        distances = {name: tuple(values) for name, values in data["distances"].items()}
-        names = ["steps", "alpha", "statistics", "norm", "samples"]
-        return cls(
-            maps=maps,
-            distances=distances,
-            starts=tuple(data["starts"]),
-            seeds=tuple(data["seeds"]),
-            **{n: data[n] for n in names},
-        )
+        """What `to_json` wrote; pictures are not in it.
+
+        Raises:
+            ArgumentError: the text is no robustness.
+        """
+        with reading(cls, text) as data:
+            maps = tuple(
+                FeatureMap(**{**one, "shape": tuple(one["shape"]), "resolution": tuple(one["resolution"])})
+                for one in data["maps"]
+            )
+            names = ["steps", "alpha", "statistics", "norm", "samples"]
+            return cls(
+                maps=maps,
+                distances={name: tuple(values) for name, values in data["distances"].items()},
+                starts=tuple(data["starts"]),
+                seeds=tuple(data["seeds"]),
+                **{n: data[n] for n in names},
+            )
 
     def plot(self, path: str | Path) -> None:
         """Curves of distance over start, a line a map (PNG, SVG or PDF; needs matplotlib). Source: Figs. 12 and 13."""
