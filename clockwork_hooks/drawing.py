@@ -243,7 +243,6 @@ def _marks(diagram: Diagram, places: dict[int, Box], lines: Iterable[Line]) -> I
         ("entry", inside[0], inside[0].x - SPACE / 2, -1),
         ("exit", inside[-1], inside[-1].x + inside[-1].width + SPACE / 2, 1),
     ):
-        yield Line(((x, box.y - 12), (x, box.y + ROW + 12)), "mark")
         wide = LETTER * len(name) + 4
 
         def crossed(place: tuple[int, float], x: float = x, wide: float = wide) -> int:
@@ -252,6 +251,7 @@ def _marks(diagram: Diagram, places: dict[int, Box], lines: Iterable[Line]) -> I
 
         rows = [y for more in (0, 6, 12, 18) for y in (box.y + ROW + 13 + more, box.y - 5 - more)]
         turn, y = min(((turn, y) for y in rows for turn in (side, -side)), key=crossed)
+        yield Line(((x, min(box.y - 12, y - 9)), (x, max(box.y + ROW + 12, y + 2))), "mark")
         yield Word(x + 4 * turn, y, name, "start" if turn > 0 else "end", "edge", 11, bold=True)
 
 

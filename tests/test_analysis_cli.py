@@ -7,6 +7,7 @@ import torch
 
 from clockwork_hooks import Plan, wrap
 from clockwork_hooks.cli import main
+from tests.schemas import follows_its_schema
 from tests.test_analysis import made, sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' schedulers, of NumPy
@@ -74,6 +75,7 @@ def test_scenes_are_edited(capsys, tmp_path):
     assert "plain, no injection" in printed
     data = json.loads((tmp_path / "edit.json").read_text(encoding="utf-8"))
     assert data["settings"]["targets"] == ["a large blue circle in the centre on a grey background"]
+    follows_its_schema(data)
     plain, quick, _ = data["rows"]
     assert quick["macs"] == round(plain["macs"] * (1 - quick["saving"]))
     assert (tmp_path / "edit.png").stat().st_size > 5000

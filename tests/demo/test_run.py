@@ -14,6 +14,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.cli import main
 from clockwork_hooks.demo import run
 from clockwork_hooks.demo.model import DEMO_PROMPTS, LATENT_SHAPE, DemoModel
+from tests.schemas import follows_its_schema
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 
@@ -42,6 +43,8 @@ def test_three_side_by_side(adaptor: Path, tmp_path: Path) -> None:
     assert trained.psnr == identity.psnr
     assert identity.macs_per_image < trained.macs_per_image < plain.macs_per_image
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"][2]["name"] == "trained"
+    follows_its_schema(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")))
+    assert "data:image/png;base64," in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.width > 2 * 3 * 144
 
