@@ -175,7 +175,13 @@ def test_what_is_read_back_is_what_was_written(name):
     again = kind.from_json(first.to_json())
     assert again == first
     assert again.to_json() == first.to_json()
-    for text in ("{", "[]", "{}", first.to_json().replace("/1", "/9", 1), json.dumps({"schema": first.to_dict()["schema"]})):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        first.to_json().replace("/1", "/9", 1),
+        json.dumps({"schema": first.to_dict()["schema"]}),
+    ):
         with pytest.raises(ch.ArgumentError, match=f"is what {kind.__name__}.to_json wrote"):
             kind.from_json(text)
 
