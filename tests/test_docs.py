@@ -27,7 +27,8 @@ def pages(nav: Any) -> Iterator[str]:
 
 def test_the_navigation_has_every_page_once() -> None:
     """A new page needs a line under `nav` in mkdocs.yml."""
-    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+    found = [*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in DOCS.rglob("*.ipynb"))]
+    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in found)
 
 
 def test_the_api_page_has_every_public_name_once() -> None:

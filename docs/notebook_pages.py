@@ -1,0 +1,56 @@
+"""A hook of mkdocs: each notebook is a page, its cells in order, what they said and drew below them. Nothing is run."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add page and pictures of every notebook; the notebook itself stays, to be downloaded."""
+    for source in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        path = PurePosixPath(source.src_uri)
+        text, pictures = page(json.loads(source.content_string), path.stem)
+        files.append(File.generated(config, str(path.with_suffix(".md")), content=text))
+        for name, data in pictures.items():
+            files.append(File.generated(config, str(path.with_name(name)), content=data))
+    return files
+
+
+def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
+    """Markdown, and pictures by file name; `alt` in a cell's metadata says what its picture shows."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for number, cell in enumerate(notebook["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for kind, data in outputs(cell):
+            if kind in PICTURES:
+                name = f"{stem}-{number}.{PICTURES[kind]}"
+                pictures[name] = data.encode() if kind.startswith("image/svg") else base64.b64decode(data)
+                parts.append(f"![{cell['metadata']['alt']}]({name})")
+            else:
+                parts.append(f"```text\n{data.rstrip()}\n```")
+    first, *rest = parts
+    return "\n\n".join([first, f"*[This page as a notebook]({stem}.ipynb).*", *rest]) + "\n", pictures
+
+
+def outputs(cell: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The richest form of each output of a code cell: (kind, data)."""
+    for output in cell["outputs"]:
+        if output["output_type"] == "stream":
+            yield "text/plain", "".join(output["text"])
+        elif "data" in output:
+            kind = next(kind for kind in (*PICTURES, "text/plain") if kind in output["data"])
+            yield kind, "".join(output["data"][kind])

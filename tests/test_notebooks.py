@@ -1,0 +1,62 @@
+"""The notebooks run, say what they are kept with, and become pages of the site."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from docs import notebook_pages, run_notebooks
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def kept(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_notebooks.FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return found
+
+
+def said(notebook: dict[str, Any]) -> list[tuple[str, str]]:
+    """(kind, text) of every output; of a picture only that it is one."""
+    told = [
+        output for cell in notebook["cells"] if cell["cell_type"] == "code" for output in notebook_pages.outputs(cell)
+    ]
+    return [(kind, "" if kind in notebook_pages.PICTURES else text.replace("█", "").strip()) for kind, text in told]
+
+
+def test_there_are_two() -> None:
+    assert run_notebooks.NAMES == ("own_unet", "plan_and_train")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning"
+)  # of the kernel's sockets and loops
+@pytest.mark.parametrize("name", run_notebooks.NAMES)
+def test_a_notebook_says_what_it_is_kept_with(name: str) -> None:
+    """Half a minute of CPU time each, imports included; on another machine numbers differ in their last digits."""
+    now, then = said(run_notebooks.run(name)), said(kept(name))
+    assert [(kind, NUMBER.sub("#", text)) for kind, text in now] == [
+        (kind, NUMBER.sub("#", text)) for kind, text in then
+    ]
+    for (_, new), (_, old) in zip(now, then, strict=True):
+        assert list(map(float, NUMBER.findall(new))) == pytest.approx(
+            list(map(float, NUMBER.findall(old))), rel=0.1, abs=0.01
+        )
+
+
+@pytest.mark.parametrize("name", run_notebooks.NAMES)
+def test_a_notebook_is_a_page(name: str) -> None:
+    """It begins with what it is for, has all cells and pictures, and no machine's paths."""
+    notebook = kept(name)
+    text, pictures = notebook_pages.page(notebook, name)
+    title, note, first, *_ = text.split("\n\n")
+    assert title.startswith("# Notebook: ")
+    assert note == f"*[This page as a notebook]({name}.ipynb).*"
+    assert first.startswith("For those who")
+    for cell in notebook["cells"]:
+        assert "".join(cell["source"]).split("\n", 1)[0] in text
+    assert pictures
+    for file, data in pictures.items():
+        assert re.search(rf"!\[[^\]]{{20,}}\]\({file}\)", text)
+        assert data.startswith((b"\x89PNG", b"<svg"))
+    assert not re.search(r"/(tmp|home|work|root)/", text)
