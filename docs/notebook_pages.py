@@ -41,7 +41,7 @@ def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
                 pictures[name] = data.encode() if kind.startswith("image/svg") else base64.b64decode(data)
                 parts.append(f"![{cell['metadata']['alt']}]({name})")
             else:
-                parts.append(f"```text\n{data.rstrip()}\n```")
+                parts.append(f"```output\n{data.rstrip()}\n```")
     first, *rest = parts
     return "\n\n".join([first, f"*[This page as a notebook]({stem}.ipynb).*", *rest]) + "\n", pictures
 

@@ -1,8 +1,11 @@
-"""Run the notebooks of docs/notebooks and keep what they say: `python docs/run_notebooks.py [NAME]`."""
+"""Run the notebooks of docs/notebooks and keep what they say.
+
+python docs/run_notebooks.py [NAME ...] [--out FOLDER]
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -28,7 +31,15 @@ def run(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or NAMES:
-        nbformat.write(run(name), FOLDER / f"{name}.ipynb")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=NAMES)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    for name in options.names:
+        nbformat.write(run(name), options.out / f"{name}.ipynb")
         print(name)
+
+
+if __name__ == "__main__":
+    main()
