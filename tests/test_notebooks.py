@@ -58,7 +58,7 @@ def test_a_notebook_is_a_page(name: str) -> None:
     """It begins with what it is for, has all cells and pictures, and no machine's paths."""
     notebook = kept(name)
     text, pictures = notebook_pages.page(notebook, name)
-    title, note, first, *_ = text.split("\n\n")
+    title, first, note, *_ = text.split("\n\n")
     assert title.startswith("# Notebook: ")
     assert note == f"*[This page as a notebook]({name}.ipynb).*"
     assert first.startswith("For those who")
