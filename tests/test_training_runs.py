@@ -19,6 +19,8 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.training import checkpoint
+from clockwork_hooks.training.buffer import Buffer
+from clockwork_hooks.training.trajectories import Capture
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 
@@ -158,6 +160,27 @@ def test_the_buffer_keeps_its_bound(where: str, tmp_path: Path) -> None:
     assert bounded.buffer_peak == 2 * one
     assert bounded.losses == free.losses
     assert not any(tmp_path.iterdir())
+
+
+def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
+    """Those of several processes; and what the user has there stays."""
+    mine = tmp_path / "trajectories" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    unet = Tiny()
+    capture = Capture(unet)
+    buffers, recorded = [Buffer(tmp_path, 1), Buffer(tmp_path, 1)], []
+    for buffer, prompts in zip(buffers, ([1, 2], [3, 4]), strict=True):
+        recorded.append(capture.record(sampler(unet), prompts))
+        buffer.add(recorded[-1])
+    capture.remove()
+    for buffer, made in zip(buffers, recorded, strict=True):
+        held = buffer.get(0, torch.device("cpu"))
+        assert all(map(torch.equal, held.tensors(), made.tensors()))
+        buffer.clear()
+    assert not torch.equal(recorded[0].steps[0].calls[0].exit, recorded[1].steps[0].calls[0].exit)
+    assert list(tmp_path.iterdir()) == [mine.parent]
+    assert mine.exists()
 
 
 def test_a_buffer_too_small_for_one_trajectory() -> None:

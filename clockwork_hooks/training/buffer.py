@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ class Buffer:
     """Holds trajectories up to a number of bytes.
 
     Args:
-        where: "device" (of the UNet), "ram", or a folder.
+        where: "device" (of the UNet), "ram", or a folder, in which it makes one of its own, gone when it is cleared.
         gigabytes: bound, in 10⁹ bytes.
 
     Attributes:
@@ -42,7 +43,8 @@ class Buffer:
         self.where, self.limit = where, int(gigabytes * GB)
         self.used = self.peak = 0
         self._held: list[Trajectory] = []
-        self._folder = Path(where) / "trajectories" if where not in ("device", "ram") else None
+        self._home = Path(where) if where not in ("device", "ram") else None
+        self._folder: Path | None = None
 
     @property
     def device(self) -> torch.device | None:
@@ -66,8 +68,8 @@ class Buffer:
                 seen={"buffer_gb": self.limit / GB, "one trajectory": f"{size / GB:.3g} GB"},
                 do=f"pass buffer_gb={1.1 * size / GB:.2g} or more, a smaller batch=, or fewer steps",
             )
-        if self._folder is not None:
-            trajectory = self._write(trajectory, self._folder / f"{len(self._held)}.safetensors")
+        if self._home is not None:
+            trajectory = self._write(trajectory, self._home)
         self._held.append(trajectory)
         self.used += size
         self.peak = max(self.peak, self.used)
@@ -90,19 +92,23 @@ class Buffer:
         self._held, self.used = [], 0
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
-    def _write(self, trajectory: Trajectory, path: Path) -> Trajectory:
+    def _write(self, trajectory: Trajectory, home: Path) -> Trajectory:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         names = {id(tensor): str(index) for index, tensor in enumerate(trajectory.tensors())}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if self._folder is None:  # of its own: other processes, and what the user has there, are left alone
+                home.mkdir(parents=True, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(prefix="trajectories-", dir=home))
+            path = self._folder / f"{len(self._held)}.safetensors"
             save_file({names[id(tensor)]: tensor.contiguous() for tensor in trajectory.tensors()}, path)
         except (OSError, SafetensorError) as error:
             raise DistillError(
                 "the buffer's folder takes the trajectories",
-                seen={"folder": path.parent, "error": error, "held": f"{self.used / GB:.3g} of {self.limit / GB:g} GB"},
+                seen={"folder": home, "error": error, "held": f"{self.used / GB:.3g} of {self.limit / GB:g} GB"},
                 do='free some space, pass a smaller buffer_gb=, or buffer="ram"',
             ) from error
         return _mapped(trajectory, lambda leaf: _Stored(names[id(leaf)]) if isinstance(leaf, Tensor) else leaf)
