@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +272,31 @@ def test_no_folder_and_no_repository(tmp_path: Path) -> None:
     for name in (tmp_path / "nothing", "nothing", "someone/nothing-that-exists"):
         with pytest.raises(ch.AdaptorError, match="or the id of such a repository"):
             ch.wrap(nn.Conv2d(1, 1, 1), name)
+
+
+def test_pushed_to_the_hub_and_loaded_from_it(sd15: ZooCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in the place of the Hugging Face Hub; what would go over the network is what is written there."""
+    from huggingface_hub import HfApi
+
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, *, folder_path, **options: shutil.copytree(folder_path, hub)
+    )
+    adaptor = alive(ch.ResNetAdaptor.for_region(region_of(sd15), width=4))
+    adaptor.facts = FACTS
+    adaptor.push_to_hub("someone/adaptor")
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in hub.iterdir()}
+    assert "library_name: clockwork_hooks" in (hub / "README.md").read_text(encoding="utf-8")
+    asked = []
+    fetch = lambda name, **options: asked.append((name, options)) or str(hub)  # noqa: E731
+    monkeypatch.setattr("clockwork_hooks.adaptors.files.snapshot_download", fetch)
+    loaded = LearnedAdaptor.from_pretrained("someone/adaptor", revision="main")
+    assert loaded.facts == FACTS
+    assert all(map(torch.equal, loaded.state_dict().values(), adaptor.state_dict().values()))
+    assert (asked[0][0], asked[0][1]["revision"]) == ("someone/adaptor", "main")
+    with ch.wrap(sd15.model, "someone/adaptor") as cw:
+        assert isinstance(cw.adaptor, ch.ResNetAdaptor)
 
 
 def test_facts_that_json_does_not_hold(tmp_path: Path) -> None:
