@@ -117,6 +117,37 @@ def test_samplers_of_k_diffusion(name: str) -> None:
     assert loop.judge.share >= K_SAMPLERS[name]
 
 
+K_EVALUATIONS = (
+    "sample_heun",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_sde",
+)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", K_EVALUATIONS)
+def test_samplers_of_k_diffusion_that_declare(name: str) -> None:
+    """Two evaluations a step but for the last: the denoiser counts them, as docs/samplers.md shows it."""
+    sampling, loop = k_sampling(), Loop(declared=True)
+    sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
+    with loop.cw:
+        for _ in range(2):
+            loop.restart()
+            torch.manual_seed(0)
+            evaluations = itertools.count()
+
+            def denoise(x: Tensor, sigma: Tensor, evaluations: Any = evaluations) -> Tensor:
+                if next(evaluations) % 2 == 0:
+                    loop.begin()
+                return x - sigma[:, None, None, None] * loop(x, sigma).tanh()
+
+            getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
+            assert loop.judge.made == 3 * "FFAA" + "FFA"
+
+
 # -- samplers written by hand -------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, DDIMPipeline, DDPMPipeline
+from diffusers import ControlNetModel, DDIMPipeline, DDPMPipeline, StableDiffusionPAGPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -122,6 +122,13 @@ def ip_adapter_weights(unet: Any) -> dict[str, Any]:
     return {"image_proj": projection | norm, "ip_adapter": layers}
 
 
+def perturbed_attention() -> Case:
+    """Three branches in one batch; the processors in the middle are others', and run with the region."""
+    components = parts.text_to_image().components | {"image_encoder": None}
+    pipe = StableDiffusionPAGPipeline(**components, requires_safety_checker=False, pag_applied_layers=["mid_block"])
+    return Case(parts.quiet(pipe), TEXT | {"pag_scale": 3.0})
+
+
 def svd() -> Case:
     import diffusers
 
@@ -164,7 +171,8 @@ def ddim() -> Case:
 
 
 CASES = (
-    txt2img, img2img, inpaint, controlnet, sdxl, sdxl_refiner, instruct_pix2pix, ip_adapter, svd, ddpm, ddim,
+    txt2img, img2img, inpaint, controlnet, sdxl, sdxl_refiner, instruct_pix2pix, perturbed_attention, ip_adapter, svd,
+    ddpm, ddim,
 )  # fmt: skip
 
 
