@@ -8,16 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
 from clockwork_hooks.graph import Trace, sources
 
-__all__ = ["Dominance"]
+__all__ = ["Dominance", "Mask"]
 
 Edge = tuple[int, int]
+Mask = NDArray[np.bool_]  # a set of nodes, one value a node
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -44,6 +48,11 @@ class Dominance:
         self._depth = [0] * count + [0]
         self._post_dominators({node.meta["index"] for node in trace.outputs})
         self._first, self._last = self._intervals()
+        self._tree = np.array(sorted(np.flatnonzero(self.live).tolist(), key=self._first.__getitem__), dtype=np.int64)
+        self.depends, self.lives = np.array(self.dep), np.array(self.live)
+        self._source = np.array([u for found in self.sources for u in found], dtype=np.int64)
+        self._user = np.repeat(np.arange(count), [len(found) for found in self.sources])
+        self._loaded = np.array([node.op == "get_attr" for node in self.nodes])
         self._entries: dict[int, list[Edge]] | None = None
 
     def residuals(self, inputs: Mapping[str, fx.Node]) -> tuple[str, ...]:
@@ -126,9 +135,24 @@ class Dominance:
                 found[self.parent[n]] += found[n]  # a post-dominator comes later, so found[n] is complete
         return found
 
-    def members(self, o: int) -> set[int]:
+    def members(self, o: int) -> NDArray[np.int64]:
         """P(o)."""
-        return {n for n in range(len(self.nodes)) if self.within(n, o)}
+        return self._tree[self._first[o] - 1 : self._last[o] - 1] if self.live[o] else self._tree[:0]
+
+    def mask(self, nodes: Iterable[int]) -> Mask:
+        """A set of nodes as one value a node."""
+        found = np.zeros(len(self.nodes), dtype=np.bool_)
+        found[nodes if isinstance(nodes, np.ndarray) else list(nodes)] = True
+        return found
+
+    def places(self, nodes: Iterable[int]) -> list[int]:
+        """Where these nodes are in the tree, for `holds`."""
+        return sorted(self._first[n] for n in nodes if self.live[n])
+
+    def holds(self, o: int, places: list[int]) -> bool:
+        """Is one of them in P(o)?"""
+        k = bisect_left(places, self._first[o])
+        return k < len(places) and places[k] < self._last[o]
 
     def between(self, source: int, target: int) -> set[int]:
         """What depends on `source` and reaches the output only through `target`, with what serves that alone."""
@@ -172,16 +196,10 @@ class Dominance:
                         o = self.parent[o]
         return found
 
-    def crossing(self, inside: set[int]) -> tuple[list[Edge], list[int]]:
+    def crossing(self, inside: Mask) -> tuple[list[Edge], list[int]]:
         """Edges into a set of nodes: those that carry the sample, and the other nodes that feed it."""
-        edges: list[Edge] = []
-        sides: set[int] = set()
-        for v in sorted(inside):
-            for u in self.sources[v]:
-                if u in inside:
-                    continue
-                if self.dep[u]:
-                    edges.append((u, v))
-                elif self.nodes[u].op != "get_attr":
-                    sides.add(u)
-        return sorted(set(edges)), sorted(sides)
+        into = inside[self._user] & ~inside[self._source]
+        source, user = self._source[into], self._user[into]
+        carry = self.depends[source]
+        sides = np.unique(source[~carry & ~self._loaded[source]])
+        return sorted(set(zip(source[carry].tolist(), user[carry].tolist(), strict=True))), sides.tolist()

@@ -8,7 +8,7 @@ they are called.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -45,28 +45,34 @@ class Embeddings:
         """Paths of the inputs that node n's value comes from, the sample left out."""
         return tuple(path for path, reached in self._reached.items() if n in reached)
 
+    def is_time(self, n: int) -> bool | None:
+        """Does node n's value come from the time? None where it comes from no input but the sample."""
+        found = self.inputs(n)
+        return bool(set(found) & set(self._trace.times[:1])) if found else None
+
     def time(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
         """Nodes that hold the time's embedding, best first.
 
         Args:
             sides: what feeds the region.
-            returned: nodes that module calls of an adaptor pass return, before the exit: where the embedding is made
-                inside the region, it is one of these.
+            returned: nodes made from the time that module calls of an adaptor pass return, before the exit: where the
+                embedding is made inside the region, it is one of these.
         """
         fed = [side.node for side in sides if side.kind == "time"]
-        found = self._vectors(fed) or self._made_inside(returned, self._is_time) or self._tokens(fed)
+        found = self._vectors(fed) or self._made_inside(returned) or self._tokens(fed)
         return found or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
 
     def text(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
         """Nodes that hold the text's embedding, or that of another condition: pooled vectors first, then tokens.
 
-        A pooled vector often enters through the time embedding (SDXL): then the input itself is the node.
+        A pooled vector often enters through the time embedding (SDXL): then the input itself is the node. `returned`
+        are nodes made from conditions other than the time.
         """
         fed = [side.node for side in sides if side.kind == "context"]
         given = {path for side in sides for path in side.inputs} - set(self._trace.times[:1])
         inputs = [node.meta["index"] for path, node in self._trace.inputs.items() if path in given]
         vectors, tokens = self._vectors(fed) + self._vectors(inputs), self._tokens(fed) + self._tokens(inputs)
-        return vectors or tokens or self._made_inside(returned, lambda n: bool(self.inputs(n)) and not self._is_time(n))
+        return vectors or tokens or self._made_inside(returned)
 
     def mask(self, text: int) -> int | None:
         """The input that says which of the text's tokens are padding: boolean or called a mask, and (B, L)."""
@@ -81,19 +87,15 @@ class Embeddings:
 
     # -- what is an embedding? ---------------------------------------------------------------------------------------
 
-    def _is_time(self, n: int) -> bool:
-        return bool(set(self.inputs(n)) & set(self._trace.times[:1]))
-
     def _vectors(self, nodes: Iterable[int]) -> list[int]:
         return [n for n in dict.fromkeys(nodes) if self._rank(n) == 2 and self._embeds(n)]
 
     def _tokens(self, nodes: Iterable[int]) -> list[int]:
         return [n for n in dict.fromkeys(nodes) if self._rank(n) == 3 and self._embeds(n)]
 
-    def _made_inside(self, returned: Iterable[int], wanted: Callable[[int], bool]) -> list[int]:
+    def _made_inside(self, returned: Iterable[int]) -> list[int]:
         """Vectors that modules make on the way; the most used first: an embedding is shared, a projection is not."""
-        found = [n for n in returned if not self._dom.dep[n] and self._dom.live[n] and wanted(n)]
-        return sorted(self._vectors(found), key=lambda n: (-len(self._dom.users[n]), -n))
+        return sorted(self._vectors(returned), key=lambda n: (-len(self._dom.users[n]), -n))
 
     def _rank(self, n: int) -> int:
         """Number of axes, those of size one at the end left out; 0 where nothing has a width."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 
+import numpy as np
 from torch import nn
 
 from clockwork_hooks.boundary import Region
@@ -47,6 +49,9 @@ class Finder:
         self.rejected: list[str] = []
         self.small: set[tuple[int, ...]] = set()
         self._weighted = self._after_weights()
+        self._positions = np.array([self.levels.positions(node) or 0 for node in trace.nodes], dtype=np.int64)
+        self._lows: dict[int, list[int]] = {}
+        self._cuts: dict[Edge, Region | None] = {}
 
     def _after_weights(self) -> list[bool]:
         """Nodes that carry the sample through at least one weighted operator; a region's entry is one of them."""
@@ -86,6 +91,7 @@ class Finder:
             groups.setdefault(tuple(sorted(edges)), []).append(o)
         positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
         spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.is_spatial(node)]
+        narrow: dict[int, list[int]] = {}  # positions of a level → where the work below it is
         for entries, exits in groups.items():
             top = max((positions[u] or 0 for u, _ in entries), default=0)
             if not top or not any(self._weighted[u] for u, _ in entries if positions[u] == top):
@@ -93,7 +99,9 @@ class Finder:
             widest = max(exits, key=self.dom.size)
             if self.levels.positions(self.trace.nodes[widest]) != top:
                 continue
-            if any(self.levels.shrinks(node, top) and self.dom.within(n, widest) for n, node in spatial):
+            if top not in narrow:
+                narrow[top] = self.dom.places(n for n, node in spatial if self.levels.shrinks(node, top))
+            if self.dom.holds(widest, narrow[top]):
                 yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
 
     def _region(self, candidate: _Candidate) -> Region | None:
@@ -107,9 +115,13 @@ class Finder:
 
     def _holds_most(self, candidate: _Candidate, around: _Candidate | None) -> bool:
         """Does it hold most of the work below its level? A small "U" of its own inside a block does not."""
-        positions = [self.levels.positions(node) or candidate.positions for node in self.trace.nodes]
-        low = [macs if p < candidate.positions else 0 for macs, p in zip(self.build.macs, positions, strict=True)]
-        totals = self.dom.totals(low)
+        top = candidate.positions
+        if top not in self._lows:
+            low = [
+                macs if 0 < p < top else 0 for macs, p in zip(self.build.macs, self._positions.tolist(), strict=True)
+            ]
+            self._lows[top] = self.dom.totals(low)
+        totals = self._lows[top]
         whole = around.exits[0] if around else len(self.trace.nodes)
         return 2 * totals[candidate.exits[0]] > totals[whole]
 
@@ -118,22 +130,25 @@ class Finder:
 
         Its exit is the widest at the next lower resolution; its entry the first tensor there that all else comes from.
         """
-        top = self.levels.positions(self.trace.nodes[outer.entry.node]) or 0
-        inside = sorted(n for n in self.dom.members(outer.exit.node) if self.dom.dep[n])
-        positions = {n: self.levels.positions(self.trace.nodes[n]) or 0 for n in inside}
-        edge = max((p for p in positions.values() if p < top), default=0)
-        exits = sorted((n for n in inside if positions[n] == edge > 0), key=self.dom.size, reverse=True)
-        for o in exits[:_TRIES]:
-            for d in [n for n in inside if self.dom.within(n, o) and positions[n] == edge][:_TRIES]:
-                region = self.between(d, o, level=outer.level, cut="paper") if d != o else None
+        top = self._positions[outer.entry.node]
+        inside = np.sort(self.dom.members(outer.exit.node))
+        inside = inside[self.dom.depends[inside]]
+        positions = self._positions[inside]
+        edge = positions[positions < top].max(initial=0)
+        there = inside[positions == edge].tolist() if edge else []
+        for o in sorted(there, key=self.dom.size, reverse=True)[:_TRIES]:
+            for d in list(islice((n for n in there if self.dom.within(n, o)), _TRIES)):
+                if (d, o) not in self._cuts:  # many regions have one cut
+                    self._cuts[d, o] = self.between(d, o, level=0, cut="paper") if d != o else None
+                region = self._cuts[d, o]
                 if region is not None:
-                    return region
+                    return replace(region, level=outer.level)
         return None
 
     def between(self, source: int, target: int, *, level: int, cut: str) -> Region | None:
         """What depends on `source` and reaches the output only through `target`, if nothing else enters."""
         inside = self.dom.between(source, target)
-        if target not in inside or {u for u, _ in self.dom.crossing(inside)[0]} != {source}:
+        if target not in inside or {u for u, _ in self.dom.crossing(self.dom.mask(inside))[0]} != {source}:
             return None
         return self.build.region(target, inside, level=level, cut=cut)
 

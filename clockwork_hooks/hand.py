@@ -32,7 +32,7 @@ def by_ends(finder: Finder, entry: str, exit: str) -> Region:
     region = finder.between(source, target, level=0, cut="hand")
     if region is None:
         inside = finder.dom.between(source, target)
-        others = {finder.build.name(u) for u, _ in finder.dom.crossing(inside)[0]} - {entry}
+        others = {finder.build.name(u) for u, _ in finder.dom.crossing(finder.dom.mask(inside))[0]} - {entry}
         raise RegionNotFoundError(
             "every path from the entry must pass the exit, and nothing else that depends on the sample may enter",
             seen={

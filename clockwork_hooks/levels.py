@@ -34,6 +34,7 @@ class Levels:
         self._rank = len(trace.inputs[trace.sample].meta["shape"])
         shapes: dict[int, tuple[int, ...]] = {}
         self._by_node: dict[fx.Node, int] = {}
+        self._matched: dict[fx.Node, int | None] = {}
         carrying = trace.reachable([trace.inputs[trace.sample]])  # a condition's own levels are not the UNet's
         for node in filter(carrying.__contains__, trace.nodes):
             for operand in self._operands(node):
@@ -64,6 +65,11 @@ class Levels:
         """Positions of a node's tensor, matched to the known levels; None where no reading of the shape fits."""
         if node in self._by_node:
             return self._by_node[node]
+        if node not in self._matched:
+            self._matched[node] = self._match(node)
+        return self._matched[node]
+
+    def _match(self, node: fx.Node) -> int | None:
         shape = node.meta.get("shape", ())
         if len(shape) < 3 or 0 in shape:
             return None

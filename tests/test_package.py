@@ -62,6 +62,7 @@ FLOOR = {
     "emit": 50,
     "levels": 50,
     "embeddings": 55,
+    "planner": 57,
     "builder": 60,
     "refusal": 65,
     "finder": 70,
