@@ -235,6 +235,23 @@ def test_remove_in_the_middle_and_errors_restore() -> None:
     assert snapshot(unet) == before
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["wrapped", "wrapped and compiled"])
+def test_a_unet_compiled_in_place_before(ours: bool) -> None:
+    """It is set aside while wrapped, so no switch compiles anything, and it is there again afterwards."""
+    case, unet = CASES["tiny"], Tiny()
+    expected, plain = rollout(case, unet, compiled=False), case.call(unet, 0)
+    unet.compile(backend="eager")
+    counters.clear()
+    torch.testing.assert_close(case.call(unet, 0), plain)
+    assert counters["stats"]["unique_graphs"] == 1
+    before = snapshot(unet)
+    torch.testing.assert_close(rollout(case, unet, compiled=ours), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(case.call(unet, 0), plain)
+    assert snapshot(unet) == before
+    assert counters["stats"]["unique_graphs"] == (3 if ours else 1)
+
+
 # -- plain captures, on a stand-in for CUDA graphs ------------------------------------------------------------------
 
 

@@ -67,4 +67,4 @@ def test_an_ideal_has_the_macs_of_its_own_cut() -> None:
 def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in performance_plots.PLOTS:
         monkeypatch.setitem(performance_plots.PLOTS, name, tmp_path / f"{name}.png")
-    assert all(path.stat().st_size > 10_000 for path in performance_plots.plot(GPU))
+    assert all(path.stat().st_size > 10_000 for path in performance_plots.plot(DATA))
