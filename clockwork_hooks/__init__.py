@@ -17,7 +17,8 @@ from clockwork_hooks import adaptors as _adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.analysis.drift import Drift, measure_drift
-from clockwork_hooks.analysis.plan import Plan, plan
+from clockwork_hooks.analysis.plan import Plan
+from clockwork_hooks.analysis.planner import plan
 from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
 from clockwork_hooks.blocks import diagram
 from clockwork_hooks.boundary import Boundary, Region, Side

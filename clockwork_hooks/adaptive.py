@@ -17,6 +17,7 @@ from clockwork_hooks import reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.engine import Emit, Engine, Prepared, Running
+from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.passes import Kind, Pass, Plan
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.timeline import Position
@@ -38,6 +39,15 @@ class AdaptiveEngine(Engine):
         super().__init__(unet, adaptor, schedule, **options)
         self.threshold, self.longest = schedule.threshold or 0.0, schedule.longest
 
+    def _install(self, region: Region) -> None:
+        if "entry" not in region.plan.ports:
+            raise RegionNotFoundError(
+                "an adaptive schedule compares the region's entry, so some module must take or return it",
+                seen={"region": region.line, "entry": region.entry.path},
+                do="choose another region, or another schedule",
+            )
+        super()._install(region)
+
     def _why_full(self, running: Running) -> str | None:
         """As `Engine._why_full`; and what is known of this step before the entry is."""
         found, position = super()._why_full(running), running.position
@@ -46,8 +56,8 @@ class AdaptiveEngine(Engine):
         step, decided = self.states.current().decided
         if step == (position.trajectory, position.step) and decided is not None:
             return decided
-        if position.before.entry is None:  # its call was recorded
-            return reasons.TRACED
+        if position.before.entry is None:
+            return reasons.TRACED if position.before.missing == reasons.TRACED else reasons.UNSEEN
         if position.before.age >= self.longest:
             return self._decide(position, reasons.LONGEST)
         return None
@@ -72,7 +82,7 @@ class AdaptiveEngine(Engine):
         before = position.before
         assert before is not None  # else it would not be an adaptor pass
         if entry is None or before.entry is None or entry.shape != before.entry.shape:
-            return reasons.DIFFERED
+            return reasons.UNSEEN
         if self.states.current().decided[0] == (position.trajectory, position.step):
             return None  # `_why_full` has looked at the decision
         changed = not bool(change(entry, before.entry) <= self.threshold)  # so that NaN is a change

@@ -8,6 +8,7 @@ FIRST = "first step"
 SCHEDULED = "scheduled"
 MOVED = "scheduled: the entry changed by more than the threshold"
 LONGEST = "scheduled: the longest run of adaptor steps is over"
+UNSEEN = "the entry was not seen before the region began"
 TRACED = "traced"
 TRAINING = "training"
 NO_TIME = "no time input: declare cw.step()"
@@ -39,6 +40,11 @@ REASONS: dict[str, tuple[str, str]] = {
         "a larger threshold, if the results allow it",
     ),
     LONGEST: ("an adaptive schedule came to its bound", "a larger `longest=`, if the results allow it"),
+    UNSEEN: (
+        "an adaptive schedule has nothing to compare: of several entries, the one it looks at comes after the first "
+        "skipped module",
+        "another region, or another schedule",
+    ),
     TRACED: (
         "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "
         "compares with, was not among the tensors kept alive",

@@ -114,7 +114,8 @@ class Schedule:
 
         The entry is compared in each guidance branch on its own, over all samples of a batch together; the first call
         of a step that gets to compare decides for the whole step, so the device is waited for once a step at most.
-        Where the bound or the first steps ask for a full pass, nothing is compared. A copy of the entry is kept.
+        Where the bound or the first steps ask for a full pass, nothing is compared. A copy of the entry is kept. A
+        region whose entry no module takes or returns is refused by `wrap`'s first call.
 
         Args:
             threshold: ‖entry - last full one‖ / ‖last full one‖, above which a step is full.

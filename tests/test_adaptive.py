@@ -244,3 +244,42 @@ def test_a_flop_count_gives_both_ends():
     assert "8 steps, 8 of them full" in str(found)
     assert "F ? ? ? ? ? ? ? (F full pass, ? decided at run time)" in str(found)
     jsonschema.validate(json.loads(found.to_json()), json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+class Unnamed(Still):
+    """The entry is a sum that no module takes or returns: only its double flows into the region's first module."""
+
+    def forward(self, x, t, c=None, **more):
+        h = self.stem(x) + 1
+        return self.head(torch.cat([h * 1, self.up(self.body(self.act(self.down(2 * h))))], 1))
+
+
+class Late(Still):
+    """A second entry, of full size too, that is made after the region has begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = torch.nn.Conv2d(2, 8, 3, padding=1)
+        self.other = torch.nn.Conv2d(8, 16, 4, 2, 1)
+
+    def forward(self, x, t, c=None, **more):
+        low = self.body(self.act(self.down(self.stem(x))))
+        late = self.second(x)
+        return self.head(torch.cat([late, self.up(low + self.other(late))], 1))
+
+
+def test_a_region_whose_entry_nobody_sees_is_refused():
+    unet = Unnamed()
+    with torch.no_grad(), pytest.raises(ch.RegionNotFoundError, match="some module must take or return it"):
+        run(unet, ch.wrap(unet, schedule=Schedule.adaptive(0.1)), samples())
+    assert "forward" not in vars(unet.down)
+    with torch.no_grad():
+        unet(samples()[0], 900)
+
+
+def test_an_entry_that_comes_too_late_costs_a_full_pass():
+    unet = Late()
+    cw = traced(unet, Schedule.adaptive(9.0, longest=9))
+    assert cw.region.entry.path == "second"
+    assert run(unet, cw, samples())[1] == "F" * 8
+    assert cw.stats.reasons == {reasons.FIRST: 1, reasons.UNSEEN: 7}

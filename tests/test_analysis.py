@@ -209,14 +209,14 @@ def test_drift_is_what_the_exits_say():
         handle.remove()
         for age in (1, 2, 3):
             want = [(b - a).norm() / b.norm() for a, b in zip(exits, exits[age:], strict=False)]
-            got = drift.ages[name][age - 1]
+            got = drift.errors[name][age - 1]
             assert got[:age] == (None,) * age
             assert list(got[age:]) == pytest.approx([float(w) for w in want], rel=1e-4)
         cosines = [float(torch.cosine_similarity(a.flatten(), b.flatten(), 0)) for a, b in itertools.pairwise(exits)]
         assert list(drift.cosines[name][1:]) == pytest.approx(cosines, rel=1e-4)
-        errors = drift.identity_error(name, 4)
+        errors = drift.error(name, 4)
         assert [k for k, e in enumerate(errors, 1) if e is None] == [1, 5]
-        assert errors[3] == drift.ages[name][2][3]
+        assert errors[3] == drift.errors[name][2][3]
 
 
 def test_effects_are_those_of_the_clock():
@@ -256,7 +256,7 @@ def test_branches_are_not_compared_with_each_other():
     drift = ch.measure_drift(both, generate, [1], clocks=(2,))
     level = next(name for name in drift.regions if name.startswith("level 2"))
     alone = next(name for name in flat.regions if name.startswith("level 2"))
-    assert max(drift.change(level)[1:]) < 5 * max(flat.change(alone)[1:])  # not the 3 x between the branches
+    assert max(drift.changes[level][1:]) < 5 * max(flat.changes[alone][1:])  # not the 3 x between the branches
 
 
 def test_drift_is_written_and_drawn(tmp_path):
@@ -266,7 +266,7 @@ def test_drift_is_written_and_drawn(tmp_path):
     drift.plot(tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 5000
     with pytest.raises(ch.ArgumentError, match="measured: 2 to 2"):
-        drift.identity_error(next(iter(drift.regions)), 3)
+        drift.error(next(iter(drift.regions)), 3)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_the_sensitive_level_is_left_alone():
     unet = made(upper=lambda t: 5 * signs[t])
     plan = ch.plan(unet, sampler(unet, rate=0.02), [1], min_saving=0.25, clocks=(2,), probes=4)
     assert plan.chosen.region.startswith("level 2")
-    assert plan.chosen.measured < 0.2 * min(o.measured for o in plan.options if o.region.startswith("level 1"))
+    assert plan.chosen.measured < 0.2 * min(o.error for o in plan.options if o.region.startswith("level 1"))
 
 
 def test_the_sensitive_steps_stay_full():
@@ -287,7 +287,7 @@ def test_the_sensitive_steps_stay_full():
     unet = made(upper=lambda t: gains[t], lower=lambda t: gains[t])
     plan = ch.plan(unet, sampler(unet, rate=0.02), [1], min_saving=0.2, clocks=(2,), probes=8)
     assert min(plan.chosen.steps) >= 5  # step 4 differs from step 3
-    clock = min(o.measured for o in plan.options if o.kind == "clock 2")
+    clock = min(o.error for o in plan.options if o.kind == "clock 2")
     assert plan.chosen.measured < 0.5 * clock
     assert plan.held_out < 0.5 * clock
 

@@ -73,42 +73,58 @@ def grid(result: Robustness) -> Figure:
 
 
 def heat_map(drift: Drift) -> Figure:
-    """Relative change of every region's exit at every step."""
+    """Candidates by steps: how every region's exit changes, and below it what each clock's adaptor steps are off by.
+
+    On a logarithmic scale: in the first steps some exits change by many times what they do later on.
+    """
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, PercentFormatter
 
     names = list(drift.regions)
-    values = [[float("nan") if v is None else v for v in drift.change(name)] for name in names]
-    figure = Figure(figsize=(min(14, 3.5 + 0.35 * drift.steps), 1.6 + 0.42 * len(names)), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(values, aspect="auto", cmap="magma", vmin=0, extent=(0.5, drift.steps + 0.5, len(names), 0))
-    axes.set_yticks([k + 0.5 for k in range(len(names))], names, fontsize=8)
-    axes.set_xlabel("denoising step s")
-    axes.set_title("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the region's exit", fontsize=10)
-    figure.colorbar(image, ax=axes)
+    clocks = sorted({clock for effects in drift.effects.values() for clock in effects})
+    panels = [("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the exit", [drift.changes[name] for name in names])]
+    panels += [(f"error at the exit, clock {n}", [drift.error(name, n) for name in names]) for n in clocks]
+    size = (min(14, 4.2 + 0.3 * drift.steps), 0.4 + len(panels) * (0.5 + 0.3 * len(names)))
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    cells = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    known = [value for _, rows in panels for row in rows for value in row if value] or [1.0]
+    scale = LogNorm(max(min(known), 1e-3 * max(known)), max(known), clip=True)
+    extent = (0.5, drift.steps + 0.5, len(names), 0)
+    for axes, (title, rows) in zip(cells, panels, strict=True):
+        values = [[float("nan") if value is None else value for value in row] for row in rows]
+        image = axes.imshow(values, aspect="auto", cmap="magma", norm=scale, extent=extent, interpolation="none")
+        axes.set_facecolor("0.85")
+        axes.set_yticks([k + 0.5 for k in range(len(names))], names, fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+    cells[-1].set_xlabel("denoising step s")
+    cells[-1].xaxis.get_major_locator().set_params(integer=True)
+    ticks = LogLocator(subs=(1.0, 2.0, 5.0))
+    figure.colorbar(image, ax=list(cells), ticks=ticks, format=PercentFormatter(1.0))
     return figure
 
 
 def pareto(plan: Plan) -> Figure:
-    """Measured error against saving, a marker an option; the chosen one is circled."""
+    """Measured error against saving, a colour a candidate, a marker a kind of schedule; the chosen one is circled."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
+    figure = Figure(figsize=(6.4, 5.0), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(option.region for option in plan.options))
-    for k, name in enumerate(names):
-        for planned, marker in ((True, "o"), (False, "x")):
-            mine = [o for o in plan.options if o.region == name and (o.kind == "planned") == planned]
-            points = [(100 * o.saved, 100 * o.measured) for o in mine if o.measured is not None]
-            label = f"{name}, {'planned' if planned else 'uniform clocks'}"
-            axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{k}", label=label) if points else None
-    best = [(100 * o.saved, 100 * o.measured) for o in plan.pareto() if o.measured is not None]
+    kinds = {"planned": ("o", "planned"), "clock": ("x", "uniform clocks"), "adaptive": ("^", "adaptive")}
+    for k, name in enumerate(dict.fromkeys(option.region for option in plan.options)):
+        for kind, (marker, words) in kinds.items():
+            mine = [o for o in plan.options if o.region == name and o.kind.split()[0] == kind]
+            points = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in mine if o.measured is not None]
+            if points:
+                axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{k}", label=f"{name}, {words}")
+    best = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in plan.pareto() if o.measured is not None]
     axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
-    x, y = 100 * plan.chosen.saved, 100 * (plan.chosen.measured or 0)
+    x, y = 100 * plan.chosen.gain(plan.weigh), 100 * (plan.chosen.measured or 0)
     axes.scatter([x], [y], s=160, facecolors="none", edgecolors="black", label="chosen")
-    axes.set(xlabel="MACs saved, %", ylabel="relative L2 error of the result, %")
+    axes.set(xlabel=f"{plan.weigh} saved, %", ylabel="relative L2 error of the result, %")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     return figure
 
 

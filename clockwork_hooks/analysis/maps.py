@@ -24,7 +24,7 @@ from clockwork_hooks.regions import regions_of
 from clockwork_hooks.report import shape
 from clockwork_hooks.tree import leaves
 
-__all__ = ["FeatureMap", "choose_maps", "exit_maps", "find_maps", "leaf_of", "region_name"]
+__all__ = ["FeatureMap", "choose_maps", "find_maps", "leaf_of", "region_name"]
 
 Kind = Literal["first", "down", "bottleneck", "up"]
 
@@ -79,16 +79,6 @@ def find_maps(trace: Trace, unet: nn.Module) -> tuple[FeatureMap, ...]:
     Source: arXiv 2312.08128, Sec. 3, Fig. 2 (upsampling outputs) and App. C (bottleneck, downsampling, conv_in).
     """
     return tuple(_Search(trace, unet).maps())
-
-
-def exit_maps(trace: Trace, unet: nn.Module, regions: Iterable[Region]) -> tuple[FeatureMap, ...]:
-    """The exits of regions of the trace, as maps; each is named by its region's level, edge and share of the MACs."""
-    search = _Search(trace, unet)
-    made = [(region, *search.made[region.exit.node]) for region in regions]
-    return tuple(
-        FeatureMap(region_name(region), "up", str(call.path), call.ordinal, leaf, region.exit.shape, region.resolution)
-        for region, call, leaf in made
-    )
 
 
 def region_name(region: Region) -> str:

@@ -1,7 +1,7 @@
 """Choose adaptor steps for a budget from measured sensitivities, one region at a time; pure arithmetic.
 
 The error that a set of adaptor steps makes is predicted as √Σ(w(s)·d(s, age))²: d(s, age) is what keeping a feature for
-`age` steps is off by at step s (`Drift.ages`), and w(s) is what such an error does to the result. w is measured, one
+`age` steps is off by at step s (`Drift.errors`), and w(s) is what such an error does to the result. w is measured, one
 adaptor step at a time, where a probe was made, and interpolated between.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Sensitivity", "probe_steps"]
+__all__ = ["Sensitivity", "adaptive_steps", "probe_steps", "threshold_for"]
 
 
 def probe_steps(steps: int, probes: int) -> tuple[int, ...]:
@@ -28,6 +28,32 @@ def probe_steps(steps: int, probes: int) -> tuple[int, ...]:
         return tuple(range(2, 2 + count))
     spread = (2 + round((last - 1) * (k / (count - 1)) ** 1.5) for k in range(count))
     return tuple(dict.fromkeys(spread))
+
+
+def adaptive_steps(entries: Sequence[Sequence[float | None]], threshold: float, longest: int) -> tuple[int, ...]:
+    """The adaptor steps that `Schedule.adaptive(threshold, longest=longest)` takes where the entry moves like this.
+
+    Args:
+        entries: for each age from 1: how far the entry is from what it was so many steps before, for each step from 1.
+        threshold, longest: of the schedule.
+
+    Example:
+        >>> adaptive_steps([(None, 0.1, 0.1, 0.3, 0.1), (None, None, 0.2, 0.4, 0.3)], threshold=0.25, longest=2)
+        (2, 3, 5)
+    """
+    found, age = [], 0
+    for step in range(2, len(entries[0]) + 1):
+        moved = entries[age][step - 1] if age < min(longest, len(entries)) else None
+        age = age + 1 if moved is not None and moved <= threshold else 0
+        if age:
+            found.append(step)
+    return tuple(found)
+
+
+def threshold_for(entries: Sequence[Sequence[float | None]], count: int, longest: int) -> float | None:
+    """The smallest threshold with which so many steps or more use the adaptor; None if none does."""
+    values = sorted({value for age in entries for value in age if value is not None and 0 < value < math.inf})
+    return next((v for v in values if len(adaptive_steps(entries, v, longest)) >= count), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import Trace, record
-from clockwork_hooks.regions import choose, match, regions_of
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.tree import map_leaves
 from clockwork_hooks.wrapper import wrap
 
-__all__ = ["Generate", "Watch", "candidates", "check_runs", "final", "first_call"]
+__all__ = ["Generate", "Watch", "check_clocks", "check_runs", "final", "first_call"]
 
 Generate = Callable[[Any, int], Tensor]
 
@@ -41,6 +39,17 @@ def check_runs(conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
             do="pass at least one of each",
         )
     return batches
+
+
+def check_clocks(clocks: Sequence[int]) -> None:
+    """Clocks to compare with are ints of at least 2.
+
+    Raises:
+        ArgumentError: one is not, or there is none.
+    """
+    wrong = [clock for clock in clocks if isinstance(clock, bool) or not isinstance(clock, int) or clock < 2]
+    if wrong or not clocks:
+        raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 
 
 def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Trace:
@@ -87,34 +96,6 @@ def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
     return made.detach()
 
 
-def candidates(
-    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: Adaptor | str | None
-) -> tuple[Region, ...]:
-    """The regions to look at: those given, or all nested ones; an adaptor has the default one.
-
-    Raises:
-        ArgumentError: what is given is no region of this UNet.
-        RegionNotFoundError: the UNet has none.
-    """
-    if regions is not None:
-        chosen = tuple(regions)
-        if not chosen or not all(isinstance(region, Region) for region in chosen):
-            raise ArgumentError(
-                "candidates are regions of the UNet",
-                seen={"regions": [type(region).__name__ for region in chosen] or "none"},
-                do="pass some of ch.find_regions(unet, *args)",
-            )
-        found = [match(trace, unet, region) for region in chosen]
-        if None in found:
-            raise ArgumentError(
-                "candidates are regions of this UNet, as generate calls it",
-                seen={"not found": [r.line for r, f in zip(chosen, found, strict=True) if f is None]},
-                do="pass some of ch.find_regions(unet, *args), found for this UNet",
-            )
-        return tuple(region for region in found if region is not None)
-    return regions_of(trace, unet) if adaptor in (None, "identity") else (choose(trace, unet),)
-
-
 class Watch:
     """Tells the step of the call that is under way; a context manager around any number of trajectories.
 
@@ -124,11 +105,12 @@ class Watch:
         step: denoising step of the call under way, or of the last one; from 1.
         calls: how many there were in this trajectory.
         branch: (guidance branch, which of its calls in the step) of the call under way.
+        usable: may the call under way use the adaptor, if the schedule says so? Some are in doubt whatever it says.
     """
 
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.calls = unet, 0, 0
-        self.branch = (1, 0)
+        self.branch, self.usable = (1, 0), False
         self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
         self._handle = unet.register_forward_pre_hook(self._place)  # after the wrapper's own
 
@@ -137,8 +119,9 @@ class Watch:
         self.calls += 1
         if position is not None:
             self.step, self.branch = position.step, (position.branch.number, position.ordinal)
+            self.usable = position.doubt is None and position.before is not None
         else:  # this call is being traced: which branch's it is will be known when it is over
-            self.step, self.branch = max(self.step, 1), (0, self.calls)
+            self.step, self.branch, self.usable = max(self.step, 1), (0, self.calls), False
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[Watch]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.sampling import Out, Prompts, Sampled, Seeds, Steps, draw, load_sampler, write
+from clockwork_hooks.cli.sampling import (
+    Adaptors,
+    Clocks,
+    Out,
+    Prompts,
+    Sampled,
+    Seeds,
+    Steps,
+    draw,
+    load_sampler,
+    shared,
+    write,
+)
 
 __all__ = ["drift"]
 
@@ -17,6 +25,8 @@ clockwork-hooks drift                         (the demo model)
 
 clockwork-hooks drift my_package.sampler:build --clock 2 --clock 4 --out my-folder
 
+clockwork-hooks drift my_package.sampler:build --adaptor identity --adaptor my-adaptor
+
 {EXIT_CODES}
 """
 
@@ -24,9 +34,8 @@ clockwork-hooks drift my_package.sampler:build --clock 2 --clock 4 --out my-fold
 @app.command(epilog=EPILOG)
 def drift(
     model: Sampled = "demo",
-    clock: Annotated[
-        list[int] | None, typer.Option(help="A clock to try; repeatable.", min=2, show_default="2, 3 and 4")
-    ] = None,
+    clock: Clocks = None,
+    adaptor: Adaptors = None,
     steps: Steps = 8,
     prompts: Prompts = 2,
     seed: Seeds = None,
@@ -36,6 +45,6 @@ def drift(
     from clockwork_hooks.analysis.drift import measure_drift
 
     loaded = load_sampler(model, steps, prompts)
-    result = measure_drift(*loaded, clocks=tuple(clock or (2, 3, 4)), seeds=tuple(seed or (0,)))
+    result = measure_drift(*loaded, **shared(adaptor, clock, seed))
     folder = write(out, "drift", result)
     draw(result.plot, folder / "drift.png")

@@ -12,7 +12,20 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["Out", "Prompts", "Sampled", "Sampler", "Seeds", "Steps", "draw", "load_sampler", "write"]
+__all__ = [
+    "Adaptors",
+    "Clocks",
+    "Out",
+    "Prompts",
+    "Sampled",
+    "Sampler",
+    "Seeds",
+    "Steps",
+    "draw",
+    "load_sampler",
+    "shared",
+    "write",
+]
 
 SAMPLED_HELP = (
     "demo, the model that ships; or package.module:factory, a function that returns (unet, generate, conditions): "
@@ -22,6 +35,17 @@ Sampled = Annotated[str, typer.Argument(metavar="[MODEL]", help=SAMPLED_HELP)]
 Steps = Annotated[int, typer.Option(help="DPM++ steps of the demo's sampler.", min=1)]
 Prompts = Annotated[int, typer.Option(help="How many of the demo's 16 prompts.", min=1, max=16)]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the noise; repeatable.", show_default="0")]
+Clocks = Annotated[
+    list[int] | None, typer.Option("--clock", help="A clock to measure; repeatable.", min=2, show_default="2, 3 and 4")
+]
+Adaptors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adaptor",
+        help="identity, or the folder of a saved adaptor; repeatable, to compare several.",
+        show_default="identity",
+    ),
+]
 Out = Annotated[str, typer.Option(help="Folder for the JSON, the Markdown and the PNGs.")]
 
 
@@ -67,6 +91,11 @@ def load_sampler(model: str, steps: int, prompts: int) -> Sampler:
             do="return the UNet, generate(batch, seed) and a list of batches",
         )
     return Sampler(made[0], made[1], list(made[2]))
+
+
+def shared(adaptor: Adaptors, clock: Clocks, seed: Seeds) -> dict[str, Any]:
+    """The options that `drift` and `plan` share, as the library takes them."""
+    return {"adaptor": adaptor or None, "clocks": tuple(clock or (2, 3, 4)), "seeds": tuple(seed or (0,))}
 
 
 def write(out: str, name: str, result: Any) -> Path:

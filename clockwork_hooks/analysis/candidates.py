@@ -1,0 +1,129 @@
+"""What an analysis compares: regions, each with something that stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from clockwork_hooks import emit
+from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.analysis.maps import region_name
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.errors import AdaptorError, ArgumentError
+from clockwork_hooks.graph import Trace
+from clockwork_hooks.regions import choose, match, regions_of
+
+__all__ = ["Candidate", "StandIn", "StandIns", "candidates"]
+
+StandIn = Adaptor | str | None
+StandIns = StandIn | list[StandIn] | tuple[StandIn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A region with its adaptor.
+
+    Attributes:
+        name: level, edge and share of the MACs; and the adaptor, unless it is the identity.
+        region: the region, of a trace of the UNet.
+        adaptor: stands in for it.
+        given: the adaptor as the caller named it; None for the identity.
+    """
+
+    name: str
+    region: Region
+    adaptor: Adaptor
+    given: StandIn
+
+    @property
+    def adaptor_name(self) -> str:
+        """The adaptor's class, or "identity"."""
+        return "identity" if self.given is None else type(self.adaptor).__name__
+
+
+def candidates(
+    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: StandIns
+) -> tuple[Candidate, ...]:
+    """Every adaptor with every region that it can stand in for.
+
+    Args:
+        trace: of the UNet, as it is sampled with.
+        unet: the UNet.
+        regions: those to look at. None: for the identity all nested ones, for an adaptor the one that it was made for.
+        adaptor: one, or a list of several; None or "identity" is the identity, another text the folder of a saved one.
+
+    Raises:
+        ArgumentError: what is given is no region of this UNet, or no adaptor.
+        AdaptorError: an adaptor fits none of the regions.
+        RegionNotFoundError: the UNet has none.
+    """
+    several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
+    if not several:
+        raise ArgumentError("something stands in for a region", seen={"adaptor": adaptor}, do="pass adaptor=None")
+    known = None if regions is None else _given(trace, unet, tuple(regions))
+    made: dict[str, Candidate] = {}
+    for one in several:
+        given = None if one == "identity" or isinstance(one, IdentityAdaptor) else one
+        used = _adaptor(given)
+        for region in _regions(trace, unet, known, used, identity=given is None):
+            name = region_name(region) + ("" if given is None else f", {type(used).__name__}")
+            again = sum(key == name or key.startswith(f"{name} #") for key in made)
+            name = f"{name} #{again + 1}" if again else name
+            made[name] = Candidate(name, region, used, given)
+    return tuple(made.values())
+
+
+def _given(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
+    if not chosen or not all(isinstance(region, Region) for region in chosen):
+        raise ArgumentError(
+            "candidates are regions of the UNet",
+            seen={"regions": [type(region).__name__ for region in chosen] or "none"},
+            do="pass some of ch.find_regions(unet, *args)",
+        )
+    found = [match(trace, unet, region) for region in chosen]
+    if None in found:
+        raise ArgumentError(
+            "candidates are regions of this UNet, as generate calls it",
+            seen={"not found": [r.line for r, f in zip(chosen, found, strict=True) if f is None]},
+            do="pass some of ch.find_regions(unet, *args), found for this UNet",
+        )
+    return tuple(region for region in found if region is not None)
+
+
+def _adaptor(given: StandIn) -> Adaptor:
+    if given is None:
+        return IdentityAdaptor()
+    if isinstance(given, str):
+        from clockwork_hooks.adaptors import LearnedAdaptor  # huggingface_hub comes with it
+
+        return LearnedAdaptor.from_pretrained(given)
+    if isinstance(given, type) or not callable(given):
+        raise ArgumentError(
+            'an adaptor is None, "identity", the folder of a saved one, or a module that stands in for a region',
+            seen={"adaptor": repr(given)[:80]},
+            do="pass one of these, or a list of them",
+        )
+    return given
+
+
+def _regions(
+    trace: Trace, unet: nn.Module, known: tuple[Region, ...] | None, adaptor: Adaptor, *, identity: bool
+) -> tuple[Region, ...]:
+    if identity:
+        return known or regions_of(trace, unet)
+    if known is None:
+        region = choose(trace, unet, **emit.region_options(adaptor))
+        emit.check_region(adaptor, region)
+        return (region,)
+    fitting, refused = [], None
+    for region in known:
+        try:
+            emit.check_region(adaptor, region)
+            fitting.append(region)
+        except AdaptorError as error:
+            refused = error
+    if refused is not None and not fitting:
+        raise refused
+    return tuple(fitting)

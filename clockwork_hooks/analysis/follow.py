@@ -1,0 +1,181 @@
+"""Follow regions along plain trajectories: what their exits and entries do, and what an adaptor would be off by.
+
+All candidates are followed in the same runs. Of each, what the last few steps would have left in its cache is held, and
+what is compared is reduced to sums as it passes: memory does not grow with the trajectory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks import emit
+from clockwork_hooks.adaptive import AdaptivePass
+from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.analysis.runs import Runs
+from clockwork_hooks.analysis.watch import Watch
+from clockwork_hooks.graph import module_paths
+from clockwork_hooks.hooks import Installed
+from clockwork_hooks.passes import end_pass, start_pass
+
+__all__ = ["Ages", "Series", "follow"]
+
+Ages = tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One candidate along the trajectories; each value is over all samples, None where there is nothing to compare.
+
+    Attributes:
+        changes: ‖r(s) - r(s-1)‖ / ‖r(s)‖ of the exit r, for each step s from 1.
+        cosines: of r(s) and r(s-1).
+        errors: for each age from 1: ‖r̂(s) - r(s)‖ / ‖r(s)‖, where r̂(s) is what the adaptor makes if the last full step
+            was s - age. For the identity r̂(s) = r(s - age). None too where a call is full whatever the schedule says.
+        entries: for each age from 1: ‖e(s) - e(s-age)‖ / ‖e(s-age)‖ of the entry e.
+    """
+
+    changes: tuple[float | None, ...]
+    cosines: tuple[float | None, ...]
+    errors: Ages
+    entries: Ages
+
+
+def follow(
+    runs: Runs, found: Sequence[Candidate], longest: int, tell: Callable[[], object]
+) -> tuple[int, dict[str, Series]]:
+    """Run all trajectories once with full passes; the results stay in `runs.plain`.
+
+    Args:
+        runs: the trajectories.
+        found: the candidates.
+        longest: largest age.
+        tell: called after each trajectory.
+
+    Returns:
+        Number of steps, and name → series.
+    """
+    followers = [_Follower(runs.unet, one, longest) for one in found]
+    steps, runs.plain = 0, []
+    with Watch(runs.unet, found[0].region) as watch, contextlib.ExitStack() as stack:
+        for follower in followers:
+            stack.enter_context(follower.at(watch))
+        for run in runs.runs:
+            with watch.trajectory():
+                runs.plain.append(runs.reference(*run))
+            for follower in followers:
+                follower.before.clear()
+            steps = max(steps, watch.step)
+            tell()
+    return steps, {one.name: follower.series(steps) for one, follower in zip(found, followers, strict=True)}
+
+
+@dataclass(slots=True)
+class _Before:
+    """What a call leaves behind for the same call of the next steps."""
+
+    step: int
+    exit: Tensor
+    made: list[Tensor]  # after no adaptor step, after one, two, ...
+    entries: list[Tensor]  # of this step, of the one before, ...
+
+
+class _Follower:
+    """Picks up one candidate's boundary in every call, and sums up what it finds."""
+
+    def __init__(self, unet: nn.Module, candidate: Candidate, longest: int) -> None:
+        self.unet, self.candidate, self.longest = unet, candidate, longest
+        self.before: dict[tuple[int, int], _Before] = {}
+        self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
+        self.placed = candidate.given is None
+
+    @contextlib.contextmanager
+    def at(self, watch: Watch) -> Iterator[None]:
+        """Follow the calls of trajectories that are watched."""
+        plan = self.candidate.region.plan
+        installed = Installed(self)
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            run = AdaptivePass(plan, "full", None, copies=True, adapts=lambda entry: True)
+            run.enter(args, kwargs)
+            start_pass(self, run)
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            run = end_pass(self)
+            if isinstance(run, AdaptivePass) and run.complete():
+                self.add(watch, run)
+
+        handles = [
+            self.unet.register_forward_pre_hook(begin, with_kwargs=True),
+            self.unet.register_forward_hook(end, always_call=True),
+        ]
+        try:
+            known = module_paths(self.unet)
+            installed.add(plan, {known[id(module)]: module for module in self.unet.modules()})
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            end_pass(self)
+            installed.remove()
+
+    def add(self, watch: Watch, run: AdaptivePass) -> None:
+        """One call, of which the pass has seen the boundary."""
+        exit, entry = run.exit, run.entry
+        assert exit is not None  # the pass is complete
+        known = self.before.get(watch.branch)
+        here = known is not None and known.step == watch.step - 1 and known.exit.shape == exit.shape
+        made, entries = [exit], [] if entry is None else [entry]
+        if known is not None and here:
+            self._compare(watch.step, exit, known)
+        if known is not None and here and watch.usable:
+            captured = run.captured if entry is None else {**run.captured, "entry": entry}
+            for age, cached in enumerate(known.made[: self.longest], 1):
+                made.append(self._adapt(captured, cached))
+                self._sum("error", watch.step, age, (made[-1].float() - exit.float()).square(), exit.float().square())
+            for age, past in enumerate(known.entries[: self.longest], 1):
+                self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
+            entries += known.entries
+        self.before[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest])
+
+    def _adapt(self, captured: dict[str, Tensor], cached: Tensor) -> Tensor:
+        adaptor = self.candidate.adaptor
+        if not self.placed and isinstance(self.candidate.given, str):  # it is ours to move
+            emit.place(adaptor, cached)
+        self.placed = True
+        where = {"region": self.candidate.region.line, "adaptor": type(adaptor).__name__}
+        with torch.no_grad():
+            return emit.check(emit.run(adaptor, captured, cached), cached, finite=False, where=where)
+
+    def _compare(self, step: int, exit: Tensor, known: _Before) -> None:
+        now, then = exit.float(), known.exit.float()
+        self._sum("change", step, 1, (now - then).square(), now.square())
+        self._sum("cosine", step, 1, now * then, now.norm() * then.norm())
+
+    def _sum(self, what: str, step: int, age: int, above: Tensor, below: Tensor) -> None:
+        sums = self.sums.setdefault((what, step, age), [above.new_zeros(()), above.new_zeros(())])
+        sums[0] += above.sum()
+        sums[1] += below.sum()
+
+    def series(self, steps: int) -> Series:
+        """What the sums say."""
+
+        def value(what: str, step: int, age: int = 1) -> float | None:
+            if (what, step, age) not in self.sums:
+                return None
+            above, below = map(float, self.sums[what, step, age])
+            share = above / max(below, 1e-24)
+            return share if what == "cosine" else math.sqrt(share)
+
+        def ages(what: str) -> Ages:
+            return tuple(tuple(value(what, s, a) for s in range(1, steps + 1)) for a in range(1, self.longest + 1))
+
+        changes = tuple(value("change", s) for s in range(1, steps + 1))
+        cosines = tuple(value("cosine", s) for s in range(1, steps + 1))
+        return Series(changes, cosines, ages("error"), ages("entry"))

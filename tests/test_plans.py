@@ -1,0 +1,321 @@
+"""What drift and plans say of adaptors, milliseconds and adaptive schedules, on UNets whose answers are known."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import clockwork_hooks as ch
+from clockwork_hooks.analysis.candidates import candidates
+from clockwork_hooks.analysis.search import adaptive_steps, threshold_for
+from tests.test_analysis import TIMES, made, sampler
+
+
+class Mixed(nn.Module):
+    """Half of the cached feature and half of the entry."""
+
+    def forward(self, entry, exit_cached, *, time=None, text=None):
+        return (exit_cached + entry) / 2
+
+
+class Flipped(nn.Module):
+    """The cached feature with the other sign."""
+
+    def forward(self, entry, exit_cached, *, time=None, text=None):
+        return -exit_cached
+
+
+def alternating(**options):
+    """The region's exit changes its sign at every step."""
+    signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
+    unet = made(**options)
+    up = unet.up1
+
+    class Signed(nn.Module):
+        sign = 1.0
+
+        def forward(self, x):
+            return up(x) * self.sign
+
+    unet.up1 = Signed()
+    unet.register_forward_pre_hook(lambda module, args: setattr(unet.up1, "sign", signs[args[1]]))
+    return unet
+
+
+# -- drift ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adaptors_error_is_what_it_makes_of_the_true_features():
+    """Recomputed from entries and exits recorded by plain hooks, the adaptor's own outputs fed back."""
+    unet = made(upper=lambda t: 1 + 5 * t)
+    drift = ch.measure_drift(unet, sampler(unet), [2], adaptor=[None, Mixed()], clocks=(2, 4))
+    assert list(drift.adaptors.values()) == ["identity", "identity", "Mixed"]
+    entries, exits = [], []
+    handles = [
+        module.register_forward_hook(lambda m, a, out, found=found: found.append(out))
+        for module, found in ((unet.stem, entries), (unet.up1, exits))
+    ]
+    with torch.no_grad():
+        sampler(unet)(2, 0)
+    for handle in handles:
+        handle.remove()
+    name = next(name for name, adaptor in drift.adaptors.items() if adaptor == "Mixed")
+    found = drift.error(name, clock=4)
+    assert [step for step, error in enumerate(found, 1) if error is None] == [1, 5]
+    cached = exits[0]
+    for step in range(1, 8):
+        cached = exits[step] if step == 4 else Mixed()(entries[step], cached)
+        if step != 4:
+            assert found[step] == pytest.approx(float((cached - exits[step]).norm() / exits[step].norm()), rel=1e-4)
+    for age in (1, 2, 3):
+        moved = [float((b - a).norm() / a.norm()) for a, b in zip(entries, entries[age:], strict=False)]
+        assert list(drift.entries[name][age - 1][age:]) == pytest.approx(moved, rel=1e-4)
+    assert drift.changes[name] == drift.changes[name.removesuffix(", Mixed")]
+
+
+def test_an_entry_that_is_written_to_later_is_seen_as_it_was():
+    class Writing(nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.stem, self.down, self.up, self.head = unet.stem, unet.down1, unet.up1, unet.head
+
+        def forward(self, x, t):
+            h = self.stem(x)
+            z = self.up(torch.cat([self.down(h)] * 2, 1))
+            return self.head(torch.cat([h.mul_(0), z], 1))
+
+    unet = Writing(made()).eval()
+    drift = ch.measure_drift(unet, sampler(unet), [1], clocks=(2,))
+    assert all(value > 0 for value in next(iter(drift.entries.values()))[0][1:])
+
+
+def test_the_table_tells_errors_at_the_exit_and_in_the_result():
+    unet = alternating()
+    drift = ch.measure_drift(unet, sampler(unet), [1], adaptor=[None, Flipped()], clocks=(2, 3))
+    rows = {row[0]: row for row in drift.table().rows}
+    heads = drift.table().columns
+    assert [h for h in heads if "exit" in h] == [">exit, clock 2", ">exit, clock 3"]
+    flipped, kept = (next(row for name, row in rows.items() if name.endswith(end)) for end in ("Flipped", "MACs"))
+    at = heads.index(">exit, clock 2")
+    assert float(flipped[at].rstrip("%")) < 0.1 * float(kept[at].rstrip("%"))
+    with pytest.raises(ch.ArgumentError, match="candidates that were measured"):
+        drift.error("level 7", 2)
+
+
+# -- adaptors ------------------------------------------------------------------------------------------------------
+
+
+def test_the_right_adaptor_is_chosen():
+    unet = alternating()
+    flip = Flipped()
+    plan = ch.plan(
+        unet, sampler(unet, rate=0.02), [1], min_saving=0.4, adaptor=["identity", flip], clocks=(2,), probes=3
+    )
+    assert plan.chosen.region.endswith(", Flipped")
+    assert plan.adaptor is flip
+    others = [o.error for o in plan.options if o.region.startswith("level 1") and o.region[-4:] == "MACs"]
+    assert plan.chosen.measured < 0.2 * min(others)
+    with pytest.raises(ch.ArgumentError, match="adaptor of the plan: Flipped"):
+        ch.Plan.from_json(plan.to_json())
+    again = ch.Plan.from_json(plan.to_json(), adaptor=flip)
+    assert (again, again.adaptor) == (plan, flip)
+    with ch.wrap(unet, plan=again) as cw:
+        assert cw.adaptor is flip
+
+
+def test_what_an_adaptor_costs_is_not_saved():
+    """An adaptor with a convolution of its own."""
+
+    class Dear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, entry, exit_cached, *, time=None, text=None):
+            return exit_cached + 0 * self.own(exit_cached)
+
+    unet = made()
+    plan = ch.plan(unet, sampler(unet), [1], min_saving=0.1, adaptor=[None, Dear()], clocks=(2,), probes=1)
+    free, dear = (
+        next(o for o in plan.options if o.region.startswith("level 1") and (o.region[-4:] == "Dear") == which)
+        for which in (False, True)
+    )
+    assert free.kind == dear.kind == "clock 2"
+    full = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5).full_macs
+    assert free.saved - dear.saved == pytest.approx(4 * 4 * 9 * 256 / full * 4 / 8, rel=1e-6)
+
+
+def test_a_saved_adaptor_is_named_by_its_folder(tmp_path):
+    unet = made()
+    region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5)
+    folder = str(tmp_path / "saved")
+    ch.ResNetAdaptor.for_region(region, width=8).save_pretrained(folder)
+    plan = ch.plan(unet, sampler(unet), [1], max_error=0.9, adaptor=folder, clocks=(2,), probes=1)
+    assert (plan.adaptor_name, plan.adaptor_folder) == ("ResNetAdaptor", folder)
+    again = ch.Plan.from_json(plan.to_json())
+    assert again.adaptor == folder
+    with torch.no_grad(), ch.wrap(unet, plan=again) as cw:
+        sampler(unet)(1, 0)
+    assert cw.stats.adaptor_passes > 0
+    other = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5, level=2)
+    with pytest.raises(ch.AdaptorError, match="made for"):
+        ch.plan(unet, sampler(unet), [1], max_error=0.9, adaptor=folder, regions=[other], clocks=(2,), probes=1)
+
+
+@pytest.mark.parametrize("choice", [{"cut": "paper"}, {"level": 2}, {"entry": "stem", "exit": "up1"}])
+def test_any_region_is_found_again_from_the_json(choice):
+    unet = made()
+    region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5, **choice)
+    plan = ch.plan(unet, sampler(unet), [1], max_error=0.9, regions=[region], clocks=(2,), probes=1)
+    with torch.no_grad(), ch.wrap(unet, plan=ch.Plan.from_json(plan.to_json())) as cw:
+        sampler(unet)(1, 0)
+    assert cw.region.fingerprint == plan.fingerprint == region.fingerprint
+
+
+# -- milliseconds --------------------------------------------------------------------------------------------------
+
+
+def test_milliseconds_are_weighed_when_asked():
+    """Level 2 holds most of the MACs, but the time goes into a layer of level 1, which level 2 does not skip."""
+
+    class Slow(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            time.sleep(0.01)
+            return self.inner(x)
+
+    signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
+    unet = made(upper=lambda t: 5 * signs[t])
+    unet.body1 = Slow(unet.body1)
+    run = sampler(unet, rate=0.02)
+    found = {
+        weigh: ch.plan(unet, run, [1], min_saving=0.2, weigh=weigh, clocks=(2,), probes=1) for weigh in ("MACs", "ms")
+    }
+    assert found["MACs"].chosen.region.startswith("level 2")
+    assert found["MACs"].chosen.saved_ms is None
+    plan = found["ms"]
+    assert plan.chosen.region.startswith("level 1")
+    assert plan.chosen.saved_ms > 0.2
+    assert max(o.saved_ms for o in plan.options if o.region.startswith("level 2")) < 0.2
+    assert ">ms saved" in plan.table().columns
+    assert ch.Plan.from_json(plan.to_json()) == plan
+
+
+# -- adaptive schedules --------------------------------------------------------------------------------------------
+
+
+def own_pace(unet, gains):
+    """The sample moves as `gains` say, whatever the UNet returns; the result is all that it returned."""
+
+    def generate(count, seed):
+        x = torch.randn(count, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
+        made_ = []
+        for t, gain in zip(TIMES, gains, strict=True):
+            x = x * gain
+            made_.append(unet(x, t))
+        return torch.cat(made_, 1)
+
+    return generate
+
+
+@pytest.mark.parametrize("longest", [2, 4])
+@pytest.mark.parametrize("threshold", [0.05, 0.2, 0.35, 0.9])
+def test_the_simulated_steps_are_those_of_a_run(threshold, longest):
+    unet = made()
+    generate = own_pace(unet, (1.0, 1.1, 1.3, 1.1, 1.02, 1.02, 1.2, 1.01))
+    drift = ch.measure_drift(unet, generate, [1], clocks=(2, 6))
+    name = next(iter(drift.regions))
+    expected = adaptive_steps(drift.entries[name], threshold, longest)
+    with torch.no_grad():
+        region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), TIMES[0])
+        counts = [0]
+        with ch.wrap(unet, region=region, schedule=ch.Schedule.adaptive(threshold, longest=longest)) as cw:
+
+            def count(*_):
+                counts.append(cw.stats.adaptor_passes)
+
+            unet.register_forward_hook(count)
+            generate(1, 0)
+    seen = tuple(step for step, (a, b) in enumerate(itertools.pairwise(counts), 1) if b > a)
+    assert seen == expected
+
+
+def test_the_smallest_threshold_that_reaches():
+    entries = ((None, 0.1, 0.3, 0.1, 0.2), (None, None, 0.35, 0.4, 0.25))
+    for count in range(1, 5):
+        found = threshold_for(entries, count, 3)
+        if found is None:
+            assert all(len(adaptive_steps(entries, v, 3)) < count for v in (0.1, 0.2, 0.3, 0.4, 9.0))
+        else:
+            assert len(adaptive_steps(entries, found, 3)) >= count
+            assert len(adaptive_steps(entries, found * 0.999, 3)) < count
+
+
+def test_adaptive_schedules_are_compared_and_not_chosen():
+    unet = made(upper=lambda t: 1 + 5 * t)
+    plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2, 3), probes=3, adaptive=True)
+    adaptive = [option for option in plan.options if option.kind == "adaptive"]
+    assert [option.region[:7] for option in adaptive] == ["level 1"] * 2  # no module sees the entry of level 2
+    for option in adaptive:
+        assert option.threshold > 0
+        assert option.schedule == ch.Schedule.adaptive(option.threshold, longest=option.longest)
+        alike = [o.saved for o in plan.options if o.region == option.region and o.kind.startswith("clock")]
+        assert min(abs(option.saved - saved) for saved in alike) < 0.15
+    assert plan.chosen.kind != "adaptive"
+    assert f"adaptive({adaptive[0].threshold:g}, longest=6)" in plan.to_markdown()
+    assert ch.Plan.from_json(plan.to_json()) == plan
+
+
+def test_planned_sets_save_as_much_as_each_clock():
+    unet = made(upper=lambda t: 1 + 5 * t)
+    plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2, 4), probes=3)
+    for clock in [option for option in plan.options if option.kind.startswith("clock")]:
+        same = [o for o in plan.options if (o.region, o.kind) == (clock.region, "planned") and o.saved == clock.saved]
+        assert len(same[0].steps) == len(clock.steps)
+        assert clock.predicted is not None
+        assert same[0].predicted <= clock.predicted * (1 + 1e-9)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weigh": "FLOPs"}, 'weighs "MACs" or "ms"'),
+        ({"longest": 0}, "longest is an int"),
+        ({"adaptor": []}, "something stands in"),
+        ({"adaptor": 3}, "an adaptor is None"),
+        ({"adaptor": [None, Mixed]}, "an adaptor is None"),
+        ({"clocks": ()}, "clocks that skip"),
+        ({"held_out": []}, "needs conditions and seeds"),
+        ({"held_out_seeds": ()}, "needs conditions and seeds"),
+    ],
+)
+def test_bad_options_are_told(options, said):
+    unet = made()
+    with pytest.raises(ch.ArgumentError, match=said):
+        ch.plan(unet, sampler(unet), [1], **{"max_error": 0.1, "clocks": (2,), "probes": 1, **options})
+
+
+def test_results_that_are_no_numbers_are_told():
+    unet = made()
+    run = sampler(unet)
+    with pytest.raises(ch.ArgumentError, match="finite"):
+        ch.measure_drift(unet, lambda batch, seed: run(batch, seed) * float("nan"), [1])
+
+
+def test_the_json_of_a_drift_has_every_candidate():
+    unet = made()
+    drift = ch.measure_drift(unet, sampler(unet), [1], adaptor=[Mixed(), Mixed()], clocks=(2,))
+    names = list(json.loads(drift.to_json())["errors"])
+    assert [name.partition("MACs")[2] for name in names] == [", Mixed", ", Mixed #2"]
+    with torch.no_grad():
+        trace = ch.trace(unet, torch.zeros(1, 2, 16, 16), 0.5)
+    assert [one.name for one in candidates(trace, unet, None, [None, Mixed()])][-1] == names[0]
