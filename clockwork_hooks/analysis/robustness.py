@@ -152,16 +152,11 @@ def measure_robustness(
     Every cell samples from the same noise, and is disturbed by the same noise.
 
     Args:
-        unet: what `generate` calls; not wrapped.
-        generate: your own sampling code: `generate(batch, seed)` draws its noise from the seed and returns one tensor,
-            samples first.
-        conditions: batches of whatever `generate` takes.
+        unet, generate, conditions, seeds, console: as in `measure_drift`.
         maps: names of the maps, as `measure_robustness` lists them in an error; None for all.
         starts: first disturbed steps, from 1; None for about ten over the trajectory.
         alpha: share of the variance that stays the map's own, 0 (noise alone) to 1 (no noise).
         statistics: "channel": mean and variance over space, for each sample and channel; "map": over all but the batch.
-        seeds: of the noise that sampling starts from.
-        console: where the progress bar goes; None for standard error.
 
     Returns:
         The distances; `.plot(...)`, `.plot_grid(...)`, `.to_json()`.
