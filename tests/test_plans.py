@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import time
 
 import pytest
 import torch
 from torch import nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.analysis import runs
 from clockwork_hooks.analysis.candidates import candidates
 from clockwork_hooks.analysis.search import adaptive_steps, threshold_for
 from tests.test_analysis import TIMES, made, sampler
@@ -178,8 +178,10 @@ def test_any_region_is_found_again_from_the_json(choice):
 # -- milliseconds --------------------------------------------------------------------------------------------------
 
 
-def test_milliseconds_are_weighed_when_asked():
+def test_milliseconds_are_weighed_when_asked(monkeypatch):
     """Level 2 holds most of the MACs, but the time goes into a layer of level 1, which level 2 does not skip."""
+    clock = [0.0]
+    monkeypatch.setattr(runs, "_now", lambda: clock[0])
 
     class Slow(nn.Module):
         def __init__(self, inner):
@@ -187,12 +189,17 @@ def test_milliseconds_are_weighed_when_asked():
             self.inner = inner
 
         def forward(self, x):
-            time.sleep(0.01)
+            clock[0] += 0.009
             return self.inner(x)
 
     signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
     unet = made(upper=lambda t: 5 * signs[t])
     unet.body1 = Slow(unet.body1)
+
+    def pace(module, args):
+        clock[0] += 0.001
+
+    unet.stem.register_forward_pre_hook(pace)
     run = sampler(unet, rate=0.02)
     found = {
         weigh: ch.plan(unet, run, [1], min_saving=0.2, weigh=weigh, clocks=(2,), probes=1) for weigh in ("MACs", "ms")
@@ -201,8 +208,8 @@ def test_milliseconds_are_weighed_when_asked():
     assert found["MACs"].chosen.saved_ms is None
     plan = found["ms"]
     assert plan.chosen.region.startswith("level 1")
-    assert plan.chosen.saved_ms > 0.2
-    assert max(o.saved_ms for o in plan.options if o.region.startswith("level 2")) < 0.2
+    assert plan.chosen.saved_ms == pytest.approx(0.9 * len(plan.chosen.steps) / 8)
+    assert max(o.saved_ms for o in plan.options if o.region.startswith("level 2")) == pytest.approx(0)
     assert ">ms saved" in plan.table().columns
     assert ch.Plan.from_json(plan.to_json()) == plan
 
@@ -302,6 +309,13 @@ def test_bad_options_are_told(options, said):
     unet = made()
     with pytest.raises(ch.ArgumentError, match=said):
         ch.plan(unet, sampler(unet), [1], **{"max_error": 0.1, "clocks": (2,), "probes": 1, **options})
+
+
+@pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
+@pytest.mark.parametrize(("generate", "conditions"), [(None, [1]), (sampler(made()), 3), (sampler(made()), "a cat")])
+def test_a_function_and_a_list_are_asked_for(measure, generate, conditions):
+    with pytest.raises(ch.ArgumentError, match="a list of batches"):
+        measure(made(), generate, conditions)
 
 
 def test_results_that_are_no_numbers_are_told():

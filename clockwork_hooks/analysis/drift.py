@@ -201,7 +201,7 @@ def measure_drift(
 
     Source: arXiv 2312.08128, Sec. 3 and 4.1 (low-resolution features change slowly).
     """
-    batches = check_runs(conditions, seeds)
+    batches = check_runs(generate, conditions, seeds)
     check_clocks(clocks)
     found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches])

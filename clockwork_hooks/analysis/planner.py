@@ -86,8 +86,8 @@ def plan(
     Source: arXiv 2312.08128, Sec. 4.3 and Tab. 3 compare schedules of this kind by hand.
     """
     _check(max_error, min_saving, weigh, probes, longest)
-    batches = check_runs(conditions, seeds)
-    others = check_runs(batches if held_out is None else held_out, held_out_seeds)
+    batches = check_runs(generate, conditions, seeds)
+    others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
     check_clocks(clocks)
     found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
@@ -264,8 +264,8 @@ class _Planner:
             raise ArgumentError(
                 "a plan has at least one adaptor step",
                 seen={
-                    "max_error": percent(allowed),
-                    "least error": percent(least.measured) if least else "none measured",
+                    "max_error": f"{allowed:.3g}",
+                    "least error": f"{least.error:.3g}" if least else "none measured",
                 },
                 do="allow more, train an adaptor, or sample with more steps",
             )

@@ -185,7 +185,7 @@ def measure_robustness(
 
     Source: arXiv 2312.08128, Sec. 3, Fig. 2; App. C, Figs. 10-13.
     """
-    batches = check_runs(conditions, seeds)
+    batches = check_runs(generate, conditions, seeds)
     _check(alpha, statistics)
     trace = first_call(unet, generate, batches[0], seeds[0])
     chosen = choose_maps(find_maps(trace, unet), maps)

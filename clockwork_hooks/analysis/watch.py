@@ -25,12 +25,18 @@ class _Enough(BaseException):
     """Leaves a sampling loop, through whatever it catches."""
 
 
-def check_runs(conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
+def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
     """The batches of conditions, as a list.
 
     Raises:
-        ArgumentError: there are none, or no seeds.
+        ArgumentError: there are none, or no seeds; or `generate` is no function.
     """
+    if not callable(generate) or isinstance(conditions, str) or not isinstance(conditions, Iterable):
+        raise ArgumentError(
+            "generate(batch, seed) is a function, and conditions a list of batches for it",
+            seen={"generate": type(generate).__name__, "conditions": repr(conditions)[:80]},
+            do="pass measure(unet, generate, [batch])",
+        )
     batches = list(conditions)
     if not batches or not seeds:
         raise ArgumentError(
