@@ -29,10 +29,16 @@ def example(name: str) -> Any:
     return module
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_is_run_by_some_test(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") < 60
+    tests = "".join(test.read_text(encoding="utf-8") for test in Path(__file__).parent.rglob("test_*.py"))
+    assert path.stem in NAMES or f"examples/{path.name}" in tests or f'example("{path.stem}")' in tests
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_is_short_and_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert text.count("\n") < 60
     assert f"python examples/{name}.py" in str(ast.get_docstring(ast.parse(text)))
     example(name).main()
     assert "with the adaptor" in capsys.readouterr().out

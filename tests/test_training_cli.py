@@ -12,6 +12,7 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks.cli import main
+from clockwork_hooks.training.pipeline import read_dataset
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, Small, sampler
 
@@ -121,10 +122,12 @@ def test_the_example_goes_from_nothing_to_a_picture(tmp_path: Path, monkeypatch:
 
     small = ["--minutes", "0.01", "--steps", "2", "--batch", "1", "--prompts", "2", "--latent-size", "8"]
     monkeypatch.setattr(sys, "argv", ["train_adaptor.py", "--out", str(tmp_path), *small])
-    runpy.run_path(str(ROOT / "examples/train_adaptor.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):  # typer's way to end
+        runpy.run_path(str(ROOT / "examples/train_adaptor.py"), run_name="__main__")
     (picture,) = tmp_path.rglob("pictures.png")
     with Image.open(picture) as opened:
-        assert opened.size == (110 + 2 * 134, 3 * 134 + 6)
+        assert opened.size == (360, 600)
+        assert len(opened.convert("RGB").getcolors(1 << 20)) > 100
 
 
 def tiny_sd(folder: Path) -> Path:
@@ -164,17 +167,28 @@ def tiny_sd(folder: Path) -> Path:
 
 def test_the_recipe_reads_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for `datasets`, which is not among the packages of the tests."""
-    example = runpy.run_path(str(ROOT / "examples/sd15_adaptor.py"))
-    words = ["--model", "sd", "--out", "out", "--dataset", "mine", "--column", "caption"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ch.ArgumentError, match="import datasets"):
-        example["prompts_of"](example["parse"](words))
+        read_dataset("mine", "caption")
     asked = []
     stand_in = types.ModuleType("datasets")
     stand_in.load_dataset = lambda *args, **options: asked.append((args, options)) or {"caption": ("a", "b")}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    assert example["prompts_of"](example["parse"](words)) == ["a", "b"]
+    assert read_dataset("mine", "caption") == ["a", "b"]
     assert asked == [(("mine",), {"split": "train"})]
+
+
+def test_the_recipe_of_sd15_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the options that docs/training.md names; an error of ours is one block."""
+    for words, ends in (
+        (["--help"], "0"),
+        (["--model", "sd", "--out", "x", "--prompts", "none.txt"], "^Error: prompts"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sd15_adaptor.py", *words])
+        with pytest.raises(SystemExit, match=ends):
+            runpy.run_path(str(ROOT / "examples/sd15_adaptor.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert all(f"--{name} " in told for name in ("model", "prompts", "out", "dataset", "loss", "resume", "buffer-gb"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and diffusers, which differ by version
@@ -182,24 +196,16 @@ def test_the_recipe_of_sd15_on_a_tiny_random_one(tmp_path: Path) -> None:
     model = tiny_sd(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\nb c\n")
     example = runpy.run_path(str(ROOT / "examples/sd15_adaptor.py"))
-    words = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
-    words += [
-        "--steps",
-        "4",
-        "--size",
-        "8",
-        "--epochs",
-        "2",
-        "--prompts-per-epoch",
-        "4",
-        "--batch",
-        "2",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
-    result = example["main"](words)
+    small = {
+        "steps": 4,
+        "size": 8,
+        "epochs": 2,
+        "prompts_per_epoch": 4,
+        "batch": 2,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    result = example["main"](str(model), tmp_path / "out", tmp_path / "prompts.txt", **small)
     assert (result.trajectories, result.steps, len(result.losses)) == (4, (4,), 8)
     assert result.settings["losses"] == {"adaptor": "guided-output"}
     assert (result.settings["guidance"], result.settings["lr"], result.region.cut) == (7.5, 1e-4, "paper")

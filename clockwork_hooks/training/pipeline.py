@@ -11,7 +11,7 @@ import torch
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.needed import need
 
-__all__ = ["pipeline_arguments", "read_prompts"]
+__all__ = ["pipeline_arguments", "read_dataset", "read_prompts"]
 
 
 def pipeline_arguments(
@@ -98,3 +98,19 @@ def read_prompts(path: str | Path) -> list[str]:
             do="write some into it",
         )
     return prompts
+
+
+def read_dataset(name: str, column: str = "text") -> list[str]:
+    """Prompts of a column of a Hugging Face dataset's training split.
+
+    Args:
+        name: what `datasets.load_dataset` takes.
+        column: with the prompts.
+
+    Raises:
+        ArgumentError: the package `datasets` is not installed.
+    """
+    need("prompts of a dataset are read with Hugging Face's datasets", "datasets", install="datasets")
+    from datasets import load_dataset
+
+    return list(load_dataset(name, split="train")[column])
