@@ -1,4 +1,4 @@
-"""Robustness, drift, plans and edits of the demo model: the numbers and figures of docs/analysis.md and editing.md.
+"""Robustness, drift and plans of the demo model: the numbers and figures of docs/analysis.md.
 
 python -m benchmarks.analysis_demo            (all parts; half an hour on one thread)
 python -m benchmarks.analysis_demo plan-20    (one part; the others' results are kept)
@@ -26,7 +26,6 @@ from clockwork_hooks.analysis.candidates import Candidate, candidates
 from clockwork_hooks.analysis.runs import Runs
 from clockwork_hooks.analysis.watch import first_call
 from clockwork_hooks.demo import DEMO_PROMPTS, load_demo
-from clockwork_hooks.demo.edits import edit_scenes
 from clockwork_hooks.demo.weights import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +34,6 @@ PROMPTS, HELD_OUT, STEPS = DEMO_PROMPTS[:4], DEMO_PROMPTS[4:8], 8
 HELD_OUT_SEED = 1_000_003
 ADAPTOR = os.path.relpath(WEIGHTS / "adaptor")
 CLOCKS, WIDE = (2, 3, 4), 0.9  # regions with more than this share are nearly the whole UNet
-EDIT_STEPS = ((20, 20), (50, 20), (100, 50))
 
 
 class Demo:
@@ -71,11 +69,11 @@ def robustness(demo: Demo, figures: Path) -> dict[str, Any]:
         demo.model.unet, demo.sampler(demo.steps), [demo.prompts], starts=range(1, demo.steps + 1, 2)
     )
     found.plot_grid(figures / "analysis-grid.png")
-    _shrink(figures / "analysis-grid.png", 0.6, 64)
+    shrink(figures / "analysis-grid.png", 0.6, 64)
     return found.to_dict()
 
 
-def _shrink(path: Path, share: float, colours: int | None = None) -> None:
+def shrink(path: Path, share: float, colours: int | None = None) -> None:
     """Fewer pixels and, for pictures of noise, which does not compress, fewer colours."""
     from PIL import Image
 
@@ -139,18 +137,6 @@ def compared(steps: int) -> Part:
     return part
 
 
-def edits(demo: Demo, figures: Path) -> dict[str, Any]:
-    """The same edits at several numbers of steps."""
-    rows = []
-    for inversion_steps, steps in EDIT_STEPS:
-        found = edit_scenes(inversion_steps=inversion_steps, steps=steps, model=demo.model)
-        if (inversion_steps, steps) == (100, 50):
-            found.plot(figures / "editing.png")
-            _shrink(figures / "editing.png", 0.8)
-        rows.append(found.to_dict())
-    return {"runs": rows}
-
-
 PARTS: dict[str, Part] = {
     "robustness": robustness,
     "drift": drift,
@@ -160,7 +146,6 @@ PARTS: dict[str, Part] = {
     "compare-20": compared(20),
     "plan-50": planned(50, 7, (1,), [None]),
     "compare-50": compared(50),
-    "edits": edits,
 }
 
 

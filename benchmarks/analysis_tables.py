@@ -1,4 +1,4 @@
-"""The tables and plots of docs/analysis.md and docs/editing.md, from benchmarks/results/analysis_demo.json.
+"""The tables and plots of docs/analysis.md, from benchmarks/results/analysis_demo.json.
 
 python -m benchmarks.analysis_tables
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import clockwork_hooks as ch
-from clockwork_hooks.demo.edits import EditRow, SceneEdits
 from clockwork_hooks.report import Table, percent, table
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +19,7 @@ FIGURES = ROOT / "docs"
 
 
 def tables(data: dict[str, Any]) -> dict[str, str]:
-    """Marker → Markdown, for each marker of the pages."""
+    """Marker → Markdown, for each marker of the page."""
     made = {name: render(data[name]) for name, render in RENDERERS.items() if name in data}
     plans = sorted((name for name in data if name.startswith("plan-")), key=lambda name: int(name.split("-")[1]))
     parts = [_plan(data[name], data.get(name.replace("plan", "compare"))) for name in plans]
@@ -91,12 +90,7 @@ def _compared(plan: ch.Plan, part: dict[str, Any]) -> str:
     return made.to_markdown()
 
 
-def _edits(part: dict[str, Any]) -> str:
-    runs = [SceneEdits(tuple(EditRow(**row) for row in run["rows"]), run["settings"], {}) for run in part["runs"]]
-    return "\n\n".join((*(run.to_markdown() for run in runs), _measured(part)))
-
-
-RENDERERS = {"robustness": _robustness, "drift": _drift, "edits": _edits}
+RENDERERS = {"robustness": _robustness, "drift": _drift}
 
 
 def filled(text: str, made: dict[str, str]) -> str:
@@ -109,12 +103,11 @@ def filled(text: str, made: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Write the pages and the plots."""
+    """Write the page and the plots."""
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     draw(data, FIGURES)
-    made = tables(data)
-    for page in (ROOT / "docs/analysis.md", ROOT / "docs/editing.md"):
-        page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+    page = ROOT / "docs/analysis.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
 
 
 if __name__ == "__main__":

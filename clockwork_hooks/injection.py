@@ -73,14 +73,14 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
 
     Args:
         trace: of a call of the UNet.
-        until_features, until_attention: τ_f and τ_A.
+        until_features, until_attention: τ_f and τ_A; with τ_A = 0 none is asked for, and none has to be there.
 
     Returns:
         Of the blocks on the way up that take in a skip one level above the bottleneck, the middle one; and queries and
         keys of all self-attention after it.
 
     Raises:
-        ArgumentError: no such block is found; name the modules yourself.
+        ArgumentError: no such block, or no such self-attention, is found; name the modules yourself.
 
     Example:
         >>> from clockwork_hooks.graph import trace
@@ -104,7 +104,15 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
     level = [call for positions, call in blocks if positions == wanted]
     chosen = level[len(level) // 2]
     attention = [path for node in trace.nodes if node.meta["index"] >= chosen.first for path in _projections(node)]
-    return Injection((str(chosen.path),), tuple(dict.fromkeys(attention)), until_features, until_attention)
+    found = Injection((str(chosen.path),), tuple(dict.fromkeys(attention)), until_features, until_attention)
+    if until_attention and not attention:
+        raise ArgumentError(
+            "self-attention is injected where two linear layers make queries and keys of one tensor",
+            seen={"model": trace.model, "features are injected at": chosen.path, "such attention after it": 0},
+            do="pass injection=find_injection(trace, until_attention=0) to inject features alone, or name the layers "
+            "with Injection(features=(...), attention=(...))",
+        )
+    return found
 
 
 def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:

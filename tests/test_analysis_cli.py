@@ -78,6 +78,7 @@ def test_scenes_are_edited(capsys, tmp_path):
     follows_its_schema(data)
     plain, quick, _ = data["rows"]
     assert quick["macs"] == round(plain["macs"] * (1 - quick["saving"]))
+    assert quick["saving"] == pytest.approx(0.4, abs=0.01)
     assert (tmp_path / "edit.png").stat().st_size > 5000
 
 
@@ -92,6 +93,9 @@ def test_scenes_are_edited(capsys, tmp_path):
         (["perturb", "tests.test_analysis_cli:build", "--start", "99"], "choose from 1 to 8"),
         (["edit", "--source", "a large red circle in the centre on a grey background"], "pass all three"),
         (["edit", "--source", "a red circle", "--replace", "red", "--by", "blue"], "tells all"),
+        (["edit", "--source", "a red circle", "--replace", "pink", "--by", "blue"], "'pink' in: a red circle"),
+        (["edit", "--source", "a", "--replace", "b", "--by", "c", "--scenes", "2"], "one of the two"),
+        (["edit", "--until-features", "1.5"], "until_features is a share"),
         (["edit", "--source", "a large red dog", "--replace", "red", "--by", "blue"], "dog"),
     ],
 )

@@ -1,22 +1,26 @@
 """The tables of the analysis pages are those of the JSON, and the script that makes it runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import analysis_demo, analysis_tables
+from benchmarks import analysis_demo, analysis_tables, edits_demo, edits_tables
+from clockwork_hooks.demo.captions import parse
+from clockwork_hooks.demo.edits import draw_edits
+from clockwork_hooks.demo.scenes import COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_tables_are_those_of_the_results():
-    made = analysis_tables.tables(json.loads(analysis_tables.RESULTS.read_text(encoding="utf-8")))
-    assert set(made) == {"robustness", "drift", "plan", "edits"}
-    for page, names in {"analysis.md": ("robustness", "drift", "plan"), "editing.md": ("edits",)}.items():
-        text = (DOCS / page).read_text(encoding="utf-8")
-        assert all(made[name] in text for name in names)
-        assert analysis_tables.filled(text, made) == text
+@pytest.mark.parametrize(("module", "page"), [(analysis_tables, "analysis.md"), (edits_tables, "editing.md")])
+def test_the_tables_are_those_of_the_results(module, page):
+    made = module.tables(json.loads(module.RESULTS.read_text(encoding="utf-8")))
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert set(made) == set(re.findall(r"<!-- (?!end of )(.+) -->", text))
+    assert all(table in text for table in made.values())
+    assert analysis_tables.filled(text, made) == text
 
 
 def test_pictures_are_small_and_there():
@@ -37,3 +41,37 @@ def test_the_script_runs_in_miniature(tmp_path):
     analysis_tables.draw(found, tmp_path)
     assert (tmp_path / "analysis-plan-50.png").stat().st_size > 5000
     assert "planned at no more MACs" in analysis_tables.tables(found)["plan"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_edits_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+    for name, value in (("INVERSION_STEPS", (2,)), ("STEPS", 2), ("TARGET", 2)):
+        monkeypatch.setattr(edits_demo, name, value)
+    monkeypatch.setattr(edits_demo, "WAYS", edits_demo.WAYS[-2:])
+    out = tmp_path / "edits.json"
+    options = ["--scenes", "2", "--inversion-steps", "2", "--out", str(out)]
+    edits_demo.main(["steps", *options])
+    first = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert list(first) == ["steps/2"]
+    assert [row["name"] for row in first["steps/2"]["rows"]] == ["plain", "Clockwork", "plain, no injection"]
+    edits_tables.draw({"runs": {"steps/100": first["steps/2"]}}, out.with_suffix(".npz"), tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 5000
+    edits_demo.main(["steps", "ways", *options])
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert runs.pop("steps/2") == first["steps/2"]
+    savings = [run["rows"][0]["saving"] for run in runs.values()]
+    assert len(savings) == 2  # clock 3, which at two steps is clock 2, and the trained adaptor
+    assert savings[0] == pytest.approx(0.4, abs=0.001) > savings[1] > 0.3
+    with pytest.raises(SystemExit):
+        edits_demo.main([*options, "--scenes", "3"])
+    assert "pass --again" in capsys.readouterr().err
+
+
+def test_edits_are_drawn_that_change_one_object():
+    edits = draw_edits(40)
+    assert edits == draw_edits(40)
+    assert len(set(edits)) == 40
+    for caption, old, new in edits:
+        before, after = parse([caption, caption.replace(old, new)])
+        changed = [name for name, was, now in zip(COLUMNS, before, after, strict=True) if was != now]
+        assert changed in (["shape_1", "colour_1"], ["shape_2", "colour_2"])

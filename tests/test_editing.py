@@ -104,6 +104,17 @@ def test_the_cost_is_the_papers_to_the_mac(unet, batch, clock, inversion_clock, 
     assert made.inversion.passes.full_passes == -(-steps[0] // inversion_clock)
 
 
+def test_the_cost_of_schedules_is_their_sum(unet):
+    source, hidden = things()
+    schedules = {"schedule": ch.Schedule.every(2, warmup=3), "inversion_schedule": {2, 3, 6}}
+    options = {"target": hidden[1], "negative": hidden[2], "inversion_steps": 6, "steps": 8}
+    made = edit(unet, scheduler(), source, hidden[0], **options, **schedules)
+    report = ch.flops_report(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0])
+    want = edit_macs(report.full_macs, report.adaptor_pass_macs, inversion_steps=6, steps=8, **schedules)
+    assert made.macs == want
+    assert (made.inversion.passes.full_passes, made.passes.full_passes) == (3, 5)  # F F F A F A F A back
+
+
 # -- injection -----------------------------------------------------------------------------------------------------
 
 
@@ -150,8 +161,10 @@ INSIDE = Injection(
 )
 OUTSIDE = Injection(("up_blocks.2.resnets.0",), until_features=0.3)  # of the region: it runs on adaptor passes too
 
+EXIT = Injection(("up_blocks.1.upsamplers.0.conv",))  # the region's own: adaptor passes repeat what was injected
 
-@pytest.mark.parametrize(("injection", "clock"), [(INSIDE, 1), (INSIDE, 3), (OUTSIDE, 2)])
+
+@pytest.mark.parametrize(("injection", "clock"), [(INSIDE, 1), (INSIDE, 3), (OUTSIDE, 2), (EXIT, 2)])
 def test_an_edit_is_what_one_writes_by_hand(unet, injection, clock):
     source, hidden = things()
     inversion = invert(unet, scheduler(), source, hidden[0], steps=10)
@@ -173,6 +186,79 @@ def test_where_to_inject_is_found_in_the_graph(unet):
     plain = torch.nn.Conv2d(4, 4, 3, padding=1)
     with pytest.raises(ch.ArgumentError, match="takes in a skip"):
         find_injection(ch.trace(plain, source))
+
+
+SD_LIKE = {
+    "block_out_channels": (8, 16, 16, 16),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SDXL_LIKE = {
+    "block_out_channels": (8, 16, 16),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 8 + 6 * 4,
+}
+
+
+def conditions(unet, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = {"encoder_hidden_states": torch.randn(batch, 5, 8, generator=generator)}
+    if unet.config.addition_embed_type is None:
+        return states
+    added = {"text_embeds": torch.randn(batch, 8, generator=generator), "time_ids": torch.ones(batch, 6)}
+    return states | {"added_cond_kwargs": added}
+
+
+@pytest.mark.parametrize(("options", "attentions"), [(SD_LIKE, 2 + 3 + 3), (SDXL_LIKE, 2)], ids=["SD", "SDXL"])
+def test_stable_diffusions_are_injected_where_plug_and_play_does(options, attentions):
+    unet = tiny(**options)
+    source, _ = things(2)
+    old, new, away = (conditions(unet, 2, seed) for seed in range(3))
+    found = find_injection(ch.trace(unet, source, torch.tensor(5), **old), until_features=0.5, until_attention=0.25)
+    assert found.features == ("up_blocks.1.resnets.1",)  # of the second block of the way up, the second
+    assert len(found.attention) == 2 * attentions  # queries and keys, from that block's second attention on
+    assert found.attention[0] == "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+    same = []
+
+    def see(module, args):  # what comes after the feature: are source's and target's rows equal?
+        first, _, third = args[0].chunk(3)
+        same.append(torch.equal(first, third))
+
+    way = invert(unet, scheduler(), source, old, steps=4, clock=2)
+    ways = {"target": new, "negative": away, "steps": 8, "guidance": 3.0, "clock": 2}
+    handle = unet.up_blocks[1].attentions[1].register_forward_pre_hook(see)
+    injected = edit(unet, scheduler(), way, injection=found, **ways)
+    handle.remove()
+    assert same == [True, True, False, False]  # full passes at steps 0, 2, 4 and 6 of 8
+    free = edit(unet, scheduler(), way, injection=Injection(), **ways)
+    assert (injected.latents - free.latents).norm() > 0.01 * free.latents.norm()
+    assert injected.macs == free.macs
+
+
+def test_self_attention_is_there_or_not_asked_for():
+    plain = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        mid_block_type=None,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    ).eval()
+    source, hidden = things()
+    trace = ch.trace(plain, source, torch.tensor(5), encoder_hidden_states=hidden[0])
+    with pytest.raises(ch.ArgumentError, match=r"such attention after it: 0\n.*until_attention=0"):
+        find_injection(trace)
+    assert find_injection(trace, until_attention=0).attention == ()
 
 
 # -- the demo model ------------------------------------------------------------------------------------------------
@@ -216,21 +302,43 @@ def test_the_example_runs(capsys):
         ({"steps": 1001}, "steps are an int"),
         ({"inversion_steps": True}, "steps are an int"),
         ({"clock": 0}, "a clock is an int"),
+        ({"inversion_clock": 0}, "a clock is an int"),
+        ({"guidance": float("nan")}, "guidance is a finite number"),
         ({"injection": Injection(("up_blocks.9",))}, "no such module: up_blocks.9"),
         ({"negative": {"text": torch.zeros(1)}}, "told in the same way"),
+        ({"negative": torch.zeros(2, 5, 8)}, "pictures: 1\n  encoder_hidden_states: 2×5×8"),
         ({"scheduler": object()}, "alphas_cumprod"),
         ({"scheduler": scheduler(prediction_type="sample")}, "predicts noise or v"),
         ({"conditions": None}, "told about the source"),
+        ({"source": torch.zeros(1, 3, 16, 16)}, "source: 1×3×16×16\n  the UNet's in_channels: 4"),
+        ({"source": torch.zeros(1, 4, 16, 16, dtype=torch.uint8)}, "floating latents"),
+        ({"source": "a picture.png"}, "floating latents"),
     ],
 )
 def test_bad_options_are_told_and_leave_nothing(unet, options, said):
     source, hidden = things()
-    before = snapshot(unet)
+    before, calls = snapshot(unet), []
     given = {"scheduler": scheduler(), "conditions": hidden[0], "target": hidden[1], "negative": hidden[2]}
-    given |= {"inversion_steps": 2, "steps": 2} | options
+    given |= {"source": source, "inversion_steps": 2, "steps": 2} | options
+    handle = unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ch.ArgumentError, match=said):
-        edit(unet, source=source, **given)
+        edit(unet, **given)
+    handle.remove()
+    assert not calls  # nothing is computed before it is told
     assert snapshot(unet) == before
+
+
+def test_an_inversion_brings_its_own_text(unet):
+    source, hidden = things()
+    way = invert(unet, scheduler(), source, hidden[0], steps=1)
+    with pytest.raises(ch.ArgumentError, match="none with an Inversion"):
+        edit(unet, scheduler(), way, hidden[0], target=hidden[1], negative=hidden[2])
+
+
+def test_a_variance_is_not_inverted():
+    source, hidden = things()
+    with pytest.raises(ch.ArgumentError, match="given: 1×4×16×16\n  predicted: 1×8×16×16"):
+        invert(tiny(out_channels=8), scheduler(), source, hidden[0], steps=1)
 
 
 def test_a_share_is_a_share():

@@ -85,6 +85,8 @@ FLOOR = {
     "analysis": 130,
     "needed": 10,
     "progress": 10,
+    "ddim": 10,
+    "inversion": 125,
     "editing": 130,
     "evaluation": 130,
     "training": 130,

@@ -7,30 +7,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from clockwork_hooks.demo.captions import ANY, parse
-from clockwork_hooks.demo.classifier import attribute_accuracy
-from clockwork_hooks.demo.layout import layout_error
+from clockwork_hooks.demo.edit_rows import EditRow, scores_of
+from clockwork_hooks.demo.evaluate import held_out_prompts
 from clockwork_hooks.demo.model import DemoModel, load_demo, to_images, to_latents
-from clockwork_hooks.demo.scenes import render, scenes_of
-from clockwork_hooks.editing import edit, invert
+from clockwork_hooks.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, render, scenes_of
+from clockwork_hooks.editing import Inversion, edit, invert
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import trace
 from clockwork_hooks.injection import Injection, find_injection
 from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
+from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = ["EDITS", "GUIDANCE", "UNTIL_FEATURES", "EditRow", "SceneEdits", "edit_scenes"]
+__all__ = ["EDITS", "GUIDANCE", "UNTIL_FEATURES", "SceneEdits", "Way", "draw_edits", "edit_scenes", "usual_ways"]
 
 EDITS = (
     ("a large red circle left of a small green star on a white background", "red circle", "blue square"),
@@ -39,32 +42,35 @@ EDITS = (
     ("a small pink cross right of a large orange circle on a black background", "orange circle", "green square"),
 )
 GUIDANCE = 3.0
-UNTIL_FEATURES = 0.3  # measured: at 16×16 the demo's features hold shape and colour too, and from 0.4 on they stay
+UNTIL_FEATURES = 0.3  # measured (docs/editing.md): at 16×16 the demo's features hold shape and colour too
 
 
 @dataclass(frozen=True, slots=True)
-class EditRow:
-    """One way of editing, over all scenes.
+class Way:
+    """A way of editing, to be compared.
 
     Attributes:
-        name: "plain", "Clockwork", "plain, no injection".
-        macs: of both loops and all scenes; convolutions and matrix products, attention products counted.
-        saving: share of the MACs that did not run.
-        seconds: wall time of both loops.
-        accuracy: share of the target's attributes that the classifier finds.
-        moved: mean distance of the objects' centres from the source's, in pixels of 64.
-        grown: mean relative difference of the objects' radii.
-        lost: objects that appeared or vanished.
+        name: in the table.
+        inversion_clock, clock: of the two loops.
+        full: of the way back, the share of the first steps that are full, whatever the clock says.
+        injects: False for no injection at all.
+        until_features, until_attention: τ_f and τ_A; None for those of the whole comparison.
+        adaptor: folder of a saved one; None for the identity.
     """
 
     name: str
-    macs: int
-    saving: float
-    seconds: float
-    accuracy: float
-    moved: float
-    grown: float
-    lost: int
+    inversion_clock: int = 1
+    clock: int = 1
+    full: float = 0.0
+    injects: bool = True
+    until_features: float | None = None
+    until_attention: float | None = None
+    adaptor: str | None = None
+
+
+def usual_ways(clock: int) -> tuple[Way, ...]:
+    """Plain, Clockwork, and what plain editing does without injection."""
+    return (Way("plain"), Way("Clockwork", clock, clock), Way("plain, no injection", injects=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class SceneEdits(Report):
                 row.name,
                 macs(row.macs),
                 percent(row.saving),
-                f"{row.seconds:.1f} s",
+                f"{1000 * row.seconds / len(row.scenes):.0f} ms",
                 percent(row.accuracy),
                 f"{row.moved:.2f} px",
                 percent(row.grown),
@@ -103,20 +109,20 @@ class SceneEdits(Report):
         notes = (
             f"{len(s['sources'])} scenes, {s['inversion_steps']} + {s['steps']} steps, clock {s['clock']}, identity "
             f"adaptor, guidance {s['guidance']:g}, τ_f = {s['until_features']:g}, τ_A = {s['until_attention']:g}; "
-            "MACs of both loops and all scenes, attention products counted; pictures of 64 pixels.",
+            "MACs and time of both loops and one scene, attention products counted; pictures of 64 pixels.",
         )
         return table("Edits of the demo model's scenes", heads, rows, notes=notes)
 
     def data(self) -> dict[str, Any]:
         """Rows and settings."""
-        return {"rows": [asdict(row) for row in self.rows], "settings": self.settings}
+        return {"rows": [row.to_dict() for row in self.rows], "settings": self.settings}
 
     def plot(self, path: str | Path) -> None:
-        """A row a scene: the source and each edit (PNG, SVG or PDF; needs matplotlib)."""
+        """A row a scene, of the first eight: the source and each edit (PNG, SVG or PDF; needs matplotlib)."""
         self._scenes().save(path)
 
     def figures(self) -> Sequence[Plot]:
-        """A row a scene: the source and each edit."""
+        """A row a scene, of the first eight: the source and each edit."""
         return plots(self._scenes())
 
     def _scenes(self) -> Plot:
@@ -125,16 +131,42 @@ class SceneEdits(Report):
     def _draw(self) -> Figure:
         from matplotlib.figure import Figure
 
-        names, count = list(self.pictures), len(self.settings["sources"])
-        figure = Figure(figsize=(1.6 * len(names) + 0.2, 1.85 * count + 0.2), dpi=110, layout="constrained")
+        names, count = list(self.pictures), min(8, len(self.pictures["source"]))
+        figure = Figure(figsize=(1.6 * len(names) + 0.2, 1.85 * count + 0.2), dpi=110)
+        figure.set_layout_engine("constrained", h_pad=0.08)
         for r, axes in enumerate(figure.subplots(count, len(names), squeeze=False)):
             for one, name in zip(axes, names, strict=True):
                 one.imshow(self.pictures[name][r].permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1)
                 one.set(xticks=[], yticks=[], title=name if r == 0 else "")
                 one.title.set_fontsize(9)
             told = f"{self.settings['sources'][r]}\n→ {self.settings['targets'][r]}"
-            axes[0].set_xlabel(told, fontsize=6, loc="left")
+            caption = axes[0].text(0, -0.04, told, fontsize=6, va="top", transform=axes[0].transAxes)
+            caption.set_in_layout(False)  # it may reach under the next ones
+            axes[-1].set_xlabel(" \n ", fontsize=6)  # and has its lines' height
         return figure
+
+
+def draw_edits(count: int, seed: int = 7) -> list[tuple[str, str, str]]:
+    """Edits drawn at random, of scenes that training never saw: one object takes another shape and another colour.
+
+    Args:
+        count: how many.
+        seed: the same one draws the same edits.
+
+    Returns:
+        (caption, words to replace, words in their place), as `edit_scenes` takes them.
+    """
+    rng, made = np.random.default_rng(seed), list[tuple[str, str, str]]()
+    captions = held_out_prompts(2 * count + 8, seed)
+    for caption, told in zip(captions, parse(captions), strict=True):
+        shape, colour = told[3:5] if told[1] == 0 or rng.random() < 0.5 else told[6:8]
+        old = f"{list(COLOURS)[colour]} {SHAPES[shape]}"
+        white = list(BACKGROUNDS)[told[0]] == "white"  # on which nothing white is seen
+        colours = [name for k, name in enumerate(COLOURS) if k != colour and not (white and name == "white")]
+        shapes = [name for k, name in enumerate(SHAPES) if k != shape]
+        if caption.count(old) == 1:
+            made.append((caption, old, f"{rng.choice(colours)} {rng.choice(shapes)}"))
+    return made[:count]
 
 
 def edit_scenes(
@@ -143,6 +175,7 @@ def edit_scenes(
     inversion_steps: int = 40,
     steps: int = 20,
     clock: int = 2,
+    ways: Sequence[Way] | None = None,
     guidance: float = GUIDANCE,
     until_features: float = UNTIL_FEATURES,
     until_attention: float = 0.5,
@@ -150,11 +183,13 @@ def edit_scenes(
     model: DemoModel | None = None,
     console: Console | None = None,
 ) -> SceneEdits:
-    """Draw scenes, edit each in three ways, and judge the results.
+    """Draw scenes, edit all of them at once in several ways, and judge the results.
 
     Args:
         edits: (caption of the source, words to replace, words in their place); captions tell all of their scene.
-        inversion_steps, steps, clock, guidance: as in `clockwork_hooks.editing.edit`.
+        inversion_steps, steps, guidance: as in `clockwork_hooks.editing.edit`.
+        clock: of both loops in the row "Clockwork".
+        ways: what is compared, the plain edit first; None for `usual_ways(clock)`.
         until_features, until_attention: τ_f and τ_A.
         seed: of the scenes' geometry.
         model: the demo model; None to load it.
@@ -167,35 +202,66 @@ def edit_scenes(
         ArgumentError: the words to replace are not in the caption, or the caption leaves something open.
         UnknownWordError: a caption has words that the model has never seen.
     """
+    check_clock(clock)
     sources, targets = [old for old, _, _ in edits], [old.replace(what, new) for old, what, new in edits]
-    wanted = parse([*sources, *targets])[: len(sources)]
-    same = [old for old, new in zip(sources, targets, strict=True) if old == new]
-    if not edits or same or (wanted == ANY).any():
+    wanted = parse([*sources, *targets])
+    like_this = f'("{EDITS[0][0]}", "{EDITS[0][1]}", "{EDITS[0][2]}")'
+    same = [(old, what) for (old, what, _), new in zip(edits, targets, strict=True) if old == new]
+    if same or not edits:
         raise ArgumentError(
-            "an edit replaces words of a caption that tells all: sizes, colours, shapes, places, background",
-            seen={"captions": sources, "nothing replaced in": same or "none"},
-            do=f'pass ("{EDITS[0][0]}", "{EDITS[0][1]}", "{EDITS[0][2]}")',
+            "an edit replaces words of its caption by others",
+            seen={f"changes nothing, {what!r} in": old for old, what in same} or {"edits": "none"},
+            do=f"pass words that the caption has, as in {like_this}",
+        )
+    half = [old for old, told in zip(sources, wanted, strict=False) if (told == ANY).any()]
+    if half:
+        raise ArgumentError(
+            "the caption of a scene that is edited tells all of it: sizes, colours, shapes, places, background",
+            seen={f"leaves something open ({k + 1})": old for k, old in enumerate(half)},
+            do=f"write it like the first of {like_this}",
         )
     demo = model or load_demo()
-    picture = render(scenes_of(wanted, seed), device=demo.device)
-    latents, solver = to_latents(picture), demo.scheduler("ddim")
+    picture = render(scenes_of(wanted[: len(sources)], seed), device=demo.device)
     told, new = demo.encode_prompts([*sources, *targets], guided=False).chunk(2)
-    found = find_injection(
-        trace(demo.unet, latents[:1], 500, encoder_hidden_states=told[:1]),
-        until_features=until_features,
-        until_attention=until_attention,
-    )
-    rows, pictures = [], {"source": picture}
-    ways = (("plain", 1, found), ("Clockwork", clock, found), ("plain, no injection", 1, Injection()))
-    for name, ticks, injection in ways:
-        begun = time.perf_counter()
-        way = invert(demo.unet, solver, latents, told, steps=inversion_steps, clock=ticks, console=console)
-        options: dict[str, Any] = {"guidance": guidance, "clock": ticks, "injection": injection, "console": console}
-        made = edit(demo.unet, solver, way, target=new, negative=told, steps=steps, **options)
-        pictures[name] = to_images(made.latents)
-        seconds = time.perf_counter() - begun
-        right = attribute_accuracy(demo.classifier, pictures[name], targets).total
-        rows.append(EditRow(name, made.macs, made.saving, seconds, right, *layout_error(picture, pictures[name])))
+    latents, solver = to_latents(picture), demo.scheduler("ddim")
+    traced = trace(demo.unet, latents[:1].to(demo.unet.dtype), 500, encoder_hidden_states=told[:1])
+    rows, pictures, known = [], {"source": picture}, dict[Any, tuple[Inversion, float]]()
+    for way in ways or usual_ways(clock):
+        shares = {"until_features": until_features, "until_attention": until_attention}
+        shares |= {name: share for name in shares if (share := getattr(way, name)) is not None}
+        forth = (way.inversion_clock, way.adaptor if way.inversion_clock > 1 else None)
+        if forth not in known:
+            begun = _now(demo.device)
+            inversion = invert(
+                demo.unet,
+                solver,
+                latents,
+                told,
+                steps=inversion_steps,
+                clock=way.inversion_clock,
+                adaptor=way.adaptor,
+                console=console,
+            )
+            known[forth] = inversion, _now(demo.device) - begun
+        inversion, seconds = known[forth]
+        begun = _now(demo.device)
+        made = edit(
+            demo.unet,
+            solver,
+            inversion,
+            target=new,
+            negative=told,
+            steps=steps,
+            guidance=guidance,
+            schedule=Schedule.every(way.clock, warmup=round(way.full * steps)),
+            injection=find_injection(traced, **shares) if way.injects else Injection(),
+            adaptor=way.adaptor,
+            console=console,
+        )
+        seconds += _now(demo.device) - begun
+        pictures[way.name] = to_images(made.latents)
+        scores = scores_of(demo.classifier, picture, pictures[way.name], wanted[len(sources) :])
+        rows.append(EditRow(way.name, made.macs // len(edits), made.macs_plain // len(edits), seconds, scores))
     settings = {
         "sources": sources,
         "targets": targets,
@@ -208,3 +274,10 @@ def edit_scenes(
         "seed": seed,
     }
     return SceneEdits(tuple(rows), settings, pictures)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -54,14 +54,15 @@ def _labels(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 def layout_error(before: Tensor, after: Tensor) -> tuple[float, float, int]:
     """How far objects have moved, and how much they have grown or shrunk.
 
-    Each object of the first picture is compared with the nearest one of the second.
+    Each object of the first picture is compared with the nearest one of the second. One that has none within its own
+    radius is gone from its place, wherever the nearest may be: it counts as moved by its radius.
 
     Args:
         before, after: (B, 3, H, W) pictures in [0, 1].
 
     Returns:
-        Mean distance of the centres in pixels, mean relative difference of the radii, and the number of objects that
-        appeared or vanished.
+        Mean distance of the centres in pixels, mean relative difference of the radii (1 for those gone), and the
+        number of objects that appeared or vanished; 0 for the means if the first pictures show none.
 
     Example:
         >>> import torch
@@ -75,8 +76,9 @@ def layout_error(before: Tensor, after: Tensor) -> tuple[float, float, int]:
     for one, other in zip(before, after, strict=True):
         old, new = objects(one), objects(other)
         lost += abs(len(old) - len(new))
-        for x, y, radius in old if len(new) else ():
+        for x, y, radius in old:
             far = np.hypot(new[:, 0] - x, new[:, 1] - y)
-            moved.append(far.min())
-            grown.append(abs(new[far.argmin(), 2] / radius - 1))
-    return float(np.mean(moved or [np.nan])), float(np.mean(grown or [np.nan])), lost
+            there = len(far) > 0 and far.min() <= radius
+            moved.append(far.min() if there else radius)
+            grown.append(abs(new[far.argmin(), 2] / radius - 1) if there else 1.0)
+    return float(np.mean(moved or [0])), float(np.mean(grown or [0])), lost
