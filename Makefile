@@ -32,7 +32,7 @@ test: $(VENV)/.test  ## install what the tests need and run all but the slow one
 test-all: $(VENV)/.test  ## run every test that needs no browser, the slow ones too
 	$(PYTEST) -m "not browser" $(ARGS)
 
-test-browser: $(VENV)/.test  ## look at the HTML report in headless Chromium (Debian: apt-get install chromium)
+test-browser: $(VENV)/.test $(VENV)/.docs  ## look at the HTML report and the site in headless Chromium (Debian: apt-get install chromium)
 	$(PYTEST) -m browser tests/browser $(ARGS)
 
 lint: $(VENV)/.test  ## ruff: rules and format

@@ -77,14 +77,20 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md") if blocks(path) and path.
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy on tensors, in diffusers
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other; what a block takes for granted stands in `NAMES`."""
+def test_the_blocks_of_a_page_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other; what one takes for granted stands in `NAMES`, what it prints in ```output below it."""
     if page in NEED_CUDA and not torch.cuda.is_available():
         pytest.skip("its blocks need a CUDA device")
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "docs", **NAMES.get(page, dict)()}
-    for block in blocks(DOCS / page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for block, shown in re.findall(r"^```python\n(.*?)^```\n(?:\n```output\n(.*?)^```)?", text, re.M | re.S):
+        capsys.readouterr()
         exec(block, space)
+        if shown:
+            assert capsys.readouterr().out.rstrip() == shown.rstrip()
 
 
 def test_the_start_shows_the_five_lines_of_the_readme() -> None:

@@ -35,11 +35,11 @@ def address(report, tmp_path_factory):
     return path.as_uri()
 
 
-def browse(*words):
+def browse(*words, seconds=120):
     if CHROMIUM is None:
         pytest.fail("the browser tests need Chromium: apt-get install chromium")
     fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000")
-    done = subprocess.run([CHROMIUM, *fixed, *words], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([CHROMIUM, *fixed, *words], capture_output=True, text=True, timeout=seconds, check=True)
     return done.stdout
 
 
