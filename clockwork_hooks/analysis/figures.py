@@ -42,7 +42,7 @@ def curves(result: Robustness) -> Figure:
     axes.set(xlabel=f"disturbed from step k of {result.steps} on", ylabel="L2 distance to the undisturbed result")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.set_title(f"α = {result.alpha:g}, statistics per {result.statistics}", fontsize=10)
     return figure
 
