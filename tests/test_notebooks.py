@@ -40,7 +40,7 @@ def test_there_are_two() -> None:
 )  # of the kernel's sockets and loops
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_says_what_it_is_kept_with(name: str, tmp_path: Path) -> None:
-    """Half a minute of CPU time each, imports included; on another machine numbers differ in their last digits."""
+    """10 and 40 s of CPU time, imports included; on another machine numbers differ in their last digits."""
     script = [sys.executable, ROOT / "docs" / "run_notebooks.py", name, "--out", tmp_path]
     subprocess.run(script, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     now, then = said(kept(name, tmp_path)), said(kept(name))
