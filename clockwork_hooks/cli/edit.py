@@ -16,7 +16,7 @@ PARAGRAPHS = (
     "self-attention of the source, injected in the first steps of the way back, keep its layout (Plug-and-Play). "
     "Clockwork runs in both loops.",
     "What to turn: more inversion steps keep the source better. A larger --until-features keeps the layout better, and "
-    "from 0.4 on the old shape and colour too.",
+    "more of the old shape and colour too.",
     "The table: MACs and time of both loops for one scene; how many attributes of the new text a classifier finds; how "
     "far the objects' centres and radii are from the source's, measured on the pixels.",
     "Examples:",
