@@ -67,7 +67,7 @@ def panel(unet: nn.Module, top: float) -> list[Any]:
     except ch.RegionNotFoundError as error:
         region, why = None, str(error.seen["why"])
     exit = next((k for k in found if region is not None and names[k] == region.exit.path), None)
-    inside = set() if exit is None else ways.members(exit) & set(found)
+    inside = {k for k in found if exit is not None and ways.within(k, exit)}
     at = {k: (LEFT + j * STEP, top + TOP + ROW * (traced.nodes[k].meta["shape"][-1] < 16)) for j, k in enumerate(found)}
 
     shapes: list[Any] = [Word(16, top + 28, type(unet).__name__, size=16, bold=True)]
