@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from benchmarks.blanks import Blank, blank
 from benchmarks.guided import GuidedUNet
 from benchmarks.harness import Results, environment
 from benchmarks.ideal import HandClock
 from benchmarks.setting import Loop, build
-from clockwork_hooks.passes import Slot, placeholder
+from clockwork_hooks import passes
+from clockwork_hooks.passes import placeholder
+from clockwork_hooks.skipping import Slot
 
 STEPS, ROUNDS = 24, 9
 COMMAND = "python -m pytest -n 0 -s benchmarks/bench_overhead.py"
@@ -162,10 +165,10 @@ def _trajectory(side: Any, calls: list[Call]) -> list[Tensor]:
 
 
 def test_placeholders(benchmark: Any, results: Results) -> None:
-    """What may stand where a skipped output was: a zero, expanded; memory that nobody clears; zeros; meta.
+    """What may stand where a skipped output was: a zero, expanded; memory that nobody clears; zeros; meta; a subclass.
 
-    A meta tensor would be the cheapest to forget about, but code that runs on may not mix it
-    with real ones.
+    A meta tensor would be the cheapest to forget about, but code that runs on may not mix it with real ones; a
+    subclass that runs on meta may, and computes nothing.
     """
     shape = (2, 1280, 16, 16)
     slot = Slot(shape, torch.float32, torch.device("cpu"))
@@ -174,6 +177,7 @@ def test_placeholders(benchmark: Any, results: Results) -> None:
         "empty": lambda: torch.empty(shape),
         "zeros": lambda: torch.zeros(shape),
         "meta": lambda: torch.empty(shape, device="meta"),
+        "subclass on meta": lambda: blank(slot),
     }
     many = 200
 
@@ -190,7 +194,34 @@ def test_placeholders(benchmark: Any, results: Results) -> None:
     benchmark(kinds["zero, expanded"])
     for name, make in kinds.items():
         made = make()
-        memory = 0 if made.device.type == "meta" else made.untyped_storage().nbytes()
+        on_meta = made.device.type == "meta" or isinstance(made, Blank)
+        memory = 0 if on_meta else made.untyped_storage().nbytes()
         mixes = made.device.type != "meta"
         row = {"us": 1e6 * statistics.median(spent[name]), "bytes": memory, "mixes": mixes}
         results.add("placeholders", kind=name, shape=list(shape), **row)
+
+
+@pytest.mark.parametrize("channels", [32, 96])
+def test_a_pass_on_placeholders(channels: int, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adaptor pass of a UNet whose own code joins skipped outputs with `torch.cat`: on expanded zeros, on meta."""
+    calls: dict[str, Callable[[int], Any]] = {}
+    for name, make in (("zero, expanded", placeholder), ("subclass on meta", blank)):
+        monkeypatch.setattr(passes, "placeholder", make)  # a wrapper makes its placeholders once
+        torch.manual_seed(0)
+        unet, x, times = (
+            GuidedUNet(channels, (1, 2, 4), blocks=2),
+            torch.randn(2, 3, 32, 32),
+            torch.arange(999.0, 0, -9),
+        )
+        ch.wrap(unet, schedule=set(range(2, 999)))
+        calls[name] = lambda k, unet=unet, x=x, times=times: unet(x, times[k].expand(2))
+        calls[name](0), calls[name](1)
+    torch.testing.assert_close(*(call(2) for call in calls.values()))
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for k in range(3, 23):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call(k)
+            spent[name].append(time.thread_time() - start)
+    for name, seconds in spent.items():
+        results.add("placeholder_passes", channels=channels, kind=name, ms=1e3 * statistics.median(seconds))

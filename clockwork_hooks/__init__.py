@@ -20,6 +20,7 @@ from clockwork_hooks.analysis.drift import Drift, measure_drift
 from clockwork_hooks.analysis.plan import Plan
 from clockwork_hooks.analysis.planner import plan
 from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.blocks import diagram
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.cost import FlopsReport
@@ -47,7 +48,7 @@ from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.scores import Evaluation
 from clockwork_hooks.stats import RunReport, Stats
 from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
-from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 if _TYPE_CHECKING:
     from clockwork_hooks.adaptors import ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor

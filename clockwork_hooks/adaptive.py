@@ -16,10 +16,12 @@ from torch import nn
 from clockwork_hooks import reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
-from clockwork_hooks.engine import Emit, Engine, Prepared, Running
+from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import RegionNotFoundError
-from clockwork_hooks.passes import Kind, Pass, Plan
+from clockwork_hooks.passes import Emit, Pass
+from clockwork_hooks.running import Prepared, Running
 from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.skipping import Kind, Plan
 from clockwork_hooks.timeline import Position
 
 __all__ = ["AdaptiveEngine"]
@@ -34,6 +36,8 @@ class AdaptiveEngine(Engine):
         schedule: has a threshold.
         **options: as `Engine` takes them.
     """
+
+    looks = True  # each pass needs its entry, whatever the adaptor is
 
     def __init__(self, unet: nn.Module, adaptor: Adaptor, schedule: Schedule, **options: Any) -> None:
         super().__init__(unet, adaptor, schedule, **options)
@@ -121,18 +125,15 @@ class AdaptivePass(Pass):
     ) -> None:
         super().__init__(plan, kind, emit, copies=copies)
         self.entry: torch.Tensor | None = None
-        self._adapts, self._waits = adapts, True
+        self._adapts, self._undecided = adapts, True
 
-    def _capture(self, path: str, k: int, side: str, value: Any) -> None:
-        """As `Pass._capture`, which comes before a call is looked up; at the first skipped one the pass is chosen."""
-        super()._capture(path, k, side, value)
-        if self._waits and side == "input" and (path, k) in self._events.skipped:
-            self._waits = False
-            entry = self.captured.get("entry")
-            if self.kind == "adaptor" and not self._adapts(entry):
-                self.kind, self._events = "full", self.plan.events["full"]
-            if self.kind == "full" and entry is not None:
-                self.entry = entry.detach().clone()
+    def _decide(self) -> None:
+        self._undecided = False
+        entry = self.captured.get("entry")
+        if self.kind == "adaptor" and not self._adapts(entry):
+            self.kind, self._moves = "full", self.plan.moves("full", looks=True)
+        if self.kind == "full" and entry is not None:
+            self.entry = entry.detach().clone()
 
 
 def change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

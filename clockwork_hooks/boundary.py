@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 
 from clockwork_hooks.drawing import Block, Diagram
-from clockwork_hooks.passes import Plan, SkippedCall
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, quantity, shape, table
+from clockwork_hooks.skipping import Plan, SkippedCall
 
 __all__ = ["Boundary", "Region", "Side"]
 

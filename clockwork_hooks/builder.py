@@ -21,9 +21,9 @@ from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace, module_paths
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
-from clockwork_hooks.passes import Plan
 from clockwork_hooks.planner import Planner
 from clockwork_hooks.recorder import ModuleCall
+from clockwork_hooks.skipping import Plan
 from clockwork_hooks.tree import leaves
 
 __all__ = ["Builder"]

@@ -23,11 +23,12 @@ from torch import nn
 from clockwork_hooks import emit
 from clockwork_hooks.compiled import Compiled, Ran
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
-from clockwork_hooks.passes import Pass, start_pass, version
+from clockwork_hooks.passes import Pass, version
 from clockwork_hooks.tree import leaves, map_leaves, tensors
 
 if TYPE_CHECKING:
-    from clockwork_hooks.engine import Engine, Running
+    from clockwork_hooks.engine import Engine
+    from clockwork_hooks.running import Running
 
 __all__ = ["Captured"]
 
@@ -181,9 +182,9 @@ class Captured(Compiled):
     ) -> tuple[Any, Pass]:
         engine = self.engine
         adapt = None if cached is None else lambda captured: emit.run(engine.adaptor, captured, cached)
-        run = Pass(wanted.plan, wanted.kind, adapt, copies=wanted.copies)
+        run = Pass(wanted.plan, wanted.kind, adapt, copies=wanted.copies, looks=wanted.looks)
         run.enter(args, kwargs)
-        start_pass(engine, run)
+        engine.active.run = run
         return forward(*args, **kwargs), run
 
     def _follow(self) -> None:

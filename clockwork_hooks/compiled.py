@@ -14,18 +14,20 @@ import itertools
 import numbers
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clockwork_hooks import emit
 from clockwork_hooks.errors import CompileError
-from clockwork_hooks.passes import Kind, Pass, Plan, TracedPass
+from clockwork_hooks.passes import Pass, TracedPass
+from clockwork_hooks.skipping import Kind, Plan
 from clockwork_hooks.tree import map_leaves
 
 if TYPE_CHECKING:
-    from clockwork_hooks.engine import Engine, Running
+    from clockwork_hooks.engine import Engine
+    from clockwork_hooks.running import Running
 
 __all__ = ["Compiled", "Ran", "Static"]
 
@@ -117,13 +119,16 @@ class Compiled:
 
     def _make(self, run: Pass, forward: Callable[..., Any]) -> Static:
         engine, adaptor = self.engine, self.engine.adaptor
-        plan, kind, copies = run.plan, run.kind, run.copies
+        plan, kind, copies, looks = run.plan, run.kind, run.copies, run.looks
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Any) -> tuple[Any, torch.Tensor | None, bool]:
-            def adapt(captured: dict[str, torch.Tensor]) -> Any:
-                return emit.run(adaptor, captured, cached)
+            def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
+                made: torch.Tensor = emit.run(adaptor, captured, cached)
+                return made
 
-            run = engine.tracing = TracedPass(plan, kind, adapt if kind == "adaptor" else None, copies=copies)  # type: ignore[arg-type]
+            run = engine.tracing = TracedPass(
+                plan, kind, adapt if kind == "adaptor" else None, copies=copies, looks=looks
+            )
             run.enter(args, kwargs)
             output = forward(*args, **kwargs)
             engine.tracing = None

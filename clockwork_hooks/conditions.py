@@ -87,19 +87,27 @@ def _referable(value: Any) -> bool:
 class _Copy:
     """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all."""
 
-    __slots__ = ("bits", "dtype", "nbytes", "shape")
+    __slots__ = ("_source", "bits", "dtype", "nbytes", "shape")
 
     def __init__(self, value: Any) -> None:
         self.shape, self.dtype = value.shape, value.dtype
         self.bits = _bits(value).clone() if isinstance(value, torch.Tensor) else value.tobytes()
         self.nbytes = self.bits.nbytes if isinstance(self.bits, torch.Tensor) else len(self.bits)
+        self._source: Any = weakref.ref(value) if isinstance(value, torch.Tensor) else _none
 
     def same(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor) and self._source() is value and value.is_cpu and value.is_contiguous():
+            return torch.equal(self.bits, value.detach().view(-1).view(torch.uint8))  # few questions asked: it is fast
+        tensor = isinstance(self.bits, torch.Tensor)
+        if not _copied(value) or isinstance(value, torch.Tensor) != tensor:
+            return False
         if self.shape != value.shape or self.dtype != value.dtype:
             return False
-        if isinstance(value, torch.Tensor):
-            return torch.equal(self.bits, _bits(value))
-        return bool(self.bits == value.tobytes())
+        return torch.equal(self.bits, _bits(value)) if tensor else bool(self.bits == value.tobytes())
+
+
+def _none() -> None:
+    return None
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,8 +137,7 @@ def _same(item: tuple[Any, int], value: Any) -> bool:
     """Plain values may also be equal. What `==` means for other objects, nobody knows."""
     kept, written = item
     if isinstance(kept, _Copy):
-        tensor = isinstance(kept.bits, torch.Tensor)
-        return _copied(value) and isinstance(value, torch.Tensor) == tensor and kept.same(value)
+        return kept.same(value)
     if kept is value:
         return not isinstance(value, torch.Tensor) or version(value) == written
     return type(kept) is type(value) and (isinstance(kept, _VALUES) or is_number(kept)) and bool(kept == value)

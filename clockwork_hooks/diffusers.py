@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, table
 from clockwork_hooks.solvers import SchedulerSteps
 from clockwork_hooks.stats import RunReport
-from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 __all__ = ["PipelineReport", "WrappedPipeline", "wrap_pipeline"]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.acceptance import check_unet
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.ddim import Path
@@ -38,12 +39,11 @@ from clockwork_hooks.inversion import (
     invert,
     told,
 )
-from clockwork_hooks.passes import active_pass
 from clockwork_hooks.progress import progress
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import Counts
 from clockwork_hooks.tree import map_leaves, tensors
-from clockwork_hooks.wrapper import ClockworkWrapper, check_unet
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -248,7 +248,7 @@ def _source(
 
 
 def _adapts(cw: ClockworkWrapper) -> bool:
-    run = active_pass(cw._engine)
+    run = cw._engine.active.run
     return run is not None and run.kind == "adaptor"
 
 

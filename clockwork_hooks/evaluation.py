@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._version import __version__
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.counting import counting
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.progress import progress
 from clockwork_hooks.scores import Evaluation, Score, VariantResult
-from clockwork_hooks.wrapper import wrap
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks.errors import WrapError
-from clockwork_hooks.passes import Plan, active_pass, tracing_pass
+from clockwork_hooks.passes import Owner
+from clockwork_hooks.skipping import Plan
 
 __all__ = ["Installed", "RootHook"]
 
@@ -27,17 +28,18 @@ class Forward:
 
     __slots__ = ("__name__", "__wrapped__", "forward", "module", "own", "owner", "path")
 
-    def __init__(self, owner: object, path: str, module: nn.Module) -> None:
+    def __init__(self, owner: Owner, path: str, module: nn.Module) -> None:
         self.path = path
         self.module = module
-        self.owner: object | None = owner
+        self.owner: Owner | None = owner
         self.own = "forward" in vars(module)
         self.forward: Callable[..., Any] = module.forward
         self.__name__ = "forward"
         self.__wrapped__ = self.forward  # inspect.signature looks here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = tracing_pass(self.owner) or active_pass(self.owner)
+        owner = self.owner
+        run = None if owner is None else owner.tracing or owner.active.run
         if run is None:
             return self.forward(*args, **kwargs)
         return run.call(self.path, self.forward, args, kwargs)
@@ -87,12 +89,12 @@ class RootForward(Forward):
 class Observer:
     """A native hook that only looks; copies and pickles as a hook that does nothing."""
 
-    def __init__(self, owner: object, path: str, side: Literal["input", "output"]) -> None:
+    def __init__(self, owner: Owner, path: str, side: Literal["input", "output"]) -> None:
         self.owner, self.path, self.side = owner, path, side
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        run = tracing_pass(self.owner) or active_pass(self.owner)
-        if run is not None:
+        run = self.owner.tracing or self.owner.active.run
+        if run is not None and run.looks:
             run.observe(self.path, self.side, output if self.side == "output" else (args, kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,15 +123,16 @@ class RootHook:
 class Installed:
     """What is installed on the modules under a root, and how to take it back."""
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._lock = threading.RLock()
         self._forwards: dict[str, Forward] = {}
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
+        self._pairs: dict[int, tuple[Plan, list[tuple[dict[str, Any], Forward]]]] = {}
 
-    def add(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    def add(self, plan: Plan, modules: Mapping[str, nn.Module], *, looks: bool = True) -> None:
         """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
 
         A forward of ours that somebody has replaced meanwhile (accelerate's offload hooks come and go) is put back.
@@ -137,25 +140,27 @@ class Installed:
         Args:
             plan: what is skipped and captured.
             modules: dotted path → module.
+            looks: boundary tensors are picked up, so modules are observed.
 
         Raises:
             WrapError: a module refuses an instance-level forward (TorchScript).
         """
         with self._lock:  # threads that trace at the same time would patch twice
             try:
-                self._add(plan, modules)
+                self._add(plan, modules, looks=looks)
             except BaseException:
                 self.remove()
                 raise
 
-    def _add(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    def _add(self, plan: Plan, modules: Mapping[str, nn.Module], *, looks: bool) -> None:
+        self._pairs.clear()
         for path in plan.counts:
             known = self._forwards.get(path)
             if known is None or not known.attached:
                 if known is not None:
                     known.remove()
                 self._forwards[path] = self._patch(path, modules[path])
-        for port in plan.ports.values():
+        for port in plan.ports.values() if looks else ():
             if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
                 module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
                 add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
@@ -186,15 +191,26 @@ class Installed:
         with self._lock:
             if self._root is not None:
                 self._root.remove()
-            self._root = module.forward = RootForward(act, "", module)
+            self._root = module.forward = RootForward(act, "", module)  # type: ignore[arg-type]
+
+    @property
+    def fronted(self) -> bool:
+        """Does something run in the place of the root's forward?"""
+        return self._root is not None
 
     def intact(self, plan: Plan) -> bool:
         """Are all forwards that the plan needs still ours?"""
         if self._root is not None and not self._root.attached:
             self.front(self._root.module, self._root.owner)  # type: ignore[arg-type]
-        for path in plan.counts:
-            forward = self._forwards.get(path)
-            if forward is None or forward.module.__dict__.get("forward") is not forward:
+        found = self._pairs.get(id(plan))
+        if found is None:
+            with self._lock:
+                ours = [self._forwards[path] for path in plan.counts if path in self._forwards]
+                if len(ours) < len(plan.counts):
+                    return False
+                found = self._pairs[id(plan)] = plan, [(vars(forward.module), forward) for forward in ours]
+        for held, forward in found[1]:  # noqa: SIM110 - a generator takes twice as long
+            if held.get("forward") is not forward:
                 return False
         return True
 
@@ -204,6 +220,7 @@ class Installed:
             if self._root is not None:
                 self._root.remove()
                 self._root = None
+            self._pairs.clear()
             while self._forwards:
                 self._forwards.popitem()[1].remove()
             while self._observers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,30 +19,63 @@ TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", 
 TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would take microseconds at every call
 class Arguments:
     """One call's arguments by parameter name, and the signature that says which trace holds for it.
 
     Attributes:
         values: parameter name → value as given (defaults are left out); `*args` and `**kwargs` by their own names.
+        paths: dotted paths of all leaves: "sample", "added_cond_kwargs.time_ids", "args.0"; equal where signatures are.
+        flat: the leaves.
         signature: hashable; equal for two calls that differ in tensor values and numbers only.
+        device: of the first tensor.
     """
 
     values: Mapping[str, Any]
-    signature: tuple[Any, ...]
+    paths: Sequence[str] = field(init=False)
+    flat: Sequence[Any] = field(init=False)
+    signature: tuple[Any, ...] = field(init=False)
+    device: torch.device | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        paths: list[str] = []
+        flat: list[Any] = []
+        parts: list[Any] = []
+        self.device = None
+        for name, value in self.values.items():
+            if isinstance(value, torch.Tensor):
+                device = value.device
+                parts += (name, value.shape, value.dtype, device)
+                self.device = self.device or device
+            elif value is None or isinstance(value, (bool, str)):
+                parts += (name, value)
+            elif is_number(value):
+                parts += (name, type(value))
+            else:
+                parts.append(name)
+                for path, leaf in leaves(value):
+                    paths.append(f"{name}.{path}" if path else name)
+                    flat.append(leaf)
+                    if isinstance(leaf, torch.Tensor):
+                        parts += (path, leaf.shape, leaf.dtype, leaf.device)
+                        self.device = self.device or leaf.device
+                    else:
+                        parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
+                continue
+            paths.append(name)
+            flat.append(value)
+        self.paths, self.flat, self.signature = paths, flat, tuple(parts)
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
-        """(dotted path, leaf) of all arguments: "sample", "added_cond_kwargs.time_ids", "args.0"."""
-        for name, value in self.values.items():
-            yield from leaves(value, name)
+        """(dotted path, leaf) of all arguments."""
+        return zip(self.paths, self.flat, strict=True)
 
     def get(self, path: str) -> Any:
         """The leaf at a dotted path; None where it was not passed."""
         value = self.values.get(path)
         if isinstance(value, torch.Tensor):
             return value
-        head = path.split(".", 1)[0]
-        return next((leaf for found, leaf in leaves(self.values.get(head), head) if found == path), None)
+        return next((leaf for found, leaf in self.leaves() if found == path), None)
 
 
 class Binder:
@@ -61,8 +94,7 @@ class Binder:
         names = self._forms.get(form)
         if names is None:
             names = self._forms[form] = self._names(len(args), tuple(kwargs))
-        values = dict(zip(names, (*args, *kwargs.values()), strict=True))
-        return Arguments(values, _signature(values))
+        return Arguments(dict(zip(names, (*args, *kwargs.values()), strict=True)))
 
     def _names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
         names: list[str] = []
@@ -74,25 +106,6 @@ class Binder:
                 names.append(parameter.name)
         names += [f"argument[{k}]" for k in range(len(names), positional)]
         return (*names[:positional], *keywords)
-
-
-def _signature(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    parts: list[Any] = []
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            parts += (name, value.shape, value.dtype, value.device)
-        elif value is None or isinstance(value, (bool, str)):
-            parts += (name, value)
-        elif is_number(value):
-            parts += (name, type(value))
-        else:
-            parts.append(name)
-            for path, leaf in leaves(value):
-                if isinstance(leaf, torch.Tensor):
-                    parts += (path, leaf.shape, leaf.dtype, leaf.device)
-                else:
-                    parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
-    return tuple(parts)
 
 
 def is_number(value: Any) -> bool:

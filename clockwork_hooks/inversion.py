@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.acceptance import check_unet
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.ddim import Path
 from clockwork_hooks.errors import ArgumentError
@@ -22,7 +24,7 @@ from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import Counts
 from clockwork_hooks.tree import leaves
-from clockwork_hooks.wrapper import ClockworkWrapper, check_unet, wrap
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,12 +12,13 @@ import torch
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.choice import Choice
-from clockwork_hooks.engine import Emit, Prepared
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph import Trace
-from clockwork_hooks.passes import Kind, Pass, Plan, SkippedCall, Slot, version
+from clockwork_hooks.passes import Emit, Pass, version
 from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.regions import skipped_nodes
+from clockwork_hooks.running import Prepared
+from clockwork_hooks.skipping import Kind, Plan, SkippedCall, Slot
 from clockwork_hooks.tree import leaves
 
 __all__ = ["Clocked", "Layer", "NestedPass", "check", "plans"]
@@ -60,8 +61,8 @@ class Layer(Prepared):
 class NestedPass(Pass):
     """A pass that also keeps the exits of the regions around the skipped one; of all regions, if none is."""
 
-    def __init__(self, layer: Layer, region: Region, kind: Kind, stand_in: Emit | None) -> None:
-        super().__init__(region.plan, kind, stand_in, copies=layer.copies)
+    def __init__(self, layer: Layer, region: Region, kind: Kind, stand_in: Emit | None, *, looks: bool) -> None:
+        super().__init__(region.plan, kind, stand_in, copies=layer.copies, looks=looks, blanks=layer.blanks)
         self.index = layer.index
         self.others: dict[int, tuple[torch.Tensor, int]] = {}
         self._layers, self._watched = layer.layers, layer.watched[kind]

@@ -21,12 +21,14 @@ from clockwork_hooks import emit, reasons
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.branches import Call, Kept
-from clockwork_hooks.engine import Emit, Engine, Prepared, Running, likely_exits
+from clockwork_hooks.engine import Engine
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.layers import Clocked, Layer, NestedPass, check, plans
 from clockwork_hooks.macs import node_macs
-from clockwork_hooks.passes import Pass, version
+from clockwork_hooks.passes import Emit, Pass, version
+from clockwork_hooks.preparation import likely_exits
 from clockwork_hooks.regions import skipped_nodes
+from clockwork_hooks.running import Prepared, Running
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.timeline import Position
 
@@ -157,7 +159,8 @@ class NestedEngine(Engine):
 
     def _pass(self, prepared: Prepared, region: Region, stand_in: Emit | None) -> Pass:
         assert isinstance(prepared, Layer)  # as it has a region
-        return NestedPass(prepared, region, "adaptor" if stand_in else "full", stand_in)
+        looks = stand_in is not None and emit.looks(self._adaptor(prepared)[0])
+        return NestedPass(prepared, region, "adaptor" if stand_in else "full", stand_in, looks=looks)
 
     def _adaptor(self, prepared: Prepared) -> tuple[Adaptor, bool]:
         one = self.clocks[prepared.index if isinstance(prepared, Layer) else 0]

@@ -11,8 +11,8 @@ from clockwork_hooks.boundary import Side
 from clockwork_hooks.dominance import Dominance, Mask
 from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace
-from clockwork_hooks.passes import Plan, Port, SkippedCall, Slot
 from clockwork_hooks.recorder import ModuleCall
+from clockwork_hooks.skipping import Plan, Port, SkippedCall, Slot
 from clockwork_hooks.tree import leaves, map_leaves
 
 __all__ = ["Planner"]

@@ -36,6 +36,13 @@ class State:
     decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
 
 
+class _Local(threading.local):
+    """The state of a thread that works on no task or job; `main` is set in the main thread only."""
+
+    state: State | None = None
+    main: State | None = None
+
+
 class States:
     """The state of the current thread, task or job. A ContextVar would not do: tasks share the object it holds.
 
@@ -44,7 +51,7 @@ class States:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._local = _Local()
         self._owned: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
         self._all: weakref.WeakSet[State] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -56,14 +63,18 @@ class States:
 
     def current(self) -> State:
         """The state of this thread, task or job, made on first use."""
+        local = self._local
+        if local.main is not None and asyncio._get_running_loop() is None:
+            return local.main  # nearly always: no task, and no pool has the main thread
         owner = _task() or _job()
-        state = getattr(self._local, "state", None) if owner is None else self._owned.get(owner)
+        state = local.state if owner is None else self._owned.get(owner)
         if state is None:
             state = State(Timeline(self._numbers))
             with self._lock:
                 self._all.add(state)
                 if owner is None:
-                    self._local.state = state
+                    local.state = state
+                    local.main = state if threading.current_thread() is threading.main_thread() else None
                 else:
                     self._owned[owner] = state
         return state

@@ -52,7 +52,8 @@ class Weights:
 
     def _look(self) -> None:
         modules = list(self._unet.modules())
-        owners = [(module._parameters, name) for module in modules for name in module._parameters]
+        present = ((m._parameters, name, one) for m in modules for name, one in m._parameters.items())
+        owners = [(held, name) for held, name, one in present if one is not None]
         self._owners = _spread(owners, _PARAMETERS)
         self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks import passes
-from clockwork_hooks.passes import SkippedCall, Slot
+from clockwork_hooks.skipping import SkippedCall, Slot
 from clockwork_hooks.tree import leaves
 from tests.snapshot import snapshot
 from tests.zoo.proof import nan_proof, same

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import clockwork_hooks as ch
 from clockwork_hooks import passes
 from clockwork_hooks.inputs import Binder
-from clockwork_hooks.passes import SkippedCall, Slot
 from clockwork_hooks.regions import choose, regions_of
+from clockwork_hooks.skipping import SkippedCall, Slot
 from clockwork_hooks.tree import leaves
 from tests.snapshot import snapshot
 from tests.zoo import REFUSED, ZOO, Case, RefusedCase, ZooCase, random_unet, table

@@ -22,7 +22,7 @@ from clockwork_hooks.analysis.runs import Runs
 from clockwork_hooks.analysis.watch import Watch
 from clockwork_hooks.graph import module_paths
 from clockwork_hooks.hooks import Installed
-from clockwork_hooks.passes import end_pass, start_pass
+from clockwork_hooks.passes import Active, Pass
 
 __all__ = ["Ages", "Series", "follow"]
 
@@ -91,6 +91,8 @@ class _Follower:
 
     def __init__(self, unet: nn.Module, candidate: Candidate, longest: int) -> None:
         self.unet, self.candidate, self.longest = unet, candidate, longest
+        self.active = Active()
+        self.tracing: Pass | None = None
         self.before: dict[tuple[int, int], _Before] = {}
         self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
         self.placed = candidate.given is None
@@ -104,10 +106,10 @@ class _Follower:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             run = AdaptivePass(plan, "full", None, copies=True, adapts=lambda entry: True)
             run.enter(args, kwargs)
-            start_pass(self, run)
+            self.active.run = run
 
         def end(module: nn.Module, args: Any, output: Any) -> None:
-            run = end_pass(self)
+            run, self.active.run = self.active.run, None
             if isinstance(run, AdaptivePass) and run.complete():
                 self.add(watch, run)
 
@@ -122,7 +124,7 @@ class _Follower:
         finally:
             for handle in handles:
                 handle.remove()
-            end_pass(self)
+            self.active.run = None
             installed.remove()
 
     def add(self, watch: Watch, run: AdaptivePass) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.watch import Generate, final
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 __all__ = ["Outcome", "Runs", "relative_error"]
 

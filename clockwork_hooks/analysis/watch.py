@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.tree import map_leaves
-from clockwork_hooks.wrapper import wrap
 
 __all__ = ["Generate", "Watch", "check_clocks", "check_runs", "final", "first_call"]
 

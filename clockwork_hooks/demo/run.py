@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks._version import __version__
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
@@ -26,7 +27,6 @@ from clockwork_hooks.regions import find_region
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
-from clockwork_hooks.wrapper import wrap
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._version import __version__
+from clockwork_hooks.acceptance import check_unet
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.training import checkpoint
@@ -26,7 +27,6 @@ from clockwork_hooks.training.setup import check, check_folder, chosen, learners
 from clockwork_hooks.training.surroundings import accelerated, frozen, quietly, tf32
 from clockwork_hooks.training.trainer import Trainer, seeded
 from clockwork_hooks.training.trajectories import Capture
-from clockwork_hooks.wrapper import check_unet
 
 __all__ = ["distill"]
 

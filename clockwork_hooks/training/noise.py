@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from clockwork_hooks.clock import Clock
-from clockwork_hooks.engine import Running
 from clockwork_hooks.errors import DistillError
+from clockwork_hooks.running import Running
 
 __all__ = ["Noise", "with_sample"]
 

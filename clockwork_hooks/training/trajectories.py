@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.capture import Captured
 from clockwork_hooks.choice import Choice
-from clockwork_hooks.engine import Engine, Prepared, Running
+from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import DistillError, RegionNotFoundError
 from clockwork_hooks.graph import record
 from clockwork_hooks.hooks import RootHook
-from clockwork_hooks.passes import Pass, end_pass, start_pass
+from clockwork_hooks.passes import Emit, Pass
+from clockwork_hooks.running import Prepared, Running
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.calls import Call, Needs, Trajectory, steps_of
 from clockwork_hooks.training.copies import Copies, Given
@@ -37,7 +38,6 @@ class _Enough(BaseException):
     """Leaves a sampling loop, through whatever it catches."""
 
 
-Emit = Callable[[Mapping[str, Tensor]], Tensor]
 _ALWAYS = Schedule.where(lambda step: True)
 
 
@@ -66,6 +66,8 @@ class Capture(Engine):
         [(1, (2, 32, 16, 16)), (2, (2, 32, 16, 16)), (3, (2, 32, 16, 16)), (4, (2, 32, 16, 16))]
         >>> capture.remove()
     """
+
+    looks = True  # what flows into the region is what adaptors learn from
 
     def __init__(
         self,
@@ -183,12 +185,12 @@ class Capture(Engine):
         if not self.installed.intact(call.region.plan):
             self._install(call.region)
         run.enter(call.args, call.kwargs)
-        start_pass(self, run)
+        self.active.run = run
         try:
             with torch.autocast(kind, call.autocast, enabled=call.autocast is not None):
                 output = self.unet(*call.args, **call.kwargs)
         finally:
-            end_pass(self)
+            self.active.run = None
         if not run.complete():
             raise DistillError(
                 "a recorded call runs again as it ran",
@@ -272,11 +274,11 @@ class Capture(Engine):
         if run.kind == "adaptor" and running.reason is None:
             true = Pass(run.plan, "full", copies=prepared.copies)
             true.enter(args, kwargs)
-            start_pass(self, true)
+            self.active.run = true
             try:
                 truth = module.forward(*args, **kwargs)
             finally:
-                end_pass(self)
+                self.active.run = None
         if not true.complete() or true.exit is None:
             call.reason = call.reason or "calls differed from the traced ones"
             return

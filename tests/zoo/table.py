@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import clockwork_hooks as ch
-from clockwork_hooks.passes import Slot
 from clockwork_hooks.report import quantity, shape
+from clockwork_hooks.skipping import Slot
 from clockwork_hooks.tree import leaves
 from tests.zoo import REFUSED, ZOO, RefusedCase, ZooCase
 from tests.zoo.proof import nan_proof

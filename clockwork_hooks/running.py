@@ -1,0 +1,83 @@
+"""One call of the UNet that is under way, and what all calls of its input signature have in common."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.inputs import Arguments
+from clockwork_hooks.passes import Pass
+from clockwork_hooks.recorder import Recorder
+from clockwork_hooks.timeline import Position
+
+__all__ = ["Prepared", "Running", "mode", "on_stack"]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What calls of one input signature need; `region` is None where they have none, and `why` says so."""
+
+    region: Region | None
+    full_macs: int
+    rest_macs: int
+    time: str | None
+    sample: str
+    why: str = ""
+    adaptor_macs: int | None = None
+    copies: bool = False  # code that the trace does not know writes to the exit
+    name: str = ""  # tells adaptor passes apart where there are several regions
+    blanks: dict[tuple[str, int], Any] = field(default_factory=dict)  # what skipped calls return in every pass
+    _told: tuple[int, ...] | None = None
+
+    def conditions(self, arguments: Arguments) -> Sequence[Any]:
+        """What tells the branch of a call: every input but sample, time and residuals."""
+        if self._told is None:
+            apart = {self.sample, self.time, *(self.region.residuals if self.region is not None else ())}
+            self._told = tuple(k for k, path in enumerate(arguments.paths) if path not in apart)
+        return [arguments.flat[k] for k in self._told]
+
+
+@dataclass(slots=True)
+class Running:
+    """One call of the UNet that is under way."""
+
+    frame: FrameType
+    error: BaseException | None
+    arguments: Arguments
+    key: tuple[Any, ...]
+    weights: Hashable
+    recorder: Recorder | None = None
+    prepared: Prepared | None = None
+    position: Position | None = None
+    run: Pass | None = None
+    cached: torch.Tensor | None = None
+    reason: str | None = None
+
+
+def mode(training: bool, arguments: Arguments) -> tuple[Any, ...]:
+    """What changes the computation beside the inputs: training, autocast, gradients."""
+    kind = _kind(arguments.device)
+    autocast = None if kind is None or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+    return training, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+@functools.lru_cache(maxsize=64)  # `device.type` makes a string, which takes ten times as long
+def _kind(device: torch.device | None) -> str | None:
+    """What autocast is switched on for; None where there is none, as on meta."""
+    kind = "cpu" if device is None else device.type
+    return kind if torch.amp.is_autocast_available(kind) else None
+
+
+def on_stack(wanted: FrameType | None) -> bool:
+    """Is this frame still running?"""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
