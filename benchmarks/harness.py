@@ -10,16 +10,19 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from clockwork_hooks.timing import Timing, in_turns, synchronize, timed
+
+__all__ = [
+    "PACKAGES", "Results", "Timing", "environment", "in_turns", "processor", "reason", "say", "synchronize", "timed"
+]  # fmt: skip
 
 PACKAGES = ("torch", "diffusers", "DeepCache", "tomesd", "fvcore", "numpy", "pytest-benchmark")
 
@@ -74,76 +77,6 @@ class Results:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(self.path)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of one run: the median, the quartiles, the number of runs."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-    @property
-    def spread(self) -> float:
-        """The distance of the quartiles, as a share of the median."""
-        return (self.high - self.low) / self.median
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-        return cls(statistics.median(seconds), low, high, len(seconds))
-
-
-def synchronize(device: str) -> None:
-    """Wait for all that was launched."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run, from an idle device to an idle device."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def in_turns(
-    sides: Mapping[str, Callable[[], Any]],
-    device: str,
-    *,
-    rounds: int,
-    warmup: int = 1,
-    until: float | None = None,
-    least: int = 1,
-    measure: Callable[[Callable[[], Any], str], float] = timed,
-) -> dict[str, Timing]:
-    """Time the sides in turns; the order changes from round to round, so none always follows the same one.
-
-    Args:
-        sides: what to run, by name.
-        device: what to wait for.
-        rounds: runs of each side.
-        warmup: runs of each side before.
-        until: `time.monotonic()` after which no round begins.
-        least: rounds that are made however late it is.
-        measure: seconds of one run.
-    """
-    for _ in range(warmup):
-        for run in sides.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    order, shuffle = list(sides), random.Random(0)
-    for k in range(rounds):
-        if k >= least and until is not None and time.monotonic() > until:
-            break
-        shuffle.shuffle(order)
-        for name in order:
-            seconds[name].append(measure(sides[name], device))
-    return {name: Timing.of(values) for name, values in seconds.items()}
 
 
 def reason(error: BaseException) -> str:

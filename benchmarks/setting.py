@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.benchmark import twin
 from clockwork_hooks.examples import example_inputs
 from clockwork_hooks.presets import PRESETS
 
@@ -51,8 +51,7 @@ class Model:
 
     def twin(self) -> Any:
         """Another UNet object on the same weights: wrapping one leaves the others alone, and costs no memory."""
-        shared = [*self.unet.parameters(), *self.unet.buffers()]
-        return copy.deepcopy(self.unet, {id(tensor): tensor for tensor in shared})
+        return twin(self.unet)
 
     def conditions(self, batch: int) -> dict[str, Any]:
         """Everything but sample and time, the same tensors for all sides."""

@@ -21,6 +21,7 @@ from clockwork_hooks.analysis.plan import Plan
 from clockwork_hooks.analysis.planner import plan
 from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
 from clockwork_hooks.attach import wrap
+from clockwork_hooks.benchmark import Benchmark, bench
 from clockwork_hooks.blocks import diagram
 from clockwork_hooks.boundary import Boundary, Region, Side
 from clockwork_hooks.cost import FlopsReport
@@ -58,6 +59,7 @@ __all__ = [
     "AdaptorError",
     "AmbiguousInputError",
     "ArgumentError",
+    "Benchmark",
     "Boundary",
     "ClockworkError",
     "ClockworkWrapper",
@@ -91,6 +93,7 @@ __all__ = [
     "Variant",
     "WrapError",
     "__version__",
+    "bench",
     "diagram",
     "distill",
     "evaluate",

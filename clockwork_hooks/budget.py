@@ -110,5 +110,5 @@ def check_budget(report: FlopsReport, budget: Mapping[str, int]) -> BudgetCheck:
 
 
 def _amount(value: int, name: str) -> str:
-    unit = {"macs": "MACs", "flops": "FLOPs"}.get(name.rpartition("_")[2], "parameters")
+    unit = {"macs": "MACs", "flops": "FLOPs"}.get(name.rpartition("_")[2], " parameters")
     return quantity(value, unit)

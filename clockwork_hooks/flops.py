@@ -76,6 +76,7 @@ def flops_report(
     Raises:
         ArgumentError: `steps`, `clock`, `norms` or a choice of the region is outside its rule.
         AdaptorError: the adaptor does not fit the region.
+        RegionNotFoundError: the options ask for a region that the UNet does not have.
         CountError: an operator multiplies, but its shapes were not recorded.
         TraceError: the call could not be recorded.
 
@@ -101,6 +102,8 @@ def flops_report(
         try:
             region = choice.find(trace, unet)
         except RegionNotFoundError as error:
+            if choice != Choice(cut=cut):  # what was asked for by name is not there
+                raise
             no_region = str(error)
     operators, uncounted = _count(trace, region, attention=attention, norms=norms)
     own = None if region is None else _adaptor_macs(adaptor, region, attention=attention, norms=norms)

@@ -17,6 +17,8 @@ from clockwork_hooks.errors import ModelNotFoundError
 from clockwork_hooks.examples import CLASSES, example_inputs
 from clockwork_hooks.needed import need
 from clockwork_hooks.presets import PRESETS
+from clockwork_hooks.presets import tiny as tiny_preset
+from clockwork_hooks.tree import map_leaves
 
 __all__ = ["LoadedModel", "find_factory", "load_model"]
 
@@ -36,6 +38,8 @@ def load_model(
     batch: int = 1,
     frames: int = 0,
     device: str = "meta",
+    dtype: torch.dtype | None = None,
+    tiny: bool = False,
 ) -> LoadedModel:
     """The model that `name` means, with example inputs, by default on the meta device: no weights in memory.
 
@@ -47,6 +51,8 @@ def load_model(
         batch: number of samples, likewise.
         frames: frames of a video sample, likewise.
         device: where the model is built.
+        dtype: of the weights and inputs, where it is not to be the model's own.
+        tiny: a preset at a tenth of its width.
 
     Returns:
         (unet, args, kwargs), the UNet in evaluation mode.
@@ -59,8 +65,19 @@ def load_model(
         >>> sum(parameter.numel() for parameter in unet.parameters())
         35746307
     """
+    made = _load(name, size=size, batch=batch, frames=frames, device=device, small=tiny)
+    if dtype is None:
+        return made
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return LoadedModel(nn.Module.to(made.unet, dtype=dtype), map_leaves(cast, made.args), map_leaves(cast, made.kwargs))
+
+
+def _load(name: str, *, size: tuple[int, ...] | None, batch: int, frames: int, device: str, small: bool) -> LoadedModel:
     if name in PRESETS:
-        preset = PRESETS[name]
+        preset = tiny_preset(PRESETS[name]) if small else PRESETS[name]
         frames = frames or preset.frames
         return _from_config(preset.config, size=size or preset.size, batch=batch, frames=frames, device=device)
     path = _config_file(Path(name))

@@ -34,7 +34,10 @@ def run(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "files"),
     [
-        (["perturb", "--start", "1", "--map", "first", "--alpha", "0.7"], ["perturb.json", "curves.png"]),
+        (
+            ["perturb", "--start", "1", "--map", "first", "--alpha", "0.7"],
+            ["perturb.json", "perturb.html", "perturb.png"],
+        ),
         (["drift", "--clock", "2"], ["drift.json", "drift.md", "drift.png"]),
         (["plan", "--min-saving", "0.2", "--clock", "2", "--probes", "2"], ["plan.json", "plan.md", "plan.png"]),
     ],
@@ -46,7 +49,9 @@ def test_a_factory_is_analysed(capsys, tmp_path, words, files):
     assert code == 0, err
     for name in files:
         assert (out / name).stat().st_size > 100
-        assert str(out / name) in printed
+        assert str(out / name) in err
+    assert printed.count("|") == 0
+    assert len(printed) > 200  # the table, and nothing else
     data = json.loads((out / files[0]).read_text(encoding="utf-8"))
     assert data["schema"] == {"perturb": "clockwork_hooks/robustness/1"}.get(words[0], f"clockwork_hooks/{words[0]}/1")
     if words[0] == "perturb":
@@ -60,11 +65,11 @@ def test_a_factory_is_analysed(capsys, tmp_path, words, files):
 
 
 def test_the_demo_model_is_the_default(capsys, tmp_path):
-    words = ["--start", "2", "--map", "bottleneck 8×8", "--steps", "2", "--prompts", "1", "--out", str(tmp_path)]
+    words = ["--start", "2", "--map", "bottleneck 8×8", "--steps", "2", "--batch", "1", "--out", str(tmp_path)]
     code, printed, err = run(capsys, "perturb", *words)
     assert code == 0, err
     assert "mid_block" in printed
-    assert (tmp_path / "grid.png").stat().st_size > 5000
+    assert (tmp_path / "perturb-2.png").stat().st_size > 5000
 
 
 def test_scenes_are_edited(capsys, tmp_path):

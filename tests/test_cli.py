@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from clockwork_hooks import __version__
-from clockwork_hooks.cli import main
+from clockwork_hooks.budget import LIMITS
+from clockwork_hooks.cli import app, main
 from clockwork_hooks.report import flops, macs, percent, quantity, shape, table
+from tests.schemas import follows_its_schema, schema
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +31,47 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["flops", "--help"], ["regions", "--help"]])
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=str)
 def test_help_teaches_by_example(capsys, words):
-    code, out, _ = run(capsys, *words)
+    code, out, _ = run(capsys, *words, "--help")
     assert code == 0
-    assert "clockwork-hooks flops sd15 --guidance" in out
+    shown = out.split("Examples:")[1]
+    assert shown.count(" ".join(["clockwork-hooks", *words])) >= 2
+
+
+def parameters():
+    """(command, option) of all commands, hidden ones of typer left out."""
+    made = get_command(app)
+    return [(name, option) for name in COMMANDS for option in made.commands[name].params if option.opts[0] != "--help"]
+
+
+def test_the_same_options_mean_the_same_everywhere():
+    """One name, one kind of value; two words of help that differ in one sentence are two meanings."""
+    helps, names = {}, {}
+    for _, option in parameters():
+        names.setdefault(option.opts[0], set()).add(option.type.name)
+        helps.setdefault(option.opts[0], set()).add(option.help)
+    assert {name: kinds for name, kinds in names.items() if len(kinds) > 1 and name != "--clock"} == {}
+    many = {name: texts for name, texts in helps.items() if len(texts) > 1}
+    # their folders hold more than a report; the samplers' batches, steps and seeds are those of the demo
+    assert set(many) <= {"model", "[MODEL]", "--out", "--batch", "--steps", "--seed", "--clock", "MODEL"}
+
+
+def test_the_page_of_reports_tables_every_option():
+    """docs/reports.md: a row an option, a column a command."""
+    page = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines() if line.startswith("| `--")
+    ]
+    told = {(row[0].strip("`"), name) for row in rows for name in row[1].split(", ")}
+    assert told == {(option.opts[0], name) for name, option in parameters() if option.opts[0].startswith("--")}
+
+
+def test_a_schema_names_every_limit_of_a_budget():
+    assert set(schema("clockwork_hooks/budget/1")["properties"]) == set(LIMITS)
 
 
 def test_flops_prints_the_papers_numbers(capsys):
@@ -62,6 +102,7 @@ def test_regions_lists_and_draws(capsys):
     assert "┄┄ entry" in out
     _, out, _ = run(capsys, "regions", "sd21", "--level", "2", "--format", "json")
     data = json.loads(out)
+    follows_its_schema(data)
     assert data["chosen"]["level"] == 2
     assert len(data["regions"]) > 2
     _, out, _ = run(capsys, "regions", "sd21", "--cut", "paper", "--format", "md")
@@ -74,6 +115,19 @@ def test_regions_lists_and_draws(capsys):
         (["flops", "sd99"], "presets: sd15, sd21"),
         (["flops", "sd15", "--size", "big"], "pass --size 64 or 72x128"),
         (["regions", "ddpm-cifar10", "--level", "9"], "levels with a region"),
+        (
+            ["flops", "ddpm-cifar10", "--level", "9"],
+            "What to do: pass one of these levels, or name modules: --module NAME",
+        ),
+        (["flops", "sd15", "--share", "2"], "What to do: pass --share 0.5"),
+        (["flops", "sd15", "--device", "tpu"], "clockwork-hooks doctor lists"),
+        (["flops", "sd15", "--out", "a.txt"], "endings: .json .md .html .svg .png"),
+        (["bench", "sd15", "--device", "meta"], "time passes where something runs"),
+        (["bench", "sd15", "--clock", "1"], "greater than or equal to 2"),
+        (["bench", "sd15", "--adaptor"], "requires an argument"),
+        (["flops", "sd15", "--frmt", "md"], "--format"),
+        (["flosp", "sd15"], "Did you mean 'flops'?"),
+        (["plan"], "What to do: pass --max-error or --min-saving"),
         (["flops", "sd15", "--cut", "middle"], "middle"),
         (["flops", "sd15", "--clock", "0"], "clock"),
         (["nothing"], "nothing"),

@@ -11,6 +11,7 @@ import torch
 
 from clockwork_hooks.cli import app, main
 from clockwork_hooks.cli import doctor as command
+from tests.schemas import follows_its_schema
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,7 @@ def test_json_and_markdown(capsys, without):
     without("matplotlib")
     assert main(["doctor", "--format", "json"]) == 0
     data = json.loads(capsys.readouterr().out)
+    follows_its_schema(data)
     assert data["parts"]["torch"] == {"version": metadata.version("torch"), "extra": None}
     assert data["parts"]["matplotlib"] == {"version": None, "extra": "plot"}
     assert "matplotlib>=" in data["install"]
@@ -98,3 +100,11 @@ def test_the_shell_completes(capsys, monkeypatch):
     monkeypatch.setenv("COMP_CWORD", "1")
     assert main([]) == 0
     assert capsys.readouterr().out.split() == ["doctor"]
+    monkeypatch.setenv("COMP_WORDS", "clockwork-hooks flops sd15 --att")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == ["--attention"]
+    monkeypatch.setenv("COMP_WORDS", "clockwork-hooks bench sd15 --format ")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == ["table", "md", "json"]

@@ -89,6 +89,8 @@ FLOOR = {
     "diffusers": 130,
     "analysis": 130,
     "needed": 10,
+    "benchmark": 130,
+    "timing": 10,
     "progress": 10,
     "ddim": 10,
     "inversion": 125,

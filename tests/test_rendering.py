@@ -91,6 +91,9 @@ REAL = {
 ELSEWHERE = {  # name → the test that holds a real one against its schema
     "demo": "tests/demo/test_run.py",
     "edits": "tests/test_analysis_cli.py",
+    "doctor": "tests/test_doctor.py",
+    "regions": "tests/test_cli.py",
+    "bench": "tests/test_bench.py",
 }
 
 

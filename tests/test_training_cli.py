@@ -34,7 +34,7 @@ def test_the_demo_works_out_of_the_box(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["distill", config, "--folder", "made", "--buffer-gb", "1.5"]
+    words = ["distill", config, "--out", "made", "--buffer-gb", "1.5"]
     assert main([*words, *(word for text in QUICK for word in ("--set", text))]) == 0
     assert "guided-output" in capsys.readouterr().out
     told = json.loads((tmp_path / "made/training.json").read_text())
@@ -45,7 +45,7 @@ def test_the_demo_works_out_of_the_box(
 
 def test_forward_noise_on_the_demo(tmp_path: Path) -> None:
     words = [word for text in (*QUICK, "mode=forward_noise") for word in ("--set", text)]
-    assert main(["distill", "demo", "--folder", str(tmp_path), *words]) == 0
+    assert main(["distill", "demo", "--out", str(tmp_path), *words]) == 0
 
 
 def test_a_configuration_with_a_factory(tmp_path: Path) -> None:

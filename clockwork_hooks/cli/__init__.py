@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import typer
 
 from clockwork_hooks.cli import (  # each registers its command
+    bench,
     demo,
     distill,
     doctor,
@@ -19,7 +21,10 @@ from clockwork_hooks.cli import (  # each registers its command
 )
 from clockwork_hooks.cli.app import app
 
-__all__ = ["app", "demo", "distill", "doctor", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
+__all__ = ["app", "bench", "demo", "distill", "doctor", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
+
+ORDER = ("demo", "edit", "flops", "regions", "bench", "perturb", "drift", "plan", "distill", "doctor")
+app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows the command's name; None takes them from `sys.argv`.
 
     Returns:
-        0; 1 where a check failed, of a budget or of `doctor`; or 2 after an error, which is one readable block on
-        stderr, or with `--debug` is raised.
+        0; 1 where a check failed, of a budget or of `doctor`; 2 after an error, which is one readable block on
+        stderr, or with `--debug` is raised; 130 where it was interrupted.
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP
@@ -48,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
         text = f"{error}\nCauses and fixes: {error.page}"
+        text = _as_options(str(error))
         if debug:
             raise
     except Exception as error:  # the model's own code failed
@@ -58,3 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     typer.echo(f"Error: {text}", err=True)
     return 2
+
+
+def _as_options(text: str) -> str:
+    """Python's arguments, as the library's errors name them, as the command's options: share=0.5 is --share 0.5."""
+    names = {
+        known: option.opts[0]
+        for command in getattr(typer.main.get_command(app), "commands", {}).values()
+        for option in command.params
+        for known in (option.name, f"{option.name}s")
+        if option.opts[0].startswith("--")
+    }
+
+    def named(found: re.Match[str]) -> str:
+        name, value = found[1], found[2].replace("[...]", "NAME")
+        return f"{names[name]} {value}".rstrip() if name in names else found[0]
+
+    return re.sub(r"\b(\w+)=([^\s,;:]*)", named, text)

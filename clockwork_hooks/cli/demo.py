@@ -6,26 +6,20 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.options import show
+from clockwork_hooks.cli.app import TRY, app, epilog
+from clockwork_hooks.cli.options import Format, FormatOption, Output, Seed, Steps, deliver
 
 __all__ = ["demo"]
 
-DEMO_EPILOG = f"""Examples:
-
-clockwork-hooks demo
-
-clockwork-hooks demo --steps 20 --clock 4 --out my-folder
-
-clockwork-hooks demo --prompt "a large pink star left of a small white ring on a black background" --seed 7
-
-clockwork-hooks demo --prompts my-scenes.txt
-
-{EXIT_CODES}
-"""
+EXAMPLES = (
+    "demo",
+    "demo --steps 20 --clock 4 --out my-folder",
+    'demo --prompt "a large pink star left of a small white ring on a black background" --seed 7',
+    "demo --prompts my-scenes.txt",
+)
 
 
-@app.command(epilog=DEMO_EPILOG)
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=TRY)
 def demo(
     prompt: Annotated[
         list[str] | None,
@@ -38,10 +32,11 @@ def demo(
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Scenes of a text file, one a line.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(help="DPM++ denoising steps.", min=1)] = 8,
+    steps: Steps = 8,
     clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    out: Annotated[str, typer.Option(help="Folder for grid.png, report.md and report.json.")] = "clockwork-demo",
+    seed: Seed = 0,
+    out: Annotated[str, typer.Option(help="The folder for the picture and the report.")] = "clockwork-demo",
+    format: FormatOption = Format.table,
 ) -> None:
     """Draw the same scenes with the plain UNet, the identity and the trained adaptor: cost, likeness, a picture."""
     from clockwork_hooks.demo.run import demo as run
@@ -49,6 +44,6 @@ def demo(
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     result = run(texts, steps=steps, clock=clock, seed=seed, out=out)
-    show(result.table())
-    for name in ("grid.png", "report.md", "report.json"):
-        typer.echo(result.folder / name)
+    deliver(result, Output(format), "demo")
+    for name in ("grid.png", "report.html", "report.md", "report.json"):
+        typer.echo(result.folder / name, err=True)

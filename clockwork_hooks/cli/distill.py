@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.options import show
+from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, app
+from clockwork_hooks.cli.options import Format, FormatOption, Output, deliver
 
 __all__ = ["distill"]
 
@@ -28,7 +28,7 @@ DEMO: dict[str, Any] = {
 }
 EPILOG = f"""Examples:
 
-clockwork-hooks distill demo --folder my-adaptor        (the demo model; minutes on a CPU)
+clockwork-hooks distill demo --out my-adaptor        (the demo model; minutes on a CPU)
 
 clockwork-hooks distill examples/distill_demo.toml --set trajectories=200 --set loss=feature
 
@@ -53,13 +53,17 @@ adaptor.kind = "resnet", "scaled-resnet" or "unet", with the options of its clas
 """
 
 
-@app.command(epilog=EPILOG)
+@app.command(epilog=EPILOG, rich_help_panel=TRAIN)
 def distill(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help='A TOML or JSON file, or "demo".', show_default=False)
     ],
-    folder: Annotated[
-        str | None, typer.Option(help="Where the adaptor and its checkpoints go.", show_default="the configuration's")
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="The folder for the adaptor, its checkpoints and the report.",
+            show_default="the configuration's, or clockwork-adaptor",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint, if any.")] = False,
     buffer_gb: Annotated[
@@ -69,6 +73,7 @@ def distill(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value for an option; source.steps=4 reaches a table."),
     ] = None,
+    format: FormatOption = Format.table,
 ) -> None:
     """Train an adaptor on the trajectories of a sampler, and save it where `wrap(unet, FOLDER)` finds it."""
     from clockwork_hooks.training import distill as train
@@ -78,7 +83,7 @@ def distill(
         _set(options, text)
     if buffer_gb is not None:
         options["buffer_gb"] = buffer_gb
-    options["folder"] = folder or options.get("folder") or "clockwork-adaptor"
+    options["folder"] = out or options.get("folder") or "clockwork-adaptor"
     mode = options.pop("mode", "unrolled")
     table = options.pop("adaptor", None)
     adaptor = _adaptor(table or {})
@@ -87,8 +92,10 @@ def distill(
         given["adaptor"] = adaptor
     result = train(resume=resume, **{**given, "mode": mode, **options})
     if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
-        show(result.table())
-        typer.echo(result.folder)
+        if result.folder is not None:
+            result.save(result.folder / "report.html")
+        deliver(result, Output(format), "distill")
+        typer.echo(result.folder, err=True)
 
 
 def _read(config: str) -> dict[str, Any]:

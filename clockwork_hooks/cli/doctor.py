@@ -5,21 +5,20 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 
 from clockwork_hooks._version import __version__
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.options import Format, Output, show
+from clockwork_hooks.cli.app import INSTALL, app, epilog
+from clockwork_hooks.cli.options import Format, FormatOption, Output, deliver
+from clockwork_hooks.rendering import Report
+from clockwork_hooks.report import Table, table
 
-if TYPE_CHECKING:
-    from clockwork_hooks.report import Table
-
-__all__ = ["Part", "doctor", "parts"]
+__all__ = ["Installation", "Part", "doctor", "parts"]
 
 # extra → what it is for; the requirements themselves come from the installed package
 PURPOSES = {
@@ -30,14 +29,7 @@ PURPOSES = {
     "plot": "plots, diagrams as PNG, the demo's picture",
     "demo": "demo",
 }
-EPILOG = f"""Examples:
-
-clockwork-hooks doctor
-
-clockwork-hooks doctor --format json   (for an issue, or a script)
-
-{EXIT_CODES}
-"""
+EXAMPLES = ("doctor", "doctor --format json   (for an issue, or a script)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +49,58 @@ class Part:
     version: str | None
 
 
-@app.command(epilog=EPILOG)
-def doctor(output: Output = Format.table) -> None:
-    """Say which versions and devices are there, what is missing, and the pip line that installs it."""
-    import json
+@dataclass(frozen=True, slots=True)
+class Installation(Report):
+    """What is installed, and what it runs on.
 
-    found, machine = tuple(parts()), dict(devices())
-    missing = [part for part in found if part.version is None]
-    line = pip_line(missing)
-    if output is Format.json:
-        data = {
+    Attributes:
+        parts: packages.
+        devices: name → what it is.
+    """
+
+    SCHEMA = "doctor/1"
+
+    parts: tuple[Part, ...]
+    devices: Mapping[str, str]
+
+    @property
+    def install(self) -> str | None:
+        """The pip line for what is missing."""
+        return pip_line([part for part in self.parts if part.version is None])
+
+    @property
+    def told(self) -> str:
+        """The same, as it is printed."""
+        return f"To install what is missing:\n{self.install}" if self.install else "Nothing is missing."
+
+    def tables(self) -> tuple[Table, ...]:
+        """Devices and packages."""
+        return self.table(), _parts_table(self.parts)
+
+    def table(self) -> Table:
+        """Devices."""
+        return _devices_table(self.devices)
+
+    def data(self) -> dict[str, Any]:
+        """Versions, devices, packages."""
+        return {
             "clockwork_hooks": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "devices": machine,
-            "parts": {part.name: {"version": part.version, "extra": part.extra or None} for part in found},
-            "install": line,
+            "devices": self.devices,
+            "parts": {part.name: {"version": part.version, "extra": part.extra or None} for part in self.parts},
+            "install": self.install,
         }
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
-    else:
-        made = (_devices_table(machine), _parts_table(found))
-        if output is Format.md:
-            typer.echo("\n\n".join(one.to_markdown() for one in made))
-        else:
-            show(*made)
-        typer.echo(f"To install what is missing:\n{line}" if line else "Nothing is missing.")
-    if any(not part.extra for part in missing):
+
+
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=INSTALL)
+def doctor(format: FormatOption = Format.table) -> None:
+    """Say which versions and devices are there, what is missing, and the pip line that installs it."""
+    found = Installation(tuple(parts()), dict(devices()))
+    deliver(found, Output(format), "doctor")
+    if format is not Format.json:
+        typer.echo(found.told)
+    if any(not part.extra for part in found.parts if part.version is None):
         raise typer.Exit(1)
 
 
@@ -125,16 +143,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices_table(machine: dict[str, str]) -> Table:
-    from clockwork_hooks.report import table
-
+def _devices_table(machine: Mapping[str, str]) -> Table:
     note = f"clockwork_hooks {__version__}, Python {platform.python_version()}, {platform.platform()}"
     return table("Devices", ("device", "is"), machine.items(), notes=(note,))
 
 
 def _parts_table(found: Sequence[Part]) -> Table:
-    from clockwork_hooks.report import table
-
     rows = [
         (part.name, part.version or "missing", part.requirement.removeprefix(part.name), PURPOSES[part.extra])
         for part in found

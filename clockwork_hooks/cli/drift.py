@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.sampling import (
-    Adaptors,
-    Clocks,
-    Out,
-    Prompts,
-    Sampled,
-    Seeds,
-    Steps,
-    draw,
-    load_sampler,
-    shared,
-    write,
-)
+from clockwork_hooks.cli.app import MEASURE, app, epilog
+from clockwork_hooks.cli.options import Adaptors, Clocks, OutputFolder, deliver, spread
+from clockwork_hooks.cli.sampling import Sampled, Sampling, load_sampler
 
 __all__ = ["drift"]
 
-EPILOG = f"""Examples:
-
-clockwork-hooks drift                         (the demo model)
-
-clockwork-hooks drift my_package.sampler:build --clock 2 --clock 4 --out my-folder
-
-clockwork-hooks drift my_package.sampler:build --adaptor identity --adaptor my-adaptor
-
-{EXIT_CODES}
-"""
+EXAMPLES = (
+    "drift   (the demo model)",
+    "drift my_package.sampler:build --clock 2 --clock 4 --out my-folder",
+    "drift my_package.sampler:build --adaptor identity --adaptor my-adaptor",
+)
 
 
-@app.command(epilog=EPILOG)
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=MEASURE)
+@spread
 def drift(
-    model: Sampled = "demo",
-    clock: Clocks = None,
-    adaptor: Adaptors = None,
-    steps: Steps = 8,
-    prompts: Prompts = 2,
-    seed: Seeds = None,
-    out: Out = "clockwork-drift",
+    sampling: Sampling, output: OutputFolder, model: Sampled = "demo", clock: Clocks = None, adaptor: Adaptors = None
 ) -> None:
     """Measure how every region's exit changes along the trajectory, and what keeping it does to the result."""
     from clockwork_hooks.analysis.drift import measure_drift
 
-    loaded = load_sampler(model, steps, prompts)
-    result = measure_drift(*loaded, **shared(adaptor, clock, seed))
-    folder = write(out, "drift", result)
-    draw(result.plot, folder / "drift.png")
+    loaded = load_sampler(model, sampling)
+    result = measure_drift(*loaded, **sampling.shared(adaptor, clock))
+    deliver(result, output, "drift")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.sampling import Out, draw, write
+from clockwork_hooks.cli.app import TRY, app, epilog
+from clockwork_hooks.cli.options import OutputFolder, Seed, deliver, spread
 
 __all__ = ["edit"]
 
@@ -19,19 +19,19 @@ PARAGRAPHS = (
     "more of the old shape and colour too.",
     "The table: MACs and time of both loops for one scene; how many attributes of the new text a classifier finds; how "
     "far the objects' centres and radii are from the source's, measured on the pixels.",
-    "Examples:",
-    "clockwork-hooks edit",
-    "clockwork-hooks edit --scenes 16 --inversion-steps 100 --steps 50",
-    'clockwork-hooks edit --source "a large red circle in the centre on a grey background" --replace "red circle" '
-    '--by "blue square"',
     "It is the demo model that edits; for a model of your own call clockwork_hooks.editing.edit.",
-    EXIT_CODES,
 )
-EPILOG = "\n\n".join(PARAGRAPHS)
+EXAMPLES = (
+    "edit",
+    "edit --scenes 16 --inversion-steps 100 --steps 50",
+    'edit --source "a large red circle in the centre on a grey background" --replace "red circle" --by "blue square"',
+)
 
 
-@app.command(epilog=EPILOG)
+@app.command(epilog="\n\n".join([*PARAGRAPHS, epilog(*EXAMPLES)]), rich_help_panel=TRY)
+@spread
 def edit(
+    output: OutputFolder,
     source: Annotated[
         str | None,
         typer.Option(help="Caption of the source: size, colour, shape, place, background.", show_default="4 scenes"),
@@ -41,16 +41,15 @@ def edit(
     scenes: Annotated[
         int, typer.Option(help="Edit so many scenes drawn at random; 0 for the 4 of the docs.", min=0, max=256)
     ] = 0,
-    steps: Annotated[int, typer.Option(help="DDIM steps under the target's text.", min=1, max=1000)] = 20,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1, max=1000)] = 20,
     inversion_steps: Annotated[int, typer.Option(help="DDIM steps of the inversion.", min=1, max=1000)] = 40,
-    clock: Annotated[int, typer.Option(help="One full pass every so many steps, in both loops.", min=1)] = 2,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
+    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
     until_features: Annotated[
         float, typer.Option(help="τ_f: share of the steps in which features are injected, 0 to 1.")
     ] = 0.3,
     until_attention: Annotated[float, typer.Option(help="τ_A: likewise for self-attention.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the scenes.", min=0)] = 3,
-    out: Out = "clockwork-edit",
+    seed: Seed = 3,
 ) -> None:
     """Edit scenes by their text, plain, with Clockwork and without injection: cost, text, layout, a picture."""
     from clockwork_hooks.demo.edits import EDITS, draw_edits, edit_scenes
@@ -73,10 +72,9 @@ def edit(
         inversion_steps=inversion_steps,
         steps=steps,
         clock=clock,
-        guidance=guidance,
+        guidance=guidance_scale,
         until_features=until_features,
         until_attention=until_attention,
         seed=seed,
     )
-    folder = write(out, "edit", result)
-    draw(result.plot, folder / "edit.png")
+    deliver(result, output, "edit")

@@ -7,56 +7,35 @@ from typing import Annotated
 
 import typer
 
-from clockwork_hooks.cli.app import EPILOG, app
-from clockwork_hooks.cli.options import (
-    Batch,
-    Cut,
-    CutOption,
-    Device,
-    Entry,
-    Exit,
-    Format,
-    Frames,
-    Html,
-    Level,
-    Model,
-    Modules,
-    Output,
-    Resolution,
-    Share,
-    Size,
-    choice,
-    load,
-    show,
-)
+from clockwork_hooks.cli.app import LOOK, app, epilog
+from clockwork_hooks.cli.options import Choosing, Guidance, Loading, Model, Output, Steps, deliver, spread
 
 __all__ = ["flops"]
 
+EXAMPLES = (
+    "flops sd15 --guidance",
+    "flops sd15 --cut paper --no-attention --guidance   (the paper's own numbers)",
+    "flops path/to/unet --size 96 --steps 20 --clock 4 --format md",
+    "flops sdxl --out sdxl.html   (a page with the picture of the UNet)",
+    "flops my_package.unet:build --check budget.json   (in CI: exit code 1 over budget)",
+)
 
-@app.command(epilog=EPILOG)
+
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=LOOK)
+@spread
 def flops(
     model: Model,
+    load: Loading,
+    region: Choosing,
+    output: Output,
     clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1)] = 8,
-    guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: twice the batch.")] = False,
+    steps: Steps = 8,
+    guidance: Guidance = False,
     attention: Annotated[
         bool, typer.Option("--attention/--no-attention", help="Count attention products; the paper leaves them out.")
     ] = True,
     norms: Annotated[bool, typer.Option("--norms", help="Add fvcore's estimate for normalisations.")] = False,
-    level: Level = None,
-    resolution: Resolution = None,
-    share: Share = None,
-    module: Modules = None,
-    entry: Entry = None,
-    exit: Exit = None,
-    cut: CutOption = Cut.outer,
     depth: Annotated[int, typer.Option(help="Names of a module path that the table by module keeps.", min=1)] = 2,
-    size: Size = None,
-    batch: Batch = 1,
-    frames: Frames = 0,
-    device: Device = "meta",
-    output: Output = Format.table,
-    html: Html = None,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -70,30 +49,22 @@ def flops(
     from clockwork_hooks.flops import flops_report
 
     budget = None if check is None else read_budget(check)
-    loaded = load(model, size, batch, frames, device)
+    loaded = load.model(model)
     report = flops_report(
         loaded.unet,
         *loaded.args,
         clock=clock,
         steps=steps,
         guidance=guidance,
-        **choice(level, resolution, share, module, entry, exit, cut),
+        **region.options(),
         attention=attention,
         norms="fvcore" if norms else None,
         depth=depth,
         **loaded.kwargs,
     )
-    if output is Format.json:
-        typer.echo(report.to_json())
-    elif output is Format.md:
-        typer.echo(report.to_markdown())
-    else:
-        show(*report.tables())
-    if html is not None:
-        html.write_text(report.to_html(), encoding="utf-8")
-        typer.echo(html, err=True)
+    deliver(report, output, "flops")
     if budget is not None:
         found = check_budget(report, budget)
-        typer.echo(found.table().to_markdown(), err=output is not Format.table)
+        typer.echo(found.table().to_markdown(), err=True)
         if found.exceeded:
             raise typer.Exit(1)

@@ -7,33 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from clockwork_hooks.cli.app import EXIT_CODES, app
-from clockwork_hooks.cli.sampling import (
-    Adaptors,
-    Clocks,
-    Out,
-    Prompts,
-    Sampled,
-    Seeds,
-    Steps,
-    draw,
-    load_sampler,
-    shared,
-    write,
-)
+from clockwork_hooks.cli.app import MEASURE, app, epilog
+from clockwork_hooks.cli.options import Adaptors, Clocks, OutputFolder, deliver, spread
+from clockwork_hooks.cli.sampling import Sampled, Sampling, load_sampler
 
 __all__ = ["plan"]
 
-EPILOG = f"""Examples:
-
-clockwork-hooks plan --min-saving 0.4         (the demo model; some minutes on a CPU)
-
-clockwork-hooks plan my_package.sampler:build --max-error 0.05 --weigh ms --adaptor identity --adaptor my-adaptor
-
-The plan is used by:  wrap(unet, plan=clockwork_hooks.Plan.from_json(open("my-folder/plan.json").read()))
-
-{EXIT_CODES}
-"""
+EXAMPLES = (
+    "plan --min-saving 0.4   (the demo model; some minutes on a CPU)",
+    "plan my_package.sampler:build --max-error 0.05 --weigh ms --adaptor identity --adaptor my-adaptor",
+)
 
 
 class Unit(str, Enum):
@@ -43,8 +26,11 @@ class Unit(str, Enum):
     ms = "ms"
 
 
-@app.command(epilog=EPILOG)
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=MEASURE)
+@spread
 def plan(
+    sampling: Sampling,
+    output: OutputFolder,
     model: Sampled = "demo",
     max_error: Annotated[
         float | None, typer.Option(help="Relative L2 error of the result that is allowed, 0 to 1.", show_default=False)
@@ -56,19 +42,17 @@ def plan(
     weigh: Annotated[Unit, typer.Option(help="Savings are of MACs, or of the time spent in the UNet.")] = Unit.macs,
     adaptor: Adaptors = None,
     clock: Clocks = None,
-    adaptive: Annotated[bool, typer.Option(help="Measure adaptive schedules too.")] = False,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Measure adaptive schedules too.")] = False,
     probes: Annotated[int, typer.Option(help="Steps at which one adaptor step alone is measured.", min=1)] = 8,
-    steps: Steps = 8,
-    prompts: Prompts = 2,
-    seed: Seeds = None,
-    out: Out = "clockwork-plan",
 ) -> None:
-    """Choose region, adaptor and steps from measured error against MACs or ms, and verify the choice on fresh noise."""
+    """Choose region, adaptor and steps from measured error against MACs or ms, and verify the choice on fresh noise.
+
+    The plan is used by wrap(unet, plan=clockwork_hooks.Plan.from_json(open("clockwork-plan/plan.json").read())).
+    """
     from clockwork_hooks.analysis.planner import plan as make
 
-    loaded = load_sampler(model, steps, prompts)
+    loaded = load_sampler(model, sampling)
     options: dict[str, Any] = {"max_error": max_error, "min_saving": min_saving, "weigh": weigh.value}
-    options |= {"probes": probes, "adaptive": adaptive} | shared(adaptor, clock, seed)
+    options |= {"probes": probes, "adaptive": adaptive} | sampling.shared(adaptor, clock)
     result = make(*loaded, **options)
-    folder = write(out, "plan", result)
-    draw(result.plot, folder / "plan.png")
+    deliver(result, output, "plan")

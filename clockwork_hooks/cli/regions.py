@@ -2,115 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import typer
+from clockwork_hooks.boundary import Region
+from clockwork_hooks.cli.app import LOOK, app, epilog
+from clockwork_hooks.cli.options import Choosing, Loading, Model, Output, deliver, spread
+from clockwork_hooks.drawing import Diagram
+from clockwork_hooks.rendering import Report
+from clockwork_hooks.report import Table, macs, percent, shape, table
 
-from clockwork_hooks.cli.app import EPILOG, app
-from clockwork_hooks.cli.options import (
-    Batch,
-    Cut,
-    CutOption,
-    Device,
-    Entry,
-    Exit,
-    Format,
-    Frames,
-    Level,
-    Model,
-    Modules,
-    Output,
-    Resolution,
-    Share,
-    Size,
-    choice,
-    load,
-    show,
+__all__ = ["RegionList", "regions"]
+
+EXAMPLES = (
+    "regions sdxl",
+    "regions sd15 --resolution 32 --cut paper --out region.html",
+    "regions my_package.unet:build --level 2 --format json",
 )
 
-if TYPE_CHECKING:
-    from clockwork_hooks.boundary import Region
-    from clockwork_hooks.report import Table
 
-__all__ = ["regions"]
+@dataclass(frozen=True, slots=True)
+class RegionList(Report):
+    """All regions of a UNet, widest first, and the chosen one, drawn in the UNet."""
+
+    SCHEMA = "regions/1"
+
+    regions: tuple[Region, ...]
+    chosen: Region
+    diagram: Diagram
+
+    def table(self) -> Table:
+        """A row a region."""
+        rows = [
+            (
+                k,
+                region.level,
+                shape(region.resolution),
+                shape(region.bottleneck),
+                macs(region.macs),
+                percent(region.macs_share),
+                percent(region.parameter_share),
+            )
+            for k, region in enumerate(self.regions)
+        ]
+        columns = (">region", ">level", ">edge", ">bottleneck", ">skipped", ">of MACs", ">of parameters")
+        notes = (
+            "Widest first, each contains the next; the last of a level is the region below it. "
+            "MACs of convolutions and matrix products, attention products counted, at the traced batch.",
+            *(f"{k}: {region.entry.path} → {region.exit.path}" for k, region in enumerate(self.regions)),
+        )
+        return table("Regions that adaptor passes can skip", columns, rows, notes=notes)
+
+    def tables(self) -> tuple[Table, ...]:
+        """All, and what there is to know of the chosen one."""
+        return self.table(), *self.chosen.tables()
+
+    @property
+    def heading(self) -> str:
+        """Title of the page."""
+        return f"{self.chosen.model}: what adaptor passes can skip"
+
+    def figures(self) -> tuple[Diagram, ...]:
+        """The UNet with the chosen region."""
+        return (self.diagram,)
+
+    def data(self) -> dict[str, Any]:
+        """Each as `Region` gives it."""
+        return {"regions": [region.data() for region in self.regions], "chosen": self.chosen.data()}
 
 
-@app.command(epilog=EPILOG)
-def regions(
-    model: Model,
-    level: Level = None,
-    resolution: Resolution = None,
-    share: Share = None,
-    module: Modules = None,
-    entry: Entry = None,
-    exit: Exit = None,
-    cut: CutOption = Cut.outer,
-    size: Size = None,
-    batch: Batch = 1,
-    frames: Frames = 0,
-    device: Device = "meta",
-    output: Output = Format.table,
-) -> None:
+@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=LOOK)
+@spread
+def regions(model: Model, load: Loading, region: Choosing, output: Output) -> None:
     """List every region that adaptor passes can skip, widest first, and draw the chosen one."""
     import contextlib
-    import json
 
+    from clockwork_hooks.blocks import diagram_of
     from clockwork_hooks.errors import RegionNotFoundError
     from clockwork_hooks.graph import record
     from clockwork_hooks.regions import choose, regions_of
 
-    loaded = load(model, size, batch, frames, device)
+    loaded = load.model(model)
     trace = record(loaded.unet, loaded.args, loaded.kwargs)
-    chosen = choose(trace, loaded.unet, **choice(level, resolution, share, module, entry, exit, cut))
+    chosen = choose(trace, loaded.unet, **region.options())
     found: tuple[Region, ...] = ()
     with contextlib.suppress(RegionNotFoundError):  # one named by hand may be the only one
         found = regions_of(trace, loaded.unet)
-    if output is Format.json:
-        data = {"regions": [_region_data(region) for region in found], "chosen": _region_data(chosen)}
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
-    elif output is Format.md:
-        typer.echo(f"{_regions_table(found).to_markdown()}\n\n```\n{chosen}\n\n{chosen.draw()}\n```")
-    else:
-        show(_regions_table(found))
-        typer.echo(f"{chosen}\n\n{chosen.draw()}")
-
-
-def _regions_table(found: Iterable[Region]) -> Table:
-    from clockwork_hooks.report import macs, percent, shape, table
-
-    listed = list(found)
-    rows = [
-        (
-            k,
-            region.level,
-            shape(region.resolution),
-            shape(region.bottleneck),
-            macs(region.macs),
-            percent(region.macs_share),
-            percent(region.parameter_share),
-        )
-        for k, region in enumerate(listed)
-    ]
-    columns = (">region", ">level", ">edge", ">bottleneck", ">skipped", ">of MACs", ">of parameters")
-    notes = (
-        "Widest first, each contains the next; the last of a level is the region below it. "
-        "MACs of convolutions and matrix products, attention products counted, at the traced batch.",
-        *(f"{k}: {region.entry.path} → {region.exit.path}" for k, region in enumerate(listed)),
-    )
-    return table("Regions that adaptor passes can skip", columns, rows, notes=notes)
-
-
-def _region_data(region: Region) -> dict[str, Any]:
-    def edge(boundary: Any) -> dict[str, Any]:
-        return {"path": boundary.path, "call": boundary.call, "shape": list(boundary.shape)}
-
-    names = "model level cut macs macs_share parameters parameter_share fingerprint"
-    return {
-        **{name: getattr(region, name) for name in names.split()},
-        "resolution": list(region.resolution),
-        "bottleneck": list(region.bottleneck),
-        "entry": edge(region.entry),
-        "exit": edge(region.exit),
-        "skipped": [{"path": call.path, "ordinal": call.ordinal} for call in region.skipped],
-    }
+    deliver(RegionList(found, chosen, diagram_of(trace, chosen)), output, "regions", chosen.draw())

@@ -1,7 +1,8 @@
-"""A UNet with its sampler from a name on the command line, and the folder that results go to."""
+"""A UNet with its sampler from a name on the command line."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -12,41 +13,31 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = [
-    "Adaptors",
-    "Clocks",
-    "Out",
-    "Prompts",
-    "Sampled",
-    "Sampler",
-    "Seeds",
-    "Steps",
-    "draw",
-    "load_sampler",
-    "shared",
-    "write",
-]
+__all__ = ["Sampled", "Sampler", "Sampling", "load_sampler"]
 
 SAMPLED_HELP = (
     "demo, the model that ships; or package.module:factory, a function that returns (unet, generate, conditions): "
     "generate(batch, seed) samples with that UNet and returns one tensor, conditions is a list of batches."
 )
 Sampled = Annotated[str, typer.Argument(metavar="[MODEL]", help=SAMPLED_HELP)]
-Steps = Annotated[int, typer.Option(help="DPM++ steps of the demo's sampler.", min=1)]
-Prompts = Annotated[int, typer.Option(help="How many of the demo's 16 prompts.", min=1, max=16)]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the noise; repeatable.", show_default="0")]
-Clocks = Annotated[
-    list[int] | None, typer.Option("--clock", help="A clock to measure; repeatable.", min=2, show_default="2, 3 and 4")
-]
-Adaptors = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adaptor",
-        help="identity, or the folder of a saved adaptor; repeatable, to compare several.",
-        show_default="identity",
-    ),
-]
-Out = Annotated[str, typer.Option(help="Folder for the JSON, the Markdown and the PNGs.")]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of the sampler; steps and batch are the demo's, a factory has its own."""
+
+    steps: Annotated[int, typer.Option(help="Denoising steps of the demo's sampler.", min=1)] = 8
+    batch: Annotated[int, typer.Option(help="Samples of a batch: so many of the demo's prompts.", min=1, max=16)] = 2
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; repeatable.", show_default="0")] = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(self.seed or (0,))
+
+    def shared(self, adaptor: list[str] | None, clock: list[int] | None) -> dict[str, Any]:
+        """The options that `drift` and `plan` share, as the library takes them."""
+        return {"adaptor": adaptor or None, "clocks": tuple(clock or (2, 3, 4)), "seeds": self.seeds}
 
 
 class Sampler(NamedTuple):
@@ -57,7 +48,7 @@ class Sampler(NamedTuple):
     conditions: list[Any]
 
 
-def load_sampler(model: str, steps: int, prompts: int) -> Sampler:
+def load_sampler(model: str, sampling: Sampling) -> Sampler:
     """The UNet, sampler and batches that the command line names.
 
     Raises:
@@ -71,9 +62,9 @@ def load_sampler(model: str, steps: int, prompts: int) -> Sampler:
         demo = load_demo()
 
         def generate(batch: Sequence[str], seed: int) -> Tensor:
-            return demo.sample(batch, steps=steps, seed=seed)
+            return demo.sample(batch, steps=sampling.steps, seed=seed)
 
-        return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[:prompts])])
+        return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[: sampling.batch])])
     module, colon, factory = model.partition(":")
     if not colon or Path(model).exists():
         raise ModelNotFoundError(
@@ -91,38 +82,3 @@ def load_sampler(model: str, steps: int, prompts: int) -> Sampler:
             do="return the UNet, generate(batch, seed) and a list of batches",
         )
     return Sampler(made[0], made[1], list(made[2]))
-
-
-def shared(adaptor: Adaptors, clock: Clocks, seed: Seeds) -> dict[str, Any]:
-    """The options that `drift` and `plan` share, as the library takes them."""
-    return {"adaptor": adaptor or None, "clocks": tuple(clock or (2, 3, 4)), "seeds": tuple(seed or (0,))}
-
-
-def write(out: str, name: str, result: Any) -> Path:
-    """Make the folder, and write the result there as NAME.json and NAME.md; prints the table and the files' paths.
-
-    Raises:
-        ArgumentError: the folder cannot be written.
-    """
-    from clockwork_hooks.cli.options import show
-    from clockwork_hooks.errors import ArgumentError
-
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(result.to_json() + "\n", encoding="utf-8")
-        (folder / f"{name}.md").write_text(result.to_markdown() + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            "results go to a folder that can be written", seen={"out": out, "error": error}, do="pass another --out"
-        ) from error
-    show(result.table())
-    for suffix in ("json", "md"):
-        typer.echo(folder / f"{name}.{suffix}")
-    return folder
-
-
-def draw(plot: Any, path: Path) -> None:
-    """Draw a picture and print its path."""
-    plot(path)
-    typer.echo(path)
