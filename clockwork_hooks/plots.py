@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.needed import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +41,7 @@ class Plot:
 
     def to_svg(self) -> str:
         """As SVG text without a background; lines and words have the colour of the text around."""
+        need("a plot is drawn by matplotlib", "matplotlib", install="clockwork-hooks[plot]")
         from matplotlib import rc_context
 
         told = io.StringIO()
@@ -65,6 +67,7 @@ class Plot:
             raise ArgumentError(
                 "a plot is written as PNG, SVG or PDF", seen={"file": target}, do="end the name with .png"
             )
+        need("a plot is drawn by matplotlib", "matplotlib", install="clockwork-hooks[plot]")
         self.draw().savefig(target)
 
 

@@ -36,9 +36,9 @@ def run(capsys, *words):
     [
         (
             ["perturb", "--start", "1", "--map", "first", "--alpha", "0.7"],
-            ["perturb.json", "perturb.html", "perturb.png"],
+            ["perturb.json", "perturb.png"],
         ),
-        (["drift", "--clock", "2"], ["drift.json", "drift.md", "drift.png"]),
+        (["drift", "--clock", "2"], ["drift.json", "drift.md", "drift.html", "drift.png"]),
         (["plan", "--min-saving", "0.2", "--clock", "2", "--probes", "2"], ["plan.json", "plan.md", "plan.png"]),
     ],
     ids=lambda words: words[0],

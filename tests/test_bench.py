@@ -123,7 +123,7 @@ def test_every_preset_has_a_tiny_one(name):
     made = ch.flops_report(unet, *args, **kwargs)
     assert made.region is not None
     assert made.full_macs < 20e9
-    assert made.parameters < 60e6
+    assert made.parameters < 150e6  # deepfloyd-if: projections of its text
 
 
 def test_the_command(capsys, tmp_path):
