@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: what it shows is what was counted, and each of its looks is drawn.
+"""Every kind of report in a real browser: what it shows is what was counted, and each of its looks is drawn.
 
 Needs Chromium: `make test-browser` installs nothing and says what is missing; `.ci/run` installs Debian's package.
 """
@@ -13,8 +13,13 @@ import pytest
 from PIL import Image
 
 import clockwork_hooks as ch
+from clockwork_hooks.blocks import diagram_of
+from clockwork_hooks.cli.regions import RegionList
+from clockwork_hooks.graph import record
 from clockwork_hooks.models import load_model
+from clockwork_hooks.regions import regions_of
 from clockwork_hooks.report import flops, macs
+from tests.test_rendering import REAL
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,17 +27,39 @@ DARK = "--blink-settings=preferredColorScheme=0"
 OUT = Path(__file__).parent.parent.parent / "out" / "browser"
 
 
-@pytest.fixture(scope="module")
-def report():
+def counted():
     unet, args, kwargs = load_model("sd15")
     return ch.flops_report(unet, *args, guidance=True, **kwargs)
 
 
+def listed():
+    unet, args, kwargs = load_model("sd15")
+    trace = record(unet, args, kwargs)
+    found = regions_of(trace, unet)
+    return RegionList(found, found[2], diagram_of(trace, found[2]))
+
+
+def timed():
+    unet, args, kwargs = load_model("ddpm-cifar10", tiny=True, device="cpu")
+    return ch.bench(unet, *args, steps=4, rounds=3, **kwargs)
+
+
+KINDS = {**REAL, "flops": counted, "regions": listed, "bench": timed}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def address(report, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(report.to_html(), encoding="utf-8")
-    return path.as_uri()
+def report(kind):
+    return KINDS[kind]()
+
+
+@pytest.fixture(scope="module")
+def address(kind, report):
+    return report.save(OUT / f"{kind}.html").resolve().as_uri()
 
 
 def browse(*words, seconds=120):
@@ -44,7 +71,7 @@ def browse(*words, seconds=120):
 
 
 class Dom(HTMLParser):
-    """Rows of all tables, the data, and the words of the picture, as the browser has them."""
+    """Rows of all tables, the data, and the words of the pictures, as the browser has them."""
 
     def __init__(self, text):
         super().__init__()
@@ -72,8 +99,18 @@ class Dom(HTMLParser):
         self._into = None
 
 
-def test_the_numbers_in_the_page_are_those_that_were_counted(report, address):
+def test_the_page_shows_every_row_and_holds_the_data(report, address):
     dom = Dom(browse("--dump-dom", address))
+    for one in report.tables():
+        for row in one.rows:
+            assert list(row) in dom.rows
+    assert json.loads(dom.data) == report.to_dict()
+    assert bool(dom.words) == bool(report.figures())
+
+
+def test_the_numbers_in_the_page_are_those_that_were_counted():
+    report = counted()
+    dom = Dom(browse("--dump-dom", report.save(OUT / "flops.html").resolve().as_uri()))
     rows = {row[0]: row[1:] for row in dom.rows if row}
     assert rows["full pass"][:2] == [macs(report.full_macs), flops(report.full_flops)]
     assert rows["adaptor pass"][:2] == [macs(report.adaptor_pass_macs), flops(report.adaptor_pass_flops)]
@@ -81,7 +118,6 @@ def test_the_numbers_in_the_page_are_those_that_were_counted(report, address):
         macs(report.trajectory_macs),
         flops(report.trajectory_flops),
     ]
-    assert json.loads(dom.data) == report.to_dict()
     assert {"entry", "exit", "64×64", "8×8"} <= set(dom.words)
 
 
@@ -89,20 +125,20 @@ def test_the_numbers_in_the_page_are_those_that_were_counted(report, address):
     ("name", "size", "more"),
     [("light", (1000, 1600), ()), ("dark", (1000, 1600), (DARK,)), ("narrow", (420, 1600), ())],
 )
-def test_every_look_is_drawn(address, name, size, more):
-    OUT.mkdir(parents=True, exist_ok=True)
-    target = OUT / f"report-{name}.png"
+def test_every_look_is_drawn(kind, address, name, size, more):
+    target = OUT / f"{kind}-{name}.png"
     target.unlink(missing_ok=True)
     browse(f"--window-size={size[0]},{size[1]}", f"--screenshot={target}", *more, address)
     with Image.open(target) as picture:
         pixels = picture.convert("RGB")
         corner = pixels.getpixel((2, 2))
         assert (sum(corner) < 150) == (name == "dark"), corner
-        assert len(pixels.getcolors(1 << 22)) > 30  # text, bars and the picture, not a blank page
+        colours = {colour for _, colour in pixels.getcolors(1 << 22)}
+        assert len(colours) > 30  # text, bars and the picture, not a blank page
     region = (107, 71, 24) if name == "dark" else (246, 207, 160)
-    assert name == "narrow" or region in {colour for _, colour in pixels.getcolors(1 << 22)}
+    assert kind not in ("flops", "region", "regions") or name == "narrow" or region in colours
 
 
 def test_the_page_asks_the_network_for_nothing(report):
-    text = report.to_html().replace("http://www.w3.org/2000/svg", "").replace("url(#ch-arrow)", "")
-    assert [word for word in ("http://", "https://", "url(") if word in text] == []
+    text = report.to_html().replace("http://www.w3.org/", "").replace("url(#", "")
+    assert [word for word in ("http://", "https://", "url(", "@import") if word in text] == []
