@@ -159,7 +159,7 @@ class Benchmark(Report):
             axes.barh(k, 1e3 * row.seconds_per_step, xerr=spread, color=colour, height=0.6, ecolor="#5b7fae")
             if row.clock > 1:
                 name = "if time went as MACs" if k == 1 else None
-                axes.plot(1e3 * plain[row.mode] * row.macs_ratio, k, "|", color="#5b7fae", markersize=16, label=name)
+                axes.plot(1e3 * plain[row.mode] * row.macs_ratio, k, "|", color="#b3411d", markersize=16, label=name)
         axes.set_yticks(range(len(self.rows)), [f"{row.mode}, {_name(row.clock)}" for row in self.rows])
         axes.invert_yaxis()
         axes.set_xlabel("ms a step, with quartiles")

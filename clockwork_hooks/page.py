@@ -27,11 +27,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .75rem; text-align: left; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; border-bottom-width: 2px }
 th.n, td.n { text-align: right; white-space: nowrap }
+td:first-child:not(.n) { min-width: 8.5rem }
 tbody tr:nth-child(even) { background: var(--stripe) }
 pre { overflow-x: auto; padding: .75rem 1rem; background: var(--stripe); border-radius: 4px; font-size: 13px }
-figure { margin: 1rem 0; overflow-x: auto } figure svg { min-width: 40rem }
+figure { margin: 1rem 0; overflow-x: auto } figure svg { min-width: 26rem } figure svg.ch-u { min-width: 40rem }
 footer { margin-top: 3rem; border-top: 1px solid var(--line) }
-@media print { body { max-width: none; padding: 0 } h2, table { break-inside: avoid } figure svg { min-width: 0 } }
+@media print { body { max-width: none; padding: 0 } h2, table { break-inside: avoid } figure svg, figure svg.ch-u { min-width: 0 } }
 """
 
 
@@ -53,7 +54,7 @@ def page(title: str, parts: Iterable[Table | str], *, data: Mapping[str, Any], a
         True
     """
     stored = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    body = "\n".join(map(_part, parts))
+    body = "\n".join(_part(part, title) for part in parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -83,7 +84,7 @@ def table_html(table: Table, *, heading: bool = True) -> str:
     )
 
 
-def _part(part: Table | str) -> str:
+def _part(part: Table | str, title: str) -> str:
     if isinstance(part, Table):
-        return table_html(part)
+        return table_html(part, heading=part.title != title)
     return f"<figure>{part}</figure>" if part.startswith("<svg") else f"<pre>{escape(part)}</pre>"

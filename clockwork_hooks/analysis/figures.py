@@ -28,7 +28,7 @@ def curves(result: Robustness) -> Figure:
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     sizes = sorted({one.resolution for one in result.maps}, reverse=True)
-    colours = {size: colormaps["viridis"](k / max(len(sizes), 2)) for k, size in enumerate(sizes)}
+    colours = {size: colormaps["viridis"](0.2 + 0.75 * k / max(len(sizes) - 1, 1)) for k, size in enumerate(sizes)}
     for one in result.maps:
         axes.plot(
             result.starts,
@@ -106,6 +106,7 @@ def heat_map(drift: Drift) -> Figure:
 
 def pareto(plan: Plan) -> Figure:
     """Measured error against saving, a colour a candidate, a marker a kind of schedule; the chosen one is circled."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.0), dpi=160, layout="constrained")
@@ -120,7 +121,7 @@ def pareto(plan: Plan) -> Figure:
     best = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in plan.pareto() if o.measured is not None]
     axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
     x, y = 100 * plan.chosen.gain(plan.weigh), 100 * (plan.chosen.measured or 0)
-    axes.scatter([x], [y], s=160, facecolors="none", edgecolors="black", label="chosen")
+    axes.scatter([x], [y], s=160, facecolors="none", edgecolors=rcParams["text.color"], label="chosen")
     axes.set(xlabel=f"{plan.weigh} saved, %", ylabel="relative L2 error of the result, %")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
