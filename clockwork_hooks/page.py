@@ -32,7 +32,8 @@ tbody tr:nth-child(even) { background: var(--stripe) }
 pre { overflow-x: auto; padding: .75rem 1rem; background: var(--stripe); border-radius: 4px; font-size: 13px }
 figure { margin: 1rem 0; overflow-x: auto } figure svg { min-width: 26rem } figure svg.ch-u { min-width: 40rem }
 footer { margin-top: 3rem; border-top: 1px solid var(--line) }
-@media print { body { max-width: none; padding: 0 } h2, table { break-inside: avoid } figure svg, figure svg.ch-u { min-width: 0 } }
+@media print { body { max-width: none; padding: 0 } h2, table { break-inside: avoid }
+  figure svg, figure svg.ch-u { min-width: 0 } }
 """
 
 

@@ -142,8 +142,8 @@ class Plan(Report):
             f"{self.model}, {self.steps} steps: {chosen.region}, adaptor at {', '.join(map(str, chosen.steps))}.",
             "Relative L2 error of the result. Saved: share of a trajectory's MACs, attention products counted"
             + ("; and of the milliseconds spent in the UNet, from medians of its passes." if timed else "."),
-            f"The chosen option: predicted {percent(chosen.predicted)}, measured {percent(chosen.measured)}, held out "
-            f"{percent(self.held_out)}.",
+            f"The chosen option: predicted {percent(chosen.predicted) or '–'}, measured {percent(chosen.measured)}, "
+            f"held out {percent(self.held_out)}.",
         )
         saved = (">MACs saved", ">ms saved") if timed else (">saved",)
         heads = ("", "schedule", "region", ">adaptor steps", *saved, ">predicted", ">measured")
