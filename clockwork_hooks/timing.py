@@ -36,7 +36,7 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """Of the seconds of each run."""
-        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         return cls(statistics.median(seconds), low, high, len(seconds))
 
 

@@ -11,7 +11,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.cli import main
 from clockwork_hooks.models import load_model
 from clockwork_hooks.presets import PRESETS
-from clockwork_hooks.timing import in_turns, timed
+from clockwork_hooks.timing import Timing, in_turns, timed
 from tests.schemas import follows_its_schema
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -115,6 +115,12 @@ def test_sides_are_timed_in_turns():
     assert sorted(seen[4:]) == sorted("AaBb" * 3)
     assert all(timing.runs == 3 for timing in times.values())
     assert timed(lambda: None, "cpu") >= 0
+
+
+def test_quartiles_lie_among_the_runs():
+    few = Timing.of([1.0, 5.0])
+    assert (few.low, few.median, few.high) == (2.0, 3.0, 4.0)
+    assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -51,7 +51,7 @@ def options():
 
 def test_the_same_options_mean_the_same_everywhere():
     """One name, one sentence of help; but samplers have their own steps, batch, seeds, and some folders hold more."""
-    several = {"--out", "--batch", "--steps", "--seed", "--clock"}
+    several = {"--out", "--batch", "--steps", "--seed", "--clock", "--adaptor"}
     helps = {}
     for _, option in options():
         helps.setdefault(option.opts[0], set()).add(option.help)
