@@ -16,6 +16,7 @@ from torch import nn
 
 from clockwork_hooks._version import __version__
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.attach import wrap
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 from clockwork_hooks.plots import Plot, plots
@@ -26,7 +27,7 @@ from clockwork_hooks.report import Table, percent, shape, table
 from clockwork_hooks.schedule import check_clock
 from clockwork_hooks.timing import Timing, in_turns
 from clockwork_hooks.tree import tensors
-from clockwork_hooks.wrapper import ClockworkWrapper, wrap
+from clockwork_hooks.wrapper import ClockworkWrapper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
