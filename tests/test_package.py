@@ -32,7 +32,7 @@ FLOOR = {
     "inputs": 10,
     "operators": 10,
     "page": 2,
-    "plots": 2,
+    "plots": 12,
     "rendering": 4,
     "passes": 12,
     "skipping": 10,
