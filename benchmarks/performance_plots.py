@@ -101,7 +101,7 @@ def _ideal(figure: Any, found: Latencies) -> None:
             axis.plot(ratio, k, "o", color="0.6" if mode == "eager" else "tab:blue")
             axis.annotate(f"{ratio:.3f}", (ratio, k), textcoords="offset points", xytext=(6, -3), fontsize=7)
         axis.axvline(1.03, color="tab:red", linewidth=1, label="target: 1.03")
-        axis.set_xlim(0.95, 1.3)
+        axis.set_xlim(min([0.95, *(ratio - 0.02 for _, _, ratio in rows)]), 1.3)
         axis.set_yticks(range(len(rows)), labels, fontsize=6.5)
         axis.invert_yaxis()
         axis.grid(alpha=0.3)

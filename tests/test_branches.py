@@ -264,6 +264,32 @@ def test_a_change_midway_costs_one_full_pass(change: Callable[[Judge, dict[str, 
     assert sum(cw.stats.reasons[name] for name in ("traced", "conditions are new in this step")) == 1
 
 
+class Anywhere(Tiny):
+    """Takes its time to wherever its sample is."""
+
+    def forward(self, x: torch.Tensor, t: Any, c: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+        return super().forward(x, torch.as_tensor(t).to(x.device), c, **more)
+
+
+@torch.no_grad()
+def test_another_device_midway_costs_one_full_pass() -> None:
+    """To the meta device for one step, and back: nothing kept on one device is used on the other."""
+    judge = Judge(Anywhere())
+    with ch.wrap(judge.unet, schedule=lambda step: True) as cw:
+        for k, t in enumerate(TIMES, 1):
+            if k != 4:
+                judge.call(sample(), t, step=k)
+                continue
+            weights = {name: tensor.clone() for name, tensor in judge.unet.state_dict().items()}
+            judge.unet.to("meta")
+            assert judge.unet(sample().to("meta"), t).device.type == "meta"
+            judge.unet.to_empty(device="cpu").load_state_dict(weights)
+    assert judge.made == "FAA" + "FAAA"
+    assert cw.stats.full_passes == 3
+    assert cw.stats.reasons["traced"] == 1
+    assert sum(cw.stats.reasons.values()) == 3
+
+
 # -- conditions on a device, where comparing means waiting ----------------------------------------------------------
 
 
