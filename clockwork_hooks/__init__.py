@@ -10,49 +10,53 @@
 Source: Habibian et al., "Clockwork Diffusion: Efficient Generation With Model-Step Distillation", arXiv 2312.08128.
 """
 
+import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from clockwork_hooks import adaptors as _adaptors
 from clockwork_hooks._version import __version__
-from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
-from clockwork_hooks.analysis.drift import Drift, measure_drift
-from clockwork_hooks.analysis.plan import Plan
-from clockwork_hooks.analysis.planner import plan
-from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
-from clockwork_hooks.attach import wrap
-from clockwork_hooks.benchmark import Benchmark, bench
-from clockwork_hooks.blocks import diagram
-from clockwork_hooks.boundary import Boundary, Region, Side
-from clockwork_hooks.cost import FlopsReport
-from clockwork_hooks.drawing import Diagram
-from clockwork_hooks.errors import (
-    AdaptorError,
-    AmbiguousInputError,
-    ArgumentError,
-    ClockworkError,
-    CompileError,
-    CountError,
-    DemoError,
-    DistillError,
-    ModelNotFoundError,
-    NoEffectWarning,
-    RegionNotFoundError,
-    TraceError,
-    WrapError,
-)
-from clockwork_hooks.evaluation import Variant, evaluate
-from clockwork_hooks.flops import flops_report
-from clockwork_hooks.graph import Trace, trace
-from clockwork_hooks.regions import find_region, find_regions
-from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.scores import Evaluation
-from clockwork_hooks.stats import RunReport, Stats
-from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
-from clockwork_hooks.wrapper import ClockworkWrapper
 
-if _TYPE_CHECKING:
-    from clockwork_hooks.adaptors import ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
+if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at run time _HOME says the same
+    from clockwork_hooks import adaptors as adaptors
+    from clockwork_hooks import diffusers as diffusers
+    from clockwork_hooks import editing as editing
+    from clockwork_hooks import metrics as metrics
+    from clockwork_hooks import training as training
+    from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
+    from clockwork_hooks.analysis.drift import Drift, measure_drift
+    from clockwork_hooks.analysis.plan import Plan
+    from clockwork_hooks.analysis.planner import plan
+    from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
+    from clockwork_hooks.attach import wrap
+    from clockwork_hooks.benchmark import Benchmark, bench
+    from clockwork_hooks.blocks import diagram
+    from clockwork_hooks.boundary import Boundary, Region, Side
+    from clockwork_hooks.cost import FlopsReport
+    from clockwork_hooks.drawing import Diagram
+    from clockwork_hooks.errors import (
+        AdaptorError,
+        AmbiguousInputError,
+        ArgumentError,
+        ClockworkError,
+        CompileError,
+        CountError,
+        DemoError,
+        DistillError,
+        ModelNotFoundError,
+        NoEffectWarning,
+        RegionNotFoundError,
+        TraceError,
+        WrapError,
+    )
+    from clockwork_hooks.evaluation import Variant, evaluate
+    from clockwork_hooks.flops import flops_report
+    from clockwork_hooks.graph import Trace, trace
+    from clockwork_hooks.regions import find_region, find_regions
+    from clockwork_hooks.schedule import Schedule
+    from clockwork_hooks.scores import Evaluation
+    from clockwork_hooks.stats import RunReport, Stats
+    from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
+    from clockwork_hooks.wrapper import ClockworkWrapper
 
 __all__ = [
     "Adaptor",
@@ -107,11 +111,50 @@ __all__ = [
     "wrap",
 ]
 
-# imported when first asked for: what they need is slow to import
-_LATER = dict.fromkeys(("ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"), _adaptors)
+# Where the public names are at home. Each is imported when it is first asked for (PEP 562): `import clockwork_hooks`
+# costs nothing, and who only wraps a UNet never loads the training.
+_HOME = {
+    name: home
+    for home, names in {
+        "adaptors": "Adaptor IdentityAdaptor ResNetAdaptor ScaledResNetAdaptor UNetAdaptor",
+        "analysis.drift": "Drift measure_drift",
+        "analysis.plan": "Plan",
+        "analysis.planner": "plan",
+        "analysis.robustness": "Robustness measure_robustness",
+        "attach": "wrap",
+        "benchmark": "Benchmark bench",
+        "blocks": "diagram",
+        "boundary": "Boundary Region Side",
+        "cost": "FlopsReport",
+        "drawing": "Diagram",
+        "errors": (
+            "AdaptorError AmbiguousInputError ArgumentError ClockworkError CompileError CountError DemoError "
+            "DistillError ModelNotFoundError NoEffectWarning RegionNotFoundError TraceError WrapError"
+        ),
+        "evaluation": "Variant evaluate",
+        "flops": "flops_report",
+        "graph": "Trace trace",
+        "regions": "find_region find_regions",
+        "schedule": "Schedule",
+        "scores": "Evaluation",
+        "stats": "RunReport Stats",
+        "training": "DistillResult Student TrainingOptions distill",
+        "wrapper": "ClockworkWrapper",
+    }.items()
+    for name in names.split()
+}
+_PARTS = ("adaptors", "diffusers", "editing", "metrics", "training")  # modules that are public themselves
 
 
 def __getattr__(name: str) -> _Any:
-    if name not in _LATER:
+    if name in _PARTS:
+        return _importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_LATER[name], name)
+    value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

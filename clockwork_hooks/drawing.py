@@ -101,7 +101,7 @@ class Diagram:
         """Write the picture to a file whose ending tells the format: .svg, or .png (with matplotlib).
 
         Raises:
-            ArgumentError: another ending.
+            ArgumentError: another ending, or a PNG where matplotlib is missing.
         """
         save(draw(self), path)
 

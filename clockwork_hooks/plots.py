@@ -41,7 +41,7 @@ class Plot:
 
     def to_svg(self) -> str:
         """As SVG text without a background; lines and words have the colour of the text around."""
-        need("a plot is drawn by matplotlib", "matplotlib", install="clockwork-hooks[plot]")
+        _need_matplotlib()
         from matplotlib import rc_context
 
         told = io.StringIO()
@@ -60,14 +60,14 @@ class Plot:
         """As a PNG, SVG or PDF file on white paper.
 
         Raises:
-            ArgumentError: another ending.
+            ArgumentError: another ending, or matplotlib is missing.
         """
         target = Path(path)
         if target.suffix not in (".png", ".svg", ".pdf"):
             raise ArgumentError(
                 "a plot is written as PNG, SVG or PDF", seen={"file": target}, do="end the name with .png"
             )
-        need("a plot is drawn by matplotlib", "matplotlib", install="clockwork-hooks[plot]")
+        _need_matplotlib()
         self.draw().savefig(target)
 
 
@@ -107,3 +107,7 @@ class Bitmap:
 def plots(*found: Plot) -> tuple[Plot, ...]:
     """These plots, or none where matplotlib is not installed: a page does without them."""
     return found if importlib.util.find_spec("matplotlib") else ()
+
+
+def _need_matplotlib() -> None:
+    need("a plot is drawn by matplotlib", "matplotlib", install="clockwork-hooks[plot]")

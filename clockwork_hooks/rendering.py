@@ -36,7 +36,8 @@ class Report:
     """Base of all that is counted or measured: a report gives its table, data and pictures, and has every form.
 
     Terminal (rich prints it), Markdown, JSON, one HTML page, a notebook's cell, files. The JSON says which published
-    schema it follows: "clockwork_hooks/NAME/VERSION" is docs/schemas/NAME-VERSION.schema.json.
+    schema it follows: "clockwork_hooks/NAME/VERSION" is docs/schemas/NAME-VERSION.schema.json
+        (clockwork_hooks/schemas in a wheel).
 
     Attributes:
         SCHEMA: NAME/VERSION.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.needed import need
 
 __all__ = ["WIDTH", "Box", "Drawing", "Line", "Word", "save", "svg"]
 
@@ -115,7 +116,7 @@ def save(page: Drawing, path: str | Path) -> None:
     """Write the page to an .svg or a .png file.
 
     Raises:
-        ArgumentError: another ending.
+        ArgumentError: another ending, or a PNG where matplotlib is missing.
     """
     target = Path(path)
     if target.suffix == ".svg":
@@ -129,6 +130,7 @@ def save(page: Drawing, path: str | Path) -> None:
 
 
 def _png(page: Drawing, target: Path) -> None:
+    need("a diagram's PNG is drawn by matplotlib, its SVG needs none", "matplotlib", install="clockwork-hooks[plot]")
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
     from matplotlib.path import Path as Curve

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 import types
@@ -24,6 +25,7 @@ FLOOR = {
     "pooling": 0,
     "reasons": 0,
     "report": 0,
+    "needed": 1,
     "tree": 0,
     "weights": 20,
     "apart": 10,
@@ -102,11 +104,6 @@ FLOOR = {
     "cli": 220,
     "__main__": 230,
 }
-HEAVY = (
-    "accelerate diffusers fvcore huggingface_hub matplotlib PIL rich transformers typer safetensors torchmetrics "
-    "torch._dynamo torch._inductor"
-)
-
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 MODULES = [
     ".".join(("clockwork_hooks", *path.with_suffix("").parts)).removesuffix(".__init__")
@@ -144,11 +141,31 @@ def test_the_table_names_files_that_exist() -> None:
 
 
 def test_exports() -> None:
-    """All that is public is in `__all__`, sorted, and nothing else."""
-    public = {n for n, v in vars(ch).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
-    assert set(ch.__all__) == public | {"__version__", *ch._LATER}
-    assert ch.__all__ == sorted(ch.__all__)
-    assert {"wrap", "ClockworkWrapper", "Schedule", "Adaptor", "IdentityAdaptor", "ClockworkError"} <= public
+    """Every public name has a home, type checkers see the same ones, and no module of ours takes a name's place."""
+    assert ch.__all__ == sorted({*ch._HOME, "__version__"})
+    assert {"wrap", "ClockworkWrapper", "Schedule", "Adaptor", "IdentityAdaptor", "ClockworkError"} <= set(ch.__all__)
+    seen: dict[str, str] = {}
+    for node in ast.walk(ast.parse(Path(ch.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("clockwork_hooks"):
+            home = str(node.module).removeprefix("clockwork_hooks").removeprefix(".")
+            seen |= {alias.name: home for alias in node.names}
+    assert seen == ch._HOME | dict.fromkeys(ch._PARTS, "") | {"__version__": "_version"}
+    assert not set(FLOOR) & set(ch.__all__), "importing such a module would replace the name"
+
+
+def test_public_names_are_there_in_every_way() -> None:
+    space: dict[str, object] = {}
+    exec("from clockwork_hooks import *", space)
+    for name in ch.__all__:
+        value = getattr(ch, name)
+        assert space[name] is value
+        if name != "__version__":
+            assert value is getattr(importlib.import_module(value.__module__), name)
+            assert pickle.loads(pickle.dumps(value)) is value
+    assert {*ch.__all__, *ch._PARTS} <= set(dir(ch))
+    assert all(isinstance(getattr(ch, part), types.ModuleType) for part in ch._PARTS)
+    with pytest.raises(AttributeError, match="module 'clockwork_hooks' has no attribute 'rap'"):
+        _ = ch.rap
 
 
 @pytest.mark.parametrize("name", [name for name in ch.__all__ if name != "__version__"])
@@ -171,21 +188,27 @@ def test_modules_export_what_they_have(name: str) -> None:
         assert hasattr(module, exported)
 
 
-def test_an_import_costs_torch_and_little_more() -> None:
-    """In a fresh interpreter: none of the heavy packages, unless torch itself brings them."""
+def test_an_import_costs_nothing_and_wrapping_only_what_wraps() -> None:
+    """In a fresh interpreter: which modules are loaded, after the import and after what most users do next."""
     code = """
 import sys
+import clockwork_hooks as ch
+print(*(name for name in sys.modules if name.startswith("clockwork_hooks.") or name == "torch"))
 import torch
 before = set(sys.modules)
-import clockwork_hooks
-clockwork_hooks.Schedule.every(2).preview(8)
-heavy = sys.argv[1].split()
-print(sorted(n for n in set(sys.modules) - before if any(n == h or n.startswith(h + ".") for h in heavy)))
+ch.wrap, ch.Schedule.every(2).preview(8), ch.find_regions
+print(*sorted(set(sys.modules) - before))
 """
-    made = subprocess.run(
-        [sys.executable, "-c", code, HEAVY], capture_output=True, text=True, check=True, cwd=ROOT.parent
-    )
-    assert made.stdout.strip() == "[]"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    imported, wrapping = (line.split() for line in made.stdout.splitlines())
+    assert imported == ["clockwork_hooks._version"]
+    own = {name.split(".")[1] for name in wrapping if name.startswith("clockwork_hooks.")}
+    assert {"wrapper", "regions", "schedule"} <= own
+    assert not own & {"analysis", "blocks", "cli", "cost", "demo", "diffusers", "editing", "evaluation", "flops"}
+    assert not own & {"metrics", "models", "plots", "training"}
+    assert not [name for name in wrapping if name.startswith(("torch._dynamo", "torch._inductor"))]
+    light = {"clockwork_hooks", "torch", "numpy", *sys.stdlib_module_names}  # torch has loaded numpy
+    assert {name.partition(".")[0] for name in wrapping} <= light
 
 
 @pytest.mark.parametrize("name", MODULES)
