@@ -29,6 +29,14 @@ class Boundary:
         shape: as traced, with the batch.
         dtype: as traced.
         resolution: spatial shape, e.g. (64, 64).
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> region = ch.find_region(unet, *args, **kwargs)
+        >>> region.exit.path, region.exit.shape, region.exit.resolution
+        ('up_blocks.2.upsamplers.0.conv', (1, 256, 32, 32), (32, 32))
     """
 
     path: str
@@ -49,6 +57,14 @@ class Side:
         inputs: paths of the inputs it comes from.
         path: module it comes out of; "" for an input itself.
         shape: as traced.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> region = ch.find_region(unet, *args, **kwargs)
+        >>> [(side.kind, side.inputs, side.path, side.shape) for side in region.sides]
+        [('time', ('timestep',), 'time_embedding.linear_2', (1, 512))]
     """
 
     kind: Literal["time", "context", "constant"]

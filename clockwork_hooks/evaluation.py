@@ -40,6 +40,11 @@ class Variant:
     Attributes:
         wrap: options of `wrap`, such as `{"clock": 2, "adaptor": "folder"}`; None leaves the UNet as it is.
         generate: replaces `evaluate`'s own, for fewer steps, another sampler, or a peer's cache.
+
+    Example:
+        >>> variants = {"identity": Variant({"clock": 2}), "every third": Variant({"clock": 3})}
+        >>> variants["every third"].wrap
+        {'clock': 3}
     """
 
     wrap: Mapping[str, Any] | None = None

@@ -77,6 +77,11 @@ class Stats(Counts):
 
     Attributes:
         trajectories: the same for each of the last 64 trajectories, newest last.
+
+    Example:
+        >>> stats = Stats(full_passes=4, adaptor_passes=4, macs_run=60, macs_plain=80)  # cw.stats
+        >>> stats.macs_saved, stats.saving
+        (20, 0.25)
     """
 
     trajectories: deque[TrajectoryStats] = field(default_factory=lambda: deque(maxlen=64))
@@ -127,6 +132,28 @@ class RunReport(Report):
         full_passes, adaptor_passes, reasons, macs_run, macs_plain: as in `Stats`.
         cache: branch → bytes that are kept for it now, features and copies of its conditions.
         regions: as in `Stats`.
+
+    Example:
+        >>> report = RunReport(
+        ...     "UNet",
+        ...     "down.0 → up.1",
+        ...     "every(2)",
+        ...     "IdentityAdaptor",
+        ...     full_passes=1,
+        ...     adaptor_passes=1,
+        ...     reasons={"first step": 1},
+        ...     macs_run=1_500_000,
+        ...     macs_plain=2_000_000,
+        ... )  # cw.report()
+        >>> print(report)
+        Clockwork on UNet
+          region       down.0 → up.1
+          schedule     every(2)
+          adaptor      IdentityAdaptor
+          passes       1 full, 1 with the adaptor
+          full because first step: 1
+          MACs run     1.50 MMACs of 2.00 MMACs (attention products counted)
+          saved        25.0%
     """
 
     SCHEMA = "run/1"

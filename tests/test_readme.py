@@ -69,7 +69,7 @@ def test_quality_of_the_demo() -> None:
     keys = {label: f"losses-8/{label}" for label in ("plain", "plain, 6 steps", "plain, 5 steps", "identity")}
     keys["the paper's adaptor and loss"] = "losses-8/ResNet, feature"
     keys["the adaptor that ships"] = SHIPS
-    keys["the best of 25 tried"] = "best-8/UNet-light, 3 5 7"
+    keys["the best of all tried"] = "best-8/UNet-light, 3 5 7"
     told = rows("quality table")
     assert list(told) == list(keys)
     for label, key in keys.items():
@@ -81,8 +81,8 @@ def test_quality_of_the_demo() -> None:
     means = [score.mean for score in distances if score]
     assert means == sorted(means)
     tried = {key: results.score(key, "Fréchet") for key in results.trained_at(Sampler())}
-    assert len(tried) == 25
-    assert [key for key, score in tried.items() if score and score.mean <= means[0]] == [keys["the best of 25 tried"]]
+    assert f"Of the {len(tried)} trained settings that we\ntried at 8 steps, one draws level" in README
+    assert [key for key, score in tried.items() if score and score.mean <= means[0]] == [keys["the best of all tried"]]
     assert results.difference("steps-4/trained", "losses-8/plain, 3 steps", "Fréchet").mean > 0
 
 

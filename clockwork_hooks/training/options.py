@@ -45,6 +45,11 @@ class TrainingOptions:
         log_every: gradient steps between looks at the losses, each of which waits for the device.
         tracker: None or "tensorboard": logs in the folder.
 
+    Example:
+        >>> options = TrainingOptions(minutes=5, batch=16, decay="cosine")  # `distill` takes the same keywords
+        >>> options.lr, options.trajectories
+        (0.0001, None)
+
     Source: arXiv 2312.08128, Sec. 5.1 (Adam, learning rate 1e-4, batch 16).
     """
 
@@ -118,6 +123,12 @@ class Student:
         clock: the clock, or several, of which each trajectory gets one.
         schedule: replaces `clock`.
         lr: peak learning rate.
+
+    Example:
+        >>> from clockwork_hooks import ResNetAdaptor
+        >>> students = {loss: Student(ResNetAdaptor.for_region, loss=loss) for loss in ("feature", "guided-output")}
+        >>> students["feature"].loss, students["feature"].clock
+        ('feature', None)
     """
 
     adaptor: Any
