@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,13 @@ def draw_grid(result: DemoResult) -> Image.Image:
     width = len(rows) * SIDE + (len(rows) - 1) * GAP
     height = SIDE + CAPTION
     lines = -(-len(prompts) // columns)
-    total = max(columns * (width + MARGIN) + MARGIN, 620)
+    head, small = ImageFont.load_default(20), ImageFont.load_default(12)
+    told = "     ".join(_told(row) for row in rows)
+    total = max(columns * (width + MARGIN) + MARGIN, math.ceil(small.getlength(told)) + 2 * MARGIN)
     page = Image.new("RGB", (total, HEAD + lines * (height + MARGIN)), PAPER)
     draw = ImageDraw.Draw(page)
-    head, small = ImageFont.load_default(20), ImageFont.load_default(12)
     draw.text((MARGIN, 14), f"Each prompt: {' | '.join(row.name for row in rows)}", INK, font=head)
-    draw.text((MARGIN, 44), "     ".join(_told(row) for row in rows), FAINT, font=small)
+    draw.text((MARGIN, 44), told, FAINT, font=small)
     for k, prompt in enumerate(prompts):
         left = MARGIN + k % columns * (width + MARGIN)
         top = HEAD + k // columns * (height + MARGIN)
