@@ -150,6 +150,15 @@ def overhead(data: Data) -> str:
     return f"{_machine(data['overhead'])}\n\n{_table(heads, cells)}"
 
 
+def bookkeeping(data: Data) -> str:
+    """Our own time within the calls of each UNet."""
+    verdict = {True: "met", False: "**missed**", None: "–"}
+    cells = [(r["model"], f"{r['step_ms']:.2f}", f"{r['own_us']:.0f}", f"{r['share']:.2%}", verdict[r["met"]])
+             for r in data["bookkeeping"]["bookkeeping"]]  # fmt: skip
+    machine = _machine(data["bookkeeping"]).replace("one thread's CPU time", "one thread")
+    return f"{machine}\n\n{_table(('UNet', '>step, ms', '>ours, µs', '>share', '≤ 1%'), cells)}"
+
+
 def placeholders(data: Data) -> str:
     """What may stand in the place of a skipped output."""
     cells = [(r["kind"], f"{r['us']:.2f}", f"{r['bytes']:,}", "yes" if r["mixes"] else "no")
@@ -201,6 +210,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
         fixed,
         checks,
         overhead,
+        bookkeeping,
         placeholders,
         analysis,
         growth,
@@ -220,7 +230,7 @@ def filled(page: str, data: Data) -> str:
 
 def read() -> Data:
     """All the results that there are."""
-    names = ("gpu_latency", "overhead", "analysis")
+    names = ("gpu_latency", "overhead", "bookkeeping", "analysis")
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 

@@ -208,6 +208,7 @@ class Engine(Preparation):
 
     def _finish_recording(self, state: State, running: Running, output: Any) -> None:
         prepared, kept = self._traced(running, output)
+        running.weights = self.weights.state()  # lazy ones are made in the call
         position = self._locate(state, running, prepared)
         self._remember_recorded(running, prepared, position, kept)
         reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
