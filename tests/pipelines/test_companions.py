@@ -46,7 +46,7 @@ class Companion:
         ready: called before every run: some keep state between runs.
         frozen: modules that are skipped with the region and notice when they run.
         extra: full passes that its arrival costs once.
-        exact: plain pictures stay what they were.
+        exact: plain pictures stay what they were; None where a machine's products may round either way.
         restores: undone, the plain pictures come back to the bit.
     """
 
@@ -55,7 +55,7 @@ class Companion:
     ready: Change = lambda pipe: None
     frozen: tuple[str, ...] = ()
     extra: int = 0
-    exact: bool = False
+    exact: bool | None = False
     restores: bool = True
 
 
@@ -154,7 +154,7 @@ COMPANIONS = {
         lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
     ),
     "fused projections": Companion(
-        lambda pipe: pipe.fuse_qkv_projections(), lambda pipe: pipe.unfuse_qkv_projections()
+        lambda pipe: pipe.fuse_qkv_projections(), lambda pipe: pipe.unfuse_qkv_projections(), exact=None
     ),
     "FreeU": Companion(
         lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
@@ -221,7 +221,7 @@ def expected(pipe: Any, plain: Tensor, companion: Companion) -> Tensor:
     companion.do(other)
     companion.ready(other)
     changed = run(other)
-    assert torch.equal(changed, plain) == companion.exact
+    assert companion.exact is None or torch.equal(changed, plain) == companion.exact
     companion.ready(other)
     made = replay(other.unet, EXIT, PASSES, partial(run, other), frozen=companion.frozen)
     assert not torch.equal(made, changed)
