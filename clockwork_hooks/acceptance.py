@@ -17,17 +17,23 @@ __all__ = ["check_region", "check_unet", "plan_parts"]
 
 def check_unet(unet: Any) -> None:
     """Raise `WrapError` if the UNet cannot be wrapped, or is wrapped."""
-    if isinstance(unet, ClockworkWrapper) or (isinstance(unet, nn.Module) and _wrapped(unet)):
-        raise WrapError(
-            "a UNet is wrapped once", seen={"unet": repr(unet)[:80]}, do="call remove() on its wrapper first"
+    wrapper = unet if isinstance(unet, ClockworkWrapper) else _wrapper(unet) if isinstance(unet, nn.Module) else None
+    if wrapper is not None:
+        whole = wrapper.unet if isinstance(wrapper, ClockworkWrapper) else unet
+        error = WrapError(
+            "a UNet is wrapped once, and this one has its wrapper already",
+            seen={"unet": type(whole).__name__, "wrapper": repr(wrapper)},
+            do="call remove() on its wrapper first; where nobody kept it, it is this error's .wrapper",
         )
+        error.wrapper = wrapper
+        raise error
     if not isinstance(unet, nn.Module):
         raise WrapError(
             "only an nn.Module can be wrapped",
             seen={"got": type(unet).__name__},
             do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
         )
-    inner = [path for path, module in unet.named_modules() if path and _wrapped(module)]
+    inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
     if inner:
         raise WrapError(
             "a UNet is wrapped once: nothing inside of it may be wrapped already",
@@ -88,8 +94,9 @@ def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
     return plan.region, plan.schedule, plan.adaptor
 
 
-def _wrapped(unet: nn.Module) -> bool:
-    return any(isinstance(hook, RootHook) for hook in unet._forward_pre_hooks.values())
+def _wrapper(unet: nn.Module) -> object | None:
+    """What is attached to the UNet: a wrapper, or `distill` while it records."""
+    return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
 
 
 def _cached(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = [
     "AdaptorError",
@@ -104,7 +105,13 @@ class AdaptorError(ClockworkError):
 
 
 class WrapError(ClockworkError):
-    """The UNet cannot be wrapped, or is wrapped already."""
+    """The UNet cannot be wrapped, or is wrapped already.
+
+    Attributes:
+        wrapper: what it is wrapped with already, to `remove()` where nobody kept it; else None. Pickles leave it out.
+    """
+
+    wrapper: Any = None
 
 
 class CompileError(ClockworkError):

@@ -133,7 +133,7 @@ def _count(
     """Operators with MACs in the order they ran, and those of unknown MACs.
 
     An operator whose tensor names no level (text keys, attention products, embeddings) counts at the level where the
-    operators before it work.
+    operators before it work. Attention products always do: heads times tokens may by chance be another level's positions.
     """
     levels = Levels(trace)
     skipped = skipped_nodes(trace, region) if region is not None else set[int]()
@@ -148,7 +148,7 @@ def _count(
         here = node_macs(node, attention=attention, norms=norms)
         if not here:
             continue
-        at = levels.resolution(node) or at
+        at = at if found == "attention" else levels.resolution(node) or at
         index = node.meta["index"]
         counted.append(OperatorMacs(operator_name(node), found, node.meta["module"], at, here, index in skipped))
     rows = (Uncounted(name, len(modules), tuple(dict.fromkeys(modules))) for name, modules in unknown.items())

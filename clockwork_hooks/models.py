@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from clockwork_hooks.errors import ModelNotFoundError
+from clockwork_hooks.errors import ArgumentError, ModelNotFoundError
 from clockwork_hooks.examples import CLASSES, example_inputs
 from clockwork_hooks.needed import need
 from clockwork_hooks.presets import PRESETS
@@ -21,6 +21,9 @@ from clockwork_hooks.presets import tiny as tiny_preset
 from clockwork_hooks.tree import map_leaves
 
 __all__ = ["LoadedModel", "find_factory", "load_model"]
+
+_NATIVE = {"size": None, "batch": 1, "frames": 0}  # what says nothing about the inputs
+_RETURN = "`return unet, (torch.randn(1, 3, 64, 64), torch.tensor([0.5])), {}`"
 
 
 class LoadedModel(NamedTuple):
@@ -59,6 +62,7 @@ def load_model(
 
     Raises:
         ModelNotFoundError: the name means nothing; lists what would.
+        ArgumentError: size, batch or frames for a factory that returns inputs of its own.
 
     Example:
         >>> unet, args, kwargs = load_model("ddpm-cifar10")
@@ -90,7 +94,8 @@ def _load(name: str, *, size: tuple[int, ...] | None, batch: int, frames: int, d
     raise ModelNotFoundError(
         "a model is a preset, a folder with a diffusers config.json, or package.module:factory",
         seen={"model": name, "presets": ", ".join(PRESETS)},
-        do="name one of these; for a model of your own write a function that returns (model, args, kwargs)",
+        do="name one of these; for a model of your own write a function that returns (model, args, kwargs), as in "
+        + _RETURN,
     )
 
 
@@ -155,9 +160,15 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
             raise ModelNotFoundError(
                 "a model that is no diffusers UNet comes with the inputs of one call",
                 seen={"factory": f"{module}:{factory}", "model": type(unet).__name__},
-                do="return (model, args, kwargs) from the factory",
+                do=f"return (model, args, kwargs) from the factory, as in {_RETURN}",
             )
         inputs = list(example_inputs(type(unet).__name__, _config_of(unet), **options))
+    elif given := {name: options[name] for name, none in _NATIVE.items() if options[name] != none}:
+        raise ArgumentError(
+            "size, batch and frames are for inputs that are made here; this factory returns its own",
+            seen={"factory": f"{module}:{factory}", **given},
+            do="leave them out, and return inputs of that shape from the factory",
+        )
     args, kwargs = inputs[0], dict(inputs[1]) if len(inputs) > 1 else {}
     return LoadedModel(
         _placed(unet, options["device"]), tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs
@@ -175,7 +186,9 @@ def find_factory(module: str, factory: str) -> Any:
         raise ModelNotFoundError(
             "package.module:factory names a function that Python can import from here",
             seen={"module": module, "factory": factory, "error": f"{type(error).__name__}: {error}"},
-            do="check the spelling and the current directory",
+            do=f"name the module without .py: {module[:-3]}:{factory}"
+            if module.endswith(".py")
+            else "check the spelling and the current directory",
         ) from error
     finally:
         sys.path.remove(str(Path.cwd()))

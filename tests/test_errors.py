@@ -86,7 +86,7 @@ def foreign_region() -> ch.Region:
         (ch.ArgumentError, lambda: {"plan": object()}, ["plan: object", "schedule"]),
         (ch.ArgumentError, lambda: {"plan": SimpleNamespace(region=0, schedule=None, adaptor=None)}, ["region: int"]),
         (ch.AdaptorError, lambda: {"adaptor": 3}, ["adaptor: 3"]),
-        (ch.AdaptorError, lambda: {"adaptor": "resnet"}, ["no folder", "/resnet", "user/name"]),
+        (ch.AdaptorError, lambda: {"adaptor": "resnet"}, ["no folder", "/resnet", "user/name", "distill(unet, 'resnet'"]),
         (ch.AdaptorError, lambda: {"adaptor": ch.IdentityAdaptor}, ["IdentityAdaptor"]),
     ],
 )
@@ -236,3 +236,21 @@ def test_the_error_tree(kind: type[ch.ClockworkError]) -> None:
         assert type(again) is kind
         assert str(again) == str(made)
         assert (again.rule, again.seen, again.do) == ("a rule", {"a": 1, "b": "x"}, "this")
+
+
+def test_a_wrapper_that_nobody_kept_comes_with_the_error() -> None:
+    unet = Tiny()
+    ch.wrap(unet)
+    with pytest.raises(ch.WrapError) as caught:
+        ch.wrap(unet)
+    check(caught.value, "unet: Tiny\n", "wrapper: ClockworkWrapper(Tiny, every(2), IdentityAdaptor)")
+    assert pickle.loads(pickle.dumps(caught.value)).wrapper is None
+    caught.value.wrapper.remove()
+    ch.wrap(unet).remove()
+
+
+@pytest.mark.parametrize("kind", ["resnet", "scaled-resnet", "unet"])
+def test_a_kind_of_adaptor_that_was_not_trained(kind: str) -> None:
+    with pytest.raises(ch.AdaptorError) as caught:
+        ch.wrap(Tiny(), kind)
+    check(caught.value, f"train one: distill(unet, '{kind}'", "wrap(unet, 'mine')")

@@ -399,3 +399,40 @@ def test_a_factory_returns_a_model_with_or_without_its_inputs():
     for name in ("other", "nothing"):
         with pytest.raises(ModelNotFoundError, match="factory"):
             load_model(f"my_factories:{name}")
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize("given", [{"size": (32, 32)}, {"batch": 2}, {"frames": 4}])
+def test_what_a_factorys_own_inputs_would_ignore_is_an_error(given):
+    with pytest.raises(ArgumentError, match=f"returns its own(.|\n)*{next(iter(given))}: "):
+        load_model("my_factories:with_args", **given)
+    if "frames" not in given:
+        load_model("my_factories:alone", **given)  # inputs made here follow the options
+
+
+@pytest.mark.usefixtures("factories")
+def test_a_file_in_the_place_of_a_module_is_told():
+    with pytest.raises(ModelNotFoundError, match="without .py: my_factories:alone"):
+        load_model("my_factories.py:alone")
+
+
+class HeadsLikePixels(nn.Module):
+    """Attention of 4 heads over 2×2 pixels below a 4×4 level: heads times tokens are the upper level's positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2)
+        self.stem, self.down, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(16, 3, 3, 1, 1)
+
+    def forward(self, x, t):
+        h = self.stem(x) + t
+        low = self.down(h)
+        q = low.flatten(2).view(1, 4, 2, 4).transpose(-1, -2)
+        low = nn.functional.scaled_dot_product_attention(q, q, q).transpose(-1, -2).reshape(low.shape)
+        return self.head(torch.cat([h, self.up(low)], 1))
+
+
+def test_attention_counts_at_the_level_of_its_operands():
+    report = flops_report(HeadsLikePixels(), torch.zeros(1, 3, 4, 4), torch.tensor(1.0))
+    (attention,) = [o for o in report.operators if "attention" in o.operator]
+    assert attention.resolution == (2, 2)

@@ -26,6 +26,7 @@ __all__ = ["CONFIG", "WEIGHTS", "fetch", "read_config", "read_weights", "write"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_UNTRAINED = ("resnet", "scaled-resnet", "unet")  # kinds that `distill` trains; no saved adaptor has such a name
 _WHAT = f"a saved adaptor is a folder with {CONFIG} and {WEIGHTS}"
 
 
@@ -57,7 +58,9 @@ def fetch(name: str | os.PathLike[str], **hub: Any) -> Path:
         raise AdaptorError(
             f"{_WHAT}, or the id of such a repository on the Hugging Face Hub",
             seen={"no folder": path.absolute(), "from the hub": f"{type(error).__name__}: {_line(error)}"},
-            do="check the spelling, and for a repository the network and the token",
+            do=f"train one: distill(unet, {str(name)!r}, generate, prompts=..., folder='mine'), then wrap(unet, 'mine')"
+            if str(name) in _UNTRAINED
+            else "check the spelling, and for a repository the network and the token",
         ) from error
 
 

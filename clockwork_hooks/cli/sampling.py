@@ -75,10 +75,11 @@ def load_sampler(model: str, sampling: Sampling) -> Sampler:
     from clockwork_hooks.models import find_factory
 
     made = find_factory(module or "?", factory)()
+    kinds = [type(part).__name__ for part in (made if isinstance(made, tuple) else [made])]
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[1]):
         raise ModelNotFoundError(
             "a factory of a sampler returns (unet, generate, conditions)",
-            seen={"factory": model, "returned": type(made).__name__},
+            seen={"factory": model, "returned": ", ".join(kinds)},
             do="return the UNet, generate(batch, seed) and a list of batches",
         )
     return Sampler(made[0], made[1], list(made[2]))

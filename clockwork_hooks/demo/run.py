@@ -74,7 +74,7 @@ class DemoResult(Report):
         region: one line about what Clockwork skips.
         settings: prompts, steps, clock, seed, guidance, machine, versions, command; and why there is no trained
             adaptor, where there is none.
-        folder: holds grid.png, report.md and report.json.
+        folder: holds grid.png, report.html, report.md and report.json.
     """
 
     SCHEMA = "demo/1"
@@ -106,6 +106,9 @@ class DemoResult(Report):
             f"{len(settings['prompts'])} prompts, {settings['steps']} DPM++ steps, clock {settings['clock']}, "
             f"guidance {settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention "
             "products and both guidance branches counted.",
+            "What stands in for the skipped part: identity, its output of the step before; trained, a small network that "
+            "ships. Attributes right: the colours, shapes, sizes and places of the captions that a classifier finds. "
+            "Time: the better of two rounds; other work on this machine changes it, and not the MACs.",
             f"Skipped on adaptor passes: {self.region}.",
             *filter(None, [settings["untrained"]]),
         )
@@ -141,7 +144,7 @@ def demo(
         steps: DPM++ (2M) denoising steps.
         clock: one full pass every `clock` steps.
         seed: of the initial noise, the same for all.
-        out: folder for `grid.png`, `report.md` and `report.json`; made if need be.
+        out: folder for `grid.png`, `report.html`, `report.md` and `report.json`; made if need be.
         console: where the progress bar goes; None for standard error.
 
     Returns:
