@@ -86,7 +86,11 @@ def foreign_region() -> ch.Region:
         (ch.ArgumentError, lambda: {"plan": object()}, ["plan: object", "schedule"]),
         (ch.ArgumentError, lambda: {"plan": SimpleNamespace(region=0, schedule=None, adaptor=None)}, ["region: int"]),
         (ch.AdaptorError, lambda: {"adaptor": 3}, ["adaptor: 3"]),
-        (ch.AdaptorError, lambda: {"adaptor": "resnet"}, ["no folder", "/resnet", "user/name", "distill(unet, 'resnet'"]),
+        (
+            ch.AdaptorError,
+            lambda: {"adaptor": "resnet"},
+            ["no folder", "/resnet", "user/name", "distill(unet, 'resnet'"],
+        ),
         (ch.AdaptorError, lambda: {"adaptor": ch.IdentityAdaptor}, ["IdentityAdaptor"]),
     ],
 )
