@@ -133,7 +133,8 @@ def _count(
     """Operators with MACs in the order they ran, and those of unknown MACs.
 
     An operator whose tensor names no level (text keys, attention products, embeddings) counts at the level where the
-    operators before it work. Attention products always do: heads times tokens may by chance be another level's positions.
+    operators before it work. Attention products always do: heads times tokens may by chance be another level's
+    positions.
     """
     levels = Levels(trace)
     skipped = skipped_nodes(trace, region) if region is not None else set[int]()

@@ -412,7 +412,7 @@ def test_what_a_factorys_own_inputs_would_ignore_is_an_error(given):
 
 @pytest.mark.usefixtures("factories")
 def test_a_file_in_the_place_of_a_module_is_told():
-    with pytest.raises(ModelNotFoundError, match="without .py: my_factories:alone"):
+    with pytest.raises(ModelNotFoundError, match=r"without \.py: my_factories:alone"):
         load_model("my_factories.py:alone")
 
 

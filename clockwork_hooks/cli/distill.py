@@ -111,7 +111,7 @@ def _read(config: str) -> dict[str, Any]:
         raise ArgumentError(
             'a configuration is a TOML or JSON file, or "demo"',
             seen={"file": path, "error": str(error).splitlines()[0]},
-            do='start from examples/distill_demo.toml; for a UNet of your own, source.kind = "python" names its factory',
+            do='start from examples/distill_demo.toml; for your own UNet, source.kind = "python" names its factory',
         ) from error
     if not isinstance(found, dict):
         raise ArgumentError(
