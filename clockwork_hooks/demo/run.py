@@ -107,8 +107,8 @@ class DemoResult(Report):
             f"guidance {settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention "
             "products and both guidance branches counted.",
             "What stands in for the skipped part: identity, its output of the step before; trained, a small network "
-            "that ships. Attributes right: the colours, shapes, sizes and places of the captions that a classifier finds. "
-            "Time: the better of two rounds; other work on this machine changes it, and not the MACs.",
+            "that ships. Attributes right: the colours, shapes, sizes and places of the captions that a classifier "
+            "finds. Time: the better of two rounds; other work on this machine changes it, and not the MACs.",
             f"Skipped on adaptor passes: {self.region}.",
             *filter(None, [settings["untrained"]]),
         )
