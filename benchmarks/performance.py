@@ -40,15 +40,24 @@ def targets(data: Data) -> str:
 
 def latency(data: Data) -> str:
     """A table for each model, batch, number of steps."""
-    rows = Latencies(data["gpu_latency"]).data["latency"]
+    return _latencies(Latencies(data["gpu_latency"]).data["latency"])
+
+
+def cpu_latency(data: Data) -> str:
+    """The same on a CPU."""
+    found = data["cpu_latency"]
+    return f"{_machine(found, 'wall-clock time')}\n\n{_latencies(found['latency'])}"
+
+
+def _latencies(rows: list[dict[str, Any]]) -> str:
     parts = []
     for model, batch, steps in dict.fromkeys((row["model"], row["batch"], row["steps"]) for row in rows):
         shown = [row for row in rows if (row["model"], row["batch"], row["steps"]) == (model, batch, steps)]
         cells = [
             (row["mode"], row["side"], f"{row['ms_per_image']:.1f}", f"{row['ms_per_step']:.2f}",
              f"{row['spread']:.0%}" if row["runs"] > 1 else "one run", _number(row["speedup"], 2),
-             _number(row["macs_ratio"], 3), _number(row["tflops"], 0), _number(row["to_ideal"], 3),
-             _number(row["peak_memory_gib"], 2))
+             _number(row["macs_ratio"], 3), _number(row["tflops"], 0 if (row["tflops"] or 0) > 10 else 3),
+             _number(row["to_ideal"], 3), _number(row["peak_memory_gib"], 2))
             for row in shown
         ]  # fmt: skip
         heads = ("mode", "side", ">ms/image", ">ms/step", ">spread", ">speed-up", ">MACs ratio", ">TFLOP/s",
@@ -188,11 +197,11 @@ def _stages(rows: list[dict[str, Any]]) -> str:
     return _table(heads, cells)
 
 
-def _machine(result: dict[str, Any]) -> str:
+def _machine(result: dict[str, Any], time: str = "one thread's CPU time") -> str:
     seen = result["environment"]
     return (
         f"{seen['device']}, {seen['cores']} cores shared with other work (load {seen['load'][0]:.1f} at the start), "
-        f"one thread's CPU time; torch {seen['versions']['torch']}; {seen['date']}; measured by `{seen['command']}`."
+        f"{time}; torch {seen['versions']['torch']}; {seen['date']}; measured by `{seen['command']}`."
     )
 
 
@@ -209,6 +218,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
         profile,
         fixed,
         checks,
+        cpu_latency,
         overhead,
         bookkeeping,
         placeholders,
@@ -230,7 +240,7 @@ def filled(page: str, data: Data) -> str:
 
 def read() -> Data:
     """All the results that there are."""
-    names = ("gpu_latency", "overhead", "bookkeeping", "analysis")
+    names = ("gpu_latency", "cpu_latency", "overhead", "bookkeeping", "analysis")
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
@@ -251,7 +261,7 @@ def main() -> int:
     """Write the page and the plots."""
     data = read()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
-    for path in (PAGE, *plot(data["gpu_latency"])):
+    for path in (PAGE, *plot(data)):
         print(path)
     return 0
 

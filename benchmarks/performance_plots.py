@@ -1,4 +1,4 @@
-"""Three questions, three plots of docs/performance.md: how much faster, for how many MACs, how far from the ideal."""
+"""A question, a plot of docs/performance.md: how much faster, for how many MACs, how far from the ideal, on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.performance_results import IDEAL, OURS, Latencies
 __all__ = ["PLOTS", "plot"]
 
 DOCS = Path(__file__).parents[1] / "docs"
-PLOTS = {name: DOCS / f"performance_{name}.png" for name in ("speedup", "macs", "ideal")}
+PLOTS = {name: DOCS / f"performance_{name}.png" for name in ("speedup", "macs", "ideal", "cpu")}
 MODES = ("eager", "cudagraphs", "compile")
 COLOURS = {
     "plain": "0.55",
@@ -22,11 +22,13 @@ COLOURS = {
 }
 
 
-def plot(data: Mapping[str, Any]) -> list[Path]:
+def plot(data: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """Draw all of them."""
-    found = Latencies(data)
-    made = []
-    for name, draw in (("speedup", _speedup), ("macs", _macs), ("ideal", _ideal)):
+    gpu, made = "gpu_latency", []
+    for name, draw, of in (
+        ("speedup", _speedup, gpu), ("macs", _macs, gpu), ("ideal", _ideal, gpu), ("cpu", _cpu, "cpu_latency")
+    ):  # fmt: skip
+        found = Latencies(data[of])
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -65,9 +67,18 @@ def _speedup(figure: Any, found: Latencies) -> None:
 
 def _macs(figure: Any, found: Latencies) -> None:
     """Time relative to plain against MACs relative to plain; the diagonal is where time follows arithmetic."""
-    for axis, mode in zip(figure.subplots(1, 2), MODES[:2], strict=True):
+    _against_macs(figure, found, [("sd15", mode) for mode in MODES[:2]], least=0.35)
+
+
+def _cpu(figure: Any, found: Latencies) -> None:
+    """The same for the models that are measured on a CPU."""
+    _against_macs(figure, found, [(row["model"], "eager") for row in found.data["latency"] if row["side"] == "plain"])
+
+
+def _against_macs(figure: Any, found: Latencies, cases: list[tuple[str, str]], least: float = 0.0) -> None:
+    for axis, (model, mode) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         rows = [
-            r for r in found.data["latency"] if (r["model"], r["batch"], r["steps"], r["mode"]) == ("sd15", 2, 8, mode)
+            r for r in found.data["latency"] if (r["model"], r["batch"], r["steps"], r["mode"]) == (model, 2, 8, mode)
         ]
         for kind, marker in (("plain", "o"), ("clockwork", "s"), ("ideal", "^"), ("DeepCache", "D"), ("tomesd", "x")):
             shown = [row for row in rows if row["kind"].startswith(kind) and row["macs_ratio"] is not None]
@@ -76,8 +87,8 @@ def _macs(figure: Any, found: Latencies) -> None:
                           color=COLOURS[kind], label=kind.capitalize() if kind == "clockwork" else kind)  # fmt: skip
         plain = next(row["ms_per_step"] for row in rows if row["kind"] == "plain")
         axis.plot([0, 1], [0, plain], ":", color="0.6", label="time as MACs")
-        axis.set(title=f"sd15, batch 2, 8 steps, {mode}", xlabel="MACs relative to plain", ylabel="ms a step")
-        axis.set_xlim(0.35, 1.05)
+        axis.set(title=f"{model}, batch 2, 8 steps, {mode}", xlabel="MACs relative to plain", ylabel="ms a step")
+        axis.set_xlim(least, 1.05)
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)

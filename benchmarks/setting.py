@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks.benchmark import twin
+from clockwork_hooks.demo.model import LATENT_SHAPE, new_unet
 from clockwork_hooks.examples import example_inputs
 from clockwork_hooks.presets import PRESETS
 
@@ -24,6 +25,9 @@ TINY = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 64,
     },
+}
+SMALL = {  # for a CPU: (what a preset's configuration has instead, size of the latents)
+    "small SD": ({"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64, "norm_num_groups": 8}, (32, 32)),
 }
 
 
@@ -63,11 +67,15 @@ class Model:
 
 
 def build(name: str, device: str, dtype: torch.dtype, *, tiny: bool = False) -> Model:
-    """The architecture of a preset, with random weights."""
+    """The architecture of a preset, of the demo model, or of a small SD, with random weights."""
     import diffusers
 
-    preset = PRESETS[name]
-    config = {**preset.config, **(TINY[name] if tiny else {})}
+    if name == "demo":
+        config, size = dict(new_unet().config), LATENT_SHAPE[1:]
+    else:
+        preset, (changes, small) = PRESETS["sd15" if name in SMALL else name], SMALL.get(name, ({}, None))
+        config = {**preset.config, **changes, **(TINY[name] if tiny else {})}
+        size = (16, 16) if tiny else small or preset.size
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -77,7 +85,7 @@ def build(name: str, device: str, dtype: torch.dtype, *, tiny: bool = False) -> 
     finally:
         torch.set_default_dtype(before)
     unet = nn.Module.to(unet, device, dtype).eval().requires_grad_(False)
-    return Model(name, unet, (16, 16) if tiny else preset.size, device, dtype)
+    return Model(name, unet, size, device, dtype)
 
 
 def _random(value: Any, generator: torch.Generator, device: str, dtype: torch.dtype) -> Any:

@@ -1,5 +1,7 @@
 """Which region is found in UNets of every build; each one proven by execution, each refusal with its reason."""
 
+import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from benchmarks.guided import GuidedUNet
 from clockwork_hooks.models import load_model
 from clockwork_hooks.regions import regions_of
 from tests.bendable import Tiny, noise, proven
@@ -605,3 +608,21 @@ class Rounded(Deep):
 
     def join(self, h: Tensor, low: Tensor) -> Tensor:
         return super().join(h, low[..., : h.shape[2], : h.shape[3]])
+
+
+def test_many_regions_cost_no_more_than_n_log_n() -> None:
+    """Python calls, which are what it takes: a machine's load does not count."""
+    costs = []
+    for blocks in (4, 16):
+        with torch.device("meta"):
+            unet = GuidedUNet(8, (1, 2), blocks=blocks, attention=())
+            trace = ch.trace(unet, torch.empty(1, 3, 16, 16), torch.empty(1))
+        calls = []
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(1) if event == "call" else None)
+        try:
+            regions = regions_of(trace, unet)
+        finally:
+            sys.setprofile(None)
+        assert len(regions) >= blocks  # as many more as there are nodes
+        costs.append(len(calls) / (len(trace.nodes) * math.log2(len(trace.nodes))))
+    assert costs[1] <= costs[0]
