@@ -21,6 +21,7 @@ from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace, module_paths
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
+from clockwork_hooks.operators import PRODUCTS, kind
 from clockwork_hooks.planner import Planner
 from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.skipping import Plan
@@ -49,7 +50,8 @@ class Builder:
         self._work = np.array(self.macs, dtype=np.int64)
         self._working = np.flatnonzero(self._work > 0)
         working = [trace.nodes[n] for n in self._working.tolist()]
-        at = [(levels.positions(trace.nodes[n]) if dom.dep[n] else None) or 0 for n in self._working.tolist()]
+        placed = [dom.dep[n] and kind(trace.nodes[n]) not in PRODUCTS for n in self._working.tolist()]
+        at = [(levels.positions(node) if own else None) or 0 for node, own in zip(working, placed, strict=True)]
         self._positions = np.array(at, dtype=np.int64)
         self._spatial = np.array([levels.is_spatial(node) for node in working], dtype=np.bool_)
         self._first, self._last = (np.array([getattr(call, end) for call in trace.calls]) for end in ("first", "last"))
@@ -177,7 +179,7 @@ class Builder:
         floor = int(convolved.min()) if convolved.size else 0
         turn = nodes[at == floor].max(initial=0) if floor else 0
         at = np.where(at >= floor, at, 0)
-        # Text keys and the like are no feature maps: they count where the operators before them work.
+        # Text keys, products of heads and such are no feature maps: they count where the operators before them work.
         before = np.maximum.accumulate(np.where(at > 0, np.arange(at.size), -1))
         first = at[at > 0][0] if at.any() else floor
         at = np.where(before < 0, first, at[before])

@@ -23,6 +23,7 @@ from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, 
 from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import kind, node_macs, operator_name
+from clockwork_hooks.operators import PRODUCTS
 from clockwork_hooks.regions import skipped_nodes
 from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule
@@ -149,7 +150,7 @@ def _count(
         here = node_macs(node, attention=attention, norms=norms)
         if not here:
             continue
-        at = at if found == "attention" else levels.resolution(node) or at
+        at = at if found in PRODUCTS else levels.resolution(node) or at
         index = node.meta["index"]
         counted.append(OperatorMacs(operator_name(node), found, node.meta["module"], at, here, index in skipped))
     rows = (Uncounted(name, len(modules), tuple(dict.fromkeys(modules))) for name, modules in unknown.items())

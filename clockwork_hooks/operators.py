@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-__all__ = ["Kind", "is_attention", "kind", "operator_name"]
+__all__ = ["PRODUCTS", "Kind", "is_attention", "kind", "operator_name"]
 
 Kind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
+PRODUCTS = ("attention", "matmul")  # of two activations, in heads and tokens: their shapes name no level
 
 
 def _names(text: str) -> list[str]:

@@ -416,23 +416,29 @@ def test_a_file_in_the_place_of_a_module_is_told():
         load_model("my_factories.py:alone")
 
 
+class Heads(nn.Module):
+    def forward(self, x):
+        q = x.flatten(2).view(1, 4, 2, 4).transpose(-1, -2)
+        return nn.functional.scaled_dot_product_attention(q, q, q).transpose(-1, -2).reshape(x.shape)
+
+
 class HeadsLikePixels(nn.Module):
     """Attention of 4 heads over 2×2 pixels below a 4×4 level: heads times tokens are the upper level's positions."""
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Upsample(scale_factor=2)
-        self.stem, self.down, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(16, 3, 3, 1, 1)
+        self.up, self.heads = nn.Upsample(scale_factor=2), Heads()
+        self.stem, self.down, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 8, 2, 3), nn.Conv2d(16, 3, 3, 1, 1)
 
     def forward(self, x, t):
         h = self.stem(x) + t
-        low = self.down(h)
-        q = low.flatten(2).view(1, 4, 2, 4).transpose(-1, -2)
-        low = nn.functional.scaled_dot_product_attention(q, q, q).transpose(-1, -2).reshape(low.shape)
-        return self.head(torch.cat([h, self.up(low)], 1))
+        return self.head(torch.cat([h, self.up(self.heads(self.down(h)))], 1))
 
 
 def test_attention_counts_at_the_level_of_its_operands():
     report = flops_report(HeadsLikePixels(), torch.zeros(1, 3, 4, 4), torch.tensor(1.0))
     (attention,) = [o for o in report.operators if "attention" in o.operator]
     assert attention.resolution == (2, 2)
+    ((space, *macs),) = report.region.by_level
+    assert space == (2, 2)
+    assert sum(macs) == 8 * 8 * 8 * 8 * 4 + attention.macs
