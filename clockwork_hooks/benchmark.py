@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clockwork_hooks._version import __version__
+from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.attach import wrap
 from clockwork_hooks.boundary import Region
@@ -281,11 +281,7 @@ def bench(
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "versions": {
-                "clockwork_hooks": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "notes": list(notes),
         },
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks._version import __version__
+from clockwork_hooks._version import versions
 from clockwork_hooks.attach import wrap
 from clockwork_hooks.counting import counting
 from clockwork_hooks.errors import ArgumentError
@@ -213,11 +213,10 @@ def _check(batches: Sequence[Any], seeds: Sequence[int], variants: Mapping[str, 
 def _settings(images: int, seeds: Sequence[int], unet: nn.Module) -> dict[str, Any]:
     weight = next(iter(unet.parameters()), torch.empty(0))
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.processor() or platform.machine()
-    versions = {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "images": images,
         "seeds": list(seeds),
         "device": device,
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "versions": versions,
+        "versions": versions(),
     }

@@ -1,8 +1,7 @@
 """`cw.compile()` on UNets that nobody named: other ways to write one, each two graphs and the same numbers."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import clockwork_hooks as ch
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
-from tests.test_compile import cuda  # noqa: F401  (a fixture)
+from tests.test_compile import _fresh, cuda  # noqa: F401  (fixtures)
 
 TIMES = (900, 700, 500, 300, 200, 100)
 
@@ -161,14 +160,6 @@ CALLS: dict[str, tuple[type[nn.Module], Callable[[Any, int], Tensor]]] = {
         ),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own, while dynamo is imported
-        yield
 
 
 def made(name: str) -> tuple[nn.Module, Callable[[Any, int], Tensor]]:

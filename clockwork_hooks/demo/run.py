@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clockwork_hooks._version import __version__
+from clockwork_hooks._version import versions
 from clockwork_hooks.attach import wrap
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
@@ -264,7 +264,7 @@ def _settings(texts: Sequence[str], steps: int, clock: int, seed: int) -> dict[s
         "guidance": GUIDANCE,
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
 
 

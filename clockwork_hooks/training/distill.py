@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from clockwork_hooks._version import __version__
+from clockwork_hooks._version import versions
 from clockwork_hooks.acceptance import check_unet
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import DistillError
@@ -153,7 +151,7 @@ def distill(
                 "region": region.fingerprint,
                 "processes": engine.num_processes,
                 "prompts": len(prompts),
-                "versions": _versions(),
+                "versions": versions(),
             }
             trainer = Trainer(
                 capture=capture,
@@ -184,10 +182,6 @@ def distill(
             return _result(trainer, region, told, home)
         finally:
             capture.remove()
-
-
-def _versions() -> dict[str, str]:
-    return {"clockwork_hooks": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _named(guidance: Guidance) -> Any:
