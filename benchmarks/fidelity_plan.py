@@ -15,8 +15,9 @@ from typing import Any
 from clockwork_hooks.demo.model import GUIDANCE
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["GROUPS", "Group", "Row", "Sampler", "Trained", "group_named"]
+__all__ = ["GROUPS", "MODES_SEEDS", "Group", "Row", "Sampler", "Trained", "group_named", "modes_group"]
 
+MODES_SEEDS = (0, 1, 2)  # of training, where ways of training are compared
 WIDTH = 64  # of the ResNets: 12% of a full pass, so that clock 2 saves a third of the MACs
 
 
@@ -39,6 +40,7 @@ class Trained:
         loss, mode: as `distill` takes them.
         inputs: what it reads beside the time.
         options: of the class.
+        seed: of its first weights, and of the noise and prompts that it is trained on.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Trained:
     mode: str = "unrolled"
     inputs: tuple[str, ...] = ("entry", "exit", "text")
     options: tuple[tuple[str, int], ...] = (("width", WIDTH),)
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +133,22 @@ def _pair(steps: int, scheduler: str = "dpm++", share: float = 1.0) -> Group:
     return Group(prefix, rows, Sampler(scheduler, steps), share=share)
 
 
-def _modes(steps: int, share: float = 0.5) -> Group:
-    """The three ways of training, each with as many gradient steps."""
-    rows = tuple(
-        Row(mode.replace("_", "-"), adaptor=Trained(f"modes-{steps}-{mode.replace('_', '-')}", mode=mode))
-        for mode in ("unrolled", "forward_noise", "on_policy")
-    )
-    return Group(f"modes-{steps}", rows, Sampler(steps=steps), share=share)
+def modes_group(steps: int, seed: int) -> str:
+    """The name of the group of the ways of training with so many steps, from one training seed."""
+    return f"modes-{steps}" + (f"-seed-{seed}" if seed else "")
+
+
+def _modes(steps: int) -> tuple[Group, ...]:
+    """The three ways of training, each with as many gradient steps, from several training seeds."""
+    made = []
+    for seed in MODES_SEEDS:
+        name = modes_group(steps, seed)
+        rows = tuple(
+            Row(mode.replace("_", "-"), adaptor=Trained(f"{name}-{mode.replace('_', '-')}", mode=mode, seed=seed))
+            for mode in ("unrolled", "forward_noise", "on_policy")
+        )
+        made.append(Group(name, rows, Sampler(steps=steps), share=0.5))
+    return tuple(made)
 
 
 def _cut(region: str | int) -> Group:
@@ -220,7 +232,16 @@ GROUPS: tuple[Group, ...] = (
         ),
         share=3.0,
     ),
-    _modes(4),
+    *_modes(4),
+    Group(  # four steps, trained for longer
+        "long-4",
+        (
+            Row("UNet-light", adaptor=_light("long-4-unet-light")),
+            Row("width 64", adaptor=Trained("long-4-width-64")),
+        ),
+        Sampler(steps=4),
+        share=3.0,
+    ),
     Group(
         "clocks-50",
         tuple(Row(f"identity, clock {clock}", adaptor="identity", clock=clock) for clock in (2, 3, 4)),
@@ -243,9 +264,9 @@ GROUPS: tuple[Group, ...] = (
         share=2.0,
     ),
     _pair(16),
-    _modes(16),
-    _modes(8),
-    _modes(6),
+    *_modes(16),
+    *_modes(8),
+    *_modes(6),
     _losses("guidance-4", Sampler(guidance=4.0), share=1.0),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.fidelity_plan import MODES_SEEDS, modes_group
+
 __all__ = ["FEWER", "IDENTITY", "MODES", "MORE", "OURS", "PLAIN", "SCORES", "SHIPS", "TABLES"]
 
 PLAIN, IDENTITY, OURS = "losses-8/plain", "losses-8/identity", "losses-8/guided-output"
@@ -52,6 +54,11 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
          "best-8/UNet-light, 3 5 7", "long-8/UNet-light", "long-8/width 64", "long-8/width 64, on-policy"),
     ),
     (
+        "Four steps, trained for longer", "Clock 2, default cut; `steps-4` for comparison.",
+        ("long-4/plain", "losses-8/plain, 3 steps", "steps-4/identity", "steps-4/trained", "long-4/width 64",
+         "long-4/UNet-light"),
+    ),
+    (
         "Schedules (Tab. 3)", "Four of eight steps use the adaptor, which was trained for these steps.",
         (IDENTITY, OURS, *(f"schedules-8/{name}, {steps}" for steps in ("5 6 7 8", "3 4 5 6", "3 4 6 7")
                            for name in ("identity", "trained"))),
@@ -88,7 +95,10 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
 )  # fmt: skip
 
-MODES = {
-    steps: tuple(f"modes-{steps}/{mode}" for mode in ("unrolled", "forward-noise", "on-policy"))
+MODES = {  # steps → way of training → its rows, one a training seed
+    steps: {
+        mode: tuple(f"{modes_group(steps, seed)}/{mode}" for seed in MODES_SEEDS)
+        for mode in ("unrolled", "forward-noise", "on-policy")
+    }
     for steps in (4, 6, 8, 16)
 }

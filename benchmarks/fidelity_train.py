@@ -75,18 +75,18 @@ class Prompts:
 
 
 def make(trained: Trained, region: Any) -> Any:
-    """A fresh adaptor, the same weights in every run."""
+    """A fresh adaptor, its weights drawn with its seed."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(trained.seed)
         kind = getattr(kinds, trained.kind)
         return kind.for_region(region, inputs=trained.inputs, **dict(trained.options))
 
 
 def train(
     group: Group, pairs: Sequence[tuple[Trained, Row]], model: DemoModel, folder: Path, *,
-    updates: int, batch: int, minutes: float, captions: int, seed: int = 0,
+    updates: int, batch: int, minutes: float, captions: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train adaptors of a group that share a way of training, and save each in fp16 under `folder`.
+    """Train adaptors of a group that share a way of training and a seed, and save each in fp16 under `folder`.
 
     Args:
         group: whose sampler and region.
@@ -97,12 +97,11 @@ def train(
         batch: prompts in a trajectory.
         minutes: at most.
         captions: different training captions.
-        seed: of everything drawn.
 
     Returns:
         What `distill` tells about the run, without the losses in full.
     """
-    mode = pairs[0][0].mode
+    mode, seed = pairs[0][0].mode, pairs[0][0].seed
     prompts = Prompts.draw(model, captions, images=mode == "forward_noise")
     bench = Bench(model, ((" ".join(["a", "red", "circle"]),),), (), ())
     region = bench.region(group)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity_plan import Sampler
+from benchmarks.fidelity_plan import MODES_SEEDS, Sampler
 from benchmarks.fidelity_plots import PLOTS, plot
-from benchmarks.fidelity_results import Results, claims, difference
+from benchmarks.fidelity_results import Results, claims, difference, in_words
 from benchmarks.fidelity_tables import IDENTITY, MODES, OURS, PLAIN, SCORES, TABLES
 from clockwork_hooks.report import Table, macs, percent, table
 
@@ -86,7 +86,8 @@ def _best_loss(results: Results) -> str:
 
 def _tried(results: Results) -> str:
     """What came how near to the plain model's Fréchet distance, with its sampler."""
-    tried = {key: _mean(results, key, "Fréchet") for key in results.trained_at(Sampler())}
+    more = {key for ways in MODES.values() for keys in ways.values() for key in keys[1:]}  # only other training seeds
+    tried = {key: _mean(results, key, "Fréchet") for key in results.trained_at(Sampler()) if key not in more}
     if len(tried) < 2 or not results.has(PLAIN):
         return ""
     plain = _mean(results, PLAIN, "Fréchet")
@@ -124,25 +125,38 @@ def _table(results: Results, title: str, keys: Iterable[str]) -> str:
 
 
 def _modes(results: Results) -> str:
-    found = {steps: keys for steps, keys in MODES.items() if results.has(*keys)}
+    found = {steps: ways for steps, ways in MODES.items() if all(results.has(*keys) for keys in ways.values())}
     if not found:
         return ""
     rows = []
-    for steps, keys in found.items():
-        for mode, key in zip(("unrolled", "forward-noise", "on-policy"), keys, strict=True):
-            errors = results.row(key)["errors"]
-            by_step = ", ".join(f"{step}: {100 * value:.1f}" for step, value in errors["feature"].items())
-            output = statistics.fmean(errors["output"].values())
-            rows.append((steps, mode, *(results.score(key, name) for name in SCORES), by_step, f"{100 * output:.2f}"))
+    for steps, ways in found.items():
+        for mode, keys in ways.items():
+            errors = [results.row(key)["errors"] for key in keys]
+            by_step = [
+                (step, statistics.fmean(one["feature"][step] for one in errors)) for step in errors[0]["feature"]
+            ]
+            output = statistics.fmean(value for one in errors for value in one["output"].values())
+            rows.append(
+                (steps, mode, *(results.over_training(keys, name) for name in SCORES),
+                 ", ".join(f"{step}: {100 * value:.1f}" for step, value in by_step), f"{100 * output:.2f}",
+                 "; ".join(str(results.updates(key)) for key in keys))
+            )  # fmt: skip
     heads = (">steps", "training", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑",
-             "feature error at each adaptor step, %", ">guided output error, %")  # fmt: skip
+             "feature error at each adaptor step, %", ">guided output error, %", ">gradient steps")  # fmt: skip
     text = (
-        "Errors on the states that the *student's own* sampling visits: what the adaptor emits against what the region "
-        "would have emitted there, relative; first the region's exit by step, then the guided output, mean over the "
-        "steps. The numbers of gradient steps are in the last table. On-policy training is "
-        "this library's addition: trajectories of the student, labelled by the teacher."
+        f"{len(MODES_SEEDS)} training seeds each; means over the evaluation seeds, ± the standard deviation over the "
+        "training seeds. Errors on the states that the *student's own* sampling visits: what the adaptor emits against "
+        "what the region would have emitted there, relative; first the region's exit by step, then the guided output, "
+        "mean over the steps. On-policy training is this library's addition: trajectories of the student, labelled by "
+        "the teacher."
     )
-    return f"## Ways of training (Fig. 7)\n\n{text}\n\n{_without_title(table('', heads, rows))}"
+    against = []
+    for steps, ways in found.items():
+        for mode in ("unrolled", "on-policy"):
+            gap = in_words(results.training_difference(ways[mode], ways["forward-noise"], "Fréchet"))
+            against.append(f"- {steps} steps, {mode} less forward-noise: Fréchet {gap}")
+    parts = (text, _without_title(table("", heads, rows)), "Training seed by training seed:\n\n" + "\n".join(against))
+    return "## Ways of training (Fig. 7)\n\n" + "\n\n".join(parts)
 
 
 def _training(data: Mapping[str, Any]) -> str:
@@ -160,7 +174,8 @@ def _training(data: Mapping[str, Any]) -> str:
     text = (
         "Adaptors of one sampler and region were trained together, on the same trajectories; the time is that of all "
         "of them, with other groups training beside them on the same GPU; it was limited, hence the different numbers "
-        "of steps. Losses are means over the first and the last tenth of the steps. One training seed."
+        "of steps. Losses are means over the first and the last tenth of the steps. One training seed, unless the name "
+        "says another one."
     )
     return f"## Training\n\n{text}\n\n{_without_title(table('', heads, rows))}"
 
