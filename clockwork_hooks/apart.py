@@ -1,4 +1,4 @@
-"""Calls that stand apart from a sampling loop: transformed by torch.func, or run again by a backward pass.
+"""Calls that stand apart from a sampling loop: compiled from outside, transformed by torch.func, or run again by a backward pass.
 
 What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
 run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
@@ -14,7 +14,7 @@ __all__ = ["stands_apart"]
 
 
 def stands_apart() -> str | None:
-    """Why the call that begins now is none of a sampling loop's; None where it is. Reads four flags of torch.
+    """Why the call that begins now is none of a sampling loop's; None where it is. Reads five flags of torch.
 
     Example:
         >>> seen = []
@@ -26,6 +26,8 @@ def stands_apart() -> str | None:
         >>> seen
         [None, 'within a transform of torch.func']
     """
+    if torch.compiler.is_compiling():
+        return reasons.COMPILED
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return reasons.TRANSFORMED
     return reasons.REPEATED if _will_be_repeated() or torch._C._current_graph_task_id() != -1 else None

@@ -28,6 +28,7 @@ NOT_KEPT = "no feature was kept in the step before"
 WRITTEN = "the kept feature was written to"
 DIFFERED = "calls differed from the traced ones"
 NO_REGION = "no region for these inputs"
+COMPILED = "within what torch.compile has compiled"
 TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
 OTHER_REGION = "the chosen region is another one for these inputs"
@@ -115,6 +116,10 @@ REASONS: dict[str, tuple[str, str]] = {
     OTHER_REGION: (
         "`region=` does not fit what was recorded for these inputs",
         "leave `region=` out",
+    ),
+    COMPILED: (
+        "the output of `torch.compile`, or a compiled function that calls the UNet: its calls are fixed",
+        "call the UNet itself, and `cw.compile()`",
     ),
     TRANSFORMED: (
         "`vjp`, `jvp`, `grad`, `vmap`: what they compute is of the UNet itself, and no step of a sampling loop",

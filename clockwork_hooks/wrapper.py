@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
@@ -88,13 +89,14 @@ class ClockworkWrapper:
 
     @property
     def enabled(self) -> bool:
-        """Off: the UNet runs as if it were not wrapped, and what was cached is forgotten."""
+        """Off: the UNet runs as if it were not wrapped, and what was cached is forgotten. May be set in every step."""
         return self._engine.enabled
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
-        self._engine.enabled = bool(on)
-        self._engine.states.forget()
+        if bool(on) is not self._engine.enabled:
+            self._engine.enabled = bool(on)
+            self._engine.states.forget()
 
     @property
     def position(self) -> Position | None:
@@ -260,10 +262,16 @@ class ClockworkWrapper:
     ) -> None:
         self.remove()
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied or pickled, it is the UNet, as a copy of the UNet is: not wrapped."""
+        return _same, (self.unet,)
+
     def __repr__(self) -> str:
         return f"ClockworkWrapper({type(self.unet).__name__}, {self.schedule}, {type(self.adaptor).__name__})"
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
+            torch.compiler.disable(self._engine.installed.run_eagerly)(module)
         try:
             self._engine.begin(module, args, kwargs)
         except BaseException:
@@ -276,6 +284,10 @@ class ClockworkWrapper:
         except BaseException:
             self.remove()
             raise
+
+
+def _same(unet: nn.Module) -> nn.Module:
+    return unet
 
 
 class _Step:

@@ -15,6 +15,7 @@ import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
 from clockwork_hooks import capture
 from clockwork_hooks.tree import tensors
+from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
@@ -29,6 +30,7 @@ def _fresh() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own, while dynamo is imported
         yield
+    torch._dynamo.reset()  # what it has traced keeps tensors alive
 
 
 def diffusers_unet() -> nn.Module:
@@ -442,3 +444,36 @@ def test_inductor_on_the_cpu(name: str) -> None:
     expected = rollout(case, unet, compiled=False)
     for one, eager in zip(rollout(case, unet, compiled=True, backend="inductor"), expected, strict=True):
         torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
+
+
+OUTSIDE = "within what torch.compile has compiled"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+@pytest.mark.parametrize("first", [0, 3])
+def test_compiled_in_place_while_wrapped(first: int) -> None:
+    """It is set aside at the first call, which is full, and put back by `remove()`."""
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet) as cw:
+        for k, t in enumerate(range(900, 0, -100)):
+            if k == first:
+                judge.unet.compile(backend="eager")
+            judge.call(torch.randn(1, 2, 8, 8), t, step=k + 1)
+        assert judge.made == {0: "FFAFAFAFA", 3: "FAFFFAFAF"}[first]
+        assert cw.stats.reasons[OUTSIDE] == 1
+    assert judge.unet._compiled_call_impl is not None
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_from_outside() -> None:
+    """What was made of a wrapped UNet by `torch.compile` is full, and told what to do instead."""
+    judge = Judge(Tiny())
+    with ch.wrap(judge.unet) as cw:
+        compiled, judge.unet = judge.unet, torch.compile(judge.unet, backend="eager")  # type: ignore[assignment]
+        for k, t in enumerate((900, 800, 700), 1):
+            judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+        judge.unet = compiled
+        for k, t in enumerate((600, 500), 4):
+            judge.call(torch.randn(1, 2, 8, 8), t, step=k)
+        assert judge.made == "FFFFA"
+        assert cw.stats.reasons[OUTSIDE] == 3

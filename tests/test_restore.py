@@ -338,6 +338,22 @@ def test_compiled_in_place_is_compiled_again() -> None:
     assert snapshot(unet)[""][2] == before[""][2]
 
 
+def test_a_copied_wrapper_is_a_copied_unet() -> None:
+    """As `copy.deepcopy(pipe)` does after `pipe.unet = cw`."""
+    unet = Tiny()
+    expected = descend(unet)
+    with ch.wrap(unet) as cw:
+        approximate = descend(unet)
+        held = {"unet": cw}
+        for made in (copy.deepcopy(held)["unet"], pickled(cw)):  # type: ignore[arg-type]
+            assert type(made) is Tiny
+            assert equal(descend(made), expected)
+            made.head.weight.data.zero_()
+        cw.reset()
+        assert equal(descend(unet), approximate)
+        assert not equal(approximate, expected)
+
+
 def test_signatures_survive() -> None:
     unet = Tiny()
     before = inspect.signature(unet.up.forward)

@@ -555,6 +555,12 @@ def test_reset_and_switching_off() -> None:
         assert passes(cw) == before
         cw.enabled = True
         assert letters(unet, cw, [500, 400]) == "FA"
+        cw.reset()
+        made = ""
+        for t in (900, 800, 700, 600, 500):  # as `cw.enabled = t > 300` in a loop
+            cw.enabled = True
+            made += letters(unet, cw, [t])
+        assert made == "FAFAF"
 
 
 @torch.no_grad()
