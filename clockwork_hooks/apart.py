@@ -1,4 +1,4 @@
-"""Calls that stand apart from a sampling loop: compiled from outside, transformed by torch.func, or run again by a backward pass.
+"""Calls that stand apart from a sampling loop: compiled from outside, transformed, or run again by a backward pass.
 
 What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
 run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
