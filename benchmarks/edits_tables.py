@@ -79,8 +79,8 @@ def _gaps(steps: dict[int, list[EditRow]], ways: list[EditRow], data: dict[str, 
         "Attributes as a difference in percentage points; position and size errors relative to the plain edit's. In "
         f"brackets the interval that holds 95% when the {data['setting']['scenes']} scenes are drawn again "
         "(bootstrap, in pairs). 100 inversion steps where nothing else is said. *Target*, at 100 inversion steps: "
-        f"{LEAST:.0%} of the MACs saved, attributes at most {100 * POINTS:.0f} point below, position and size errors at "
-        f"most {LAYOUT:.0%} above the plain edit's; by the means."
+        f"{LEAST:.0%} of the MACs saved, attributes at most {100 * POINTS:.0f} point below, position and size errors "
+        f"at most {LAYOUT:.0%} above the plain edit's; by the means."
     )
     heads = ("edit", ">saved", ">attributes right, points", ">moved", ">resized", "target")
     return table("Against the plain edit of the same scenes", heads, rows, notes=(note,))
