@@ -103,6 +103,28 @@ def profile(data: Data) -> str:
     return _table(("kernel", ">calls", ">ms", ">share"), cells)
 
 
+KERNELS = {  # what a kernel's name has → what it does
+    "layout changes": ("nchwToNhwc", "nhwcToNchw"),
+    "convolutions, matrix products": ("gemm", "nvjet", "cutlass"),
+    "statistics of normalisation": ("Moments", "ComputeFusedParams"),
+}
+
+
+def adaptor_cost(data: Data) -> str:
+    """The ResNet adaptor alone: two memory formats, and what its kernels do."""
+    found, cells = data["adaptor_cost"], []
+    for model, cut in dict.fromkeys((r["model"], r["cut"]) for r in found["adaptor"]):
+        ms = [f"{r['ms']:.3f}" for r in found["adaptor"] if (r["model"], r["cut"]) == (model, cut)]
+        us = [(r["kernel"], r["us"]) for r in found["kernels"] if (r["model"], r["cut"]) == (model, cut)]
+        total = dict(us)["all"]
+        shares = [sum(t for name, t in us if any(part in name for part in parts)) for parts in KERNELS.values()]
+        cells.append((model, cut, *ms, *(f"{share / total:.0%}" for share in (*shares, total - sum(shares)))))
+    layouts = dict.fromkeys(f">ms, {r['layout'].removesuffix('_format')}" for r in found["adaptor"])
+    heads = ("model", "cut", *layouts, *(f">{name}" for name in KERNELS), ">element-wise, copies")
+    where = f"{found['environment']['device']}, {found['environment']['date']}"
+    return f"{_table(heads, cells)}\n\n{where}, by `python -m benchmarks.adaptor_cost --out DIR`."
+
+
 def fixed(data: Data) -> str:
     """What a captured trajectory costs over the same modules called by hand."""
     found = Latencies(data["gpu_latency"])
@@ -216,6 +238,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
         choices,
         throughput,
         profile,
+        adaptor_cost,
         fixed,
         checks,
         cpu_latency,
@@ -240,7 +263,7 @@ def filled(page: str, data: Data) -> str:
 
 def read() -> Data:
     """All the results that there are."""
-    names = ("gpu_latency", "cpu_latency", "overhead", "bookkeeping", "analysis")
+    names = ("gpu_latency", "cpu_latency", "overhead", "bookkeeping", "analysis", "adaptor_cost")
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 

@@ -80,6 +80,10 @@ def _speedups(found: Latencies) -> Iterator[Verdict]:
             where = f"sd15, batch 2, {steps} steps, {name}: Clockwork (clock 2, identity)"
             yield _at_least(f"{where} against plain eager", eager, ours, 4.0)
             yield _at_least(f"{where} against plain {name}", plain, ours, 1.45)
+        captured, compiled = found.ms("plain", "cudagraphs", steps=steps), found.ms(OURS, "compile", steps=steps)
+        if compiled is not None:
+            what = f"sd15, batch 2, {steps} steps, compiled: Clockwork (clock 2, identity) against plain captured"
+            yield _at_least(what, captured, compiled, 1.45)
     for batch in (2, 8):
         ours, plain = (found.ms(side, "cudagraphs", model="sdxl", batch=batch) for side in (OURS, "plain"))
         yield _at_least(f"sdxl, batch {batch}, 8 steps: captured against plain captured", plain, ours, 1.7)
@@ -108,11 +112,13 @@ def _deepcache(found: Latencies) -> Iterator[Verdict]:
 
 
 def _adaptor(found: Latencies) -> Iterator[Verdict]:
-    for model in ("sd15", "sdxl"):
+    for model, mode, name in (
+        ("sd15", "cudagraphs", "captured"), ("sdxl", "cudagraphs", "captured"), ("sd15", "compile", "compiled")
+    ):  # fmt: skip
         for cut in ("outer", "paper"):
-            ours = found.one_pass(f"adaptor pass, ResNet, {cut} cut", "cudagraphs", model)
-            bare = found.one_pass(f"adaptor pass, identity, {cut} cut", "cudagraphs", model)
-            what = f"{model}, captured: what the ResNet adds to an adaptor pass ({cut} cut)"
+            ours = found.one_pass(f"adaptor pass, ResNet, {cut} cut", mode, model)
+            bare = found.one_pass(f"adaptor pass, identity, {cut} cut", mode, model)
+            what = f"{model}, {name}: what the ResNet adds to an adaptor pass ({cut} cut)"
             if ours is None or bare is None:
                 yield Verdict(what, "its share of MACs × 1.10", "–", None)
                 continue
