@@ -147,7 +147,7 @@ def _modes(steps: int) -> tuple[Group, ...]:
             Row(mode.replace("_", "-"), adaptor=Trained(f"{name}-{mode.replace('_', '-')}", mode=mode, seed=seed))
             for mode in ("unrolled", "forward_noise", "on_policy")
         )
-        made.append(Group(name, rows, Sampler(steps=steps), share=0.5))
+        made.append(Group(name, rows, Sampler(steps=steps), share=3.0 if steps == 4 else 0.5))
     return tuple(made)
 
 
@@ -242,6 +242,7 @@ GROUPS: tuple[Group, ...] = (
         Sampler(steps=4),
         share=3.0,
     ),
+    Group("longer-4", (Row("width 64", adaptor=Trained("longer-4-width-64")),), Sampler(steps=4), share=9.0),
     Group(
         "clocks-50",
         tuple(Row(f"identity, clock {clock}", adaptor="identity", clock=clock) for clock in (2, 3, 4)),

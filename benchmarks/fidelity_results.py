@@ -163,7 +163,7 @@ def claims(results: Results) -> list[Claim]:
         if results.has(key, plain):
             cost = f" ({results.row(plain)['macs_per_image'] / results.row(key)['macs_per_image']:.2f}× the MACs)"
         claim(text + cost, (key, plain), lambda key=key, plain=plain: less(key, plain))
-    for key in ("long-4/UNet-light", "long-4/width 64"):
+    for key in ("long-4/UNet-light", "long-4/width 64", "longer-4/width 64"):
         plain = "losses-8/plain, 3 steps"
         claim(f"4 steps, clock 2, `{key}`: better than plain sampling with 3 steps", (key, plain),
               lambda key=key, plain=plain: less(key, plain))  # fmt: skip

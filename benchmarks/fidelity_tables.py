@@ -56,7 +56,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Four steps, trained for longer", "Clock 2, default cut; `steps-4` for comparison.",
         ("long-4/plain", "losses-8/plain, 3 steps", "steps-4/identity", "steps-4/trained", "long-4/width 64",
-         "long-4/UNet-light"),
+         "longer-4/width 64", "long-4/UNet-light"),
     ),
     (
         "Schedules (Tab. 3)", "Four of eight steps use the adaptor, which was trained for these steps.",

@@ -135,7 +135,7 @@ def _modes(results: Results) -> str:
             by_step = [
                 (step, statistics.fmean(one["feature"][step] for one in errors)) for step in errors[0]["feature"]
             ]
-            output = statistics.fmean(value for one in errors for value in one["output"].values())
+            output = _output_error(results, keys)
             rows.append(
                 (steps, mode, *(results.over_training(keys, name) for name in SCORES),
                  ", ".join(f"{step}: {100 * value:.1f}" for step, value in by_step), f"{100 * output:.2f}",
@@ -155,8 +155,16 @@ def _modes(results: Results) -> str:
         for mode in ("unrolled", "on-policy"):
             gap = in_words(results.training_difference(ways[mode], ways["forward-noise"], "Fréchet"))
             against.append(f"- {steps} steps, {mode} less forward-noise: Fréchet {gap}")
+    least = {steps: min(ways, key=lambda mode: _output_error(results, ways[mode])) for steps, ways in found.items()}
+    lowest = ", ".join(f"{mode} at {steps} steps" for steps, mode in least.items())
+    against.append(f"- lowest error of the guided output on the student's own states: {lowest}")
     parts = (text, _without_title(table("", heads, rows)), "Training seed by training seed:\n\n" + "\n".join(against))
     return "## Ways of training (Fig. 7)\n\n" + "\n\n".join(parts)
+
+
+def _output_error(results: Results, keys: Iterable[str]) -> float:
+    """Mean over rows and steps."""
+    return statistics.fmean(value for key in keys for value in results.row(key)["errors"]["output"].values())
 
 
 def _training(data: Mapping[str, Any]) -> str:
