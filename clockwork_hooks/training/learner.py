@@ -97,15 +97,14 @@ class Learner:
         widest = of.rows
         self.model.train()
         for step in chain:
-            last = self._waiting + 1 == self.options.accumulate
-            with _together(self.accelerator, self.model, last):
-                outcome = self._outcome(step, widest, schedule, capture, emitted)
-                loss, sizes = self.loss(outcome)
-                half = outcome.features[0].dtype == torch.float16 and self.accelerator.scaler is None
-                self._scale = _HALF_SCALE if half else 1.0
-                self.accelerator.backward(loss * (self._scale / self.options.accumulate))
+            outcome = self._outcome(step, widest, schedule, capture, emitted)
+            loss, sizes = self.loss(outcome)
+            half = outcome.features[0].dtype == torch.float16 and self.accelerator.scaler is None
+            self._scale = _HALF_SCALE if half else 1.0
+            # gradients meet over the processes in each backward pass: a round may end before `accumulate` are in
+            self.accelerator.backward(loss * (self._scale / self.options.accumulate))
             self._waiting += 1
-            if last:
+            if self._waiting == self.options.accumulate:
                 self.update()
             self._pending.append(loss.detach())
             held = self._sizes.get(step.step)
@@ -278,13 +277,6 @@ class Learner:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _together(accelerator: Any, model: Any, last: bool) -> Any:
-    """Gradients meet over the processes only in the last backward pass before an update."""
-    import contextlib
-
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
 
 
 def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
