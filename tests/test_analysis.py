@@ -219,6 +219,22 @@ def test_drift_is_what_the_exits_say():
         assert errors[3] == drift.errors[name][2][3]
 
 
+def test_a_batch_of_another_size_counts_from_its_second_step_on():
+    """Its first call is traced while it runs, and is placed when it is over."""
+    unet, exits = made(upper=lambda t: 1 + 5 * t), []
+    handle = unet.up1.register_forward_hook(lambda module, args, out: exits.append(out))
+    with torch.no_grad():
+        both = [sampler(unet)(2, 0), sampler(unet)(1, 0)]
+    handle.remove()
+    assert len(both) * len(TIMES) == len(exits)
+    change = exits[1] - exits[0], exits[len(TIMES) + 1] - exits[len(TIMES)]
+    want = torch.cat(change).norm() / torch.cat([exits[1], exits[len(TIMES) + 1]]).norm()
+    drift = ch.measure_drift(unet, sampler(unet), [2, 1], clocks=(2,))
+    name = next(iter(drift.regions))
+    assert drift.changes[name][1] == pytest.approx(float(want), rel=1e-5)
+    assert drift.error(name, 2)[1] == drift.changes[name][1]
+
+
 def test_effects_are_those_of_the_clock():
     unet = made(upper=lambda t: 1 + 5 * t)
     drift = ch.measure_drift(unet, sampler(unet), [2], clocks=(3,))

@@ -110,24 +110,42 @@ class Watch:
     Attributes:
         step: denoising step of the call under way, or of the last one; from 1.
         calls: how many there were in this trajectory.
-        branch: (guidance branch, which of its calls in the step) of the call under way.
+        branch: (guidance branch, which of its calls in the step) of the call under way, or of the last one.
         usable: may the call under way use the adaptor, if the schedule says so? Some are in doubt whatever it says.
     """
 
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.calls = unet, 0, 0
         self.branch, self.usable = (1, 0), False
+        self._before: dict[tuple[int, int, int], int] | None = None
         self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
-        self._handle = unet.register_forward_pre_hook(self._place)  # after the wrapper's own
+        self._handles = [  # each after the wrapper's own
+            unet.register_forward_pre_hook(self._place),
+            unet.register_forward_hook(self._settle),
+        ]
 
     def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         position = self._wrapper.position
-        self.calls += 1
+        self.calls, self._before = self.calls + 1, None
         if position is not None:
             self.step, self.branch = position.step, (position.branch.number, position.ordinal)
             self.usable = position.doubt is None and position.before is not None
         else:  # this call is being traced: which branch's it is will be known when it is over
             self.step, self.branch, self.usable = max(self.step, 1), (0, self.calls), False
+            self._before = self._counts()
+
+    def _settle(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a call that was traced: where it was."""
+        if self._before is None:
+            return
+        for (trajectory, step, branch), count in self._counts().items():
+            if self._before.get((trajectory, step, branch)) != count:
+                self.step, self.branch = step, (branch, count - 1)
+
+    def _counts(self) -> dict[tuple[int, int, int], int]:
+        """(trajectory, step, branch) → its calls so far, of every branch that the wrapper remembers."""
+        timeline = self._wrapper._engine.states.current().timeline
+        return {(timeline.trajectory, one.step, one.number): len(one.calls) for one in timeline.branches}
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[Watch]:
@@ -146,7 +164,8 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._wrapper.remove()
 
 
