@@ -30,6 +30,7 @@ class Choice:
         entry, exit: dotted paths of the modules whose outputs flow in and out.
         cut: "outer" or "paper".
         fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
+        strict: of a fingerprint: where it is not there, nothing is.
     """
 
     level: int | None = None
@@ -40,6 +41,7 @@ class Choice:
     exit: str | None = None
     cut: str = "outer"
     fingerprint: str | None = None
+    strict: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.modules, str):
@@ -128,6 +130,12 @@ class Choice:
         regions = finder.chain()
         if self.fingerprint is not None and (known := of_fingerprint(regions, self.fingerprint)) is not None:
             return known
+        if self.strict:
+            raise RegionNotFoundError(
+                "the region is the one that was found before, of this very architecture",
+                seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
+                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...)",
+            )
         level = 1 if self.level is self.resolution is self.share is None else self.level
         fitting = [region for region in regions if level in (None, region.level)]
         if not fitting:

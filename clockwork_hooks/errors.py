@@ -123,7 +123,13 @@ class CountError(ClockworkError):
 
 
 class DistillError(ClockworkError):
-    """An adaptor cannot be trained, or training went wrong; what was trained until then is kept."""
+    """An adaptor cannot be trained, or training went wrong; what was trained until then is kept.
+
+    Attributes:
+        result: what was trained until then, a `DistillResult`; None before training began. Pickles leave it out.
+    """
+
+    result: Any = None
 
 
 class ModelNotFoundError(ClockworkError):

@@ -114,8 +114,10 @@ def flops(value: int | None) -> str | None:
 
 
 def percent(share: float | None) -> str | None:
-    """0.309 → "30.9%"; None stays None."""
-    return None if share is None else f"{share:.1%}"
+    """0.309 → "30.9%"; two digits where one decimal would be nothing, 0.000031 → "0.0031%"; None stays None."""
+    if share is None:
+        return None
+    return f"{100 * share:.2g}%" if 0 < abs(share) < 0.0005 else f"{share:.1%}"
 
 
 def shape(sizes: Iterable[int]) -> str:

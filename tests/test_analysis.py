@@ -159,6 +159,7 @@ def test_results_are_written_and_drawn(tmp_path):
         ({"maps": ["up 16x16"]}, "up 16×16"),
         ({"maps": []}, "maps are chosen by their names"),
         ({"seeds": ()}, "needs conditions and seeds"),
+        ({"seeds": 3}, "seeds are a sequence"),
     ],
 )
 def test_bad_options_are_told(options, said):
@@ -167,6 +168,13 @@ def test_bad_options_are_told(options, said):
     with pytest.raises(ch.ArgumentError, match=said):
         ch.measure_robustness(unet, sampler(unet), [1], **options)
     assert snapshot(unet) == before
+
+
+@pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
+def test_results_that_are_no_numbers_are_nothing_to_compare_with(measure):
+    unet = made()
+    with pytest.raises(ch.ArgumentError, match="not finite: 512 of 512 values"):
+        measure(unet, lambda batch, seed: sampler(unet)(batch, seed) * torch.nan, [1])
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])

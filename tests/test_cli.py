@@ -164,7 +164,7 @@ def test_numbers_always_have_units():
     assert macs(0) == "0 MACs"
     assert macs(None) is flops(None) is percent(None) is None
     assert quantity(999_999_999, "MACs") == "1.00 GMACs"
-    assert percent(0.3094) == "30.9%"
+    assert [percent(share) for share in (0.3094, 0.0, 0.00061, 0.000031)] == ["30.9%", "0.0%", "0.1%", "0.0031%"]
     assert shape((1, 4, 64)) == "1×4×64"
 
 

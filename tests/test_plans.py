@@ -11,6 +11,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.analysis import runs
 from clockwork_hooks.analysis.candidates import candidates
 from clockwork_hooks.analysis.search import adaptive_steps, threshold_for
+from tests.small_unet import Tiny
 from tests.test_analysis import TIMES, made, sampler
 
 
@@ -175,6 +176,14 @@ def test_any_region_is_found_again_from_the_json(choice):
     assert cw.region.fingerprint == plan.fingerprint == region.fingerprint
 
 
+def test_a_plan_serves_the_unet_that_it_was_made_for():
+    """The other has a region below its first level too, but nobody has measured that."""
+    unet, other = made(), Tiny().eval()
+    plan = ch.Plan.from_json(ch.plan(unet, sampler(unet), [1], max_error=0.9, clocks=(2,), probes=1).to_json())
+    with torch.no_grad(), ch.wrap(other, plan=plan), pytest.raises(ch.RegionNotFoundError, match="model: Tiny"):
+        other(torch.zeros(1, 2, 16, 16), torch.tensor(0.5))
+
+
 # -- milliseconds --------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +310,7 @@ def test_planned_sets_save_as_much_as_each_clock():
         ({"adaptor": 3}, "an adaptor is None"),
         ({"adaptor": [None, Mixed]}, "an adaptor is None"),
         ({"clocks": ()}, "clocks that skip"),
+        ({"clocks": 2}, "clocks: 2"),
         ({"held_out": []}, "needs conditions and seeds"),
         ({"held_out_seeds": ()}, "needs conditions and seeds"),
     ],

@@ -120,7 +120,7 @@ def test_resumes_only_what_was_started_so(tmp_path: Path) -> None:
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
     """Gradients are means over the processes, so losses agree up to the order of sums: 1e-5 here.
 
-    Also where a round ends before enough adaptor steps for a gradient step are in: "a" has four, of which it takes three.
+    Also where a round ends before the adaptor steps of a gradient step are all in: "a" has four, three make one.
     """
     body = """
         batch, trajectories, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -247,8 +247,9 @@ def test_no_room_for_a_checkpoint_or_for_the_adaptor(
     ):
         quick(Tiny(), Small(), folder=tmp_path / "b", save_every=0)
     places.remove("partial/")
-    with pytest.raises(ch.DistillError, match="the trained adaptor is saved"):
+    with pytest.raises(ch.DistillError, match="the trained adaptor is saved") as caught:
         quick(Tiny(), Small(), folder=tmp_path / "c")
+    assert (caught.value.result.trajectories, len(caught.value.result.losses)) == (6, 12)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
@@ -287,6 +288,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_trained(tmp_path: Path) -> None
     with pytest.raises(ch.DistillError, match="losses are finite numbers") as caught:
         quick(unet, adaptor, breaks, folder=tmp_path)
     assert "adaptor step: 5" in str(caught.value)
+    assert caught.value.result.adaptor is adaptor
     assert all(bool(torch.isfinite(p).all()) for p in adaptor.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(adaptor.parameters(), Small().parameters(), strict=True))
     assert len(json.loads((tmp_path / "training.json").read_text())["students"]["adaptor"]["losses"]) == 4
@@ -317,7 +319,11 @@ class Flat(nn.Module):
         ({"loss": "l1"}, ch.ArgumentError, "feature, guided-feature, guided-output"),
         ({"loss": "guided-output", "guidance": None}, ch.ArgumentError, "pass guidance=7.5"),
         ({"guidance": (1.0, 2.0, 3.0)}, ch.DistillError, "a weight for each branch"),
-        ({"guidance": "strong"}, ch.ArgumentError, "a scale, or a weight"),
+        ({"guidance": "strong"}, ch.ArgumentError, "scale, or a weight"),
+        ({"guidance": float("nan")}, ch.ArgumentError, "guidance: nan"),
+        ({"generate": 3}, ch.ArgumentError, "generate: 3"),
+        ({"facts": {"sampler": object()}}, ch.ArgumentError, "not JSON serializable"),
+        ({"tracker": "tensorboard"}, ch.ArgumentError, "pass folder="),
         ({"adaptor": "identity"}, ch.AdaptorError, "resnet"),
         ({"adaptor": nn.Identity()}, ch.AdaptorError, "parameters that want gradients"),
         ({"adaptor": {}}, ch.ArgumentError, "have names"),

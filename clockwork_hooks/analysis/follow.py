@@ -19,7 +19,7 @@ from clockwork_hooks import emit
 from clockwork_hooks.adaptive import AdaptivePass
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.runs import Runs
-from clockwork_hooks.analysis.watch import Watch
+from clockwork_hooks.analysis.watch import Watch, reference
 from clockwork_hooks.graph import module_paths
 from clockwork_hooks.hooks import Installed
 from clockwork_hooks.passes import Active, Pass
@@ -68,7 +68,7 @@ def follow(
             stack.enter_context(follower.at(watch))
         for run in runs.runs:
             with watch.trajectory():
-                runs.plain.append(runs.reference(*run))
+                runs.plain.append(reference(runs.unet, runs.generate, *run))
             for follower in followers:
                 follower.before.clear()
             steps = max(steps, watch.step)

@@ -102,7 +102,7 @@ class Plan(Report):
     @property
     def region(self) -> Region | Choice:
         """The region; after `from_json`, how `wrap` finds it at the first call."""
-        return self.found or Choice(**self.choice)
+        return self.found or Choice(**self.choice, strict=True)
 
     @property
     def schedule(self) -> Schedule:

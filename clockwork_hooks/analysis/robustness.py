@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
-from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call
+from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call, reference
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.plots import Plot, plots
 from clockwork_hooks.progress import progress
@@ -194,7 +194,7 @@ def measure_robustness(
     with Watch(unet, choose(trace, unet)) as watch, progress(console) as bar:
         for k, seed in cells:
             with watch.trajectory():
-                plain.append(final(unet, generate, batches[k], seeds[seed]))
+                plain.append(reference(unet, generate, batches[k], seeds[seed]))
             steps = max(steps, watch.step)
         first_steps = _starts(starts, steps)
         sums = {(one.name, start): 0.0 for one in chosen for start in first_steps}
@@ -202,14 +202,14 @@ def measure_robustness(
         task = bar.add_task("", total=len(sums) * len(cells))
         for one in chosen:
             for start in first_steps:
-                for (k, seed), reference in zip(cells, plain, strict=True):
+                for (k, seed), before in zip(cells, plain, strict=True):
                     bar.update(task, description=f"{one.name}, from step {start}")
                     with watch.trajectory(), _disturbed(unet, one, start, watch, alpha, statistics, seeds[seed]):
                         made = final(unet, generate, batches[k], seeds[seed])
-                    sums[one.name, start] += float((made.float() - reference.float()).flatten(1).norm(dim=1).sum())
+                    sums[one.name, start] += float((made.float() - before.float()).flatten(1).norm(dim=1).sum())
                     pictures.setdefault((one.name, start), made[0].float().cpu())
                     bar.advance(task)
-    samples = sum(len(reference) for reference in plain)
+    samples = sum(map(len, plain))
     return Robustness(
         maps=chosen,
         starts=first_steps,
@@ -217,7 +217,7 @@ def measure_robustness(
         alpha=alpha,
         statistics=statistics,
         distances={one.name: tuple(sums[one.name, k] / samples for k in first_steps) for one in chosen},
-        norm=sum(float(reference.float().flatten(1).norm(dim=1).sum()) for reference in plain) / samples,
+        norm=sum(float(before.float().flatten(1).norm(dim=1).sum()) for before in plain) / samples,
         samples=samples,
         seeds=tuple(seeds),
         pictures=pictures,
@@ -282,7 +282,7 @@ def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:
     if given is None:
         stride = max(1, round(steps / 10))
         return tuple(range(1, steps + 1, stride))
-    starts = tuple(given)
+    starts: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
     wrong = [k for k in starts if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= steps]
     if wrong or not starts:
         raise ArgumentError(

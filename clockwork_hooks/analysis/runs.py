@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks.analysis.candidates import Candidate
-from clockwork_hooks.analysis.watch import Generate, final
+from clockwork_hooks.analysis.watch import Generate, final, reference
 from clockwork_hooks.attach import wrap
-from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.wrapper import ClockworkWrapper
 
@@ -59,32 +58,17 @@ class Runs:
     timed: bool = False
     plain: list[Tensor] = field(default_factory=list)
 
-    def reference(self, batch: Any, seed: int) -> Tensor:
-        """The result of one trajectory as it is.
-
-        Raises:
-            ArgumentError: it is not finite: errors could not be told.
-        """
-        made = final(self.unet, self.generate, batch, seed)
-        if not bool(made.isfinite().all()):
-            raise ArgumentError(
-                "results are finite numbers without adaptor passes",
-                seen={"seed": seed, "not finite": f"{int((~made.isfinite()).sum())} of {made.numel()} values"},
-                do="mend the sampler, or its dtype, first",
-            )
-        return made
-
     def outcome(self, candidate: Candidate, schedule: Schedule) -> Outcome:
         """Run all trajectories with this adaptor on this schedule."""
         if not self.plain:
-            self.plain = [self.reference(*run) for run in self.runs]
+            self.plain = [reference(self.unet, self.generate, *run) for run in self.runs]
         adaptor = candidate.given if isinstance(candidate.given, str) else candidate.adaptor
         errors = []
         with wrap(self.unet, adaptor, region=candidate.region, schedule=schedule) as cw:
             with self._times(cw) as times:
-                for run, reference in zip(self.runs, self.plain, strict=True):
+                for run, plain in zip(self.runs, self.plain, strict=True):
                     with cw.trajectory():
-                        errors.append(relative_error(final(self.unet, self.generate, *run), reference))
+                        errors.append(relative_error(final(self.unet, self.generate, *run), plain))
             stats = cw.stats
         calls = stats.full_passes + stats.adaptor_passes
         ms = (_typical(times[False]), _typical(times[True])) if times[False] and times[True] else None

@@ -16,7 +16,7 @@ from clockwork_hooks.graph import Trace, record
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.tree import map_leaves
 
-__all__ = ["Generate", "Watch", "check_clocks", "check_runs", "final", "first_call"]
+__all__ = ["Generate", "Watch", "check_clocks", "check_runs", "final", "first_call", "reference"]
 
 Generate = Callable[[Any, int], Tensor]
 
@@ -38,6 +38,8 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
             do="pass measure(unet, generate, [batch])",
         )
     batches = list(conditions)
+    if not isinstance(seeds, Sequence):
+        raise ArgumentError("seeds are a sequence of ints", seen={"seeds": repr(seeds)}, do="pass seeds=(0, 1)")
     if not batches or not seeds:
         raise ArgumentError(
             "a measurement needs conditions and seeds",
@@ -53,8 +55,8 @@ def check_clocks(clocks: Sequence[int]) -> None:
     Raises:
         ArgumentError: one is not, or there is none.
     """
-    wrong = [clock for clock in clocks if isinstance(clock, bool) or not isinstance(clock, int) or clock < 2]
-    if wrong or not clocks:
+    given = clocks if isinstance(clocks, Sequence) else ()
+    if not given or any(isinstance(clock, bool) or not isinstance(clock, int) or clock < 2 for clock in given):
         raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 
 
@@ -100,6 +102,22 @@ def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
             do="return the pictures, or the last latents",
         )
     return made.detach()
+
+
+def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+    """What `generate(batch, seed)` returns of the UNet as it is, to compare with.
+
+    Raises:
+        ArgumentError: it is not finite: errors could not be told.
+    """
+    made = final(unet, generate, batch, seed)
+    if not bool(made.isfinite().all()):
+        raise ArgumentError(
+            "results are finite numbers without adaptor passes",
+            seen={"seed": seed, "not finite": f"{int((~made.isfinite()).sum())} of {made.numel()} values"},
+            do="mend the sampler, or its dtype, first",
+        )
+    return made
 
 
 class Watch:

@@ -21,7 +21,15 @@ from clockwork_hooks.training.noise import Noise
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.progress import Bar
 from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
-from clockwork_hooks.training.setup import check, check_folder, chosen, learners_of, students_of
+from clockwork_hooks.training.setup import (
+    check,
+    check_facts,
+    check_folder,
+    chosen,
+    learners_of,
+    samplers_of,
+    students_of,
+)
 from clockwork_hooks.training.surroundings import accelerated, frozen, quietly, tf32
 from clockwork_hooks.training.trainer import Trainer, seeded
 from clockwork_hooks.training.trajectories import Capture
@@ -100,7 +108,7 @@ def distill(
     Raises:
         ArgumentError: an option is outside its rule, there are no prompts, or the buffer cannot hold one trajectory.
         DistillError: `generate` never calls the UNet, a loss is not finite, the disk is full, or a checkpoint does not
-            fit. What was trained until then is kept, in the adaptor and in the folder.
+            fit. What was trained until then is kept, in the adaptor, in the folder, and in the error's `.result`.
         RegionNotFoundError: nothing of the UNet can be skipped.
         WrapError: the UNet is wrapped.
 
@@ -131,7 +139,8 @@ def distill(
     check_unet(unet)
     check(mode, prompts, images, add_noise, settings.graphs)
     weights = guidance_of(guidance)
-    generates = (generate,) if callable(generate) else tuple(generate)
+    generates = samplers_of(generate)
+    check_facts(facts)
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
@@ -168,16 +177,20 @@ def distill(
                 trainer.save = lambda: _save(home, trainer, told)
                 if resume:
                     _resume(home, trainer, told)
-            with Bar(console, shown=progress and engine.is_main_process) as bar:
-                trainer.tell = lambda: _tell(trainer, bar)
-                try:
-                    trainer.run()
-                finally:
-                    trainer.close()
-                    if home is not None and engine.is_main_process:
-                        result = _result(trainer, region, told, home)
-                        with quietly(sys.exc_info()[1]):
-                            _write(result, facts or {})
+            try:
+                with Bar(console, shown=progress and engine.is_main_process) as bar:
+                    trainer.tell = lambda: _tell(trainer, bar)
+                    try:
+                        trainer.run()
+                    finally:
+                        trainer.close()
+                        if home is not None and engine.is_main_process:
+                            result = _result(trainer, region, told, home)
+                            with quietly(sys.exc_info()[1]):
+                                _write(result, facts or {})
+            except DistillError as error:
+                error.result = _result(trainer, region, told, home)
+                raise
             engine.wait_for_everyone()
             return _result(trainer, region, told, home)
         finally:

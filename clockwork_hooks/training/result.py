@@ -211,7 +211,7 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
         raise DistillError(
             "the trained adaptor is saved in the run's folder",
             seen={"folder": folder, "error": error},
-            do="free some space and save it again: result.adaptor.save_pretrained(folder)",
+            do="free some space and save it again: it is this error's .result.adaptor",
         ) from error
 
 

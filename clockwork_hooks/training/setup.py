@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,17 @@ from clockwork_hooks.training.options import MODES, Student, TrainingOptions
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors import LearnedAdaptor
 
-__all__ = ["KINDS", "check", "check_folder", "chosen", "kind_of", "learners_of", "students_of"]
+__all__ = [
+    "KINDS",
+    "check",
+    "check_facts",
+    "check_folder",
+    "chosen",
+    "kind_of",
+    "learners_of",
+    "samplers_of",
+    "students_of",
+]
 
 KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}
 
@@ -56,6 +67,34 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
             seen={"mode": mode, "given": ", ".join(given) or "neither images nor add_noise"},
             do="pass images=batch -> clean samples, and add_noise=(clean, noise, time) -> noisy, with that mode",
         )
+
+
+def samplers_of(generate: Any) -> tuple[Callable[[list[Any]], Any], ...]:
+    """The sampler, or those that take turns.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    several = (generate,) if callable(generate) or not isinstance(generate, Sequence) else tuple(generate)
+    if not several or not all(map(callable, several)):
+        raise ArgumentError(
+            "generate is a function that samples for a list of prompts, or several of them",
+            seen={"generate": repr(generate)[:80]},
+            do="pass generate=lambda batch: pipe(batch, num_inference_steps=8)",
+        )
+    return several
+
+
+def check_facts(facts: Mapping[str, Any] | None) -> None:
+    """Raise `ArgumentError` if JSON cannot hold what is to be saved with the adaptor: now, not when it is trained."""
+    try:
+        json.dumps(dict(facts or {}))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
+            seen={"facts": repr(facts)[:80], "error": error},
+            do="convert them, e.g. float(tensor)",
+        ) from error
 
 
 def check_folder(folder: Path | None, resume: bool) -> None:

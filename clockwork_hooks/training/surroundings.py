@@ -48,6 +48,12 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
     need("training runs on Hugging Face Accelerate", "accelerate", install="clockwork-hooks[train]")
     if options.tracker is not None:
         need("losses are logged with TensorBoard", "tensorboard", install="clockwork-hooks[train]")
+        if folder is None and given is None:
+            raise ArgumentError(
+                "losses are logged in the run's folder",
+                seen={"tracker": options.tracker, "folder": None},
+                do="pass folder=",
+            )
     import accelerate
     from accelerate.state import AcceleratorState
 
