@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.errors import AmbiguousInputError, TraceError
-from clockwork_hooks.inputs import Arguments, Binder, find_sample, time_candidates
+from clockwork_hooks.inputs import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.recorder import ModuleCall, Recorder
 from clockwork_hooks.tree import leaves
 
@@ -247,18 +247,21 @@ def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: s
         arguments.signature,
         type(unet).__name__,
     )
-    return traced if len(times) <= 1 else replace(traced, times=_periodic(traced))
+    if len(times) > 1:
+        return replace(traced, times=_periodic(traced) or times)
+    doubtful = time is None and any(may_be_label(path, arguments.get(path)) for path in times)
+    return replace(traced, times=_periodic(traced)) if doubtful else traced
 
 
 def _periodic(traced: Trace) -> tuple[str, ...]:
-    """Among several small inputs, the time is the one that feeds sin, cos or log without the sample's help."""
+    """Those that feed sin, cos or log without the sample's help, as a time does, and a class label does not."""
     from_sample = traced.reachable([traced.inputs[traced.sample]])
 
     def periodic(path: str) -> bool:
         reached = traced.reachable([traced.inputs[path]]) - from_sample
         return any(getattr(getattr(node.target, "_schema", None), "name", "") in PERIODIC for node in reached)
 
-    return tuple(path for path in traced.times if periodic(path)) or traced.times
+    return tuple(path for path in traced.times if periodic(path))
 
 
 def module_paths(unet: nn.Module) -> dict[int, str]:

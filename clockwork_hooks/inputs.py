@@ -12,7 +12,7 @@ import torch
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.tree import leaves
 
-__all__ = ["Arguments", "Binder", "find_sample", "is_number", "time_candidates"]
+__all__ = ["Arguments", "Binder", "find_sample", "is_number", "may_be_label", "time_candidates"]
 
 SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
 TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
@@ -158,6 +158,13 @@ def time_candidates(arguments: Arguments, *, sample: str | None, time: str | Non
             return (name,)
     prefixed = [path for path in small if path.startswith(TIME_PREFIXES)]
     return tuple(prefixed[:1] or small)
+
+
+def may_be_label(path: str, leaf: Any) -> bool:
+    """An integer for each row, of whose name nothing is known: a class label, unless the graph shows a time."""
+    name = path.rpartition(".")[2]
+    named = name in TIME_NAMES or name.startswith(TIME_PREFIXES)
+    return not named and isinstance(leaf, torch.Tensor) and not leaf.is_floating_point()
 
 
 def _may_be_time(leaf: Any) -> bool:

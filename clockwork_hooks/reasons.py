@@ -52,7 +52,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "nothing; once per signature. `region=` found up front saves it",
     ),
     TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),
-    NO_TIME: ("the UNet takes no time, so nothing tells one step from the next", "`with cw.step():` around each step"),
+    NO_TIME: (
+        "the UNet takes no time, or none that a name or the graph tells from a class label",
+        "`wrap(..., time=name)`, or `with cw.step():` around each step",
+    ),
     UNREADABLE: (
         "rows at different times, as in training and validation losses; or a time on the meta device",
         "nothing; for a sampler with a time per row, `with cw.step():`",

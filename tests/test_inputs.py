@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from clockwork_hooks.inputs import Arguments, Binder, find_sample, is_number, time_candidates
 from tests.bendable import Tiny, noise, outputs, proven
+from tests.oracle import Judge
 from tests.zoo.proof import same
 
 X, T = torch.zeros(2, 3, 16, 16), torch.tensor([3.0, 3.0])
@@ -212,6 +213,53 @@ def test_an_ambiguous_time_is_asked_for() -> None:
     with ch.wrap(model, region=region, time="bucket") as cw:
         outputs(lambda t: model(noise(), one, torch.full((2,), t)), (9.0, 8.0))
         assert cw.stats.adaptor_passes == 1
+
+
+class Labelled(Tiny):
+    """A time in a form that nobody looks for, and a class label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Embedding(20, 8)
+
+    def forward(self, x: Tensor, frames: Any, y: Any) -> Any:
+        return super().forward(x, frames.mean(1)) + self.classes(y).mean()
+
+
+def test_a_class_label_is_no_time() -> None:
+    """With a time for each frame, guidance in two calls would look like two steps: the label falls from 10 to 3."""
+    model, labels = Labelled(), [torch.full((2,), k) for k in (10, 3)]
+    assert ch.trace(model, noise(), torch.ones(2, 4), labels[0]).times == ()
+    judge = Judge(model, path="up")
+    with ch.wrap(model) as cw, torch.no_grad():
+        for step, t in enumerate((9.0, 8.0, 7.0, 6.0), 1):
+            for branch, label in enumerate(labels):
+                judge.call(noise(), torch.full((2, 4), t), label, step=step, branch=branch)
+        assert judge.made == "F" * 8
+        assert cw.stats.reasons == {"no time input: declare cw.step()": 8}
+        judge.made = ""
+        for step, t in enumerate((9.0, 8.0, 7.0, 6.0), 1):
+            cw.step()
+            for branch, label in enumerate(labels):
+                with cw.branch(str(branch)):
+                    judge.call(noise(), torch.full((2, 4), t), label, step=step, branch=branch)
+        assert judge.made == "FFAAFFAA"
+
+
+@pytest.mark.parametrize("told", ["nothing", "name", "time="])
+def test_a_time_by_embedding_is_told_by_its_name(told: str) -> None:
+    """An integer that is looked up in a table may be a class label as well."""
+
+    class Steps(Labelled):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            (k,) = (*args, *kwargs.values())
+            return super().forward(x, torch.ones(2, 4), k)
+
+    model = Steps()
+    with ch.wrap(model, time="k" if told == "time=" else None) as cw, torch.no_grad():
+        for k in (4, 3, 2, 1):
+            model(noise(), **{"timestep" if told == "name" else "k": torch.full((2,), k)})
+        assert cw.stats.adaptor_passes == (0 if told == "nothing" else 2)
 
 
 def test_a_unet_without_time_runs_full_until_steps_are_declared() -> None:
