@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.fidelity_plan import GROUPS, Group, Row, Trained, group_named
 from clockwork_hooks.demo.weights import write_json
+from clockwork_hooks.timing import device_name
 
 RESULT = Path(__file__).parent / "results" / "fidelity.json"
 TIMED = (
@@ -213,7 +214,7 @@ def measure_time(options: argparse.Namespace) -> int:
             told = {"median": statistics.median(kept), "low": min(kept), "high": max(kept), "rounds": len(kept)}
             found.setdefault(key, {})[f"batch {batch}"] = told
             _say(f"{key}, batch {batch}: {1000 * told['median']:.3f} ms an image")
-    settings = {"device": torch.cuda.get_device_name() if on_cuda else "CPU", "torch": torch.__version__}
+    settings = {"device": device_name(options.device), "torch": torch.__version__}
     write_json(options.out / "time.json", {"command": options.command, **settings, "dtype": str(dtype), "rows": found})
     return 0
 

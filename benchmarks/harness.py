@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from clockwork_hooks.timing import Timing, in_turns, synchronize, timed
+from clockwork_hooks.timing import Timing, device_name, in_turns, synchronize, timed
 
 __all__ = [
-    "PACKAGES", "Results", "Timing", "environment", "in_turns", "processor", "reason", "say", "synchronize", "timed"
+    "PACKAGES", "Results", "Timing", "environment", "in_turns", "reason", "say", "synchronize", "timed"
 ]  # fmt: skip
 
 PACKAGES = ("torch", "diffusers", "DeepCache", "tomesd", "fvcore", "numpy", "pytest-benchmark")
@@ -37,7 +37,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
             versions[name] = None
     cuda = device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "device": device_name(device),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "threads": torch.get_num_threads(),
@@ -49,13 +49,6 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-
-
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Results:

@@ -28,7 +28,8 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
     from clockwork_hooks.analysis.planner import plan
     from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
     from clockwork_hooks.attach import wrap
-    from clockwork_hooks.benchmark import Benchmark, bench
+    from clockwork_hooks.bench_report import Benchmark
+    from clockwork_hooks.benchmark import bench
     from clockwork_hooks.blocks import diagram
     from clockwork_hooks.boundary import Boundary, Region, Side
     from clockwork_hooks.cost import FlopsReport
@@ -122,7 +123,8 @@ _HOME = {
         "analysis.planner": "plan",
         "analysis.robustness": "Robustness measure_robustness",
         "attach": "wrap",
-        "benchmark": "Benchmark bench",
+        "bench_report": "Benchmark",
+        "benchmark": "bench",
         "blocks": "diagram",
         "boundary": "Boundary Region Side",
         "cost": "FlopsReport",

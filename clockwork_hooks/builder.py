@@ -16,6 +16,7 @@ from torch import nn
 
 from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.boundary import Boundary, Region, Side
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.dominance import Dominance, Mask
 from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace, module_paths
@@ -23,7 +24,6 @@ from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import node_macs, operator_name
 from clockwork_hooks.operators import PRODUCTS, kind
 from clockwork_hooks.planner import Planner
-from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.skipping import Plan
 from clockwork_hooks.tree import leaves
 

@@ -6,7 +6,6 @@ so whatever the machine does meanwhile hits them alike.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.progress import progress
 from clockwork_hooks.scores import Evaluation, Score, VariantResult
+from clockwork_hooks.timing import device_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -212,11 +212,10 @@ def _check(batches: Sequence[Any], seeds: Sequence[int], variants: Mapping[str, 
 
 def _settings(images: int, seeds: Sequence[int], unet: nn.Module) -> dict[str, Any]:
     weight = next(iter(unet.parameters()), torch.empty(0))
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.processor() or platform.machine()
     return {
         "images": images,
         "seeds": list(seeds),
-        "device": device,
+        "device": device_name(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "versions": versions(),
     }

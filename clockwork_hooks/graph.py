@@ -17,9 +17,10 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.bindings import TensorSpec
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.inputs import Arguments, Binder, find_sample, may_be_label, time_candidates
-from clockwork_hooks.recorder import ModuleCall, Recorder
+from clockwork_hooks.recorder import Recorder
 from clockwork_hooks.tree import leaves
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]

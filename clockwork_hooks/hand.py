@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.finder import Finder
-from clockwork_hooks.recorder import ModuleCall
 
 __all__ = ["by_ends", "by_modules", "near"]
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from clockwork_hooks.bindings import TensorSpec
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph import Trace, module_paths
 from clockwork_hooks.levels import Levels
 from clockwork_hooks.macs import operator_name
-from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.tree import leaves, map_leaves
 
 __all__ = ["Injection", "find_injection", "injected"]

@@ -11,11 +11,11 @@ import torch
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.passes import Emit, Pass, version
-from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.regions import skipped_nodes
 from clockwork_hooks.running import Prepared
 from clockwork_hooks.skipping import Kind, Plan, SkippedCall, Slot

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from clockwork_hooks.bindings import TensorSpec
 from clockwork_hooks.boundary import Side
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.dominance import Dominance, Mask
 from clockwork_hooks.embeddings import Embeddings
 from clockwork_hooks.graph import Trace
-from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.skipping import Plan, Port, SkippedCall, Slot
 from clockwork_hooks.tree import leaves, map_leaves
 

@@ -11,7 +11,6 @@ import operator
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -31,10 +30,11 @@ from torch.utils._python_dispatch import (
 )
 
 from clockwork_hooks.bindings import Bindings
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.inputs import Arguments, is_number
 from clockwork_hooks.tree import tensors
 
-__all__ = ["ModuleCall", "Recorder"]
+__all__ = ["Recorder"]
 
 _LIKELY = 6  # a LoRA on the exit's convolution makes three tensors of its size before it
 _FACTORIES = (
@@ -44,35 +44,6 @@ _FACTORIES = (
     torch.ops.aten.scalar_tensor.default,
     torch.ops.aten.fill_.Scalar,
 )
-
-
-@dataclass(slots=True)
-class ModuleCall:
-    """One call of one module.
-
-    Attributes:
-        index: number of the call in the trace; 0 is the root's.
-        path: dotted path of the module under the root ("" for the root), None for a module that is not registered.
-        scope: the path, or that of the nearest registered module around.
-        kind: class name.
-        ordinal: how many calls of the same module came before.
-        parent: index of the enclosing call, -1 for the root.
-        first, last: the call's nodes are those with first <= index < last.
-        inputs: the arguments, (args, kwargs), with every tensor replaced by its `TensorSpec`.
-        output: what the call returned, likewise.
-    """
-
-    index: int
-    path: str | None
-    scope: str
-    kind: str
-    ordinal: int
-    parent: int
-    first: int
-    last: int = -1
-    inputs: Any = ((), {})
-    output: Any = None
-    module: int = field(default=0, repr=False)
 
 
 class Recorder(TorchDispatchMode):

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 
 from clockwork_hooks.builder import Builder
+from clockwork_hooks.calls import ModuleCall
 from clockwork_hooks.dominance import Dominance
 from clockwork_hooks.graph import Trace
 from clockwork_hooks.levels import Levels
-from clockwork_hooks.recorder import ModuleCall
 from clockwork_hooks.report import shape
 
 __all__ = ["reason"]

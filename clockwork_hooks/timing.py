@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Timing", "in_turns", "synchronize", "timed"]
+__all__ = ["Timing", "device_name", "in_turns", "synchronize", "timed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,17 @@ def timed(run: Callable[[], Any], device: str) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """What a result was measured on: the GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def in_turns(

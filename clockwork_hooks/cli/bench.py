@@ -8,18 +8,8 @@ from typing import Annotated
 import typer
 
 from clockwork_hooks.cli.app import MEASURE, app, epilog
-from clockwork_hooks.cli.options import (
-    Choosing,
-    Clocks,
-    Guidance,
-    Loading,
-    Model,
-    Output,
-    Seed,
-    Steps,
-    deliver,
-    spread,
-)
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Choosing, Clocks, Guidance, Loading, Model, Output, Seed, Steps, spread
 
 __all__ = ["bench"]
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from clockwork_hooks.cli.app import TRY, app, epilog
-from clockwork_hooks.cli.options import Format, FormatOption, Output, Seed, Steps, deliver
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Format, FormatOption, Output, Seed, Steps
 
 __all__ = ["demo"]
 

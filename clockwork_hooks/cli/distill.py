@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, app
-from clockwork_hooks.cli.options import Format, FormatOption, Output, deliver
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Format, FormatOption, Output
 
 __all__ = ["distill"]
 

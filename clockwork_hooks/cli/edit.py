@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from clockwork_hooks.cli.app import TRY, app, epilog
-from clockwork_hooks.cli.options import OutputFolder, Seed, deliver, spread
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import OutputFolder, Seed, spread
 
 __all__ = ["edit"]
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from clockwork_hooks.cli.app import LOOK, app, epilog
-from clockwork_hooks.cli.options import Choosing, Guidance, Loading, Model, Output, Steps, deliver, spread
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Choosing, Guidance, Loading, Model, Output, Steps, spread
 
 __all__ = ["flops"]
 

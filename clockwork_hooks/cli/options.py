@@ -24,7 +24,6 @@ from clockwork_hooks.rendering import PICTURES, TEXTS
 
 if TYPE_CHECKING:
     from clockwork_hooks.models import LoadedModel
-    from clockwork_hooks.rendering import Report
 
 __all__ = [
     "Adaptors",
@@ -40,8 +39,6 @@ __all__ = [
     "OutputFolder",
     "Seed",
     "Steps",
-    "deliver",
-    "show",
     "spread",
 ]
 
@@ -53,7 +50,6 @@ OUT_HELP = (
     "Write the report too: a file whose ending tells its form (.html, .json, .md, .svg, .png), or a folder for all of "
     "them; repeatable."
 )
-FORMS = ("json", "md", "html", "png")
 ENDINGS = (*TEXTS, *PICTURES)
 
 
@@ -245,50 +241,6 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = own.replace(parameters=spread_out)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in spread_out}
     return run
-
-
-def deliver(report: Report, output: Output, name: str, *more: Any) -> None:
-    """Print the report as asked, and write its files; their paths go to standard error.
-
-    Args:
-        report: what the command found.
-        output: how, and where to.
-        name: of the command: of its files in a folder, and of the folder that `OutputFolder` takes by default.
-        *more: printed after the tables.
-    """
-    if output.format is Format.json:
-        typer.echo(report.to_json())
-    elif output.format is Format.md:
-        typer.echo(report.to_markdown())
-    else:
-        show(*report.tables(), *more)
-    usual = [f"clockwork-{name}"] if isinstance(output, OutputFolder) else []
-    for path in map(Path, output.out or usual):
-        for written in _write(report, path, name):
-            typer.echo(written, err=True)
-
-
-def _write(report: Report, path: Path, name: str) -> list[Path]:
-    if path.suffix and not path.is_dir():
-        return [report.save(path)]
-    drawn = report.figures()
-    written = [report.save(path / f"{name}.{form}") for form in FORMS if form != "png"]
-    for k, figure in enumerate(drawn, 1):
-        written.append(path / (f"{name}.png" if k == 1 else f"{name}-{k}.png"))
-        figure.save(written[-1])
-    return written
-
-
-def show(*parts: Any) -> None:
-    """Print tables and text to the terminal."""
-    from rich.console import Console
-
-    console = Console()
-    for part in parts:
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            console.print(part)
 
 
 def _check_device(device: str | None) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from clockwork_hooks.cli.app import MEASURE, app, epilog
-from clockwork_hooks.cli.options import OutputFolder, deliver, spread
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import OutputFolder, spread
 from clockwork_hooks.cli.sampling import Sampled, Sampling, load_sampler
 
 __all__ = ["perturb"]

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from clockwork_hooks.cli.app import MEASURE, app, epilog
-from clockwork_hooks.cli.options import Adaptors, Clocks, OutputFolder, deliver, spread
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Adaptors, Clocks, OutputFolder, spread
 from clockwork_hooks.cli.sampling import Sampled, Sampling, load_sampler
 
 __all__ = ["plan"]

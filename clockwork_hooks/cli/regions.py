@@ -7,7 +7,8 @@ from typing import Any
 
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.cli.app import LOOK, app, epilog
-from clockwork_hooks.cli.options import Choosing, Loading, Model, Output, deliver, spread
+from clockwork_hooks.cli.delivery import deliver
+from clockwork_hooks.cli.options import Choosing, Loading, Model, Output, spread
 from clockwork_hooks.drawing import Diagram
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, shape, table

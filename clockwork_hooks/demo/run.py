@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from clockwork_hooks.regions import find_region
 from clockwork_hooks.rendering import Report
 from clockwork_hooks.report import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
+from clockwork_hooks.timing import device_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -262,7 +262,7 @@ def _settings(texts: Sequence[str], steps: int, clock: int, seed: int) -> dict[s
         "clock": clock,
         "seed": seed,
         "guidance": GUIDANCE,
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

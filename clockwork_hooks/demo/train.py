@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clockwork_hooks.demo.weights import WEIGHTS, read_json, save_half, write_json
+from clockwork_hooks.timing import device_name
 
 __all__ = ["main"]
 
@@ -149,11 +150,10 @@ def _note(options: argparse.Namespace, part: str, found: dict[str, Any]) -> None
 def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
     import diffusers
 
-    on_cuda = str(options.device).startswith("cuda")
     return {
         "command": " ".join(["python -m clockwork_hooks.demo.train", *sys.argv[1:]]),
         "seed": options.seed,
-        "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
+        "device": device_name(options.device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
