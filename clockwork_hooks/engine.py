@@ -221,6 +221,7 @@ class Engine(Preparation):
         if prepared.region is not None:
             exit, position.call.missing = kept.get(prepared.region.exit.node), reasons.TRACED
             if exit is not None:
+                exit = exit.clone() if prepared.copies else exit
                 position.call.kept = Kept(running.key, self._free(exit), version(exit), running.weights)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:

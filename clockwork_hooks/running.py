@@ -31,7 +31,8 @@ class Prepared:
     sample: str
     why: str = ""
     adaptor_macs: int | None = None
-    copies: bool = False  # code that the trace does not know writes to the exit
+    # code that the trace does not know writes to the exit, or might: inference tensors keep no count of writes
+    copies: bool = field(default_factory=torch.is_inference_mode_enabled)
     name: str = ""  # tells adaptor passes apart where there are several regions
     blanks: dict[tuple[str, int], Any] = field(default_factory=dict)  # what skipped calls return in every pass
     _told: tuple[int, ...] | None = None

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clockwork_hooks as ch
 from clockwork_hooks import engine, preparation
+from tests.oracle import Judge
 from tests.small_unet import SKIPPED, Tiny, reference
 
 # diffusers 0.42.1 hands a tensor to np.array in DPMSolverMultistepScheduler.set_timesteps
@@ -34,15 +35,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 class WritesTheExit(Tiny):
     """The code after the region multiplies its exit in place; `late`, after it has used it once."""
 
-    def __init__(self, late: bool) -> None:
+    def __init__(self, late: bool, on: bool = True) -> None:
         super().__init__()
-        self.late = late
+        self.late, self.on = late, on
 
     def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
         h = self.stem(x)
         z = self.up(self.body(self.act(self.down(h))))
         y = torch.cat([h, z], 1) if self.late else None
-        z.mul_(0.5)
+        if self.on:
+            z.mul_(0.5)
         return self.head(torch.cat([h, z], 1) if y is None else y) + z.mean()
 
 
@@ -106,6 +108,22 @@ def test_an_exit_that_somebody_else_writes_to_is_not_used(where: str) -> None:
             assert torch.equal(unet(x, t), plain(x, t))
             exits[-2].zero_()
     assert cw.stats.adaptor_passes == 1
+
+
+@pytest.mark.parametrize("clocks", [None, {1: 2}])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_writes_that_begin_after_the_trace(mode: Any, clocks: dict[int, int] | None) -> None:
+    """By the UNet's own code, as FreeU's, and by a hook after the call; inference tensors keep no count of writes."""
+    unet, exits = WritesTheExit(late=True, on=False), []
+    unet.up.register_forward_hook(lambda module, args, output: exits.append(output))
+    judge = Judge(unet)
+    with mode(), ch.wrap(unet, clocks=clocks) as cw:
+        for step, t in enumerate(range(900, 0, -100), 1):
+            unet.on = judge.plain.on = step > 4  # type: ignore[assignment]
+            judge.call(torch.randn(1, 2, 8, 8), t, step=step)
+            if step in (1, 7):
+                exits[-2].zero_()
+        assert cw.stats.adaptor_passes >= 2
 
 
 # -- rollouts ------------------------------------------------------------------------------------------------------
