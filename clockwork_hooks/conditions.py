@@ -14,10 +14,12 @@ import torch
 
 from clockwork_hooks.inputs import is_number
 from clockwork_hooks.passes import version
+from clockwork_hooks.tree import leaves
 
 __all__ = ["Conditions", "Seen"]
 
 _LARGEST_COPY = 1 << 22  # elements
+_DEEPEST = 4  # objects within objects
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -26,13 +28,14 @@ class Conditions:
 
     Args:
         values: every input but the sample and the time, in order.
+        depth: how many objects these are inside of.
     """
 
     __slots__ = ("_items", "nbytes")
 
-    def __init__(self, values: Sequence[Any]) -> None:
-        self._items = tuple(map(_remember, values))
-        self.nbytes = sum(kept.nbytes for kept, _ in self._items if isinstance(kept, _Copy))
+    def __init__(self, values: Sequence[Any], depth: int = 0) -> None:
+        self._items = tuple(_remember(value, depth) for value in values)
+        self.nbytes: int = sum(kept.nbytes for kept, _ in self._items if isinstance(kept, (_Copy, _Parts)))
 
     def same(self, values: Sequence[Any]) -> bool:
         """Are these the same conditions? Never waits for a device: there, new objects are other conditions."""
@@ -106,6 +109,23 @@ class _Copy:
         return torch.equal(self.bits, _bits(value)) if tensor else bool(self.bits == value.tobytes())
 
 
+class _Parts:
+    """An object of a class that nobody knows: the same one, holding the same."""
+
+    __slots__ = ("_held", "_paths", "_value", "nbytes")
+
+    def __init__(self, value: Any, depth: int) -> None:
+        parts = dict(leaves(vars(value)))
+        self._value, self._paths, self._held = value, list(parts), Conditions(list(parts.values()), depth + 1)
+        self.nbytes = self._held.nbytes
+
+    def same(self, value: Any) -> bool:
+        if value is not self._value:
+            return False
+        parts = dict(leaves(vars(value)))
+        return list(parts) == self._paths and self._held.same(list(parts.values()))
+
+
 def _none() -> None:
     return None
 
@@ -114,10 +134,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _remember(value: Any) -> tuple[Any, int]:
+def _remember(value: Any, depth: int) -> tuple[Any, int]:
     """(what is kept of it, its version): -1 where nothing tells of writes."""
     if _copied(value):
         return _Copy(value), -1
+    if depth < _DEEPEST and hasattr(value, "__dict__") and not callable(value) and not isinstance(value, torch.Tensor):
+        return _Parts(value, depth), -1
     return value, version(value) if isinstance(value, torch.Tensor) else -1
 
 
@@ -136,7 +158,7 @@ def _plain(value: Any) -> bool:
 def _same(item: tuple[Any, int], value: Any) -> bool:
     """Plain values may also be equal. What `==` means for other objects, nobody knows."""
     kept, written = item
-    if isinstance(kept, _Copy):
+    if isinstance(kept, (_Copy, _Parts)):
         return kept.same(value)
     if kept is value:
         return not isinstance(value, torch.Tensor) or version(value) == written

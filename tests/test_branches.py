@@ -1,6 +1,7 @@
 """Guidance branches, tiles, micro-batches and solvers that call the UNet several times a step."""
 
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -316,6 +317,38 @@ def test_the_same_objects_need_no_waiting(loop: Callable[[Judge, Any], None], as
         loop(judge, cw)
         assert cw.stats.adaptor_passes == made.count("A")
     assert len(as_on_a_device) == (1 if loop is interval else 0)
+
+
+class Prompt:
+    """Somebody's own class, that a UNet may take."""
+
+    def __init__(self, c: torch.Tensor) -> None:
+        self.c, self.within, self.itself = None, {"deep": [types.SimpleNamespace(c=c)]}, self
+
+    def put(self, c: torch.Tensor) -> None:
+        self.within["deep"][0].c = c
+
+
+class TakesAnObject(Tiny):
+    def forward(self, x: torch.Tensor, t: Any, prompt: Prompt) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, t, prompt.within["deep"][0].c)
+
+
+@torch.no_grad()
+def test_an_object_that_holds_something_else_is_another_condition() -> None:
+    """One object for all calls: guidance begins in the third step, and the prompt changes in the seventh."""
+    judge, (c, other, none) = Judge(TakesAnObject()), (condition() for _ in range(3))
+    prompt = Prompt(c)
+    with ch.wrap(judge.unet) as cw:
+        for k, t in enumerate(TIMES, 1):
+            if 3 < k < 6:
+                prompt.put(none)
+                judge.call(sample(), t, prompt, step=k, branch="none")
+            now = c if k < 6 else other
+            prompt.put(now)
+            judge.call(sample(), t, prompt, step=k, branch=id(now))
+        assert judge.made == "FAF" + "FA" + "FF" + "FFA"
+        assert cw.stats.reasons["conditions are new in this step"] == 2
 
 
 def remembered(values: list[torch.Tensor], others: list[torch.Tensor]) -> tuple[bool, bool]:
