@@ -40,9 +40,10 @@ from clockwork_hooks.inversion import (
     told,
 )
 from clockwork_hooks.progress import progress
+from clockwork_hooks.report import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.stats import Counts
-from clockwork_hooks.tree import map_leaves, tensors
+from clockwork_hooks.tree import leaves, map_leaves, tensors
 from clockwork_hooks.wrapper import ClockworkWrapper
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ def edit(
     latents, given = _source(unet, source, conditions)
     path = Path(scheduler, steps, latents.device)
     rows = _rows(given, told(negative, len(latents)), told(target, len(latents)))
+    if injection is None:  # before the inversion, which takes long: a UNet may have no place for any
+        injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), given))
     if not isinstance(source, Inversion):
         source = invert(
             unet,
@@ -211,8 +214,6 @@ def edit(
             console=console,
         )
     x = source.noise
-    if injection is None:
-        injection = find_injection(record(unet, (x.to(dtype_of(unet)), path.times[0]), given))
     with (
         clocked(unet, clock, schedule, region, adaptor) as cw,
         progress(console) as bar,
@@ -260,6 +261,13 @@ def _rows(*told: Mapping[str, Any]) -> dict[str, Any]:
             "source, negative and target are told in the same way",
             seen={"keys": [sorted(one) for one in told]},
             do="pass the same keyword arguments, or hidden states, for each",
+        )
+    shapes = [{path: shape(leaf.shape[1:]) for path, leaf in leaves(one) if isinstance(leaf, Tensor)} for one in told]
+    if any(other != shapes[0] for other in shapes):
+        raise ArgumentError(
+            "source, negative and target are told in tensors of one shape, but for the rows",
+            seen={who: one for who, one in zip(("source", "negative", "target"), shapes, strict=True)},
+            do="pad the texts to one length",
         )
     return {name: _stacked([one[name] for one in told]) for name in first}
 

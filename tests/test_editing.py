@@ -307,6 +307,7 @@ def test_the_example_runs(capsys):
         ({"injection": Injection(("up_blocks.9",))}, "no such module: up_blocks.9"),
         ({"negative": {"text": torch.zeros(1)}}, "told in the same way"),
         ({"negative": torch.zeros(2, 5, 8)}, "pictures: 1\n  encoder_hidden_states: 2×5×8"),
+        ({"negative": torch.zeros(1, 7, 8)}, "negative: {'encoder_hidden_states': '7×8'}"),
         ({"scheduler": object()}, "alphas_cumprod"),
         ({"scheduler": scheduler(prediction_type="sample")}, "predicts noise or v"),
         ({"conditions": None}, "told about the source"),
@@ -326,6 +327,17 @@ def test_bad_options_are_told_and_leave_nothing(unet, options, said):
     handle.remove()
     assert not calls  # nothing is computed before it is told
     assert snapshot(unet) == before
+
+
+def test_no_place_for_an_injection_is_told_before_the_inversion():
+    """The UNet has no self-attention: it is called once, to be traced."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    unet, calls = tiny(mid_block_type=None, **blocks), []
+    source, hidden = things()
+    unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ch.ArgumentError, match="such attention after it: 0"):
+        edit(unet, scheduler(), source, hidden[0], target=hidden[1], negative=hidden[2], inversion_steps=9, steps=2)
+    assert len(calls) == 1
 
 
 def test_an_inversion_brings_its_own_text(unet):
