@@ -191,12 +191,15 @@ def edit(
     """
     check_unet(unet)
     check_clock(clock)
+    check_clock(clock if inversion_clock is None else inversion_clock)
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
         raise ArgumentError("guidance is a finite number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5")
     if injection is not None:
         injection.check(unet)
     latents, given = _source(unet, source, conditions)
     path = Path(scheduler, steps, latents.device)
+    if not isinstance(source, Inversion):
+        Path(scheduler, inversion_steps, latents.device)  # steps that are none are told now
     rows = _rows(given, told(negative, len(latents)), told(target, len(latents)))
     if injection is None:  # before the inversion, which takes long: a UNet may have no place for any
         injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), given))
@@ -266,7 +269,7 @@ def _rows(*told: Mapping[str, Any]) -> dict[str, Any]:
     if any(other != shapes[0] for other in shapes):
         raise ArgumentError(
             "source, negative and target are told in tensors of one shape, but for the rows",
-            seen={who: one for who, one in zip(("source", "negative", "target"), shapes, strict=True)},
+            seen=dict(zip(("source", "negative", "target"), shapes, strict=True)),
             do="pad the texts to one length",
         )
     return {name: _stacked([one[name] for one in told]) for name in first}
