@@ -359,9 +359,28 @@ def test_a_share_is_a_share():
 
 
 def test_an_exception_leaves_the_unet_as_it_was(unet):
+    """In the second step of the way back: the fifth call, after one that is traced and two of the inversion."""
     source, hidden = things()
+    calls = []
+
+    def breaks(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise ZeroDivisionError
+
+    handle = unet.mid_block.register_forward_hook(breaks)
     before = snapshot(unet)
-    wrong = hidden[1][..., :4]  # of another width
-    with pytest.raises(RuntimeError):
-        edit(unet, scheduler(), source, hidden[0], target=wrong, negative=wrong, inversion_steps=2, steps=2)
+    with pytest.raises(ZeroDivisionError):
+        edit(
+            unet,
+            scheduler(),
+            source,
+            hidden[0],
+            target=hidden[1],
+            negative=hidden[2],
+            inversion_steps=2,
+            steps=3,
+            clock=1,
+        )
     assert snapshot(unet) == before
+    handle.remove()
