@@ -30,12 +30,13 @@ def plot(data: Mapping[str, Any]) -> list[Path]:
 
 def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     series = {
         "plain": (PLAIN, "losses-8/plain, 6 steps", FEWER, "losses-8/plain, 4 steps", "losses-8/plain, 3 steps"),
         "identity, clock 2": (IDENTITY, "steps-6/identity", "steps-4/identity"),
         "trained, clock 2": (OURS, "steps-6/trained", "steps-4/trained"),
-        "trained, steps 3 5 7": ("best-8/width 64, 3 5 7",),
+        "trained light UNet, steps 3 5 7": ("best-8/UNet-light, 3 5 7",),
         "DeepCache": ("losses-8/DeepCache, branch 0",),
     }  # fmt: skip
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -54,6 +55,9 @@ def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
         axis.set_ylabel(f"{score}, {better}")
         if score == "Fréchet":
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
