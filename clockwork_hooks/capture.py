@@ -4,8 +4,9 @@ A graph replays kernels at fixed addresses. So inputs are copied into buffers, o
 all graphs share, and a graph is thrown away when weights have moved. Nothing else is fixed: an adaptor pass gets the
 exit of the step before through a buffer, as it gets the sample.
 
-Whether the modules still are what was captured is looked up once a trajectory. That takes the host about as long as a
-step takes the device, so it comes after the launch; what was launched does not count if the answer is no.
+Whether the modules still are what was captured is looked up once a trajectory, and in every call whether weights have
+moved. Both take the host a while, so they come after the launch; what was launched does not count if the answer is no.
+A launch must not read memory that is gone, so before it only one question is asked: has a weight's storage been freed?
 """
 
 from __future__ import annotations
@@ -97,14 +98,17 @@ class Captured(Compiled):
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._moved = 0
+        self._moves = 0
         self._weights: list[torch.Tensor] = []
         self._places: list[int] = []
         self._looks: list[Any] = []
+        self._storages: list[Any] = []
+        self._freed: list[Any] = []
+        self._watched = False
 
     def ready(self, running: Running) -> bool:
         """Is this pass one that a graph can stand for?"""
-        if not super().ready(running) or self._moved > _MOVES:
+        if not super().ready(running) or self._moves > _MOVES:
             return False
         if torch.is_grad_enabled():
             _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
@@ -119,7 +123,7 @@ class Captured(Compiled):
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
-            if not self._weights or [tensor.data_ptr() for tensor in self._weights] != self._places:
+            if self._freed if self._watched else self._moved_away():
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
             key = (running.key, run.kind, run.copies, *map(_constant, constants))
@@ -127,7 +131,7 @@ class Captured(Compiled):
             captured = self._graphs.get(key)
             if captured is not None:
                 output, exit = captured.replay(values, running.cached)
-            if anew and self._look():
+            if (anew or self._moved_away()) and self._look():
                 captured = None
             if captured is None:
                 captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
@@ -205,14 +209,30 @@ class Captured(Compiled):
             torch.cuda.current_stream(weights[0].device).synchronize()  # one may be running, on what it was made from
             self._graphs.clear()
             self._pool = None
-            self._moved += 1
-            if self._moved > _MOVES:
+            self._moves += 1
+            if self._moves > _MOVES:
                 _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run as they are")
             dropped = True
         else:
             dropped = False
         self._weights, self._places, self._looks = weights, places, looks
+        if not (same and self._watched) or self._freed:
+            self._watch()
         return dropped
+
+    def _moved_away(self) -> bool:
+        """Are weights somewhere else than when modules were last looked at?"""
+        return not self._weights or [tensor.data_ptr() for tensor in self._weights] != self._places
+
+    def _watch(self) -> None:
+        """Be told when a weight's storage is freed, by a weak reference that lives as long as the memory does."""
+        freed: list[Any] = []
+        self._freed = freed
+        try:
+            self._storages = [weakref.ref(tensor.untyped_storage(), freed.append) for tensor in self._weights]
+        except (NotImplementedError, RuntimeError):  # a tensor without a storage of its own: places tell
+            self._storages = []
+        self._watched = bool(self._storages) and not freed
 
 
 def _weights(root: nn.Module) -> list[torch.Tensor]:

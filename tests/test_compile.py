@@ -3,7 +3,9 @@
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -379,6 +381,40 @@ def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeyp
         _move_weight(unet)
         case.call(unet, 0)
         assert events == ["look", "look", "launch"]  # at once, and as in every first step
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["storages tell", "storages do not tell"])
+@pytest.mark.parametrize("kept", [True, False], ids=["old memory kept", "old memory freed"])
+def test_weights_that_move_within_a_trajectory(
+    kept: bool, told: bool, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed memory is noticed before a launch, moved weights after it at the latest; nothing old is returned."""
+    case, unet, plain, events = CASES["tiny"], Tiny(), Tiny(), []
+    expected = []
+    with ch.wrap(plain, clock=2):
+        for k in range(4):
+            if k == 2:
+                _move_weight(plain)
+            expected.append(case.call(plain, k))
+    if not told:
+        dies = SimpleNamespace(ref=lambda one, freed=None: freed(one) if freed else weakref.ref(one))
+        monkeypatch.setattr(capture, "weakref", dies)  # as where a storage's Python object does not outlive its name
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(mode="cudagraphs")
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        got = [case.call(unet, k) for k in range(2)]
+        before = unet.head.weight.data
+        _move_weight(unet)
+        if not kept:
+            del before
+        replay = cuda.CUDAGraph.replay
+        monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
+        look = capture.Captured._look
+        monkeypatch.setattr(capture.Captured, "_look", lambda self: events.append("look") or look(self))
+        got += [case.call(unet, k) for k in range(2, 4)]
+    torch.testing.assert_close(got, expected)
+    assert events[:2] == (["launch", "look"] if kept and told else ["look", "launch"])
 
 
 def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
