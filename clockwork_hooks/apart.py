@@ -1,4 +1,4 @@
-"""Calls that stand apart from a sampling loop: compiled from outside, transformed, or run again by a backward pass.
+"""Calls that stand apart from a sampling loop: compiled or traced, transformed, or run again by a backward pass.
 
 What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
 run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
@@ -14,7 +14,7 @@ __all__ = ["stands_apart"]
 
 
 def stands_apart() -> str | None:
-    """Why the call that begins now is none of a sampling loop's; None where it is. Reads five flags of torch.
+    """Why the call that begins now is none of a sampling loop's; None where it is. Reads seven flags of torch.
 
     Example:
         >>> seen = []
@@ -26,11 +26,16 @@ def stands_apart() -> str | None:
         >>> seen
         [None, 'within a transform of torch.func']
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _proxies():
         return reasons.COMPILED
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return reasons.TRANSFORMED
     return reasons.REPEATED if _will_be_repeated() or torch._C._current_graph_task_id() != -1 else None
+
+
+def _proxies() -> bool:
+    """Do `make_fx` and its kin record a graph?"""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _will_be_repeated() -> bool:

@@ -28,7 +28,7 @@ NOT_KEPT = "no feature was kept in the step before"
 WRITTEN = "the kept feature was written to"
 DIFFERED = "calls differed from the traced ones"
 NO_REGION = "no region for these inputs"
-COMPILED = "within what torch.compile has compiled"
+COMPILED = "within torch.compile, torch.export or torch.jit"
 TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
 OTHER_REGION = "the chosen region is another one for these inputs"
@@ -121,8 +121,8 @@ REASONS: dict[str, tuple[str, str]] = {
         "leave `region=` out",
     ),
     COMPILED: (
-        "the output of `torch.compile`, or a compiled function that calls the UNet: its calls are fixed",
-        "call the UNet itself, and `cw.compile()`",
+        "what they make of a call is fixed, so it is of the UNet itself",
+        "to sample, call the UNet itself; `cw.compile()` compiles",
     ),
     TRANSFORMED: (
         "`vjp`, `jvp`, `grad`, `vmap`: what they compute is of the UNet itself, and no step of a sampling loop",

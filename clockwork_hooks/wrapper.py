@@ -274,15 +274,22 @@ class ClockworkWrapper:
             torch.compiler.disable(self._engine.installed.run_eagerly)(module)
         try:
             self._engine.begin(module, args, kwargs)
-        except BaseException:
-            self.remove()
+        except BaseException as error:
+            self._give_up(error)
             raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """After an error of our own: off, so that the UNet works; an interrupt, or no memory, may pass."""
+        if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self.remove()
+        else:
+            self._engine.clean(self._engine.states.current())
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         try:
             return self._engine.end(module, args, kwargs, output)
-        except BaseException:
-            self.remove()
+        except BaseException as error:
+            self._give_up(error)
             raise
 
 

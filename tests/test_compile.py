@@ -482,7 +482,7 @@ def test_inductor_on_the_cpu(name: str) -> None:
         torch.testing.assert_close(one, eager, rtol=1e-5, atol=1e-5)
 
 
-OUTSIDE = "within what torch.compile has compiled"
+OUTSIDE = "within torch.compile, torch.export or torch.jit"
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo")
@@ -513,3 +513,26 @@ def test_compiled_from_outside() -> None:
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
         assert judge.made == "FFFFA"
         assert cw.stats.reasons[OUTSIDE] == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["jit", "export", "make_fx"])
+def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:
+    """Where the loop's next call would have been the adaptor's."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    unet, x = Tiny(), torch.randn(1, 2, 12, 12)  # torch keeps what it has exported: no other test looks for this size
+    plain, t = copy.deepcopy(unet), torch.tensor([800.0])
+    makers: dict[str, Callable[[], Callable[..., Any]]] = {
+        "jit": lambda: torch.jit.trace(unet, (x, t), check_trace=False),
+        "export": lambda: torch.export.export(unet, (x, t)).module(),
+        "make_fx": lambda: make_fx(unet)(x, t),
+    }
+    with ch.wrap(unet) as cw:
+        unet(x, torch.tensor([900.0]))
+        made = makers[how]()
+        assert cw.stats.reasons[OUTSIDE] == 1
+        assert torch.equal(made(2 * x, t), plain(2 * x, t))
+        for step in (900.0, 800.0):
+            unet(x, torch.tensor([step]))
+        assert cw.stats.adaptor_passes == 1

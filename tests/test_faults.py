@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks import clock, preparation
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -90,6 +91,29 @@ def test_removed_right_after_a_fault(make: Callable[[], BaseException]) -> None:
         unet(x, 800)
     assert snapshot(unet) == before
     assert torch.equal(unet(x, 700), Tiny()(x, 700))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", FAULTS[1:], ids=["interrupt", "CUDA OOM", "OOM", "exit"])
+@pytest.mark.parametrize("where", ["analysis", "time"])
+def test_in_our_own_code_it_leaves_the_wrapper_on(
+    where: str, make: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call takes seconds to analyse, and reading a time waits for the device: there Ctrl-C will come."""
+    judge, error = Judge(Tiny()), make()
+    part, name = {"analysis": (preparation, "node_macs"), "time": (clock, "is_number")}[where]
+    with ch.wrap(judge.unet) as cw:
+        for step, t in enumerate((900, 800) if where == "time" else (), 1):
+            judge.call(torch.randn(1, 2, 8, 8), t, step=step)
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(part, name, lambda value: _raise(error))
+            judge.unet(torch.randn(1, 2, 8, 8), 700)
+        judge.begin()
+        judge.made = ""
+        for step, t in enumerate((600, 500, 400, 300), 1):
+            judge.call(torch.randn(1, 2, 8, 8), t, step=step)
+        assert judge.made == "FAFA"
+        assert cw.stats.reasons["first step"] == (2 if where == "time" else 1)
 
 
 @torch.no_grad()
