@@ -41,7 +41,7 @@ EXAMPLES = (
     "a large red circle left of a small blue square on a dark green background",
     "a small yellow star below a large pink ring on a black background",
     "a large white cross at the top left on a dark blue background",
-    "a green triangle",
+    "a small green triangle in the centre on a black background",
 )
 _LIKE_THESE = "write it like one of these:" + "".join(f"\n  {example}" for example in EXAMPLES)
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clockwork_hooks.demo.captions import parse
+from clockwork_hooks.demo.captions import EXAMPLES, parse
 from clockwork_hooks.demo.classifier import attribute_accuracy, score
 from clockwork_hooks.demo.errors import UnknownWordError, WeightsError
 from clockwork_hooks.demo.model import DEMO_PROMPTS, SCHEDULERS, DemoModel, load_demo, to_images, to_latents
@@ -35,6 +35,11 @@ def test_eight_steps_show_what_the_prompts_ask_for(model: DemoModel, run: Run) -
     assert found.total >= 0.9
     assert float(run.images.min()) >= 0.0
     assert float(run.images.max()) <= 1.0
+
+
+def test_what_errors_advise_to_write_is_drawn(model: DemoModel) -> None:
+    """A caption that leaves things open would not be: the model has learned from whole ones."""
+    assert attribute_accuracy(model.classifier, model.sample(EXAMPLES, seed=1), EXAMPLES).total == 1.0
 
 
 def test_the_judge_does_not_guess_at_half_denoised_samples(model: DemoModel, run: Run) -> None:
