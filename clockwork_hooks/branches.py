@@ -98,18 +98,20 @@ class Branch:
         storages = map(torch.Tensor.untyped_storage, kept)
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def enter(self, step: int, *, declared: bool) -> None:
-        """The first call of this branch in a step."""
+    def enter(self, step: int, *, declared: bool, placed: bool = False) -> None:
+        """The first call of this branch in a step; `placed`: a scheduler declared it, which knows no order of calls."""
         new = self.step == 0
         self.seen.enter()
         self.before, self.calls, self.step = self.calls, [], step
         self.doubt = reasons.NEW if new and step > 1 else None
-        if not new and not self._countable() and not declared:
+        if not new and not self._countable(placed=placed) and (placed or not declared):
             self.doubt = reasons.COUNT
 
-    def _countable(self) -> bool:
+    def _countable(self, *, placed: bool) -> bool:
         """May the k-th call be told by its number? One call a step always; more, once their number is regular."""
         count, last = len(self.before), self._last
+        if placed:  # calls with times of their own are told apart by them
+            count = -(-count // len({call.offset for call in self.before}))
         self._steps, self._last = self._steps + 1, count
         if self._steps <= 2:  # the first step may have fewer: Heun's corrections begin with the second
             self._usual = count

@@ -101,7 +101,7 @@ class Timeline:
         if not self.declared:
             self.reset()
         self.mark = mark
-        self.declared, self._opened = True, True
+        self.declared, self._opened, self._start = True, True, mark
         self._advance()
 
     @property
@@ -138,14 +138,14 @@ class Timeline:
             return self.nowhere(reasons.CROWDED)
         branch = self._branch(conditions)
         if branch.step != self.step:
-            branch.enter(self.step, declared=self.declared)
+            branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
         if branch.seen.renewed(conditions):
             if self._calls == 1:
                 self._begin_again(time, place)
                 return self.at(time, place, conditions, has_time=has_time)
             self._doubt = reasons.RENEWED  # calls of this step have been counted already
-        offset = place.index - self._start.index if place and self._start and not self.declared else 0
-        return self._call(branch, Call(offset))
+        here = self.mark if self.declared else place
+        return self._call(branch, Call(here.index - self._start.index if here and self._start else 0))
 
     def _call(self, branch: Branch, call: Call) -> Position:
         ordinal = len(branch.calls)
@@ -217,7 +217,7 @@ class Timeline:
             return
         mark, way = self.mark, self.way
         self.reset()
-        self.declared, self._time, self._first, self.mark, self.way = True, time, time, mark, way
+        self.declared, self._time, self._first, self.mark, self.way, self._start = True, time, time, mark, way, mark
         self._advance()
 
     def _check_declared(self, time: float | None) -> None:

@@ -146,3 +146,91 @@ def test_an_embedding_that_two_runs_share() -> None:
         empty, *_ = prompt()
         runs.run(0, 3, [empty, empty + 1])
         runs.run(3, 8, [empty, empty + 1])
+
+
+# -- what only the caller knows, within a run ---------------------------------------------------------------------
+
+Tell = Callable[[str], contextlib.AbstractContextManager[Any]]
+CONDITION = torch.ones(1, 3)
+
+
+def windows(judge: Judge, tell: Tell, placed: Callable[[int], tuple[int, ...]]) -> None:
+    for step, t in enumerate(TIMES, 1):
+        for at in placed(step):
+            with tell(str(at)):
+                judge.call(sample(), t, CONDITION, step=step, branch=at)
+
+
+def windows_move(judge: Judge, tell: Tell) -> None:
+    windows(judge, tell, lambda step: (0, 4, 8) if step < 4 else (2, 6, 10))
+
+
+def another_order(judge: Judge, tell: Tell) -> None:
+    windows(judge, tell, lambda step: (0, 4) if step < 4 else (4, 0))
+
+
+def the_first_one_ends(judge: Judge, tell: Tell) -> None:
+    windows(judge, tell, lambda step: (0, 4) if step < 6 else (4,))
+
+
+class Switched(Tiny):
+    """A module's attribute, as an attention processor's scale is."""
+
+    strength = 1.0
+
+    def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
+        return super().forward(x * self.strength, t, c)
+
+
+def change(judge: Judge, tell: Tell, act: Callable[[Any], Any]) -> None:
+    """All calls are of one branch; `tell` begins a trajectory."""
+    for step, t in enumerate(TIMES, 1):
+        if step == 4:
+            act(judge.unet)
+            act(judge.plain)
+            with tell("reset"):
+                judge.begin()
+        judge.call(sample().expand(2, -1, -1, -1), t, CONDITION, step=step)
+
+
+def switched(judge: Judge, tell: Tell) -> None:
+    change(judge, tell, lambda unet: setattr(unet, "strength", 2.0))
+
+
+def other_weights(judge: Judge, tell: Tell) -> None:
+    """In the place of the old ones, and written to as often: not at all."""
+    for unet in (judge.unet, judge.plain):
+        unet.body.weight = torch.nn.Parameter(unet.body.weight.detach().clone())  # type: ignore[union-attr, operator]
+    change(judge, tell, lambda unet: setattr(unet.body, "weight", torch.nn.Parameter(unet.body.weight * 2)))
+
+
+def rows_change_places(judge: Judge, tell: Tell) -> None:
+    change(judge, tell, lambda unet: None)
+
+
+WITHIN = [windows_move, another_order, the_first_one_ends, switched, other_weights, rows_change_places]
+
+
+@torch.no_grad()
+@pytest.mark.xfail(reason="the very same calls, for all that they are given", strict=True)
+@pytest.mark.parametrize("loop", WITHIN, ids=lambda loop: loop.__name__)
+def test_what_no_argument_tells(loop: Callable[[Judge, Tell], None]) -> None:
+    judge = Judge(Switched())
+    with ch.wrap(judge.unet):
+        loop(judge, lambda name: contextlib.nullcontext())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loop", WITHIN, ids=lambda loop: loop.__name__)
+def test_what_the_caller_tells(loop: Callable[[Judge, Tell], None]) -> None:
+    judge = Judge(Switched())
+    with ch.wrap(judge.unet) as cw:
+
+        def tell(name: str) -> contextlib.AbstractContextManager[Any]:
+            if name != "reset":
+                return cw.branch(name)
+            cw.reset()
+            return contextlib.nullcontext()
+
+        loop(judge, tell)
+    assert judge.made.count("A") >= 3

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import clockwork_hooks as ch
 from clockwork_hooks.diffusers import wrap_pipeline
+from tests.oracle import Judge
 from tests.pipelines import parts
 from tests.pipelines.oracle import every, letters, replay
 from tests.small_unet import Tiny
@@ -183,6 +184,38 @@ def test_guidance_in_two_calls_within_a_step_of_two_evaluations() -> None:
     with wrap_pipeline(pipe) as cw:
         assert torch.equal(loop(pipe), expected)
         assert cw.wrappers["model"].stats.adaptor_passes == 8
+
+
+@torch.no_grad()
+def test_guidance_that_begins_between_two_evaluations_of_a_step() -> None:
+    """Its first call is a second evaluation, and does not serve the first one of the step after."""
+    pipe = holder("HeunDiscreteScheduler")
+    judge, texts, x = Judge(pipe.model), (torch.zeros(1, 3), torch.ones(1, 3)), torch.randn(1, 2, 8, 8)
+    pipe.scheduler.set_timesteps(6)
+    with wrap_pipeline(pipe) as cw:
+        for k, t in enumerate(pipe.scheduler.timesteps):
+            scaled = pipe.scheduler.scale_model_input(x, t)
+            told = [
+                judge.call(scaled, t, c, step=k // 2 + 1, branch=(b, k % 2))
+                for b, c in enumerate(texts)
+                if not b or k > 4
+            ]
+            x = pipe.scheduler.step(sum(told), t, x).prev_sample
+        assert judge.made == "FF" + "AA" + "FFF" + "AFAF" + "FFFF" + "AA"
+        assert cw.wrappers["model"].stats.reasons["another place in the list of times than in the step before"] == 1
+
+
+@torch.no_grad()
+def test_windows_whose_number_changes() -> None:
+    """Four in one step and three others in the next: the scheduler tells the steps, and nothing of their calls."""
+    pipe = holder("DDIMScheduler")
+    judge, c = Judge(pipe.model), torch.ones(1, 3)
+    pipe.scheduler.set_timesteps(6)
+    with wrap_pipeline(pipe):
+        for step, t in enumerate(pipe.scheduler.timesteps, 1):
+            for at in range(0, 16, 4) if step % 2 else range(2, 14, 4):
+                judge.call(torch.randn(1, 2, 8, 8), t, c, step=step, branch=at)
+        assert judge.made == "F" * (4 + 3) * 3
 
 
 @torch.no_grad()
