@@ -179,7 +179,7 @@ def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
         buffer.add(recorded[-1])
     capture.remove()
     for buffer, made in zip(buffers, recorded, strict=True):
-        held = buffer.get(0, torch.device("cpu"))
+        held = buffer.get(0, torch.device("cpu:0"))
         assert all(map(torch.equal, held.tensors(), made.tensors()))
         buffer.clear()
     assert not torch.equal(recorded[0].steps[0].calls[0].exit, recorded[1].steps[0].calls[0].exit)

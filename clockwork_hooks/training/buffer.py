@@ -84,7 +84,8 @@ class Buffer:
             return self._held[index] if self.where == "device" else _mapped(self._held[index], _to(device))
         from safetensors.torch import load_file
 
-        tensors = load_file(self._folder / f"{index}.safetensors", device=str(device))
+        place = "cpu" if device.type == "cpu" else str(device)  # of several processes on CPU each one's is "cpu:0"
+        tensors = load_file(self._folder / f"{index}.safetensors", device=place)
         return _mapped(self._held[index], lambda leaf: tensors[leaf.name] if isinstance(leaf, _Stored) else leaf)
 
     def clear(self) -> None:
