@@ -85,7 +85,8 @@ def evaluate(
         conditions: batches of whatever `generate` takes, usually lists of prompts.
         variants: name → options of `wrap`, or a `Variant`; "plain" is always there.
         metrics: what to judge by; none for `Paired()` alone.
-        seeds: one evaluation over all conditions each; their spread tells what a difference is worth.
+        seeds: one evaluation over all conditions each; their spread tells what a difference is worth. Batch k of K is
+            sampled with seed · K + k, so that no two share their noise.
         console: where the progress bar goes; None for standard error.
 
     Returns:
