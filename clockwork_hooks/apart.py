@@ -30,17 +30,16 @@ def stands_apart() -> str | None:
         return reasons.COMPILED
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return reasons.TRANSFORMED
-    return reasons.REPEATED if _will_be_repeated() or torch._C._current_graph_task_id() != -1 else None
+    if torch._C._current_graph_task_id() != -1:  # it is run again
+        return reasons.REPEATED
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
+        return reasons.REPEATED
+    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # as in any `autograd.Function`
+        return reasons.REPEATED
+    return None
 
 
 def _proxies() -> bool:
     """Do `make_fx` and its kin record a graph?"""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def _will_be_repeated() -> bool:
-    """Within a checkpoint, by the hooks that it sets, or by the mode in which every `autograd.Function` runs."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
-        return True
-    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -92,8 +92,10 @@ class Clock:
         if base._version != known.version or value.dtype != known.dtype or (any(value.stride()) and value.numel() != 1):
             return self._look(value)
         index = value.storage_offset()
-        # in main memory a look costs nothing, and sees what was written past the counter
-        return (_number(value) if value.is_cpu else known.times[index]), known.places[index]
+        if not value.is_cpu:
+            return known.times[index], known.places[index]
+        found: Any = value.tolist()  # costs nothing there, and sees what was written past the counter
+        return (float(found) if type(found) in (float, int) else _number(value)), known.places[index]
 
     def _look(self, value: torch.Tensor) -> tuple[float | None, Place | None]:
         """Read a time that is no entry of the list that the last one was in."""

@@ -6,6 +6,7 @@ original goes unnoticed. On a device comparing means waiting, so identity and th
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from clockwork_hooks.tree import leaves
 __all__ = ["Conditions", "Seen"]
 
 _LARGEST_COPY = 1 << 22  # elements
+_LARGEST_READ = 1 << 16  # bytes
 _DEEPEST = 4  # objects within objects
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -39,7 +41,12 @@ class Conditions:
 
     def same(self, values: Sequence[Any]) -> bool:
         """Are these the same conditions? Never waits for a device: there, new objects are other conditions."""
-        return len(values) == len(self._items) and all(map(_same, self._items, values))
+        if len(values) != len(self._items):
+            return False
+        for item, value in zip(self._items, values, strict=True):
+            if not (item[0].same(value) if type(item[0]) is _Copy else _same(item, value)):
+                return False
+        return True
 
     def equal(self, values: Sequence[Any]) -> bool:
         """Like `same`, but new objects on a device are compared by value, which waits for it."""
@@ -56,29 +63,29 @@ class Seen:
 
     Their values would not tell: a prompt that is sampled twice has equal embeddings. Embeddings made anew in every step
     tell nothing, and neither do numbers and text.
+
+    Attributes:
+        steps: how many of the branch have begun.
     """
 
-    __slots__ = ("_known", "_steps")
+    __slots__ = ("_known", "steps")
 
     def __init__(self) -> None:
         self._known: list[list[weakref.ref[Any]] | None] = []
-        self._steps = 0
-
-    def enter(self) -> None:
-        """The branch's next step begins."""
-        self._steps += 1
+        self.steps = 0
 
     def renewed(self, values: Sequence[Any]) -> bool:
         """Is one of these a new object, in a place where there were none in the second step?"""
-        self._known += [[] for _ in values[len(self._known) :]]
+        if len(self._known) < len(values):
+            self._known += [[] for _ in values[len(self._known) :]]
         found = False
         for k, (value, known) in enumerate(zip(values, self._known, strict=False)):
-            if known is None or any(one() is value for one in known):
+            if known is None or (known and known[-1]() is value) or any(one() is value for one in known):
                 continue
-            if self._steps == 2 or not _referable(value):
+            if self.steps == 2 or not _referable(value):
                 self._known[k] = None
                 continue
-            found = found or self._steps > 2
+            found = found or self.steps > 2
             self._known[k] = [*(one for one in known if one() is not None), weakref.ref(value)]
         return found
 
@@ -88,18 +95,28 @@ def _referable(value: Any) -> bool:
 
 
 class _Copy:
-    """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all."""
+    """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all.
 
-    __slots__ = ("_source", "bits", "dtype", "nbytes", "shape")
+    The tensor that was copied is most often the one to compare, so a small one is read where it lies: operators of
+    torch would take four times as long. It is alive then, and its memory is the one that was copied.
+    """
+
+    __slots__ = ("_address", "_kept", "_now", "_source", "bits", "dtype", "nbytes", "shape")
 
     def __init__(self, value: Any) -> None:
         self.shape, self.dtype = value.shape, value.dtype
         self.bits = _bits(value).clone() if isinstance(value, torch.Tensor) else value.tobytes()
         self.nbytes = self.bits.nbytes if isinstance(self.bits, torch.Tensor) else len(self.bits)
         self._source: Any = weakref.ref(value) if isinstance(value, torch.Tensor) else _none
+        self._address = -1
+        if isinstance(value, torch.Tensor) and value.is_contiguous() and 0 < self.nbytes <= _LARGEST_READ:
+            memory, self._address = ctypes.c_char * self.nbytes, value.data_ptr()
+            self._kept, self._now = memory.from_address(self.bits.data_ptr()), memory.from_address(self._address)
 
     def same(self, value: Any) -> bool:
-        if isinstance(value, torch.Tensor) and self._source() is value and value.is_cpu and value.is_contiguous():
+        if self._source() is value and value.is_cpu and value.is_contiguous():
+            if value.data_ptr() == self._address and value.nbytes == self.nbytes:
+                return bool(self._now.raw == self._kept.raw)
             return torch.equal(self.bits, value.detach().view(-1).view(torch.uint8))  # few questions asked: it is fast
         tensor = isinstance(self.bits, torch.Tensor)
         if not _copied(value) or isinstance(value, torch.Tensor) != tensor:

@@ -81,10 +81,14 @@ class Engine(Preparation):
         """What stands in for it."""
         return (self.adaptor,)
 
+    _above = 2  # frames above `begin`: the hook's, the root's call
+
     # -- the two hooks -------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call: choose its pass and start it."""
+        if torch.compiler.is_dynamo_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
+            torch.compiler.disable(self.installed.run_eagerly)(module)
         state = self.states.current()
         if state.running:
             if on_stack(state.running[0].frame):
@@ -95,8 +99,7 @@ class Engine(Preparation):
             return
         arguments = self._binder(args, kwargs)
         key = (arguments.signature, *mode(module.training, arguments))
-        frame = sys._getframe(3)  # ours ← the wrapper's ← the hook's ← the root's call
-        running = Running(frame, sys.exc_info()[1], arguments, key, self.weights.state())
+        running = Running(sys._getframe(self._above), sys.exc_info()[1], arguments, key)
         state.running.append(running)
         running.reason = stands_apart()
         if running.reason is not None:
@@ -106,6 +109,9 @@ class Engine(Preparation):
         if prepared is None:
             self._record(running, args, kwargs)
             return
+        if prepared.key is None:
+            prepared.key = key
+        running.key = prepared.key
         running.position = self._locate(state, running, prepared)
         running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
@@ -117,6 +123,8 @@ class Engine(Preparation):
     def _start(
         self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: tuple[Any, ...]
     ) -> None:
+        if running.weights is None:
+            running.weights = self.weights.state()
         if not self.installed.intact(region.plan):  # full passes need it too: they keep the exit
             self._install(region)
         stand_in = None
@@ -175,12 +183,14 @@ class Engine(Preparation):
     # -- full or adaptor? ----------------------------------------------------------------------------------------
 
     def _locate(self, state: State, running: Running, prepared: Prepared) -> Position:
-        arguments = running.arguments
+        timeline, flat = state.timeline, running.arguments.flat
+        at, told = prepared.places(running.arguments)
+        given = None if at is None else flat[at]
         if self.steps is not None and prepared.time is not None:
-            self.steps(state.timeline, arguments.get(prepared.time))
-        name = prepared.time if state.timeline.needs_time else None
-        time, place = state.clock.read(arguments.get(name)) if name else (None, None)
-        return state.timeline.at(time, place, prepared.conditions(arguments), has_time=prepared.time is not None)
+            self.steps(timeline, given)
+        asked = at is not None and (not timeline.declared or timeline.opened)  # else the time does not matter
+        time, place = state.clock.read(given) if asked else (None, None)
+        return timeline.at(time, place, [flat[k] for k in told], has_time=prepared.time is not None)
 
     def _why_full(self, running: Running) -> str | None:
         """The reason for a full pass; None for an adaptor pass."""
@@ -196,8 +206,9 @@ class Engine(Preparation):
         before = position.before
         if before is None or before.kept is None:
             return before.missing if before else reasons.NOT_KEPT
-        if before.kept.key != running.key:
+        if before.kept.key is not running.key and before.kept.key != running.key:
             return reasons.CHANGED
+        running.weights = self.weights.state()
         if before.kept.weights != running.weights:
             return reasons.WEIGHTS
         if before.kept.version != version(before.kept.exit):

@@ -109,12 +109,17 @@ class _Nothing:
 class RootHook:
     """One of the two native hooks on the UNet itself; copies and pickles as a hook that does nothing."""
 
-    def __init__(self, owner: object, act: Callable[..., Any]) -> None:
-        self.owner, self._act = owner, act
+    def __init__(self, owner: object, act: Callable[..., Any], failed: Callable[[BaseException], None] | None = None) -> None:
+        self.owner, self._act, self._failed = owner, act, failed
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
-        """Open or close a call of the UNet."""
-        return self._act(module, args, kwargs, *output)
+        """Open or close a call of the UNet; `failed` is called after any error of ours."""
+        try:
+            return self._act(module, args, kwargs, *output)
+        except BaseException as error:
+            if self._failed is not None:
+                self._failed(error)
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,34 +18,33 @@ TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", 
 TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
 
 
-@dataclass(slots=True)  # frozen would take microseconds at every call
 class Arguments:
     """One call's arguments by parameter name, and the signature that says which trace holds for it.
 
+    Args:
+        names: of the parameters, defaults left out; `*args` and `**kwargs` by their own names.
+        given: their values.
+
     Attributes:
-        values: parameter name → value as given (defaults are left out); `*args` and `**kwargs` by their own names.
+        names, given: as given.
         paths: dotted paths of all leaves: "sample", "added_cond_kwargs.time_ids", "args.0"; equal where signatures are.
         flat: the leaves.
         signature: hashable; equal for two calls that differ in tensor values and numbers only.
         device: of the first tensor.
     """
 
-    values: Mapping[str, Any]
-    paths: Sequence[str] = field(init=False)
-    flat: Sequence[Any] = field(init=False)
-    signature: tuple[Any, ...] = field(init=False)
-    device: torch.device | None = field(init=False)
+    __slots__ = ("device", "flat", "given", "names", "paths", "signature")
 
-    def __post_init__(self) -> None:
+    def __init__(self, names: Sequence[str], given: Sequence[Any]) -> None:
         paths: list[str] = []
         flat: list[Any] = []
         parts: list[Any] = []
-        self.device = None
-        for name, value in self.values.items():
+        first: torch.device | None = None
+        for name, value in zip(names, given, strict=True):
             if isinstance(value, torch.Tensor):
                 device = value.device
                 parts += (name, value.shape, value.dtype, device)
-                self.device = self.device or device
+                first = first or device
             elif value is None or isinstance(value, (bool, str)):
                 parts += (name, value)
             elif is_number(value):
@@ -58,13 +56,21 @@ class Arguments:
                     flat.append(leaf)
                     if isinstance(leaf, torch.Tensor):
                         parts += (path, leaf.shape, leaf.dtype, leaf.device)
-                        self.device = self.device or leaf.device
+                        first = first or leaf.device
                     else:
                         parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
                 continue
             paths.append(name)
             flat.append(value)
-        self.paths, self.flat, self.signature = paths, flat, tuple(parts)
+        self.names, self.given, self.device = names, given, first
+        self.paths: Sequence[str] = paths
+        self.flat: Sequence[Any] = flat
+        self.signature: tuple[Any, ...] = tuple(parts)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Parameter name → value as given."""
+        return dict(zip(self.names, self.given, strict=True))
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """(dotted path, leaf) of all arguments."""
@@ -72,9 +78,6 @@ class Arguments:
 
     def get(self, path: str) -> Any:
         """The leaf at a dotted path; None where it was not passed."""
-        value = self.values.get(path)
-        if isinstance(value, torch.Tensor):
-            return value
         return next((leaf for found, leaf in self.leaves() if found == path), None)
 
 
@@ -94,7 +97,7 @@ class Binder:
         names = self._forms.get(form)
         if names is None:
             names = self._forms[form] = self._names(len(args), tuple(kwargs))
-        return Arguments(dict(zip(names, (*args, *kwargs.values()), strict=True)))
+        return Arguments(names, (*args, *kwargs.values()))
 
     def _names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
         names: list[str] = []

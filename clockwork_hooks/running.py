@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -18,6 +18,8 @@ from clockwork_hooks.recorder import Recorder
 from clockwork_hooks.timeline import Position
 
 __all__ = ["Prepared", "Running", "mode", "on_stack"]
+
+_COMMON = ("cpu", "cuda", "xpu")
 
 
 @dataclass(slots=True)
@@ -35,14 +37,17 @@ class Prepared:
     copies: bool = field(default_factory=torch.is_inference_mode_enabled)
     name: str = ""  # tells adaptor passes apart where there are several regions
     blanks: dict[tuple[str, int], Any] = field(default_factory=dict)  # what skipped calls return in every pass
-    _told: tuple[int, ...] | None = None
+    key: tuple[Any, ...] | None = None  # of all its calls the same object, which is soon compared
+    _places: tuple[int | None, tuple[int, ...]] | None = None
 
-    def conditions(self, arguments: Arguments) -> Sequence[Any]:
-        """What tells the branch of a call: every input but sample, time and residuals."""
-        if self._told is None:
+    def places(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
+        """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals."""
+        if self._places is None:
+            paths = list(arguments.paths)
             apart = {self.sample, self.time, *(self.region.residuals if self.region is not None else ())}
-            self._told = tuple(k for k, path in enumerate(arguments.paths) if path not in apart)
-        return [arguments.flat[k] for k in self._told]
+            told = tuple(k for k, path in enumerate(paths) if path not in apart)
+            self._places = paths.index(self.time) if self.time in paths else None, told
+        return self._places
 
 
 @dataclass(slots=True)
@@ -53,7 +58,7 @@ class Running:
     error: BaseException | None
     arguments: Arguments
     key: tuple[Any, ...]
-    weights: Hashable
+    weights: Hashable = None
     recorder: Recorder | None = None
     prepared: Prepared | None = None
     position: Position | None = None
@@ -65,7 +70,10 @@ class Running:
 def mode(training: bool, arguments: Arguments) -> tuple[Any, ...]:
     """What changes the computation beside the inputs: training, autocast, gradients."""
     kind = _kind(arguments.device)
-    autocast = None if kind is None or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+    if kind is None or (kind in _COMMON and not torch._C._is_any_autocast_enabled()):  # asks for less: no text
+        autocast = None
+    else:
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return training, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 

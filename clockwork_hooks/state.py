@@ -8,8 +8,10 @@ import itertools
 import sys
 import threading
 import weakref
+from asyncio import _get_running_loop
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from clockwork_hooks.clock import Clock
@@ -37,10 +39,9 @@ class State:
 
 
 class _Local(threading.local):
-    """The state of a thread that works on no task or job; `main` is set in the main thread only."""
+    """The state of a thread that works on no task or job."""
 
     state: State | None = None
-    main: State | None = None
 
 
 class States:
@@ -56,6 +57,8 @@ class States:
         self._all: weakref.WeakSet[State] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
+        self._thread = threading.main_thread().ident
+        self._main: State | None = None
 
     def __iter__(self) -> Iterator[State]:
         with self._lock:
@@ -63,10 +66,9 @@ class States:
 
     def current(self) -> State:
         """The state of this thread, task or job, made on first use."""
-        local = self._local
-        if local.main is not None and asyncio._get_running_loop() is None:
-            return local.main  # nearly always: no task, and no pool has the main thread
-        owner = _task() or _job()
+        if self._main is not None and get_ident() == self._thread and _get_running_loop() is None:
+            return self._main  # nearly always: no task, and no pool has the main thread
+        local, owner = self._local, _task() or _job()
         state = local.state if owner is None else self._owned.get(owner)
         if state is None:
             state = State(Timeline(self._numbers))
@@ -74,7 +76,7 @@ class States:
                 self._all.add(state)
                 if owner is None:
                     local.state = state
-                    local.main = state if threading.current_thread() is threading.main_thread() else None
+                    self._main = state if get_ident() == self._thread else self._main
                 else:
                     self._owned[owner] = state
         return state
@@ -96,7 +98,7 @@ class States:
 
 
 def _task() -> Any:
-    loop = asyncio._get_running_loop()  # `current_task` alone raises where there is none, which takes microseconds
+    loop = _get_running_loop()  # `current_task` alone raises where there is none, which takes microseconds
     return None if loop is None else asyncio.current_task(loop)
 
 

@@ -56,6 +56,7 @@ class Timeline:
         trajectory: number of the trajectory.
         step: its last step, from 1; 0 before the first.
         declared: are steps told by `declare`, and not by the time?
+        opened: has one been, and no call come since? Its time matters, of declared steps no other.
         names: names of branches that the caller has opened, innermost last.
         branches: the branches of this step and of the step before.
     """
@@ -67,8 +68,8 @@ class Timeline:
     names: list[str] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     mark: Place | None = None
+    opened: bool = False
     way: int = 0
-    _opened: bool = False
     _time: float | None = None
     _first: float | None = None
     _direction: int = 0
@@ -85,7 +86,7 @@ class Timeline:
 
     def reset(self) -> None:
         """The next call begins a trajectory; what was kept is let go."""
-        self.step, self.declared, self._opened = 0, False, False
+        self.step, self.declared, self.opened = 0, False, False
         self._time, self._first, self._direction, self._strides, self._far = None, None, 0, (), 0.0
         self._before = 0
         self._place, self._start, self._jump = None, None, None
@@ -101,13 +102,8 @@ class Timeline:
         if not self.declared:
             self.reset()
         self.mark = mark
-        self.declared, self._opened, self._start = True, True, mark
+        self.declared, self.opened, self._start = True, True, mark
         self._advance()
-
-    @property
-    def needs_time(self) -> bool:
-        """Does the time of the next call matter?"""
-        return not self.declared or self._opened
 
     def at(
         self,
@@ -139,16 +135,13 @@ class Timeline:
         branch = self._branch(conditions)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
-        if branch.seen.renewed(conditions):
+        if conditions and branch.seen.renewed(conditions):
             if self._calls == 1:
                 self._begin_again(time, place)
                 return self.at(time, place, conditions, has_time=has_time)
             self._doubt = reasons.RENEWED  # calls of this step have been counted already
         here = self.mark if self.declared else place
-        return self._call(branch, Call(here.index - self._start.index if here and self._start else 0))
-
-    def _call(self, branch: Branch, call: Call) -> Position:
-        ordinal = len(branch.calls)
+        call, ordinal = Call(here.index - self._start.index if here and self._start else 0), len(branch.calls)
         branch.calls.append(call)
         before = branch.before[ordinal] if ordinal < len(branch.before) else None
         doubt = self._doubt or branch.doubt
@@ -172,36 +165,32 @@ class Timeline:
         if self._time is None:
             self._begin(time, place)
             return
-        change = time - self._time
-        jump = self._from(place)
+        change, held = time - self._time, self._place
+        # entries of the list since the time before; 0 where neither is in a list, None in another list or in one
+        jump = None if place is not held else 0
+        if place is not None and held is not None:
+            jump = place.index - held.index if place.times is held.times or place.times == held.times else None
         if change == 0 and jump is not None:
             self._place = place
             return
         direction = (change > 0) - (change < 0)
+        stride = abs(change)
         backwards = self._direction and direction != self._direction
-        if change == 0 or backwards or not self._regular(jump) or (self._far and abs(change) > _FAR * self._far):
+        # one trajectory takes its list's entries in turn; another list is another trajectory's
+        regular = jump == 0 or (jump is not None and (jump == self._jump or (self.step == 1 and abs(jump) == 1)))
+        if change == 0 or backwards or not regular or (self._far and stride > _FAR * self._far):
             self._begin(time, place, jump, before=self._direction)
             return
         if not jump and self._before not in (0, direction) and self.step == 1:  # its first step was another one's last
             self._begin(time, place, jump)
             return
         known = self._direction != 0 or direction < 0 or bool(jump)
-        even = bool(jump) or _even((*self._strides, abs(change)))
+        even = bool(jump) or _even((*self._strides, stride))
         self._time, self._place, self._direction, self._jump = time, place, direction, jump
-        self._strides, self._far = (*self._strides, abs(change))[-2:], max(self._far, abs(change))
+        self._strides, self._far = (*self._strides, stride)[-2:], max(self._far, stride)
         self._advance()
         self._start = place
         self._doubt = self._doubt or (None if known else reasons.DIRECTION) or (None if even else reasons.STRIDE)
-
-    def _from(self, place: Place | None) -> int | None:
-        """Entries of the list since the time before; 0 where neither is in a list, None in another list or in one."""
-        if place is None or self._place is None:
-            return 0 if place is self._place else None
-        return place.index - self._place.index if place.times == self._place.times else None
-
-    def _regular(self, jump: int | None) -> bool:
-        """Does one trajectory go on? It takes its list's entries in turn; another list is another trajectory's."""
-        return jump == 0 or (jump is not None and (jump == self._jump or (self.step == 1 and abs(jump) == 1)))
 
     def _begin(self, time: float, place: Place | None, jump: int | None = None, *, before: int = 0) -> None:
         self.reset()
@@ -222,9 +211,9 @@ class Timeline:
 
     def _check_declared(self, time: float | None) -> None:
         """Declared steps may take any time, but one that went back is not served by the step before."""
-        if not self._opened:
+        if not self.opened:
             return
-        self._opened = False
+        self.opened = False
         if time is None or self._time is None or time == self._time:
             self._time = self._time if time is None else time
             self._first = self._time if self._first is None else self._first
@@ -252,9 +241,10 @@ class Timeline:
         name = self.names[-1] if self.names else None
         if name is not None:
             conditions = ()
-        named = [branch for branch in self.branches if branch.name == name]
-        found = next((branch for branch in named if branch.conditions.same(conditions)), None)
-        found = found or self._equal(named, conditions)
+        for branch in self.branches:
+            if branch.name == name and branch.conditions.same(conditions):
+                return branch
+        found = self._equal([branch for branch in self.branches if branch.name == name], conditions)
         if found is None:
             self._seen += 1
             found = Branch(self._seen, name, Conditions(conditions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from clockwork_hooks.passes import version
 __all__ = ["Weights"]
 
 _PARAMETERS, _LAYERS = 32, 8
+_VERSION = operator.attrgetter("_version")
 
 
 class Weights:
@@ -36,6 +38,7 @@ class Weights:
         self._unet = unet
         self._adapters: tuple[str, ...] | None = None
         self._owners: Sequence[tuple[dict[str, Any], str]] = ()
+        self._held: tuple[list[dict[str, Any]], list[str]] = [], []
         self._layers: Sequence[Any] = ()
 
     def state(self) -> tuple[Hashable, ...]:
@@ -45,7 +48,7 @@ class Weights:
             self._adapters = adapters
             self._look()
         try:  # offloading exchanges the parameters: they are looked up in each call
-            written = sum([owner[name]._version for owner, name in self._owners])
+            written = sum(map(_VERSION, map(operator.getitem, *self._held)))
         except (KeyError, AttributeError, RuntimeError):  # gone, None, or made under `inference_mode`
             written = sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
         return (adapters, written, *(_switches(layer) for layer in self._layers))
@@ -55,6 +58,7 @@ class Weights:
         present = ((m._parameters, name, one) for m in modules for name, one in m._parameters.items())
         owners = [(held, name) for held, name, one in present if one is not None]
         self._owners = _spread(owners, _PARAMETERS)
+        self._held = [held for held, _ in self._owners], [name for _, name in self._owners]
         self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
 
 

@@ -44,9 +44,11 @@ class ClockworkWrapper:
         self.unet = unet
         self._engine = engine
         self._handles = [
-            unet.register_forward_pre_hook(RootHook(self, self._begin), with_kwargs=True),
+            unet.register_forward_pre_hook(RootHook(self, engine.begin, self._give_up), with_kwargs=True),
             # first of all hooks: the output of a pass that is run again is what the user's own hooks get to see
-            unet.register_forward_hook(RootHook(self, self._end), prepend=True, with_kwargs=True, always_call=True),
+            unet.register_forward_hook(
+                RootHook(self, engine.end, self._give_up), prepend=True, with_kwargs=True, always_call=True
+            ),
         ]
         engine.installed.run_eagerly(unet)
 
@@ -269,28 +271,12 @@ class ClockworkWrapper:
     def __repr__(self) -> str:
         return f"ClockworkWrapper({type(self.unet).__name__}, {self.schedule}, {type(self.adaptor).__name__})"
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
-            torch.compiler.disable(self._engine.installed.run_eagerly)(module)
-        try:
-            self._engine.begin(module, args, kwargs)
-        except BaseException as error:
-            self._give_up(error)
-            raise
-
     def _give_up(self, error: BaseException) -> None:
         """After an error of our own: off, so that the UNet works; an interrupt, or no memory, may pass."""
         if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             self.remove()
         else:
             self._engine.clean(self._engine.states.current())
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        try:
-            return self._engine.end(module, args, kwargs, output)
-        except BaseException as error:
-            self._give_up(error)
-            raise
 
 
 def _same(unet: nn.Module) -> nn.Module:

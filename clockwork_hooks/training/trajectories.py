@@ -67,6 +67,7 @@ class Capture(Engine):
         >>> capture.remove()
     """
 
+    _above = 3  # frames above `begin`: `_open`'s too
     looks = True  # what flows into the region is what adaptors learn from
 
     def __init__(
