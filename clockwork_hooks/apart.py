@@ -6,17 +6,25 @@ run again has to do what it did the first time. So both are full passes, and bel
 
 from __future__ import annotations
 
-import torch
+from torch import is_inference_mode_enabled
+from torch._C import _current_graph_task_id, _get_dispatch_mode, _get_tracing_state, _is_fwd_grad_enabled
+from torch._C import _TorchDispatchModeKey as _Key
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
-from clockwork_hooks import reasons
+from clockwork_hooks.reasons import COMPILED, REPEATED, TRANSFORMED
 
 __all__ = ["stands_apart"]
+
+_PROXY = _Key.PROXY
 
 
 def stands_apart() -> str | None:
     """Why the call that begins now is none of a sampling loop's; None where it is. Reads seven flags of torch.
 
     Example:
+        >>> import torch
         >>> seen = []
         >>> def f(x):
         ...     seen.append(stands_apart())
@@ -26,20 +34,15 @@ def stands_apart() -> str | None:
         >>> seen
         [None, 'within a transform of torch.func']
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _proxies():
-        return reasons.COMPILED
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return reasons.TRANSFORMED
-    if torch._C._current_graph_task_id() != -1:  # it is run again
-        return reasons.REPEATED
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if is_compiling() or _get_tracing_state() is not None or _get_dispatch_mode(_PROXY) is not None:  # `make_fx`
+        return COMPILED
+    if peek_interpreter_stack() is not None:
+        return TRANSFORMED
+    if _current_graph_task_id() != -1:  # it is run again
+        return REPEATED
+    hooks = _top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
-        return reasons.REPEATED
-    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # as in any `autograd.Function`
-        return reasons.REPEATED
+        return REPEATED
+    if not _is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
+        return REPEATED
     return None
-
-
-def _proxies() -> bool:
-    """Do `make_fx` and its kin record a graph?"""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

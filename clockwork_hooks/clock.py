@@ -89,7 +89,7 @@ class Clock:
         base = None if known is None else value._base
         if known is None or base is None or known.base() is not base:
             return self._look(value)
-        if base._version != known.version or value.dtype != known.dtype or (any(value.stride()) and value.numel() != 1):
+        if base._version != known.version or value.dtype != known.dtype or (value.numel() != 1 and any(value.stride())):
             return self._look(value)
         index = value.storage_offset()
         if not value.is_cpu:

@@ -7,8 +7,8 @@ same input signature. Any doubt costs a full pass, and its reason is counted.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
+from sys import _getframe, exc_info
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Engine(Preparation):
         loaded: the adaptor is ours to move to the exit's device and dtype.
     """
 
+    _above = 2  # frames above `begin`: the hook's, the root's call
+
     def __init__(
         self,
         unet: nn.Module,
@@ -81,8 +83,6 @@ class Engine(Preparation):
         """What stands in for it."""
         return (self.adaptor,)
 
-    _above = 2  # frames above `begin`: the hook's, the root's call
-
     # -- the two hooks -------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class Engine(Preparation):
             return
         arguments = self._binder(args, kwargs)
         key = (arguments.signature, *mode(module.training, arguments))
-        running = Running(sys._getframe(self._above), sys.exc_info()[1], arguments, key)
+        running = Running(_getframe(self._above), exc_info()[1], arguments, key)
         state.running.append(running)
         running.reason = stands_apart()
         if running.reason is not None:
@@ -109,9 +109,7 @@ class Engine(Preparation):
         if prepared is None:
             self._record(running, args, kwargs)
             return
-        if prepared.key is None:
-            prepared.key = key
-        running.key = prepared.key
+        running.key = prepared.key = prepared.key or key
         running.position = self._locate(state, running, prepared)
         running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
@@ -146,8 +144,9 @@ class Engine(Preparation):
         running: Running | None = state.running.pop() if state.running else None
         if running is None:
             return None
-        self.active.run = None
-        if sys.exc_info()[1] is not running.error:
+        if running.run is not None:
+            self.active.run = None
+        if exc_info()[1] is not running.error:
             if running.recorder is not None:
                 running.recorder.stop()
             state.timeline.reset()
@@ -198,10 +197,10 @@ class Engine(Preparation):
         if prepared is None or position is None or prepared.region is None:
             return prepared.why if prepared else reasons.TRACED
         if self.schedule.is_full(position.step):
-            return _on_schedule(position)
+            return position.scheduled
         if position.doubt is not None:
             return position.doubt
-        if torch.is_grad_enabled() and self.unet.training:
+        if running.trains:
             return reasons.TRAINING
         before = position.before
         if before is None or before.kept is None:
@@ -222,7 +221,7 @@ class Engine(Preparation):
         running.weights = self.weights.state()  # lazy ones are made in the call
         position = self._locate(state, running, prepared)
         self._remember_recorded(running, prepared, position, kept)
-        reason = _on_schedule(position) if self.schedule.is_full(position.step) else reasons.TRACED
+        reason = position.scheduled if self.schedule.is_full(position.step) else reasons.TRACED
         self._count(position, reason, prepared.full_macs, prepared.full_macs)
 
     def _remember_recorded(
@@ -261,15 +260,12 @@ class Engine(Preparation):
         self.stats.count(reason, run, plain, trajectory=position.trajectory, step=position.step, region=region)
         if log.isEnabledFor(logging.DEBUG):
             where = (position.trajectory, position.step, position.branch.label, position.ordinal + 1)
-            log.debug(
-                "trajectory %d, step %d, branch %s, call %d: %s",
-                *where,
-                f"full: {reason}" if reason else f"adaptor {region}".strip(),
-            )
+            kind = f"full: {reason}" if reason else f"adaptor {region}".strip()
+            log.debug("trajectory %d, step %d, branch %s, call %d: %s", *where, kind)
 
     def _remember(self, running: Running, run: Pass, prepared: Prepared, position: Position) -> None:
         """Keep what the region emitted for the step after this one, unless it may not be what it was."""
-        if self.unet.training and torch.is_grad_enabled():
+        if running.trains:
             position.call.missing = reasons.TRAINING  # nothing will be reused: no memory is taken from the training
         elif not run.complete() or run.exit is None:
             position.call.missing = reasons.DIFFERED
@@ -304,8 +300,3 @@ class Engine(Preparation):
     def _adaptor(self, prepared: Prepared) -> tuple[Adaptor, bool]:
         """The adaptor of a region, and whether it is ours to move."""
         return self.adaptor, self.loaded
-
-
-def _on_schedule(position: Position) -> str:
-    """Why a full step is full. In a first step doubts count: a call that cannot be placed never gets beyond it."""
-    return reasons.SCHEDULED if position.step > 1 else position.doubt or reasons.FIRST

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.tree import leaves
@@ -41,7 +42,7 @@ class Arguments:
         parts: list[Any] = []
         first: torch.device | None = None
         for name, value in zip(names, given, strict=True):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 device = value.device
                 parts += (name, value.shape, value.dtype, device)
                 first = first or device
@@ -54,7 +55,7 @@ class Arguments:
                 for path, leaf in leaves(value):
                     paths.append(f"{name}.{path}" if path else name)
                     flat.append(leaf)
-                    if isinstance(leaf, torch.Tensor):
+                    if isinstance(leaf, Tensor):
                         parts += (path, leaf.shape, leaf.dtype, leaf.device)
                         first = first or leaf.device
                     else:

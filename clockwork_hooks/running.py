@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
+from torch._C import _is_any_autocast_enabled
 
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.inputs import Arguments
@@ -66,15 +68,21 @@ class Running:
     cached: torch.Tensor | None = None
     reason: str | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Is the UNet in training mode, with gradients on?"""
+        _, training, _, gradients, _ = self.key
+        return bool(training and gradients)
+
 
 def mode(training: bool, arguments: Arguments) -> tuple[Any, ...]:
     """What changes the computation beside the inputs: training, autocast, gradients."""
     kind = _kind(arguments.device)
-    if kind is None or (kind in _COMMON and not torch._C._is_any_autocast_enabled()):  # asks for less: no text
+    if kind is None or (kind in _COMMON and not _is_any_autocast_enabled()):  # asks for less: no text
         autocast = None
     else:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return training, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return training, autocast, is_grad_enabled(), is_inference_mode_enabled()
 
 
 @functools.lru_cache(maxsize=64)  # `device.type` makes a string, which takes ten times as long

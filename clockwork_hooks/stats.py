@@ -46,17 +46,6 @@ class Counts:
         """Share of the MACs that did not run, 0 to 1."""
         return self.macs_saved / self.macs_plain if self.macs_plain else 0.0
 
-    def _add(self, reason: str | None, run: int, plain: int, region: str) -> None:
-        if reason is None:
-            self.adaptor_passes += 1
-            if region:
-                self.regions[region] += 1
-        else:
-            self.full_passes += 1
-            self.reasons[reason] += 1
-        self.macs_run += run
-        self.macs_plain += plain
-
 
 @dataclass(slots=True)
 class TrajectoryStats(Counts):
@@ -100,7 +89,7 @@ class Stats(Counts):
             region: which one an adaptor pass skipped, where there are several.
         """
         with self._lock:
-            self._add(reason, run, plain, region)
+            counts: tuple[Counts, ...] = (self,)
             if trajectory:
                 found = self.trajectories[-1] if self.trajectories else None
                 if found is None or found.number != trajectory:  # another thread's began meanwhile
@@ -108,8 +97,17 @@ class Stats(Counts):
                 if found is None:
                     found = TrajectoryStats(number=trajectory)
                     self.trajectories.append(found)
-                found._add(reason, run, plain, region)
-                found.steps = step
+                counts, found.steps = (self, found), step
+            for each in counts:
+                if reason is None:
+                    each.adaptor_passes += 1
+                    if region:
+                        each.regions[region] += 1
+                else:
+                    each.full_passes += 1
+                    each.reasons[reason] += 1
+                each.macs_run += run
+                each.macs_plain += plain
 
     def clear(self) -> None:
         """Start counting anew."""

@@ -46,6 +46,11 @@ class Position:
     before: Call | None = None
     doubt: str | None = None
 
+    @property
+    def scheduled(self) -> str:
+        """Why a full step is full. In a first step doubts count: a call that cannot be placed never gets beyond it."""
+        return reasons.SCHEDULED if self.step > 1 else self.doubt or reasons.FIRST
+
 
 @dataclass(slots=True)
 class Timeline:
