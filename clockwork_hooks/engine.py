@@ -25,7 +25,6 @@ from clockwork_hooks.passes import Emit, Pass, version
 from clockwork_hooks.preparation import Preparation
 from clockwork_hooks.running import Prepared, Running, mode, on_stack
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.skipping import Kind
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
 from clockwork_hooks.timeline import Position, Timeline
@@ -113,8 +112,7 @@ class Engine(Preparation):
         running.position = self._locate(state, running, prepared)
         running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
-        before = running.position.before
-        kept = before.take() if before is not None else None
+        kept = running.position.before.take() if running.position.before is not None else None
         if prepared.region is not None and not self._idle(running):
             self._start(running, prepared, prepared.region, kept, (args, kwargs))
 
@@ -163,8 +161,14 @@ class Engine(Preparation):
 
     def _pass(self, prepared: Prepared, region: Region, stand_in: Emit | None) -> Pass:
         looks = self.looks or (stand_in is not None and emit.looks(self._adaptor(prepared)[0]))
-        kind: Kind = "adaptor" if stand_in else "full"
-        return Pass(region.plan, kind, stand_in, copies=prepared.copies, looks=looks, blanks=prepared.blanks)
+        return Pass(
+            region.plan,
+            "adaptor" if stand_in else "full",
+            stand_in,
+            copies=prepared.copies,
+            looks=looks,
+            blanks=prepared.blanks,
+        )
 
     def _turn(self, running: Running, prepared: Prepared) -> Prepared:
         """Which region is it that this step may skip? There is but one."""

@@ -109,7 +109,9 @@ class _Nothing:
 class RootHook:
     """One of the two native hooks on the UNet itself; copies and pickles as a hook that does nothing."""
 
-    def __init__(self, owner: object, act: Callable[..., Any], failed: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(
+        self, owner: object, act: Callable[..., Any], failed: Callable[[BaseException], None] | None = None
+    ) -> None:
         self.owner, self._act, self._failed = owner, act, failed
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
