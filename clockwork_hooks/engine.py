@@ -25,6 +25,7 @@ from clockwork_hooks.passes import Emit, Pass, version
 from clockwork_hooks.preparation import Preparation
 from clockwork_hooks.running import Prepared, Running, mode, on_stack
 from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.skipping import Kind
 from clockwork_hooks.state import State, States
 from clockwork_hooks.stats import Stats
 from clockwork_hooks.timeline import Position, Timeline
@@ -119,8 +120,7 @@ class Engine(Preparation):
     def _start(
         self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: tuple[Any, ...]
     ) -> None:
-        if running.weights is None:
-            running.weights = self.weights.state()
+        running.weights = running.weights or self.weights.state()
         if not self.installed.intact(region.plan):  # full passes need it too: they keep the exit
             self._install(region)
         stand_in = None
@@ -161,14 +161,8 @@ class Engine(Preparation):
 
     def _pass(self, prepared: Prepared, region: Region, stand_in: Emit | None) -> Pass:
         looks = self.looks or (stand_in is not None and emit.looks(self._adaptor(prepared)[0]))
-        return Pass(
-            region.plan,
-            "adaptor" if stand_in else "full",
-            stand_in,
-            copies=prepared.copies,
-            looks=looks,
-            blanks=prepared.blanks,
-        )
+        kind: Kind = "adaptor" if stand_in else "full"
+        return Pass(region.plan, kind, stand_in, copies=prepared.copies, looks=looks, blanks=prepared.blanks)
 
     def _turn(self, running: Running, prepared: Prepared) -> Prepared:
         """Which region is it that this step may skip? There is but one."""
