@@ -133,6 +133,7 @@ class Installed:
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._lock = threading.RLock()
+        self._closed = False
         self._forwards: dict[str, Forward] = {}
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
@@ -153,6 +154,8 @@ class Installed:
             WrapError: a module refuses an instance-level forward (TorchScript).
         """
         with self._lock:  # threads that trace at the same time would patch twice
+            if self._closed:  # another thread's call is under way: its pass finds nothing patched, and is full
+                return
             try:
                 self._add(plan, modules, looks=looks)
             except BaseException:
@@ -196,6 +199,8 @@ class Installed:
     def front(self, module: nn.Module, act: Callable[..., Any]) -> None:
         """Put `act(forward, args, kwargs)` in front of the root's forward: a native hook cannot skip it."""
         with self._lock:
+            if self._closed:
+                return
             if self._root is not None:
                 self._root.remove()
             self._root = module.forward = RootForward(act, "", module)  # type: ignore[arg-type]
@@ -220,6 +225,12 @@ class Installed:
             if held.get("forward") is not forward:
                 return False
         return True
+
+    def close(self) -> None:
+        """Take everything back for good; idempotent."""
+        with self._lock:
+            self._closed = True
+            self.remove()
 
     def remove(self) -> None:
         """Take everything back; idempotent."""

@@ -253,7 +253,7 @@ class ClockworkWrapper:
         for handle in self._handles:
             handle.remove()
         self._engine.clean(self._engine.states.current())
-        self._engine.installed.remove()
+        self._engine.installed.close()
         self._engine.states.forget()
 
     def __enter__(self) -> ClockworkWrapper:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import clockwork_hooks as ch
+from clockwork_hooks import preparation
 from clockwork_hooks.choice import Choice
 from clockwork_hooks.hooks import Forward, Installed
 from tests.small_unet import SKIPPED, Tiny
@@ -336,6 +337,27 @@ def test_compiled_in_place_is_compiled_again() -> None:
         assert cw.stats.adaptor_passes == 2
         assert unet._compiled_call_impl is None
     assert snapshot(unet)[""][2] == before[""][2]
+
+
+def test_removed_while_another_thread_analyses_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, reached, removed, count = Tiny(), threading.Event(), threading.Event(), preparation.node_macs
+    expected, before = descend(unet), snapshot(unet)
+
+    def slow(node: Any) -> int:
+        reached.set()
+        assert removed.wait(10)
+        return count(node)
+
+    monkeypatch.setattr(preparation, "node_macs", slow)
+    cw, made = ch.wrap(unet), []
+    thread = threading.Thread(target=lambda: made.extend(descend(unet)))
+    thread.start()
+    assert reached.wait(10)
+    cw.remove()
+    removed.set()
+    thread.join()
+    assert snapshot(unet) == before
+    assert equal(made, expected)
 
 
 def test_a_copied_wrapper_is_a_copied_unet() -> None:
