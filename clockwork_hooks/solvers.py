@@ -45,8 +45,8 @@ class SchedulerSteps:
         place = Place(StorageWeakRef(time.untyped_storage()), int(time.storage_offset()))
         jump = place.index - mark.index if mark is not None and mark.times == place.times else None
         if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
-            timeline.reset()
-            timeline.declare(place)
+            timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
+            timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
         elif jump:
             timeline.way, timeline.mark = jump, place
             if begins_step(scheduler):

@@ -98,16 +98,17 @@ class Timeline:
         self._doubt, self._calls, self._seen, self._compared = None, 0, 0, 0
         self.branches, self.mark, self.way = [], None, 0
 
-    def declare(self, mark: Place | None = None) -> None:
+    def declare(self, mark: Place | None = None, *, start: Place | None = None) -> None:
         """A new step begins now, whatever the time input says; from here on the caller declares all steps.
 
         Args:
             mark: the caller is a scheduler, and this is where it stands in its list.
+            start: and the step began there, if not here.
         """
         if not self.declared:
             self.reset()
         self.mark = mark
-        self.declared, self.opened, self._start = True, True, mark
+        self.declared, self.opened, self._start = True, True, start or mark
         self._advance()
 
     def at(

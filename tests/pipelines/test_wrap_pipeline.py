@@ -206,6 +206,24 @@ def test_guidance_that_begins_between_two_evaluations_of_a_step() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_preview_between_two_evaluations_of_a_step(after: int) -> None:
+    """The second evaluation begins a trajectory then, and does not serve the first one of the step after."""
+    pipe = holder("HeunDiscreteScheduler")
+    judge, c, x = Judge(pipe.model), torch.ones(1, 3), torch.randn(1, 2, 8, 8)
+    pipe.scheduler.set_timesteps(6)
+    with wrap_pipeline(pipe):
+        for k, t in enumerate(pipe.scheduler.timesteps):
+            scaled = pipe.scheduler.scale_model_input(x, t)
+            made = judge.call(scaled, t, c, step=k // 2 + 1, branch=k % 2)
+            x = pipe.scheduler.step(made, t, x).prev_sample
+            if k == after:
+                judge.begin()
+                judge.unet(x, 0.5, c)
+        assert judge.made == {1: "FF" + "FFAAFFAAF", 2: "FFA" + "F" + "FFFFAAF"}[after]
+
+
+@torch.no_grad()
 def test_windows_whose_number_changes() -> None:
     """Four in one step and three others in the next: the scheduler tells the steps, and nothing of their calls."""
     pipe = holder("DDIMScheduler")
