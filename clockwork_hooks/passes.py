@@ -153,7 +153,8 @@ class TracedPass(Pass):
 
     def _fill(self, leaf: Any) -> Any:
         if isinstance(leaf, Slot) and not (leaf.exit and self._emit is not None):
-            return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)  # compiled away
+            own = leaf.shape if leaf.written else ()  # not every backend turns writes into copies
+            return torch.zeros(own, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)  # compiled away
         return super()._fill(leaf)
 
     def _keep(self, exit: torch.Tensor) -> None:

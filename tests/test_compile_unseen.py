@@ -144,6 +144,24 @@ class OneDimensional(nn.Module):
         return Pair(*out.chunk(2, dim=1))
 
 
+class InPlace(nn.Module):
+    """Writes to what its modules return: inside of the region, and to the exit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.stem, self.down = nn.Linear(8, 16), nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 2, 2)
+        self.body, self.up, self.head = nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 8, 3, 1, 1), nn.Conv2d(8, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.stem(x)
+        low = self.down(h)
+        low += self.time(embedded(t, 8))[:, :, None, None]
+        low = self.body(low.relu_())
+        back = self.up(nn.functional.interpolate(low.mul_(0.5), scale_factor=2.0))
+        back += h
+        return self.head(back)
+
+
 def images(k: int) -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(k))
 
@@ -153,6 +171,7 @@ CALLS: dict[str, tuple[type[nn.Module], Callable[[Any, int], Tensor]]] = {
     "scale-shift": (ScaleShift, lambda unet, k: unet(images(k), torch.tensor([TIMES[k]] * 2))),
     "scale-shift, classes": (ScaleShift, lambda unet, k: unet(images(k), torch.tensor([TIMES[k]] * 2), y=LABELS)),
     "residual list": (Residuals, lambda unet, k: unet(images(k), torch.tensor([TIMES[k]] * 2), guidance=2.5)["out"]),
+    "in place": (InPlace, lambda unet, k: unet(images(k), torch.tensor([TIMES[k]] * 2))),
     "one-dimensional": (
         OneDimensional,
         lambda unet, k: torch.cat(
