@@ -116,7 +116,7 @@ def guided() -> tuple[dict[str, Any], list[Call], dict[str, Any]]:
 
 def _wrapped(sides: dict[str, Any]) -> dict[str, Any]:
     return {
-        "clock 1": ch.wrap(sides["clock 1"], clock=1, schedule=()),
+        "clock 1": ch.wrap(sides["clock 1"], schedule=()),
         "adaptor pass": ch.wrap(sides["adaptor pass"], schedule=set(range(2, STEPS + 1))),
     }
 

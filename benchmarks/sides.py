@@ -113,7 +113,8 @@ class Bench:
         adaptor = self.adaptor(variant, region)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ch.NoEffectWarning)
-            cw = ch.wrap(unet, adaptor, clock=variant.clock, region=region, schedule=schedule)
+            clock = variant.clock if schedule is None else None
+            cw = ch.wrap(unet, adaptor, clock=clock, region=region, schedule=schedule)
         if mode == "cudagraphs":
             cw.compile(mode="cudagraphs")
         elif mode == "compile":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from clockwork_hooks.graph import module_paths
 from clockwork_hooks.hooks import RootHook
 from clockwork_hooks.wrapper import ClockworkWrapper
 
-__all__ = ["check_region", "check_unet", "plan_parts"]
+__all__ = ["check_alone", "check_region", "check_unet", "plan_parts"]
 
 
 def check_unet(unet: Any) -> None:
@@ -78,6 +79,22 @@ def check_region(region: Any, unet: nn.Module) -> None:
                 "modules it lacks": ", ".join(missing[:5]),
             },
             do="pass region=ch.find_region(unet, *args), found for this UNet",
+        )
+
+
+_DECIDES = {
+    "plan": "a plan says which region, when, and what stands in for it",
+    "clocks": "clocks= says which regions, and when; each feature is kept without its graph",
+    "schedule": "a schedule says when, and so does a clock",
+}
+
+
+def check_alone(name: str, value: object, others: Mapping[str, object]) -> None:
+    """Raise `ArgumentError` if options are given that this one, where it is given, decides; None is not given."""
+    given = {other: repr(one)[:80] for other, one in others.items() if one is not None}
+    if value is not None and given:
+        raise ArgumentError(
+            _DECIDES[name], seen={name: repr(value)[:80], **given}, do=f"pass {name}= without {', '.join(given)}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks import emit
-from clockwork_hooks.acceptance import check_region, check_unet, plan_parts
+from clockwork_hooks.acceptance import check_alone, check_region, check_unet, plan_parts
 from clockwork_hooks.adaptive import AdaptiveEngine
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.boundary import Region
@@ -30,7 +30,7 @@ def wrap(
     unet: nn.Module,
     adaptor: Adaptor | str | os.PathLike[str] | Mapping[Any, Any] | None = None,
     *,
-    clock: int = 2,
+    clock: int | None = None,
     clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
     region: Region | None = None,
     level: int | None = None,
@@ -56,7 +56,7 @@ def wrap(
         unet: any UNet: called once or more per denoising step, with a sample and a time.
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
-        clock: one full pass every `clock` steps; 1 switches Clockwork off.
+        clock: one full pass every `clock` steps, 2 unless said; 1 switches Clockwork off.
         clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
             the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
             the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
@@ -65,9 +65,9 @@ def wrap(
             first call, by the options that follow, or else the one that the adaptor was made for, or else the one
             below the highest level.
         level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
-        schedule: replaces `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps (numbered
-            from 1), or step -> bool.
-        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, which replaces all three.
+        schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
+            (numbered from 1), or step -> bool.
+        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, in place of all three.
         time: name of the argument that holds the time, where it cannot be told.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
         keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
@@ -78,7 +78,7 @@ def wrap(
 
     Raises:
         WrapError: `unet` is no module, is wrapped already, by DeepCache too, or is the output of `torch.compile`.
-        ArgumentError: an option is outside its rule.
+        ArgumentError: an option is outside its rule, or two options decide the same.
         AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
             made for another region.
         RegionNotFoundError: (at the first call, which leaves the UNet unwrapped) nothing can be skipped.
@@ -108,21 +108,21 @@ def wrap(
     Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
     """
     check_unet(unet)
+    when: dict[str, object] = {"clock": clock, "schedule": schedule}
+    where: dict[str, object] = {"region": region, "level": level, "resolution": resolution, "share": share}
+    where |= {"modules": modules, "entry": entry, "exit": exit}
+    own_cut = None if cut == "outer" else cut
+    check_alone("plan", plan, {"adaptor": adaptor, "clocks": clocks, **when, **where, "cut": own_cut})
+    check_alone("clocks", clocks, {**when, **where, "keep_graph": keep_graph or None})
+    check_alone("schedule", schedule, {"clock": clock})
     chosen: Choice | None = None
     if plan is not None:
         region, schedule, adaptor = plan_parts(plan)
         chosen = plan.region if isinstance(plan.region, Choice) else None
+    clock = 2 if clock is None else clock
     check_clock(clock)
     if clocks is not None:
-        one_way: dict[str, object] = {
-            "region": region,
-            "schedule": schedule,
-            "level": level,
-            "resolution": resolution,
-            "share": share,
-        }
-        one_way |= {"modules": modules, "entry": entry, "exit": exit}
-        nested = _nested(unet, clocks, adaptor, one_way, cut, time, check_finite)
+        nested = _nested(unet, clocks, adaptor, cut, time, check_finite)
         if all(one.clock == 1 for one in nested.clocks):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
         return ClockworkWrapper(unet, nested)
@@ -155,14 +155,11 @@ def _nested(
     unet: nn.Module,
     clocks: Mapping[Any, int],
     adaptor: Any,
-    one_way: Mapping[str, object],
     cut: str,
     time: str | None,
     check_finite: bool,
 ) -> NestedEngine:
     """What runs several clocks; the rules that can be checked before the first call are."""
-    if given := {name: value for name, value in one_way.items() if value is not None}:
-        raise ArgumentError("clocks= says which regions, and when", seen=given, do="pass clocks= alone")
     if not isinstance(clocks, Mapping) or not clocks:
         raise ArgumentError(
             "clocks= gives each region a clock", seen={"clocks": repr(clocks)}, do="pass clocks={1: 2, 2: 4}"

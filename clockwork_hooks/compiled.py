@@ -75,9 +75,10 @@ class Compiled:
             return forward(*args, **kwargs)
         args, kwargs = with_tensor_time(running, args, kwargs)
         output, ran = self.run(running, running.run, forward, args, kwargs)
-        if running.cached is not None and ran.exit is not None and self.engine.check_finite:
-            where = {"step": running.position and running.position.step}
-            emit.check(ran.exit, running.cached, finite=True, where=where)
+        finite, cached = self.engine.check_finite, running.cached
+        if cached is not None and ran.exit is not None and (finite or not emit.fits(ran.exit, cached)):
+            where = {"step": running.position and running.position.step, "adaptor": type(self.engine.adaptor).__name__}
+            emit.check(ran.exit, cached, finite=finite, where=where)
         running.run = ran
         return output
 

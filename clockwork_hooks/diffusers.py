@@ -24,7 +24,7 @@ def wrap_pipeline(
     pipe: Any,
     adaptor: Adaptor | str | Mapping[str, Any] | None = None,
     *,
-    clock: int = 2,
+    clock: int | None = None,
     unets: Iterable[str] | None = None,
     **options: Any,
 ) -> WrappedPipeline:
@@ -38,7 +38,7 @@ def wrap_pipeline(
         pipe: a diffusers pipeline, or any object whose attributes are UNets, schedulers or pipelines (a base model
             and its refiner).
         adaptor: as for `wrap`; a mapping gives each UNet its own, by name.
-        clock: one full step every `clock` steps.
+        clock: one full step every `clock` steps, 2 unless said.
         unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet".
         options: of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.
 

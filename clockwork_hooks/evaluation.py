@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks._version import versions
 from clockwork_hooks.attach import wrap
+from clockwork_hooks.choice import Choice
 from clockwork_hooks.counting import counting
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
@@ -149,7 +150,9 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
             images, seconds = _timed(make, batch, seed)
             tally.passes = (tally.passes[0] + cw.stats.full_passes, tally.passes[1] + cw.stats.adaptor_passes)
             tally.macs += cw.stats.macs_run
-            tally.options.setdefault("region", cw.region)  # found once; the next wrapper needs no trace
+            if not tally.options.keys() & {"plan", "clocks"}:  # found once; the next wrapper needs no trace
+                chosen = {one.name for one in fields(Choice)}
+                tally.options = {k: v for k, v in tally.options.items() if k not in chosen} | {"region": cw.region}
         tally.counted += len(images)
     elif first:
         with counting(unet) as calls:

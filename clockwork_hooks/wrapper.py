@@ -16,19 +16,15 @@ from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.boundary import Region
-from clockwork_hooks.capture import Captured
-from clockwork_hooks.compiled import Compiled
 from clockwork_hooks.engine import Engine
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.hooks import RootHook
-from clockwork_hooks.nested import NestedEngine
+from clockwork_hooks.modes import static_calls
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.stats import RunReport, Stats
 from clockwork_hooks.timeline import Position
 
 __all__ = ["ClockworkWrapper"]
-
-MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 
 
 class ClockworkWrapper:
@@ -203,7 +199,8 @@ class ClockworkWrapper:
 
         Raises:
             ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
-                several regions have clocks; or the schedule decides at run time.
+                `torch.compile` refuses the options; or several regions have clocks; or the schedule decides at run
+                time.
             CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
 
         Example:
@@ -211,24 +208,7 @@ class ClockworkWrapper:
 
         Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
         """
-        if isinstance(self._engine, NestedEngine):
-            raise ArgumentError(
-                "a compiled UNet has one region",
-                seen={"regions": len(self._engine.clocks)},
-                do="wrap it with one clock",
-            )
-        self.schedule.known_beforehand("the pass that a static graph stands for")
-        if mode not in MODES:
-            raise ArgumentError(
-                "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
-            )
-        if mode == "cudagraphs":
-            compiled: Compiled = Captured(self._engine)
-        else:
-            chosen = {"mode": mode, "backend": backend, "options": options}
-            pooled = mode in ("reduce-overhead", "max-autotune") or bool((options or {}).get("triton.cudagraphs"))
-            compiled = Compiled(self._engine, chosen, pooled=pooled)
-        self._engine.installed.front(self.unet, compiled)
+        self._engine.installed.front(self.unet, static_calls(self._engine, mode, backend, options))
         return self
 
     def report(self) -> RunReport:

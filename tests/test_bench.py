@@ -8,6 +8,8 @@ import torch
 from rich.console import Console
 
 import clockwork_hooks as ch
+from clockwork_hooks.bench_report import Benchmark, BenchRow
+from clockwork_hooks.benchmark import MODES
 from clockwork_hooks.cli import main
 from clockwork_hooks.models import load_model
 from clockwork_hooks.presets import PRESETS
@@ -105,6 +107,22 @@ def test_a_mode_that_cannot_run_is_told_beside_those_that_can():
     assert [row.mode for row in result.rows] == ["eager", "eager"]
     assert "CUDA" in result.failed["cudagraphs"]
     assert "cudagraphs could not be measured" in result.to_markdown()
+
+
+@pytest.mark.parametrize("seconds", [0.000123, 0.0123, 12.3], ids=str)
+def test_the_table_fits_80_columns(seconds):
+    def row(mode, clock):
+        return BenchRow(mode, clock, seconds, 0.99 * seconds, 1.01 * seconds, 5, 1, clock - 1, 0.5583, 12.345, 5.678)
+
+    rows = [row(mode, clock) for mode in MODES for clock in (1, 2, 12)]
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "versions": {"torch": "2"}, "notes": []}
+    made = Benchmark("UNet2DConditionModel", (2, 4, 64, 64), "region", "identity", 12, tuple(rows), {}, settings)
+    console = Console(file=StringIO(), width=80)
+    console.print(made.table())
+    lines = console.file.getvalue().splitlines()
+    heads = next(line for line in lines if line.startswith(" mode"))
+    assert heads.split()[-2:] == ["to", "MACs"]
+    assert [line.split()[-1] for line in lines if line.startswith(" compile")] == ["–", "0.15", "0.15"]
 
 
 def test_sides_are_timed_in_turns():

@@ -213,6 +213,47 @@ def test_modes_are_checked() -> None:
             cw.compile(mode="cudagraphs")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "nope"}, "Invalid backend: 'nope'"),
+        ({"options": {"nope": 1}}, "Unexpected optimization option nope"),
+        ({"mode": "default", "options": {"epilogue_fusion": True}}, "Either mode or options"),
+        ({"mode": "cudagraphs", "options": {"epilogue_fusion": True}}, 'pass mode="cudagraphs" alone'),
+        ({"mode": "cudagraphs", "backend": "eager"}, "backend: 'eager'"),
+    ],
+    ids=str,
+)
+def test_options_that_torch_refuses_are_refused_before_any_call(options: dict[str, Any], said: str) -> None:
+    with ch.wrap(Tiny(), clock=2) as cw, pytest.raises(ch.ArgumentError, match=said):
+        cw.compile(**options)
+
+
+def test_an_adaptor_whose_output_no_longer_fits_is_told() -> None:
+    """It would fit where the UNet broadcasts; the first adaptor pass is not the only one that is checked."""
+
+    class Shrinks(nn.Module):
+        narrow = False
+
+        def forward(self, entry: Any, exit_cached: Tensor, **inputs: Any) -> Tensor:
+            return exit_cached[:, :1] if self.narrow else exit_cached * 1
+
+    class Adds(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            h = self.stem(x)
+            return self.head(torch.cat([h, h + self.up(self.body(self.act(self.down(h))))], 1))
+
+    unet, adaptor, case = Adds(), Shrinks(), CASES["tiny"]
+    with ch.wrap(unet, adaptor, clock=2) as cw:
+        cw.compile(backend="eager")
+        for k in range(4):
+            case.call(unet, k)
+        adaptor.narrow = True
+        case.call(unet, 4)
+        with pytest.raises(ch.AdaptorError, match="like the region's exit"):
+            case.call(unet, 5)
+
+
 def test_copies_are_plain() -> None:
     case = CASES["tiny"]
     unet = case.make()
@@ -426,7 +467,7 @@ def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
             unet.head.weight.data = unet.head.weight.data.clone()
             torch.testing.assert_close(case.call(unet, 3), expected)
 
-    with ch.wrap(unet, clock=1, schedule=()) as cw:
+    with ch.wrap(unet, schedule=()) as cw:
         cw.compile(mode="cudagraphs")
         with pytest.warns(ch.NoEffectWarning, match="weights move"):
             move()

@@ -52,6 +52,12 @@ def test_variants_against_plain() -> None:
     assert len(found["clock 2"].scores["PSNR"].values) == 2
 
 
+@pytest.mark.parametrize("options", [{"level": 1}, {"share": 0.3}, {"clocks": {1: 2}}, {"clock": 2}], ids=str)
+def test_a_region_that_the_options_choose_is_found_once_for_all_batches(options: dict[str, Any]) -> None:
+    row = run(Tiny(), {"ours": options}, seeds=(0, 1))["ours"]
+    assert (row.full_passes, row.adaptor_passes) == (12, 12)
+
+
 def test_an_oracle_is_exactly_plain() -> None:
     """What is wrapped but runs full passes only gives the plain pictures: 100 dB, from the very same noise."""
     found = run(Tiny(), {"all full": {"schedule": lambda step: False}})

@@ -86,6 +86,7 @@ FLOOR = {
     "flops": 100,
     "compiled": 100,
     "capture": 110,
+    "modes": 115,
     "wrapper": 120,
     "acceptance": 122,
     "attach": 124,
