@@ -7,21 +7,27 @@ run again has to do what it did the first time. So both are full passes, and bel
 from __future__ import annotations
 
 from torch import is_inference_mode_enabled
-from torch._C import _current_graph_task_id, _get_dispatch_mode, _get_tracing_state, _is_fwd_grad_enabled
-from torch._C import _TorchDispatchModeKey as _Key
+from torch._C import (
+    _current_graph_task_id,
+    _get_dispatch_mode,
+    _get_tracing_state,
+    _is_fwd_grad_enabled,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
 
 from clockwork_hooks.reasons import COMPILED, REPEATED, TRANSFORMED
 
 __all__ = ["stands_apart"]
 
-_PROXY = _Key.PROXY
 
+def stands_apart(*, compiling: bool = False) -> str | None:
+    """Why the call that begins now is none of a sampling loop's; None where it is. Reads six flags of torch.
 
-def stands_apart() -> str | None:
-    """Why the call that begins now is none of a sampling loop's; None where it is. Reads seven flags of torch.
+    Args:
+        compiling: what `torch.compiler.is_compiling()` says.
 
     Example:
         >>> import torch
@@ -34,7 +40,9 @@ def stands_apart() -> str | None:
         >>> seen
         [None, 'within a transform of torch.func']
     """
-    if is_compiling() or _get_tracing_state() is not None or _get_dispatch_mode(_PROXY) is not None:  # `make_fx`
+    if compiling or _get_tracing_state() is not None:
+        return COMPILED
+    if _len_torch_dispatch_stack() and _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:  # `make_fx`
         return COMPILED
     if peek_interpreter_stack() is not None:
         return TRANSFORMED

@@ -87,7 +87,9 @@ class Engine(Preparation):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call: choose its pass and start it."""
-        if torch.compiler.is_dynamo_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
+        if (
+            compiling := torch.compiler.is_compiling()
+        ):  # by `unet.compile()` after `wrap`: set aside from the next call on
             torch.compiler.disable(self.installed.run_eagerly)(module)
         state = self.states.current()
         if state.running:
@@ -101,7 +103,7 @@ class Engine(Preparation):
         key = (arguments.signature, *mode(module.training, arguments))
         running = Running(_getframe(self._above), exc_info()[1], arguments, key)
         state.running.append(running)
-        running.reason = stands_apart()
+        running.reason = stands_apart(compiling=compiling)
         if running.reason is not None:
             state.timeline.reset()
             return
@@ -117,9 +119,7 @@ class Engine(Preparation):
         if prepared.region is not None and not self._idle(running):
             self._start(running, prepared, prepared.region, kept, (args, kwargs))
 
-    def _start(
-        self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: tuple[Any, ...]
-    ) -> None:
+    def _start(self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: Any) -> None:
         running.weights = running.weights or self.weights.state()
         if not self.installed.intact(region.plan):  # full passes need it too: they keep the exit
             self._install(region)
