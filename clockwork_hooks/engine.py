@@ -66,7 +66,7 @@ class Engine(Preparation):
     ) -> None:
         super().__init__(unet, adaptor, region=region, time=time, keep_graph=keep_graph)
         self.schedule, self.check_finite, self.loaded = schedule, check_finite, loaded
-        self.enabled = True
+        self.enabled, self.skips = True, self.looks or not schedule.never_skips
         self.steps: Callable[[Timeline, Any], None] | None = None
         self.stats = Stats()
         self.states = States()

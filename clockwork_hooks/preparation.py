@@ -37,9 +37,11 @@ class Preparation:
 
     Attributes:
         looks: all passes pick boundary tensors up, also those that have no use for them.
+        skips: some pass may need modules to be patched; else that waits until one does.
     """
 
     looks = False
+    skips = True
 
     def __init__(
         self, unet: nn.Module, adaptor: Adaptor, *, region: Region | Choice, time: str | None, keep_graph: bool
@@ -97,7 +99,8 @@ class Preparation:
         rest = full - sum(costs[n] for n in skipped_nodes(trace, region)) if region is not None else full
         if region is not None:
             emit.check_region(self.adaptor, region)
-            self._install(region)
+            if self.skips:
+                self._install(region)
             self.region = self.region or region
         return Prepared(region, full, rest, trace.time, trace.sample, why)
 
@@ -106,7 +109,8 @@ class Preparation:
         region, autocast = self.wanted, running.key[2]
         if not isinstance(region, Region) or region.signature != running.arguments.signature or autocast is not None:
             return None
-        self._install(region)
+        if self.skips:
+            self._install(region)
         time = time_candidates(running.arguments, sample=region.sample, time=self.time) if self.time else region.times
         if len(time) > 1:
             return None

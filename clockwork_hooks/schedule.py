@@ -162,6 +162,12 @@ class Schedule:
         """Is this step (from 1) a full pass? Of an adaptive schedule: whatever the entry does?"""
         return step <= 1 or not self.uses_adaptor(step)
 
+    @property
+    def never_skips(self) -> bool:
+        """Is every step full, and is that certain from how it was built? A function may change its mind."""
+        rule = self.uses_adaptor
+        return (isinstance(rule, _Ticks) and rule.clock == 1) or (isinstance(rule, _Among) and not rule.steps)
+
     def full_steps(self, steps: int) -> int:
         """How many of the first `steps` steps are full: ⌈steps / clock⌉ for `every(clock)`.
 
