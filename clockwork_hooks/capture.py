@@ -2,11 +2,13 @@
 
 A graph replays kernels at fixed addresses. So inputs are copied into buffers, outputs are copied out of the pool that
 all graphs share, and a graph is thrown away when weights have moved. Nothing else is fixed: an adaptor pass gets the
-exit of the step before through a buffer, as it gets the sample.
+exit of the step before through a buffer, as it gets the sample. What a pass writes to the UNet's own buffers it writes
+once a call: capturing, which runs the pass thrice, puts them back.
 
-Whether the modules still are what was captured is looked up once a trajectory, and in every call whether weights have
-moved. Both take the host a while, so they come after the launch; what was launched does not count if the answer is no.
-A launch must not read memory that is gone, so before it only one question is asked: has a weight's storage been freed?
+Whether the modules still are what was captured is looked up once a trajectory and where `Weights` has seen something,
+and in every call whether weights have moved. Both take the host a while, so they come after the launch; what was
+launched does not count if the answer is no. A launch must not read memory that is gone, so before it only one question
+is asked: has a weight's storage been freed?
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ __all__ = ["Captured"]
 
 DEVICES = ("cuda",)
 _MOVES = 8
+_GRAPHS, _DEEPEST = 64, 4
 
 
 @dataclass(slots=True)
@@ -43,12 +46,12 @@ class _Buffer:
 
     memory: torch.Tensor
     source: weakref.ref[torch.Tensor] | None = None
-    written: int = -1
+    written: tuple[int, int] = (-1, -1)
 
-    def fill(self, value: torch.Tensor) -> None:
-        """Copy `value` in, unless it is there already."""
-        now = version(value)
-        if now < 0 or now != self.written or self.source is None or self.source() is not value:
+    def fill(self, value: torch.Tensor, trajectory: int) -> None:
+        """Copy `value` in, unless this trajectory has done so: writes by CUDA graphs or through `.data` go unmarked."""
+        now = trajectory, version(value)
+        if now[1] < 0 or now != self.written or self.source is None or self.source() is not value:
             self.memory.copy_(value, non_blocking=True)
             self.source, self.written = weakref.ref(value), now
 
@@ -65,10 +68,14 @@ class _Graph:
     untouched: bool
     constants: tuple[Any, ...] = field(repr=False)
 
-    def replay(self, values: list[torch.Tensor], cached: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
+    def replay(self, values: list[torch.Tensor], running: Running) -> tuple[Any, torch.Tensor | None]:
         """Launch it on these inputs: (output, exit), copied out of the graph's memory."""
+        cached, trajectory = running.cached, running.position.trajectory if running.position else -1
+        sample = running.arguments.get(running.prepared.sample) if running.prepared is not None else None
         for buffer, value in zip(self.inputs, values, strict=True):
-            buffer.fill(value)
+            if value is sample:
+                buffer.source = None  # a sampler may write to it as it likes
+            buffer.fill(value, trajectory)
         self.graph.replay()
         output, exit = map_leaves(_copy, self.output), self.exit
         if exit is not None:  # an adaptor may return what it was given
@@ -99,6 +106,7 @@ class Captured(Compiled):
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._moves = 0
+        self._state: Hashable = None
         self._weights: list[torch.Tensor] = []
         self._places: list[int] = []
         self._looks: list[Any] = []
@@ -117,7 +125,7 @@ class Captured(Compiled):
 
     def run(
         self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Ran]:
+    ) -> tuple[Any, Pass]:
         """Replay the pass, captured first if need be: (output, what it did)."""
         flat = [leaf for _, leaf in leaves((args, kwargs, running.cached))]
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
@@ -127,15 +135,19 @@ class Captured(Compiled):
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
             key = (running.key, run.kind, run.copies, *map(_constant, constants))
-            anew = running.position is not None and running.position.step == 1
+            anew = running.weights != self._state or (running.position is not None and running.position.step == 1)
             captured = self._graphs.get(key)
             if captured is not None:
-                output, exit = captured.replay(values, running.cached)
+                output, exit = captured.replay(values, running)
             if (anew or self._moved_away()) and self._look():
                 captured = None
+            self._state = running.weights
+            if captured is None and len(self._graphs) >= _GRAPHS:
+                _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
+                return forward(*args, **kwargs), run
             if captured is None:
                 captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
-                output, exit = captured.replay(values, running.cached)
+                output, exit = captured.replay(values, running)
         return output, Ran(run.plan, run.kind, exit, whole=captured.whole, untouched=captured.untouched)
 
     def _capture(
@@ -157,6 +169,8 @@ class Captured(Compiled):
             return buffers[-1].memory
 
         args, kwargs, cached = map_leaves(buffer, (args, kwargs, running.cached))
+        own = [tensor for root in self._roots() for tensor in root.buffers()]
+        before = [(tensor, version(tensor), tensor.clone()) for tensor in own]
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # casts of weights belong into the graph
         graph = torch.cuda.CUDAGraph()
@@ -179,6 +193,10 @@ class Captured(Compiled):
             ) from error
         finally:
             torch.set_autocast_cache_enabled(cache)
+            for tensor, written, value in before:
+                if version(tensor) != written or written < 0:
+                    with torch.inference_mode(tensor.is_inference()):
+                        tensor.copy_(value)
         return _Graph(graph, buffers, output, run.exit, run.complete(), run.untouched(), constants)
 
     def _pass(
@@ -200,8 +218,9 @@ class Captured(Compiled):
 
     def _look(self) -> bool:
         """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
-        roots = [root for root in (self.engine.unet, self.engine.adaptor) if isinstance(root, nn.Module)]
+        roots, adaptor = self._roots(), self.engine.adaptor
         looks = [part for root in roots for part in _looks(root)]
+        looks += [] if adaptor in roots else getattr(adaptor, "__dict__", {}).values()
         weights = [tensor for root in roots for tensor in _weights(root)]
         places = [tensor.data_ptr() for tensor in weights]
         same = places == self._places and len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
@@ -219,6 +238,9 @@ class Captured(Compiled):
         if not (same and self._watched) or self._freed:
             self._watch()
         return dropped
+
+    def _roots(self) -> list[nn.Module]:
+        return [root for root in (self.engine.unet, self.engine.adaptor) if isinstance(root, nn.Module)]
 
     def _moved_away(self) -> bool:
         """Are weights somewhere else than when modules were last looked at?"""
@@ -252,8 +274,14 @@ def _looks(root: nn.Module) -> list[Any]:
     return found
 
 
-def _constant(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+def _constant(value: Any, depth: int = 0) -> Hashable:
+    """What tells a constant: plain ones their value, objects who they are and what they hold."""
+    if isinstance(value, torch.Tensor):  # held by an object, it is no input: the graph reads it where it lies
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return type(value), value
+    held = vars(value) if depth < _DEEPEST and hasattr(value, "__dict__") and not callable(value) else {}
+    return id(value), *((path, _constant(leaf, depth + 1)) for path, leaf in leaves(held))
 
 
 def _copy(leaf: Any) -> Any:

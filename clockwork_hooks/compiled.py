@@ -93,7 +93,7 @@ class Compiled:
 
     def run(
         self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Ran]:
+    ) -> tuple[Any, Pass]:
         """Run this pass as its static callable does: (output, what it did)."""
         key = (running.key, run.kind, run.copies)
         with self._lock:
