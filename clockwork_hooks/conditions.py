@@ -97,8 +97,8 @@ def _referable(value: Any) -> bool:
 class _Copy:
     """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all.
 
-    The tensor that was copied is most often the one to compare, so a small one is read where it lies: operators of
-    torch would take four times as long. It is alive then, and its memory is the one that was copied.
+    The tensor that was copied is most often the one to compare, so a small one is read where it lies: what
+    operators of torch need for that takes longer. It is alive then, and its memory is the one that was copied.
     """
 
     __slots__ = ("_address", "_kept", "_now", "_source", "bits", "dtype", "nbytes", "shape")
