@@ -10,6 +10,7 @@ constants by then, so each callable is one graph; the exit leaves it and enters 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import numbers
 import threading
@@ -104,7 +105,8 @@ class Compiled:
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            output, exit, whole = static(args, kwargs, running.cached)
+            with _counting_in_checkpoints():
+                output, exit, whole = static(args, kwargs, running.cached)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -157,6 +159,16 @@ def with_tensor_time(
         lifted = torch.full((), float(time), device=device)
     made = [lifted if name == prepared.time else value for name, value in values.items()]
     return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
+
+
+def _counting_in_checkpoints() -> contextlib.AbstractContextManager[None]:
+    """Calls are counted also within `torch.utils.checkpoint`; what its backward runs again does not count."""
+    if not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(
+        skip_fwd_side_effects_in_bwd_under_checkpoint=True
+    )
+    return patched
 
 
 def _with_code_of_its_own(function: Static, name: str) -> Static:

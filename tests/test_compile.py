@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
@@ -252,6 +253,30 @@ def test_an_adaptor_whose_output_no_longer_fits_is_told() -> None:
         case.call(unet, 4)
         with pytest.raises(ch.AdaptorError, match="like the region's exit"):
             case.call(unet, 5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_through_checkpoints(training: bool) -> None:
+    """Dynamo traces what is checkpointed as an operator, which may have no side effects: calls are counted in it."""
+
+    class Saves(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            h = self.stem(x)
+            z = checkpoint(lambda y: self.up(self.body(self.act(self.down(y)))), h, use_reentrant=False)
+            return self.head(checkpoint(lambda *both: torch.cat(both, 1).sin(), h, z, use_reentrant=False))
+
+    grads = []
+    for compiled in (False, True):
+        case, unet = CASES["tiny"], Saves().train(training)
+        with ch.wrap(unet, clock=2) as cw, torch.enable_grad():
+            if compiled:
+                cw.compile(backend="aot_eager")
+            for _ in range(2):
+                unet.zero_grad()
+                sum(case.call(unet, k).square().mean() for k in range(4)).backward()
+        grads.append([parameter.grad for parameter in unet.parameters()])
+        assert cw.stats.adaptor_passes == (0 if training else 4)
+    torch.testing.assert_close(*grads)
 
 
 def test_copies_are_plain() -> None:
