@@ -52,7 +52,7 @@ def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
                 steps = results.row(key)["steps"] or results.row(key)["sampler"]["steps"]
                 axis.annotate(str(steps), (cost(key), mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.set_xlabel(label)
-        axis.set_ylabel(f"{score}, {better}")
+        axis.set_ylabel(f"{score}{', %' if score == 'attributes right' else ''}, {better}")
         if score == "Fréchet":
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
