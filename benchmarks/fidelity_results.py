@@ -77,8 +77,10 @@ class Results:
         return _difference(self.over_training(a, name), self.over_training(b, name))
 
     def trained_at(self, sampler: Sampler) -> list[str]:
-        """The rows of trained adaptors with this sampler."""
-        return [key for key, row in self.data["rows"].items() if row.get("loss") and row["sampler"] == asdict(sampler)]
+        """The rows of trained adaptors with this sampler, of several training seeds the first."""
+        more = {key for ways in MODES.values() for keys in ways.values() for key in keys[1:]}
+        rows = {key: row for key, row in self.data["rows"].items() if key not in more}
+        return [key for key, row in rows.items() if row.get("loss") and row["sampler"] == asdict(sampler)]
 
     def best(self, sampler: Sampler, saved: float) -> str | None:
         """Of the rows of trained adaptors that save this much, the one with the lowest Fréchet distance."""

@@ -114,7 +114,8 @@ class _Copy:
             self._kept, self._now = memory.from_address(self.bits.data_ptr()), memory.from_address(self._address)
 
     def same(self, value: Any) -> bool:
-        if self._source() is value and value.is_cpu and value.is_contiguous():
+        source = self._source()
+        if source is not None and source is value and value.is_cpu and value.is_contiguous():
             if value.data_ptr() == self._address and value.nbytes == self.nbytes:
                 return bool(self._now.raw == self._kept.raw)
             return torch.equal(self.bits, value.detach().view(-1).view(torch.uint8))  # few questions asked: it is fast

@@ -106,3 +106,11 @@ def test_the_memory_of_one_that_is_gone_is_not_read() -> None:
         assert known.same([made(SMALL)]), other
         assert not known.same([made(SMALL) + 1]), other
     assert known.same([made(SMALL)])
+
+
+def test_one_that_is_gone_is_not_none() -> None:
+    """A branch that was called with an embedding, then, that being gone, with none."""
+    value = torch.zeros(2, 6, 6)
+    kept = Conditions([value])
+    del value
+    assert not kept.same([None])

@@ -83,7 +83,7 @@ def test_a_function_may_say_that_there_is_no_guidance() -> None:
 
 def test_what_a_function_returns_is_checked() -> None:
     unet = Tiny()
-    with pytest.raises(ch.ArgumentError, match="guidance is a scale") as caught:
+    with pytest.raises(ch.ArgumentError, match="guidance is a finite scale") as caught:
         quick(unet, sampler(unet), guidance=lambda step, time: "strong")
     assert "guidance: 'strong'" in str(caught.value)
 
