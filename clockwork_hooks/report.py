@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,21 +61,56 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        made = RichTable(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
-        )
-        for k, name in enumerate(self.columns):
-            heading, right = name.lstrip(">"), name.startswith(">")
-            # Numbers and the first column, which names the row, never break; headings do, at spaces.
-            whole = [row[k] for row in self.rows] if right or k == 0 else []
-            width = min(40, max(map(len, [*heading.split(), *whole])))
-            made.add_column(heading, justify="right" if right else "left", min_width=width, overflow="fold")
-        for row in self.rows:
-            made.add_row(*map(Text, row))
-        yield made
+        widths, room = self._widths(), options.max_width - 2
+        heads = [name.lstrip(">") for name in self.columns]
+        natural = [max(map(len, [head, *(row[k] for row in self.rows)])) for k, head in enumerate(heads)]
+        tight = sum(natural) + len(natural) - 1 > room
+        for number, block in enumerate(self._blocks(widths, room)):
+            made = RichTable(
+                title=None if number else self.title,
+                title_justify="left",
+                title_style="bold",
+                box=box.SIMPLE_HEAD,
+                padding=0,
+                pad_edge=False,
+            )
+            for k in block:
+                whole, right = self._whole(k), self.columns[k].startswith(">")
+                heading = "\n".join(textwrap.wrap(heads[k], widths[k])) if tight and whole else heads[k]
+                made.add_column(
+                    heading,
+                    justify="right" if right else "left",
+                    min_width=widths[k],
+                    no_wrap=tight and whole,
+                    overflow="fold",
+                )
+            for row in self.rows:
+                made.add_row(*(Text(row[k]) for k in block))
+            yield made
         for note in self.notes:
             yield Text(note, style="dim")
         yield Text()
+
+    def _whole(self, k: int) -> bool:
+        """Numbers and the first column, which names the row, never break; headings do, at spaces."""
+        return k == 0 or self.columns[k].startswith(">")
+
+    def _widths(self) -> list[int]:
+        """What each column needs at least."""
+        words = [name.lstrip(">").split() for name in self.columns]
+        cells = [[row[k] for row in self.rows] if self._whole(k) else [] for k in range(len(words))]
+        return [min(40, max(map(len, [*heading, *held, ""]))) for heading, held in zip(words, cells, strict=True)]
+
+    def _blocks(self, widths: Sequence[int], room: int) -> list[list[int]]:
+        """The columns, in as many tables one below the other as the room asks for; each begins with the first one."""
+        blocks, used = [[0]], widths[0]
+        for k, width in list(enumerate(widths))[1:]:
+            if len(blocks[-1]) > 1 and used + 1 + width > room:
+                blocks.append([0])
+                used = widths[0]
+            blocks[-1].append(k)
+            used += 1 + width
+        return blocks
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Sequence[str] = ()) -> Table:

@@ -2,10 +2,12 @@
 
 import json
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import jsonschema
 import pytest
+from rich.console import Console
 
 import clockwork_hooks as ch
 from clockwork_hooks.budget import check_budget, read_budget
@@ -43,6 +45,22 @@ class Cells(HTMLParser):
 
     def handle_endtag(self, tag):
         self._open = False
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_no_cell_is_cut_however_narrow_the_terminal(width):
+    """Columns that do not fit stand below, behind the first column again."""
+    heads = ["name", *(f">clock {k}, result" for k in range(9)), "remark"]
+    rows = [(f"row {r}", *(f"{100 * r + k}.5%" for k in range(9)), "words that may break") for r in range(3)]
+    console = Console(file=StringIO(), width=width)
+    console.print(table("Wide", heads, rows))
+    lines = console.file.getvalue().splitlines()
+    words = [word for line in lines for word in line.split()]
+    assert all(len(line) <= width for line in lines)
+    assert {cell for row in rows for cell in row[1:10]} <= set(words)
+    assert words.count("result") == 9
+    assert words.count("words") == 3
+    assert sum("Wide" in line for line in lines) == 1
 
 
 def test_a_page_shows_the_numbers_and_holds_the_data(report):
