@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._version import versions
+from clockwork_hooks.acceptance import check_unet
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.attach import wrap
 from clockwork_hooks.bench_report import Benchmark, BenchRow, clock_name
@@ -93,7 +94,8 @@ def bench(
         The benchmark, a `Report`.
 
     Raises:
-        ArgumentError: an option is outside its rule.
+        ArgumentError: an option is outside its rule, or the UNet is on the meta device.
+        WrapError: `unet` is no module.
         RegionNotFoundError: nothing can be skipped.
         CompileError: no mode could be measured.
 
@@ -106,10 +108,14 @@ def bench(
 
     Source: arXiv 2312.08128, Sec. 5 and Tab. 1 (latencies), Appendix A (FLOPs).
     """
-    tried, wanted = tuple(clocks), tuple(modes)
+    tried, wanted = _several("clocks", clocks), _several("modes", modes)
     _check(tried, wanted, steps, rounds)
+    if not isinstance(unet, nn.Module):  # one that is wrapped may be measured: its copies are not
+        check_unet(unet)
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
     device = str(weight.device)
+    if device == "meta":
+        raise ArgumentError("time passes where something runs", seen={"device": device}, do="move the UNet to a device")
     with torch.no_grad():
         region = region or find_region(unet, *args, **kwargs)
     found: dict[tuple[str, int], Timing] = {}
@@ -133,6 +139,8 @@ def bench(
                 continue
             for side in sides:
                 found[mode, side.clock], ran[mode, side.clock] = times[clock_name(side.clock)], side.cw
+    if not found:
+        raise CompileError("at least one mode can be measured", seen=failed, do='add "eager" to modes')
     return Benchmark(
         model=type(unet).__name__,
         sample=tuple(tensors((args, kwargs))[0].shape),
@@ -208,6 +216,16 @@ def _adaptor_name(ran: Mapping[Any, ClockworkWrapper | None]) -> str:
     return next((type(cw.adaptor).__name__ for cw in ran.values() if cw is not None), "none")
 
 
+def _several(name: str, given: Any) -> tuple[Any, ...]:
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ArgumentError(
+            f"{name} are several, to measure side by side",
+            seen={name: repr(given)},
+            do='pass clocks=(2, 4), modes=("eager", "compile")',
+        )
+    return tuple(given)
+
+
 def _check(clocks: tuple[Any, ...], modes: tuple[str, ...], steps: Any, rounds: Any) -> None:
     for clock in clocks:
         check_clock(clock)
@@ -216,8 +234,12 @@ def _check(clocks: tuple[Any, ...], modes: tuple[str, ...], steps: Any, rounds: 
             "clocks to measure are different ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2, 4)"
         )
     wrong = [mode for mode in modes if mode not in MODES]
-    if wrong or not modes:
-        raise ArgumentError(f"a mode is one of {', '.join(MODES)}", seen={"modes": modes}, do='pass modes=("eager",)')
+    if wrong or not modes or len(set(modes)) < len(modes):
+        raise ArgumentError(
+            f"a mode is one of {', '.join(MODES)}, each measured once",
+            seen={"modes": modes},
+            do='pass modes=("eager",)',
+        )
     for name, value, least in (("steps", steps, max(clocks)), ("rounds", rounds, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(

@@ -94,6 +94,9 @@ def test_the_unet_stays_as_it_is():
         ({"clocks": (4,), "steps": 3}, "steps is an int of at least 4"),
         ({"rounds": 0}, "rounds is an int of at least 1"),
         ({"modes": ("fast",)}, "a mode is one of eager, compile, cudagraphs"),
+        ({"modes": ("eager", "eager")}, "each measured once"),
+        ({"modes": "eager"}, "modes are several"),
+        ({"clocks": 2}, "clocks are several"),
         ({"modes": ("cudagraphs",)}, "CUDA"),
     ],
 )
@@ -123,6 +126,21 @@ def test_the_table_fits_80_columns(seconds):
     heads = next(line for line in lines if line.startswith(" mode"))
     assert heads.split()[-2:] == ["to", "MACs"]
     assert [line.split()[-1] for line in lines if line.startswith(" compile")] == ["–", "0.15", "0.15"]
+
+
+def no_compiler(self, mode=None):
+    raise ch.CompileError("no compiler", do="install one")
+
+
+def test_what_cannot_be_timed(monkeypatch):
+    inputs = torch.ones(1, 2, 16, 16), 3
+    with pytest.raises(ch.WrapError, match="only an nn"):
+        ch.bench(3, *inputs)
+    with pytest.raises(ch.ArgumentError, match="time passes where something runs"):
+        ch.bench(Tiny().to("meta"), inputs[0].to("meta"), 3)
+    monkeypatch.setattr(ch.ClockworkWrapper, "compile", no_compiler)
+    with pytest.raises(ch.CompileError, match=r"(?s)at least one mode.*compile: no compiler"):
+        found(clocks=(2,), steps=2, modes=("compile", "cudagraphs"))
 
 
 def test_sides_are_timed_in_turns():
