@@ -109,9 +109,7 @@ def bench(
     Source: arXiv 2312.08128, Sec. 5 and Tab. 1 (latencies), Appendix A (FLOPs).
     """
     tried, wanted = _several("clocks", clocks), _several("modes", modes)
-    _check(tried, wanted, steps, rounds)
-    if not isinstance(unet, nn.Module):  # one that is wrapped may be measured: its copies are not
-        check_unet(unet)
+    _check(unet, tried, wanted, steps, rounds)
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
     device = str(weight.device)
     if device == "meta":
@@ -226,7 +224,9 @@ def _several(name: str, given: Any) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def _check(clocks: tuple[Any, ...], modes: tuple[str, ...], steps: Any, rounds: Any) -> None:
+def _check(unet: Any, clocks: tuple[Any, ...], modes: tuple[str, ...], steps: Any, rounds: Any) -> None:
+    if not isinstance(unet, nn.Module):  # one that is wrapped may be measured: its copies are not
+        check_unet(unet)
     for clock in clocks:
         check_clock(clock)
     if not clocks or 1 in clocks or len(set(clocks)) < len(clocks):
