@@ -122,6 +122,10 @@ def test_regions_lists_and_draws(capsys):
         (["flops", "sd15", "--out", "a.txt"], "endings: .json .md .html .svg .png"),
         (["bench", "sd15", "--device", "meta"], "time passes where something runs"),
         (["bench", "sd15", "--clock", "1"], "greater than or equal to 2"),
+        (
+            ["bench", "ddpm-cifar10", "--clock", "2", "--clock", "2"],
+            "pass --clock 2 --clock 4\nCauses and fixes: docs/err",
+        ),
         (["bench", "sd15", "--adaptor"], "requires an argument"),
         (["flops", "sd15", "--frmt", "md"], "--format"),
         (["flosp", "sd15"], "Did you mean 'flops'?"),

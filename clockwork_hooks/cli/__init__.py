@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
-        text = f"{error}\nCauses and fixes: {error.page}"
-        text = _as_options(str(error))
+        text = f"{_as_options(str(error))}\nCauses and fixes: {error.page}"
         if debug:
             raise
     except Exception as error:  # the model's own code failed
@@ -67,9 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _as_options(text: str) -> str:
-    """Python's arguments, as the library's errors name them, as the command's options: share=0.5 is --share 0.5."""
-    names = {
-        known: option.opts[0]
+    """Python's arguments in an error, as the command's options: share=0.5 is --share 0.5, clocks=(2, 4) is --clock twice."""
+    options = {
+        known: option
         for command in getattr(typer.main.get_command(app), "commands", {}).values()
         for option in command.params
         for known in (option.name, f"{option.name}s")
@@ -77,7 +76,11 @@ def _as_options(text: str) -> str:
     }
 
     def named(found: re.Match[str]) -> str:
-        name, value = found[1], found[2].replace("[...]", "NAME")
-        return f"{names[name]} {value}".rstrip() if name in names else found[0]
+        option, value = options.get(found[1]), found[2].replace("[...]", "NAME")
+        if option is None:
+            return found[0]
+        several = getattr(option, "multiple", False) and value[:1] in ("(", "[")
+        values = [one.strip("'\"") for one in re.split(r",\s*", value[1:-1]) if one] if several else [value]
+        return " ".join(f"{option.opts[0]} {one}".rstrip() for one in values)
 
-    return re.sub(r"\b(\w+)=([^\s,;:]*)", named, text)
+    return re.sub(r"\b(\w+)=(\([^)]*\)|\[[^\]]*\]|[^\s,;:]*)", named, text)
