@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _as_options(text: str) -> str:
-    """Python's arguments in an error, as the command's options: share=0.5 is --share 0.5, clocks=(2, 4) is --clock twice."""
+    """Python's arguments in an error as the command's options: share=0.5 is --share 0.5, clocks=(2, 4) two --clock."""
     options = {
         known: option
         for command in getattr(typer.main.get_command(app), "commands", {}).values()
