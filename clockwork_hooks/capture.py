@@ -28,6 +28,7 @@ from clockwork_hooks.compiled import Compiled, Ran
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 from clockwork_hooks.passes import Pass, version
 from clockwork_hooks.tree import leaves, map_leaves, tensors
+from clockwork_hooks.weights import Weights
 
 if TYPE_CHECKING:
     from clockwork_hooks.engine import Engine
@@ -106,6 +107,7 @@ class Captured(Compiled):
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._moves = 0
+        self._counters = Weights(engine.unet)
         self._state: Hashable = None
         self._weights: list[torch.Tensor] = []
         self._places: list[int] = []
@@ -135,13 +137,13 @@ class Captured(Compiled):
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
             key = (running.key, run.kind, run.copies, *map(_constant, constants))
-            anew = running.weights != self._state or (running.position is not None and running.position.step == 1)
             captured = self._graphs.get(key)
             if captured is not None:
                 output, exit = captured.replay(values, running)
+            before, self._state = self._state, self._counters.state()
+            anew = self._state != before or (running.position is not None and running.position.step == 1)
             if (anew or self._moved_away()) and self._look():
                 captured = None
-            self._state = running.weights
             if captured is None and len(self._graphs) >= _GRAPHS:
                 _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
                 return forward(*args, **kwargs), run

@@ -68,9 +68,7 @@ class Engine(Preparation):
         self.schedule, self.check_finite, self.loaded = schedule, check_finite, loaded
         self.enabled, self.skips = True, self.looks or not schedule.never_skips
         self.steps: Callable[[Timeline, Any], None] | None = None
-        self.stats = Stats()
-        self.states = States()
-        self.weights = Weights(unet)
+        self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
         self._binder = Binder(unet.forward)
 
     @property
@@ -87,9 +85,8 @@ class Engine(Preparation):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call: choose its pass and start it."""
-        if (
-            compiling := torch.compiler.is_compiling()
-        ):  # by `unet.compile()` after `wrap`: set aside from the next call on
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # by `unet.compile()` after `wrap`: set aside from the next call on
             torch.compiler.disable(self.installed.run_eagerly)(module)
         state = self.states.current()
         if state.running:
@@ -120,15 +117,16 @@ class Engine(Preparation):
             self._start(running, prepared, prepared.region, kept, (args, kwargs))
 
     def _start(self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: Any) -> None:
-        running.weights = running.weights or self.weights.state()
+        if running.weights is None:  # a full pass
+            running.weights = self.weights.since(running.position.trajectory if running.position else 0)
         if not self.installed.intact(region.plan):  # full passes need it too: they keep the exit
             self._install(region)
-        stand_in = None
-        if running.reason is None and kept is not None:
-            cached = running.cached = kept.exit
-            stand_in = lambda captured: self._emit(running, cached, captured)  # noqa: E731
-        running.run = self.active.run = self._pass(prepared, region, stand_in)
-        running.run.enter(*call)
+        cached = running.cached = kept.exit if running.reason is None and kept is not None else None
+        stand_in = None if cached is None else lambda captured: self._emit(running, cached, captured)
+        running.run = self.active.run = run = self._pass(prepared, region, stand_in)
+        alone = type(run) is Pass and self.states.alone and not (self.installed.fronted or prepared.varies)
+        self.resting = run.rests = alone and stand_in is None and not run.looks
+        run.enter(*call)
 
     def _idle(self, running: Running) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
@@ -143,7 +141,7 @@ class Engine(Preparation):
         if running is None:
             return None
         if running.run is not None:
-            self.active.run = None
+            self.active.run, self.resting = None, False
         if exc_info()[1] is not running.error:
             if running.recorder is not None:
                 running.recorder.stop()
@@ -170,7 +168,7 @@ class Engine(Preparation):
 
     def clean(self, state: State) -> None:
         """End whatever an interrupted call has left open in this thread."""
-        self.active.run = None
+        self.active.run, self.resting = None, False
         for running in state.running:
             if running is not None and running.recorder is not None:
                 running.recorder.stop()
@@ -205,7 +203,7 @@ class Engine(Preparation):
             return before.missing if before else reasons.NOT_KEPT
         if before.kept.key is not running.key and before.kept.key != running.key:
             return reasons.CHANGED
-        running.weights = self.weights.state()
+        running.weights = self.weights.state(position.trajectory)
         if before.kept.weights != running.weights:
             return reasons.WEIGHTS
         if before.kept.version != version(before.kept.exit):
@@ -239,11 +237,10 @@ class Engine(Preparation):
         adaptor_pass = run is not None and run.kind == "adaptor"
         cost = prepared.rest_macs + (prepared.adaptor_macs or 0) if adaptor_pass else prepared.full_macs
         if run is not None and run.kind == "adaptor" and not run.complete():
-            running.reason = reasons.DIFFERED
+            running.reason, prepared.varies = reasons.DIFFERED, True
             cost += prepared.full_macs
             assert prepared.region is not None  # else there was no adaptor pass
-            run = self._pass(prepared, prepared.region, None)
-            self.active.run = run
+            run = self.active.run = self._pass(prepared, prepared.region, None)
             try:
                 run.enter(args, kwargs)
                 replaced = module.forward(*args, **kwargs)

@@ -26,12 +26,13 @@ class Forward:
     Without a `__dict__`: who wraps it in turn (accelerate, by `functools.update_wrapper`) copies that along.
     """
 
-    __slots__ = ("__name__", "__wrapped__", "forward", "module", "own", "owner", "path")
+    __slots__ = ("__name__", "__wrapped__", "exits", "forward", "module", "own", "owner", "path")
 
     def __init__(self, owner: Owner, path: str, module: nn.Module) -> None:
         self.path = path
         self.module = module
         self.owner: Owner | None = owner
+        self.exits = False
         self.own = "forward" in vars(module)
         self.forward: Callable[..., Any] = module.forward
         self.__name__ = "forward"
@@ -39,7 +40,9 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        run = None if owner is None else owner.tracing or owner.active.run
+        if owner is None or (owner.resting and not self.exits):
+            return self.forward(*args, **kwargs)
+        run = owner.tracing or owner.active.run
         if run is None:
             return self.forward(*args, **kwargs)
         return run.call(self.path, self.forward, args, kwargs)
@@ -170,6 +173,8 @@ class Installed:
                 if known is not None:
                     known.remove()
                 self._forwards[path] = self._patch(path, modules[path])
+        for call in plan.skipped:
+            self._forwards[call.path].exits |= call.exit[0] >= 0
         for port in plan.ports.values() if looks else ():
             if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
                 module, hook = modules[port.path], Observer(self._owner, port.path, port.side)

@@ -31,6 +31,7 @@ class Pass:
 
     Attributes:
         plan, kind, copies, looks: as given.
+        rests: nothing but the exit's module asks what to do, as in a full pass that looks at nothing.
         captured: boundary tensors by name, once they have been seen; where a mask comes with the text's tokens, their
             mean in place of both.
         exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
@@ -56,6 +57,7 @@ class Pass:
         self._emit = emit
         self._blanks = {} if blanks is None else blanks
         self._written = -1
+        self.rests = False
         self._moves = plan.moves(kind, looks=looks)
         self._counts: dict[str, int] = {}
         self._hooked: dict[tuple[str, str], int] = {}
@@ -105,6 +107,8 @@ class Pass:
         """Did every patched module get exactly the calls of the trace, and the exit its tensor?"""
         if self.exit is None:
             return False
+        if self.rests:  # the others' calls would not change what the exit is
+            return all(self._counts.get(path) == count for path, count in self._moves.exits.items())
         if self._counts == self._moves.counts:
             return True
         return {path: count for path, count in self._counts.items() if path in self.plan.counts} == self._moves.counts
@@ -209,7 +213,9 @@ class Owner(Protocol):
     Attributes:
         active: the pass that it runs in this thread.
         tracing: the pass that torch.compile is tracing for it; outside of tracing there is none.
+        resting: the one pass that it runs in all threads rests, see `Pass.rests`.
     """
 
     active: Active
     tracing: Pass | None
+    resting: bool

@@ -50,6 +50,7 @@ class Preparation:
         self.wanted = region
         self.region = region if isinstance(region, Region) else None
         self.active = Active()
+        self.resting = False
         self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.installed = Installed(self)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}

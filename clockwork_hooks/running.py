@@ -37,6 +37,7 @@ class Prepared:
     adaptor_macs: int | None = None
     # code that the trace does not know writes to the exit, or might: inference tensors keep no count of writes
     copies: bool = field(default_factory=torch.is_inference_mode_enabled)
+    varies: bool = False  # an adaptor pass called modules in another way than the trace: full ones are watched for it
     name: str = ""  # tells adaptor passes apart where there are several regions
     blanks: dict[tuple[str, int], Any] = field(default_factory=dict)  # what skipped calls return in every pass
     key: tuple[Any, ...] | None = None  # of all its calls the same object, which is soon compared

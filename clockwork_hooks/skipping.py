@@ -132,10 +132,12 @@ class Moves:
     Attributes:
         calls: by (path, how many calls of the module came before).
         counts: how often each patched module is called; those that are not are left out.
+        exits: the same for the module that returns the exit.
     """
 
     calls: Mapping[tuple[str, int], Move]
     counts: Mapping[str, int]
+    exits: Mapping[str, int]
 
     @classmethod
     def of(cls, plan: Plan, kind: Kind, *, looks: bool) -> Moves:
@@ -153,4 +155,6 @@ class Moves:
             if k >= 0 or kind == "adaptor" or looks:  # else it runs, and nobody looks at what it returns
                 move = calls.setdefault((call.path, (call.ordinal, call.visible)[which]), Move())
                 move.skipped, move.exit, move.written = call, k, slot is not None and slot.written
-        return cls(calls, {path: counts[which] for path, counts in plan.counts.items() if counts[which]})
+        counts = {path: counts[which] for path, counts in plan.counts.items() if counts[which]}
+        exits = {call.path for call in plan.skipped if call.exit[0] >= 0}
+        return cls(calls, counts, {path: count for path, count in counts.items() if path in exits})

@@ -59,10 +59,16 @@ class States:
         self._numbers = itertools.count(1)
         self._thread = threading.main_thread().ident
         self._main: State | None = None
+        self._lonely = True
 
     def __iter__(self) -> Iterator[State]:
         with self._lock:
             return iter(list(self._all))
+
+    @property
+    def alone(self) -> bool:
+        """Has there been no loop but the main thread's?"""
+        return self._main is not None and self._lonely
 
     def current(self) -> State:
         """The state of this thread, task or job, made on first use."""
@@ -73,6 +79,7 @@ class States:
         if state is None:
             state = State(Timeline(self._numbers))
             with self._lock:
+                self._lonely = not self._all
                 self._all.add(state)
                 if owner is None:
                     local.state = state

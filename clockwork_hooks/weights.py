@@ -12,7 +12,7 @@ from clockwork_hooks.passes import version
 
 __all__ = ["Weights"]
 
-_PARAMETERS, _LAYERS = 32, 8
+_PARAMETERS, _LAYERS = 16, 8
 _VERSION = operator.attrgetter("_version")
 
 
@@ -36,13 +36,19 @@ class Weights:
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
+        self._last: tuple[Hashable, ...] = ()
+        self._trajectory = 0
         self._adapters: tuple[str, ...] | None = None
         self._owners: Sequence[tuple[dict[str, Any], str]] = ()
         self._held: tuple[list[dict[str, Any]], list[str]] = [], []
         self._layers: Sequence[Any] = ()
 
-    def state(self) -> tuple[Hashable, ...]:
-        """Equal for two calls between which no weight has changed."""
+    def since(self, trajectory: int) -> tuple[Hashable, ...]:
+        """The state when it was last read in this trajectory: what has it still has had it ever since."""
+        return self._last if trajectory and trajectory == self._trajectory else self.state(trajectory)
+
+    def state(self, trajectory: int = 0) -> tuple[Hashable, ...]:
+        """Equal for two calls between which no weight has changed; `trajectory` is for `since`."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters:
             self._adapters = adapters
@@ -51,7 +57,8 @@ class Weights:
             written = sum(map(_VERSION, map(operator.getitem, *self._held)))
         except (KeyError, AttributeError, RuntimeError):  # gone, None, or made under `inference_mode`
             written = sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
-        return (adapters, written, *(_switches(layer) for layer in self._layers))
+        self._last, self._trajectory = (adapters, written, *(_switches(layer) for layer in self._layers)), trajectory
+        return self._last
 
     def _look(self) -> None:
         modules = list(self._unet.modules())

@@ -1,6 +1,7 @@
 """What our bookkeeping does per call, counted: a busy machine changes times, not how many functions are called."""
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,25 @@ def test_functions_called_in_a_pass(schedule: Any, kind: str, most: int, most_ot
         assert sum(own.values()) <= most, own
         assert sum(other.values()) <= most_other, other
         assert not set(own) & {"passes:call", "weights:state"} or kind != "nothing is patched into"
+
+
+def test_a_full_pass_asks_once_and_not_where_others_run() -> None:
+    """Only the module of the exit asks what to do, until there is a second loop."""
+
+    def asked() -> int:
+        loop.until(2)
+        return called(lambda: loop.step(2))[0]["passes:call"]
+
+    unet = guided()
+    with ch.wrap(unet, clock=2) as cw:
+        loop = Loop(unet)
+        loop.until(STEPS)
+        assert cw.region is not None
+        assert asked() == 1 < len(cw.region.plan.counts)
+        thread = threading.Thread(target=loop.step, args=(0,))
+        thread.start()
+        thread.join()
+        assert asked() == len(cw.region.plan.counts)
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,19 @@ class Varies(Tiny):
         return self.head(torch.cat([h, self.up(z)], 1))
 
 
+def test_calls_that_differ_again_and_again_cost_one_pass() -> None:
+    """Once an adaptor pass had to be run again, full passes tell that there is nothing to try."""
+    unet = Varies()
+    expected = [unet(torch.full((1, 2, 8, 8), 0.1), t) for t in range(900, 100, -100)]
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw:
+        outputs = [unet(torch.full((1, 2, 8, 8), 0.1), t) for t in range(900, 100, -100)]
+        assert cw.stats.reasons == {"first step": 1, "scheduled": 3, "calls differed from the traced ones": 3}
+        full, rest = cw.stats.macs_plain // 8, cw.stats.macs_plain // 8 - cw.region.macs
+        assert cw.stats.macs_run == 7 * full + 2 * rest  # of the two adaptor passes one was in vain
+    for k in (0, 2, 3, 4, 5, 6, 7):
+        assert torch.equal(outputs[k], expected[k]), k
+
+
 def test_calls_that_differ_from_the_traced_ones() -> None:
     """The pass is run again in full: the user's own hooks see that output, and both runs are counted."""
     unet = Varies()

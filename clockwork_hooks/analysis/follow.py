@@ -93,6 +93,7 @@ class _Follower:
         self.unet, self.candidate, self.longest = unet, candidate, longest
         self.active = Active()
         self.tracing: Pass | None = None
+        self.resting = False
         self.before: dict[tuple[int, int], _Before] = {}
         self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
         self.placed = candidate.given is None
