@@ -103,6 +103,9 @@ class Branch:
         new = self.step == 0
         self.seen.steps += 1
         self.before, self.calls, self.step = self.calls, [], step
+        if len(self.before) == self._last == self._usual == 1:  # a call a step so far: there is nothing to tell apart
+            self._steps, self.doubt = self._steps + 1, None
+            return
         self.doubt = reasons.NEW if new and step > 1 else None
         if not new and not self._countable(placed=placed) and (placed or not declared):
             self.doubt = reasons.COUNT

@@ -22,7 +22,7 @@ import torch
 
 from clockwork_hooks import emit
 from clockwork_hooks.errors import CompileError
-from clockwork_hooks.passes import Pass, TracedPass
+from clockwork_hooks.passes import Pass, TracedPass, version
 from clockwork_hooks.skipping import Kind, Plan
 from clockwork_hooks.tree import map_leaves
 
@@ -45,6 +45,7 @@ class Ran(Pass):
     ) -> None:
         super().__init__(plan, kind)
         self.exit, self._whole, self._untouched = exit, whole, untouched
+        self.written = -1 if exit is None else version(exit)
 
     def complete(self) -> bool:
         """Did the calls agree with the trace, when this pass was compiled?"""

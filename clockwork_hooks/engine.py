@@ -20,7 +20,7 @@ from clockwork_hooks.apart import stands_apart
 from clockwork_hooks.boundary import Region
 from clockwork_hooks.branches import Kept
 from clockwork_hooks.choice import Choice
-from clockwork_hooks.inputs import Binder
+from clockwork_hooks.inputs import Arguments, Binder
 from clockwork_hooks.passes import Emit, Pass, version
 from clockwork_hooks.preparation import Preparation
 from clockwork_hooks.running import Prepared, Running, mode, on_stack
@@ -50,6 +50,7 @@ class Engine(Preparation):
         loaded: the adaptor is ours to move to the exit's device and dtype.
     """
 
+    _turn: Any = None  # of several regions, the one that this step may skip: `Prepared` of the call → of that one
     _above = 2  # frames above `begin`: the hook's, the root's call
 
     def __init__(
@@ -85,7 +86,7 @@ class Engine(Preparation):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call: choose its pass and start it."""
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag
         if compiling:  # by `unet.compile()` after `wrap`: set aside from the next call on
             torch.compiler.disable(self.installed.run_eagerly)(module)
         state = self.states.current()
@@ -96,9 +97,10 @@ class Engine(Preparation):
             self.clean(state)  # KeyboardInterrupt is no Exception: torch did not call `end`
         if not self.enabled:
             return
-        arguments = self._binder(args, kwargs)
+        names = self._binder.forms.get((len(args), *kwargs)) or self._binder.names(len(args), tuple(kwargs))
+        arguments = Arguments(names, (*args, *kwargs.values()))
         key = (arguments.signature, *mode(module.training, arguments))
-        running = Running(_getframe(self._above), exc_info()[1], arguments, key)
+        running = Running(_getframe(self._above), exc_info()[1], arguments, key, module.training and key[3])
         state.running.append(running)
         running.reason = stands_apart(compiling=compiling)
         if running.reason is not None:
@@ -110,7 +112,8 @@ class Engine(Preparation):
             return
         running.key = prepared.key = prepared.key or key
         running.position = self._locate(state, running, prepared)
-        running.prepared = prepared = self._turn(running, prepared)
+        if self._turn is not None:
+            running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
         kept = running.position.before.take() if running.position.before is not None else None
         if prepared.region is not None and not self._idle(running):
@@ -126,7 +129,8 @@ class Engine(Preparation):
         running.run = self.active.run = run = self._pass(prepared, region, stand_in)
         alone = type(run) is Pass and self.states.alone and not (self.installed.fronted or prepared.varies)
         self.resting = run.rests = alone and stand_in is None and not run.looks
-        run.enter(*call)
+        if run.looks:
+            run.enter(*call)
 
     def _idle(self, running: Running) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
@@ -162,10 +166,6 @@ class Engine(Preparation):
         kind: Kind = "adaptor" if stand_in else "full"
         return Pass(region.plan, kind, stand_in, copies=prepared.copies, looks=looks, blanks=prepared.blanks)
 
-    def _turn(self, running: Running, prepared: Prepared) -> Prepared:
-        """Which region is it that this step may skip? There is but one."""
-        return prepared
-
     def clean(self, state: State) -> None:
         """End whatever an interrupted call has left open in this thread."""
         self.active.run, self.resting = None, False
@@ -179,7 +179,7 @@ class Engine(Preparation):
 
     def _locate(self, state: State, running: Running, prepared: Prepared) -> Position:
         timeline, flat = state.timeline, running.arguments.flat
-        at, told = prepared.places(running.arguments)
+        at, told = prepared.places or prepared.place(running.arguments)
         given = None if at is None else flat[at]
         if self.steps is not None and prepared.time is not None:
             self.steps(timeline, given)
@@ -252,7 +252,7 @@ class Engine(Preparation):
         return replaced
 
     def _count(self, position: Position, reason: str | None, run: int, plain: int, region: str = "") -> None:
-        self.stats.count(reason, run, plain, trajectory=position.trajectory, step=position.step, region=region)
+        self.stats.count(reason, run, plain, position.trajectory, position.step, region)
         if log.isEnabledFor(logging.DEBUG):
             where = (position.trajectory, position.step, position.branch.label, position.ordinal + 1)
             kind = f"full: {reason}" if reason else f"adaptor {region}".strip()
@@ -268,7 +268,8 @@ class Engine(Preparation):
             prepared.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
             position.call.missing = reasons.WRITTEN
         else:
-            position.call.kept = Kept(running.key, self._free(run.exit), version(run.exit), running.weights)
+            exit = self._free(run.exit) if run.exit.requires_grad else run.exit
+            position.call.kept = Kept(running.key, exit, run.written, running.weights)
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
         """The exit to keep: without the graph that made it, unless gradients shall flow into the step before."""
@@ -287,7 +288,8 @@ class Engine(Preparation):
             made, prepared.adaptor_macs = emit.count_and_run(adaptor, captured, cached)
         else:
             made = emit.run(adaptor, captured, cached)
-        if isinstance(made, torch.Tensor) and emit.fits(made, cached) and not self.check_finite:
+        same = made is cached
+        if isinstance(made, torch.Tensor) and (same or emit.fits(made, cached)) and not self.check_finite:
             return made
         where = {"step": position.step, "region": prepared.region.line, "adaptor": type(adaptor).__name__}
         return emit.check(made, cached, finite=self.check_finite, where=where)

@@ -83,24 +83,21 @@ class Arguments:
 
 
 class Binder:
-    """Names the arguments of a module's calls; the parameter names are worked out once per call form."""
+    """Names the arguments of a module's calls; worked out once per call form, parameter names stay in `forms`."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         try:
             self._parameters: inspect.Signature | None = inspect.signature(forward)
         except (TypeError, ValueError):
             self._parameters = None
-        self._forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        self.forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Name one call's arguments."""
-        form = (len(args), *kwargs)
-        names = self._forms.get(form)
-        if names is None:
-            names = self._forms[form] = self._names(len(args), tuple(kwargs))
-        return Arguments(names, (*args, *kwargs.values()))
+        return Arguments(self.names(len(args), tuple(kwargs)), (*args, *kwargs.values()))
 
-    def _names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+    def names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+        """The names for so many positional arguments and these keywords; `forms` has those that were asked for."""
         names: list[str] = []
         parameters = self._parameters.parameters.values() if self._parameters else ()
         for parameter in parameters:
@@ -109,7 +106,8 @@ class Binder:
             elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 names.append(parameter.name)
         names += [f"argument[{k}]" for k in range(len(names), positional)]
-        return (*names[:positional], *keywords)
+        made = self.forms[(positional, *keywords)] = (*names[:positional], *keywords)
+        return made
 
 
 def is_number(value: Any) -> bool:

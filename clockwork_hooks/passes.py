@@ -36,6 +36,7 @@ class Pass:
             mean in place of both.
         exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
             code writes to it afterwards.
+        written: its counter of in-place writes then.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Pass:
         self._undecided = False
         self._emit = emit
         self._blanks = {} if blanks is None else blanks
-        self._written = -1
+        self.written = -1
         self.rests = False
-        self._moves = plan.moves(kind, looks=looks)
+        self._moves = plan.made.get((kind, looks)) or plan.moves(kind, looks=looks)
         self._counts: dict[str, int] = {}
         self._hooked: dict[tuple[str, str], int] = {}
 
@@ -108,14 +109,17 @@ class Pass:
         if self.exit is None:
             return False
         if self.rests:  # the others' calls would not change what the exit is
-            return all(self._counts.get(path) == count for path, count in self._moves.exits.items())
+            for path, count in self._moves.exits.items():  # noqa: SIM110 - one, nearly always
+                if self._counts.get(path) != count:
+                    return False
+            return True
         if self._counts == self._moves.counts:
             return True
         return {path: count for path, count in self._counts.items() if path in self.plan.counts} == self._moves.counts
 
     def untouched(self) -> bool:
         """Is the exit still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
-        return self.exit is not None and version(self.exit) == self._written
+        return self.exit is not None and version(self.exit) == self.written
 
     def _pick(self, wanted: Wanted, value: Any) -> None:
         found = [leaf for _, leaf in leaves(value)]
@@ -142,7 +146,7 @@ class Pass:
         return placeholder(leaf)
 
     def _keep(self, exit: torch.Tensor) -> None:
-        self.exit, self._written = exit, version(exit)
+        self.exit, self.written = exit, version(exit)
 
 
 class TracedPass(Pass):

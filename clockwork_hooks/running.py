@@ -41,26 +41,26 @@ class Prepared:
     name: str = ""  # tells adaptor passes apart where there are several regions
     blanks: dict[tuple[str, int], Any] = field(default_factory=dict)  # what skipped calls return in every pass
     key: tuple[Any, ...] | None = None  # of all its calls the same object, which is soon compared
-    _places: tuple[int | None, tuple[int, ...]] | None = None
+    places: tuple[int | None, tuple[int, ...]] | None = None  # once `place` has looked
 
-    def places(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
+    def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
         """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals."""
-        if self._places is None:
-            paths = list(arguments.paths)
-            apart = {self.sample, self.time, *(self.region.residuals if self.region is not None else ())}
-            told = tuple(k for k, path in enumerate(paths) if path not in apart)
-            self._places = paths.index(self.time) if self.time in paths else None, told
-        return self._places
+        paths = list(arguments.paths)
+        apart = {self.sample, self.time, *(self.region.residuals if self.region is not None else ())}
+        told = tuple(k for k, path in enumerate(paths) if path not in apart)
+        self.places = paths.index(self.time) if self.time in paths else None, told
+        return self.places
 
 
 @dataclass(slots=True)
 class Running:
-    """One call of the UNet that is under way."""
+    """One call of the UNet that is under way; `trains`: in training mode, with gradients on."""
 
     frame: FrameType
     error: BaseException | None
     arguments: Arguments
     key: tuple[Any, ...]
+    trains: bool
     weights: Hashable = None
     recorder: Recorder | None = None
     prepared: Prepared | None = None
@@ -68,12 +68,6 @@ class Running:
     run: Pass | None = None
     cached: torch.Tensor | None = None
     reason: str | None = None
-
-    @property
-    def trains(self) -> bool:
-        """Is the UNet in training mode, with gradients on?"""
-        _, training, _, gradients, _ = self.key
-        return bool(training and gradients)
 
 
 def mode(training: bool, arguments: Arguments) -> tuple[Any, ...]:

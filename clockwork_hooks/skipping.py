@@ -84,12 +84,13 @@ class Plan:
         skipped: the calls, in order; exactly one has the exit among its slots.
         ports: boundary tensors to pick up, by name.
         counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
+        made: by (kind, looks), what `moves` has made.
     """
 
     skipped: tuple[SkippedCall, ...]
     ports: Mapping[str, Port]
     counts: Mapping[str, tuple[int, int]]
-    _moves: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
+    made: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def moves(self, kind: Kind, *, looks: bool) -> Moves:
         """What happens in passes of this kind; made on first use.
@@ -98,10 +99,10 @@ class Plan:
             kind: "full" or "adaptor".
             looks: boundary tensors are picked up.
         """
-        made = self._moves.get((kind, looks))
-        if made is None:
-            made = self._moves[kind, looks] = Moves.of(self, kind, looks=looks)
-        return made
+        found = self.made.get((kind, looks))
+        if found is None:
+            found = self.made[kind, looks] = Moves.of(self, kind, looks=looks)
+        return found
 
 
 Wanted = tuple[tuple[str, int], ...]

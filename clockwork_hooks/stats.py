@@ -77,7 +77,7 @@ class Stats(Counts):
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def count(
-        self, reason: str | None, run: int, plain: int, *, trajectory: int = 0, step: int = 0, region: str = ""
+        self, reason: str | None, run: int, plain: int, trajectory: int = 0, step: int = 0, region: str = ""
     ) -> None:
         """Add one pass: a full one with its reason, an adaptor pass without.
 
@@ -89,25 +89,34 @@ class Stats(Counts):
             region: which one an adaptor pass skipped, where there are several.
         """
         with self._lock:
-            counts: tuple[Counts, ...] = (self,)
+            found = self.trajectories[-1] if trajectory and self.trajectories else None
+            if found is None or found.number != trajectory:
+                found = self._of(trajectory)
+            found.steps = step
+            if reason is None:
+                self.adaptor_passes += 1
+                found.adaptor_passes += 1
+                if region:
+                    self.regions[region] += 1
+                    found.regions[region] += 1
+            else:
+                self.full_passes += 1
+                found.full_passes += 1
+                self.reasons[reason] += 1
+                found.reasons[reason] += 1
+            self.macs_run += run
+            self.macs_plain += plain
+            found.macs_run += run
+            found.macs_plain += plain
+
+    def _of(self, trajectory: int) -> TrajectoryStats:
+        """Counts of this trajectory: another thread's may have begun meanwhile; of none, counts that nobody sees."""
+        found = next((known for known in self.trajectories if known.number == trajectory), None)
+        if found is None:
+            found = TrajectoryStats(number=trajectory)
             if trajectory:
-                found = self.trajectories[-1] if self.trajectories else None
-                if found is None or found.number != trajectory:  # another thread's began meanwhile
-                    found = next((known for known in self.trajectories if known.number == trajectory), None)
-                if found is None:
-                    found = TrajectoryStats(number=trajectory)
-                    self.trajectories.append(found)
-                counts, found.steps = (self, found), step
-            for each in counts:
-                if reason is None:
-                    each.adaptor_passes += 1
-                    if region:
-                        each.regions[region] += 1
-                else:
-                    each.full_passes += 1
-                    each.reasons[reason] += 1
-                each.macs_run += run
-                each.macs_plain += plain
+                self.trajectories.append(found)
+        return found
 
     def clear(self) -> None:
         """Start counting anew."""

@@ -237,7 +237,8 @@ class Timeline:
         """A new step: what was not called in the step before is forgotten."""
         self._doubt = reasons.CROWDED if self._calls > _MOST_CALLS else None
         self._calls = 0
-        self.branches = [branch for branch in self.branches if branch.step == self.step]
+        if len(self.branches) != 1 or self.branches[0].step != self.step:
+            self.branches = [branch for branch in self.branches if branch.step == self.step]
         self.trajectory = self.trajectory if self.step else next(self.numbers)
         self.step += 1
 
