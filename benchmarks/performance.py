@@ -29,7 +29,10 @@ def environment(data: Data) -> str:
     """Where it was measured."""
     seen = data["gpu_latency"]["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items() if version)
-    return f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
+    where = f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
+    before = seen.get("before")
+    more = f" Compiled rows: another {before['device']}, {before['date']}, `{before['command']}`." if before else ""
+    return where + more
 
 
 def targets(data: Data) -> str:
