@@ -42,7 +42,7 @@ def test_verdicts_follow_the_numbers() -> None:
     for row in faster["passes"]:
         row["ratio"] = row["ratio"] and 1.2
     after = {one.what: one for one in verdicts(Latencies(faster))}
-    what = "sd15, batch 2, 8 steps, captured: Clockwork (clock 2, identity) against plain captured"
+    what = "sd15, batch 2, 8 steps, compiled: Clockwork (clock 2, identity) against plain compiled"
     assert (before[what].met, after[what].met) == (False, True)
     what = "sd15, cudagraphs: adaptor pass (identity, outer cut) against the ideal"
     assert (before[what].met, after[what].met) == (True, False)
