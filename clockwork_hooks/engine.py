@@ -86,7 +86,7 @@ class Engine(Preparation):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call: choose its pass and start it."""
-        compiling = torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag
+        compiling = torch.compiler.is_compiling()
         if compiling:  # by `unet.compile()` after `wrap`: set aside from the next call on
             torch.compiler.disable(self.installed.run_eagerly)(module)
         state = self.states.current()
