@@ -70,17 +70,8 @@ class Engine(Preparation):
         self.enabled, self.skips = True, self.looks or not schedule.never_skips
         self.steps: Callable[[Timeline, Any], None] | None = None
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
+        self._last: Running | None = None  # of the calls that have begun: nearly always the one that ends
         self._binder = Binder(unet.forward)
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """The region, once it is known."""
-        return () if self.region is None else (self.region,)
-
-    @property
-    def adaptors(self) -> tuple[Adaptor, ...]:
-        """What stands in for it."""
-        return (self.adaptor,)
 
     # -- the two hooks -------------------------------------------------------------------------------------------
 
@@ -100,8 +91,9 @@ class Engine(Preparation):
         names = self._binder.forms.get((len(args), *kwargs)) or self._binder.names(len(args), tuple(kwargs))
         arguments = Arguments(names, (*args, *kwargs.values()))
         key = (arguments.signature, *mode(module.training, arguments))
-        running = Running(_getframe(self._above), exc_info()[1], arguments, key, module.training and key[3])
+        running = Running(_getframe(self._above), exc_info()[1], arguments, key, module.training and key[3], state)
         state.running.append(running)
+        self._last = running
         running.reason = stands_apart(compiling=compiling)
         if running.reason is not None:
             state.timeline.reset()
@@ -116,7 +108,7 @@ class Engine(Preparation):
             running.prepared = prepared = self._turn(running, prepared)
         running.reason = self._why_full(running)
         kept = running.position.before.take() if running.position.before is not None else None
-        if prepared.region is not None and not self._idle(running):
+        if prepared.region is not None and (running.reason is None or not self._idle(running.position)):
             self._start(running, prepared, prepared.region, kept, (args, kwargs))
 
     def _start(self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: Any) -> None:
@@ -132,18 +124,22 @@ class Engine(Preparation):
         if run.looks:
             run.enter(*call)
 
-    def _idle(self, running: Running) -> bool:
+    def _idle(self, position: Position) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
-        if running.reason is None or self.looks or self.installed.fronted or running.position is None:
-            return False
-        return self.schedule.is_full(running.position.step + 1)
+        watched = self.looks or self.installed.fronted
+        return not watched and not self.schedule.uses_adaptor(position.step + 1)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After a call, also one that raised: count it, remember the exit, leave nothing behind."""
-        state = self.states.current()
-        running: Running | None = state.running.pop() if state.running else None
-        if running is None:
-            return None
+        running, self._last = self._last, None
+        if running is None or running.frame is not _getframe(self._above):  # another thread's, or a call within a call
+            stack = self.states.current().running
+            running = stack.pop() if stack else None
+            if running is None:
+                return None
+        else:
+            running.state.running.pop()
+        state = running.state
         if running.run is not None:
             self.active.run, self.resting = None, False
         if exc_info()[1] is not running.error:
@@ -192,7 +188,7 @@ class Engine(Preparation):
         prepared, position = running.prepared, running.position
         if prepared is None or position is None or prepared.region is None:
             return prepared.why if prepared else reasons.TRACED
-        if self.schedule.is_full(position.step):
+        if position.step <= 1 or not self.schedule.uses_adaptor(position.step):
             return position.scheduled
         if position.doubt is not None:
             return position.doubt

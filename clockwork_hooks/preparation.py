@@ -55,6 +55,16 @@ class Preparation:
         self.installed = Installed(self)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The region, once it is known."""
+        return () if self.region is None else (self.region,)
+
+    @property
+    def adaptors(self) -> tuple[Adaptor, ...]:
+        """What stands in for it."""
+        return (self.adaptor,)
+
     def _record(self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rank = max((leaf.ndim - 2 for leaf in tensors(running.arguments.flat)), default=1)
         running.recorder = Recorder(self.unet, running.arguments, module_paths(self.unet))

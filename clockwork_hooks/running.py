@@ -17,6 +17,7 @@ from clockwork_hooks.boundary import Region
 from clockwork_hooks.inputs import Arguments
 from clockwork_hooks.passes import Pass
 from clockwork_hooks.recorder import Recorder
+from clockwork_hooks.state import State
 from clockwork_hooks.timeline import Position
 
 __all__ = ["Prepared", "Running", "mode", "on_stack"]
@@ -61,6 +62,7 @@ class Running:
     arguments: Arguments
     key: tuple[Any, ...]
     trains: bool
+    state: State
     weights: Hashable = None
     recorder: Recorder | None = None
     prepared: Prepared | None = None
