@@ -65,9 +65,9 @@ def guided(blocks: int = 1) -> GuidedUNet:
 @pytest.mark.parametrize(
     ("schedule", "kind", "most", "most_other"),
     [
-        ({2, 4, 6, 8}, "full", 52, 70),  # step 5: its exit is kept, step 6 uses it
-        ({2, 4, 6, 7, 8}, "adaptor", 66, 86),  # step 7
-        ((), "nothing is patched into", 33, 49),  # step 5: nothing is kept, as step 6 is full too
+        ({2, 4, 6, 8}, "full", 49, 66),  # step 5: its exit is kept, step 6 uses it
+        ({2, 4, 6, 7, 8}, "adaptor", 63, 85),  # step 7
+        ((), "nothing is patched into", 30, 48),  # step 5: nothing is kept, as step 6 is full too
     ],
 )
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
