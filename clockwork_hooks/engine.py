@@ -70,7 +70,7 @@ class Engine(Preparation):
         self.enabled, self.skips = True, self.looks or not schedule.never_skips
         self.steps: Callable[[Timeline, Any], None] | None = None
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
-        self._last: Running | None = None  # of the calls that have begun: nearly always the one that ends
+        self._last: tuple[Running, State] | None = None  # of the calls that have begun: nearly always the one that ends
         self._binder = Binder(unet.forward)
 
     # -- the two hooks -------------------------------------------------------------------------------------------
@@ -91,9 +91,9 @@ class Engine(Preparation):
         names = self._binder.forms.get((len(args), *kwargs)) or self._binder.names(len(args), tuple(kwargs))
         arguments = Arguments(names, (*args, *kwargs.values()))
         key = (arguments.signature, *mode(module.training, arguments))
-        running = Running(_getframe(self._above), exc_info()[1], arguments, key, module.training and key[3], state)
+        running = Running(_getframe(self._above), exc_info()[1], arguments, key, module.training and key[3])
         state.running.append(running)
-        self._last = running
+        self._last = running, state
         running.reason = stands_apart(compiling=compiling)
         if running.reason is not None:
             state.timeline.reset()
@@ -131,15 +131,15 @@ class Engine(Preparation):
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After a call, also one that raised: count it, remember the exit, leave nothing behind."""
-        running, self._last = self._last, None
-        if running is None or running.frame is not _getframe(self._above):  # another thread's, or a call within a call
-            stack = self.states.current().running
-            running = stack.pop() if stack else None
+        last, self._last = self._last, None
+        if last is None or last[0].frame is not _getframe(self._above):  # another thread's, or a call within a call
+            state = self.states.current()
+            running = state.running.pop() if state.running else None
             if running is None:
                 return None
         else:
-            running.state.running.pop()
-        state = running.state
+            running, state = last
+            state.running.pop()
         if running.run is not None:
             self.active.run, self.resting = None, False
         if exc_info()[1] is not running.error:
@@ -164,7 +164,7 @@ class Engine(Preparation):
 
     def clean(self, state: State) -> None:
         """End whatever an interrupted call has left open in this thread."""
-        self.active.run, self.resting = None, False
+        self.active.run, self.resting, self._last = None, False, None
         for running in state.running:
             if running is not None and running.recorder is not None:
                 running.recorder.stop()

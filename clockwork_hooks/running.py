@@ -17,7 +17,6 @@ from clockwork_hooks.boundary import Region
 from clockwork_hooks.inputs import Arguments
 from clockwork_hooks.passes import Pass
 from clockwork_hooks.recorder import Recorder
-from clockwork_hooks.state import State
 from clockwork_hooks.timeline import Position
 
 __all__ = ["Prepared", "Running", "mode", "on_stack"]
@@ -62,7 +61,6 @@ class Running:
     arguments: Arguments
     key: tuple[Any, ...]
     trains: bool
-    state: State
     weights: Hashable = None
     recorder: Recorder | None = None
     prepared: Prepared | None = None
