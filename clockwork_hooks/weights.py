@@ -36,29 +36,35 @@ class Weights:
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
-        self._last: tuple[Hashable, ...] = ()
-        self._trajectory = 0
+        self._trajectory, self._written = 0, -1
         self._adapters: tuple[str, ...] | None = None
         self._owners: Sequence[tuple[dict[str, Any], str]] = ()
         self._held: tuple[list[dict[str, Any]], list[str]] = [], []
         self._layers: Sequence[Any] = ()
 
     def since(self, trajectory: int) -> tuple[Hashable, ...]:
-        """The state when it was last read in this trajectory: what has it still has had it ever since."""
-        return self._last if trajectory and trajectory == self._trajectory else self.state(trajectory)
+        """The state, with the counters as they were last read in this trajectory: they only grow, switches go back."""
+        return self._state() if trajectory and trajectory == self._trajectory else self.state(trajectory)
 
     def state(self, trajectory: int = 0) -> tuple[Hashable, ...]:
         """Equal for two calls between which no weight has changed; `trajectory` is for `since`."""
+        self._trajectory, self._written = trajectory, -1
+        return self._state()
+
+    def _state(self) -> tuple[Hashable, ...]:
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters:
-            self._adapters = adapters
+            self._adapters, self._written = adapters, -1
             self._look()
+        if self._written < 0:
+            self._written = self._counted()
+        return (adapters, self._written, *(_switches(layer) for layer in self._layers))
+
+    def _counted(self) -> int:
         try:  # offloading exchanges the parameters: they are looked up in each call
-            written = sum(map(_VERSION, map(operator.getitem, *self._held)))
+            return sum(map(_VERSION, map(operator.getitem, *self._held)))
         except (KeyError, AttributeError, RuntimeError):  # gone, None, or made under `inference_mode`
-            written = sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
-        self._last, self._trajectory = (adapters, written, *(_switches(layer) for layer in self._layers)), trajectory
-        return self._last
+            return sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
 
     def _look(self) -> None:
         modules = list(self._unet.modules())

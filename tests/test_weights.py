@@ -89,6 +89,24 @@ def test_adaptors_of_peft_switched_in_the_middle() -> None:
         assert cw.stats.reasons[REASON] == len(changes)
 
 
+@torch.no_grad()
+def test_adapters_that_are_switched_back() -> None:
+    """On at full steps and off at the others: a state that comes back is not that of the step in between."""
+
+    class Adapted(nn.Conv2d):
+        merged_adapters: tuple[str, ...] = ()
+        _disable_adapters, _active_adapter = False, "style"
+
+    unet = Tiny()
+    unet.head, unet.peft_config = Adapted(16, 2, 3, padding=1), {"style": None}
+    with ch.wrap(unet, clock=2) as cw:
+        for k, t in enumerate(range(900, 100, -100), 1):
+            unet.head._disable_adapters = k % 2 == 0
+            unet(torch.randn(1, 2, 8, 8), t)
+        assert cw.stats.adaptor_passes == 0
+        assert cw.stats.reasons[REASON] == 4
+
+
 def test_what_leaves_no_mark_and_what_keeps_no_count() -> None:
     """Writes through `.data`; parameters that are gone, or made under `inference_mode`: no change, and no error."""
     unet = Tiny()
