@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import clockwork_hooks as ch
-from clockwork_hooks.report import Table, percent, table
+from clockwork_hooks.reports.tables import Table, percent, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/analysis_demo.json"

@@ -24,7 +24,7 @@ import torch
 import clockwork_hooks as ch
 from benchmarks.harness import Results, environment
 from clockwork_hooks.demo import load_demo
-from clockwork_hooks.hooks import Forward, RootHook
+from clockwork_hooks.engine.hooks import Forward, RootHook
 from tests.zoo import ZOO
 
 STEPS, CALLS = 8, 24

@@ -27,9 +27,9 @@ from benchmarks.guided import GuidedUNet
 from benchmarks.harness import Results, environment
 from benchmarks.ideal import HandClock
 from benchmarks.setting import Loop, build
-from clockwork_hooks import passes
-from clockwork_hooks.passes import placeholder
-from clockwork_hooks.skipping import Slot
+from clockwork_hooks.engine import passes
+from clockwork_hooks.engine.passes import placeholder
+from clockwork_hooks.regions.cut import Slot
 
 STEPS, ROUNDS = 24, 9
 COMMAND = "python -m pytest -n 0 -s benchmarks/bench_overhead.py"

@@ -42,5 +42,5 @@ class Blank(Tensor):
 
 
 def blank(slot: Any) -> Tensor:
-    """As `clockwork_hooks.passes.placeholder`."""
+    """As `clockwork_hooks.engine.passes.placeholder`."""
     return Blank(torch.empty(slot.shape, dtype=slot.dtype, device="meta"), slot.device)

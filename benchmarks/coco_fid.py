@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.analysis.evaluation import Evaluation
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Paired, clip_score, fid
-from clockwork_hooks.scores import Evaluation
 
 __all__ = ["Coco", "coco_fid", "main"]
 

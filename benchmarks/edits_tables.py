@@ -16,9 +16,8 @@ import torch
 
 from benchmarks.analysis_demo import shrink
 from benchmarks.analysis_tables import filled
-from clockwork_hooks.demo.edit_rows import EditRow, Gap
-from clockwork_hooks.demo.edits import SceneEdits
-from clockwork_hooks.report import Table, macs, percent, table
+from clockwork_hooks.demo.edits import EditRow, Gap, SceneEdits
+from clockwork_hooks.reports.tables import Table, macs, percent, table
 
 ROOT = Path(__file__).parents[1]
 LEAST, POINTS, LAYOUT = 0.30, 0.01, 0.05  # the target: MACs saved, attributes lost, layout error added

@@ -20,7 +20,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.demo import attribute_accuracy, load_demo
 from clockwork_hooks.demo.recipe import Recipe
 from clockwork_hooks.demo.run import ADAPTOR, psnr
-from clockwork_hooks.report import percent, table
+from clockwork_hooks.reports.tables import percent, table
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "few_steps.json", ROOT / "docs" / "limits.md"

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity_plan import GROUPS, Group, Row, Trained, group_named
+from clockwork_hooks.analysis.timing import device_name
 from clockwork_hooks.demo.weights import write_json
-from clockwork_hooks.timing import device_name
 
 RESULT = Path(__file__).parent / "results" / "fidelity.json"
 TIMED = (

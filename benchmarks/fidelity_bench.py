@@ -15,12 +15,11 @@ from torch import Tensor
 
 import clockwork_hooks as ch
 from benchmarks.fidelity_plan import Group, Row, Sampler
+from clockwork_hooks.analysis.evaluation import Evaluation, Variant
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.evaluate import Attributes, held_out_prompts, reference_statistics
 from clockwork_hooks.demo.model import LATENT_SHAPE, DemoModel, load_demo, to_images
-from clockwork_hooks.evaluation import Variant
 from clockwork_hooks.metrics import Frechet, Paired
-from clockwork_hooks.scores import Evaluation
 
 __all__ = ["Bench", "Judged"]
 

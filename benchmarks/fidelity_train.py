@@ -145,7 +145,7 @@ def student_errors(
     Returns:
         "feature": step → ‖made - true‖ / ‖true‖ of the region's exit; "output": the same of the guided output.
     """
-    from clockwork_hooks.training.trajectories import Capture, Needs
+    from clockwork_hooks.training.recording import Capture, Needs
 
     capture = Capture(bench.model.unet, region=bench.region(group))
     try:

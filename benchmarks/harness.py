@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from clockwork_hooks.timing import Timing, device_name, in_turns, synchronize, timed
+from clockwork_hooks.analysis.timing import Timing, device_name, in_turns, synchronize, timed
 
 __all__ = [
     "PACKAGES", "Results", "Timing", "environment", "in_turns", "reason", "say", "synchronize", "timed"

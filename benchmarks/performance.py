@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.performance_plots import plot
 from benchmarks.performance_results import IDEAL, OURS, Latencies, verdicts
-from clockwork_hooks.report import table
+from clockwork_hooks.reports.tables import table
 
 __all__ = ["PARTS", "filled", "main"]
 

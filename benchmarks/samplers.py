@@ -27,7 +27,7 @@ from torch import Tensor
 import clockwork_hooks as ch
 from clockwork_hooks.demo.model import new_unet
 from clockwork_hooks.diffusers import wrap_pipeline
-from clockwork_hooks.report import Table, table
+from clockwork_hooks.reports.tables import Table, table
 
 STEPS, CLOCK = 8, 2
 SHAPE, TEXT = (1, 12, 8, 8), (1, 18, 128)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks.benchmark import twin
+from clockwork_hooks.analysis.benchmark import twin
 from clockwork_hooks.demo.model import LATENT_SHAPE, new_unet
-from clockwork_hooks.examples import example_inputs
-from clockwork_hooks.presets import PRESETS
+from clockwork_hooks.models import PRESETS, example_inputs
 
 TINY = {
     "sd15": {"block_out_channels": (16, 32, 32, 32), "cross_attention_dim": 16, "norm_num_groups": 8},

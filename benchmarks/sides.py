@@ -17,7 +17,7 @@ from benchmarks.ideal import Compiled, Graphed, HandClock
 from benchmarks.peers import DeepCache, DeepCacheByHand, tome
 from benchmarks.setting import Loop, Model
 from clockwork_hooks.adaptors import ResNetAdaptor
-from clockwork_hooks.regions import choose, regions_of
+from clockwork_hooks.regions.find import choose, regions_of
 
 
 @dataclass(frozen=True, slots=True)

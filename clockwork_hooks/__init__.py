@@ -23,17 +23,15 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
     from clockwork_hooks import metrics as metrics
     from clockwork_hooks import training as training
     from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
+    from clockwork_hooks.analysis.benchmark import Benchmark, bench
     from clockwork_hooks.analysis.drift import Drift, measure_drift
-    from clockwork_hooks.analysis.plan import Plan
-    from clockwork_hooks.analysis.planner import plan
+    from clockwork_hooks.analysis.evaluation import Evaluation, Variant, evaluate
+    from clockwork_hooks.analysis.flops import FlopsReport, flops_report
+    from clockwork_hooks.analysis.planning import Plan, plan
     from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
-    from clockwork_hooks.attach import wrap
-    from clockwork_hooks.bench_report import Benchmark
-    from clockwork_hooks.benchmark import bench
-    from clockwork_hooks.blocks import diagram
-    from clockwork_hooks.boundary import Boundary, Region, Side
-    from clockwork_hooks.cost import FlopsReport
-    from clockwork_hooks.drawing import Diagram
+    from clockwork_hooks.engine.attach import wrap
+    from clockwork_hooks.engine.stats import RunReport, Stats
+    from clockwork_hooks.engine.wrapper import ClockworkWrapper
     from clockwork_hooks.errors import (
         AdaptorError,
         AmbiguousInputError,
@@ -49,15 +47,13 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
         TraceError,
         WrapError,
     )
-    from clockwork_hooks.evaluation import Variant, evaluate
-    from clockwork_hooks.flops import flops_report
-    from clockwork_hooks.graph import Trace, trace
-    from clockwork_hooks.regions import find_region, find_regions
+    from clockwork_hooks.graph.tracing import Trace, trace
+    from clockwork_hooks.regions.blocks import diagram
+    from clockwork_hooks.regions.find import find_region, find_regions
+    from clockwork_hooks.regions.region import Boundary, Region, Side
+    from clockwork_hooks.reports.u_drawing import Diagram
     from clockwork_hooks.schedule import Schedule
-    from clockwork_hooks.scores import Evaluation
-    from clockwork_hooks.stats import RunReport, Stats
     from clockwork_hooks.training import DistillResult, Student, TrainingOptions, distill
-    from clockwork_hooks.wrapper import ClockworkWrapper
 
 __all__ = [
     "Adaptor",
@@ -119,29 +115,25 @@ _HOME = {
     for home, names in {
         "adaptors": "Adaptor IdentityAdaptor ResNetAdaptor ScaledResNetAdaptor UNetAdaptor",
         "analysis.drift": "Drift measure_drift",
-        "analysis.plan": "Plan",
-        "analysis.planner": "plan",
+        "analysis.planning": "Plan plan",
         "analysis.robustness": "Robustness measure_robustness",
-        "attach": "wrap",
-        "bench_report": "Benchmark",
-        "benchmark": "bench",
-        "blocks": "diagram",
-        "boundary": "Boundary Region Side",
-        "cost": "FlopsReport",
-        "drawing": "Diagram",
+        "engine.attach": "wrap",
+        "analysis.benchmark": "Benchmark bench",
+        "regions.blocks": "diagram",
+        "regions.region": "Boundary Region Side",
+        "reports.u_drawing": "Diagram",
         "errors": (
             "AdaptorError AmbiguousInputError ArgumentError ClockworkError CompileError CountError DemoError "
             "DistillError ModelNotFoundError NoEffectWarning RegionNotFoundError TraceError WrapError"
         ),
-        "evaluation": "Variant evaluate",
-        "flops": "flops_report",
-        "graph": "Trace trace",
-        "regions": "find_region find_regions",
+        "analysis.evaluation": "Evaluation Variant evaluate",
+        "analysis.flops": "FlopsReport flops_report",
+        "graph.tracing": "Trace trace",
+        "regions.find": "find_region find_regions",
         "schedule": "Schedule",
-        "scores": "Evaluation",
-        "stats": "RunReport Stats",
+        "engine.stats": "RunReport Stats",
         "training": "DistillResult Student TrainingOptions distill",
-        "wrapper": "ClockworkWrapper",
+        "engine.wrapper": "ClockworkWrapper",
     }.items()
     for name in names.split()
 }

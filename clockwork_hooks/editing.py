@@ -8,48 +8,496 @@ Injection happens in full passes only. On an adaptor pass nothing is injected: t
 injected in the full pass before, and the layers that receive injection are, by default, among those skipped.
 
 Source: Tumanyan et al., "Plug-and-Play Diffusion Features", arXiv 2211.12572; arXiv 2312.08128, Sec. 5.3 and App. D.
+
+DDIM inversion with Clockwork: the deterministic sampler run backwards takes a picture to its noise.
+
+Source: arXiv 2312.08128, Sec. 5.3 and App. D.
+
+DDIM's deterministic path between a picture and noise, walked in either direction.
+
+Injection: rows of a batch take over the features and the self-attention of the first ones, by native hooks.
+
+Where to inject is read off the graph. The way up has blocks that take in a skip; PnP injects the output of the second
+of three at one level above the bottleneck, and the queries and keys of all self-attention that follows. Equal queries
+and keys are equal attention maps, so nothing of an attention layer's inside needs to be known.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from clockwork_hooks.acceptance import check_unet
+from clockwork_hooks._tree import leaves, map_leaves, tensors
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.boundary import Region
-from clockwork_hooks.ddim import Path
+from clockwork_hooks.engine.attach import check_unet, wrap
+from clockwork_hooks.engine.stats import Counts
+from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.graph import record
-from clockwork_hooks.injection import Injection, find_injection, injected
-from clockwork_hooks.inversion import (
-    Conditions,
-    Inversion,
-    Steps,
-    call,
-    check_source,
-    clocked,
-    counts,
-    dtype_of,
-    invert,
-    told,
-)
-from clockwork_hooks.progress import progress
-from clockwork_hooks.report import shape
+from clockwork_hooks.graph.bindings import TensorSpec
+from clockwork_hooks.graph.macs import operator_name
+from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.graph.tracing import Trace, module_paths, record
+from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
-from clockwork_hooks.stats import Counts
-from clockwork_hooks.tree import leaves, map_leaves, tensors
-from clockwork_hooks.wrapper import ClockworkWrapper
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Edit", "Inversion", "edit", "edit_macs", "invert"]
+__all__ = [
+    "Conditions",
+    "Edit",
+    "Injection",
+    "Inversion",
+    "Path",
+    "call",
+    "check_source",
+    "clocked",
+    "counts",
+    "dtype_of",
+    "edit",
+    "edit_macs",
+    "find_injection",
+    "injected",
+    "invert",
+    "told",
+]
+
+
+class Path:
+    """The times of a DDIM run and what lies between them.
+
+    Attributes:
+        numbers: the times, descending.
+        times: the same on the device, one tensor.
+        levels: ᾱ at each.
+        clean: ᾱ of a picture without noise.
+
+    Args:
+        scheduler: a diffusers scheduler with betas (its `alphas_cumprod`, spacing and prediction type are read).
+        steps: how many times.
+        device: where the UNet wants them.
+
+    Raises:
+        ArgumentError: the scheduler has no betas, its model predicts pictures, or steps are outside their rule.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> Path(DDIMScheduler(timestep_spacing="trailing"), 4, torch.device("cpu")).numbers
+        [999, 749, 499, 249]
+
+    Source: arXiv 2010.02502, Sec. 4.1.
+    """
+
+    def __init__(self, scheduler: Any, steps: int, device: torch.device) -> None:
+        from diffusers import DDIMScheduler
+
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ArgumentError(
+                "DDIM inversion reads alphas_cumprod off a diffusers scheduler",
+                seen={"scheduler": type(scheduler).__name__},
+                do="pass a DDIMScheduler with the model's betas",
+            )
+        most = scheduler.config.num_train_timesteps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+            raise ArgumentError(f"steps are an int from 1 to {most}", seen={"steps": repr(steps)}, do="pass steps=50")
+        ddim = DDIMScheduler.from_config(scheduler.config)
+        ddim.set_timesteps(steps)
+        self.numbers: list[int] = ddim.timesteps.tolist()
+        self.times = ddim.timesteps.to(device)
+        self.levels: list[float] = ddim.alphas_cumprod[ddim.timesteps].tolist()
+        self.clean = float(ddim.final_alpha_cumprod)
+        self._predicts = str(ddim.config.prediction_type)
+        if self._predicts not in ("epsilon", "v_prediction"):
+            raise ArgumentError(
+                "a UNet that is inverted predicts noise or v: a picture alone does not tell the noise of none",
+                seen={"prediction_type": self._predicts},
+                do="edit with another model",
+            )
+
+    def move(self, made: Tensor, x: Tensor, now: float, then: float) -> Tensor:
+        """From the noise level ᾱ = now to ᾱ = then along DDIM's deterministic path, in either direction.
+
+        Args:
+            made: (B, C, ...) the UNet's output at x.
+            x: (B, C, ...) latents at `now`.
+            now, then: ᾱ, in (0, 1].
+
+        Returns:
+            (B, C, ...) latents at `then`.
+
+        Source: arXiv 2010.02502, Eq. 12 with σ = 0.
+        """
+        signal, sigma = math.sqrt(now), math.sqrt(1 - now)
+        if self._predicts == "v_prediction":
+            clean, noise = signal * x - sigma * made, signal * made + sigma * x
+        else:
+            clean, noise = (x - sigma * made) / max(signal, 1e-6), made
+        return math.sqrt(then) * clean + math.sqrt(1 - then) * noise
+
+
+ROWS = 3  # source, negative, target
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """What is injected, and for how long.
+
+    Attributes:
+        features: paths of modules whose output is a feature to inject.
+        attention: paths of the projections to queries and to keys of self-attention.
+        until_features: τ_f, the share of the steps in which features are injected.
+        until_attention: τ_A, likewise for self-attention.
+
+    Example:
+        >>> Injection(features=("up_blocks.1.resnets.1",), until_features=0.5).attention
+        ()
+    """
+
+    features: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    until_features: float = 0.8
+    until_attention: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("until_features", "until_attention"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ArgumentError(
+                    f"{name} is a share of the steps, 0 to 1", seen={name: repr(value)}, do=f"pass {name}=0.5"
+                )
+
+    def check(self, unet: nn.Module) -> None:
+        """Raise `ArgumentError` if a path is no module's."""
+        known = set(module_paths(unet).values())
+        missing = [path for path in (*self.features, *self.attention) if path not in known]
+        if missing:
+            raise ArgumentError(
+                "an injection names modules of the UNet",
+                seen={"no such module": ", ".join(missing)},
+                do='pass dotted paths, as in features=("up_blocks.1.resnets.1",)',
+            )
+
+
+def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention: float = 0.5) -> Injection:
+    """Where Plug-and-Play injects, on any UNet.
+
+    Args:
+        trace: of a call of the UNet.
+        until_features, until_attention: τ_f and τ_A; with τ_A = 0 none is asked for, and none has to be there.
+
+    Returns:
+        Of the blocks on the way up that take in a skip one level above the bottleneck, the middle one; and queries and
+        keys of all self-attention after it.
+
+    Raises:
+        ArgumentError: no such block, or no such self-attention, is found; name the modules yourself.
+
+    Example:
+        >>> from clockwork_hooks.graph import trace
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("sd15")
+        >>> found = find_injection(trace(unet, *args, **kwargs))
+        >>> found.features, len(found.attention)
+        (('up_blocks.1.resnets.1',), 16)
+
+    Source: arXiv 2211.12572, Sec. 4 (its layers 4, and 4 to 11).
+    """
+    blocks = _joins(trace)
+    sizes = sorted({positions for positions, _ in blocks})
+    if not blocks:
+        raise ArgumentError(
+            "features are injected where the way up takes in a skip by concatenation",
+            seen={"model": trace.model, "such blocks": 0},
+            do="pass injection=Injection(features=(...), attention=(...)) with paths of modules",
+        )
+    wanted = sizes[min(1, len(sizes) - 1)]
+    level = [call for positions, call in blocks if positions == wanted]
+    chosen = level[len(level) // 2]
+    attention = [path for node in trace.nodes if node.meta["index"] >= chosen.first for path in _projections(node)]
+    found = Injection((str(chosen.path),), tuple(dict.fromkeys(attention)), until_features, until_attention)
+    if until_attention and not attention:
+        raise ArgumentError(
+            "self-attention is injected where two linear layers make queries and keys of one tensor",
+            seen={"model": trace.model, "features are injected at": chosen.path, "such attention after it": 0},
+            do="pass injection=find_injection(trace, until_attention=0) to inject features alone, or name the layers "
+            "with Injection(features=(...), attention=(...))",
+        )
+    return found
+
+
+def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
+    """Calls that are given a concatenation of two maps along the channels, with their positions, in order."""
+    levels, found = Levels(trace), []
+    carrying = trace.reachable([trace.inputs[trace.sample]])
+    joined = {
+        node
+        for node in trace.nodes
+        if operator_name(node) == "cat"
+        and levels.resolution(node)
+        and sum(source in carrying for source in node.all_input_nodes) > 1
+    }
+    for call in trace.calls:
+        given = [leaf.node for _, leaf in leaves(call.inputs) if isinstance(leaf, TensorSpec)]
+        whole = next((node for node in given if node in joined), None)
+        if whole is not None and call.path:
+            joined.discard(whole)  # the outermost call that takes it in; what is inside of it comes later
+            found.append((levels.positions(whole) or 0, call))
+    return found
+
+
+def _projections(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the linear layers that make an attention's queries and keys, if both come from one tensor."""
+    if node.op != "call_function" or "dot_product" not in operator_name(node):
+        return ()
+    query, key = (_linear(argument) if isinstance(argument, fx.Node) else None for argument in node.args[:2])
+    if query is None or key is None or query is key or query.args[0] is not key.args[0]:
+        return ()
+    return query.meta["module"], key.meta["module"]
+
+
+def _linear(node: fx.Node) -> fx.Node | None:
+    """The linear layer that a tensor comes from, through views alone."""
+    for _ in range(12):
+        if node.op != "call_function":
+            return None
+        if operator_name(node) in ("linear", "addmm", "mm", "matmul"):
+            return node
+        if len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    return None
+
+
+class Injecting:
+    """The hooks of an injection while they are attached.
+
+    Attributes:
+        silent: nothing is injected in a call for which this is true.
+    """
+
+    def __init__(self, unet: nn.Module, injection: Injection) -> None:
+        self.silent: Callable[[], bool] = lambda: False
+        self._injection = injection
+        self._on = {"features": False, "attention": False}
+        self._handles = [
+            unet.get_submodule(path).register_forward_hook(self._hook(kind))
+            for kind, paths in (("features", injection.features), ("attention", injection.attention))
+            for path in paths
+        ]
+
+    def at(self, progress: float) -> None:
+        """A step begins, at this share of the steps: 0 for the first."""
+        self._on["features"] = progress < self._injection.until_features
+        self._on["attention"] = progress < self._injection.until_attention
+
+    def remove(self) -> None:
+        """Take the hooks off; idempotent."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, kind: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self._on[kind] or self.silent():
+                return None
+            return map_leaves(lambda leaf: _first_rows(leaf) if isinstance(leaf, Tensor) else leaf, output)
+
+        return hook
+
+
+@contextlib.contextmanager
+def injected(unet: nn.Module, injection: Injection) -> Iterator[Injecting]:
+    """The injection's hooks are on the UNet inside, and off after it, also after an exception."""
+    attached = Injecting(unet, injection)
+    try:
+        yield attached
+    finally:
+        attached.remove()
+
+
+def _first_rows(leaf: Tensor) -> Tensor:
+    """The first third of the rows in the place of all thirds."""
+    first = leaf[: leaf.shape[0] // ROWS]
+    return torch.cat([first] * ROWS)
+
+
+Conditions = Tensor | Mapping[str, Any]
+Steps = Schedule | Iterable[int] | Callable[[int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """The way of a source to noise.
+
+    Attributes:
+        latents: time → (B, C, ...) float32 latents at that time's noise level, times ascending.
+        conditions: what the UNet was told about the source: keyword arguments of its call.
+        passes: what ran.
+    """
+
+    latents: Mapping[int, Tensor] = field(repr=False)
+    conditions: Mapping[str, Any] = field(repr=False)
+    passes: Counts
+
+    @property
+    def noise(self) -> Tensor:
+        """(B, C, ...) float32 latents at the last time: where editing starts from."""
+        return self.latents[max(self.latents)]
+
+    def at(self, time: int) -> Tensor:
+        """(B, C, ...) latents at the nearest time that there is."""
+        return self.latents[min(self.latents, key=lambda known: abs(known - time))]
+
+
+@torch.no_grad()
+def invert(
+    unet: nn.Module,
+    scheduler: Any,
+    source: Tensor,
+    conditions: Conditions,
+    *,
+    steps: int = 100,
+    clock: int = 1,
+    schedule: Steps | None = None,
+    region: Region | None = None,
+    adaptor: Adaptor | str | None = None,
+    console: Console | None = None,
+) -> Inversion:
+    """Take a source to noise by DDIM inversion: the deterministic sampler run backwards, times ascending.
+
+    Args:
+        unet: any diffusers UNet; not wrapped, and the same as before when this returns or raises.
+        scheduler: a diffusers scheduler with betas (its `alphas_cumprod`, spacing and prediction type are read).
+        source: (B, C, ...) floating latents without noise, on the UNet's device.
+        conditions: what the UNet is told about the source: hidden states (B, L, D), or keyword arguments of its call,
+            whose tensors have B rows.
+        steps: N, of the inversion.
+        clock: one full pass every `clock` steps.
+        schedule: in the place of a clock, as in `wrap`; its first step is the one at the least noise.
+        region, adaptor: as in `wrap`.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The latents at every time.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or the source is not of the UNet's shape.
+        RegionNotFoundError: nothing of the UNet can be skipped.
+
+    Example:
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(
+        ...     8,
+        ...     block_out_channels=(8, 16),
+        ...     norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2,
+        ... ).eval()
+        >>> way = invert(unet, DDIMScheduler(), torch.zeros(1, 3, 8, 8), {}, steps=6, clock=3)
+        >>> way.noise.shape, way.passes.full_passes, way.passes.adaptor_passes
+        (torch.Size([1, 3, 8, 8]), 2, 4)
+
+    Source: arXiv 2312.08128, App. D, Eq. 4 (cost).
+    """
+    check_unet(unet)
+    check_source(unet, source)
+    path, given = Path(scheduler, steps, source.device), told(conditions, len(source))
+    x, kept, level = source.float(), {}, path.clean
+    with clocked(unet, clock, schedule, region, adaptor) as cw, progress(console) as bar:
+        task = bar.add_task("inversion", total=steps)
+        for k in reversed(range(steps)):
+            cw.step()
+            x = path.move(call(cw, x, path.times[k], given), x, level, path.levels[k])
+            kept[path.numbers[k]], level = x, path.levels[k]
+            bar.advance(task)
+    return Inversion(kept, given, counts(cw))
+
+
+def check_source(unet: Any, source: Any) -> None:
+    """Raise `ArgumentError` if the source is no batch of latents of the UNet's."""
+    channels = getattr(getattr(unet, "config", None), "in_channels", None)
+    if not isinstance(source, Tensor) or not source.is_floating_point() or source.ndim < 3 or not len(source):
+        seen = {
+            "source": f"{source.dtype}, {shape(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
+        }
+        raise ArgumentError(
+            "a source is a batch of floating latents (B, C, ...)", seen=seen, do="encode the picture with the VAE"
+        )
+    if channels is not None and source.shape[1] != channels:
+        raise ArgumentError(
+            "a source has the channels of the UNet's sample",
+            seen={"source": shape(source.shape), "the UNet's in_channels": channels},
+            do="pass latents (B, C, ...): encode the picture with the model's own VAE",
+        )
+
+
+def told(conditions: Conditions, rows: int) -> dict[str, Any]:
+    """Keyword arguments of the UNet's call, each tensor with as many rows as the source.
+
+    Raises:
+        ArgumentError: a tensor has other rows.
+    """
+    given = {"encoder_hidden_states": conditions} if isinstance(conditions, Tensor) else dict(conditions)
+    wrong = {
+        path: shape(leaf.shape) or "no rows"
+        for path, leaf in leaves(given)
+        if isinstance(leaf, Tensor) and leaf.shape[:1] != (rows,)
+    }
+    if wrong:
+        raise ArgumentError(
+            "every tensor that the UNet is told has one row a picture",
+            seen={"pictures": rows, **wrong},
+            do=f"expand it to {rows} row{'s' * (rows != 1)}",
+        )
+    return given
+
+
+@contextlib.contextmanager
+def clocked(
+    unet: nn.Module, clock: int, schedule: Steps | None, region: Region | None, adaptor: Adaptor | str | None
+) -> Iterator[ClockworkWrapper]:
+    """The UNet wrapped for one loop; clock 1 is the plain loop, and warns of nothing."""
+    check_clock(clock)
+    ticks = Schedule.every(clock) if schedule is None else schedule
+    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory():
+        yield cw
+
+
+def call(cw: ClockworkWrapper, x: Tensor, time: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The UNet's output in float32, made in its own type.
+
+    Raises:
+        ArgumentError: it has another shape than x.
+    """
+    output = cw(x.to(dtype_of(cw.unet)), time, **given)
+    made: Tensor = output if isinstance(output, Tensor) else output.sample
+    if made.shape != x.shape:
+        raise ArgumentError(
+            "a UNet that is inverted predicts as many channels as it is given, and no variance",
+            seen={"given": shape(x.shape), "predicted": shape(made.shape)},
+            do="edit with another model",
+        )
+    return made.float()
+
+
+def dtype_of(unet: nn.Module) -> torch.dtype:
+    """The type that the UNet's parameters have."""
+    return next((p.dtype for p in unet.parameters() if p.is_floating_point()), torch.float32)
+
+
+def counts(cw: ClockworkWrapper) -> Counts:
+    """A copy of what ran, that stays when the wrapper goes."""
+    stats = cw.stats
+    passes = (stats.full_passes, stats.adaptor_passes, stats.reasons.copy(), stats.regions.copy())
+    return Counts(*passes, stats.macs_run, stats.macs_plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,13 @@
 
 Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python
 3.11 or newer) stands the page of docs/errors with causes and fixes.
+
+Packages that come with an extra, and may not be there.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +41,7 @@ __all__ = [
     "RegionNotFoundError",
     "TraceError",
     "WrapError",
+    "need",
 ]
 
 
@@ -142,3 +146,28 @@ class DemoError(ClockworkError):
 
 class NoEffectWarning(UserWarning):
     """Wrapping changes nothing: every pass will be full."""
+
+
+def need(what: str, *packages: str, install: str, error: type[ClockworkError] = ArgumentError) -> None:
+    """Import packages, or tell how to install them.
+
+    Args:
+        what: who needs them for what, one sentence.
+        packages: as they are imported.
+        install: what pip installs them by, such as "clockwork-hooks[train]".
+        error: what is raised.
+
+    Raises:
+        ClockworkError: of the class `error`, if a package cannot be imported; with the reason for each.
+
+    Example:
+        >>> need("reports are tables", "rich", install="rich")
+    """
+    found: dict[str, ImportError] = {}
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as problem:
+            found[f"import {name}"] = problem
+    if found:
+        raise error(what, seen=found, do=f'pip install "{install}"') from next(iter(found.values()))

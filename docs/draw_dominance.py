@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.dominance import Dominance
-from clockwork_hooks.shapes import Box, Drawing, Line, Word, save, svg
+from clockwork_hooks.regions.dominance import Dominance
+from clockwork_hooks.reports.u_drawing import Box, Drawing, Line, Word, save, svg
 
 LEFT, TOP, STEP, WIDE, HIGH, ROW, PANEL = 92.0, 96.0, 120.0, 92.0, 44.0, 92.0, 252.0
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import clockwork_hooks as ch
-from clockwork_hooks.drawing import Diagram
+from clockwork_hooks.reports.u_drawing import Diagram
 
 HERE = Path(__file__).resolve().parent
 ZOO_CASES = {

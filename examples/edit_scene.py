@@ -5,11 +5,10 @@ python examples/edit_scene.py
 
 import clockwork_hooks as ch
 from clockwork_hooks.demo import attribute_accuracy, load_demo, parse, render
-from clockwork_hooks.demo.layout import layout_error
 from clockwork_hooks.demo.model import to_images, to_latents
+from clockwork_hooks.demo.objects import layout_error
 from clockwork_hooks.demo.scenes import scenes_of
-from clockwork_hooks.editing import edit, invert
-from clockwork_hooks.injection import find_injection
+from clockwork_hooks.editing import edit, find_injection, invert
 
 REST = "left of a small green star on a white background"
 SOURCE, TARGET = f"a large red circle {REST}", f"a large blue square {REST}"

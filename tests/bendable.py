@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks import passes
-from clockwork_hooks.skipping import SkippedCall, Slot
-from clockwork_hooks.tree import leaves
+from clockwork_hooks._tree import leaves
+from clockwork_hooks.engine import passes
+from clockwork_hooks.regions.cut import SkippedCall, Slot
 from tests.snapshot import snapshot
 from tests.zoo.proof import nan_proof, same
 

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clockwork_hooks as ch
-from clockwork_hooks import Schedule, reasons
+from clockwork_hooks import Schedule
+from clockwork_hooks.clock import reasons
 from tests.small_unet import Tiny
 
 TIMES = (900, 800, 700, 600, 500, 400, 300, 200)

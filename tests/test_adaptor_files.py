@@ -14,7 +14,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import LearnedAdaptor
-from clockwork_hooks.adaptors.layout import Layout
+from clockwork_hooks.regions.layout import Layout
 from tests.test_adaptors import alive, region_of, rollout
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase
@@ -290,7 +290,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(sd15: ZooCase, tmp_path: Path, mon
     assert "library_name: clockwork_hooks" in (hub / "README.md").read_text(encoding="utf-8")
     asked = []
     fetch = lambda name, **options: asked.append((name, options)) or str(hub)  # noqa: E731
-    monkeypatch.setattr("clockwork_hooks.adaptors.files.snapshot_download", fetch)
+    monkeypatch.setattr("clockwork_hooks.adaptors.saved.snapshot_download", fetch)
     loaded = LearnedAdaptor.from_pretrained("someone/adaptor", revision="main")
     assert loaded.facts == FACTS
     assert all(map(torch.equal, loaded.state_dict().values(), adaptor.state_dict().values()))

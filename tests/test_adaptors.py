@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.adaptors.layers import fit, vector
-from clockwork_hooks.adaptors.layout import Layout
-from clockwork_hooks.boundary import Boundary
+from clockwork_hooks.regions.layout import Layout
+from clockwork_hooks.regions.region import Boundary
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase
 

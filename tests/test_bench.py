@@ -8,12 +8,10 @@ import torch
 from rich.console import Console
 
 import clockwork_hooks as ch
-from clockwork_hooks.bench_report import Benchmark, BenchRow
-from clockwork_hooks.benchmark import MODES
+from clockwork_hooks.analysis.benchmark import MODES, Benchmark, BenchRow
+from clockwork_hooks.analysis.timing import Timing, in_turns, timed
 from clockwork_hooks.cli import main
-from clockwork_hooks.models import load_model
-from clockwork_hooks.presets import PRESETS
-from clockwork_hooks.timing import Timing, in_turns, timed
+from clockwork_hooks.models import PRESETS, load_model
 from tests.schemas import follows_its_schema
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot

@@ -40,7 +40,7 @@ def test_the_ideal_is_clockwork(bench: Bench, cut: str) -> None:
 def test_a_region_found_for_the_loop_is_not_traced_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(bench.model, 2, 2)
     side = bench.open(Variant("clockwork", 2), loop, "eager")
-    monkeypatch.setattr("clockwork_hooks.preparation.Recorder", None)
+    monkeypatch.setattr("clockwork_hooks.engine.engine.Recorder", None)
     loop(side.call)
     assert side.wrapper is not None
     assert dict(side.wrapper.stats.reasons) == {"first step": 1}

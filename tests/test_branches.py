@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
-from clockwork_hooks import conditions
+from clockwork_hooks.clock import conditions
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks import capture
+from clockwork_hooks.engine import cuda_graphs
 from tests.small_unet import Tiny
 from tests.tape import FakeCuda
 from tests.test_compile import cuda  # noqa: F401  (a fixture)
@@ -91,7 +91,7 @@ def test_constants_that_change_in_every_call_are_not_captured_for_ever(
         def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
             return super().forward(x, t) * (c or 1.0)
 
-    monkeypatch.setattr(capture, "_GRAPHS", 4)
+    monkeypatch.setattr(cuda_graphs, "_GRAPHS", 4)
     eager, ours, _ = both(Scaled)
 
     def run() -> None:

@@ -9,9 +9,9 @@ import pytest
 from typer.main import get_command
 
 from clockwork_hooks import __version__
-from clockwork_hooks.budget import LIMITS
 from clockwork_hooks.cli import app, main
-from clockwork_hooks.report import flops, macs, percent, quantity, shape, table
+from clockwork_hooks.cli.budget import LIMITS
+from clockwork_hooks.reports.tables import flops, macs, percent, quantity, shape, table
 from tests.schemas import follows_its_schema, schema
 
 

@@ -84,7 +84,7 @@ def test_plain_and_clockwork(data: Path) -> None:
         for at in (0, 2)
     ]  # fmt: skip
     read = Extractor()
-    from clockwork_hooks.frechet import frechet_distance, statistics_of
+    from clockwork_hooks.metrics import frechet_distance, statistics_of
 
     def statistics(batches: Any) -> Any:
         return statistics_of(lambda x: read((x * 255).round()), batches)

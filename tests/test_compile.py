@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
-from clockwork_hooks import capture
-from clockwork_hooks.tree import tensors
+from clockwork_hooks._tree import tensors
+from clockwork_hooks.engine import cuda_graphs
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -330,7 +330,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph_pool_handle", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "DEVICES", ("cpu",))
     return fake
 
 
@@ -438,8 +438,8 @@ def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeyp
         cw.compile(mode="cudagraphs")
         for _ in range(2):
             [case.call(unet, k) for k in range(len(TIMES))]
-        look, replay = capture.Captured._look, cuda.CUDAGraph.replay
-        monkeypatch.setattr(capture.Captured, "_look", lambda self: events.append("look") or look(self))
+        look, replay = cuda_graphs.Captured._look, cuda.CUDAGraph.replay
+        monkeypatch.setattr(cuda_graphs.Captured, "_look", lambda self: events.append("look") or look(self))
         monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
         [case.call(unet, k) for k in range(3)]
         assert events == ["launch", "look", "launch", "launch"]
@@ -464,7 +464,9 @@ def test_weights_that_move_within_a_trajectory(
             expected.append(case.call(plain, k))
     if not told:
         dies = SimpleNamespace(ref=lambda one, freed=None: freed(one) if freed else weakref.ref(one))
-        monkeypatch.setattr(capture, "weakref", dies)  # as where a storage's Python object does not outlive its name
+        monkeypatch.setattr(
+            cuda_graphs, "weakref", dies
+        )  # as where a storage's Python object does not outlive its name
     with ch.wrap(unet, clock=2) as cw:
         cw.compile(mode="cudagraphs")
         for _ in range(2):
@@ -476,8 +478,8 @@ def test_weights_that_move_within_a_trajectory(
             del before
         replay = cuda.CUDAGraph.replay
         monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
-        look = capture.Captured._look
-        monkeypatch.setattr(capture.Captured, "_look", lambda self: events.append("look") or look(self))
+        look = cuda_graphs.Captured._look
+        monkeypatch.setattr(cuda_graphs.Captured, "_look", lambda self: events.append("look") or look(self))
         got += [case.call(unet, k) for k in range(2, 4)]
     torch.testing.assert_close(got, expected)
     assert events[:2] == (["launch", "look"] if kept and told else ["look", "launch"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clockwork_hooks.conditions import Conditions
+from clockwork_hooks.clock.conditions import Conditions
 
 SMALL, LARGE = (2, 6, 6), (2, 100, 100)  # read where they lie; compared by an operator of torch
 

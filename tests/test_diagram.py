@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import clockwork_hooks as ch
-from clockwork_hooks.drawing import Diagram
+from clockwork_hooks.reports.u_drawing import Diagram
 from tests.zoo import ZOO
 
 SVG = "{http://www.w3.org/2000/svg}"

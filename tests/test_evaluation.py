@@ -11,11 +11,10 @@ from rich.console import Console
 from torch import Tensor
 
 import clockwork_hooks as ch
-from clockwork_hooks.counting import counting
+from clockwork_hooks.analysis.evaluation import Evaluation, Score, Variant
+from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.errors import ArgumentError, WrapError
-from clockwork_hooks.evaluation import Variant
 from clockwork_hooks.metrics import Paired
-from clockwork_hooks.scores import Evaluation, Score
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 

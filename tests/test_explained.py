@@ -13,8 +13,8 @@ import torch
 
 import clockwork_hooks as ch
 from benchmarks import sync_count
-from clockwork_hooks import reasons
-from clockwork_hooks.clock import Clock
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.times import Clock
 from tests.small_unet import Tiny
 
 DOCS = Path(__file__).parent.parent / "docs" / "timeline.md"

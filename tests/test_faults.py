@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks import clock, preparation
+from clockwork_hooks.clock import times
+from clockwork_hooks.engine import engine
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -101,7 +102,7 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
 ) -> None:
     """The first call takes seconds to analyse, and reading a time waits for the device: there Ctrl-C will come."""
     judge, error = Judge(Tiny()), make()
-    part, name = {"analysis": (preparation, "node_macs"), "time": (clock, "is_number")}[where]
+    part, name = {"analysis": (engine, "node_macs"), "time": (times, "is_number")}[where]
     with ch.wrap(judge.unet) as cw:
         for step, t in enumerate((900, 800) if where == "time" else (), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from clockwork_hooks.analysis.flops import flops_report
 from clockwork_hooks.errors import AdaptorError, ArgumentError, ModelNotFoundError
-from clockwork_hooks.examples import CLASSES
-from clockwork_hooks.flops import flops_report
-from clockwork_hooks.graph import record
-from clockwork_hooks.models import load_model
-from clockwork_hooks.presets import PRESETS
-from clockwork_hooks.regions import choose
+from clockwork_hooks.graph.tracing import record
+from clockwork_hooks.models import CLASSES, PRESETS, load_model
+from clockwork_hooks.regions.find import choose
 from clockwork_hooks.schedule import Schedule
 
 

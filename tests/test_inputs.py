@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.inputs import Arguments, Binder, find_sample, is_number, time_candidates
+from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, is_number, time_candidates
 from tests.bendable import Tiny, noise, outputs, proven
 from tests.oracle import Judge
 from tests.zoo.proof import same

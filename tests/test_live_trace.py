@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
-from clockwork_hooks.graph import recording
-from clockwork_hooks.hooks import Forward
+from clockwork_hooks.engine.hooks import Forward
+from clockwork_hooks.graph.tracing import recording
 from tests.bendable import Tiny, noise, outputs
 from tests.snapshot import snapshot
 from tests.test_trace import CALLERS, WRITERS, ByForward, Custom, assert_clean

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from clockwork_hooks import operators
 from clockwork_hooks.errors import ArgumentError, CountError
-from clockwork_hooks.graph import record, recording
-from clockwork_hooks.macs import kind, node_macs, operator_name
+from clockwork_hooks.graph import operators
+from clockwork_hooks.graph.macs import kind, node_macs, operator_name
+from clockwork_hooks.graph.tracing import record, recording
 
 
 class Call(nn.Module):

@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.frechet import Statistics, frechet_distance, statistics_of, statistics_of_features
-from clockwork_hooks.metrics import ClipScore, Frechet, Metric, Paired, clip_score, fid
+from clockwork_hooks.metrics import (
+    ClipScore,
+    Frechet,
+    Metric,
+    Paired,
+    Statistics,
+    clip_score,
+    fid,
+    frechet_distance,
+    statistics_of,
+    statistics_of_features,
+)
 
 
 class Extractor(nn.Module):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
-from clockwork_hooks import metrics, shapes
+from clockwork_hooks import metrics
 from clockwork_hooks.demo.run import demo
 from clockwork_hooks.models import load_model
-from clockwork_hooks.plots import Plot
+from clockwork_hooks.reports import u_drawing
+from clockwork_hooks.reports.plots import Plot
 from clockwork_hooks.training.pipeline import pipeline_arguments
 from tests.small_unet import Tiny
 from tests.training_parts import Small, sampler
@@ -38,7 +39,12 @@ USES: list[tuple[str, Any, type[ch.ClockworkError], str]] = [
     ("torch_fidelity", lambda folder: metrics.fid([]), ch.ArgumentError, '"torch-fidelity"'),
     ("matplotlib", lambda folder: Plot(Mock(), "a plot").save(folder / "plot.pdf"), ch.ArgumentError, "[plot]"),
     ("matplotlib", lambda folder: Plot(Mock(), "a plot").to_svg(), ch.ArgumentError, "[plot]"),
-    ("matplotlib", lambda folder: shapes.save(shapes.Drawing("a U"), folder / "u.png"), ch.ArgumentError, "[plot]"),
+    (
+        "matplotlib",
+        lambda folder: u_drawing.save(u_drawing.Drawing("a U"), folder / "u.png"),
+        ch.ArgumentError,
+        "[plot]",
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import clockwork_hooks as ch
-from clockwork_hooks import passes
+from clockwork_hooks.engine import passes
 from tests.bendable import Tiny, nan, noise
 from tests.snapshot import snapshot
 from tests.test_choice import Wide

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,129 +18,77 @@ import clockwork_hooks as ch
 
 ROOT = Path(ch.__file__).parent
 
-# A file imports only from files of a smaller number. A new file takes the smallest that lets it; the numbers in
-# between are free for floors to come.
-FLOOR = {
-    "_version": 0,
-    "errors": 0,
-    "pooling": 0,
-    "reasons": 0,
-    "report": 0,
-    "needed": 1,
-    "tree": 0,
-    "weights": 20,
-    "apart": 10,
-    "examples": 10,
-    "frechet": 10,
-    "inputs": 10,
-    "operators": 10,
-    "page": 2,
-    "plots": 12,
-    "rendering": 4,
-    "passes": 12,
-    "skipping": 10,
-    "presets": 10,
-    "schedule": 10,
-    "scores": 10,
-    "shapes": 10,
-    "stats": 10,
-    "bindings": 20,
-    "calls": 20,
-    "boundary": 20,
-    "clock": 20,
-    "conditions": 20,
-    "hooks": 20,
-    "macs": 20,
-    "metrics": 20,
-    "models": 20,
-    "adaptors": 30,
-    "counts": 30,
-    "branches": 25,
-    "drawing": 15,
-    "recorder": 30,
-    "timeline": 30,
-    "graph": 40,
-    "solvers": 40,
-    "state": 40,
-    "counting": 50,
-    "dominance": 50,
-    "emit": 50,
-    "levels": 50,
-    "embeddings": 55,
-    "planner": 57,
-    "builder": 60,
-    "refusal": 65,
-    "finder": 70,
-    "injection": 70,
-    "hand": 72,
-    "choice": 74,
-    "regions": 80,
-    "blocks": 90,
-    "cost": 90,
-    "running": 86,
-    "preparation": 88,
-    "engine": 90,
-    "layers": 93,
-    "nested": 95,
-    "adaptive": 95,
-    "budget": 100,
-    "flops": 100,
-    "compiled": 100,
-    "capture": 110,
-    "modes": 115,
-    "wrapper": 120,
-    "acceptance": 122,
-    "attach": 124,
-    "diffusers": 130,
-    "analysis": 130,
-    "bench_report": 15,
-    "benchmark": 130,
-    "timing": 10,
-    "progress": 10,
-    "ddim": 10,
-    "inversion": 125,
-    "editing": 130,
-    "evaluation": 130,
-    "training": 130,
-    "__init__": 200,
-    "demo": 210,
-    "cli": 220,
-    "__main__": 230,
+# Package or root module → what its files may import from the project, beside their own package. Examples in docstrings
+# do not count, imports within functions and for type checkers do.
+BASE = {"_tree", "_version", "errors"}
+CORE = BASE | {"adaptors", "clock", "engine", "graph", "regions", "reports", "schedule"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "_tree": set(),
+    "_version": set(),
+    "errors": set(),
+    "metrics": {"errors"},
+    "schedule": {"errors"},
+    "models": {"_tree", "errors"},
+    "graph": {"_tree", "errors"},
+    "reports": {"_version", "errors"},
+    "regions": BASE | {"graph", "reports"},
+    "clock": {"_tree", "graph"},
+    "adaptors": BASE | {"regions", "reports"},
+    "engine": CORE,
+    "diffusers": CORE,
+    "editing": CORE,
+    "training": CORE,
+    "analysis": CORE | {"metrics"},
+    "demo": CORE | {"analysis", "editing", "metrics"},
+    "cli": CORE | {"analysis", "demo", "models", "training"},
+    "__main__": {"cli"},
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-MODULES = [
-    ".".join(("clockwork_hooks", *path.with_suffix("").parts)).removesuffix(".__init__")
+PATHS = {
+    ".".join(("clockwork_hooks", *path.with_suffix("").parts)).removesuffix(".__init__"): path
     for path in FILES
     if path.name != "__main__.py"
-]
+}
+MODULES = list(PATHS)
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The package's own modules that a file imports, at its top or within functions: "graph", "demo", "__init__"."""
+    """The modules of ours that a file imports, at its top, within functions or for type checkers."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "clockwork_hooks")
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            head, *rest = name.split(".")
-            if head == "clockwork_hooks":
-                yield rest[0] if rest and rest[0] in FLOOR else "__init__"
+            if str(node.module).partition(".")[0] == "clockwork_hooks":
+                yield from (name if name in MODULES else str(node.module) for name in names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_go_downwards(path: Path) -> None:
-    own = path.parts[0] if len(path.parts) > 1 else path.stem  # a package inside is one floor
-    assert own in FLOOR, f"{path} has no floor yet: add it to FLOORS"
-    inside = own if len(path.parts) > 1 else None
-    wrong = {name for name in imports(ROOT / path) if FLOOR[name] >= FLOOR[own] and name != inside}
-    assert not wrong, f"{path} imports from its own floor or above"
+def home(module: str) -> str:
+    """Package or root module that a module of ours belongs to."""
+    return [*module.split("."), "__init__"][1]
 
 
-def test_the_table_names_files_that_exist() -> None:
-    assert set(FLOOR) == {path.parts[0] if len(path.parts) > 1 else path.stem for path in FILES}
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py" or len(path.parts) > 1], ids=str)
+def test_packages_import_what_the_table_says(path: Path) -> None:
+    own = path.parts[0] if len(path.parts) > 1 else path.stem
+    others = {home(module) for module in imports(ROOT / path)} - {own}
+    assert others <= MAY_IMPORT[own], f"{path} imports {sorted(others - MAY_IMPORT[own])}"
+
+
+def test_no_cycle_between_files() -> None:
+    """A sort by who imports whom ends. Packages' `__init__` only pass names on."""
+    needs = {module: set(imports(ROOT / path)) - {module} for module, path in PATHS.items()}
+    TopologicalSorter({m: found for m, found in needs.items() if PATHS[m].name != "__init__.py"}).prepare()
+
+
+def test_packages_say_what_they_are() -> None:
+    packages = [path.parts[0] for path in FILES if len(path.parts) == 2 and path.name == "__init__.py"]
+    assert {home(module) for module in MODULES} - {"__init__"} == set(MAY_IMPORT) - {"__main__"}
+    for package in packages:
+        sentence = str(importlib.import_module(f"clockwork_hooks.{package}").__doc__).split("\n\n")[0]
+        assert sentence.endswith(".")
+        assert len(sentence) > 20
 
 
 def test_exports() -> None:
@@ -152,7 +101,7 @@ def test_exports() -> None:
             home = str(node.module).removeprefix("clockwork_hooks").removeprefix(".")
             seen |= {alias.name: home for alias in node.names}
     assert seen == ch._HOME | dict.fromkeys(ch._PARTS, "") | {"__version__": "_version"}
-    assert not set(FLOOR) & set(ch.__all__), "importing such a module would replace the name"
+    assert not set(MAY_IMPORT) & set(ch.__all__), "importing such a module would replace the name"
 
 
 def test_public_names_are_there_in_every_way() -> None:
@@ -205,9 +154,9 @@ print(*sorted(set(sys.modules) - before))
     imported, wrapping = (line.split() for line in made.stdout.splitlines())
     assert imported == ["clockwork_hooks._version"]
     own = {name.split(".")[1] for name in wrapping if name.startswith("clockwork_hooks.")}
-    assert {"wrapper", "regions", "schedule"} <= own
-    assert not own & {"analysis", "blocks", "cli", "cost", "demo", "diffusers", "editing", "evaluation", "flops"}
-    assert not own & {"metrics", "models", "plots", "training"}
+    assert {"engine", "regions", "schedule"} <= own
+    assert not own & {"analysis", "cli", "demo", "diffusers", "editing", "metrics", "models", "training"}
+    assert not {"clockwork_hooks.regions.blocks", "clockwork_hooks.reports.plots"} & set(wrapping)
     assert not [name for name in wrapping if name.startswith(("torch._dynamo", "torch._inductor"))]
     light = {"clockwork_hooks", "torch", "numpy", *sys.stdlib_module_names}  # torch has loaded numpy
     assert {name.partition(".")[0] for name in wrapping} <= light

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.analysis import runs
+from clockwork_hooks.analysis import sampling
 from clockwork_hooks.analysis.candidates import candidates
-from clockwork_hooks.analysis.search import adaptive_steps, threshold_for
+from clockwork_hooks.analysis.schedule_search import adaptive_steps, threshold_for
 from tests.small_unet import Tiny
 from tests.test_analysis import TIMES, made, sampler
 
@@ -190,7 +190,7 @@ def test_a_plan_serves_the_unet_that_it_was_made_for():
 def test_milliseconds_are_weighed_when_asked(monkeypatch):
     """Level 2 holds most of the MACs, but the time goes into a layer of level 1, which level 2 does not skip."""
     clock = [0.0]
-    monkeypatch.setattr(runs, "_now", lambda: clock[0])
+    monkeypatch.setattr(sampling, "_now", lambda: clock[0])
 
     class Slow(nn.Module):
         def __init__(self, inner):

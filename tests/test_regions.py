@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
 from clockwork_hooks.models import load_model
-from clockwork_hooks.regions import regions_of
+from clockwork_hooks.regions.find import regions_of
 from tests.bendable import Tiny, noise, proven
 
 T = torch.tensor([3.0, 3.0])

@@ -10,9 +10,9 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks.diffusers import PipelineReport
-from clockwork_hooks.plots import Plot, plots
-from clockwork_hooks.rendering import Report, plain
-from clockwork_hooks.report import table
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.report import Report, plain
+from clockwork_hooks.reports.tables import table
 from tests.schemas import follows_its_schema, schema
 from tests.small_unet import Tiny
 from tests.test_analysis import made, sampler

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 import clockwork_hooks as ch
-from clockwork_hooks.budget import check_budget, read_budget
 from clockwork_hooks.cli import main
+from clockwork_hooks.cli.budget import check_budget, read_budget
 from clockwork_hooks.models import load_model
-from clockwork_hooks.page import page
-from clockwork_hooks.report import macs, table
+from clockwork_hooks.reports.report import page
+from clockwork_hooks.reports.tables import macs, table
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 

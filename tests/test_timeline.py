@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clockwork_hooks as ch
-from clockwork_hooks.clock import Clock
+from clockwork_hooks.clock.times import Clock
 from tests.small_unet import Tiny, reference
 
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
-from clockwork_hooks.inputs import Binder
-from clockwork_hooks.tree import Leaf, leaves, map_leaves
+from clockwork_hooks._tree import Leaf, leaves, map_leaves
+from clockwork_hooks.graph.arguments import Binder
 from tests.bendable import Tiny, noise, proven
 from tests.snapshot import snapshot
 from tests.zoo.proof import same

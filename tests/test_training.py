@@ -9,7 +9,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.training.recording import Capture
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
@@ -329,7 +329,7 @@ def test_graphs_replay_the_teacher(loss: str, monkeypatch: pytest.MonkeyPatch) -
     before = snapshot(unet)
     with pytest.raises(ch.ArgumentError, match="on a CUDA device"):
         quick(unet, Small(), graphs=True)
-    monkeypatch.setattr("clockwork_hooks.capture.DEVICES", ("cpu",))
+    monkeypatch.setattr("clockwork_hooks.engine.cuda_graphs.DEVICES", ("cpu",))
     plain, replayed = (quick(unet, Small(), loss=loss, graphs=graphs).losses for graphs in (False, True))
     assert fake.captures == 1
     assert replayed == pytest.approx(plain, rel=1e-5)

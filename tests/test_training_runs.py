@@ -20,7 +20,7 @@ from torch import nn
 import clockwork_hooks as ch
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.training.recording import Capture
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks import weights
-from clockwork_hooks.weights import Weights
+from clockwork_hooks.clock import weights
+from clockwork_hooks.clock.weights import Weights
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clockwork_hooks as ch
-from clockwork_hooks import engine, preparation
+from clockwork_hooks.engine import engine
 from tests.oracle import Judge
 from tests.small_unet import SKIPPED, Tiny, reference
 
@@ -348,8 +348,8 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
             if path and path not in SKIPPED:
                 monkeypatch.setattr(module, "forward", lambda *a, run=run, path=path: (calls.append(path), run(*a))[1])
         for name in ("match", "finish", "node_macs", "module_paths", "skipped_nodes"):
-            monkeypatch.setattr(preparation, name, None)  # a call would raise
-        monkeypatch.setattr(engine.emit, "count_and_run", None)
+            monkeypatch.setattr(engine, name, None)  # a call would raise
+        monkeypatch.setattr(engine.stand_in, "count_and_run", None)
         with Operators() as operators:
             unet(torch.randn(1, 2, 8, 8), 600)
     assert calls == ["stem", "emb", "head"]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import clockwork_hooks as ch
-from clockwork_hooks.regions import choose
+from clockwork_hooks.regions.find import choose
 from tests.zoo import REFUSED, ZOO, table
 from tests.zoo.real import REAL, Real
 

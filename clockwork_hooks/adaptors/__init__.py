@@ -8,13 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clockwork_hooks.adaptors.identity import IdentityAdaptor
-from clockwork_hooks.adaptors.protocol import Adaptor
+from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
 
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
-    from clockwork_hooks.adaptors.resnet import ResNetAdaptor
-    from clockwork_hooks.adaptors.scaled import ScaledResNetAdaptor
+    from clockwork_hooks.adaptors.resnet import ResNetAdaptor, ScaledResNetAdaptor
     from clockwork_hooks.adaptors.unet import UNetAdaptor
 
 __all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"]
@@ -22,7 +20,7 @@ __all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "Sca
 _LATER = {
     "LearnedAdaptor": "learned",
     "ResNetAdaptor": "resnet",
-    "ScaledResNetAdaptor": "scaled",
+    "ScaledResNetAdaptor": "resnet",
     "UNetAdaptor": "unet",
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from clockwork_hooks.errors import AdaptorError
-from clockwork_hooks.report import shape
+from clockwork_hooks.reports.tables import shape
 
 __all__ = ["ResBlock", "conv", "cropped", "down", "fit", "norm", "padded", "up", "vector", "vector_width", "zero"]
 

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from clockwork_hooks.adaptors import origin
 from clockwork_hooks.adaptors.layers import fit, vector, vector_width
-from clockwork_hooks.adaptors.layout import Layout
 from clockwork_hooks.adaptors.saved import SavedAdaptor
-from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import AdaptorError, ArgumentError
-from clockwork_hooks.report import shape
+from clockwork_hooks.regions import reference
+from clockwork_hooks.regions.layout import Layout
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.tables import shape
 
 __all__ = ["LearnedAdaptor"]
 
@@ -119,7 +119,7 @@ class LearnedAdaptor(SavedAdaptor):
             sees_exit="exit" in inputs,
             **cls.sized(channels, **own),
         )
-        made.region = origin.describe(region)
+        made.region = reference.describe(region)
         return made
 
     @classmethod
@@ -190,7 +190,7 @@ class LearnedAdaptor(SavedAdaptor):
     @property
     def region_options(self) -> dict[str, Any]:
         """The options of `Choice` that find the region it was made for; `wrap` and `distill` use them."""
-        return origin.options(self.region)
+        return reference.options(self.region)
 
     def check_region(self, region: Region) -> None:
         """See that this is the region that the adaptor was made for; `wrap` asks, once the region is known.
@@ -198,7 +198,7 @@ class LearnedAdaptor(SavedAdaptor):
         Raises:
             AdaptorError: it is not; names what differs.
         """
-        found = origin.differences(self.region, region) if self.region else {}
+        found = reference.differences(self.region, region) if self.region else {}
         given = region.inputs
         for name, mine, boundary in (("exit", self.exit, region.exit), ("entry", self.entry, region.entry)):
             if mine is None:

@@ -1,4 +1,7 @@
-"""The paper's adaptor: two residual blocks at half the size."""
+"""The paper's adaptor: two residual blocks at half the size.
+
+The ResNet adaptor for exits that shrink along the trajectory: it works in units of the cached exit.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from clockwork_hooks.adaptors.layers import ResBlock, conv, cropped, down, padded, spread, up, zero
 from clockwork_hooks.adaptors.learned import LearnedAdaptor
 
-__all__ = ["ResNetAdaptor"]
+__all__ = ["ResNetAdaptor", "ScaledResNetAdaptor"]
 
 
 class ResNetAdaptor(LearnedAdaptor):
@@ -62,3 +66,48 @@ class ResNetAdaptor(LearnedAdaptor):
             h = h + spread(self.text(text), h)
         h = self.up(self.block2(self.block1(h, time), time))
         return cropped(h, x) + self.residual(x)  # type: ignore[no-any-return]
+
+
+class ScaledResNetAdaptor(ResNetAdaptor):
+    """`ResNetAdaptor` on the cached exit divided by its own size, with a gain for each channel that the time sets.
+
+    What a region emits can shrink a hundredfold along a trajectory: in the demo model from a standard deviation of 156
+    at the first of eight steps to 1.8 at the last. So the exit of the step before is not only old but also too large,
+    and by a factor that depends on the step. The paper's residual, a 1×1 convolution, is the same at every step; here
+    the time embedding sets a gain for each channel of the cached exit and for each channel of what is added, and the
+    convolutions see numbers of order one. Our own addition; the MACs are those of `ResNetAdaptor`. A fresh adaptor
+    returns the exit of the step before, bit for bit.
+
+    Args:
+        width: channels inside; `for_region` takes the entry's.
+        **inputs: those of `LearnedAdaptor`; `for_region` finds them.
+
+    Example:
+        >>> adaptor = ScaledResNetAdaptor(width=8, exit={"channels": 4, "space": (8, 8)}, time=6)
+        >>> cached = 1000 * torch.randn(2, 4, 8, 8)
+        >>> torch.equal(adaptor(None, cached, time=torch.randn(2, 6)), cached)
+        True
+
+    Source: after arXiv 2312.08128, Sec. 4.2; the scaling is not in the paper.
+    """
+
+    def __init__(self, *, width: int, **inputs: Any) -> None:
+        super().__init__(width=width, **inputs)
+        self.gain = None if self.time_width is None else zero(nn.Linear(self.time_width, 2 * self.exit.channels))
+
+    def difference(self, x: torch.Tensor, time: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
+        """(B, channels, *space) → (B, channels of the exit, *space)."""
+        before, size = None, None
+        if self.sees_exit:
+            before = x[:, -self.exit.channels :]
+            axes = tuple(range(1, x.ndim))
+            size = before.float().square().mean(axes, keepdim=True).sqrt().clamp_min(1e-6).to(x.dtype)
+            x = torch.cat([x[:, : -self.exit.channels], before / size], 1)
+        made = super().difference(x, time, text)
+        if size is not None:
+            made = made * size
+        if self.gain is None or time is None:
+            return made
+        kept, added = (spread(part, x) for part in self.gain(functional.silu(time)).chunk(2, 1))
+        made = made * (1 + added)
+        return made if before is None else made + kept * before

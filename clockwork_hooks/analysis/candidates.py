@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clockwork_hooks import emit
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.boundary import Region
+from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import AdaptorError, ArgumentError
-from clockwork_hooks.graph import Trace
-from clockwork_hooks.regions import choose, match, regions_of
+from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.find import choose, match, regions_of
+from clockwork_hooks.regions.region import Region
 
 __all__ = ["Candidate", "StandIn", "StandIns", "candidates"]
 
@@ -114,13 +114,13 @@ def _regions(
     if identity:
         return known or regions_of(trace, unet)
     if known is None:
-        region = choose(trace, unet, **emit.region_options(adaptor))
-        emit.check_region(adaptor, region)
+        region = choose(trace, unet, **stand_in.region_options(adaptor))
+        stand_in.check_region(adaptor, region)
         return (region,)
     fitting, refused = [], None
     for region in known:
         try:
-            emit.check_region(adaptor, region)
+            stand_in.check_region(adaptor, region)
             fitting.append(region)
         except AdaptorError as error:
             refused = error

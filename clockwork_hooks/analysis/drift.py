@@ -12,18 +12,20 @@ from torch import nn
 
 from clockwork_hooks.analysis.candidates import StandIns, candidates
 from clockwork_hooks.analysis.follow import Ages, follow
-from clockwork_hooks.analysis.runs import Runs
-from clockwork_hooks.analysis.watch import Generate, check_clocks, check_runs, first_call
-from clockwork_hooks.boundary import Region
+from clockwork_hooks.analysis.sampling import Generate, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.plots import Plot, plots
-from clockwork_hooks.progress import progress
-from clockwork_hooks.rendering import Report, reading
-from clockwork_hooks.report import Table, percent, table
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.tables import Table, percent, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Drift", "measure_drift"]
 
@@ -141,7 +143,7 @@ class Drift(Report):
         return plots(self._heat_map())
 
     def _heat_map(self) -> Plot:
-        from clockwork_hooks.analysis.figures import heat_map
+        pass
 
         return Plot(lambda: heat_map(self), "Relative change of each region's exit at each step, and errors by clock")
 
@@ -233,3 +235,35 @@ def _typical(values: Iterable[float | None]) -> float:
     """The median: the first steps may be off by many times what later ones are."""
     known = [value for value in values if value is not None]
     return median(known) if known else 0.0
+
+
+def heat_map(drift: Drift) -> Figure:
+    """Candidates by steps: how every region's exit changes, and below it what each clock's adaptor steps are off by.
+
+    On a logarithmic scale: in the first steps some exits change by many times what they do later on.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, PercentFormatter
+
+    names = list(drift.regions)
+    clocks = sorted({clock for effects in drift.effects.values() for clock in effects})
+    panels = [("‖r(s) - r(s-1)‖ / ‖r(s)‖ at the exit", [drift.changes[name] for name in names])]
+    panels += [(f"error at the exit, clock {n}", [drift.error(name, n) for name in names]) for n in clocks]
+    size = (min(14, 4.2 + 0.3 * drift.steps), 0.4 + len(panels) * (0.5 + 0.3 * len(names)))
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    cells = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    known = [value for _, rows in panels for row in rows for value in row if value] or [1.0]
+    scale = LogNorm(max(min(known), 1e-3 * max(known)), max(known), clip=True)
+    extent = (0.5, drift.steps + 0.5, len(names), 0)
+    for axes, (title, rows) in zip(cells, panels, strict=True):
+        values = [[float("nan") if value is None else value for value in row] for row in rows]
+        image = axes.imshow(values, aspect="auto", cmap="magma", norm=scale, extent=extent, interpolation="none")
+        axes.set_facecolor("0.85")
+        axes.set_yticks([k + 0.5 for k in range(len(names))], names, fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+    cells[-1].set_xlabel("denoising step s")
+    cells[-1].xaxis.get_major_locator().set_params(integer=True)
+    ticks = LogLocator(subs=(1.0, 2.0, 5.0))
+    figure.colorbar(image, ax=list(cells), ticks=ticks, format=PercentFormatter(1.0))
+    return figure

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks import emit
-from clockwork_hooks.adaptive import AdaptivePass
 from clockwork_hooks.analysis.candidates import Candidate
-from clockwork_hooks.analysis.runs import Runs
-from clockwork_hooks.analysis.watch import Watch, reference
-from clockwork_hooks.graph import module_paths
-from clockwork_hooks.hooks import Installed
-from clockwork_hooks.passes import Active, Pass
+from clockwork_hooks.analysis.sampling import Runs, Watch, reference
+from clockwork_hooks.engine import stand_in
+from clockwork_hooks.engine.adaptive import AdaptivePass
+from clockwork_hooks.engine.hooks import Installed
+from clockwork_hooks.engine.passes import Active, Pass
+from clockwork_hooks.graph.tracing import module_paths
 
 __all__ = ["Ages", "Series", "follow"]
 
@@ -150,11 +149,11 @@ class _Follower:
     def _adapt(self, captured: dict[str, Tensor], cached: Tensor) -> Tensor:
         adaptor = self.candidate.adaptor
         if not self.placed and isinstance(self.candidate.given, str):  # it is ours to move
-            emit.place(adaptor, cached)
+            stand_in.place(adaptor, cached)
         self.placed = True
         where = {"region": self.candidate.region.line, "adaptor": type(adaptor).__name__}
         with torch.no_grad():
-            return emit.check(emit.run(adaptor, captured, cached), cached, finite=False, where=where)
+            return stand_in.check(stand_in.run(adaptor, captured, cached), cached, finite=False, where=where)
 
     def _compare(self, step: int, exit: Tensor, known: _Before) -> None:
         now, then = exit.float(), known.exit.float()

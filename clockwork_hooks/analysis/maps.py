@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from clockwork_hooks.bindings import TensorSpec
-from clockwork_hooks.blocks import View
-from clockwork_hooks.boundary import Region
-from clockwork_hooks.dominance import Dominance
+from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
-from clockwork_hooks.graph import Trace
-from clockwork_hooks.levels import Levels
-from clockwork_hooks.regions import regions_of
-from clockwork_hooks.report import shape
-from clockwork_hooks.tree import leaves
+from clockwork_hooks.graph.bindings import TensorSpec
+from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.blocks import View
+from clockwork_hooks.regions.dominance import Dominance
+from clockwork_hooks.regions.find import regions_of
+from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.tables import shape
 
 __all__ = ["FeatureMap", "choose_maps", "find_maps", "leaf_of", "region_name"]
 

@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
-from clockwork_hooks.analysis.watch import Generate, Watch, check_runs, final, first_call, reference
+from clockwork_hooks.analysis.sampling import Generate, Watch, check_runs, final, first_call, reference
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.plots import Plot, plots
-from clockwork_hooks.progress import progress
-from clockwork_hooks.regions import choose
-from clockwork_hooks.rendering import Report, reading
-from clockwork_hooks.report import Table, table
-from clockwork_hooks.tree import map_leaves
+from clockwork_hooks.regions.find import choose
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Robustness", "measure_robustness"]
 
@@ -125,12 +128,12 @@ class Robustness(Report):
         return plots(self._curves(), *([self._grid()] if shown else []))
 
     def _curves(self) -> Plot:
-        from clockwork_hooks.analysis.figures import curves
+        pass
 
         return Plot(lambda: curves(self), "Distance to the undisturbed result over the first disturbed step")
 
     def _grid(self) -> Plot:
-        from clockwork_hooks.analysis.figures import grid
+        pass
 
         return Plot(lambda: grid(self), "Results by disturbed map and first disturbed step")
 
@@ -291,3 +294,65 @@ def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:
             do=f"choose from 1 to {steps}",
         )
     return starts
+
+
+_STYLES = {"first": ":", "down": "--", "bottleneck": "-.", "up": "-"}
+
+
+def curves(result: Robustness) -> Figure:
+    """Distance over the first disturbed step, a line a map; colours go by resolution, line styles by place."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = sorted({one.resolution for one in result.maps}, reverse=True)
+    colours = {size: colormaps["viridis"](0.2 + 0.75 * k / max(len(sizes) - 1, 1)) for k, size in enumerate(sizes)}
+    for one in result.maps:
+        axes.plot(
+            result.starts,
+            result.distances[one.name],
+            linestyle=_STYLES[one.kind],
+            color=colours[one.resolution],
+            marker="o",
+            markersize=3,
+            label=one.name,
+        )
+    axes.set(xlabel=f"disturbed from step k of {result.steps} on", ylabel="L2 distance to the undisturbed result")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    axes.set_title(f"α = {result.alpha:g}, statistics per {result.statistics}", fontsize=10)
+    return figure
+
+
+def grid(result: Robustness) -> Figure:
+    """The first picture of every cell, with the undisturbed one at the left."""
+    from matplotlib.figure import Figure
+
+    plain = result.pictures.get(("", 0))
+    if plain is None or plain.ndim != 3 or plain.shape[0] not in (1, 3):
+        raise ArgumentError(
+            "a grid shows pictures (C, H, W) with one or three channels",
+            seen={"results": None if plain is None else tuple(plain.shape)},
+            do="let generate return pictures; results read from JSON have none",
+        )
+    rows, columns = len(result.maps), len(result.starts) + 1
+    figure = Figure(figsize=(1.1 * columns + 1.2, 1.1 * rows + 0.5), dpi=130, layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False)
+    for r, one in enumerate(result.maps):
+        for c, start in enumerate((0, *result.starts)):
+            axes = cells[r][c]
+            _show(axes, plain if c == 0 else result.pictures[one.name, start])
+            if r == 0:
+                axes.set_title("plain" if c == 0 else f"k = {start}", fontsize=8)
+            if c == 0:
+                axes.set_ylabel(one.name, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def _show(axes: Any, picture: Tensor) -> None:
+    image = picture.clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(image, cmap="gray" if image.shape[2] == 1 else None, vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])

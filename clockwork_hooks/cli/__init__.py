@@ -7,21 +7,19 @@ import sys
 
 import typer
 
-from clockwork_hooks.cli import (  # each registers its command
+from clockwork_hooks.cli import (  # each registers its commands
+    analyses,
     bench,
     demo,
     distill,
     doctor,
-    drift,
     edit,
     flops,
-    perturb,
-    plan,
     regions,
 )
 from clockwork_hooks.cli.app import app
 
-__all__ = ["app", "bench", "demo", "distill", "doctor", "drift", "edit", "flops", "main", "perturb", "plan", "regions"]
+__all__ = ["analyses", "app", "bench", "demo", "distill", "doctor", "edit", "flops", "main", "regions"]
 
 ORDER = ("demo", "edit", "flops", "regions", "bench", "perturb", "drift", "plan", "distill", "doctor")
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))

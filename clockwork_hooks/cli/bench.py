@@ -68,10 +68,10 @@ def bench(
     """Time a step on this machine, plain and at each clock, and hold the gain against what the MACs promise."""
     import torch
 
-    from clockwork_hooks.benchmark import bench as measure
+    from clockwork_hooks.analysis.benchmark import bench as measure
     from clockwork_hooks.errors import ArgumentError
-    from clockwork_hooks.presets import PRESETS
-    from clockwork_hooks.regions import find_region
+    from clockwork_hooks.models import PRESETS
+    from clockwork_hooks.regions.find import find_region
 
     device = load.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "meta":

@@ -10,7 +10,7 @@ import typer
 from clockwork_hooks.cli.options import Format, Output, OutputFolder
 
 if TYPE_CHECKING:
-    from clockwork_hooks.rendering import Report
+    from clockwork_hooks.reports.report import Report
 
 __all__ = ["deliver", "show"]
 

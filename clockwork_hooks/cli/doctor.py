@@ -16,8 +16,8 @@ from clockwork_hooks._version import __version__
 from clockwork_hooks.cli.app import INSTALL, app, epilog
 from clockwork_hooks.cli.delivery import deliver
 from clockwork_hooks.cli.options import Format, FormatOption, Output
-from clockwork_hooks.rendering import Report
-from clockwork_hooks.report import Table, table
+from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["Installation", "Part", "doctor", "parts"]
 

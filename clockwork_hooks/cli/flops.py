@@ -46,8 +46,8 @@ def flops(
     ] = None,
 ) -> None:
     """Count a full pass, an adaptor pass and a trajectory: by level, operator and module."""
-    from clockwork_hooks.budget import check_budget, read_budget
-    from clockwork_hooks.flops import flops_report
+    from clockwork_hooks.analysis.flops import flops_report
+    from clockwork_hooks.cli.budget import check_budget, read_budget
 
     budget = None if check is None else read_budget(check)
     loaded = load.model(model)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from clockwork_hooks.rendering import PICTURES, TEXTS
+from clockwork_hooks.reports.report import PICTURES, TEXTS
 
 if TYPE_CHECKING:
     from clockwork_hooks.models import LoadedModel

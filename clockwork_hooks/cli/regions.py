@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clockwork_hooks.boundary import Region
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.delivery import deliver
 from clockwork_hooks.cli.options import Choosing, Loading, Model, Output, spread
-from clockwork_hooks.drawing import Diagram
-from clockwork_hooks.rendering import Report
-from clockwork_hooks.report import Table, macs, percent, shape, table
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.tables import Table, macs, percent, shape, table
+from clockwork_hooks.reports.u_drawing import Diagram
 
 __all__ = ["RegionList", "regions"]
 
@@ -78,10 +78,10 @@ def regions(model: Model, load: Loading, region: Choosing, output: Output) -> No
     """List every region that adaptor passes can skip, widest first, and draw the chosen one."""
     import contextlib
 
-    from clockwork_hooks.blocks import diagram_of
     from clockwork_hooks.errors import RegionNotFoundError
-    from clockwork_hooks.graph import record
-    from clockwork_hooks.regions import choose, regions_of
+    from clockwork_hooks.graph.tracing import record
+    from clockwork_hooks.regions.blocks import diagram_of
+    from clockwork_hooks.regions.find import choose, regions_of
 
     loaded = load.model(model)
     trace = record(loaded.unet, loaded.args, loaded.kwargs)

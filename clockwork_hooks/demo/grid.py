@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clockwork_hooks.report import macs
+from clockwork_hooks.reports.tables import macs
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from clockwork_hooks.demo.run import DemoResult
 
 __all__ = ["draw_grid"]
 
@@ -22,18 +21,19 @@ COLUMNS = {2: 4}  # pictures of a prompt → prompts in a line
 INK, FAINT, EDGE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
 
 
-def draw_grid(result: DemoResult) -> Image.Image:
+def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, Tensor]) -> Image.Image:
     """One cell a prompt: its pictures side by side, the caption below.
 
     Args:
-        result: what the demo measured.
+        prompts: B of them.
+        rows: the UNets that drew them, from left to right: each has name, macs_per_image, seconds_per_image, accuracy.
+        images: name of the row → its pictures (B, 3, H, W) in [0, 1].
 
     Returns:
         An RGB picture; as wide as three or four cells, or fewer for fewer prompts.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    prompts, rows = result.settings["prompts"], result.rows
     columns = min(COLUMNS.get(len(rows), 3), len(prompts))
     width = len(rows) * SIDE + (len(rows) - 1) * GAP
     height = SIDE + CAPTION
@@ -49,7 +49,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
         left = MARGIN + k % columns * (width + MARGIN)
         top = HEAD + k // columns * (height + MARGIN)
         for j, row in enumerate(rows):
-            picture = _picture(result.images[row.name][k]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            picture = _picture(images[row.name][k]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
             at = (left + j * (SIDE + GAP), top)
             page.paste(picture, at)
             draw.rectangle((*at, at[0] + SIDE - 1, at[1] + SIDE - 1), outline=EDGE)

@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks._version import versions
-from clockwork_hooks.attach import wrap
+from clockwork_hooks.analysis.timing import device_name
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
-from clockwork_hooks.errors import ArgumentError, DemoError
-from clockwork_hooks.needed import need
-from clockwork_hooks.plots import Bitmap
-from clockwork_hooks.progress import progress
-from clockwork_hooks.regions import find_region
-from clockwork_hooks.rendering import Report
-from clockwork_hooks.report import Table, macs, percent, table
+from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.errors import ArgumentError, DemoError, need
+from clockwork_hooks.regions.find import find_region
+from clockwork_hooks.reports.plots import Bitmap
+from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.tables import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
-from clockwork_hooks.timing import device_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,7 +121,13 @@ class DemoResult(Report):
         """Each prompt with its pictures, side by side."""
         from clockwork_hooks.demo.grid import draw_grid
 
-        return (Bitmap(lambda: draw_grid(self), "Each prompt with its pictures, plain and with Clockwork"),)
+        prompts = self.settings["prompts"]
+        return (
+            Bitmap(
+                lambda: draw_grid(prompts, self.rows, self.images),
+                "Each prompt with its pictures, plain and with Clockwork",
+            ),
+        )
 
 
 def demo(

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from clockwork_hooks.analysis.timing import device_name
 from clockwork_hooks.demo.weights import WEIGHTS, read_json, save_half, write_json
-from clockwork_hooks.timing import device_name
 
 __all__ = ["main"]
 

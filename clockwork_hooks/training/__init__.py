@@ -1,12 +1,12 @@
 """Training of adaptors on the trajectories of any sampler."""
 
-from clockwork_hooks.training.calls import Call, Trajectory
 from clockwork_hooks.training.distill import distill
+from clockwork_hooks.training.environment import local_device
 from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
 from clockwork_hooks.training.options import Student, TrainingOptions
+from clockwork_hooks.training.recording import Capture
 from clockwork_hooks.training.result import DistillResult, StudentResult
-from clockwork_hooks.training.surroundings import local_device
-from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.training.trajectory import Call, Trajectory
 
 __all__ = [
     "LOSSES",

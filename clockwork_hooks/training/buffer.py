@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clockwork_hooks._tree import Leaf, map_leaves
 from clockwork_hooks.errors import ArgumentError, DistillError
-from clockwork_hooks.training.calls import Call, StepCalls, Trajectory
-from clockwork_hooks.tree import Leaf, map_leaves
+from clockwork_hooks.training.trajectory import Call, StepCalls, Trajectory
 
 __all__ = ["Buffer"]
 

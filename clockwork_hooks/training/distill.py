@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from clockwork_hooks._version import versions
-from clockwork_hooks.acceptance import check_unet
-from clockwork_hooks.boundary import Region
+from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.errors import DistillError
+from clockwork_hooks.regions.region import Region
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
+from clockwork_hooks.training.environment import accelerated, frozen, quietly, tf32
 from clockwork_hooks.training.losses import Guidance, Loss, guidance_of
-from clockwork_hooks.training.noise import Noise
 from clockwork_hooks.training.options import Mode, TrainingOptions
-from clockwork_hooks.training.progress import Bar
+from clockwork_hooks.training.recording import Capture, Noise
 from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
 from clockwork_hooks.training.setup import (
     check,
@@ -30,9 +30,7 @@ from clockwork_hooks.training.setup import (
     samplers_of,
     students_of,
 )
-from clockwork_hooks.training.surroundings import accelerated, frozen, quietly, tf32
-from clockwork_hooks.training.trainer import Trainer, seeded
-from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.training.trainer import Bar, Trainer, seeded
 
 __all__ = ["distill"]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.training.calls import StepCalls, Trajectory
 from clockwork_hooks.training.losses import Loss, Outcome, Weights
 from clockwork_hooks.training.options import TrainingOptions
-from clockwork_hooks.training.trajectories import Capture
+from clockwork_hooks.training.recording import Capture
+from clockwork_hooks.training.trajectory import StepCalls, Trajectory
 
 __all__ = ["Learner"]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.needed import need
+from clockwork_hooks.errors import ArgumentError, need
 
 __all__ = ["pipeline_arguments", "read_dataset", "read_prompts"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from clockwork_hooks.boundary import Region
 from clockwork_hooks.errors import DistillError
-from clockwork_hooks.plots import Plot, plots
-from clockwork_hooks.rendering import Report
-from clockwork_hooks.report import Table, table
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from clockwork_hooks.boundary import Region
-from clockwork_hooks.choice import Choice
-from clockwork_hooks.emit import check_region, region_options
+from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
+from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.learner import Learner

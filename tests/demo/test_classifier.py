@@ -14,7 +14,7 @@ from clockwork_hooks.demo.model import DEMO_PROMPTS, DemoModel
 from clockwork_hooks.demo.pool import draw_split
 from clockwork_hooks.demo.scenes import COLUMNS, Scenes, render
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.frechet import frechet_distance, statistics_of
+from clockwork_hooks.metrics import frechet_distance, statistics_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ def test_the_line_above_one_prompt_ends_within_the_picture() -> None:
         for name in ("plain", "identity", "trained")
     ]
     images = {row.name: torch.zeros(1, 3, 64, 64) for row in rows}
-    page = draw_grid(SimpleNamespace(settings={"prompts": ["a red ring"]}, rows=rows, images=images))
+    page = draw_grid(["a red ring"], rows, images)
     head = page.crop((0, 0, page.width, HEAD))
     left, _, right, _ = ImageChops.difference(head, Image.new("RGB", head.size, PAPER)).getbbox()
     assert left >= MARGIN - 2

@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 import clockwork_hooks as ch
-from clockwork_hooks.hooks import Forward
+from clockwork_hooks.engine.hooks import Forward
 from tests.pipelines import parts
 from tests.pipelines.oracle import every, replay
 from tests.snapshot import snapshot

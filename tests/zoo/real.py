@@ -13,8 +13,7 @@ import diffusers
 import torch
 from torch import nn
 
-from clockwork_hooks.examples import example_inputs
-from clockwork_hooks.models import load_model
+from clockwork_hooks.models import example_inputs, load_model
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 

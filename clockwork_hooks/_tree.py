@@ -1,0 +1,92 @@
+"""Walk and rebuild the nested arguments and outputs of a model: tuples, lists, mappings, dataclasses.
+
+`torch.utils._pytree` is close, but treats a dataclass that nobody registered as one leaf, and UNets return those.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+__all__ = ["Leaf", "leaves", "map_leaves", "tensors", "version"]
+
+
+class Leaf:
+    """Base of dataclasses that stand for a tensor: a leaf, not a container."""
+
+    __slots__ = ()
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) in a fixed order; everything that is no container is a leaf, None too.
+
+    Example:
+        >>> list(leaves({"a": (1, None), "b": "x"}))
+        [('a.0', 1), ('a.1', None), ('b', 'x')]
+    """
+    found: list[tuple[str, Any]] = []
+    _collect(value, path, found)
+    return iter(found)
+
+
+def _collect(value: Any, path: str, found: list[tuple[str, Any]]) -> None:
+    if isinstance(value, torch.Tensor) or not _is_container(value):
+        found.append((path, value))
+        return
+    for key, item in _items(value):
+        _collect(item, f"{path}.{key}" if path else str(key), found)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves, in order."""
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
+    """A copy of `value` with `fn` applied to every leaf; containers keep their types, read-only mappings become dicts.
+
+    Example:
+        >>> map_leaves(lambda leaf: leaf * 2, [1, (2, {"a": 3})])
+        [2, (4, {'a': 6})]
+    """
+    if not _is_container(value):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(fn, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_leaves(fn, item) for item in value)
+    mapped = {key: map_leaves(fn, item) for key, item in _items(value)}
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return mapped
+    made = copy.copy(value)
+    for key, item in mapped.items():
+        if isinstance(value, Mapping):
+            made[key] = item
+        else:
+            object.__setattr__(made, key, item)
+    return made
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, (torch.Tensor, str, bytes, int, float, type(None), type)):
+        return False
+    if isinstance(value, Leaf):
+        return False
+    return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A counter of in-place writes to the tensor and its views; -1 for inference tensors, which keep none."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,78 @@
+"""What any adaptor is: one signature.
+
+The adaptor without parameters: the feature of the step before, as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+__all__ = ["Adaptor", "IdentityAdaptor"]
+
+
+@runtime_checkable
+class Adaptor(Protocol):
+    """Predicts a region's exit from its entry and from what the region emitted one step before.
+
+    Any module (or function) with this signature will do. The paper's φ_θ(r_in(t), r_out(t+1), t_emb, text_emb).
+
+    Example:
+        >>> class Blend(torch.nn.Module):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.mix = torch.nn.Conv2d(2 * channels, channels, 1)
+        ...
+        ...     def forward(self, entry, exit_cached, *, time, text):
+        ...         return self.mix(torch.cat([entry, exit_cached], 1))
+
+    Source: arXiv 2312.08128, Sec. 4.2.
+    """
+
+    def __call__(
+        self,
+        entry: torch.Tensor | None,
+        exit_cached: torch.Tensor,
+        *,
+        time: torch.Tensor | None,
+        text: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the exit.
+
+        Args:
+            entry: what flows into the region now (r_in), as in `Region.entry.shape`; None where it cannot be picked
+                up (`Region.inputs` lists what can).
+            exit_cached: what the region emitted one step before (r_out), as in `Region.exit.shape`.
+            time: the side input that comes from the time, usually its embedding, (B, D); None where there is none.
+            text: the embedding of another condition, usually the text's: a pooled vector (B, D) where there is one, or
+                the mean of the unmasked tokens where a mask comes with them; else the tokens, (B, L, D); or None.
+
+        Returns:
+            The exit, with `exit_cached`'s shape, dtype and device.
+        """
+        ...
+
+
+class IdentityAdaptor(nn.Module):
+    """Returns what the region emitted one step before: no parameters, no MACs.
+
+    Example:
+        >>> cached = torch.ones(1, 4, 8, 8)
+        >>> IdentityAdaptor()(None, cached, time=None, text=None) is cached
+        True
+
+    Source: arXiv 2312.08128, Sec. 4.2 ("identity adaptor") and Tab. 3.
+    """
+
+    def forward(
+        self,
+        entry: torch.Tensor | None,
+        exit_cached: torch.Tensor,
+        *,
+        time: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `exit_cached` itself."""
+        return exit_cached

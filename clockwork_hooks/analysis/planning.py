@@ -1,0 +1,504 @@
+"""What `plan` returns: what was considered, and the region, schedule and adaptor that were chosen.
+
+`plan`: which region, adaptor and steps, for a given error or saving; chosen by measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from clockwork_hooks.analysis.candidates import Candidate, StandIn, StandIns, candidates
+from clockwork_hooks.analysis.follow import Series, follow
+from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
+from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, threshold_for
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.reference import describe, options
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.schedule import Schedule
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Option", "Plan", "Weigh", "plan"]
+
+Weigh = Literal["MACs", "ms"]
+_NAMES = ("held_out", "steps", "weigh", "choice", "fingerprint", "model", "adaptor_name", "adaptor_folder")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One region with one adaptor and one schedule.
+
+    Attributes:
+        region: name of the region, and of the adaptor unless it is the identity.
+        kind: "planned", "clock N", or "adaptive".
+        steps: adaptor steps, from 2; none of an adaptive schedule, whose steps are known when they run.
+        saved: share of a trajectory's MACs that do not run, attention products and the adaptor counted.
+        predicted: relative L2 error of the result, from sensitivities; None for an adaptive schedule.
+        measured: that error, end to end, on the conditions and seeds that were planned with; None if not measured.
+        saved_ms: share of the time in the UNet that is saved; None if time was not asked for.
+        threshold, longest: of an adaptive schedule.
+    """
+
+    region: str
+    kind: str
+    steps: tuple[int, ...]
+    saved: float
+    predicted: float | None = None
+    measured: float | None = None
+    saved_ms: float | None = None
+    threshold: float | None = None
+    longest: int | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """What `wrap(schedule=...)` takes."""
+        if self.threshold is None:
+            return Schedule.at(self.steps)
+        return Schedule.adaptive(self.threshold, longest=self.longest or 1)
+
+    @property
+    def error(self) -> float:
+        """The measured error; infinite where it was not measured."""
+        return math.inf if self.measured is None else self.measured
+
+    def gain(self, weigh: Weigh) -> float:
+        """What is saved, in the unit that a plan weighs."""
+        return self.saved if weigh == "MACs" or self.saved_ms is None else self.saved_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Report):
+    """Region, schedule and adaptor for one sampler and number of steps; `wrap(unet, plan=plan)` takes it.
+
+    Attributes:
+        chosen: what was chosen: region, adaptor steps, errors.
+        held_out: relative L2 error of it on conditions or seeds that were not planned with.
+        options: everything that was measured; and the planned sets of all other sizes, with their predicted errors.
+        steps: denoising steps of the sampler.
+        weigh: what savings are measured in: "MACs" or "ms".
+        choice: options of `Choice` that find the region again.
+        fingerprint: of the region.
+        model: class name of the UNet.
+        adaptor_name: "identity", or the adaptor's class.
+        adaptor_folder: where a saved one was read from; None otherwise.
+        adaptor: stands in for the region; None for the identity. Not in the JSON.
+        found: the region itself; None after `from_json`.
+    """
+
+    SCHEMA = "plan/1"
+
+    chosen: Option
+    held_out: float
+    options: tuple[Option, ...]
+    steps: int
+    weigh: Weigh
+    choice: Mapping[str, Any]
+    fingerprint: str
+    model: str
+    adaptor_name: str = "identity"
+    adaptor_folder: str | None = None
+    adaptor: StandIn = field(default=None, compare=False, repr=False)
+    found: Region | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def region(self) -> Region | Choice:
+        """The region; after `from_json`, how `wrap` finds it at the first call."""
+        return self.found or Choice(**self.choice, strict=True)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The adaptor at exactly the chosen steps."""
+        return self.chosen.schedule
+
+    def pareto(self) -> tuple[Option, ...]:
+        """The measured options that no other one beats in both saving and error, by saving."""
+        known = [option for option in self.options if option.measured is not None]
+        best = [
+            one
+            for one in known
+            if not any(
+                o.gain(self.weigh) >= one.gain(self.weigh) and o.error < one.error for o in known if o is not one
+            )
+        ]
+        return tuple(sorted(best, key=lambda option: option.gain(self.weigh)))
+
+    def table(self) -> Table:
+        """The measured options by saving; the chosen one is marked, and so is what no other beats."""
+        best, chosen, timed = self.pareto(), self.chosen, self.weigh == "ms"
+        rows = [
+            (
+                "chosen" if option == chosen else "best" if option in best else "",
+                option.kind if option.threshold is None else str(option.schedule),
+                option.region,
+                len(option.steps) if option.threshold is None else None,
+                percent(option.saved),
+                *((percent(option.saved_ms),) if timed else ()),
+                percent(option.predicted),
+                percent(option.measured),
+            )
+            for option in sorted(self.options, key=lambda option: option.gain(self.weigh))
+            if option.measured is not None
+        ]
+        notes = (
+            f"{self.model}, {self.steps} steps: {chosen.region}, adaptor at {', '.join(map(str, chosen.steps))}.",
+            "Relative L2 error of the result. Saved: share of a trajectory's MACs, attention products counted"
+            + ("; and of the milliseconds spent in the UNet, from medians of its passes." if timed else "."),
+            f"The chosen option: predicted {percent(chosen.predicted) or '–'}, measured {percent(chosen.measured)}, "
+            f"held out {percent(self.held_out)}.",
+        )
+        saved = (">MACs saved", ">ms saved") if timed else (">saved",)
+        heads = ("", "schedule", "region", ">adaptor steps", *saved, ">predicted", ">measured")
+        return table("Plan", heads, rows, notes=notes)
+
+    def data(self) -> dict[str, Any]:
+        """Everything but the adaptor."""
+        options = [_plain(option) for option in self.options]
+        return {"chosen": _plain(self.chosen), "options": options} | {name: getattr(self, name) for name in _NAMES}
+
+    @classmethod
+    def from_json(cls, text: str, *, adaptor: StandIn = None) -> Plan:
+        """What `to_json` wrote.
+
+        Args:
+            text: the JSON.
+            adaptor: what the plan was made with, where it is neither the identity nor the folder of a saved one.
+
+        Raises:
+            ArgumentError: the text is no plan, or lacks its adaptor.
+        """
+        with reading(cls, text) as data:
+            known = {name: data[name] for name in _NAMES}
+            made = cls(chosen=_option(data["chosen"]), options=tuple(map(_option, data["options"])), **known)
+        if adaptor is None and made.adaptor_folder is None and made.adaptor_name != "identity":
+            raise ArgumentError(
+                "a plan is used with the adaptor that it was made with",
+                seen={"adaptor of the plan": made.adaptor_name, "given": "none"},
+                do="pass Plan.from_json(text, adaptor=...)",
+            )
+        return replace(made, adaptor=made.adaptor_folder if adaptor is None else adaptor)
+
+    def plot(self, path: str | Path) -> None:
+        """Error against saving: planned schedules, clocks, adaptive ones (PNG, SVG or PDF; needs matplotlib)."""
+        self._pareto().save(path)
+
+    def figures(self) -> Sequence[Plot]:
+        """Error against saving."""
+        return plots(self._pareto())
+
+    def _pareto(self) -> Plot:
+        pass
+
+        return Plot(lambda: pareto(self), "Error of the result against what is saved, by region and kind of schedule")
+
+
+def _plain(option: Option) -> dict[str, Any]:
+    return {name: getattr(option, name) for name in Option.__slots__}
+
+
+def _option(data: dict[str, Any]) -> Option:
+    return Option(**{**data, "steps": tuple(data["steps"])})
+
+
+_SLACK = 1e-9
+
+
+def plan(
+    unet: nn.Module,
+    generate: Generate,
+    conditions: Iterable[Any],
+    *,
+    max_error: float | None = None,
+    min_saving: float | None = None,
+    weigh: Weigh = "MACs",
+    regions: Iterable[Region] | None = None,
+    adaptor: StandIns = None,
+    clocks: Sequence[int] = (2, 3, 4),
+    adaptive: bool = False,
+    longest: int | None = None,
+    probes: int = 12,
+    seeds: Sequence[int] = (0,),
+    held_out: Iterable[Any] | None = None,
+    held_out_seeds: Sequence[int] = (1_000_003,),
+    console: Console | None = None,
+) -> Plan:
+    """Choose region, adaptor and schedule from measured error against MACs or milliseconds.
+
+    Of every candidate, a region with an adaptor, it is measured what the adaptor is off by along the trajectory, and
+    what one adaptor step alone does to the result. From these follow the sets of adaptor steps of least predicted
+    error. Uniform clocks, and the sets that save as much as each of them, are then run end to end; so is the set that
+    the budget asks for. The one with the least measured error (or the largest saving) wins.
+
+    Args:
+        unet, generate, conditions, regions, adaptor, seeds, console: as in `measure_drift`.
+        max_error: relative L2 error of the result that is allowed: the largest saving within it is chosen.
+        min_saving: share of a trajectory's MACs (or ms) that must be saved: the least error is chosen. One of the two.
+        weigh: "MACs"; or "ms": savings are of the time spent in the UNet, medians over passes on its own device.
+        clocks: uniform clocks to compare with.
+        adaptive: also measure adaptive schedules that save about as much as each clock. They are compared, and never
+            chosen: what they save depends on what is sampled.
+        longest: most adaptor steps in a row of planned and adaptive schedules; None for twice the largest clock.
+        probes: steps at which a single adaptor step is measured, for each candidate.
+        held_out: batches to verify with; None for the same with other seeds.
+        held_out_seeds: of the noise to verify with.
+
+    Returns:
+        The plan, with predicted, measured and held-out error; `.to_json()`, `.table()`, `.plot(...)`.
+
+    Raises:
+        ArgumentError: not exactly one of `max_error` and `min_saving`, a budget that nothing reaches (says what is
+            reached), or an option outside its rule.
+        AdaptorError: an adaptor fits none of the regions.
+        RegionNotFoundError: the UNet has no region.
+
+    Example:
+        >>> from clockwork_hooks import plan, wrap
+        >>> found = plan(unet, generate, [prompts], min_saving=0.4)  # doctest: +SKIP
+        >>> cw = wrap(unet, plan=found)  # doctest: +SKIP
+
+    Source: arXiv 2312.08128, Sec. 4.3 and Tab. 3 compare schedules of this kind by hand.
+    """
+    _check(max_error, min_saving, weigh, probes, longest)
+    batches = check_runs(generate, conditions, seeds)
+    others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
+    check_clocks(clocks)
+    found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
+    runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
+    longest = longest or 2 * max(clocks)
+    each = probes + len(clocks) * (3 if adaptive else 2)
+    with progress(console) as bar:
+        task = bar.add_task("planning", total=len(runs.runs) + len(found) * each)
+        steps, series = follow(runs, found, longest, lambda: bar.advance(task))
+
+        def tell(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        planner = _Planner(runs, {one.name: one for one in found}, steps, weigh, longest, tell)
+        for one in found:
+            planner.clocks(one, clocks)
+            planner.probe(one, series[one.name], probes)
+            planner.frontier(one, series[one.name], adaptive=adaptive)
+        best = planner.within(max_error) if max_error is not None else planner.saving(float(min_saving or 0))
+    chosen = planner.candidates[best.region]
+    fresh = Runs(unet, generate, [(batch, seed) for seed in held_out_seeds for batch in others])
+    region = chosen.region
+    return Plan(
+        chosen=best,
+        held_out=fresh.outcome(chosen, best.schedule).error,
+        options=planner.everything,
+        steps=steps,
+        weigh=weigh,
+        choice=options(describe(region)),
+        fingerprint=region.fingerprint,
+        model=region.model,
+        adaptor_name=chosen.adaptor_name,
+        adaptor_folder=chosen.given if isinstance(chosen.given, str) else None,
+        adaptor=chosen.given,
+        found=region,
+    )
+
+
+@dataclass(slots=True)
+class _Planner:
+    """Measures candidates, and chooses among their schedules.
+
+    Attributes:
+        runs: of the sampler.
+        candidates: by name.
+        steps: of the sampler.
+        weigh: what savings are measured in.
+        longest: most adaptor steps in a row.
+        tell: takes what is being measured.
+        options: what was measured.
+        sets: name → planned sets of 1, 2, ... adaptor steps.
+        shares: name → what one adaptor step saves of a trajectory's MACs, and of its milliseconds.
+    """
+
+    runs: Runs
+    candidates: dict[str, Candidate]
+    steps: int
+    weigh: Weigh
+    longest: int
+    tell: Callable[[str], None]
+    options: list[Option] = field(default_factory=list)
+    sets: dict[str, list[Option]] = field(default_factory=dict)
+    shares: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    def clocks(self, one: Candidate, clocks: Sequence[int]) -> None:
+        """Measure uniform clocks; the first one tells what an adaptor step saves."""
+        for clock in clocks:
+            self.tell(f"{one.name}, clock {clock}")
+            schedule = Schedule.every(clock)
+            made = self.runs.outcome(one, schedule)
+            if not made.adaptor_passes:  # one step
+                continue
+            self.shares.setdefault(one.name, _shares(made, self.steps))
+            chosen = tuple(s for s in range(1, self.steps + 1) if not schedule.is_full(s))
+            option = self._option(one.name, f"clock {clock}", chosen, None)
+            self.options.append(replace(option, measured=made.error, saved=made.saved))
+
+    def probe(self, one: Candidate, series: Series, probes: int) -> None:
+        """Measure single adaptor steps, and choose the sets of 1, 2, ... steps."""
+        weights = {}
+        usable = [step for step, off in enumerate(series.errors[0], 1) if off]
+        for k in probe_steps(len(usable) + 1, probes):
+            step = usable[k - 2]
+            self.tell(f"{one.name}, adaptor at step {step} alone")
+            off = series.errors[0][step - 1] or 1.0
+            weights[step] = self.runs.outcome(one, Schedule.at({step})).error / off
+        self.sets[one.name] = []
+        if weights and one.name in self.shares:
+            search = Sensitivity(series.errors, weights)
+            self.sets[one.name] = [
+                self._option(one.name, "planned", tuple(sorted(s)), search.predicted(s)) for s in search.best()
+            ]
+            for k, option in enumerate(self.options):
+                error = search.predicted(frozenset(option.steps)) if option.region == one.name else math.inf
+                if math.isfinite(error):  # else a step of the clock's is full whatever it says
+                    self.options[k] = replace(option, predicted=error)
+
+    def frontier(self, one: Candidate, series: Series, *, adaptive: bool) -> None:
+        """Measure what saves as much as each clock: the planned set, and an adaptive schedule if asked for."""
+        counts = sorted({len(option.steps) for option in self.options if option.region == one.name})
+        for option in self.sets[one.name]:
+            if len(option.steps) in counts:
+                self.measured(option)
+        found = (threshold_for(series.entries, count, self.longest) for count in counts if adaptive)
+        for threshold in dict.fromkeys(value for value in found if value is not None):
+            self.tell(f"{one.name}, adaptive")
+            made = Option(one.name, "adaptive", (), 0.0, threshold=float(f"{threshold:.4g}"), longest=self.longest)
+            outcome = self.runs.outcome(one, made.schedule)
+            steps, timed = self.steps * outcome.adaptor_passes / outcome.calls, self.shares[one.name][1]
+            saved_ms = None if timed is None else timed * steps
+            self.options.append(replace(made, saved=outcome.saved, measured=outcome.error, saved_ms=saved_ms))
+
+    def _option(self, name: str, kind: str, chosen: tuple[int, ...], predicted: float | None) -> Option:
+        share, timed = self.shares[name]
+        count = len(chosen)
+        return Option(name, kind, chosen, count * share, predicted, saved_ms=None if timed is None else count * timed)
+
+    def measured(self, option: Option) -> Option:
+        """The option with its error, measured once."""
+        same = [o for o in self.options if (o.region, o.steps) == (option.region, option.steps)]
+        known = next((o for o in same if o.kind == "planned"), None)
+        if known is not None:
+            return known
+        self.tell(f"{option.region}, {len(option.steps)} adaptor steps")
+        if same:  # a clock has these very steps
+            made = replace(option, measured=same[0].measured, saved=same[0].saved)
+        else:
+            found = self.runs.outcome(self.candidates[option.region], option.schedule)
+            made = replace(option, measured=found.error, saved=found.saved)
+        self.options.append(made)
+        return made
+
+    @property
+    def everything(self) -> tuple[Option, ...]:
+        """What was measured; and the planned sets of all other sizes, with the error that is predicted."""
+        known = {(option.region, option.steps) for option in self.options if option.kind == "planned"}
+        sets = (option for sets in self.sets.values() for option in sets)
+        return (*self.options, *(option for option in sets if (option.region, option.steps) not in known))
+
+    @property
+    def fixed(self) -> list[Option]:
+        """What may be chosen: all but the adaptive ones."""
+        return [option for option in self.options if option.threshold is None]
+
+    def saving(self, wanted: float) -> Option:
+        """The least measured error at this saving or more."""
+        for sets in self.sets.values():
+            reaching = [option for option in sets if option.gain(self.weigh) >= wanted - _SLACK]
+            if reaching:
+                self.measured(reaching[0])
+        enough = [option for option in self.fixed if option.gain(self.weigh) >= wanted - _SLACK]
+        if not enough:
+            every = [*self.fixed, *(option for sets in self.sets.values() for option in sets)]
+            most = max((option.gain(self.weigh) for option in every), default=0.0)
+            raise ArgumentError(
+                "a plan saves what its regions and steps allow",
+                seen={"min_saving": percent(wanted), "most that can be saved": percent(most)},
+                do="ask for less, or pass wider regions",
+            )
+        return min(enough, key=lambda option: option.error)
+
+    def within(self, allowed: float) -> Option:
+        """The largest saving within this measured error."""
+        for sets in self.sets.values():
+            low, high = 0, len(sets)
+            while low < high:  # errors grow with the number of steps, nearly always
+                middle = (low + high) // 2
+                if self.measured(sets[middle]).error <= allowed:
+                    low = middle + 1
+                else:
+                    high = middle
+        good = [option for option in self.fixed if option.error <= allowed and option.gain(self.weigh) > 0]
+        if not good:
+            least = min(self.fixed, key=lambda option: option.error, default=None)
+            raise ArgumentError(
+                "a plan has at least one adaptor step",
+                seen={
+                    "max_error": f"{allowed:.3g}",
+                    "least error": f"{least.error:.3g}" if least else "none measured",
+                },
+                do="allow more, train an adaptor, or sample with more steps",
+            )
+        return max(good, key=lambda option: (option.gain(self.weigh), -option.error))
+
+
+def _shares(made: Outcome, steps: int) -> tuple[float, float | None]:
+    """What one adaptor step saves of a trajectory: of its MACs, and of its milliseconds if they were measured."""
+    timed = None if made.ms is None else (1 - made.ms[1] / made.ms[0]) / steps
+    return made.saved * made.calls / made.adaptor_passes / steps, timed
+
+
+def _check(max_error: object, min_saving: object, weigh: object, probes: object, longest: object) -> None:
+    given = {"max_error": max_error, "min_saving": min_saving}
+    if (max_error is None) == (min_saving is None):
+        raise ArgumentError("a plan has one budget", seen=given, do="pass max_error= or min_saving=")
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
+            raise ArgumentError(f"{name} is a share between 0 and 1", seen={name: repr(value)}, do=f"pass {name}=0.3")
+    if weigh not in ("MACs", "ms"):
+        raise ArgumentError('a plan weighs "MACs" or "ms"', seen={"weigh": repr(weigh)}, do='pass weigh="MACs"')
+    for name, value in {"probes": probes, "longest": 1 if longest is None else longest}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} is an int of at least 1", seen={name: repr(value)}, do=f"pass {name}=12")
+
+
+def pareto(plan: Plan) -> Figure:
+    """Measured error against saving, a colour a candidate, a marker a kind of schedule; the chosen one is circled."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.0), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    kinds = {"planned": ("o", "planned"), "clock": ("x", "uniform clocks"), "adaptive": ("^", "adaptive")}
+    for k, name in enumerate(dict.fromkeys(option.region for option in plan.options)):
+        for kind, (marker, words) in kinds.items():
+            mine = [o for o in plan.options if o.region == name and o.kind.split()[0] == kind]
+            points = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in mine if o.measured is not None]
+            if points:
+                axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{k}", label=f"{name}, {words}")
+    best = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in plan.pareto() if o.measured is not None]
+    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
+    x, y = 100 * plan.chosen.gain(plan.weigh), 100 * (plan.chosen.measured or 0)
+    axes.scatter([x], [y], s=160, facecolors="none", edgecolors=rcParams["text.color"], label="chosen")
+    axes.set(xlabel=f"{plan.weigh} saved, %", ylabel="relative L2 error of the result, %")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+    return figure

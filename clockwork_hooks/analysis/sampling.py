@@ -1,0 +1,309 @@
+"""Look into the calls that a sampler makes: the first one's arguments, and every call's step.
+
+Runs of a sampler from the same noise, with full passes alone and with adaptor passes: error, saving, time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks._tree import map_leaves
+from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.graph.tracing import Trace, record
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.schedule import Schedule
+
+__all__ = [
+    "Generate",
+    "Outcome",
+    "Runs",
+    "Watch",
+    "check_clocks",
+    "check_runs",
+    "final",
+    "first_call",
+    "reference",
+    "relative_error",
+]
+
+Generate = Callable[[Any, int], Tensor]
+
+
+class _Enough(BaseException):
+    """Leaves a sampling loop, through whatever it catches."""
+
+
+def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
+    """The batches of conditions, as a list.
+
+    Raises:
+        ArgumentError: there are none, or no seeds; or `generate` is no function.
+    """
+    if not callable(generate) or isinstance(conditions, str) or not isinstance(conditions, Iterable):
+        raise ArgumentError(
+            "generate(batch, seed) is a function, and conditions a list of batches for it",
+            seen={"generate": type(generate).__name__, "conditions": repr(conditions)[:80]},
+            do="pass measure(unet, generate, [batch])",
+        )
+    batches = list(conditions)
+    if not isinstance(seeds, Sequence):
+        raise ArgumentError("seeds are a sequence of ints", seen={"seeds": repr(seeds)}, do="pass seeds=(0, 1)")
+    if not batches or not seeds:
+        raise ArgumentError(
+            "a measurement needs conditions and seeds",
+            seen={"batches": len(batches), "seeds": len(seeds)},
+            do="pass at least one of each",
+        )
+    return batches
+
+
+def check_clocks(clocks: Sequence[int]) -> None:
+    """Clocks to compare with are ints of at least 2.
+
+    Raises:
+        ArgumentError: one is not, or there is none.
+    """
+    given = clocks if isinstance(clocks, Sequence) else ()
+    if not given or any(isinstance(clock, bool) or not isinstance(clock, int) or clock < 2 for clock in given):
+        raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
+
+
+def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Trace:
+    """Trace the first call that `generate(batch, seed)` makes; the loop goes no further.
+
+    Raises:
+        ArgumentError: it makes none.
+        TraceError: the call could not be recorded.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
+        raise _Enough
+
+    handle = unet.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            generate(batch, seed)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise _never(unet)
+    return record(unet, *seen[0])
+
+
+def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+    """What `generate(batch, seed)` returns: one tensor, samples first.
+
+    Raises:
+        ArgumentError: it returns something else.
+    """
+    with torch.no_grad():
+        made = generate(batch, seed)
+    if not isinstance(made, Tensor) or made.ndim < 2 or not made.is_floating_point():
+        seen = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+        raise ArgumentError(
+            "generate(batch, seed) returns one tensor of floats, samples first",
+            seen={"returned": seen},
+            do="return the pictures, or the last latents",
+        )
+    return made.detach()
+
+
+def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+    """What `generate(batch, seed)` returns of the UNet as it is, to compare with.
+
+    Raises:
+        ArgumentError: it is not finite: errors could not be told.
+    """
+    made = final(unet, generate, batch, seed)
+    if not bool(made.isfinite().all()):
+        raise ArgumentError(
+            "results are finite numbers without adaptor passes",
+            seen={"seed": seed, "not finite": f"{int((~made.isfinite()).sum())} of {made.numel()} values"},
+            do="mend the sampler, or its dtype, first",
+        )
+    return made
+
+
+class Watch:
+    """Tells the step of the call that is under way; a context manager around any number of trajectories.
+
+    The UNet is wrapped with a schedule of full passes alone: nothing changes, and steps are placed as in use.
+
+    Attributes:
+        step: denoising step of the call under way, or of the last one; from 1.
+        calls: how many there were in this trajectory.
+        branch: (guidance branch, which of its calls in the step) of the call under way, or of the last one.
+        usable: may the call under way use the adaptor, if the schedule says so? Some are in doubt whatever it says.
+    """
+
+    def __init__(self, unet: nn.Module, region: Region) -> None:
+        self.unet, self.step, self.calls = unet, 0, 0
+        self.branch, self.usable = (1, 0), False
+        self._before: dict[tuple[int, int, int], int] | None = None
+        self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
+        self._handles = [  # each after the wrapper's own
+            unet.register_forward_pre_hook(self._place),
+            unet.register_forward_hook(self._settle),
+        ]
+
+    def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        position = self._wrapper.position
+        self.calls, self._before = self.calls + 1, None
+        if position is not None:
+            self.step, self.branch = position.step, (position.branch.number, position.ordinal)
+            self.usable = position.doubt is None and position.before is not None
+        else:  # this call is being traced: which branch's it is will be known when it is over
+            self.step, self.branch, self.usable = max(self.step, 1), (0, self.calls), False
+            self._before = self._counts()
+
+    def _settle(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a call that was traced: where it was."""
+        if self._before is None:
+            return
+        for (trajectory, step, branch), count in self._counts().items():
+            if self._before.get((trajectory, step, branch)) != count:
+                self.step, self.branch = step, (branch, count - 1)
+
+    def _counts(self) -> dict[tuple[int, int, int], int]:
+        """(trajectory, step, branch) → its calls so far, of every branch that the wrapper remembers."""
+        timeline = self._wrapper._engine.states.current().timeline
+        return {(timeline.trajectory, one.step, one.number): len(one.calls) for one in timeline.branches}
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[Watch]:
+        """Watch one run of the sampler.
+
+        Raises:
+            ArgumentError: it never called the UNet.
+        """
+        self._wrapper.reset()
+        self.step = self.calls = 0
+        yield self
+        if not self.calls:
+            raise _never(self.unet)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._wrapper.remove()
+
+
+def _never(unet: nn.Module) -> ArgumentError:
+    return ArgumentError(
+        "generate(batch, seed) samples with the UNet that is looked into",
+        seen={"calls of the UNet": 0, "unet": type(unet).__name__},
+        do="let it call this very UNet object, not a copy or a compiled one",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a schedule did.
+
+    Attributes:
+        error: relative L2 error of the result, ‖made - plain‖ / ‖plain‖, a mean over samples.
+        saved: share of the MACs that did not run; attention products and the adaptor counted.
+        adaptor_passes: how many calls used the adaptor.
+        calls: of how many.
+        ms: medians of a full and of an adaptor pass in milliseconds; None where not measured.
+    """
+
+    error: float
+    saved: float
+    adaptor_passes: int
+    calls: int
+    ms: tuple[float, float] | None = None
+
+
+@dataclass(slots=True)
+class Runs:
+    """The trajectories of one set of conditions and seeds.
+
+    Attributes:
+        unet: what `generate` calls; not wrapped.
+        generate: the sampling code.
+        runs: (batch of conditions, seed) of each trajectory.
+        timed: also measure what passes take; waits for the device at every call.
+        plain: the results without adaptor passes; made when they are first asked for.
+    """
+
+    unet: nn.Module
+    generate: Generate
+    runs: Sequence[tuple[Any, int]]
+    timed: bool = False
+    plain: list[Tensor] = field(default_factory=list)
+
+    def outcome(self, candidate: Candidate, schedule: Schedule) -> Outcome:
+        """Run all trajectories with this adaptor on this schedule."""
+        if not self.plain:
+            self.plain = [reference(self.unet, self.generate, *run) for run in self.runs]
+        adaptor = candidate.given if isinstance(candidate.given, str) else candidate.adaptor
+        errors = []
+        with wrap(self.unet, adaptor, region=candidate.region, schedule=schedule) as cw:
+            with self._times(cw) as times:
+                for run, plain in zip(self.runs, self.plain, strict=True):
+                    with cw.trajectory():
+                        errors.append(relative_error(final(self.unet, self.generate, *run), plain))
+            stats = cw.stats
+        calls = stats.full_passes + stats.adaptor_passes
+        ms = (_typical(times[False]), _typical(times[True])) if times[False] and times[True] else None
+        return Outcome(float(torch.cat(errors).mean()), stats.saving, stats.adaptor_passes, calls, ms)
+
+    @contextlib.contextmanager
+    def _times(self, cw: ClockworkWrapper) -> Iterator[dict[bool, list[float]]]:
+        """Milliseconds of every call, by whether it used the adaptor; the wrapper's own work is part of them."""
+        found: dict[bool, list[float]] = {False: [], True: []}
+        begun = (0.0, 0)
+
+        def before(module: nn.Module, args: Any) -> None:
+            nonlocal begun
+            begun = (_now(), cw.stats.adaptor_passes)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            found[cw.stats.adaptor_passes > begun[1]].append(1000 * (_now() - begun[0]))
+
+        if not self.timed:
+            yield found
+            return
+        handles = [self.unet.register_forward_pre_hook(before, prepend=True), self.unet.register_forward_hook(after)]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def relative_error(made: Tensor, reference: Tensor) -> Tensor:
+    """‖made - reference‖ / ‖reference‖ of each sample, (B,), on the CPU; infinite where it is no number."""
+    difference = (made.float() - reference.float()).flatten(1).norm(dim=1)
+    relative: Tensor = difference / reference.float().flatten(1).norm(dim=1).clamp_min(1e-12)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The median; the first pass of a kind makes plans and workspaces, and does not count."""
+    return median(times[1:] or times)

@@ -1,0 +1,187 @@
+"""Why a full pass was full: every reason that `cw.stats.reasons` counts, what causes it, and what to do about it.
+
+Calls that stand apart from a sampling loop: compiled or traced, transformed, or run again by a backward pass.
+
+What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
+run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
+"""
+
+from __future__ import annotations
+
+from torch import is_inference_mode_enabled
+from torch._C import (
+    _current_graph_task_id,
+    _get_dispatch_mode,
+    _get_tracing_state,
+    _is_fwd_grad_enabled,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import peek_interpreter_stack
+
+__all__ = ["REASONS", "stands_apart"]
+
+FIRST = "first step"
+SCHEDULED = "scheduled"
+MOVED = "scheduled: the entry changed by more than the threshold"
+LONGEST = "scheduled: the longest run of adaptor steps is over"
+UNSEEN = "the entry was not seen before the region began"
+TRACED = "traced"
+TRAINING = "training"
+NO_TIME = "no time input: declare cw.step()"
+UNREADABLE = "time differs between rows or cannot be read"
+DIRECTION = "direction of time is not known yet"
+STRIDE = "time moved by another stride than before"
+BACKWARDS = "time runs against the declared steps"
+NEW = "conditions are new in this step"
+RENEWED = "conditions came as new objects, in the middle of a step"
+COUNT = "several calls with these conditions in the step before"
+AGAIN = "same time and conditions again within a step"
+APART = "another place in the list of times than in the step before"
+CROWDED = "too many calls in one step to remember"
+CHANGED = "inputs or modes changed since the step before"
+WEIGHTS = "weights or adapters of the UNet changed since the step before"
+NOT_KEPT = "no feature was kept in the step before"
+WRITTEN = "the kept feature was written to"
+DIFFERED = "calls differed from the traced ones"
+NO_REGION = "no region for these inputs"
+COMPILED = "within torch.compile, torch.export or torch.jit"
+TRANSFORMED = "within a transform of torch.func"
+REPEATED = "within torch.utils.checkpoint or a backward pass"
+OTHER_REGION = "the chosen region is another one for these inputs"
+
+REASONS: dict[str, tuple[str, str]] = {
+    FIRST: ("a trajectory begins: there is nothing to reuse", "nothing"),
+    SCHEDULED: ("the schedule says full", "choose another clock or schedule"),
+    MOVED: (
+        "an adaptive schedule compared the region's entry with that of the last full pass",
+        "a larger threshold, if the results allow it",
+    ),
+    LONGEST: ("an adaptive schedule came to its bound", "a larger `longest=`, if the results allow it"),
+    UNSEEN: (
+        "an adaptive schedule has nothing to compare: of several entries, the one it looks at comes after the first "
+        "skipped module",
+        "another region, or another schedule",
+    ),
+    TRACED: (
+        "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "
+        "compares with, was not among the tensors kept alive",
+        "nothing; once per signature. `region=` found up front saves it",
+    ),
+    TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),
+    NO_TIME: (
+        "the UNet takes no time, or none that a name or the graph tells from a class label",
+        "`wrap(..., time=name)`, or `with cw.step():` around each step",
+    ),
+    UNREADABLE: (
+        "rows at different times, as in training and validation losses; or a time on the meta device",
+        "nothing; for a sampler with a time per row, `with cw.step():`",
+    ),
+    DIRECTION: (
+        "plain times rose from the first step to the second: inversion, or another single evaluation",
+        "nothing; once per trajectory",
+    ),
+    STRIDE: (
+        "plain times came at one stride, and now at another: perhaps a restart",
+        "nothing; or `cw.reset()` before each trajectory and `with cw.step():` around each step",
+    ),
+    BACKWARDS: (
+        "declared steps went back in time: noise was added again (RePaint), or a trajectory began without `reset()`",
+        "`cw.reset()` before each trajectory",
+    ),
+    NEW: (
+        "a branch that had no call in the step before: guidance begins, a branch paused, embeddings changed or were "
+        "made anew on a device",
+        "hand over the same embedding objects each step, or `with cw.branch(name):`",
+    ),
+    RENEWED: (
+        "they were the same objects in the steps before: perhaps the next run, with the same prompt",
+        "nothing; or `cw.reset()` before each trajectory",
+    ),
+    COUNT: (
+        "several calls with one time and the same conditions, and their number is not yet known to be regular",
+        "nothing; or `with cw.step():`, which trusts the order of the calls",
+    ),
+    AGAIN: (
+        "more calls with one time and the same conditions than in the step before",
+        "nothing; or `with cw.step():` around each step",
+    ),
+    APART: (
+        "a time stands twice in the scheduler's list, and this branch missed one of the two",
+        "`with cw.step():` around each step",
+    ),
+    CROWDED: (
+        "more than 128 calls at one time: their features are let go, so that memory stays bounded",
+        "fewer, larger batches",
+    ),
+    CHANGED: (
+        "batch, resolution, dtype, device, an argument that came or went, autocast, gradients or training mode",
+        "nothing; once per change",
+    ),
+    WEIGHTS: (
+        "weights were loaded or written to, or a LoRA was loaded, switched, scaled, fused or taken off",
+        "nothing; once per change. `cw.reset()` after writes through `.data`, which leave no mark",
+    ),
+    NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
+    WRITTEN: (
+        "code that came after the trace wrote to the cached feature in place: a hook, or FreeU switched on",
+        "nothing; once, then a copy is kept",
+    ),
+    DIFFERED: (
+        "the UNet called its modules in another way than when it was recorded, in this pass or in the step before; an "
+        "adaptor pass was run again in full",
+        "look for another library that skips modules (DeepCache); else report it, if it happens every time",
+    ),
+    NO_REGION: ("these inputs have no low-resolution region", "nothing"),
+    OTHER_REGION: (
+        "`region=` does not fit what was recorded for these inputs",
+        "leave `region=` out",
+    ),
+    COMPILED: (
+        "what they make of a call is fixed, so it is of the UNet itself",
+        "to sample, call the UNet itself; `cw.compile()` compiles",
+    ),
+    TRANSFORMED: (
+        "`vjp`, `jvp`, `grad`, `vmap`: what they compute is of the UNet itself, and no step of a sampling loop",
+        "nothing",
+    ),
+    REPEATED: (
+        "the call is run again by the backward pass, or is that second run, and has to do the same both times; also "
+        "in the forward of any `autograd.Function`, as in an adjoint method",
+        "nothing; `unet.enable_gradient_checkpointing()` leaves the adaptor passes",
+    ),
+}
+
+
+def stands_apart(*, compiling: bool = False) -> str | None:
+    """Why the call that begins now is none of a sampling loop's; None where it is. Reads six flags of torch.
+
+    Args:
+        compiling: what `torch.compiler.is_compiling()` says.
+
+    Example:
+        >>> import torch
+        >>> seen = []
+        >>> def f(x):
+        ...     seen.append(stands_apart())
+        ...     return x * x
+        >>> f(torch.ones(1)), torch.func.vjp(f, torch.ones(1))[0]
+        (tensor([1.]), tensor([1.]))
+        >>> seen
+        [None, 'within a transform of torch.func']
+    """
+    if compiling or _get_tracing_state() is not None:
+        return COMPILED
+    if _len_torch_dispatch_stack() and _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:  # `make_fx`
+        return COMPILED
+    if peek_interpreter_stack() is not None:
+        return TRANSFORMED
+    if _current_graph_task_id() != -1:  # it is run again
+        return REPEATED
+    hooks = _top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
+        return REPEATED
+    if not _is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
+        return REPEATED
+    return None

@@ -1,0 +1,307 @@
+"""`wrap`: attach Clockwork to a UNet in place.
+
+What can be wrapped, and with what: rules that hold before the first call, each with the error that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.engine import stand_in
+from clockwork_hooks.engine.adaptive import AdaptiveEngine
+from clockwork_hooks.engine.engine import Engine
+from clockwork_hooks.engine.hooks import RootHook
+from clockwork_hooks.engine.nested import Clocked, NestedEngine
+from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
+from clockwork_hooks.graph.tracing import module_paths
+from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.tables import shape
+from clockwork_hooks.schedule import Schedule, check_clock
+
+__all__ = ["check_alone", "check_region", "check_unet", "plan_parts", "wrap"]
+
+
+def check_unet(unet: Any) -> None:
+    """Raise `WrapError` if the UNet cannot be wrapped, or is wrapped."""
+    wrapper = unet if isinstance(unet, ClockworkWrapper) else _wrapper(unet) if isinstance(unet, nn.Module) else None
+    if wrapper is not None:
+        whole = wrapper.unet if isinstance(wrapper, ClockworkWrapper) else unet
+        error = WrapError(
+            "a UNet is wrapped once, and this one has its wrapper already",
+            seen={"unet": type(whole).__name__, "wrapper": repr(wrapper)},
+            do="call remove() on its wrapper first; where nobody kept it, it is this error's .wrapper",
+        )
+        error.wrapper = wrapper
+        raise error
+    if not isinstance(unet, nn.Module):
+        raise WrapError(
+            "only an nn.Module can be wrapped",
+            seen={"got": type(unet).__name__},
+            do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+        )
+    inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
+    if inner:
+        raise WrapError(
+            "a UNet is wrapped once: nothing inside of it may be wrapped already",
+            seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
+            do="wrap the outer module alone, or leave it at the inner one",
+        )
+    cached = [path for path, module in unet.named_modules() if _cached(module)]
+    if cached:
+        raise WrapError(
+            "one cache at a time: DeepCache skips modules of this UNet already, and would keep what stands in for ours",
+            seen={
+                "unet": type(unet).__name__,
+                "modules": f"{cached[0] or 'the UNet itself'} and {len(cached) - 1} more",
+            },
+            do="call disable() on its DeepCacheSDHelper first",
+        )
+    if "_orig_mod" in unet._modules:
+        raise WrapError(
+            "the output of torch.compile has its calls fixed: no module call can be skipped in it",
+            seen={"got": type(unet).__name__},
+            do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
+        )
+
+
+def check_region(region: Any, unet: nn.Module) -> None:
+    """Raise `ArgumentError` if this is no region, or one of another UNet."""
+    if not isinstance(region, Region):
+        raise ArgumentError(
+            "a region comes from find_region or find_regions",
+            seen={"region": type(region).__name__},
+            do="pass region=ch.find_region(unet, *args, level=1)",
+        )
+    known = set(module_paths(unet).values())
+    needed = (*region.plan.counts, *(port.path for port in region.plan.ports.values()))
+    missing = [path for path in dict.fromkeys(needed) if path not in known]
+    if missing:
+        raise ArgumentError(
+            "a region fits the UNet that it was found for",
+            seen={
+                "region found for": region.model,
+                "unet": type(unet).__name__,
+                "modules it lacks": ", ".join(missing[:5]),
+            },
+            do="pass region=ch.find_region(unet, *args), found for this UNet",
+        )
+
+
+_DECIDES = {
+    "plan": "a plan says which region, when, and what stands in for it",
+    "clocks": "clocks= says which regions, and when; each feature is kept without its graph",
+    "schedule": "a schedule says when, and so does a clock",
+}
+
+
+def check_alone(name: str, value: object, others: Mapping[str, object]) -> None:
+    """Raise `ArgumentError` if options are given that this one, where it is given, decides; None is not given."""
+    given = {other: repr(one)[:80] for other, one in others.items() if one is not None}
+    if value is not None and given:
+        raise ArgumentError(
+            _DECIDES[name], seen={name: repr(value)[:80], **given}, do=f"pass {name}= without {', '.join(given)}"
+        )
+
+
+def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
+    """Region, schedule and adaptor of a plan; raise `ArgumentError` where it lacks one."""
+    names = ("region", "schedule", "adaptor")
+    missing = [name for name in names if not hasattr(plan, name)]
+    if missing:
+        raise ArgumentError(
+            "a plan has a region, a schedule and an adaptor",
+            seen={"plan": type(plan).__name__, "it lacks": ", ".join(missing)},
+            do="pass region=, schedule= and the adaptor themselves",
+        )
+    return plan.region, plan.schedule, plan.adaptor
+
+
+def _wrapper(unet: nn.Module) -> object | None:
+    """What is attached to the UNet: a wrapper, or `distill` while it records."""
+    return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
+
+
+def _cached(module: nn.Module) -> bool:
+    return str(getattr(vars(module).get("forward"), "__module__", "")).startswith("DeepCache.")
+
+
+def wrap(
+    unet: nn.Module,
+    adaptor: Adaptor | str | os.PathLike[str] | Mapping[Any, Any] | None = None,
+    *,
+    clock: int | None = None,
+    clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
+    region: Region | None = None,
+    level: int | None = None,
+    resolution: int | tuple[int, ...] | None = None,
+    share: float | None = None,
+    modules: Iterable[str] | str | None = None,
+    entry: str | None = None,
+    exit: str | None = None,
+    cut: Literal["outer", "paper"] = "outer",
+    schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
+    plan: Any = None,
+    time: str | None = None,
+    check_finite: bool = False,
+    keep_graph: bool = False,
+) -> ClockworkWrapper:
+    """Run the UNet's low-resolution part on a slow clock.
+
+    The UNet is changed in place, so whoever holds it (a pipeline, a sampler) is served; `remove()` on the returned
+    wrapper undoes everything. The first real call is traced as it runs and its region found; from then on, one full
+    pass every `clock` denoising steps, and the adaptor in between.
+
+    Args:
+        unet: any UNet: called once or more per denoising step, with a sample and a time.
+        adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
+            or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
+        clock: one full pass every `clock` steps, 2 unless said; 1 switches Clockwork off.
+        clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
+            the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
+            the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
+            a mapping with these keys; `cut` goes for all.
+        region: from `find_region`, found for this UNet at any batch, size and device; None to have it chosen at the
+            first call, by the options that follow, or else the one that the adaptor was made for, or else the one
+            below the highest level.
+        level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
+        schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
+            (numbered from 1), or step -> bool.
+        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, in place of all three.
+        time: name of the argument that holds the time, where it cannot be told.
+        check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
+        keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
+            who train through the sampler; the memory of both steps is held. Otherwise it is detached.
+
+    Returns:
+        The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
+
+    Raises:
+        WrapError: `unet` is no module, is wrapped already, by DeepCache too, or is the output of `torch.compile`.
+        ArgumentError: an option is outside its rule, or two options decide the same.
+        AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
+            made for another region.
+        RegionNotFoundError: (at the first call, which leaves the UNet unwrapped) nothing can be skipped.
+        AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
+
+    Warns:
+        NoEffectWarning: the clock is 1.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(
+        ...     16,
+        ...     block_out_channels=(8, 32),
+        ...     norm_num_groups=8,
+        ...     down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2,
+        ... ).eval()
+        >>> scheduler, sample = DDIMScheduler(), torch.randn(1, 3, 16, 16)
+        >>> scheduler.set_timesteps(8)
+        >>> with torch.no_grad(), wrap(unet, clock=2) as cw:
+        ...     for t in scheduler.timesteps:
+        ...         sample = scheduler.step(unet(sample, t).sample, t, sample).prev_sample
+        >>> cw.stats.full_passes, cw.stats.adaptor_passes
+        (4, 4)
+
+    Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
+    """
+    check_unet(unet)
+    when: dict[str, object] = {"clock": clock, "schedule": schedule}
+    where: dict[str, object] = {"region": region, "level": level, "resolution": resolution, "share": share}
+    where |= {"modules": modules, "entry": entry, "exit": exit}
+    own_cut = None if cut == "outer" else cut
+    check_alone("plan", plan, {"adaptor": adaptor, "clocks": clocks, **when, **where, "cut": own_cut})
+    check_alone("clocks", clocks, {**when, **where, "keep_graph": keep_graph or None})
+    check_alone("schedule", schedule, {"clock": clock})
+    chosen: Choice | None = None
+    if plan is not None:
+        region, schedule, adaptor = plan_parts(plan)
+        chosen = plan.region if isinstance(plan.region, Choice) else None
+    clock = 2 if clock is None else clock
+    check_clock(clock)
+    if clocks is not None:
+        nested = _nested(unet, clocks, adaptor, cut, time, check_finite)
+        if all(one.clock == 1 for one in nested.clocks):
+            warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
+        return ClockworkWrapper(unet, nested)
+    if isinstance(adaptor, Mapping):
+        raise AdaptorError(
+            "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
+        )
+    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
+    if chosen is not None:
+        choice, region = chosen, None
+    if region is not None:
+        check_region(region, unet)
+        choice.instead_of(region)
+    if schedule is None and clock == 1:
+        warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
+    steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
+    used = _adaptor(adaptor)
+    if region is not None:
+        stand_in.check_region(used, region)
+    elif choice == Choice():
+        choice = Choice(**stand_in.region_options(used))
+    loaded = used is not adaptor
+    checks = {"check_finite": check_finite, "keep_graph": keep_graph}
+    kind = Engine if steps.threshold is None else AdaptiveEngine
+    engine = kind(unet, used, steps, region=region or choice, time=time, loaded=loaded, **checks)
+    return ClockworkWrapper(unet, engine)
+
+
+def _nested(
+    unet: nn.Module,
+    clocks: Mapping[Any, int],
+    adaptor: Any,
+    cut: str,
+    time: str | None,
+    check_finite: bool,
+) -> NestedEngine:
+    """What runs several clocks; the rules that can be checked before the first call are."""
+    if not isinstance(clocks, Mapping) or not clocks:
+        raise ArgumentError(
+            "clocks= gives each region a clock", seen={"clocks": repr(clocks)}, do="pass clocks={1: 2, 2: 4}"
+        )
+    adaptors = adaptor if isinstance(adaptor, Mapping) else dict.fromkeys(clocks, adaptor)
+    if unknown := [key for key in adaptors if key not in clocks]:
+        raise ArgumentError("adaptors are for the regions of clocks=", seen={"others": unknown}, do="use the same keys")
+    made = []
+    for key, clock in clocks.items():
+        check_clock(clock)
+        if isinstance(key, Region):
+            check_region(key, unet)
+            wanted: Region | Choice = key
+            name = f"{key.entry.path} → {key.exit.path}"
+        elif isinstance(key, tuple):
+            wanted, name = Choice(resolution=key, cut=cut), shape(key)
+        else:
+            wanted, name = Choice(level=key, cut=cut), f"level {key}"
+        used = _adaptor(adaptors.get(key))
+        made.append(Clocked(name, wanted, clock, used, loaded=used is not adaptors.get(key)))
+    return NestedEngine(unet, made, time=time, check_finite=check_finite)
+
+
+def _adaptor(adaptor: Adaptor | str | os.PathLike[str] | None) -> Adaptor:
+    if adaptor is None or adaptor == "identity":
+        return IdentityAdaptor()
+    if isinstance(adaptor, (str, os.PathLike)):
+        from clockwork_hooks.adaptors import LearnedAdaptor  # huggingface_hub comes with it
+
+        return LearnedAdaptor.from_pretrained(adaptor)
+    if isinstance(adaptor, type) or not callable(adaptor):
+        raise AdaptorError(
+            'an adaptor is None, "identity", the folder of a saved one, or a module called as '
+            "adaptor(entry, exit_cached, time=..., text=...)",
+            seen={"adaptor": repr(adaptor)[:80]},
+            do="pass one of these",
+        )
+    return adaptor

@@ -1,0 +1,293 @@
+"""Captured calls: full and adaptor passes as plain CUDA graphs, without a compiler.
+
+A graph replays kernels at fixed addresses. So inputs are copied into buffers, outputs are copied out of the pool that
+all graphs share, and a graph is thrown away when weights have moved. Nothing else is fixed: an adaptor pass gets the
+exit of the step before through a buffer, as it gets the sample. What a pass writes to the UNet's own buffers it writes
+once a call: capturing, which runs the pass thrice, puts them back.
+
+Whether the modules still are what was captured is looked up once a trajectory and where `Weights` has seen something,
+and in every call whether weights have moved. Both take the host a while, so they come after the launch; what was
+launched does not count if the answer is no. A launch must not read memory that is gone, so before it only one question
+is asked: has a weight's storage been freed?
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks._tree import leaves, map_leaves, tensors, version
+from clockwork_hooks.clock.weights import Weights
+from clockwork_hooks.engine import stand_in
+from clockwork_hooks.engine.compiled import Compiled, Ran
+from clockwork_hooks.engine.passes import Pass
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
+
+if TYPE_CHECKING:
+    from clockwork_hooks.engine.engine import Engine, Running
+
+__all__ = ["Captured"]
+
+DEVICES = ("cuda",)
+_MOVES = 8
+_GRAPHS, _DEEPEST = 64, 4
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A graph's input: its memory, and the tensor that was last copied there."""
+
+    memory: torch.Tensor
+    source: weakref.ref[torch.Tensor] | None = None
+    written: tuple[int, int] = (-1, -1)
+
+    def fill(self, value: torch.Tensor, trajectory: int) -> None:
+        """Copy `value` in, unless this trajectory has done so: writes by CUDA graphs or through `.data` go unmarked."""
+        now = trajectory, version(value)
+        if now[1] < 0 or now != self.written or self.source is None or self.source() is not value:
+            self.memory.copy_(value, non_blocking=True)
+            self.source, self.written = weakref.ref(value), now
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One captured pass."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[_Buffer]
+    output: Any
+    exit: torch.Tensor | None
+    whole: bool
+    untouched: bool
+    constants: tuple[Any, ...] = field(repr=False)
+
+    def replay(self, values: list[torch.Tensor], running: Running) -> tuple[Any, torch.Tensor | None]:
+        """Launch it on these inputs: (output, exit), copied out of the graph's memory."""
+        cached, trajectory = running.cached, running.position.trajectory if running.position else -1
+        sample = running.arguments.get(running.prepared.sample) if running.prepared is not None else None
+        for buffer, value in zip(self.inputs, values, strict=True):
+            if value is sample:
+                buffer.source = None  # a sampler may write to it as it likes
+            buffer.fill(value, trajectory)
+        self.graph.replay()
+        output, exit = map_leaves(_copy, self.output), self.exit
+        if exit is not None:  # an adaptor may return what it was given
+            exit = cached if exit is self.inputs[-1].memory else exit.clone()
+        return output, exit
+
+
+class Captured(Compiled):
+    """Runs the calls of a wrapper whose passes are captured.
+
+    Args:
+        engine: decides what runs.
+
+    Raises:
+        ArgumentError: the UNet is not on a CUDA device.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, {}, pooled=True)
+        device = next((tensor.device for tensor in _weights(engine.unet)), torch.device("cpu"))
+        if device.type not in DEVICES:
+            raise ArgumentError(
+                'mode="cudagraphs" replays launches of CUDA kernels: the UNet must be on a CUDA device',
+                seen={"device": device},
+                do="move it there first, or call cw.compile(), which compiles for any device",
+            )
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._moves = 0
+        self._counters = Weights(engine.unet)
+        self._state: Hashable = None
+        self._weights: list[torch.Tensor] = []
+        self._places: list[int] = []
+        self._looks: list[Any] = []
+        self._storages: list[Any] = []
+        self._freed: list[Any] = []
+        self._watched = False
+
+    def ready(self, running: Running) -> bool:
+        """Is this pass one that a graph can stand for?"""
+        if not super().ready(running) or self._moves > _MOVES:
+            return False
+        if torch.is_grad_enabled():
+            _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
+            return False
+        return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(running.arguments.values))
+
+    def run(
+        self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Pass]:
+        """Replay the pass, captured first if need be: (output, what it did)."""
+        flat = [leaf for _, leaf in leaves((args, kwargs, running.cached))]
+        values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
+        with self._lock:
+            if self._freed if self._watched else self._moved_away():
+                self._look()  # before any replay: what it would read may be gone
+            self._follow()
+            key = (running.key, run.kind, run.copies, *map(_constant, constants))
+            captured = self._graphs.get(key)
+            if captured is not None:
+                output, exit = captured.replay(values, running)
+            before, self._state = self._state, self._counters.state()
+            anew = self._state != before or (running.position is not None and running.position.step == 1)
+            if (anew or self._moved_away()) and self._look():
+                captured = None
+            if captured is None and len(self._graphs) >= _GRAPHS:
+                _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
+                return forward(*args, **kwargs), run
+            if captured is None:
+                captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
+                output, exit = captured.replay(values, running)
+        return output, Ran(run.plan, run.kind, exit, whole=captured.whole, untouched=captured.untouched)
+
+    def _capture(
+        self,
+        running: Running,
+        wanted: Pass,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        constants: tuple[Any, ...],
+    ) -> _Graph:
+        device = next(tensor.device for tensor in self._weights)
+        buffers: list[_Buffer] = []
+
+        def buffer(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            buffers.append(_Buffer(leaf.detach().to(device, copy=True)))
+            return buffers[-1].memory
+
+        args, kwargs, cached = map_leaves(buffer, (args, kwargs, running.cached))
+        own = [tensor for root in self._roots() for tensor in root.buffers()]
+        before = [(tensor, version(tensor), tensor.clone()) for tensor in own]
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # casts of weights belong into the graph
+        graph = torch.cuda.CUDAGraph()
+        try:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries choose algorithms and make workspaces on first use
+                    self._pass(wanted, forward, args, kwargs, cached)
+            torch.cuda.current_stream(device).wait_stream(side)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output, run = self._pass(wanted, forward, args, kwargs, cached)
+        except (RuntimeError, NotImplementedError) as error:
+            raise CompileError(
+                "a captured pass neither waits for the device nor decides by values on it",
+                seen={"pass": wanted.kind, "error": str(error).strip().split("\n", 1)[0]},
+                do="call cw.compile(), or leave the wrapper as it is",
+            ) from error
+        finally:
+            torch.set_autocast_cache_enabled(cache)
+            for tensor, written, value in before:
+                if version(tensor) != written or written < 0:
+                    with torch.inference_mode(tensor.is_inference()):
+                        tensor.copy_(value)
+        return _Graph(graph, buffers, output, run.exit, run.complete(), run.untouched(), constants)
+
+    def _pass(
+        self, wanted: Pass, forward: Callable[..., Any], args: Any, kwargs: Any, cached: torch.Tensor | None
+    ) -> tuple[Any, Pass]:
+        engine = self.engine
+        adapt = None if cached is None else lambda captured: stand_in.run(engine.adaptor, captured, cached)
+        run = Pass(wanted.plan, wanted.kind, adapt, copies=wanted.copies, looks=wanted.looks)
+        run.enter(args, kwargs)
+        engine.active.run = run
+        return forward(*args, **kwargs), run
+
+    def _follow(self) -> None:
+        """Buffers are shared: a stream waits for the one that used them before."""
+        stream = torch.cuda.current_stream(self._weights[0].device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _look(self) -> bool:
+        """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
+        roots, adaptor = self._roots(), self.engine.adaptor
+        looks = [part for root in roots for part in _looks(root)]
+        looks += [] if adaptor in roots else getattr(adaptor, "__dict__", {}).values()
+        weights = [tensor for root in roots for tensor in _weights(root)]
+        places = [tensor.data_ptr() for tensor in weights]
+        same = places == self._places and len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
+        if not same and self._graphs:
+            torch.cuda.current_stream(weights[0].device).synchronize()  # one may be running, on what it was made from
+            self._graphs.clear()
+            self._pool = None
+            self._moves += 1
+            if self._moves > _MOVES:
+                _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run as they are")
+            dropped = True
+        else:
+            dropped = False
+        self._weights, self._places, self._looks = weights, places, looks
+        if not (same and self._watched) or self._freed:
+            self._watch()
+        return dropped
+
+    def _roots(self) -> list[nn.Module]:
+        return [root for root in (self.engine.unet, self.engine.adaptor) if isinstance(root, nn.Module)]
+
+    def _moved_away(self) -> bool:
+        """Are weights somewhere else than when modules were last looked at?"""
+        return not self._weights or [tensor.data_ptr() for tensor in self._weights] != self._places
+
+    def _watch(self) -> None:
+        """Be told when a weight's storage is freed, by a weak reference that lives as long as the memory does."""
+        freed: list[Any] = []
+        self._freed = freed
+        try:
+            self._storages = [weakref.ref(tensor.untyped_storage(), freed.append) for tensor in self._weights]
+        except (NotImplementedError, RuntimeError):  # a tensor without a storage of its own: places tell
+            self._storages = []
+        self._watched = bool(self._storages) and not freed
+
+
+def _weights(root: nn.Module) -> list[torch.Tensor]:
+    return [*root.parameters(), *root.buffers()]
+
+
+def _looks(root: nn.Module) -> list[Any]:
+    """Whatever a module's Python could decide by: its attributes, and what its lists and dictionaries hold."""
+    found: list[Any] = []
+    for module in root.modules():
+        for value in vars(module).values():
+            found.append(value)
+            if isinstance(value, dict):
+                found += value.values()
+            elif isinstance(value, (list, tuple)):
+                found += value
+    return found
+
+
+def _constant(value: Any, depth: int = 0) -> Hashable:
+    """What tells a constant: plain ones their value, objects who they are and what they hold."""
+    if isinstance(value, torch.Tensor):  # held by an object, it is no input: the graph reads it where it lies
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return type(value), value
+    held = vars(value) if depth < _DEEPEST and hasattr(value, "__dict__") and not callable(value) else {}
+    return id(value), *((path, _constant(leaf, depth + 1)) for path, leaf in leaves(held))
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, NoEffectWarning, stacklevel=2)

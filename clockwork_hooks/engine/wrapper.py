@@ -1,0 +1,329 @@
+"""`ClockworkWrapper`: what the user holds while a UNet is wrapped: it steers the engine, and takes all off again.
+
+The UNet object, its class and its `state_dict` stay what they are: two native hooks on the root open and close every
+call, and only modules with skipped calls are patched (hooks.py). The first real call is traced while it runs.
+
+What `cw.compile()` may be asked for, and what then runs the calls: compiled or captured passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.clock.timeline import Position
+from clockwork_hooks.engine.compiled import Compiled
+from clockwork_hooks.engine.cuda_graphs import Captured
+from clockwork_hooks.engine.engine import Engine
+from clockwork_hooks.engine.hooks import RootHook
+from clockwork_hooks.engine.nested import NestedEngine
+from clockwork_hooks.engine.stats import RunReport, Stats
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.schedule import Schedule
+
+__all__ = ["MODES", "ClockworkWrapper", "static_calls"]
+
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
+POOLED = ("reduce-overhead", "max-autotune")
+
+
+def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[str, Any] | None) -> Compiled:
+    """What runs the calls of this engine in the place of the root's forward.
+
+    Args:
+        engine: decides what runs.
+        mode: one of `MODES`.
+        backend, options: of `torch.compile`.
+
+    Raises:
+        ArgumentError: what `ClockworkWrapper.compile` says.
+    """
+    if isinstance(engine, NestedEngine):
+        raise ArgumentError(
+            "a compiled UNet has one region", seen={"regions": len(engine.clocks)}, do="wrap it with one clock"
+        )
+    engine.schedule.known_beforehand("the pass that a static graph stands for")
+    if mode not in MODES:
+        raise ArgumentError(
+            "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
+        )
+    if mode == "cudagraphs":
+        if backend != "inductor" or options is not None:
+            raise ArgumentError(
+                'mode="cudagraphs" compiles nothing: backend and options are of the other modes',
+                seen={"backend": repr(backend), "options": repr(options)},
+                do='pass mode="cudagraphs" alone',
+            )
+        return Captured(engine)
+    chosen = {"mode": mode, "backend": backend, "options": options}
+    _try(chosen)
+    return Compiled(engine, chosen, pooled=mode in POOLED or bool((options or {}).get("triton.cudagraphs")))
+
+
+def _try(chosen: dict[str, Any]) -> None:
+    """Let `torch.compile` look at its options now: at a call it would end a trajectory."""
+    try:
+        torch.compile(lambda: None, fullgraph=True, **chosen)
+    except Exception as error:
+        raise ArgumentError(
+            "mode, backend and options are those of torch.compile",
+            seen={**{name: repr(value) for name, value in chosen.items()}, "error": str(error)[:200]},
+            do="pass what torch.compile(model, ...) takes: a mode or options, and a backend that it lists",
+        ) from error
+
+
+class ClockworkWrapper:
+    """A wrapped UNet: made by `wrap`.
+
+    Calls and unknown attributes go to the UNet, so `pipe.unet = cw` works as well as leaving the pipeline alone.
+
+    Attributes:
+        unet: the UNet itself.
+    """
+
+    def __init__(self, unet: nn.Module, engine: Engine) -> None:
+        self.unet = unet
+        self._engine = engine
+        self._handles = [
+            unet.register_forward_pre_hook(RootHook(self, engine.begin, self._give_up), with_kwargs=True),
+            # first of all hooks: the output of a pass that is run again is what the user's own hooks get to see
+            unet.register_forward_hook(
+                RootHook(self, engine.end, self._give_up), prepend=True, with_kwargs=True, always_call=True
+            ),
+        ]
+        engine.installed.run_eagerly(unet)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the UNet."""
+        return self.unet(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("unet", "_engine"):  # not set yet: copying and unpickling look for them
+            raise AttributeError(name)
+        return getattr(self.unet, name)
+
+    @property
+    def adaptor(self) -> Adaptor:
+        """What stands in for the region."""
+        return self._engine.adaptor
+
+    @property
+    def region(self) -> Region | None:
+        """The region that adaptor passes skip; None before the first call, unless one was passed to `wrap`.
+
+        Of several the widest.
+        """
+        return self._engine.region
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All regions that have clocks, widest first; none before the first call, unless one was passed to `wrap`."""
+        return self._engine.regions
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which steps are full."""
+        return self._engine.schedule
+
+    @property
+    def stats(self) -> Stats:
+        """What ran so far, and why each full pass was full."""
+        return self._engine.stats
+
+    @property
+    def enabled(self) -> bool:
+        """Off: the UNet runs as if it were not wrapped, and what was cached is forgotten. May be set in every step."""
+        return self._engine.enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        if bool(on) is not self._engine.enabled:
+            self._engine.enabled = bool(on)
+            self._engine.states.forget()
+
+    @property
+    def position(self) -> Position | None:
+        """Step and branch of the call that is under way in this thread or task; None between calls.
+
+        None also during a call that is being traced: its place is known when it is over.
+        """
+        running = self._engine.states.current().running
+        return next((call.position for call in reversed(running) if call is not None), None)
+
+    def reset(self) -> None:
+        """The next call in this thread begins a new trajectory; what was cached is let go."""
+        self._engine.states.current().timeline.reset()
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[None]:
+        """One sampling run: nothing from before is used in it, and nothing of it is kept in memory after it.
+
+        Never needed where a sampler runs from start to end. It tells what times cannot: that a run was given up
+        half-way, that the next begins just below, that single evaluations are no run at all.
+
+        Example:
+            >>> def images(pipe, cw, prompts):
+            ...     for prompt in prompts:
+            ...         with cw.trajectory():
+            ...             yield pipe(prompt)
+        """
+        self.reset()
+        try:
+            yield
+        finally:
+            self.reset()
+
+    def step(self) -> _Step:
+        """Declare that a denoising step begins; for samplers whose times do not tell.
+
+        Call it before the step's evaluations, or write `with cw.step(): ...`, where an error ends the trajectory. From
+        the first declaration until `reset()`, steps are counted by declarations alone. The evaluations of a step are
+        numbered, and the k-th uses the feature of the k-th of the step before.
+
+        Example:
+            >>> def heun(unet, cw, x, sigmas):
+            ...     for now, then in zip(sigmas[:-1], sigmas[1:]):
+            ...         with cw.step():
+            ...             slope = (x - unet(x, now)) / now
+            ...             other = x + (then - now) * slope
+            ...             x = x + (then - now) * (slope + (other - unet(other, then)) / then) / 2
+            ...     return x
+        """
+        self._engine.states.current().timeline.declare()
+        return _Step(self.reset)
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Calls inside belong to the guidance branch of this name, whatever their conditions are.
+
+        For conditions that are other tensors in each step, as embeddings made anew or a ControlNet's residuals.
+
+        Args:
+            name: any text; another name is another branch.
+
+        Raises:
+            ArgumentError: the name is no text.
+
+        Example:
+            >>> def guided(unet, cw, x, t, embed):
+            ...     with cw.branch("uncond"):
+            ...         plain = unet(x, t, embed(""))
+            ...     with cw.branch("cond"):
+            ...         return plain + 7.5 * (unet(x, t, embed("a red square")) - plain)
+        """
+        if not isinstance(name, str):
+            raise ArgumentError("a branch is named by text", seen={"name": repr(name)}, do='pass branch("uncond")')
+        names = self._engine.states.current().timeline.names
+        names.append(name)
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+        finally:
+            names.pop()
+
+    def compile(
+        self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None
+    ) -> ClockworkWrapper:
+        """Run the UNet as two static graphs from now on: one for full passes, one for adaptor passes.
+
+        Each is compiled once per input signature, when its first pass comes; switching between them compiles nothing.
+        The first call of a signature is still recorded as it runs, and its first adaptor pass counted. Called again,
+        it begins anew; `remove()` undoes it.
+
+        Args:
+            mode: of `torch.compile` (None, "reduce-overhead", "max-autotune"), or "cudagraphs": both passes are
+                captured as plain CUDA graphs. That takes a second in place of minutes and saves the launches, which
+                is most of what small batches wait for; but what a replay runs is kernels, not the UNet's Python.
+            backend: of `torch.compile`.
+            options: of `torch.compile`.
+
+        Returns:
+            The wrapper itself.
+
+        Raises:
+            ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
+                `torch.compile` refuses the options; or several regions have clocks; or the schedule decides at run
+                time.
+            CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
+
+        Example:
+            >>> cw = wrap(unet, clock=2).compile(mode="cudagraphs")  # doctest: +SKIP
+
+        Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
+        """
+        self._engine.installed.front(self.unet, static_calls(self._engine, mode, backend, options))
+        return self
+
+    def report(self) -> RunReport:
+        """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""
+        stats = self.stats
+        return RunReport(
+            type(self.unet).__name__,
+            "; ".join(region.line for region in self.regions) or "not known before the first call",
+            str(self.schedule),
+            ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in self._engine.adaptors)),
+            stats.full_passes,
+            stats.adaptor_passes,
+            dict(stats.reasons),
+            stats.macs_run,
+            stats.macs_plain,
+            self._engine.states.cache(),
+            dict(stats.regions),
+        )
+
+    def remove(self) -> None:
+        """Take Clockwork off: every module is what it was before `wrap`. Idempotent; works in the middle of a call."""
+        for handle in self._handles:
+            handle.remove()
+        self._engine.clean(self._engine.states.current())
+        self._engine.installed.close()
+        self._engine.states.forget()
+
+    def __enter__(self) -> ClockworkWrapper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied or pickled, it is the UNet, as a copy of the UNet is: not wrapped."""
+        return _same, (self.unet,)
+
+    def __repr__(self) -> str:
+        return f"ClockworkWrapper({type(self.unet).__name__}, {self.schedule}, {type(self.adaptor).__name__})"
+
+    def _give_up(self, error: BaseException) -> None:
+        """After an error of our own: off, so that the UNet works; an interrupt, or no memory, may pass."""
+        if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self.remove()
+        else:
+            self._engine.clean(self._engine.states.current())
+
+
+def _same(unet: nn.Module) -> nn.Module:
+    return unet
+
+
+class _Step:
+    """What `cw.step()` returns: a context for those who like to see where a step ends; an error there ends the run."""
+
+    def __init__(self, reset: Callable[[], None]) -> None:
+        self._reset = reset
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._reset()

@@ -1,0 +1,8 @@
+"""One recorded call of a module as a torch.fx graph: operators, module calls, arguments, MACs of an operator."""
+
+from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.operators import operator_name
+from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.graph.tracing import Trace, trace
+
+__all__ = ["ModuleCall", "Trace", "node_macs", "operator_name", "trace"]

@@ -1,0 +1,175 @@
+"""The arguments of one call of the UNet: their names, their signature, and which of them is the sample or the time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clockwork_hooks._tree import leaves
+from clockwork_hooks.errors import ArgumentError
+
+__all__ = ["Arguments", "Binder", "find_sample", "is_number", "may_be_label", "time_candidates"]
+
+SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
+TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
+TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
+
+
+class Arguments:
+    """One call's arguments by parameter name, and the signature that says which trace holds for it.
+
+    Args:
+        names: of the parameters, defaults left out; `*args` and `**kwargs` by their own names.
+        given: their values.
+
+    Attributes:
+        names, given: as given.
+        paths: dotted paths of all leaves: "sample", "added_cond_kwargs.time_ids", "args.0"; equal where signatures are.
+        flat: the leaves.
+        signature: hashable; equal for two calls that differ in tensor values and numbers only.
+        device: of the first tensor.
+    """
+
+    __slots__ = ("device", "flat", "given", "names", "paths", "signature")
+
+    def __init__(self, names: Sequence[str], given: Sequence[Any]) -> None:
+        paths: list[str] = []
+        flat: list[Any] = []
+        parts: list[Any] = []
+        first: torch.device | None = None
+        for name, value in zip(names, given, strict=True):
+            if isinstance(value, Tensor):
+                device = value.device
+                parts += (name, value.shape, value.dtype, device)
+                first = first or device
+            elif value is None or isinstance(value, (bool, str)):
+                parts += (name, value)
+            elif is_number(value):
+                parts += (name, type(value))
+            else:
+                parts.append(name)
+                for path, leaf in leaves(value):
+                    paths.append(f"{name}.{path}" if path else name)
+                    flat.append(leaf)
+                    if isinstance(leaf, Tensor):
+                        parts += (path, leaf.shape, leaf.dtype, leaf.device)
+                        first = first or leaf.device
+                    else:
+                        parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
+                continue
+            paths.append(name)
+            flat.append(value)
+        self.names, self.given, self.device = names, given, first
+        self.paths: Sequence[str] = paths
+        self.flat: Sequence[Any] = flat
+        self.signature: tuple[Any, ...] = tuple(parts)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Parameter name → value as given."""
+        return dict(zip(self.names, self.given, strict=True))
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """(dotted path, leaf) of all arguments."""
+        return zip(self.paths, self.flat, strict=True)
+
+    def get(self, path: str) -> Any:
+        """The leaf at a dotted path; None where it was not passed."""
+        return next((leaf for found, leaf in self.leaves() if found == path), None)
+
+
+class Binder:
+    """Names the arguments of a module's calls; worked out once per call form, parameter names stay in `forms`."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        try:
+            self._parameters: inspect.Signature | None = inspect.signature(forward)
+        except (TypeError, ValueError):
+            self._parameters = None
+        self.forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Name one call's arguments."""
+        return Arguments(self.names(len(args), tuple(kwargs)), (*args, *kwargs.values()))
+
+    def names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+        """The names for so many positional arguments and these keywords; `forms` has those that were asked for."""
+        names: list[str] = []
+        parameters = self._parameters.parameters.values() if self._parameters else ()
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}[{k}]" for k in range(positional - len(names))]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+        names += [f"argument[{k}]" for k in range(len(names), positional)]
+        made = self.forms[(positional, *keywords)] = (*names[:positional], *keywords)
+        return made
+
+
+def is_number(value: Any) -> bool:
+    """A Python or numpy number; bool is a flag, not a number."""
+    if isinstance(value, (bool, torch.Tensor)):
+        return False
+    return isinstance(value, (int, float)) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -> str | None:
+    """The path of the noisy input: first what has a usual name, then what is shaped like an output, then what floats.
+
+    Args:
+        arguments: the call.
+        outputs: shapes of the tensors that it returned, if known; a discrete sample (token ids) is found by them.
+    """
+
+    def rank(item: tuple[str, torch.Tensor]) -> tuple[bool, bool, bool]:
+        path, leaf = item
+        spaces = (tuple(leaf.shape[2:]), tuple(leaf.shape[1:]))
+        like = any(len(shape) > 2 and shape[2:] in spaces for shape in outputs)
+        return path not in SAMPLE_NAMES or not leaf.is_floating_point(), not like, not leaf.is_floating_point()
+
+    spatial = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim >= 3]
+    return min(spatial, key=rank)[0] if spatial else None
+
+
+def time_candidates(arguments: Arguments, *, sample: str | None, time: str | None = None) -> tuple[str, ...]:
+    """Paths of the inputs that may be the denoising time, best first; one that is named as usual stands alone.
+
+    Args:
+        arguments: the call.
+        sample: path of the sample, whose batch size a time shares.
+        time: the user's own choice; it must exist.
+
+    Raises:
+        ArgumentError: `time` names no argument of this call.
+    """
+    small = [path for path, leaf in arguments.leaves() if path != sample and _may_be_time(leaf)]
+    if time is not None:
+        if time not in small:
+            raise ArgumentError(
+                "time= names an input of the UNet that holds one number, or one per row",
+                seen={"time": time, "such inputs of this call": ", ".join(small) or "none"},
+                do="pass one of these names",
+            )
+        return (time,)
+    for name in TIME_NAMES:
+        if name in small:
+            return (name,)
+    prefixed = [path for path in small if path.startswith(TIME_PREFIXES)]
+    return tuple(prefixed[:1] or small)
+
+
+def may_be_label(path: str, leaf: Any) -> bool:
+    """An integer for each row, of whose name nothing is known: a class label, unless the graph shows a time."""
+    name = path.rpartition(".")[2]
+    named = name in TIME_NAMES or name.startswith(TIME_PREFIXES)
+    return not named and isinstance(leaf, torch.Tensor) and not leaf.is_floating_point()
+
+
+def _may_be_time(leaf: Any) -> bool:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.ndim else 1)
+    return is_number(leaf)

@@ -1,0 +1,318 @@
+"""Records one call of a module as nodes of a `torch.fx.Graph`, while the call runs.
+
+Two observers work together: a `TorchDispatchMode` sees every operator with its real tensors, and global module hooks
+see where each module call begins and ends. Nothing of the module is touched, and no activation is kept alive: tensors
+are known by weak reference and by their storage.
+
+What is remembered of one call of one module in a trace.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+
+from clockwork_hooks._tree import tensors
+from clockwork_hooks.graph.arguments import Arguments, is_number
+from clockwork_hooks.graph.bindings import Bindings
+
+__all__ = ["ModuleCall", "Recorder"]
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """One call of one module.
+
+    Attributes:
+        index: number of the call in the trace; 0 is the root's.
+        path: dotted path of the module under the root ("" for the root), None for a module that is not registered.
+        scope: the path, or that of the nearest registered module around.
+        kind: class name.
+        ordinal: how many calls of the same module came before.
+        parent: index of the enclosing call, -1 for the root.
+        first, last: the call's nodes are those with first <= index < last.
+        inputs: the arguments, (args, kwargs), with every tensor replaced by its `TensorSpec`.
+        output: what the call returned, likewise.
+    """
+
+    index: int
+    path: str | None
+    scope: str
+    kind: str
+    ordinal: int
+    parent: int
+    first: int
+    last: int = -1
+    inputs: Any = ((), {})
+    output: Any = None
+    module: int = field(default=0, repr=False)
+
+
+_LIKELY = 6  # a LoRA on the exit's convolution makes three tensors of its size before it
+_FACTORIES = (
+    torch.ops.aten.full.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_full.default,
+    torch.ops.aten.scalar_tensor.default,
+    torch.ops.aten.fill_.Scalar,
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Records between `start()` and `stop()`; both are called in the thread that calls the module."""
+
+    def __init__(self, root: nn.Module, arguments: Arguments, paths: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bindings = Bindings(root, arguments)
+        self.calls: list[ModuleCall] = []
+        self.kept: dict[int, torch.Tensor] = {}
+        self.named: dict[int, dict[int, torch.Tensor]] = {}
+        self.cut: set[int] = set()
+        self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._root = root
+        self._paths = paths
+        self._stack: list[ModuleCall] = []
+        self._ordinals: dict[int, int] = {}
+        self._owned: dict[int, torch.Tensor] = {}
+        self._handles: list[Any] = []
+        self._frame: FrameType | None = None
+        self._thread = -1
+        self._caller = threading.current_thread()
+        self._outside = False
+        self._floor = sys.maxsize
+        self._rank = 4
+        self._exits: tuple[frozenset[str], ...] = ()
+
+    # -- begin and end -------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        frame: FrameType,
+        keep: int = 0,
+        exits: tuple[frozenset[str], ...] = (),
+        outside: bool = False,
+        save: bool = False,
+    ) -> None:
+        """Begin; the root's call is open from here on.
+
+        Args:
+            args, kwargs: the root's arguments.
+            frame: the one that runs the root's call; once it is off the stack, recording was abandoned.
+            keep: spatial rank of the sample, to keep a few likely exits alive (`kept`); 0 keeps none.
+            exits: sets of paths of modules; what the last call of each set returns is kept alive too (`named`).
+            outside: the root is yet to be called; else one of its own pre-hooks is what calls us.
+            save: keep a copy of every parameter that the call writes to (`saved`).
+        """
+        self._outside = outside
+        self._owned = _owners(self._root) if save else {}
+        self._thread, self._caller = threading.get_ident(), threading.current_thread()
+        self._frame = frame
+        self._rank, self._exits = keep, exits
+        self._open(self._root)
+        self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
+        self._handles = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, with_kwargs=True),
+        ]
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self, output: Any = None) -> None:
+        """End, whatever happened in between; idempotent."""
+        if self._thread < 0:
+            return
+        try:
+            self._leave()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+                _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets it, and warns of it ever after
+            while self._stack:
+                self._close(output if len(self._stack) == 1 else None)
+            self._thread, self._frame = -1, None
+            self.bindings.forget()
+
+    def _leave(self) -> None:
+        """Take this mode off the thread's stack, and no other: after an interrupt there may be some above it."""
+        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            return
+        above = []
+        while (mode := _get_current_dispatch_mode_stack()[-1]) is not self:
+            above.append(mode)
+            _pop_mode()
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for mode in reversed(above):
+            _push_mode(mode)
+
+    def _abandoned(self) -> bool:
+        """KeyboardInterrupt passes torch's always-called hooks by: has the root's frame left the stack?"""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is None
+
+    # -- module calls --------------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() != self._thread:
+            if not self._caller.is_alive():
+                self.stop()
+            return
+        if self._abandoned():
+            self.stop()
+            return
+        if self._outside and module is self._root:
+            self._outside = False
+            return
+        self._open(module)
+        self._stack[-1].inputs = (self.bindings.specs(args), {})
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """Called with (kwargs, output); with the output alone where another thread sees us half registered."""
+        if threading.get_ident() != self._thread or all(call.module != id(module) for call in self._stack):
+            return
+        while self._stack[-1].module != id(module):
+            self._close(None)
+        call = self._stack[-1]
+        kwargs, output = rest
+        if kwargs:
+            call.inputs = (call.inputs[0], self.bindings.specs(dict(kwargs), before=call.first))
+        self._close(output)
+        if self._rank and call.path is not None:
+            self._keep(output)
+        for k, paths in enumerate(self._exits):
+            if call.path in paths:
+                self.named[k] = {self.bindings.node(tensor).meta["index"]: tensor for tensor in tensors(output)}
+
+    def _open(self, module: nn.Module) -> None:
+        ordinal = self._ordinals.get(id(module), 0)
+        self._ordinals[id(module)] = ordinal + 1
+        path = "" if module is self._root else self._paths.get(id(module))
+        parent, scope = (self._stack[-1].index, self._stack[-1].scope) if self._stack else (-1, "")
+        scope = scope if path is None else path
+        call = ModuleCall(
+            len(self.calls), path, scope, type(module).__name__, ordinal, parent, len(self.bindings.nodes)
+        )
+        call.module = id(module)
+        self.calls.append(call)
+        self._stack.append(call)
+        self.bindings.within(call.index, call.scope)
+
+    def _close(self, output: Any) -> None:
+        call = self._stack.pop()
+        around = self._stack[-1] if self._stack else None
+        for tensor in tensors(output):
+            made = None if is_lazy(tensor) else self.bindings.node(tensor)
+            if made is not None and made.meta["index"] >= call.first and self._hidden(tensor, made):
+                self.bindings.reveal(tensor, call.first, call.inputs)
+        self.bindings.within(around.index if around else 0, around.scope if around else "")
+        call.output = self.bindings.specs(output)
+        call.last = len(self.bindings.nodes)
+
+    def _hidden(self, tensor: torch.Tensor, node: fx.Node) -> bool:
+        """Did code fill it that no dispatcher sees: a kernel of Triton, CUDA, NumPy?"""
+        return bool(node.meta.get("constant")) or self.bindings.blank(tensor)
+
+    def _keep(self, output: Any) -> None:
+        """Keep the first few outputs of each size on the way up: the region's exit is likely among them."""
+        if not isinstance(output, torch.Tensor) or output.ndim < min(self._rank + 2, 4):  # tokens, embeddings
+            return
+        size = output.shape[2:].numel()
+        if size <= self._floor:
+            self._floor = size
+            self.kept.clear()
+        elif sum(tensor.shape[2:].numel() == size for tensor in self.kept.values()) < _LIKELY:
+            self.kept.setdefault(self.bindings.node(output).meta["index"], output)
+
+    def _rescue(self, written: torch.Tensor) -> None:
+        """Something is about to write to a likely exit (FreeU does): keep it as it is now."""
+        storage = self.bindings.storage(written)
+        for likely in (self.kept, *self.named.values()):
+            for index, tensor in likely.items():
+                if storage and self.bindings.storage(tensor) == storage:
+                    likely[index] = tensor.clone()  # below autograd: the copy has no graph
+                    self.cut |= {index} if tensor.requires_grad else set()
+
+    # -- operators -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._abandoned():
+            return func(*args, **kwargs)
+        written = _written(func, args, kwargs)
+        # a view of blank memory (`out[:, :3] = ...`) reads nothing yet
+        for tensor in () if getattr(func, "is_view", False) else tensors((args, kwargs)):
+            if self.bindings.blank(tensor) and all(tensor is not other for other in written):
+                self.bindings.reveal(tensor, self._stack[-1].first, self._stack[-1].inputs)
+        for tensor in written if self._owned else ():
+            self._save(tensor)
+        for tensor in written if self.kept or self.named else ():
+            self._rescue(tensor)
+        out = func(*args, **kwargs)
+        bindings = self.bindings
+        node = bindings.add("call_function", func, bindings.lift(args), bindings.lift(kwargs))
+        if bindings.numbers and func in _FACTORIES:
+            given = [value for value in args if is_number(value)]
+            node.meta["after"] = tuple(source for number, source in bindings.numbers if number in given)
+        for tensor in written:
+            bindings.write(tensor, node)
+        if isinstance(out, torch.Tensor):
+            if all(out is not tensor for tensor in tensors((args, kwargs))):  # contiguous, to, dropout may return self
+                bindings.bind(out, node)
+            node.meta.update(shape=tuple(out.shape), dtype=out.dtype, device=out.device)
+        elif isinstance(out, (tuple, list)):
+            for k, item in enumerate(out):
+                if isinstance(item, torch.Tensor):
+                    bindings.bind(item, bindings.add("call_function", operator.getitem, (node, k)))
+        return out
+
+    def _save(self, tensor: torch.Tensor) -> None:
+        """Copy the parameter that is about to be written to for the first time."""
+        weight = self._owned.pop(self.bindings.storage(tensor), None)
+        if weight is not None:
+            self.saved.append((weight, weight.clone()))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensor arguments that the operator writes to, by its schema."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for k, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += tensors(args[k] if k < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def _owners(root: nn.Module) -> dict[int, torch.Tensor]:
+    """Storage → the parameter in it, where there is one in memory."""
+    return {
+        tensor.untyped_storage()._cdata: tensor
+        for tensor in root.parameters()
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and not is_lazy(tensor)
+    }

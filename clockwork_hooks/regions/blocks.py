@@ -1,0 +1,205 @@
+"""A UNet's blocks, levels and skips, read off its trace, for the picture of it as a U.
+
+A block is the outermost module call that works at one resolution and lies wholly inside or wholly outside of the
+region; a skip is an edge that leaves before the bottleneck and arrives after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any, Literal
+
+from torch import nn
+
+from clockwork_hooks.errors import RegionNotFoundError
+from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.tracing import Trace, record
+from clockwork_hooks.regions.dominance import Dominance
+from clockwork_hooks.regions.find import choose, skipped_nodes
+from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.u_drawing import Block, Diagram, Skip
+
+__all__ = ["View", "diagram", "diagram_of"]
+
+_MOST = 9  # blocks of one arm of one level; more are drawn together
+_LEAST = 0.001  # of all MACs: what is less and no convolution gets no block of its own
+
+
+def diagram(unet: nn.Module, /, *args: Any, region: Region | None = None, **kwargs: Any) -> Diagram:
+    """Draw any UNet as a U.
+
+    Args:
+        unet: any UNet; on the meta device too.
+        *args: the arguments of one call.
+        region: shaded in the picture; None for the default one, if there is one.
+        **kwargs: likewise arguments of the call.
+
+    Returns:
+        The diagram; `.to_svg()`, `.save("unet.png")`, and notebooks show it.
+
+    Raises:
+        TraceError: the call could not be recorded.
+
+    Example:
+        >>> import torch, clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> made = ch.diagram(unet, *args, **kwargs)
+        >>> made.levels, len(made.skips)
+        (((32, 32), (16, 16), (8, 8), (4, 4)), 9)
+
+    Source: arXiv 2312.08128, Fig. 3 and Fig. 8 draw SD v1.5 in this way.
+    """
+    traced = record(unet, args, kwargs)
+    if region is None:
+        try:
+            region = choose(traced, unet)
+        except RegionNotFoundError:
+            region = None
+    return diagram_of(traced, region)
+
+
+def diagram_of(trace: Trace, region: Region | None) -> Diagram:
+    """`diagram` on an existing trace."""
+    view = View(trace, region)
+    blocks = [replace(block, level=view.rank[block.level]) for block in _merged(list(view.blocks()))]
+    spaces = tuple(view.levels.spatial[p] for p in view.order)
+    return Diagram(trace.model, spaces, tuple(blocks), tuple(view.skips(blocks)), region)
+
+
+class View:
+    """The trace with, for every node, its MACs, its level (in positions), and whether it is skipped."""
+
+    def __init__(self, trace: Trace, region: Region | None) -> None:
+        self.trace = trace
+        self.dom, self.levels = Dominance(trace), Levels(trace)
+        self.skipped = skipped_nodes(trace, region) if region is not None else set[int]()
+        self.macs = [node_macs(node) for node in trace.nodes]
+        self.spatial = {
+            n for n, node in enumerate(trace.nodes) if self.macs[n] and self.dom.dep[n] and self.levels.is_spatial(node)
+        }
+        places = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.spatial}
+        self.order = sorted({p for p in places.values() if p in self.levels.spatial}, reverse=True)
+        self.rank = {p: k for k, p in enumerate(self.order)}
+        self.at = self._levels(places)
+        carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dom.dep[n]]
+        self.turn = max(
+            (n for n in carrying if self.at[n] == self.at[min(carrying, key=self.at.__getitem__)]), default=0
+        )
+
+    def _levels(self, places: dict[int, int]) -> list[int]:
+        """The level that the last convolution worked at: what multiplies in between has shapes of many readings."""
+        found: list[int] = []
+        here = self.order[0] if self.order else 0
+        for n in range(len(self.trace.nodes)):
+            here = places[n] if places.get(n) in self.rank else here
+            found.append(here)
+        return found
+
+    def blocks(self) -> Iterator[Block]:
+        """The outermost calls that are of one kind all through, and what their parents compute themselves.
+
+        What is small and holds no convolution (a time embedding, a position embedding) goes with its neighbour.
+        """
+        found, total = list(self.whole()), sum(self.macs)
+        for k, block in enumerate(found):
+            small = block.macs < _LEAST * total and not any(
+                map(self.spatial.__contains__, range(block.first, block.last))
+            )
+            if small and k + 1 < len(found) and found[k + 1].skipped == block.skipped:
+                found[k + 1] = replace(found[k + 1], macs=found[k + 1].macs + block.macs, first=block.first)
+            else:
+                yield block
+
+    def whole(self) -> Iterator[Block]:
+        """Before small ones go with their neighbours."""
+        until = 0
+        for call in self.trace.calls:
+            if not call.path or call.first < until:
+                continue
+            kinds = self._kinds(call.first, call.last)
+            if len(kinds) == 1:
+                yield from self._loose(until, call.first)
+                yield self._block(str(call.path), call.first, call.last, *kinds.pop())
+                until = call.last
+        yield from self._loose(until, len(self.trace.nodes))
+
+    def _kinds(self, first: int, last: int) -> set[tuple[int, bool]]:
+        """(level, skipped?) of what multiplies in there."""
+        return {(self.at[n], n in self.skipped) for n in range(first, last) if self.macs[n]}
+
+    def _loose(self, first: int, last: int) -> Iterator[Block]:
+        nodes = [n for n in range(first, last) if self.macs[n]]
+        for (at, skipped), group in groupby(nodes, key=lambda n: (self.at[n], n in self.skipped)):
+            own = list(group)
+            name = str(self.trace.nodes[own[0]].meta["module"]) or "(the UNet itself)"
+            yield self._block(name, own[0], own[-1] + 1, at, skipped)
+
+    def _block(self, name: str, first: int, last: int, at: int, skipped: bool) -> Block:
+        arm: Literal["down", "up"] = "down" if first <= self.turn else "up"
+        return Block(name, at, arm, sum(self.macs[first:last]), skipped, 1, first, last)
+
+    def skips(self, blocks: list[Block]) -> Iterator[Skip]:
+        """Edges over the turn between the two arms, once for each pair of blocks."""
+        owner = {n: k for k, block in enumerate(blocks) for n in range(block.first, block.last)}
+        seen: set[Skip] = set()
+        floor = len(self.order) - 1
+        for v in range(self.turn + 1, len(self.trace.nodes)):
+            if not (self.dom.dep[v] and self.dom.live[v]):
+                continue
+            target = next((k for k, block in enumerate(blocks) if block.last > v), None)
+            for u in self.dom.sources[v]:
+                source = self._made_by(u, owner)
+                if target is None or source is None or u > self.turn or not self.dom.dep[u]:
+                    continue
+                skip = Skip(source, target)
+                crosses = (blocks[source].arm, blocks[target].arm) == ("down", "up")
+                if crosses and blocks[source].level != floor and skip not in seen:
+                    seen.add(skip)
+                    yield skip
+
+    def _made_by(self, n: int, owner: dict[int, int]) -> int | None:
+        """The block that node n is an output of; sums and copies that parents make in between are followed back."""
+        while n not in owner:
+            carrying = [u for u in self.dom.sources[n] if self.dom.dep[u]]
+            if not carrying:
+                return None
+            n = carrying[0]
+        return owner[n]
+
+
+def _merged(blocks: list[Block]) -> list[Block]:
+    """Neighbours of a crowded arm are drawn as one, those with the most of their path in common first."""
+    made: list[Block] = []
+    for _, group in groupby(blocks, key=lambda block: (block.level, block.arm)):
+        cell = list(group)
+        while len(cell) > _MOST:
+            alike = [(len(_common(a.name, b.name)), -a.macs - b.macs, k) for k, (a, b) in _pairs(cell)]
+            if not alike:
+                break
+            k = max(alike)[2]
+            a, b = cell[k], cell[k + 1]
+            name = ".".join(_common(a.name, b.name)) or a.name
+            cell[k : k + 2] = [
+                replace(a, name=name, macs=a.macs + b.macs, calls=a.calls + b.calls, first=a.first, last=b.last)
+            ]
+        made += cell
+    return made
+
+
+def _pairs(cell: list[Block]) -> Iterator[tuple[int, tuple[Block, Block]]]:
+    for k, (a, b) in enumerate(pairwise(cell)):
+        if a.skipped == b.skipped:
+            yield k, (a, b)
+
+
+def _common(one: str, other: str) -> list[str]:
+    parts: list[str] = []
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+        parts.append(a)
+    return parts

@@ -1,0 +1,179 @@
+"""Which region? By level, by resolution, by how much it saves, by its modules, or by its two ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.named import by_ends, by_modules
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.search import Finder, listed, of_fingerprint
+from clockwork_hooks.reports.tables import percent, shape
+
+__all__ = ["Choice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How the user wants the region chosen; all options None is the region below the highest level.
+
+    Attributes:
+        level: the region below this level, 1 is the highest.
+        resolution: the region whose edge has this spatial shape; an int stands for all axes.
+        share: of these (of all, without level and resolution) the narrowest that skips at least this share of the
+            MACs.
+        modules: dotted paths of the modules to skip.
+        entry, exit: dotted paths of the modules whose outputs flow in and out.
+        cut: "outer" or "paper".
+        fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
+        strict: of a fingerprint: where it is not there, nothing is.
+    """
+
+    level: int | None = None
+    resolution: int | tuple[int, ...] | None = None
+    share: float | None = None
+    modules: Iterable[str] | str | None = None
+    entry: str | None = None
+    exit: str | None = None
+    cut: str = "outer"
+    fingerprint: str | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules, str):
+            object.__setattr__(self, "modules", (self.modules,))
+        elif self.modules is not None:
+            object.__setattr__(self, "modules", tuple(self.modules) if isinstance(self.modules, Iterable) else ())
+        self._check_values()
+        self._check_together()
+
+    def _check_values(self) -> None:
+        if self.cut not in ("outer", "paper"):
+            raise ArgumentError("a cut is 'outer' or 'paper'", seen={"cut": repr(self.cut)}, do="pass one of these")
+        if self.level is not None and not _positive(self.level):
+            raise ArgumentError("a level is an int of at least 1", seen={"level": repr(self.level)}, do="pass level=1")
+        axes = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+        if self.resolution is not None and not (axes and all(map(_positive, axes))):
+            raise ArgumentError(
+                "a resolution is one edge, or the spatial shape as a tuple",
+                seen={"resolution": repr(self.resolution)},
+                do="pass resolution=32 or resolution=(32, 32)",
+            )
+        if self.share is not None and not (isinstance(self.share, float) and 0 < self.share < 1):
+            raise ArgumentError(
+                "a share is a fraction of a full pass's MACs, between 0 and 1",
+                seen={"share": repr(self.share)},
+                do="pass share=0.5",
+            )
+        modules = self.modules
+        if modules is not None and not (modules and all(isinstance(path, str) for path in modules)):
+            raise ArgumentError(
+                "modules= lists the dotted paths of the modules to skip",
+                seen={"modules": repr(modules)},
+                do='pass modules=["blocks.4", "blocks.5"]',
+            )
+
+    def _check_together(self) -> None:
+        if (self.entry is None) != (self.exit is None):
+            raise ArgumentError(
+                "a region named by hand has an entry and an exit",
+                seen={"entry": self.entry, "exit": self.exit},
+                do="pass both: dotted paths of the modules whose outputs flow in and out",
+            )
+        ways = {name: getattr(self, name) for name in ("level", "resolution", "modules", "entry")}
+        given = {name: value for name, value in ways.items() if value is not None}
+        if {"modules", "entry"} & set(given):
+            given |= {"share": self.share} if self.share is not None else {}
+            given |= {"cut": self.cut} if self.cut != "outer" else {}
+        if len(given) > 1:
+            raise ArgumentError(
+                "a region is chosen in one way: level=, resolution=, modules=, or entry= and exit=; share= and cut= go "
+                "with the first two",
+                seen=given,
+                do="pass one of these",
+            )
+
+    def instead_of(self, region: Region | None) -> None:
+        """Nothing is left to choose where the region itself is given.
+
+        Raises:
+            ArgumentError: both are.
+        """
+        if region is not None and self != Choice():
+            given = {name: getattr(self, name) for name in Choice.__slots__ if getattr(self, name) is not None}
+            raise ArgumentError(
+                "region= is the choice itself", seen={"region": region.line, **given}, do="pass region= alone"
+            )
+
+    @property
+    def exits(self) -> frozenset[str]:
+        """Paths of the modules whose last call returns the exit, where the choice tells."""
+        named = [self.exit] if self.exit is not None else [path.rpartition(":")[2] for path in self.modules or ()]
+        return frozenset(named)
+
+    def find(self, trace: Trace, unet: nn.Module) -> Region:
+        """The region in this trace.
+
+        Raises:
+            RegionNotFoundError: there is none like that; lists those there are.
+            ArgumentError: a path names no module of this UNet.
+        """
+        finder = Finder(trace, unet)
+        if self.modules is not None:
+            return by_modules(finder, self.modules)
+        if self.entry is not None and self.exit is not None:
+            return by_ends(finder, self.entry, self.exit)
+        regions = finder.chain()
+        if self.fingerprint is not None and (known := of_fingerprint(regions, self.fingerprint)) is not None:
+            return known
+        if self.strict:
+            raise RegionNotFoundError(
+                "the region is the one that was found before, of this very architecture",
+                seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
+                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...)",
+            )
+        level = 1 if self.level is self.resolution is self.share is None else self.level
+        fitting = [region for region in regions if level in (None, region.level)]
+        if not fitting:
+            raise _none_such(regions, "level", level, [region.level for region in regions])
+        pairs = [(r, edge) for r in fitting if (edge := r if self.cut == "outer" else r.inner) is not None]
+        if not pairs:
+            raise RegionNotFoundError(
+                "the paper's cut lies between the region's downsampler and its upsampler",
+                seen={"region": fitting[-1].line},
+                do='pass cut="outer"',
+            )
+        there: list[object] = [shape(edge.resolution) for _, edge in pairs]
+        pairs = [(region, edge) for region, edge in pairs if self._has_resolution(edge)]
+        if not pairs:
+            raise _none_such(regions, "resolution", self.resolution, there)
+        if self.share is None:
+            if pairs[-1][0].resolution in finder.small:
+                raise finder.not_found(regions)
+            return pairs[-1][1]
+        found = [edge for _, edge in pairs if edge.macs_share >= self.share]
+        if not found:
+            raise _none_such(regions, "share", percent(self.share), [percent(edge.macs_share) for _, edge in pairs])
+        return found[-1]
+
+    def _has_resolution(self, region: Region) -> bool:
+        if self.resolution is None or isinstance(self.resolution, tuple):
+            return self.resolution in (None, region.resolution)
+        return set(region.resolution) == {self.resolution}
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: list[object]) -> RegionNotFoundError:
+    values = list(dict.fromkeys(there))
+    return RegionNotFoundError(
+        f"there is no region of this {name}",
+        seen={name: wanted, f"{name}s with a region": values, **listed(regions)},
+        do=f"pass {'a smaller share' if name == 'share' else f'one of these {name}s'}, or name modules: modules=[...]",
+    )

@@ -1,0 +1,161 @@
+"""What a pass skips, what it picks up at the boundary, and where its exit is: found once, looked up at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from clockwork_hooks._tree import Leaf, leaves
+
+__all__ = ["Kind", "Move", "Moves", "Plan", "Port", "SkippedCall", "Slot"]
+
+Kind = Literal["full", "adaptor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot(Leaf):
+    """What stands in for one tensor of a skipped call's output.
+
+    Attributes:
+        shape, dtype, device: as in the trace.
+        exit: this is the region's exit: the adaptor's output comes here.
+        written: code that still runs writes to it in place, so it needs memory of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    exit: bool = False
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCall:
+    """One module call that an adaptor pass does not run.
+
+    Attributes:
+        path: dotted path of the module.
+        ordinal: which of the module's calls in a full pass, from 0.
+        visible: which of the module's calls in an adaptor pass, where calls inside skipped ones do not happen.
+        output: what the call returns, with a `Slot` for each tensor.
+    """
+
+    path: str
+    ordinal: int
+    visible: int
+    output: Any = field(repr=False, compare=False)
+
+    @property
+    def exit(self) -> tuple[int, Slot | None]:
+        """Which leaf of the output is the exit, and its slot; (-1, None) if none is."""
+        found = enumerate(leaf for _, leaf in leaves(self.output))
+        return next(((k, leaf) for k, leaf in found if isinstance(leaf, Slot) and leaf.exit), (-1, None))
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """Where a boundary tensor can be picked up: the k-th leaf of what a module call takes or returns.
+
+    Attributes:
+        path: dotted path of the module; "" for the UNet itself, whose arguments `Pass.enter` is given.
+        ordinal, visible: which of its calls, as in `SkippedCall`.
+        side: what it takes, or what it returns.
+        leaf: which of the leaves.
+        shape, dtype: of the tensor, as traced.
+    """
+
+    path: str
+    ordinal: int
+    visible: int
+    side: Literal["input", "output"]
+    leaf: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which calls are skipped, where the exit is, what is captured; for one region and one input signature.
+
+    Attributes:
+        skipped: the calls, in order; exactly one has the exit among its slots.
+        ports: boundary tensors to pick up, by name.
+        counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
+        made: by (kind, looks), what `moves` has made.
+    """
+
+    skipped: tuple[SkippedCall, ...]
+    ports: Mapping[str, Port]
+    counts: Mapping[str, tuple[int, int]]
+    made: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def moves(self, kind: Kind, *, looks: bool) -> Moves:
+        """What happens in passes of this kind; made on first use.
+
+        Args:
+            kind: "full" or "adaptor".
+            looks: boundary tensors are picked up.
+        """
+        found = self.made.get((kind, looks))
+        if found is None:
+            found = self.made[kind, looks] = Moves.of(self, kind, looks=looks)
+        return found
+
+
+Wanted = tuple[tuple[str, int], ...]
+
+
+@dataclass(slots=True)
+class Move:
+    """What happens at one call of a module.
+
+    Attributes:
+        takes, gives: (name, leaf) of what is picked up from its arguments, and from what it returns.
+        skipped: the skipped call that it is.
+        exit: which leaf of what that one returns is the exit; -1 for none.
+        written: code that still runs writes to the exit in place.
+    """
+
+    takes: Wanted = ()
+    gives: Wanted = ()
+    skipped: SkippedCall | None = None
+    exit: int = -1
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """A plan as passes of one kind look things up in it. A call that is not listed runs as it is.
+
+    Attributes:
+        calls: by (path, how many calls of the module came before).
+        counts: how often each patched module is called; those that are not are left out.
+        exits: the same for the module that returns the exit.
+    """
+
+    calls: Mapping[tuple[str, int], Move]
+    counts: Mapping[str, int]
+    exits: Mapping[str, int]
+
+    @classmethod
+    def of(cls, plan: Plan, kind: Kind, *, looks: bool) -> Moves:
+        """What happens in passes of this kind."""
+        which = 1 if kind == "adaptor" else 0
+        calls: dict[tuple[str, int], Move] = {}
+        for name, port in plan.ports.items() if looks else ():
+            move = calls.setdefault((port.path, (port.ordinal, port.visible)[which]), Move())
+            if port.side == "input":
+                move.takes = (*move.takes, (name, port.leaf))
+            else:
+                move.gives = (*move.gives, (name, port.leaf))
+        for call in plan.skipped:
+            k, slot = call.exit
+            if k >= 0 or kind == "adaptor" or looks:  # else it runs, and nobody looks at what it returns
+                move = calls.setdefault((call.path, (call.ordinal, call.visible)[which]), Move())
+                move.skipped, move.exit, move.written = call, k, slot is not None and slot.written
+        counts = {path: counts[which] for path, counts in plan.counts.items() if counts[which]}
+        exits = {call.path for call in plan.skipped if call.exit[0] >= 0}
+        return cls(calls, counts, {path: count for path, count in counts.items() if path in exits})

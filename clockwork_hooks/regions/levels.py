@@ -1,0 +1,105 @@
+"""At which resolution does a tensor of the trace live?
+
+Convolutions, pooling and interpolation say where their spatial axes are. Their operands give the levels, counted in
+*positions*: spatial positions times batch times frames, so that a video's 2-D and 3-D views of one tensor agree and
+the time axis is no resolution. Token and channels-last tensors are matched to those levels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from torch import fx
+
+from clockwork_hooks.graph.macs import operator_name
+from clockwork_hooks.graph.tracing import Trace
+
+__all__ = ["Levels"]
+
+_SPATIAL = re.compile(
+    r"_?(conv\d?d?|convolution|conv_transpose\dd|\w*_convolution|\w+_conv\w*|\w*pool\dd\w*|upsample_\w+|"
+    r"pixel_(un)?shuffle|convolution_overrideable)$"
+)
+
+
+class Levels:
+    """Resolution levels of a trace.
+
+    Attributes:
+        spatial: positions → spatial shape, largest first; e.g. {4096: (64, 64), 1024: (32, 32)}.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._rank = len(trace.inputs[trace.sample].meta["shape"])
+        shapes: dict[int, tuple[int, ...]] = {}
+        self._by_node: dict[fx.Node, int] = {}
+        self._matched: dict[fx.Node, int | None] = {}
+        carrying = trace.reachable([trace.inputs[trace.sample]])  # a condition's own levels are not the UNet's
+        for node in filter(carrying.__contains__, trace.nodes):
+            for operand in self._operands(node):
+                shape = operand.meta["shape"]
+                count = math.prod(shape) // shape[1]
+                space = shape[2:]
+                self._by_node.setdefault(operand, count)
+                if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
+                    shapes[count] = space
+        self.spatial = dict(sorted(shapes.items(), reverse=True))
+
+    @staticmethod
+    def is_spatial(node: fx.Node) -> bool:
+        """Is this a convolution, pooling or interpolation?"""
+        return node.op == "call_function" and _SPATIAL.match(operator_name(node)) is not None
+
+    def _rank_of(self, space: tuple[int, ...]) -> tuple[bool, int]:
+        """Which of two views names a level: the one without frames, but no view along the frames alone."""
+        return len(space) < min(2, self._rank - 2), len(space)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        if not self.is_spatial(node):
+            return []
+        source = next(iter(node.all_input_nodes), None)
+        return [n for n in (source, node) if n is not None and len(n.meta.get("shape", ())) >= 3 and n.meta["shape"][1]]
+
+    def positions(self, node: fx.Node) -> int | None:
+        """Positions of a node's tensor, matched to the known levels; None where no reading of the shape fits."""
+        if node in self._by_node:
+            return self._by_node[node]
+        if node not in self._matched:
+            self._matched[node] = self._match(node)
+        return self._matched[node]
+
+    def _match(self, node: fx.Node) -> int | None:
+        shape = node.meta.get("shape", ())
+        if len(shape) < 3 or 0 in shape:
+            return None
+        total = math.prod(shape)
+        last = len(shape) - 1
+        axes = [1, last] if len(shape) >= self._rank else [last, 1]
+        fitting = [axis for axis in axes if total // shape[axis] in self.spatial]
+        alike = [
+            axis for axis in fitting if _holds(shape[1:axis] + shape[axis + 1 :], self.spatial[total // shape[axis]])
+        ]
+        return next((total // shape[axis] for axis in (*alike, *fitting)), None)
+
+    def channels(self, node: fx.Node) -> int | None:
+        """Size of the axis that is neither batch, nor frames, nor space."""
+        count = self.positions(node)
+        return math.prod(node.meta["shape"]) // count if count else None
+
+    def resolution(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Spatial shape of a node's level, e.g. (32, 32)."""
+        count = self.positions(node)
+        return None if count is None else self.spatial.get(count)
+
+    def shrinks(self, node: fx.Node, below: int) -> bool:
+        """Does this spatial operator work at fewer positions than `below`, on more than one pixel?"""
+        if not self.is_spatial(node):
+            return False
+        count = self._by_node.get(node)
+        return count is not None and count < below and math.prod(node.meta["shape"][2:]) > 1
+
+
+def _holds(axes: tuple[int, ...], space: tuple[int, ...]) -> bool:
+    """Are these axes of a tensor the spatial ones, as they are or flattened to tokens?"""
+    return axes[-len(space) :] == space or (len(axes) == 1 and axes[0] == math.prod(space))

@@ -1,0 +1,241 @@
+"""A region: what it skips, what crosses its edge, what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from clockwork_hooks.regions.cut import Plan, SkippedCall
+from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.tables import Table, macs, quantity, shape, table
+from clockwork_hooks.reports.u_drawing import Block, Diagram
+
+__all__ = ["Boundary", "Region", "Side"]
+
+_ARMS: tuple[tuple[Literal["down", "up"], int], ...] = (("down", 1), ("up", -1))
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A tensor that flows into or out of a region (the paper's r_in and r_out).
+
+    Attributes:
+        path: dotted path of the module that returns it (the innermost); of the module around it where none does.
+        call: which of that module's calls, from 0.
+        paths: every module that returns this very tensor, innermost first; empty where a parent computes it.
+        shape: as traced, with the batch.
+        dtype: as traced.
+        resolution: spatial shape, e.g. (64, 64).
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> region = ch.find_region(unet, *args, **kwargs)
+        >>> region.exit.path, region.exit.shape, region.exit.resolution
+        ('up_blocks.2.upsamplers.0.conv', (1, 256, 32, 32), (32, 32))
+    """
+
+    path: str
+    call: int
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    resolution: tuple[int, ...]
+    node: int = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A tensor that feeds the region and does not depend on the sample.
+
+    Attributes:
+        kind: "time" if it comes from the time input, "context" if from another input, "constant" otherwise.
+        inputs: paths of the inputs it comes from.
+        path: module it comes out of; "" for an input itself.
+        shape: as traced.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("ddpm-cifar10")
+        >>> region = ch.find_region(unet, *args, **kwargs)
+        >>> [(side.kind, side.inputs, side.path, side.shape) for side in region.sides]
+        [('time', ('timestep',), 'time_embedding.linear_2', (1, 512))]
+    """
+
+    kind: Literal["time", "context", "constant"]
+    inputs: tuple[str, ...]
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    node: int = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Region(Report):
+    """The low-resolution subgraph that adaptor passes skip.
+
+    Attributes:
+        model: class name of the UNet.
+        entry: the tensor an adaptor reads: of several, the latest of full size.
+        exit: the tensor an adaptor predicts.
+        entries: all tensors that flow in and depend on the sample.
+        sides: tensors that flow in and do not: time embedding, text, masks.
+        level: 1 below the highest resolution, 2 below the next; 0 for a region named by hand.
+        cut: "outer", "paper" or "hand".
+        resolution: spatial shape at the edge.
+        bottleneck: smallest spatial shape inside.
+        skipped: the module calls that adaptor passes do not run.
+        leftover: operators of parent modules inside the region that still run, on placeholders, with their counts.
+        sample: path of the input it depends on.
+        times: paths of the inputs that may be the time, best first.
+        residuals: paths of the inputs that are only added to feature maps, as a ControlNet's outputs are: like the
+            sample, they change in every step and tell no branch.
+        full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
+        macs: those of the skipped calls.
+        macs_share: their share of a full pass.
+        parameters: number of parameters of the skipped modules.
+        parameter_share: their share of the UNet's.
+        by_level: (spatial shape, MACs on the way down, MACs on the way up) inside, widest first.
+        inner: the same region without the downsampler into it and the upsampler out of it (the paper's cut).
+        fingerprint: equal for the same region of the same architecture at any batch, size, dtype and device.
+    """
+
+    SCHEMA = "region/1"
+
+    model: str
+    entry: Boundary
+    exit: Boundary
+    entries: tuple[Boundary, ...]
+    sides: tuple[Side, ...]
+    level: int
+    cut: str
+    resolution: tuple[int, ...]
+    bottleneck: tuple[int, ...]
+    leftover: tuple[tuple[str, int], ...]
+    sample: str
+    times: tuple[str, ...]
+    full_macs: int
+    macs: int
+    macs_share: float
+    parameters: int
+    parameter_share: float
+    by_level: tuple[tuple[tuple[int, ...], int, int], ...]
+    fingerprint: str
+    plan: Plan = field(repr=False)
+    signature: tuple[Any, ...] = field(repr=False, compare=False)
+    residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    inner: Region | None = field(default=None, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def skipped(self) -> tuple[SkippedCall, ...]:
+        """The module calls that adaptor passes do not run."""
+        return self.plan.skipped
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what an adaptor is given beside the exit, as traced: "entry", "time", "text"; what there is."""
+        found = {name: port.shape for name, port in self.plan.ports.items()}
+        if found.pop("mask", None):  # the tokens are averaged where they are picked up
+            found["text"] = (found["text"][0], found["text"][2])
+        return found
+
+    @property
+    def line(self) -> str:
+        """One line: where it is and what it saves."""
+        return (
+            f"{self.entry.path} → {self.exit.path}, {shape(self.resolution)} down to {shape(self.bottleneck)}, "
+            f"{self.macs_share:.1%} of MACs, level {self.level}"
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) in the order of printing."""
+        sides = ", ".join(f"{side.kind} {shape(side.shape) or 'scalar'}" for side in self.sides) or "none"
+        others = ", ".join(f"{e.path} {shape(e.shape)}" for e in self.entries if e.node != self.entry.node) or "none"
+        return [
+            ("entry", f"{self.entry.path} (call {self.entry.call}) {shape(self.entry.shape)}"),
+            ("exit", f"{self.exit.path} (call {self.exit.call}) {shape(self.exit.shape)}"),
+            ("other entries", others),
+            ("resolution", f"{shape(self.resolution)} at the edge, {shape(self.bottleneck)} at the bottleneck"),
+            ("level, cut", f"{self.level}, {self.cut}"),
+            ("skipped calls", ", ".join(call.path for call in self.skipped)),
+            ("side inputs", sides),
+            ("leftover operators", ", ".join(f"{count} {name}" for name, count in self.leftover) or "none"),
+            ("MACs", f"{quantity(self.macs, 'MACs')} ({self.macs_share:.1%} of a pass, attention products counted)"),
+            ("parameters", f"{self.parameters / 1e6:.2f} M ({self.parameter_share:.1%})"),
+            ("fingerprint", self.fingerprint),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([f"Region of {self.model}", *(f"  {name:<19}{value}" for name, value in self.rows())])
+
+    def table(self) -> Table:
+        """What it is, in two columns."""
+        return table(f"Region of {self.model}", ("", "value"), self.rows())
+
+    def tables(self) -> tuple[Table, ...]:
+        """What it is, and its MACs by level."""
+        rows = [(shape(space) or "no level", macs(down), macs(up)) for space, down, up in self.by_level]
+        notes = ("Of the skipped calls, at the traced batch, attention products counted.",)
+        return self.table(), table("By level", ("level", ">on the way down", ">on the way up"), rows, notes=notes)
+
+    def figures(self) -> tuple[Diagram, ...]:
+        """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
+        kept = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
+        arms = [
+            Block(f"{arm}, {shape(space) or 'no level'}", k + 1, arm, own, True, 1, 0, 0)
+            for arm, order in _ARMS
+            for k, (space, *both) in list(enumerate(self.by_level))[::order]
+            if (own := both[order < 0]) or (order > 0 and k + 1 == len(self.by_level))
+        ]
+        levels = (self.resolution, *(space for space, _, _ in self.by_level))
+        return (Diagram(self.model, levels, (kept, *arms), (), self),)
+
+    def data(self) -> dict[str, Any]:
+        """All that is known; counts in units."""
+
+        def edge(one: Boundary) -> dict[str, Any]:
+            return {"path": one.path, "call": one.call, "shape": one.shape, "dtype": one.dtype}
+
+        names = (
+            "model level cut resolution bottleneck full_macs macs macs_share parameters parameter_share fingerprint "
+            "sample times residuals"
+        )
+        return {
+            **{name: getattr(self, name) for name in names.split()},
+            "entry": edge(self.entry),
+            "exit": edge(self.exit),
+            "entries": [edge(one) for one in self.entries],
+            "sides": [
+                {name: getattr(one, name) for name in ("kind", "inputs", "path", "shape", "dtype")}
+                for one in self.sides
+            ],
+            "skipped": [{"path": call.path, "ordinal": call.ordinal} for call in self.skipped],
+            "leftover": [{"operator": name, "calls": calls} for name, calls in self.leftover],
+            "by_level": [{"resolution": space, "down_macs": down, "up_macs": up} for space, down, up in self.by_level],
+        }
+
+    def draw(self) -> str:
+        """The region as a text "U": a line a level, the bars as long as the MACs of its two arms.
+
+        Example:
+            >>> print(region.draw())  # doctest: +SKIP
+            64×64  ┄┄ entry down_blocks.0.attentions.1 ┄┄ exit up_blocks.2.upsamplers.0.conv ┄┄
+            32×32              ▇▇▇▇▇▇▇▇▇▇▇▇  34.03 GMACs │ 83.18 GMACs  ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
+        """
+        width = 28
+        largest = max((max(down, up) for _, down, up in self.by_level), default=1) or 1
+        label = max(len(shape(space)) for space in (self.resolution, *(row[0] for row in self.by_level)))
+        lines = [f"{shape(self.resolution):>{label}}  ┄┄ entry {self.entry.path} ┄┄ exit {self.exit.path} ┄┄"]
+        for depth, (space, down, up) in enumerate(self.by_level):
+            left, right = ("▇" * math.ceil(width * arm / largest) for arm in (down, up))
+            arms = f"{left:>{width}} {quantity(down, 'MACs'):>12} │ {quantity(up, 'MACs'):<12} {right}"
+            lines.append(f"{shape(space):>{label}}  {' ' * depth}{arms.rstrip()}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Tables, pages, drawings and plots of results; knows nothing of UNets."""
