@@ -70,10 +70,10 @@ class Loss:
     def __call__(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
         """The loss, and (2,): squared error and squared norm of what is reported; both without a wait."""
         pairs = self.pairs(outcome)
-        differences = [made.float() - true.float() for made, true in pairs]
+        differences = [_wide(student) - _wide(teacher) for student, teacher in pairs]
         loss = torch.stack([difference.square().mean() for difference in differences]).sum()
         with torch.no_grad():
-            sizes = torch.stack([differences[-1].detach().square().sum(), pairs[-1][1].float().square().sum()])
+            sizes = torch.stack([differences[-1].detach().square().sum(), _wide(pairs[-1][1]).square().sum()])
         return loss, sizes
 
 
@@ -192,7 +192,7 @@ def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: Weights) -
         return _flat(calls)
     count, kinds = len(weights), list(dict.fromkeys(branches))
     if len(kinds) == 1 and all(len(tensor) % count == 0 for tensor in calls):
-        return torch.cat([_weigh(tensor.float().chunk(count), weights).flatten() for tensor in calls])
+        return torch.cat([_weigh(tensor.chunk(count), weights).flatten() for tensor in calls])
     groups = [[t for t, b in zip(calls, branches, strict=True) if b == kind] for kind in kinds]
     if len(kinds) == count and len({len(group) for group in groups}) == 1:
         return torch.cat([_weigh(parts, weights).flatten() for parts in zip(*groups, strict=True)])
@@ -205,10 +205,15 @@ def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: Weights) -
 
 
 def _weigh(parts: Sequence[Tensor], weights: tuple[float, ...]) -> Tensor:
-    made = parts[0].float() * weights[0]
+    total = _wide(parts[0]) * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
-        made = made + weight * part.float()
-    return made
+        total = total + weight * _wide(part)
+    return total
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: half precision cannot hold a mean of squares, and float64 is not rounded."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _flat(calls: Sequence[Tensor]) -> Tensor:
