@@ -174,8 +174,8 @@ def test_a_pass_that_is_run_again_has_them_too() -> None:
     """Compiled and captured passes, and those of training, call the forward itself, past the hooks on the UNet."""
     case = ZOO["sdxl"]()
     region = ch.find_region(case.model, *case.args, **case.kwargs)
-    assert region.plan.ports["text"].path == ""
-    run = Pass(region.plan, "full")
+    assert region.cut_plan.ports["text"].path == ""
+    run = Pass(region.cut_plan, "full")
     run.enter(case.args, case.kwargs)
     assert run.captured["text"] is case.kwargs["added_cond_kwargs"]["text_embeds"]
 

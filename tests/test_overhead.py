@@ -98,11 +98,11 @@ def test_a_full_pass_asks_once_and_not_where_others_run() -> None:
         loop = Loop(unet)
         loop.until(STEPS)
         assert cw.region is not None
-        assert asked() == 1 < len(cw.region.plan.counts)
+        assert asked() == 1 < len(cw.region.cut_plan.counts)
         thread = threading.Thread(target=loop.step, args=(0,))
         thread.start()
         thread.join()
-        assert asked() == len(cw.region.plan.counts)
+        assert asked() == len(cw.region.cut_plan.counts)
 
 
 @pytest.mark.parametrize(

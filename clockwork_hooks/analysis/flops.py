@@ -537,7 +537,7 @@ def _boundary(region: Region, device: torch.device, adaptor: object) -> tuple[tu
     def zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(sizes, dtype=floating or dtype, device=device)
 
-    given = {name: zeros(sizes, region.plan.ports[name].dtype) for name, sizes in region.inputs.items()}
+    given = {name: zeros(sizes, region.cut_plan.ports[name].dtype) for name, sizes in region.inputs.items()}
     exit = zeros(region.exit.shape, region.exit.dtype)
     return (given.get("entry"), exit), {name: given.get(name) for name in ("time", "text")}
 

@@ -100,7 +100,7 @@ class _Follower:
     @contextlib.contextmanager
     def at(self, watch: Watch) -> Iterator[None]:
         """Follow the calls of trajectories that are watched."""
-        plan = self.candidate.region.plan
+        plan = self.candidate.region.cut_plan
         installed = Installed(self)
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:

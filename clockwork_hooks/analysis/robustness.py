@@ -68,11 +68,6 @@ class Robustness(Report):
     seeds: tuple[int, ...]
     pictures: Mapping[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def recovers_from(self, name: str, share: float = 0.5) -> int | None:
-        """The first start whose distance is below `share` of the map's largest one; None where none is."""
-        values = self.distances[name]
-        return next((k for k, value in zip(self.starts, values, strict=True) if value < share * max(values)), None)
-
     def table(self) -> Table:
         """Distances, a row a map, a column a start."""
         rows = [(one.name, one.path, *(f"{d:.2f}" for d in self.distances[one.name])) for one in self.maps]

@@ -19,7 +19,7 @@ from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.engine import Engine, Prepared, Running
 from clockwork_hooks.engine.passes import Emit, Pass
 from clockwork_hooks.errors import RegionNotFoundError
-from clockwork_hooks.regions.cut import Kind, Plan
+from clockwork_hooks.regions.cut import CutPlan, Kind
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -43,7 +43,7 @@ class AdaptiveEngine(Engine):
         self.threshold, self.longest = schedule.threshold or 0.0, schedule.longest
 
     def _install(self, region: Region) -> None:
-        if "entry" not in region.plan.ports:
+        if "entry" not in region.cut_plan.ports:
             raise RegionNotFoundError(
                 "an adaptive schedule compares the region's entry, so some module must take or return it",
                 seen={"region": region.line, "entry": region.entry.path},
@@ -78,7 +78,7 @@ class AdaptiveEngine(Engine):
             running.reason = self._judge(running.position, entry)
             return running.reason is None
 
-        return AdaptivePass(region.plan, kind, stand_in, copies=prepared.copies, adapts=adapts)
+        return AdaptivePass(region.cut_plan, kind, stand_in, copies=prepared.copies, adapts=adapts)
 
     def _judge(self, position: Position, entry: torch.Tensor | None) -> str | None:
         """Why the pass that has come to this entry is full after all; None if the adaptor may stand in."""
@@ -115,7 +115,7 @@ class AdaptivePass(Pass):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CutPlan,
         kind: Kind,
         emit: Emit | None,
         *,

@@ -81,7 +81,7 @@ def check_region(region: Any, unet: nn.Module) -> None:
             do="pass region=ch.find_region(unet, *args, level=1)",
         )
     known = set(module_paths(unet).values())
-    needed = (*region.plan.counts, *(port.path for port in region.plan.ports.values()))
+    needed = (*region.cut_plan.counts, *(port.path for port in region.cut_plan.ports.values()))
     missing = [path for path in dict.fromkeys(needed) if path not in known]
     if missing:
         raise ArgumentError(

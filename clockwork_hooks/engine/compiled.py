@@ -24,7 +24,7 @@ from clockwork_hooks._tree import map_leaves, version
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.passes import Pass, TracedPass
 from clockwork_hooks.errors import CompileError
-from clockwork_hooks.regions.cut import Kind, Plan
+from clockwork_hooks.regions.cut import CutPlan, Kind
 
 if TYPE_CHECKING:
     from clockwork_hooks.engine.engine import Engine, Running
@@ -40,7 +40,7 @@ class Ran(Pass):
     """A pass that a static callable has run."""
 
     def __init__(
-        self, plan: Plan, kind: Kind, exit: torch.Tensor | None, *, whole: bool, untouched: bool = True
+        self, plan: CutPlan, kind: Kind, exit: torch.Tensor | None, *, whole: bool, untouched: bool = True
     ) -> None:
         super().__init__(plan, kind)
         self.exit, self._whole, self._untouched = exit, whole, untouched

@@ -229,7 +229,7 @@ class Preparation:
     def _install(self, region: Region) -> None:
         known = module_paths(self.unet)
         modules = {known[id(module)]: module for module in self.unet.modules()}
-        self.installed.add(region.plan, modules, looks=self.looks or stand_in.looks(self.adaptor))
+        self.installed.add(region.cut_plan, modules, looks=self.looks or stand_in.looks(self.adaptor))
 
 
 def likely_exits(wanted: Region | Choice, known: Region | None) -> frozenset[str]:
@@ -319,7 +319,7 @@ class Engine(Preparation):
     def _start(self, running: Running, prepared: Prepared, region: Region, kept: Kept | None, call: Any) -> None:
         if running.weights is None:  # a full pass
             running.weights = self.weights.since(running.position.trajectory if running.position else 0)
-        if not self.installed.intact(region.plan):  # full passes need it too: they keep the exit
+        if not self.installed.intact(region.cut_plan):  # full passes need it too: they keep the exit
             self._install(region)
         cached = running.cached = kept.exit if running.reason is None and kept is not None else None
         emit = None if cached is None else lambda captured: self._emit(running, cached, captured)
@@ -365,7 +365,7 @@ class Engine(Preparation):
     def _pass(self, prepared: Prepared, region: Region, emit: Emit | None) -> Pass:
         looks = self.looks or (emit is not None and stand_in.looks(self._adaptor(prepared)[0]))
         kind: Kind = "adaptor" if emit else "full"
-        return Pass(region.plan, kind, emit, copies=prepared.copies, looks=looks, blanks=prepared.blanks)
+        return Pass(region.cut_plan, kind, emit, copies=prepared.copies, looks=looks, blanks=prepared.blanks)
 
     def clean(self, state: State) -> None:
         """End whatever an interrupted call has left open in this thread."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
-from clockwork_hooks.regions.cut import Plan
+from clockwork_hooks.regions.cut import CutPlan
 
 __all__ = ["Installed", "RootHook"]
 
@@ -141,9 +141,9 @@ class Installed:
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
-        self._pairs: dict[int, tuple[Plan, list[tuple[dict[str, Any], Forward]]]] = {}
+        self._pairs: dict[int, tuple[CutPlan, list[tuple[dict[str, Any], Forward]]]] = {}
 
-    def add(self, plan: Plan, modules: Mapping[str, nn.Module], *, looks: bool = True) -> None:
+    def add(self, plan: CutPlan, modules: Mapping[str, nn.Module], *, looks: bool = True) -> None:
         """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
 
         A forward of ours that somebody has replaced meanwhile (accelerate's offload hooks come and go) is put back.
@@ -165,7 +165,7 @@ class Installed:
                 self.remove()
                 raise
 
-    def _add(self, plan: Plan, modules: Mapping[str, nn.Module], *, looks: bool) -> None:
+    def _add(self, plan: CutPlan, modules: Mapping[str, nn.Module], *, looks: bool) -> None:
         self._pairs.clear()
         for path in plan.counts:
             known = self._forwards.get(path)
@@ -215,7 +215,7 @@ class Installed:
         """Does something run in the place of the root's forward?"""
         return self._root is not None
 
-    def intact(self, plan: Plan) -> bool:
+    def intact(self, plan: CutPlan) -> bool:
         """Are all forwards that the plan needs still ours?"""
         if self._root is not None and not self._root.attached:
             self.front(self._root.module, self._root.owner)  # type: ignore[arg-type]

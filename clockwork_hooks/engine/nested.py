@@ -32,7 +32,7 @@ from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.choice import Choice
-from clockwork_hooks.regions.cut import Kind, Plan, SkippedCall, Slot
+from clockwork_hooks.regions.cut import CutPlan, Kind, SkippedCall, Slot
 from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
@@ -78,7 +78,7 @@ class NestedPass(Pass):
     """A pass that also keeps the exits of the regions around the skipped one; of all regions, if none is."""
 
     def __init__(self, layer: Layer, region: Region, kind: Kind, stand_in: Emit | None, *, looks: bool) -> None:
-        super().__init__(region.plan, kind, stand_in, copies=layer.copies, looks=looks, blanks=layer.blanks)
+        super().__init__(region.cut_plan, kind, stand_in, copies=layer.copies, looks=looks, blanks=layer.blanks)
         self.index = layer.index
         self.others: dict[int, tuple[torch.Tensor, int]] = {}
         self._layers, self._watched = layer.layers, layer.watched[kind]
@@ -121,11 +121,11 @@ def check(trace: Trace, placed: list[tuple[Clocked, Region]]) -> None:
             )
 
 
-def plans(trace: Trace, regions: list[Region]) -> list[tuple[Plan, Watched]]:
+def plans(trace: Trace, regions: list[Region]) -> list[tuple[CutPlan, Watched]]:
     """For each region: its plan, with the calls of all patched modules counted; and where the others' exits appear."""
-    patched = {path for region in regions for path in region.plan.counts}
+    patched = {path for region in regions for path in region.cut_plan.counts}
     calls = [call for call in trace.calls if call.path in patched]
-    made: list[tuple[Plan, Watched]] = []
+    made: list[tuple[CutPlan, Watched]] = []
     for index, region in enumerate(regions):
         skipped = {(call.path, call.ordinal) for call in region.skipped}
         chosen = {call.index for call in calls if (call.path, call.ordinal) in skipped}
@@ -145,7 +145,7 @@ def plans(trace: Trace, regions: list[Region]) -> list[tuple[Plan, Watched]]:
             if k < index:
                 place = (exit.path, visible[exit.path, exit.ordinal])
                 around[place] = (*around.get(place, ()), (k, exit))
-        made.append((replace(region.plan, counts=counts), {"full": whole, "adaptor": around}))
+        made.append((replace(region.cut_plan, counts=counts), {"full": whole, "adaptor": around}))
     return made
 
 
@@ -221,7 +221,7 @@ class NestedEngine(Engine):
         self.region, self.adaptor = placed[0][1], placed[0][0].adaptor
         layers = tuple(
             Layer(
-                replace(region, plan=plan),
+                replace(region, cut_plan=plan),
                 sum(costs),
                 sum(costs) - sum(costs[n] for n in skipped_nodes(trace, region)),
                 trace.time,

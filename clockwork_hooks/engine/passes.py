@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
-from clockwork_hooks.regions.cut import Kind, Move, Plan, Slot, Wanted
+from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted
 
 __all__ = ["Active", "Emit", "Owner", "Pass", "TracedPass", "masked_mean", "placeholder"]
 
@@ -68,7 +68,7 @@ class Pass:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CutPlan,
         kind: Kind,
         emit: Emit | None = None,
         *,

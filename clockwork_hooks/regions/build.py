@@ -24,7 +24,7 @@ from clockwork_hooks.graph.macs import node_macs, operator_name
 from clockwork_hooks.graph.operators import PRODUCTS, kind
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths
-from clockwork_hooks.regions.cut import Plan, Port, SkippedCall, Slot
+from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 from clockwork_hooks.regions.dominance import Dominance, Mask
 from clockwork_hooks.regions.embeddings import Embeddings
 from clockwork_hooks.regions.levels import Levels
@@ -89,7 +89,7 @@ class Planner:
 
     def plan(
         self, calls: list[ModuleCall], last: ModuleCall, exit: int, entry: int, sides: tuple[Side, ...], run: Mask
-    ) -> Plan:
+    ) -> CutPlan:
         """Skip these calls; `last` of them returns the exit, `run` are their nodes."""
         skip = _Skipping(calls, {call.index for call in calls}, last, exit, run, {})
         counts = self._count(skip)
@@ -106,7 +106,7 @@ class Planner:
             "text": text,
             "mask": None if mask is None else ports(mask)[0],
         }
-        return Plan(
+        return CutPlan(
             tuple(self._stand_in(call, skip) for call in calls),
             {name: port for name, port in found.items() if port is not None},
             counts,
@@ -249,7 +249,7 @@ class Builder:
         size = {u: self.levels.positions(self.trace.nodes[u]) or 0 for u in entry_nodes}
         entry = max(entry_nodes, key=lambda u: (size[u], u))
         sides = tuple(self._side(n) for n in side_nodes if not self.trace.nodes[n].meta.get("constant"))
-        plan = self._planner.plan(skipped, last, o, entry, sides, run)
+        cut_plan = self._planner.plan(skipped, last, o, entry, sides, run)
         macs, total = int(self._work[run].sum()), self._total_macs or 1
         weights, all_weights = self._parameters(skipped), self._total_weights or 1
         left = Counter(
@@ -278,8 +278,8 @@ class Builder:
             parameters=weights,
             parameter_share=weights / all_weights,
             by_level=by_level,
-            fingerprint=self._fingerprint(entries, exit, plan),
-            plan=plan,
+            fingerprint=self._fingerprint(entries, exit, cut_plan),
+            cut_plan=cut_plan,
             signature=self.trace.signature,
             residuals=self._residuals,
         )
@@ -347,9 +347,9 @@ class Builder:
             rows.append((self.levels.spatial.get(p, ()), down, up))
         return tuple(rows)
 
-    def _fingerprint(self, entries: tuple[Boundary, ...], exit: Boundary, plan: Plan) -> str:
+    def _fingerprint(self, entries: tuple[Boundary, ...], exit: Boundary, cut_plan: CutPlan) -> str:
         def port(boundary: Boundary) -> list[Any]:
             return [boundary.path, boundary.call, self.levels.channels(self.trace.nodes[boundary.node])]
 
-        told = [[port(e) for e in entries], port(exit), [[c.path, c.ordinal] for c in plan.skipped]]
+        told = [[port(e) for e in entries], port(exit), [[c.path, c.ordinal] for c in cut_plan.skipped]]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch
 
 from clockwork_hooks._tree import Leaf, leaves
 
-__all__ = ["Kind", "Move", "Moves", "Plan", "Port", "SkippedCall", "Slot"]
+__all__ = ["CutPlan", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot"]
 
 Kind = Literal["full", "adaptor"]
 
@@ -77,7 +77,7 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CutPlan:
     """Which calls are skipped, where the exit is, what is captured; for one region and one input signature.
 
     Attributes:
@@ -141,7 +141,7 @@ class Moves:
     exits: Mapping[str, int]
 
     @classmethod
-    def of(cls, plan: Plan, kind: Kind, *, looks: bool) -> Moves:
+    def of(cls, plan: CutPlan, kind: Kind, *, looks: bool) -> Moves:
         """What happens in passes of this kind."""
         which = 1 if kind == "adaptor" else 0
         calls: dict[tuple[str, int], Move] = {}

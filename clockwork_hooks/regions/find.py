@@ -145,7 +145,7 @@ def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
 
 def skipped_nodes(trace: Trace, region: Region) -> set[int]:
     """Indices of the nodes that an adaptor pass does not run: those of the skipped module calls."""
-    wanted = {(call.path, call.ordinal) for call in region.plan.skipped}
+    wanted = {(call.path, call.ordinal) for call in region.cut_plan.skipped}
     return {
         index for call in trace.calls if (call.path, call.ordinal) in wanted for index in range(call.first, call.last)
     }

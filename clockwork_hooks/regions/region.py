@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from clockwork_hooks.regions.cut import Plan, SkippedCall
+from clockwork_hooks.regions.cut import CutPlan, SkippedCall
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, macs, quantity, shape, table
 from clockwork_hooks.reports.u_drawing import Block, Diagram
@@ -126,7 +126,7 @@ class Region(Report):
     parameter_share: float
     by_level: tuple[tuple[tuple[int, ...], int, int], ...]
     fingerprint: str
-    plan: Plan = field(repr=False)
+    cut_plan: CutPlan = field(repr=False)
     signature: tuple[Any, ...] = field(repr=False, compare=False)
     residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
@@ -137,12 +137,12 @@ class Region(Report):
     @property
     def skipped(self) -> tuple[SkippedCall, ...]:
         """The module calls that adaptor passes do not run."""
-        return self.plan.skipped
+        return self.cut_plan.skipped
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what an adaptor is given beside the exit, as traced: "entry", "time", "text"; what there is."""
-        found = {name: port.shape for name, port in self.plan.ports.items()}
+        found = {name: port.shape for name, port in self.cut_plan.ports.items()}
         if found.pop("mask", None):  # the tokens are averaged where they are picked up
             found["text"] = (found["text"][0], found["text"][2])
         return found

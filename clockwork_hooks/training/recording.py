@@ -300,9 +300,9 @@ class Capture(Engine):
             emit: captured boundary tensors → exit.
         """
         assert call.region is not None  # calls without one have a reason, and are not trained on
-        run = Pass(call.region.plan, "adaptor", emit)
+        run = Pass(call.region.cut_plan, "adaptor", emit)
         kind = next((tensor.device.type for tensor in tensors([call.args, call.kwargs])), "cpu")
-        if not self.installed.intact(call.region.plan):
+        if not self.installed.intact(call.region.cut_plan):
             self._install(call.region)
         run.enter(call.args, call.kwargs)
         self.active.run = run
