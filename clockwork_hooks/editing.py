@@ -45,7 +45,7 @@ from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 
@@ -411,7 +411,7 @@ def invert(
     check_source(unet, source)
     path, given = Path(scheduler, steps, source.device), told(conditions, len(source))
     x, kept, level = source.float(), {}, path.clean
-    with clocked(unet, clock, schedule, region, adaptor) as cw, progress(console) as bar:
+    with clocked(unet, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
         task = bar.add_task("inversion", total=steps)
         for k in reversed(range(steps)):
             cw.step()
@@ -667,7 +667,7 @@ def edit(
     x = source.noise
     with (
         clocked(unet, clock, schedule, region, adaptor) as cw,
-        progress(console) as bar,
+        ProgressBar(console) as bar,
         injected(unet, injection) as inject,
     ):
         inject.silent = lambda: _adapts(cw)

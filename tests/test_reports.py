@@ -13,6 +13,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.cli import main
 from clockwork_hooks.cli.budget import check_budget, read_budget
 from clockwork_hooks.models import load_model
+from clockwork_hooks.reports import progress
 from clockwork_hooks.reports.report import page
 from clockwork_hooks.reports.tables import macs, table
 
@@ -49,7 +50,7 @@ class Cells(HTMLParser):
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_no_cell_is_cut_however_narrow_the_terminal(width):
-    """Columns that do not fit stand below, behind the first column again."""
+    """Cells fold at spaces; where that does not do, each row is a record, every cell beside its heading."""
     heads = ["name", *(f">clock {k}, result" for k in range(9)), "remark"]
     rows = [(f"row {r}", *(f"{100 * r + k}.5%" for k in range(9)), "words that may break") for r in range(3)]
     console = Console(file=StringIO(), width=width)
@@ -58,9 +59,35 @@ def test_no_cell_is_cut_however_narrow_the_terminal(width):
     words = [word for line in lines for word in line.split()]
     assert all(len(line) <= width for line in lines)
     assert {cell for row in rows for cell in row[1:10]} <= set(words)
-    assert words.count("result") == 9
+    assert words.count("result") == (9 if width >= 80 else 27)
     assert words.count("words") == 3
     assert sum("Wide" in line for line in lines) == 1
+
+
+def shown(terminal, every, monkeypatch):
+    """What a bar writes over two steps of a task."""
+    monkeypatch.setattr(progress, "EVERY", every)
+    console = Console(file=StringIO(), width=100, force_terminal=terminal)
+    with progress.ProgressBar(console) as bar:
+        task = bar.add_task("sampling", total=4)
+        bar.advance(task)
+        bar.update(task, advance=1, description="[identity]", detail="loss 0.5")
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    first, second = shown(False, 0.0, monkeypatch).splitlines()
+    assert first.startswith("sampling 25%, 0:00:00")
+    assert second.startswith("[identity] 50%, 0:00:00")
+    assert second.endswith("loss 0.5")
+    assert shown(False, 30.0, monkeypatch) == ""
+
+
+def test_on_a_terminal_progress_is_a_bar_that_leaves_nothing(monkeypatch):
+    text = shown(True, 0.0, monkeypatch)
+    assert "[identity]" in text
+    assert "50%" in text
+    assert text.endswith("\x1b[2K")  # its line is cleared
 
 
 def test_a_page_shows_the_numbers_and_holds_the_data(report):

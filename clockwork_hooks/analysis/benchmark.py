@@ -25,7 +25,7 @@ from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, percent, shape, table
 from clockwork_hooks.schedule import check_clock
@@ -265,7 +265,7 @@ def bench(
     found: dict[tuple[str, int], Timing] = {}
     ran: dict[tuple[str, int], ClockworkWrapper | None] = {}
     failed: dict[str, str] = {}
-    with progress(console) as bar:
+    with ProgressBar(console) as bar:
         task = bar.add_task("", total=len(wanted) * (1 + len(tried)) * (1 + rounds))
         for mode in wanted:
 

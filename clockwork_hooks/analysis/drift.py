@@ -16,7 +16,7 @@ from clockwork_hooks.analysis.sampling import Generate, Runs, check_clocks, chec
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, percent, table
 from clockwork_hooks.schedule import Schedule
@@ -208,7 +208,7 @@ def measure_drift(
     found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches])
     effects: dict[str, dict[int, float]] = {}
-    with progress(console) as bar:
+    with ProgressBar(console) as bar:
         task = bar.add_task("drift", total=len(runs.runs) + len(found) * len(clocks))
         steps, series = follow(runs, found, max(clocks) - 1, lambda: bar.advance(task))
         for one in found:

@@ -24,7 +24,7 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.choice import Choice
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, macs, percent, table
 
@@ -242,7 +242,7 @@ def evaluate(
     for name, given in variants.items():
         variant = given if isinstance(given, Variant) else Variant(wrap=given)
         tallies.append(_Tally(name, variant, None if variant.wrap is None else dict(variant.wrap)))
-    with progress(console) as bar:
+    with ProgressBar(console) as bar:
         task = bar.add_task("", total=len(seeds) * len(batches) * len(tallies))
         for number, seed in enumerate(seeds):
             for tally in tallies:

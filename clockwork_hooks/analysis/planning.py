@@ -22,7 +22,7 @@ from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, percent, table
 from clockwork_hooks.schedule import Schedule
@@ -280,7 +280,7 @@ def plan(
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
     longest = longest or 2 * max(clocks)
     each = probes + len(clocks) * (3 if adaptive else 2)
-    with progress(console) as bar:
+    with ProgressBar(console) as bar:
         task = bar.add_task("planning", total=len(runs.runs) + len(found) * each)
         steps, series = follow(runs, found, longest, lambda: bar.advance(task))
 

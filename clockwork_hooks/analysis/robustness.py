@@ -23,7 +23,7 @@ from clockwork_hooks.analysis.sampling import Generate, Watch, check_runs, final
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.regions.find import choose
 from clockwork_hooks.reports.plots import Plot, plots
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, table
 
@@ -189,7 +189,7 @@ def measure_robustness(
     chosen = choose_maps(find_maps(trace, unet), maps)
     cells = [(k, seed) for seed in range(len(seeds)) for k in range(len(batches))]
     plain, steps = [], 0
-    with Watch(unet, choose(trace, unet)) as watch, progress(console) as bar:
+    with Watch(unet, choose(trace, unet)) as watch, ProgressBar(console) as bar:
         for k, seed in cells:
             with watch.trajectory():
                 plain.append(reference(unet, generate, batches[k], seeds[seed]))

@@ -22,7 +22,7 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError, DemoError, need
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.reports.plots import Bitmap
-from clockwork_hooks.reports.progress import progress
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
@@ -184,7 +184,7 @@ def demo(
     times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in adaptors}}
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
-    with progress(console) as bar:
+    with ProgressBar(console) as bar:
         task = bar.add_task("sampling", total=len(times) * ROUNDS * steps)
 
         def sample(name: str) -> None:

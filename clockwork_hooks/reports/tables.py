@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import rich.console
+    import rich.table
+    import rich.text
 
 __all__ = ["Table", "flops", "macs", "percent", "quantity", "shape", "table"]
 
@@ -57,60 +58,44 @@ class Table:
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
-        from rich import box
+        yield self._grid(options.max_width) or self._records()
+        yield from (_text(note, "dim") for note in self.notes)
+        yield _text("")
+
+    def _grid(self, room: int) -> rich.table.Table | None:
+        """As a grid that rich folds at spaces, headings and texts before numbers; None where the words do not fit."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table as RichTable
-        from rich.text import Text
 
-        widths, room = self._widths(), options.max_width - 2
         heads = [name.lstrip(">") for name in self.columns]
-        natural = [max(map(len, [head, *(row[k] for row in self.rows)])) for k, head in enumerate(heads)]
-        tight = sum(natural) + len(natural) - 1 > room
-        for number, block in enumerate(self._blocks(widths, room)):
-            made = RichTable(
-                title=None if number else self.title,
-                title_justify="left",
-                title_style="bold",
-                box=box.SIMPLE_HEAD,
-                padding=0,
-                pad_edge=False,
-            )
-            for k in block:
-                whole, right = self._whole(k), self.columns[k].startswith(">")
-                heading = "\n".join(textwrap.wrap(heads[k], widths[k])) if tight and whole else heads[k]
-                made.add_column(
-                    heading,
-                    justify="right" if right else "left",
-                    min_width=widths[k],
-                    no_wrap=tight and whole,
-                    overflow="fold",
-                )
-            for row in self.rows:
-                made.add_row(*(Text(row[k]) for k in block))
-            yield made
-        for note in self.notes:
-            yield Text(note, style="dim")
-        yield Text()
+        columns = [[head, *(row[k] for row in self.rows)] for k, head in enumerate(heads)]
+        words = [max((len(word) for text in column for word in text.split()), default=1) for column in columns]
+        rows = [max(map(len, [*column[1:], ""])) for column in columns]  # what holds a cell in one line
+        whole = [rows[k] if k == 0 or self.columns[k].startswith(">") else 0 for k in range(len(heads))]
+        widths = [max(map(len, column)) for column in columns]
+        while sum(widths) + len(widths) + 1 > room:
+            k = max(range(len(heads)), key=lambda k: (widths[k] > words[k], widths[k] > whole[k], widths[k]))
+            if widths[k] <= words[k]:
+                return None
+            widths[k] -= 1
+        grid = RichTable(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+        for head, name, width in zip(heads, self.columns, widths, strict=True):
+            grid.add_column(head, justify="right" if name.startswith(">") else "left", width=width)
+        for row in self.rows:
+            grid.add_row(*map(_text, row))
+        return grid
 
-    def _whole(self, k: int) -> bool:
-        """Numbers and the first column, which names the row, never break; headings do, at spaces."""
-        return k == 0 or self.columns[k].startswith(">")
+    def _records(self) -> rich.console.Group:
+        """Row by row, a line a cell: for terminals too narrow for a grid."""
+        from rich.console import Group
+        from rich.table import Table as RichTable
 
-    def _widths(self) -> list[int]:
-        """What each column needs at least."""
-        words = [name.lstrip(">").split() for name in self.columns]
-        cells = [[row[k] for row in self.rows] if self._whole(k) else [] for k in range(len(words))]
-        return [min(40, max(map(len, [*heading, *held, ""]))) for heading, held in zip(words, cells, strict=True)]
-
-    def _blocks(self, widths: Sequence[int], room: int) -> list[list[int]]:
-        """The columns, in as many tables one below the other as the room asks for; each begins with the first one."""
-        blocks, used = [[0]], widths[0]
-        for k, width in list(enumerate(widths))[1:]:
-            if len(blocks[-1]) > 1 and used + 1 + width > room:
-                blocks.append([0])
-                used = widths[0]
-            blocks[-1].append(k)
-            used += 1 + width
-        return blocks
+        parts = [RichTable.grid(padding=(0, 1)) for _ in self.rows]
+        for part, row in zip(parts, self.rows, strict=True):
+            for name, cell in zip(self.columns, row, strict=True):
+                part.add_row(_text(name.lstrip(">"), "dim"), _text(cell))
+            part.add_row("")
+        return Group(_text(self.title, "bold"), *parts)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Sequence[str] = ()) -> Table:
@@ -159,6 +144,12 @@ def percent(share: float | None) -> str | None:
 def shape(sizes: Iterable[int]) -> str:
     """(1, 4, 64, 64) → "1×4×64×64"; () → ""."""
     return "×".join(map(str, sizes))
+
+
+def _text(words: str, style: str = "") -> rich.text.Text:
+    from rich.text import Text
+
+    return Text(words, style, overflow="fold")
 
 
 def _escaped(cell: str) -> str:

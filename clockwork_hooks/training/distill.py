@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from clockwork_hooks._version import versions
 from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.environment import accelerated, frozen, quietly, tf32
@@ -30,7 +31,10 @@ from clockwork_hooks.training.setup import (
     samplers_of,
     students_of,
 )
-from clockwork_hooks.training.trainer import Bar, Trainer, seeded
+from clockwork_hooks.training.trainer import Trainer, seeded, status
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 __all__ = ["distill"]
 
@@ -176,8 +180,9 @@ def distill(
                 if resume:
                     _resume(home, trainer, told)
             try:
-                with Bar(console, shown=progress and engine.is_main_process) as bar:
-                    trainer.tell = lambda: _tell(trainer, bar)
+                with ProgressBar(console, shown=progress and engine.is_main_process) as bar:
+                    task = bar.add_task("distilling", total=1.0)
+                    trainer.tell = lambda: _tell(trainer, bar, task)
                     try:
                         trainer.run()
                     finally:
@@ -202,8 +207,8 @@ def _named(guidance: Guidance) -> Any:
     return list(guidance) if isinstance(guidance, Sequence) else guidance
 
 
-def _tell(trainer: Trainer, bar: Bar) -> None:
-    bar.show(trainer)
+def _tell(trainer: Trainer, bar: ProgressBar, task: TaskID) -> None:
+    bar.update(task, completed=trainer.share(), detail=status(trainer))
     if trainer.options.tracker is None:
         return
     for learner in trainer.learners:

@@ -1,7 +1,4 @@
-"""The training loop: record some trajectories, learn from them, forget them, go on.
-
-The progress bar of a training run.
-"""
+"""The training loop: record some trajectories, learn from them, forget them, go on."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.recording import Capture, Noise
 from clockwork_hooks.training.trajectory import Needs, Trajectory
 
-__all__ = ["Bar", "Trainer", "seeded"]
+__all__ = ["Trainer", "seeded", "status"]
 
 
 @dataclass(slots=True)
@@ -269,51 +266,18 @@ def _order(count: int, *keys: int) -> list[int]:
 _SHOWN = 4  # steps whose error has room in a line
 
 
-class Bar:
-    """Share of the run, loss, relative error by step, throughput and time left, on standard error.
-
-    Args:
-        console: rich's; None for standard error.
-        shown: False draws nothing.
-    """
-
-    def __init__(self, console: Any = None, *, shown: bool = True) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.table import Column
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[told]}", table_column=Column(no_wrap=False)),  # goes on below in a narrow terminal
-        )
-        self._progress = Progress(*columns, console=console or Console(stderr=True), transient=True, disable=not shown)
-        self._task = self._progress.add_task("distilling", total=1.0, told="")
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, trainer: Trainer) -> None:
-        """Show where the run is; what it says was read from the device before."""
-        learners = trainer.learners
-        parts = []
-        for learner in learners[:3]:
-            recent = learner.losses[-50:]
-            if recent and learner.errors:
-                name = f"{learner.name} " if len(learners) > 1 else ""
-                errors = " ".join(_errors(learner.errors))
-                parts.append(f"{name}loss {sum(recent) / len(recent):.3g}, error {errors}")
-        updates = sum(learner.updates for learner in learners)
-        speed = [f"{updates / trainer.seconds:.1f} steps/s"] if trainer.seconds > 0 else []
-        self._progress.update(self._task, completed=trainer.share(), told=" · ".join(speed + parts))
+def status(trainer: Trainer) -> str:
+    """Throughput, loss and relative error by step, in a line; only what was read from the device before."""
+    parts = []
+    for learner in trainer.learners[:3]:
+        recent = learner.losses[-50:]
+        if recent and learner.errors:
+            name = f"{learner.name} " if len(trainer.learners) > 1 else ""
+            errors = " ".join(_errors(learner.errors))
+            parts.append(f"{name}loss {sum(recent) / len(recent):.3g}, error {errors}")
+    updates = sum(learner.updates for learner in trainer.learners)
+    speed = [f"{updates / trainer.seconds:.1f} steps/s"] if trainer.seconds > 0 else []
+    return " · ".join(speed + parts)
 
 
 def _errors(errors: Mapping[int, float]) -> list[str]:
