@@ -19,7 +19,7 @@ INTERVALS = {"stops": TIMES[:4], "starts": TIMES[4:], "between": TIMES[2:6]}
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Adam divides by the gradient's size: one call or two differ by rounding alone, which it amplifies at each step."""
+    """Adam divides by the gradient's size: one call or two differ by rounding alone, which it amplifies each step."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield

@@ -307,8 +307,6 @@ def test_planned_sets_save_as_much_as_each_clock():
         ({"weigh": "FLOPs"}, 'weighs "MACs" or "ms"'),
         ({"longest": 0}, "longest is an int"),
         ({"adaptor": []}, "something stands in"),
-        ({"adaptor": 3}, "an adaptor is None"),
-        ({"adaptor": [None, Mixed]}, "an adaptor is None"),
         ({"clocks": ()}, "clocks that skip"),
         ({"clocks": 2}, "clocks: 2"),
         ({"held_out": []}, "needs conditions and seeds"),

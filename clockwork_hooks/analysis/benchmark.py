@@ -9,7 +9,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,14 @@ from torch import nn
 
 from clockwork_hooks._tree import tensors
 from clockwork_hooks._version import versions
-from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import check_unet, wrap
+from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
-from clockwork_hooks.regions.find import find_region
+from clockwork_hooks.graph.tracing import record
+from clockwork_hooks.regions.find import choose
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
@@ -208,7 +209,7 @@ def bench(
     /,
     *args: Any,
     clocks: Iterable[int] = (2, 3, 4),
-    adaptor: Adaptor | str | Path | None = None,
+    adaptor: AdaptorLike = None,
     region: Region | None = None,
     steps: int = 12,
     rounds: int = 5,
@@ -227,7 +228,7 @@ def bench(
         *args: the arguments of one call.
         clocks: ints of at least 2.
         adaptor: stands in for the region, as in `wrap`; None for the identity.
-        region: from `find_region`; None for the default one.
+        region: from `find_region`; None for the one that the adaptor was made for, or else the default one.
         steps: of a trajectory; a multiple of all clocks counts each of them fairly.
         rounds: trajectories of each side.
         modes: "eager"; "compile" runs both passes under torch.compile; "cudagraphs" captures them. Plain is run in
@@ -242,6 +243,7 @@ def bench(
     Raises:
         ArgumentError: an option is outside its rule, or the UNet is on the meta device.
         WrapError: `unet` is no module.
+        AdaptorError: the adaptor cannot be called or loaded, or does not fit the region.
         RegionNotFoundError: nothing can be skipped.
         CompileError: no mode could be measured.
 
@@ -260,8 +262,9 @@ def bench(
     device = str(weight.device)
     if device == "meta":
         raise ArgumentError("time passes where something runs", seen={"device": device}, do="move the UNet to a device")
+    used = resolve_adaptor(adaptor)
     with torch.no_grad():
-        region = region or find_region(unet, *args, **kwargs)
+        region = region or choose(record(unet, args, kwargs), unet, **region_options(used))
     found: dict[tuple[str, int], Timing] = {}
     ran: dict[tuple[str, int], ClockworkWrapper | None] = {}
     failed: dict[str, str] = {}
@@ -289,7 +292,7 @@ def bench(
         model=type(unet).__name__,
         sample=tuple(tensors((args, kwargs))[0].shape),
         region=region.line,
-        adaptor="identity" if adaptor in (None, "identity") else _adaptor_name(ran),
+        adaptor="identity" if is_identity(adaptor) else type(used).__name__,
         steps=steps,
         rows=tuple(_row(mode, clock, found, ran, steps) for mode, clock in found),
         failed=failed,
@@ -354,10 +357,6 @@ def _row(
         speed_up=found[mode, 1].median / timing.median,
         speed_up_to_eager=eager.median / timing.median if eager else None,
     )
-
-
-def _adaptor_name(ran: Mapping[Any, ClockworkWrapper | None]) -> str:
-    return next((type(cw.adaptor).__name__ for cw in ran.values() if cw is not None), "none")
 
 
 def _several(name: str, given: Any) -> tuple[Any, ...]:

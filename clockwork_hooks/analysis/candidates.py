@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.analysis.maps import region_name
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import AdaptorError, ArgumentError
@@ -15,10 +16,9 @@ from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.find import choose, match, regions_of
 from clockwork_hooks.regions.region import Region
 
-__all__ = ["Candidate", "StandIn", "StandIns", "candidates"]
+__all__ = ["Adaptors", "Candidate", "candidates"]
 
-StandIn = Adaptor | str | None
-StandIns = StandIn | list[StandIn] | tuple[StandIn, ...]
+Adaptors = AdaptorLike | list[AdaptorLike] | tuple[AdaptorLike, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Candidate:
     name: str
     region: Region
     adaptor: Adaptor
-    given: StandIn
+    given: AdaptorLike
 
     @property
     def adaptor_name(self) -> str:
@@ -44,7 +44,7 @@ class Candidate:
 
 
 def candidates(
-    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: StandIns
+    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: Adaptors
 ) -> tuple[Candidate, ...]:
     """Every adaptor with every region that it can stand in for.
 
@@ -52,11 +52,11 @@ def candidates(
         trace: of the UNet, as it is sampled with.
         unet: the UNet.
         regions: those to look at. None: for the identity all nested ones, for an adaptor the one that it was made for.
-        adaptor: one, or a list of several; None or "identity" is the identity, another text the folder of a saved one.
+        adaptor: one, or a list of several; as `wrap` takes them.
 
     Raises:
-        ArgumentError: what is given is no region of this UNet, or no adaptor.
-        AdaptorError: an adaptor fits none of the regions.
+        ArgumentError: what is given is no region of this UNet, or there is no adaptor.
+        AdaptorError: what is given is no adaptor, or an adaptor fits none of the regions.
         RegionNotFoundError: the UNet has none.
     """
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
@@ -65,8 +65,7 @@ def candidates(
     known = None if regions is None else _given(trace, unet, tuple(regions))
     made: dict[str, Candidate] = {}
     for one in several:
-        given = None if one == "identity" or isinstance(one, IdentityAdaptor) else one
-        used = _adaptor(given)
+        given, used = None if is_identity(one) else one, resolve_adaptor(one)
         for region in _regions(trace, unet, known, used, identity=given is None):
             name = region_name(region) + ("" if given is None else f", {type(used).__name__}")
             again = sum(key == name or key.startswith(f"{name} #") for key in made)
@@ -90,22 +89,6 @@ def _given(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[R
             do="pass some of ch.find_regions(unet, *args), found for this UNet",
         )
     return tuple(region for region in found if region is not None)
-
-
-def _adaptor(given: StandIn) -> Adaptor:
-    if given is None:
-        return IdentityAdaptor()
-    if isinstance(given, str):
-        from clockwork_hooks.adaptors import LearnedAdaptor  # huggingface_hub comes with it
-
-        return LearnedAdaptor.from_pretrained(given)
-    if isinstance(given, type) or not callable(given):
-        raise ArgumentError(
-            'an adaptor is None, "identity", the folder of a saved one, or a module that stands in for a region',
-            seen={"adaptor": repr(given)[:80]},
-            do="pass one of these, or a list of them",
-        )
-    return given
 
 
 def _regions(

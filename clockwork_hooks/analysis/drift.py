@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from clockwork_hooks.analysis.candidates import StandIns, candidates
+from clockwork_hooks.analysis.candidates import Adaptors, candidates
 from clockwork_hooks.analysis.follow import Ages, follow
 from clockwork_hooks.analysis.sampling import Generate, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.errors import ArgumentError
@@ -154,7 +154,7 @@ def measure_drift(
     conditions: Iterable[Any],
     *,
     regions: Iterable[Region] | None = None,
-    adaptor: StandIns = None,
+    adaptor: Adaptors = None,
     clocks: Sequence[int] = (2, 3, 4),
     seeds: Sequence[int] = (0,),
     console: Console | None = None,
@@ -169,8 +169,8 @@ def measure_drift(
             samples first.
         conditions: batches of whatever `generate` takes.
         regions: candidates, from `find_regions`; None for all nested ones, or the one that an adaptor was made for.
-        adaptor: what stands in for a region, or a list of several to compare; None for the identity, text for the
-            folder of a saved one.
+        adaptor: what stands in for a region, or a list of several to compare; as `wrap` takes
+            them: None for the identity, or the folder of a saved one.
         clocks: whose errors and effects are measured.
         seeds: of the noise that sampling starts from.
         console: where the progress bar goes; None for standard error.

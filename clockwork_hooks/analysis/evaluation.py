@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._version import versions
+from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.analysis.timing import device_name
 from clockwork_hooks.engine.attach import wrap
@@ -217,6 +218,7 @@ def evaluate(
 
     Raises:
         ArgumentError: no conditions, no seeds, a variant called "plain", or pictures of another form.
+        AdaptorError: a variant's adaptor cannot be called or loaded, or does not fit the region.
         WrapError: the UNet is wrapped already.
 
     Example:
@@ -334,6 +336,11 @@ def _check(batches: Sequence[Any], seeds: Sequence[int], variants: Mapping[str, 
             seen={"variants": ", ".join(variants)},
             do="give yours another name",
         )
+    for variant in variants.values():  # what cannot be used is refused before anything is sampled
+        options = variant.wrap if isinstance(variant, Variant) else variant
+        adaptor = (options or {}).get("adaptor")
+        for one in adaptor.values() if isinstance(adaptor, Mapping) else (adaptor,):
+            resolve_adaptor(one)
 
 
 def _settings(images: int, seeds: Sequence[int], unet: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
+from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.graph.macs import Kind, kind, node_macs, operator_name
@@ -347,7 +350,7 @@ def flops_report(
     clock: int | Schedule = 2,
     steps: int = 8,
     guidance: bool = False,
-    adaptor: nn.Module | Callable[..., torch.Tensor] | Literal["identity"] | None = None,
+    adaptor: AdaptorLike = None,
     region: Region | None = None,
     level: int | None = None,
     resolution: int | tuple[int, ...] | None = None,
@@ -371,8 +374,9 @@ def flops_report(
         clock: one full pass every so many steps, or a `Schedule`.
         steps: denoising steps of the trajectory.
         guidance: classifier-free guidance: twice the traced batch at every step.
-        adaptor: None or "identity" (no MACs), or a module called as `adaptor(entry, exit, time=..., text=...)`.
-        region: what to skip, from `find_region`; None has it chosen by the options that follow.
+        adaptor: stands in for the region, as in `wrap`; the identity has no MACs.
+        region: what to skip, from `find_region`; None has it chosen by the options that follow, or else as the adaptor
+            was made for it.
         level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
         attention: count attention products; False is the paper's convention.
         norms: "fvcore" adds fvcore's estimate for normalisations.
@@ -385,7 +389,7 @@ def flops_report(
 
     Raises:
         ArgumentError: `steps`, `clock`, `norms` or a choice of the region is outside its rule.
-        AdaptorError: the adaptor does not fit the region.
+        AdaptorError: the adaptor cannot be called or loaded, or does not fit the region.
         RegionNotFoundError: the options ask for a region that the UNet does not have.
         CountError: an operator multiplies, but its shapes were not recorded.
         TraceError: the call could not be recorded.
@@ -406,6 +410,9 @@ def flops_report(
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
     choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
     choice.instead_of(region)
+    used = resolve_adaptor(adaptor)
+    if region is None and choice == Choice():
+        choice = Choice(**region_options(used))
     trace = record(unet, args, kwargs)
     no_region = ""
     if region is None:
@@ -416,7 +423,7 @@ def flops_report(
                 raise
             no_region = str(error)
     operators, uncounted = _count(trace, region, attention=attention, norms=norms)
-    own = None if region is None else _adaptor_macs(adaptor, region, attention=attention, norms=norms)
+    own = None if region is None else _adaptor_macs(used, region, attention=attention, norms=norms)
     return FlopsReport(
         model=trace.model,
         sample=trace.inputs[trace.sample].meta["shape"],
@@ -477,16 +484,11 @@ class _Call(nn.Module):
         return self.adaptor(entry, exit_cached, **sides)
 
 
-def _adaptor_macs(adaptor: object, region: Region, *, attention: bool, norms: str | None) -> int:
+def _adaptor_macs(adaptor: Adaptor, region: Region, *, attention: bool, norms: str | None) -> int:
     """MACs of one call of the adaptor on tensors of the boundary's shapes."""
-    if adaptor is None or adaptor == "identity":
+    if is_identity(adaptor):
         return 0
-    if not callable(adaptor):
-        raise AdaptorError(
-            'an adaptor is None, "identity", or a module called as adaptor(entry, exit, time=..., text=...)',
-            seen={"adaptor": repr(adaptor)},
-            do="pass one of these",
-        )
+    check_region(adaptor, region)
     try:
         trace = _trace_adaptor(adaptor, region)
     except ClockworkError:

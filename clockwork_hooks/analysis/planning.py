@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from clockwork_hooks.analysis.candidates import Candidate, StandIn, StandIns, candidates
+from clockwork_hooks.adaptors.resolve import AdaptorLike
+from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
 from clockwork_hooks.analysis.follow import Series, follow
 from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, threshold_for
@@ -112,7 +114,7 @@ class Plan(Report):
     model: str
     adaptor_name: str = "identity"
     adaptor_folder: str | None = None
-    adaptor: StandIn = field(default=None, compare=False, repr=False)
+    adaptor: AdaptorLike = field(default=None, compare=False, repr=False)
     found: Region | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -171,7 +173,7 @@ class Plan(Report):
         return {"chosen": _plain(self.chosen), "options": options} | {name: getattr(self, name) for name in _NAMES}
 
     @classmethod
-    def from_json(cls, text: str, *, adaptor: StandIn = None) -> Plan:
+    def from_json(cls, text: str, *, adaptor: AdaptorLike = None) -> Plan:
         """What `to_json` wrote.
 
         Args:
@@ -226,7 +228,7 @@ def plan(
     min_saving: float | None = None,
     weigh: Weigh = "MACs",
     regions: Iterable[Region] | None = None,
-    adaptor: StandIns = None,
+    adaptor: Adaptors = None,
     clocks: Sequence[int] = (2, 3, 4),
     adaptive: bool = False,
     longest: int | None = None,
@@ -306,7 +308,7 @@ def plan(
         fingerprint=region.fingerprint,
         model=region.model,
         adaptor_name=chosen.adaptor_name,
-        adaptor_folder=chosen.given if isinstance(chosen.given, str) else None,
+        adaptor_folder=os.fspath(chosen.given) if isinstance(chosen.given, (str, os.PathLike)) else None,
         adaptor=chosen.given,
         found=region,
     )

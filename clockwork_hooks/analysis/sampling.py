@@ -6,6 +6,7 @@ Runs of a sampler from the same noise, with full passes alone and with adaptor p
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ class Runs:
         """Run all trajectories with this adaptor on this schedule."""
         if not self.plain:
             self.plain = [reference(self.unet, self.generate, *run) for run in self.runs]
-        adaptor = candidate.given if isinstance(candidate.given, str) else candidate.adaptor
+        adaptor = candidate.given if isinstance(candidate.given, (str, os.PathLike)) else candidate.adaptor
         errors = []
         with wrap(self.unet, adaptor, region=candidate.region, schedule=schedule) as cw:
             with self._times(cw) as times:

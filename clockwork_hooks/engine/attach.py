@@ -5,14 +5,13 @@ What can be wrapped, and with what: rules that hold before the first call, each 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
-from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.adaptive import AdaptiveEngine
 from clockwork_hooks.engine.engine import Engine
@@ -135,7 +134,7 @@ def _cached(module: nn.Module) -> bool:
 
 def wrap(
     unet: nn.Module,
-    adaptor: Adaptor | str | os.PathLike[str] | Mapping[Any, Any] | None = None,
+    adaptor: AdaptorLike | Mapping[Any, AdaptorLike] = None,
     *,
     clock: int | None = None,
     clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
@@ -246,7 +245,7 @@ def wrap(
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
     steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
-    used = _adaptor(adaptor)
+    used = resolve_adaptor(adaptor)
     if region is not None:
         stand_in.check_region(used, region)
     elif choice == Choice():
@@ -285,23 +284,6 @@ def _nested(
             wanted, name = Choice(resolution=key, cut=cut), shape(key)
         else:
             wanted, name = Choice(level=key, cut=cut), f"level {key}"
-        used = _adaptor(adaptors.get(key))
+        used = resolve_adaptor(adaptors.get(key))
         made.append(Clocked(name, wanted, clock, used, loaded=used is not adaptors.get(key)))
     return NestedEngine(unet, made, time=time, check_finite=check_finite)
-
-
-def _adaptor(adaptor: Adaptor | str | os.PathLike[str] | None) -> Adaptor:
-    if adaptor is None or adaptor == "identity":
-        return IdentityAdaptor()
-    if isinstance(adaptor, (str, os.PathLike)):
-        from clockwork_hooks.adaptors import LearnedAdaptor  # huggingface_hub comes with it
-
-        return LearnedAdaptor.from_pretrained(adaptor)
-    if isinstance(adaptor, type) or not callable(adaptor):
-        raise AdaptorError(
-            'an adaptor is None, "identity", the folder of a saved one, or a module called as '
-            "adaptor(entry, exit_cached, time=..., text=...)",
-            seen={"adaptor": repr(adaptor)[:80]},
-            do="pass one of these",
-        )
-    return adaptor

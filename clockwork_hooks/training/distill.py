@@ -28,6 +28,7 @@ from clockwork_hooks.training.setup import (
     check_folder,
     chosen,
     learners_of,
+    loaded,
     samplers_of,
     students_of,
 )
@@ -75,9 +76,9 @@ def distill(
 
     Args:
         unet: called by `generate`.
-        adaptor: "resnet", a module that follows `Adaptor`, a function that makes one for a region
-            (`ResNetAdaptor.for_region`), or a mapping name → any of these or a `Student` with a loss and a clock of
-            its own.
+        adaptor: "resnet", a module that follows `Adaptor`, the folder of a saved one, a function that makes one for a
+            region (`ResNetAdaptor.for_region`), or a mapping name → any of these or a `Student` with a loss and a
+            clock of its own.
         generate: your sampler, over a list of prompts; several take turns (other step counts, other solvers).
         prompts: any sequence of conditions, which `generate` gets lists of.
         clock: one full pass every so many steps; several take turns, for an adaptor that serves all of them.
@@ -111,6 +112,7 @@ def distill(
         ArgumentError: an option is outside its rule, there are no prompts, or the buffer cannot hold one trajectory.
         DistillError: `generate` never calls the UNet, a loss is not finite, the disk is full, or a checkpoint does not
             fit. What was trained until then is kept, in the adaptor, in the folder, and in the error's `.result`.
+        AdaptorError: there is no adaptor of this name or in this folder, or it does not fit the region.
         RegionNotFoundError: nothing of the UNet can be skipped.
         WrapError: the UNet is wrapped.
 
@@ -143,6 +145,7 @@ def distill(
     weights = guidance_of(guidance)
     generates = samplers_of(generate)
     check_facts(facts)
+    adaptor = loaded(adaptor)
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):

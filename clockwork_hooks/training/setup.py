@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from clockwork_hooks.adaptors.resolve import is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
 from clockwork_hooks.regions.choice import Choice
@@ -31,6 +33,7 @@ __all__ = [
     "chosen",
     "kind_of",
     "learners_of",
+    "loaded",
     "samplers_of",
     "students_of",
 ]
@@ -130,6 +133,23 @@ def chosen(adaptor: Any, level: int | None, cut: str) -> Choice:
     return Choice(**known) if choice == Choice() else choice
 
 
+def loaded(adaptor: Any) -> Any:
+    """What `distill` is given, with each saved adaptor in it loaded: its training goes on.
+
+    Raises:
+        AdaptorError: there is none of this name or in this folder, or it is the identity.
+    """
+    if isinstance(adaptor, Mapping):
+        return {name: loaded(one) for name, one in adaptor.items()}
+    if isinstance(adaptor, Student):
+        return replace(adaptor, adaptor=loaded(adaptor.adaptor))
+    if isinstance(adaptor, os.PathLike) or (isinstance(adaptor, str) and ("/" in adaptor or Path(adaptor).is_dir())):
+        return resolve_adaptor(adaptor)
+    if is_identity(adaptor) or isinstance(adaptor, str):
+        kind_of(adaptor)
+    return adaptor
+
+
 def students_of(adaptor: Any, region: Region) -> dict[str, Student]:
     """The adaptors by name, each one made and seen to fit the region."""
     given = adaptor if isinstance(adaptor, Mapping) else {"adaptor": adaptor}
@@ -159,7 +179,7 @@ def _made(adaptor: Any, region: Region) -> nn.Module:
     return made
 
 
-def kind_of(name: str) -> type[LearnedAdaptor]:
+def kind_of(name: str | None) -> type[LearnedAdaptor]:
     """The class of adaptors of this name.
 
     Raises:
@@ -167,9 +187,9 @@ def kind_of(name: str) -> type[LearnedAdaptor]:
     """
     from clockwork_hooks import adaptors
 
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise AdaptorError(
-            "an adaptor to train is known by its name, or is a module",
+            "an adaptor to train is known by its name, or is a module, or the folder of a saved one",
             seen={"adaptor": repr(name)},
             do=f"pass one of {', '.join(KINDS)}; the identity has nothing to train",
         )
