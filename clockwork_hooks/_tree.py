@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 import torch
+from torch.multiprocessing import reductions
 
-__all__ = ["Leaf", "leaves", "map_leaves", "tensors", "version"]
+__all__ = ["Leaf", "address", "held", "leaves", "map_leaves", "tensors", "version"]
 
 
 class Leaf:
@@ -90,3 +91,17 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 def version(tensor: torch.Tensor) -> int:
     """A counter of in-place writes to the tensor and its views; -1 for inference tensors, which keep none."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def address(storage: torch.UntypedStorage) -> int:
+    """A number that names the storage among those that live, or are held by `held`."""
+    return getattr(storage, "_cdata", id(storage))
+
+
+def held(storage: torch.UntypedStorage) -> Any:
+    """A weak reference that keeps the storage's address from being used for another one; equal for equal storages.
+
+    Where torch has none, the storage itself: its memory is then kept as long as the reference.
+    """
+    make = getattr(reductions, "StorageWeakRef", None)
+    return storage if make is None else make(storage)

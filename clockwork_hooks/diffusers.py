@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from clockwork_hooks._tree import address, held
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
@@ -53,7 +53,7 @@ class SchedulerSteps:
                 timeline.reset()
             return
         mark: Place | None = timeline.mark
-        place = Place(StorageWeakRef(time.untyped_storage()), int(time.storage_offset()))
+        place = Place(held(time.untyped_storage()), int(time.storage_offset()))
         jump = place.index - mark.index if mark is not None and mark.times == place.times else None
         if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
             timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
@@ -112,7 +112,7 @@ def _listed(scheduler: Any, time: torch.Tensor) -> bool:
         and times.device == time.device
         and times.dtype == time.dtype
         and times.device.type != "meta"
-        and times.untyped_storage()._cdata == time.untyped_storage()._cdata
+        and address(times.untyped_storage()) == address(time.untyped_storage())
     )
 
 

@@ -8,17 +8,7 @@ run again has to do what it did the first time. So both are full passes, and bel
 
 from __future__ import annotations
 
-from torch import is_inference_mode_enabled
-from torch._C import (
-    _current_graph_task_id,
-    _get_dispatch_mode,
-    _get_tracing_state,
-    _is_fwd_grad_enabled,
-    _len_torch_dispatch_stack,
-    _TorchDispatchModeKey,
-)
-from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import peek_interpreter_stack
+from torch import _C, is_inference_mode_enabled
 
 __all__ = ["REASONS", "stands_apart"]
 
@@ -49,6 +39,7 @@ NO_REGION = "no region for these inputs"
 COMPILED = "within torch.compile, torch.export or torch.jit"
 TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
+UNTOLD = "this version of torch does not say whether the call is transformed or run again"
 OTHER_REGION = "the chosen region is another one for these inputs"
 
 REASONS: dict[str, tuple[str, str]] = {
@@ -151,11 +142,17 @@ REASONS: dict[str, tuple[str, str]] = {
         "in the forward of any `autograd.Function`, as in an adjoint method",
         "nothing; `unet.enable_gradient_checkpointing()` leaves the adaptor passes",
     ),
+    UNTOLD: (
+        "a private name of torch that is asked for this is gone",
+        "a version of torch in the range of pyproject.toml; report it if it happens there",
+    ),
 }
 
 
 def stands_apart(*, compiling: bool = False) -> str | None:
     """Why the call that begins now is none of a sampling loop's; None where it is. Reads six flags of torch.
+
+    The flags have no public names. Where torch lacks one of them nobody can tell, so every call is a full pass.
 
     Args:
         compiling: what `torch.compiler.is_compiling()` says.
@@ -171,17 +168,24 @@ def stands_apart(*, compiling: bool = False) -> str | None:
         >>> seen
         [None, 'within a transform of torch.func']
     """
-    if compiling or _get_tracing_state() is not None:
+    try:
+        return COMPILED if compiling else _by_flags()
+    except AttributeError:
+        return UNTOLD
+
+
+def _by_flags() -> str | None:
+    if _C._get_tracing_state() is not None:
         return COMPILED
-    if _len_torch_dispatch_stack() and _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:  # `make_fx`
-        return COMPILED
-    if peek_interpreter_stack() is not None:
+    if _C._len_torch_dispatch_stack() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None:
+        return COMPILED  # by `make_fx`
+    if _C._functorch.peek_interpreter_stack() is not None:
         return TRANSFORMED
-    if _current_graph_task_id() != -1:  # it is run again
+    if _C._current_graph_task_id() != -1:  # it is run again
         return REPEATED
-    hooks = _top_saved_tensors_default_hooks(False)
+    hooks = _C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
         return REPEATED
-    if not _is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
+    if not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
         return REPEATED
     return None

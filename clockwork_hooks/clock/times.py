@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from clockwork_hooks._tree import version
+from clockwork_hooks._tree import address, held, version
 from clockwork_hooks.graph.arguments import is_number
 
 __all__ = ["Clock", "Place"]
@@ -27,7 +26,7 @@ class Place:
         index: which entry.
     """
 
-    times: StorageWeakRef
+    times: Any
     index: int
 
 
@@ -42,7 +41,7 @@ class _Copy:
         varied: does it hold different values? A list of times does, one time for each row does not.
     """
 
-    storage: StorageWeakRef
+    storage: Any
     version: int
     values: torch.Tensor
     varied: bool
@@ -125,7 +124,7 @@ class Clock:
 
     def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
         """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""
-        key, written = storage._cdata, version(value)
+        key, written = address(storage), version(value)
         known = self._copies.get(key)
         same = known is not None and known.version == written and known.values.dtype == value.dtype
         if known is None or not same or (written < 0 and not trusted):
@@ -133,7 +132,7 @@ class Clock:
             if len(self._copies) > 8:
                 self._copies.clear()
             varied = bool((values != values[0]).any())
-            known = self._copies[key] = _Copy(StorageWeakRef(storage), written, values, varied)
+            known = self._copies[key] = _Copy(held(storage), written, values, varied)
         return known
 
 

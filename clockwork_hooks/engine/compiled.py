@@ -163,11 +163,10 @@ def with_tensor_time(
 
 def _counting_in_checkpoints() -> contextlib.AbstractContextManager[None]:
     """Calls are counted also within `torch.utils.checkpoint`; what its backward runs again does not count."""
-    if not torch.is_grad_enabled():
+    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # without it, dynamo refuses: a CompileError
+    if not torch.is_grad_enabled() or not hasattr(torch._dynamo.config, option):
         return contextlib.nullcontext()
-    patched: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(
-        skip_fwd_side_effects_in_bwd_under_checkpoint=True
-    )
+    patched: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch({option: True})
     return patched
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from clockwork_hooks._tree import Leaf, leaves, map_leaves
+from clockwork_hooks._tree import Leaf, address, held, leaves, map_leaves
 from clockwork_hooks.graph.arguments import Arguments, is_number
 
 __all__ = ["Bindings", "TensorSpec"]
@@ -52,7 +51,7 @@ class Bindings:
         self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], fx.Node]] = {}
         self._views: dict[int, dict[tuple[Any, ...], fx.Node]] = {}
         self._shared: dict[int, set[int]] = {}
-        self._storages: dict[int, StorageWeakRef] = {}
+        self._storages: dict[int, Any] = {}
         self._owners: dict[int, fx.Node] = {}
         self._writes: dict[int, fx.Node] = {}
         self._blank: set[int] = set()
@@ -115,9 +114,9 @@ class Bindings:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
             return 0
-        key: int = storage._cdata
+        key = address(storage)
         if key not in self._storages:
-            self._storages[key] = StorageWeakRef(storage)
+            self._storages[key] = held(storage)
         return key
 
     def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
@@ -204,10 +203,18 @@ class Bindings:
             node = self.add("placeholder", f"constant_{len(self.nodes)}")
         node.meta["constant"] = True
         if self.numbers and tensor.numel() == 1 and tensor.device.type == "cpu":
-            with torch._C._DisableTorchDispatch():
-                value = tensor.detach().item()
+            value = _number(tensor)
             node.meta["after"] = tuple(source for number, source in self.numbers if number == value)
         return node
+
+
+def _number(tensor: torch.Tensor) -> Any:
+    """The value of a tensor of one element, read behind the recorder's back; None where torch has no way to."""
+    unseen = getattr(torch._C, "_DisableTorchDispatch", None)
+    if unseen is None:
+        return None
+    with unseen():
+        return tensor.detach().item()
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:

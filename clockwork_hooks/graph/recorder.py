@@ -19,20 +19,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import (
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils import _python_dispatch as dispatch
+from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import tensors
+from clockwork_hooks._tree import address, tensors
 from clockwork_hooks.graph.arguments import Arguments, is_number
 from clockwork_hooks.graph.bindings import Bindings
 
@@ -148,7 +141,8 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in self._handles:
                 handle.remove()
-                _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets it, and warns of it ever after
+                # torch forgets to take this off, and warns of it ever after
+                getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
             while self._stack:
                 self._close(output if len(self._stack) == 1 else None)
             self._thread, self._frame = -1, None
@@ -156,15 +150,17 @@ class Recorder(TorchDispatchMode):
 
     def _leave(self) -> None:
         """Take this mode off the thread's stack, and no other: after an interrupt there may be some above it."""
-        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
-            return
         above = []
-        while (mode := _get_current_dispatch_mode_stack()[-1]) is not self:
-            above.append(mode)
-            _pop_mode()
+        if hasattr(dispatch, "_get_current_dispatch_mode_stack"):  # else it is the topmost one, but after an interrupt
+            modes = dispatch._get_current_dispatch_mode_stack()
+            if not any(mode is self for mode in modes):
+                return
+            while modes[-1] is not self:
+                above.append(modes.pop())
+                dispatch._pop_mode()
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for mode in reversed(above):
-            _push_mode(mode)
+            dispatch._push_mode(mode)
 
     def _abandoned(self) -> bool:
         """KeyboardInterrupt passes torch's always-called hooks by: has the root's frame left the stack?"""
@@ -312,7 +308,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
 def _owners(root: nn.Module) -> dict[int, torch.Tensor]:
     """Storage → the parameter in it, where there is one in memory."""
     return {
-        tensor.untyped_storage()._cdata: tensor
+        address(tensor.untyped_storage()): tensor
         for tensor in root.parameters()
         if tensor.layout == torch.strided and tensor.device.type != "meta" and not is_lazy(tensor)
     }
