@@ -19,7 +19,8 @@ import torch
 import clockwork_hooks as ch
 from clockwork_hooks.demo import attribute_accuracy, load_demo
 from clockwork_hooks.demo.recipe import Recipe
-from clockwork_hooks.demo.run import ADAPTOR, psnr
+from clockwork_hooks.demo.run import ADAPTOR
+from clockwork_hooks.metrics import psnr
 from clockwork_hooks.reports.tables import percent, table
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def measure(prompts: int) -> dict[str, Any]:
             right = attribute_accuracy(demo.classifier, images, texts).total
             rows.append(
                 {"sampler": sampler, "steps": steps, "kind": kind, "taken": taken, "macs": cost // prompts,
-                 "psnr": psnr(images, target), "right": right}
+                 "psnr": float(psnr(images, target).mean()), "right": right}
             )  # fmt: skip
     return {"rows": rows, "prompts": prompts, "torch": torch.__version__, "device": platform.machine() + " CPU"}
 

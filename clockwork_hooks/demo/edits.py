@@ -1,23 +1,22 @@
-"""Edits of the demo model's scenes: the same edit plain, with Clockwork, and without injection, judged.
+"""Edits of the demo model's scenes, plain, with Clockwork and without injection, and how well each came out.
 
-The source's layout is known because the source is drawn; what is on the edited picture a classifier reads.
-
-What edits of scenes scored: by scene, in the mean, and against the plain edit, with how sure that is.
+The source's layout is known because the source is drawn; a classifier reads what is on the edited picture.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clockwork_hooks.analysis.timing import timed
 from clockwork_hooks.demo.captions import ANY, parse
 from clockwork_hooks.demo.classifier import AttributeClassifier, score
 from clockwork_hooks.demo.evaluate import held_out_prompts
@@ -52,6 +51,7 @@ __all__ = [
 ]
 
 _DRAWS = 10_000
+_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,65 +365,42 @@ def edit_scenes(
         UnknownWordError: a caption has words that the model has never seen.
     """
     check_clock(clock)
-    sources, targets = [old for old, _, _ in edits], [old.replace(what, new) for old, what, new in edits]
-    wanted = parse([*sources, *targets])
-    like_this = f'("{EDITS[0][0]}", "{EDITS[0][1]}", "{EDITS[0][2]}")'
-    same = [(old, what) for (old, what, _), new in zip(edits, targets, strict=True) if old == new]
-    if same or not edits:
-        raise ArgumentError(
-            "an edit replaces words of its caption by others",
-            seen={f"changes nothing, {what!r} in": old for old, what in same} or {"edits": "none"},
-            do=f"pass words that the caption has, as in {like_this}",
-        )
-    half = [old for old, told in zip(sources, wanted, strict=False) if (told == ANY).any()]
-    if half:
-        raise ArgumentError(
-            "the caption of a scene that is edited tells all of it: sizes, colours, shapes, places, background",
-            seen={f"leaves something open ({k + 1})": old for k, old in enumerate(half)},
-            do=f"write it like the first of {like_this}",
-        )
+    sources, targets, wanted = _captions(edits)
     demo = model or load_demo()
     picture = render(scenes_of(wanted[: len(sources)], seed), device=demo.device)
-    told, new = demo.encode_prompts([*sources, *targets], guided=False).chunk(2)
+    source_text, target_text = demo.encode_prompts([*sources, *targets], guided=False).chunk(2)
     latents, solver = to_latents(picture), demo.scheduler("ddim")
-    traced = trace(demo.unet, latents[:1].to(demo.unet.dtype), 500, encoder_hidden_states=told[:1])
-    rows, pictures, known = [], {"source": picture}, dict[Any, tuple[Inversion, float]]()
+    traced = trace(demo.unet, latents[:1].to(demo.unet.dtype), 500, encoder_hidden_states=source_text[:1])
+    rows, pictures, inversions = [], {"source": picture}, dict[Any, tuple[Inversion, float]]()
     for way in ways or usual_ways(clock):
+        common: dict[str, Any] = {"adaptor": way.adaptor, "console": console}
+        forth = (way.inversion_clock, way.adaptor if way.inversion_clock > 1 else None)
+        if forth not in inversions:
+            arguments = {"steps": inversion_steps, "clock": way.inversion_clock, **common}
+            inversions[forth] = _timed(
+                partial(invert, demo.unet, solver, latents, source_text, **arguments), demo.device
+            )
+        inversion, seconds_forth = inversions[forth]
         shares = {"until_features": until_features, "until_attention": until_attention}
         shares |= {name: share for name in shares if (share := getattr(way, name)) is not None}
-        forth = (way.inversion_clock, way.adaptor if way.inversion_clock > 1 else None)
-        if forth not in known:
-            begun = _now(demo.device)
-            inversion = invert(
-                demo.unet,
-                solver,
-                latents,
-                told,
-                steps=inversion_steps,
-                clock=way.inversion_clock,
-                adaptor=way.adaptor,
-                console=console,
-            )
-            known[forth] = inversion, _now(demo.device) - begun
-        inversion, seconds = known[forth]
-        begun = _now(demo.device)
-        made = edit(
+        run_back = partial(
+            edit,
             demo.unet,
             solver,
             inversion,
-            target=new,
-            negative=told,
+            target=target_text,
+            negative=source_text,
             steps=steps,
             guidance=guidance,
             schedule=Schedule.every(way.clock, warmup=round(way.full * steps)),
             injection=find_injection(traced, **shares) if way.injects else Injection(),
-            adaptor=way.adaptor,
-            console=console,
+            **common,
         )
-        seconds += _now(demo.device) - begun
-        pictures[way.name] = to_images(made.latents)
+        edited, seconds_back = _timed(run_back, demo.device)
+        pictures[way.name] = to_images(edited.latents)
         scores = scores_of(demo.classifier, picture, pictures[way.name], wanted[len(sources) :])
-        rows.append(EditRow(way.name, made.macs // len(edits), made.macs_plain // len(edits), seconds, scores))
+        macs_each, plain_each = edited.macs // len(edits), edited.macs_plain // len(edits)
+        rows.append(EditRow(way.name, macs_each, plain_each, seconds_forth + seconds_back, scores))
     settings = {
         "sources": sources,
         "targets": targets,
@@ -438,8 +415,30 @@ def edit_scenes(
     return SceneEdits(tuple(rows), settings, pictures)
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _captions(edits: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[str], NDArray[np.int64]]:
+    """Captions of the sources and of the targets, and the attributes (2B, 9) that both name."""
+    sources, targets = [old for old, _, _ in edits], [old.replace(what, new) for old, what, new in edits]
+    wanted = parse([*sources, *targets])
+    like_this = f'("{EDITS[0][0]}", "{EDITS[0][1]}", "{EDITS[0][2]}")'
+    same = [(old, what) for (old, what, _), new in zip(edits, targets, strict=True) if old == new]
+    if same or not edits:
+        raise ArgumentError(
+            "an edit replaces words of its caption by others",
+            seen={f"changes nothing, {what!r} in": old for old, what in same} or {"edits": "none"},
+            do=f"pass words that the caption has, as in {like_this}",
+        )
+    half = [old for old, attributes in zip(sources, wanted, strict=False) if (attributes == ANY).any()]
+    if half:
+        raise ArgumentError(
+            "the caption of a scene that is edited tells all of it: sizes, colours, shapes, places, background",
+            seen={f"leaves something open ({k + 1})": old for k, old in enumerate(half)},
+            do=f"write it like the first of {like_this}",
+        )
+    return sources, targets, wanted
+
+
+def _timed(run: Callable[[], _Output], device: torch.device) -> tuple[_Output, float]:
+    """What it returns, and the seconds that it takes."""
+    outputs: list[_Output] = []
+    seconds = timed(lambda: outputs.append(run()), str(device))
+    return outputs[0], seconds

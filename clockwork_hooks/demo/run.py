@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks._version import versions
-from clockwork_hooks.analysis.timing import device_name
+from clockwork_hooks.analysis.timing import device_name, timed
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError, DemoError, need
+from clockwork_hooks.metrics import psnr
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.reports.plots import Bitmap
 from clockwork_hooks.reports.progress import ProgressBar
@@ -191,8 +191,10 @@ def demo(
             def advance(number: int, t: int, latents: Tensor) -> None:
                 bar.update(task, advance=1, description=f"{name}, step {number + 1} of {steps}")
 
-            images[name], seconds = _timed(lambda: model.sample(texts, steps=steps, seed=seed, callback=advance))
-            times[name].append(seconds)
+            def run() -> None:
+                images[name] = model.sample(texts, steps=steps, seed=seed, callback=advance)
+
+            times[name].append(timed(run, str(model.device)))
 
         model.sample(texts[:1], steps=1)  # first calls are slower
         for _ in range(ROUNDS):
@@ -238,22 +240,11 @@ def _row(
         macs_per_image=run // len(texts),
         seconds_per_image=best[name] / len(texts),
         speed_up=best[PLAIN] / best[name],
-        psnr=None if name == PLAIN else psnr(images[name], images[PLAIN]),
+        psnr=None if name == PLAIN else float(psnr(images[name], images[PLAIN]).mean()),
         accuracy=attribute_accuracy(model.classifier, images[name], texts).total,
         full_passes=full,
         adaptor_passes=adapted,
     )
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [0, 1]; 100 dB stands for equal ones."""
-    errors = (images - reference).square().flatten(1).mean(1).clamp_min(1e-10)
-    return float((-10 * errors.log10()).mean())
-
-
-def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    started = time.perf_counter()
-    return run(), time.perf_counter() - started
 
 
 def _settings(texts: Sequence[str], steps: int, clock: int, seed: int) -> dict[str, Any]:

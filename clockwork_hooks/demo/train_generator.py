@@ -1,6 +1,6 @@
 """Training of the generator: UNet and text encoder, jointly, with v-prediction and caption dropout.
 
-The whole step (drawing the batch, noise, both networks, backward, AdamW, moving average) is one CUDA graph.
+On CUDA the step (drawing the batch, noise, both networks, backward, AdamW) is one graph; the moving average follows it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from clockwork_hooks.demo.captions import encode
 from clockwork_hooks.demo.model import TRAIN_STEPS, new_unet
@@ -27,6 +28,7 @@ __all__ = ["Options", "Trainer", "train_generator"]
 
 Log = Callable[[dict[str, Any]], None]
 _SHARD_BYTES = 15 * 2**20
+STORED = {"weights": torch.float32, "average": torch.float16, "first": torch.bfloat16, "second": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +63,41 @@ class Options:
 
 
 class Trainer:
-    """Weights, their moving average, the optimizer and the graphed step."""
+    """Networks, their moving average, the optimizer and the step.
+
+    Attributes:
+        networks: "unet" and "text", which learn.
+        average: the moving average of their weights.
+        optimizer: AdamW of all of them.
+        loss: of the last step, on the device.
+        iteration: steps so far.
+        seconds: of training so far, earlier runs included.
+    """
 
     def __init__(self, options: Options) -> None:
         torch.manual_seed(options.seed)
         self.options, self.device = options, torch.device(options.device)
-        self.unet = new_unet().to(self.device, memory_format=torch.channels_last)
-        self.text = TextEncoder().to(self.device)
-        names = {f"unet.{n}": p for n, p in self.unet.named_parameters()}
-        names |= {f"text.{n}": p for n, p in self.text.named_parameters()}
-        self.names, self.parameters = list(names), list(names.values())
-        self.average = [p.detach().clone() for p in self.parameters]
-        for parameter in self.parameters:
+        unet = new_unet().to(self.device, memory_format=torch.channels_last)
+        self.networks = nn.ModuleDict({"unet": unet, "text": TextEncoder().to(self.device)})
+        self.average = AveragedModel(self.networks, multi_avg_fn=self._average)
+        self.loss = torch.zeros((), device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.networks.parameters(),
+            lr=torch.zeros((), device=self.device),  # a tensor, so that a recorded step reads it anew
+            betas=(0.9, 0.99),
+            capturable=self.device.type == "cuda",
+        )
+        for parameter in self.networks.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.first = [torch.zeros_like(p) for p in self.average]
-        self.second = [torch.zeros_like(p) for p in self.average]
-        self.rate, self.keep, self.count, self.loss = (torch.zeros((), device=self.device) for _ in range(4))
+        self.optimizer.step()  # at a rate of 0: makes the state that a checkpoint is loaded into
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
         self.iteration, self.seconds = 0, 0.0
-        self.run: Any = torch.compile(self.unet, dynamic=False) if options.compile else self.unet
+        self.predict: Any = torch.compile(unet, dynamic=False) if options.compile else unet
         self.empty = torch.from_numpy(encode([""])).to(self.device)
         cosine = torch.tensor(_alphas_cumprod(), device=self.device, dtype=torch.float64)
         self.signal, self.noise = cosine.sqrt().float(), (1 - cosine).sqrt().float()
-        self.step_: Callable[[], None] | None = None
+        self.learn: Callable[[], None] | None = None
 
     def batch_loss(self, pool: ScenePool) -> Tensor:
         """The v-prediction loss of a random batch of the pool, timesteps stratified over the batch."""
@@ -97,97 +112,83 @@ class Trainer:
         noise = torch.randn_like(latents)
         noisy = (signal * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = self.run(noisy, t, encoder_hidden_states=self.text(tokens)).sample
+            text = self.networks["text"](tokens)
+            velocity = self.predict(noisy, t, encoder_hidden_states=text).sample
         return F.mse_loss(velocity.float(), signal * noise - sigma * latents)
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Clip, AdamW and moving average, over lists of tensors; no value goes to the host."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
-        self.count += 1
-        torch._foreach_lerp_(self.first, grads, 0.1)
-        torch._foreach_mul_(self.second, 0.99)
-        torch._foreach_addcmul_(self.second, grads, grads, 0.01)
-        scale = torch._foreach_div(self.second, 1 - 0.99**self.count)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, 1e-8)
-        change = torch._foreach_div(self.first, scale)
-        torch._foreach_mul_(change, -self.rate / (1 - 0.9**self.count))
-        torch._foreach_mul_(self.parameters, 1 - 0.01 * self.rate)
-        torch._foreach_add_(self.parameters, change)
-        torch._foreach_mul_(self.average, self.keep)
-        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, 1 - self.keep))
+        """Clip the gradients and change the weights; no value goes to the host."""
+        nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
+        self.optimizer.step()
+
+    def _average(self, averaged: Any, current: Any, _count: Any) -> None:
+        """Short at first, so that the random weights of the start are soon forgotten."""
+        keep = min(self.options.decay, (1 + self.iteration) / (10 + self.iteration))
+        torch._foreach_lerp_(averaged, current, 1 - keep)
 
     def prepare(self, pool: ScenePool) -> None:
         """Make the step; on CUDA, warm it up (with a rate of 0) and record it as a graph."""
 
-        def step() -> None:
-            torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
+        def learn() -> None:
+            self.optimizer.zero_grad(set_to_none=False)
             loss = self.batch_loss(pool)
             loss.backward()
             self.loss.copy_(loss.detach())
             self.update()
 
-        self.step_ = step
+        self.learn = learn
         if self.device.type != "cuda":
             return
-        kept = [
-            tensor.detach().clone()
-            for tensor in (*self.parameters, *self.average, *self.first, *self.second, self.count)
-        ]
-        self.keep.fill_(1.0)
+        live = [*self._state().values(), *(state["step"] for state in self.optimizer.state.values())]
+        before = [tensor.detach().clone() for tensor in live]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step()
+                learn()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            learn()
         with torch.no_grad():
-            live = (*self.parameters, *self.average, *self.first, *self.second, self.count)
-            for tensor, before in zip(live, kept, strict=True):
-                tensor.copy_(before)
-        self.step_ = graph.replay
+            for tensor, value in zip(live, before, strict=True):
+                tensor.copy_(value)
+        self.learn = graph.replay
 
     def step(self, fraction: float) -> None:
         """One iteration. Args: fraction of the whole training that is over, for the learning rate."""
-        warm = min(1.0, (self.iteration + 1) / 500)
-        self.rate.fill_(self.options.rate * warm * max(0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))), 0.01))
-        self.keep.fill_(min(self.options.decay, (1 + self.iteration) / (10 + self.iteration)))
-        if self.step_ is None:
+        if self.learn is None:
             raise ArgumentError(
                 "a step is prepared before it runs", seen={"prepared": False}, do="call prepare(pool) first"
             )
-        self.step_()
+        warm = min(1.0, (self.iteration + 1) / 500)
+        rate = self.options.rate * warm * max(0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))), 0.01)
+        self.optimizer.param_groups[0]["lr"].fill_(rate)
+        self.learn()
+        self.average.update_parameters(self.networks)
         self.iteration += 1
 
+    def _state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights, their average, and the optimizer's two moments."""
+        tensors: dict[str, Tensor] = {}
+        weights, average = self.networks.named_parameters(), self.average.module.parameters()
+        for (name, weight), mean in zip(weights, average, strict=True):
+            state = self.optimizer.state[weight]
+            tensors |= {f"weights/{name}": weight, f"average/{name}": mean}
+            tensors |= {f"first/{name}": state["exp_avg"], f"second/{name}": state["exp_avg_sq"]}
+        return tensors
+
     def save(self, folder: Path) -> None:
-        """Write a checkpoint: weights, average and AdamW state in files of at most 15 MiB, and its position."""
-        kinds = (
-            ("weights", self.parameters, torch.float32),
-            ("average", self.average, torch.float16),
-            ("first", self.first, torch.bfloat16),
-            ("second", self.second, torch.bfloat16),
-        )
-        tensors = {f"{kind}/{n}": t.to(p) for kind, ts, p in kinds for n, t in zip(self.names, ts, strict=True)}
+        """Write a checkpoint in files of at most 15 MiB: the state in the precisions of `STORED`, and its position."""
         shards: list[dict[str, Tensor]] = [{}]
-        for name, tensor in tensors.items():
+        for name, live in self._state().items():
+            tensor = live.detach().to(STORED[name.partition("/")[0]])
             if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES:
                 shards.append({})
             shards[-1][name] = tensor
         for number, shard in enumerate(shards):
             write_tensors(folder / f"state_{number}.safetensors", shard)
-        position = {
-            "iteration": self.iteration,
-            "seconds": self.seconds,
-            "count": int(self.count),
-            "shards": len(shards),
-        }
-        write_json(folder / "state.json", position)
+        write_json(folder / "state.json", {"iteration": self.iteration, "seconds": self.seconds, "shards": len(shards)})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -196,20 +197,17 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         for number in range(position["shards"]):
             tensors |= read_tensors(folder / f"state_{number}.safetensors")
-        kinds = {"weights": self.parameters, "average": self.average, "first": self.first, "second": self.second}
-        for kind, values in kinds.items():
-            for name, value in zip(self.names, values, strict=True):
-                value.copy_(tensors[f"{kind}/{name}"])
+        for name, live in self._state().items():
+            live.copy_(tensors[name])
         self.iteration, self.seconds = position["iteration"], position["seconds"]
-        self.count.fill_(position["count"])
+        self.average.n_averaged.fill_(self.iteration)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.iteration)
         torch.manual_seed(self.options.seed + self.iteration)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as they ship: fp16, the UNet in diffusers' layout."""
-        average = dict(zip(self.names, self.average, strict=True))
-        unet, text = new_unet(), TextEncoder()
-        unet.load_state_dict({n[5:]: t for n, t in average.items() if n.startswith("unet.")})
-        text.load_state_dict({n[5:]: t for n, t in average.items() if n.startswith("text.")})
+        unet, text = (self.average.module[name] for name in ("unet", "text"))  # type: ignore[index]
         unet.save_config(folder / "unet")
         save_half(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
         save_half(text, folder / "text_encoder" / "model.safetensors")

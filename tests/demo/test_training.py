@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from clockwork_hooks.demo.evaluate import evaluate
 from clockwork_hooks.demo.model import DemoModel, load_demo
@@ -14,6 +16,16 @@ from clockwork_hooks.demo.train_generator import Options, Trainer
 from clockwork_hooks.demo.weights import save_half, write_json
 
 TINY = Options(device="cpu", batch=2, pool=32)
+
+
+def parameters(trainer: Trainer) -> list[Tensor]:
+    """Copies of the weights."""
+    return [p.detach().clone() for p in trainer.networks.parameters()]
+
+
+def moments(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """The optimizer's state, a weight after the other."""
+    return [trainer.optimizer.state[p] for p in trainer.networks.parameters()]
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,18 +56,20 @@ def test_a_pool_refreshes_its_oldest_scenes() -> None:
 
 def test_training_goes_on_from_its_checkpoint_and_ships(tmp_path: Path, model: DemoModel) -> None:
     trainer, pool = Trainer(TINY), ScenePool.draw(TINY.pool, 0, "cpu")
-    start = [p.detach().clone() for p in trainer.parameters]
+    start = parameters(trainer)
     trainer.prepare(pool)
     for _ in range(2):
         trainer.step(0.0)
-    assert all(torch.isfinite(p).all() for p in trainer.parameters)
-    assert any(not torch.equal(p, q) for p, q in zip(trainer.parameters, start, strict=True))
+    assert all(torch.isfinite(p).all() for p in parameters(trainer))
+    assert any(not torch.equal(p, q) for p, q in zip(parameters(trainer), start, strict=True))
     trainer.save(tmp_path / "checkpoint")
     resumed = Trainer(TINY)
     resumed.load(tmp_path / "checkpoint")
-    assert resumed.iteration == 2
-    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters, trainer.parameters, strict=True))
-    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(resumed.first, trainer.first, strict=True))
+    assert (resumed.iteration, int(resumed.average.n_averaged)) == (2, 2)
+    assert all(torch.equal(p, q) for p, q in zip(parameters(resumed), parameters(trainer), strict=True))
+    for ours, theirs in zip(moments(resumed), moments(trainer), strict=True):
+        assert ours["step"] == theirs["step"] == 2
+        assert torch.equal(ours["exp_avg"], theirs["exp_avg"].bfloat16())
 
     weights = tmp_path / "weights"
     resumed.export(weights)
@@ -64,22 +78,32 @@ def test_training_goes_on_from_its_checkpoint_and_ships(tmp_path: Path, model: D
     assert load_demo(weights=weights).unet.config.block_out_channels == [48, 128, 128]
 
 
-def test_an_update_is_adamw() -> None:
-    """The hand-written update (for the CUDA graph) against torch's, gradients below the clipping norm."""
+def test_a_step_is_adamw_of_clipped_gradients_and_the_average_follows() -> None:
+    """By hand, in float64: the first update moves each weight by the rate, whatever the size of its gradient."""
     trainer = Trainer(TINY)
-    parameters = [p.detach().clone().requires_grad_() for p in trainer.parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
-    trainer.rate.fill_(1e-3)
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        for ours, theirs in zip(trainer.parameters, parameters, strict=True):
-            assert ours.grad is not None
-            ours.grad.copy_(1e-5 * torch.randn(ours.shape, generator=generator))
-            theirs.grad = ours.grad.clone()
-        trainer.update()
-        optimizer.step()
-    for ours, theirs in zip(trainer.parameters, parameters, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    pool = ScenePool.draw(TINY.pool, 0, "cpu")
+    trainer.prepare(pool)
+    seen = [parameters(trainer)]
+    for k in range(3):
+        trainer.step(0.0)
+        seen.append(parameters(trainer))
+        rate = TINY.rate * (k + 1) / 500
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.networks.parameters()))
+        assert norm <= 1 + 1e-4
+        for state, p, before, after in zip(
+            moments(trainer), trainer.networks.parameters(), seen[-2], seen[-1], strict=True
+        ):
+            first, second = state["exp_avg"].double(), state["exp_avg_sq"].double()
+            scaled = first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.99 ** (k + 1))).sqrt() + 1e-8)
+            wanted = before.double() * (1 - 0.01 * rate) - rate * scaled
+            torch.testing.assert_close(after.double(), wanted, rtol=1e-6, atol=1e-7)
+            if k == 0:
+                torch.testing.assert_close(first, 0.1 * p.grad.double(), rtol=1e-5, atol=1e-12)
+    mean = seen[1]
+    for k in (1, 2):  # the first average is the weights themselves
+        mean = [p.lerp(q, 1 - (1 + k) / (10 + k)) for p, q in zip(mean, seen[k + 1], strict=True)]
+    for ours, theirs in zip(trainer.average.module.parameters(), mean, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers'
