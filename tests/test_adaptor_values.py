@@ -132,7 +132,7 @@ def test_distill_goes_on_with_a_saved_adaptor(saved: Path) -> None:
     with pytest.raises(ch.AdaptorError, match="a saved adaptor is a folder"):
         ch.distill(unet, Path("no-such-folder"), lambda batch: generate(len(batch), 0), **options)
     for value in (None, "identity", ch.IdentityAdaptor(), "no-such-folder"):
-        with pytest.raises(ch.AdaptorError, match="(?s)known by its name.*has nothing to train") as e:
+        with pytest.raises(ch.AdaptorError, match=r"(?s)known by its name.*has nothing to train") as e:
             ch.distill(unet, value, lambda batch: generate(len(batch), 0), **options)
         assert "resnet, scaled-resnet, unet" in str(e.value)
 

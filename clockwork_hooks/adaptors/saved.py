@@ -1,19 +1,16 @@
-"""A module that is saved as safetensors and JSON, and comes back as it was or not at all.
+"""An adaptor on disk, or on the Hugging Face Hub: `config.json` and `model.safetensors`, which come back whole or not.
 
-The two files of a saved adaptor: `config.json` and `model.safetensors`. Nothing is ever unpickled.
-
-Every way in which they can be damaged has an error that says so; tensors are compared with the configuration before
-any memory is taken for them.
+Nothing is ever unpickled, and no memory is taken for tensors before they are seen to be those of the configuration.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -24,178 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from clockwork_hooks import adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.reports.tables import shape
 
-__all__ = ["CONFIG", "WEIGHTS", "SavedAdaptor", "fetch", "read_config", "read_weights", "write"]
+__all__ = ["SavedAdaptor"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_UNTRAINED = ("resnet", "scaled-resnet", "unet")  # kinds that `distill` trains; no saved adaptor has such a name
-_WHAT = f"a saved adaptor is a folder with {CONFIG} and {WEIGHTS}"
-
-
-def fetch(name: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder itself, or the local copy of a repository on the Hugging Face Hub.
-
-    Args:
-        name: folder, or id of a repository: "user/name".
-        **hub: options of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        AdaptorError: it is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        pickled = path.suffix in _PICKLES
-        raise AdaptorError(
-            f"{_WHAT}; nothing is unpickled" if pickled else _WHAT,
-            seen={"got": f"a file, {path}"},
-            do="save the adaptor with save_pretrained(folder)" if pickled else "pass the folder around it",
-        )
-    try:
-        if str(name).count("/") != 1:
-            raise ValueError("a repository's id is user/name")
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **hub))
-    except (HFValidationError, OSError, ValueError) as error:  # not found, no network, offline: all of them OSErrors
-        raise AdaptorError(
-            f"{_WHAT}, or the id of such a repository on the Hugging Face Hub",
-            seen={"no folder": path.absolute(), "from the hub": f"{type(error).__name__}: {_line(error)}"},
-            do=f"train one: distill(unet, {str(name)!r}, generate, prompts=..., folder='mine'), then wrap(unet, 'mine')"
-            if str(name) in _UNTRAINED
-            else "check the spelling, and for a repository the network and the token",
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration.
-
-    Raises:
-        AdaptorError: there is none, or it is not one that `write` made.
-    """
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _refused(folder, "missing", CONFIG) from None
-    except (OSError, ValueError) as error:
-        raise _refused(folder, "error", f"{CONFIG}: {_line(error)}") from error
-    parts = {"kind": str, "arguments": dict, "region": (dict, type(None)), "facts": dict}
-    if not isinstance(config, dict):
-        raise _refused(folder, CONFIG, f"holds a {type(config).__name__}, no object")
-    wrong = [name for name, kind in parts.items() if not isinstance(config.get(name), kind)]  # type: ignore[arg-type]
-    if wrong or not all(isinstance(name, str) for name in config["arguments"]):
-        raise _refused(folder, f"missing or wrong in {CONFIG}", ", ".join(wrong))
-    return config
-
-
-def read_weights(folder: Path, expected: Mapping[str, torch.Tensor], digest: str | None) -> dict[str, torch.Tensor]:
-    """The tensors, on the CPU.
-
-    Args:
-        folder: where they are.
-        expected: name → a tensor of the shape it must have, on any device.
-        digest: SHA-256 of the file, from the configuration; None where that has none.
-
-    Raises:
-        AdaptorError: the file is missing, pickled, truncated, altered, or holds other tensors.
-    """
-    file = folder / WEIGHTS
-    if not file.is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickled:
-            raise _refused(folder, "pickled, so not read", ", ".join(pickled))
-        raise _refused(folder, "missing", WEIGHTS)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            there = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        if _pickled(file):
-            raise _refused(folder, "a renamed pickle, so not read", WEIGHTS) from error
-        raise _refused(folder, f"{WEIGHTS} is truncated or corrupted", _line(error)) from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if there != wanted:
-        seen = {
-            **dict.fromkeys(wanted.keys() - there.keys(), "missing"),
-            **dict.fromkeys(there.keys() - wanted.keys(), "unknown"),
-            **{
-                n: f"{shape(there[n])}, not {shape(wanted[n])}"
-                for n in wanted.keys() & there.keys()
-                if there[n] != wanted[n]
-            },
-        }
-        raise AdaptorError(
-            f"{WEIGHTS} holds the tensors of {CONFIG}'s adaptor",
-            seen={"folder": folder, **dict(sorted(seen.items())[:5])},
-            do="take both files from the same save_pretrained",
-        )
-    if digest is not None and _digest(file) != digest:
-        raise _refused(folder, WEIGHTS, f"was altered after it was saved: its SHA-256 is not {CONFIG}'s")
-    return load_file(file)
-
-
-def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
-    """Write both files; each appears whole or not at all.
-
-    Raises:
-        AdaptorError: the configuration holds what JSON cannot.
-    """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
-    if meta:
-        raise AdaptorError(
-            "an adaptor that is saved has weights", seen={"on the meta device": ", ".join(meta[:5])}, do="load it first"
-        )
-    weights, told = folder / f".{WEIGHTS}.part", folder / f".{CONFIG}.part"
-    try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        try:
-            text = json.dumps({**config, "weights_sha256": _digest(weights)}, indent=2, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise AdaptorError(
-                "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
-                seen={"error": _line(error), "facts": config.get("facts")},
-                do="convert them, e.g. float(tensor)",
-            ) from error
-        told.write_text(text + "\n", encoding="utf-8")
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(told, folder / CONFIG)
-    finally:
-        weights.unlink(missing_ok=True)
-        told.unlink(missing_ok=True)
-
-
-def _pickled(file: Path) -> bool:
-    """Does it begin as `torch.save`'s zip archive, or a bare pickle, does? Asked of what is no safetensors file."""
-    with file.open("rb") as stream:
-        start = stream.read(2)
-    return start == b"PK" or start[:1] == b"\x80"
-
-
-def _digest(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _refused(folder: Path, what: str, seen: str) -> AdaptorError:
-    return AdaptorError(
-        _WHAT, seen={"folder": folder, what: seen}, do="save the adaptor again with save_pretrained(folder)"
-    )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-Self = TypeVar("Self", bound="SavedAdaptor")
-
-BUILT_IN = {"ResNetAdaptor": "resnet", "ScaledResNetAdaptor": "resnet", "UNetAdaptor": "unet"}
 CARD = """---
 {{ card_data }}
 ---
@@ -214,11 +47,16 @@ low-resolution part of {{ model }} at the steps at which that does not run.
 
 An adaptor is tied to the sampler and the number of steps that it was trained with.
 """
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WHAT = f"a saved adaptor is a folder with {CONFIG} and {WEIGHTS}"
+_PARTS = {"kind": str, "arguments": dict, "region": (dict, NoneType), "facts": dict}  # of the configuration
+
+Self = TypeVar("Self", bound="SavedAdaptor")
 
 
 class SavedAdaptor(
     nn.Module,
-    ModelHubMixin,
+    ModelHubMixin,  # not PyTorchModelHubMixin, which unpickles where there is no safetensors file and saves `self.module` alone
     library_name="clockwork_hooks",
     tags=["clockwork-diffusion", "diffusion", "feature-caching"],
     paper_url="https://arxiv.org/abs/2312.08128",
@@ -242,14 +80,32 @@ class SavedAdaptor(
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {
+        """Write the weights; the mixin writes the configuration after them."""
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        meta = [name for name, tensor in weights.items() if tensor.is_meta]
+        if meta:
+            raise AdaptorError(
+                "an adaptor that is saved has weights",
+                seen={"on the meta device": ", ".join(meta[:5])},
+                do="load it first",
+            )
+        try:
+            json.dumps(self.facts)
+        except (TypeError, ValueError) as error:
+            raise AdaptorError(
+                "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
+                seen={"error": _line(error), "facts": self.facts},
+                do="convert them, e.g. float(tensor)",
+            ) from error
+        save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
+        self._hub_mixin_config = {
             "kind": type(self).__name__,
             "clockwork_hooks": __version__,
             "arguments": self.arguments,
             "region": self.region,
             "facts": self.facts,
+            "weights_sha256": _digest(save_directory / WEIGHTS),
         }
-        write(save_directory, config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> Self:
@@ -264,8 +120,8 @@ class SavedAdaptor(
         Raises:
             AdaptorError: there is no such adaptor, it is of another class, or a file is damaged.
         """
-        folder = fetch(pretrained_model_name_or_path, **hub)
-        config = read_config(folder)
+        folder = _folder(pretrained_model_name_or_path, **hub)
+        config = _config(folder)
         kind = _kind(config["kind"])
         if kind is None or not issubclass(kind, cls):
             raise AdaptorError(
@@ -275,24 +131,24 @@ class SavedAdaptor(
             )
         try:
             with torch.device("meta"):  # no memory before the file is seen to hold these very tensors
-                made = kind(**config["arguments"])
+                adaptor = kind(**config["arguments"])
         except Exception as error:
             raise AdaptorError(
                 f"the arguments in {CONFIG} make an adaptor",
                 seen={"folder": folder, "class": kind.__name__, "error": f"{type(error).__name__}: {error}"},
                 do="save the adaptor again with save_pretrained(folder)",
             ) from error
-        weights = read_weights(folder, made.state_dict(), config.get("weights_sha256"))
-        if any(buffer.is_meta for name, buffer in made.named_buffers() if name not in weights):
-            made = kind(**config["arguments"])  # of those that are not saved, only the constructor knows the values
-        made.load_state_dict(weights, assign=True)
-        made.region, made.facts = config["region"], config["facts"]
-        return made.eval()
+        weights = _weights(folder, adaptor.state_dict(), config.get("weights_sha256"))
+        if any(buffer.is_meta for name, buffer in adaptor.named_buffers() if name not in weights):
+            adaptor = kind(**config["arguments"])  # the values of buffers that are not saved come from the constructor
+        adaptor.load_state_dict(weights, assign=True)
+        adaptor.region, adaptor.facts = config["region"], config["facts"]
+        return adaptor.eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of the folder or repository: what it is for, and the facts."""
         region = self.region or {}
-        told = {
+        rows = {
             "level, cut": f"{region.get('level')}, {region.get('cut')}",
             "entry": (region.get("entry") or {}).get("path"),
             "exit": (region.get("exit") or {}).get("path"),
@@ -304,17 +160,99 @@ class SavedAdaptor(
             "kind": type(self).__name__,
             "model": region.get("model", "a UNet"),
             "where": "this folder",
-            "rows": "\n".join(f"| {name} | {value} |" for name, value in told.items()),
+            "rows": "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         }
         return super().generate_model_card(*args, **{**card, **kwargs})
 
 
 def _kind(name: str) -> type[SavedAdaptor] | None:
     """The class of that name, among ours and those that the user has imported."""
-    if name in BUILT_IN:
-        found: type[SavedAdaptor] = getattr(importlib.import_module(f"clockwork_hooks.adaptors.{BUILT_IN[name]}"), name)
-        return found
+    if name in adaptors.HOMES:
+        return getattr(adaptors, name)  # type: ignore[no-any-return]
     kinds = SavedAdaptor.__subclasses__()
     for kind in kinds:
         kinds += kind.__subclasses__()
     return next((kind for kind in kinds if kind.__name__ == name), None)
+
+
+def _folder(name: str | os.PathLike[str], **hub: Any) -> Path:
+    """The folder itself, or the local copy of a repository on the Hub; `hub` are options of `snapshot_download`."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        pickled = path.suffix in _PICKLES
+        raise AdaptorError(
+            f"{_WHAT}; nothing is unpickled" if pickled else _WHAT,
+            seen={"got": f"a file, {path}"},
+            do="save the adaptor with save_pretrained(folder)" if pickled else "pass the folder around it",
+        )
+    try:
+        if str(name).count("/") != 1:
+            raise ValueError("a repository's id is user/name")
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **hub))
+    except (HFValidationError, OSError, ValueError) as error:  # not found, no network, offline: all of them OSErrors
+        raise AdaptorError(
+            f"{_WHAT}, or the id of such a repository on the Hugging Face Hub",
+            seen={"no folder": path.absolute(), "from the hub": f"{type(error).__name__}: {_line(error)}"},
+            do=f"train one: distill(unet, {str(name)!r}, generate, prompts=..., folder='mine'), then wrap(unet, 'mine')"
+            if str(name) in adaptors.KINDS
+            else "check the spelling, and for a repository the network and the token",
+        ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        wrong = [name for name, kind in _PARTS.items() if not isinstance(config[name], kind)]  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise _refused(folder, "missing", CONFIG) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refused(folder, CONFIG, f"{type(error).__name__}: {_line(error)}") from error
+    if wrong:
+        raise _refused(folder, f"wrong in {CONFIG}", ", ".join(wrong))
+    return config  # type: ignore[no-any-return]
+
+
+def _weights(folder: Path, expected: Mapping[str, torch.Tensor], digest: str | None) -> dict[str, torch.Tensor]:
+    """The tensors, on the CPU: of the names and shapes that are expected, and as they were saved."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickles = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES))
+        raise _refused(folder, "pickled, so not read" if pickles else "missing", pickles or WEIGHTS)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as stream:  # as torch.save's archive or a bare pickle begins
+            pickled = stream.read(2).startswith((b"PK", b"\x80"))
+        what = "a renamed pickle, so not read" if pickled else f"{WEIGHTS} is truncated or corrupted"
+        raise _refused(folder, what, WEIGHTS if pickled else _line(error)) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if shapes != wanted:
+        seen = dict.fromkeys(wanted.keys() - shapes.keys(), "missing")
+        seen |= dict.fromkeys(shapes.keys() - wanted.keys(), "unknown")
+        both = [name for name in wanted.keys() & shapes.keys() if shapes[name] != wanted[name]]
+        seen |= {name: f"{shape(shapes[name])}, not {shape(wanted[name])}" for name in both}
+        raise AdaptorError(
+            f"{WEIGHTS} holds the tensors of {CONFIG}'s adaptor",
+            seen={"folder": folder, **dict(sorted(seen.items())[:5])},
+            do="take both files from the same save_pretrained",
+        )
+    if digest is not None and _digest(file) != digest:
+        raise _refused(folder, WEIGHTS, f"was altered after it was saved: its SHA-256 is not {CONFIG}'s")
+    return load_file(file)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _refused(folder: Path, what: str, seen: str) -> AdaptorError:
+    return AdaptorError(
+        _WHAT, seen={"folder": folder, what: seen}, do="save the adaptor again with save_pretrained(folder)"
+    )
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
