@@ -56,7 +56,7 @@ Self = TypeVar("Self", bound="SavedAdaptor")
 
 class SavedAdaptor(
     nn.Module,
-    ModelHubMixin,  # not PyTorchModelHubMixin, which unpickles where there is no safetensors file and saves `self.module` alone
+    ModelHubMixin,  # PyTorchModelHubMixin unpickles where there are no safetensors, and saves `self.module` alone
     library_name="clockwork_hooks",
     tags=["clockwork-diffusion", "diffusion", "feature-caching"],
     paper_url="https://arxiv.org/abs/2312.08128",
