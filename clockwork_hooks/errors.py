@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = [
@@ -52,6 +52,8 @@ class ClockworkError(Exception):
         rule: what must hold, one sentence.
         seen: what was found instead, name → value; one a line in the message.
         do: what the reader can do about it.
+        arguments: those that `do` names in braces, name → value: "pass {share}" with {"share": 0.5} reads "pass
+            share=0.5", and on the command line "pass --share 0.5". None for no value, ... for one of the reader's own.
 
     Attributes:
         page: the page of this project's documentation with the error's causes and fixes.
@@ -63,16 +65,40 @@ class ClockworkError(Exception):
         What to do: pass clock=2
     """
 
-    def __init__(self, rule: str, *, seen: Mapping[str, object] | None = None, do: str = "") -> None:
+    def __init__(
+        self,
+        rule: str,
+        *,
+        seen: Mapping[str, object] | None = None,
+        do: str = "",
+        arguments: Mapping[str, object] | None = None,
+    ) -> None:
         self.rule = rule
         self.seen = dict(seen or {})
-        self.do = do
-        lines = [rule, *(f"  {name}: {value}" for name, value in self.seen.items())]
-        if do:
-            lines.append(f"What to do: {do}")
-        super().__init__("\n".join(lines))
+        self.arguments = dict(arguments or {})
+        self._do = do
+        super().__init__(self.message())
         if sys.version_info >= (3, 11):
             self.add_note(f"Causes and fixes: {self.page}")
+
+    @property
+    def do(self) -> str:
+        """What the reader can do about it, in Python's words."""
+        return self._advice(_keyword)
+
+    def message(self, spell: Callable[[str, object], str] | None = None) -> str:
+        """The three parts.
+
+        Args:
+            spell: how an argument that the advice names is written; None for Python's way.
+        """
+        advice = self._advice(spell or _keyword)
+        lines = [self.rule, *(f"  {name}: {value}" for name, value in self.seen.items())]
+        return "\n".join([*lines, f"What to do: {advice}"] if advice else lines)
+
+    def _advice(self, spell: Callable[[str, object], str]) -> str:
+        words = {name: spell(name, value) for name, value in self.arguments.items()}
+        return self._do.format_map(words) if words else self._do
 
     @property
     def page(self) -> str:
@@ -81,11 +107,18 @@ class ClockworkError(Exception):
         return f"docs/errors/{'index' if public == 'ClockworkError' else public}.md"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.rule, self.seen, self.do)
+        return _rebuild, (type(self), self.rule, self.seen, self._do, self.arguments)
 
 
-def _rebuild(kind: type[ClockworkError], rule: str, seen: Mapping[str, object], do: str) -> ClockworkError:
-    return kind(rule, seen=seen, do=do)
+def _rebuild(
+    kind: type[ClockworkError], rule: str, seen: Mapping[str, object], do: str, arguments: Mapping[str, object]
+) -> ClockworkError:
+    return kind(rule, seen=seen, do=do, arguments=arguments)
+
+
+def _keyword(name: str, value: object) -> str:
+    """share=0.5; modules=[...] for a value of the reader's own, max_error= for none."""
+    return f"{name}={'[...]' if value is ... else '' if value is None else repr(value)}"
 
 
 class ArgumentError(ClockworkError, ValueError):

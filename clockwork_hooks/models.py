@@ -522,6 +522,12 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
             seen={"factory": f"{module}:{factory}", "returned": type(made).__name__},
             do="return the UNet itself first",
         )
+    if inputs and callable(inputs[0]) and not isinstance(inputs[0], torch.Tensor):
+        raise ModelNotFoundError(
+            "a factory of a model returns it with the arguments of one call: (model, args, kwargs)",
+            seen={"factory": f"{module}:{factory}", "returned": ", ".join(type(part).__name__ for part in made)},
+            do="name another one: what this one returns, (unet, generate, conditions), is for drift, perturb and plan",
+        )
     if not inputs:
         if type(unet).__name__ not in CLASSES:
             raise ModelNotFoundError(

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 from clockwork_hooks import __version__
 from clockwork_hooks.cli import app, main
 from clockwork_hooks.cli.budget import LIMITS
+from clockwork_hooks.cli.options import as_option
 from clockwork_hooks.reports.tables import flops, macs, percent, quantity, shape, table
 from tests.schemas import follows_its_schema, schema
+from tests.small_unet import Tiny
 
 
 @pytest.fixture(autouse=True)
@@ -149,9 +152,80 @@ def test_a_failing_model_is_an_error_too(capsys):
 
 
 @pytest.mark.parametrize("words", [["--debug", "flops", "sd99"], ["flops", "sd99", "--debug"]])
-def test_debug_raises(words):
-    with pytest.raises(Exception, match="a model is a preset"):
-        main(words)
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, words):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert "Traceback (most recent call last)" in err
+    assert "Error: a model is a preset" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [
+        ("max_error", None, "--max-error"),
+        ("share", 0.5, "--share 0.5"),
+        ("clocks", (2, 4), "--clock 2 --clock 4"),
+        ("modules", ..., "--module NAME"),
+        ("maps", ["up 16×16"], "--map 'up 16×16'"),
+        ("resume", True, "--resume"),
+    ],
+)
+def test_arguments_in_errors_are_written_as_options(name, value, option):
+    assert as_option(name, value) == option
+
+
+@pytest.mark.parametrize("words", [["flops", "ddpm-cifar10"], ["plan"], ["demo"], ["distill", "demo"]])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, tmp_path, words):
+    (tmp_path / "taken").write_text("")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "new"):
+        code, printed, err = run(capsys, *words, "--out", str(out))
+        assert (code, printed) == (2, "")
+        assert f"in the way: {tmp_path / 'taken'}" in err
+    assert (tmp_path / "taken").read_text() == ""
+
+
+class OnlyData(torch.nn.Module):
+    """Looks at its values: it cannot run on meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = Tiny()
+
+    def forward(self, x, t):
+        return self.unet(x, t) if float(x.sum()) > 0 else x
+
+
+def build():
+    """A factory of a model and of one call."""
+    return OnlyData(), (torch.ones(1, 2, 8, 8), torch.tensor(3)), {}
+
+
+def sampled():
+    """A factory of a sampler."""
+    return Tiny(), lambda batch, seed: torch.zeros(1), [1]
+
+
+@pytest.mark.parametrize("command", ["flops", "regions"])
+def test_a_factory_that_does_not_run_on_meta_runs_on_the_cpu(capsys, command):
+    code, out, err = run(capsys, command, "tests.test_cli:build", "--format", "json")
+    assert code == 0
+    assert json.loads(out)["schema"] == f"clockwork_hooks/{command}/1"
+    assert "On the CPU, as tests.test_cli:build does not run on meta" in err
+    assert run(capsys, command, "tests.test_cli:build", "--device", "cpu")[::2] == (0, "")
+    assert run(capsys, command, "tests.test_cli:build", "--device", "meta")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["flops", "tests.test_cli:sampled"], "(unet, generate, conditions), is for drift, perturb and plan"),
+        (["drift", "tests.test_cli:build"], "(model, args, kwargs), is for flops, regions and bench"),
+    ],
+)
+def test_factories_of_models_and_of_samplers_are_told_apart(capsys, words, said):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert said in err
 
 
 def test_help_imports_neither_diffusers_nor_fvcore():

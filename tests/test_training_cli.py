@@ -65,6 +65,44 @@ def test_a_configuration_with_a_factory(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/training.json").read_text())["trajectories"] == 4
 
 
+class Stopped:
+    """A sampler that is interrupted after some trajectories."""
+
+    left = 0
+
+    def __init__(self, generate: Any) -> None:
+        self.generate = generate
+
+    def __call__(self, batch: Any) -> Any:
+        if Stopped.left == 0:
+            raise KeyboardInterrupt
+        Stopped.left -= 1
+        return self.generate(batch)
+
+
+def stoppable() -> dict[str, Any]:
+    """A factory whose sampler stops."""
+    parts = made()
+    return {**parts, "generate": Stopped(parts["generate"])}
+
+
+def test_an_interrupted_run_says_what_it_left_and_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "my config.json", tmp_path / "out"
+    source = {"kind": "python", "factory": f"{__name__}:stoppable"}
+    path.write_text(json.dumps({"source": source, "trajectories": 4, "batch": 2, "hold": 1, "save_every": 0}))
+    Stopped.left = 3  # the first call of the UNet is traced in a run of its own
+    assert main(["distill", str(path), "--out", str(out)]) == 130
+    told = capsys.readouterr().err
+    trained = json.loads((out / "training.json").read_text())["trajectories"]
+    assert f"The adaptor of {trained} trajectory batch" in told
+    assert f"distill '{path}' --out {out} --resume" in told
+    Stopped.left = 99
+    assert main(["distill", str(path), "--out", str(out), "--resume"]) == 0
+    assert json.loads((out / "training.json").read_text())["trajectories"] == 4
+
+
 def without_prompts() -> dict[str, Any]:
     """A factory that forgets something."""
     return {name: value for name, value in made().items() if name != "prompts"}

@@ -376,7 +376,10 @@ def _check(unet: Any, clocks: tuple[Any, ...], modes: tuple[str, ...], steps: An
         check_clock(clock)
     if not clocks or 1 in clocks or len(set(clocks)) < len(clocks):
         raise ArgumentError(
-            "clocks to measure are different ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2, 4)"
+            "clocks to measure are different ints of at least 2",
+            seen={"clocks": clocks},
+            do="pass {clocks}",
+            arguments={"clocks": (2, 4)},
         )
     wrong = [mode for mode in modes if mode not in MODES]
     if wrong or not modes or len(set(modes)) < len(modes):

@@ -103,7 +103,8 @@ def choose_maps(found: Sequence[FeatureMap], names: Iterable[str] | None) -> tup
         raise ArgumentError(
             "maps are chosen by their names",
             seen={"no such map": ", ".join(map(str, wrong)) or "none given", "maps": ", ".join(known)},
-            do=f"pass maps=[{', '.join(repr(name) for name in close or list(known)[:1])}]",
+            do="pass {maps}",
+            arguments={"maps": close or list(known)[:1]},
         )
     return tuple(known[name] for name in wanted)
 

@@ -470,10 +470,18 @@ def _shares(made: Outcome, steps: int) -> tuple[float, float | None]:
 def _check(max_error: object, min_saving: object, weigh: object, probes: object, longest: object) -> None:
     given = {"max_error": max_error, "min_saving": min_saving}
     if (max_error is None) == (min_saving is None):
-        raise ArgumentError("a plan has one budget", seen=given, do="pass max_error= or min_saving=")
+        either = dict.fromkeys(given)
+        raise ArgumentError(
+            "a plan has one budget", seen=given, do="pass {max_error} or {min_saving}", arguments=either
+        )
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
-            raise ArgumentError(f"{name} is a share between 0 and 1", seen={name: repr(value)}, do=f"pass {name}=0.3")
+            raise ArgumentError(
+                f"{name} is a share between 0 and 1",
+                seen={name: repr(value)},
+                do=f"pass {{{name}}}",
+                arguments={name: 0.3},
+            )
     if weigh not in ("MACs", "ms"):
         raise ArgumentError('a plan weighs "MACs" or "ms"', seen={"weigh": repr(weigh)}, do='pass weigh="MACs"')
     for name, value in {"probes": probes, "longest": 1 if longest is None else longest}.items():

@@ -267,7 +267,12 @@ def _disturbed(
 
 def _check(alpha: object, statistics: object) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ArgumentError("α is a share, 0 to 1", seen={"alpha": repr(alpha)}, do="pass alpha=0.3, the paper's")
+        raise ArgumentError(
+            "α is a share, 0 to 1",
+            seen={"alpha": repr(alpha)},
+            do="pass {alpha}, the paper's",
+            arguments={"alpha": 0.3},
+        )
     if statistics not in ("channel", "map"):
         raise ArgumentError(
             'statistics are those of each "channel" or of the whole "map"',

@@ -1,9 +1,4 @@
-"""`clockwork-hooks drift`: how much what regions emit changes from step to step.
-
-`clockwork-hooks perturb`: how well a sampler recovers from disturbed feature maps.
-
-`clockwork-hooks plan`: which region, and which steps may use the adaptor, for a given error or saving.
-"""
+"""The commands that sample and measure: `drift` of what regions emit, `perturb` feature maps, `plan` the steps."""
 
 from __future__ import annotations
 
@@ -14,11 +9,12 @@ import typer
 
 from clockwork_hooks.cli.app import MEASURE, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Adaptors, Clocks, OutputFolder, spread
-from clockwork_hooks.cli.sampling import Sampled, Sampling, load_sampler
+from clockwork_hooks.cli.options import Adaptors, Clocks, Format, FormatOption, OutFolder
+from clockwork_hooks.cli.sampling import DemoBatch, DemoSteps, Sampled, Seeds, load_sampler
 
 __all__ = ["drift", "perturb", "plan"]
 
+CLOCKS, SEEDS = (2, 3, 4), (0,)
 DRIFT_EXAMPLES = (
     "drift   (the demo model)",
     "drift my_package.sampler:build --clock 2 --clock 4 --out my-folder",
@@ -27,16 +23,23 @@ DRIFT_EXAMPLES = (
 
 
 @app.command(epilog=epilog(*DRIFT_EXAMPLES), rich_help_panel=MEASURE)
-@spread
 def drift(
-    sampling: Sampling, output: OutputFolder, model: Sampled = "demo", clock: Clocks = None, adaptor: Adaptors = None
+    model: Sampled = "demo",
+    steps: DemoSteps = 8,
+    batch: DemoBatch = 2,
+    seed: Seeds = None,
+    format: FormatOption = Format.table,
+    out: OutFolder = None,
+    clock: Clocks = None,
+    adaptor: Adaptors = None,
 ) -> None:
     """Measure how every region's exit changes along the trajectory, and what keeping it does to the result."""
     from clockwork_hooks.analysis.drift import measure_drift
 
-    loaded = load_sampler(model, sampling)
-    result = measure_drift(*loaded, **sampling.shared(adaptor, clock))
-    deliver(result, output, "drift")
+    loaded = load_sampler(model, steps, batch)
+    adaptors = tuple(adaptor) if adaptor else None
+    result = measure_drift(*loaded, adaptor=adaptors, clocks=tuple(clock or CLOCKS), seeds=tuple(seed or SEEDS))
+    deliver(result, format, "drift", out)
 
 
 PERTURB_EXAMPLES = (
@@ -54,11 +57,13 @@ class Statistics(str, Enum):
 
 
 @app.command(epilog=epilog(*PERTURB_EXAMPLES), rich_help_panel=MEASURE)
-@spread
 def perturb(
-    sampling: Sampling,
-    output: OutputFolder,
     model: Sampled = "demo",
+    steps: DemoSteps = 8,
+    batch: DemoBatch = 2,
+    seed: Seeds = None,
+    format: FormatOption = Format.table,
+    out: OutFolder = None,
     alpha: Annotated[float, typer.Option(help="Share of a map's variance that stays its own, 0 to 1.")] = 0.3,
     statistics: Annotated[
         Statistics, typer.Option(help="The noise has the mean and variance of each channel, or of the whole map.")
@@ -73,10 +78,10 @@ def perturb(
     """Disturb each feature map from each step on, and measure how far the result moves (the paper's Sec. 3)."""
     from clockwork_hooks.analysis.robustness import measure_robustness
 
-    loaded = load_sampler(model, sampling)
-    options = {"alpha": alpha, "maps": map or None, "starts": start or None, "seeds": sampling.seeds}
+    loaded = load_sampler(model, steps, batch)
+    options = {"alpha": alpha, "maps": map or None, "starts": start or None, "seeds": tuple(seed or SEEDS)}
     result = measure_robustness(*loaded, statistics=statistics.value, **options)  # type: ignore[arg-type]
-    deliver(result, output, "perturb")
+    deliver(result, format, "perturb", out)
 
 
 PLAN_EXAMPLES = (
@@ -93,11 +98,13 @@ class Unit(str, Enum):
 
 
 @app.command(epilog=epilog(*PLAN_EXAMPLES), rich_help_panel=MEASURE)
-@spread
 def plan(
-    sampling: Sampling,
-    output: OutputFolder,
     model: Sampled = "demo",
+    steps: DemoSteps = 8,
+    batch: DemoBatch = 2,
+    seed: Seeds = None,
+    format: FormatOption = Format.table,
+    out: OutFolder = None,
     max_error: Annotated[
         float | None, typer.Option(help="Relative L2 error of the result that is allowed, 0 to 1.", show_default=False)
     ] = None,
@@ -117,8 +124,9 @@ def plan(
     """
     from clockwork_hooks.analysis.planning import plan as make
 
-    loaded = load_sampler(model, sampling)
+    loaded = load_sampler(model, steps, batch)
     options: dict[str, Any] = {"max_error": max_error, "min_saving": min_saving, "weigh": weigh.value}
-    options |= {"probes": probes, "adaptive": adaptive} | sampling.shared(adaptor, clock)
+    options |= {"probes": probes, "adaptive": adaptive, "adaptor": adaptor or None}
+    options |= {"clocks": tuple(clock or CLOCKS), "seeds": tuple(seed or SEEDS)}
     result = make(*loaded, **options)
-    deliver(result, output, "plan")
+    deliver(result, format, "plan", out)

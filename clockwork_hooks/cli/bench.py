@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import MEASURE, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Choosing, Clocks, Guidance, Loading, Model, Output, Seed, Steps, spread
 
 __all__ = ["bench"]
 
@@ -38,13 +38,22 @@ class Dtype(str, Enum):
 
 
 @app.command(epilog=epilog(*EXAMPLES), rich_help_panel=MEASURE)
-@spread
 def bench(
-    model: Model,
-    load: Loading,
-    region: Choosing,
-    output: Output,
-    clock: Clocks = None,
+    model: options.Model,
+    size: options.Size = None,
+    batch: options.Batch = 1,
+    frames: options.Frames = 0,
+    device: options.Device = None,
+    level: options.Level = None,
+    resolution: options.Resolution = None,
+    share: options.Share = None,
+    module: options.Modules = None,
+    entry: options.Entry = None,
+    exit: options.Exit = None,
+    cut: options.CutOption = options.Cut.outer,
+    format: options.FormatOption = options.Format.table,
+    out: options.Out = None,
+    clock: options.Clocks = None,
     adaptor: Annotated[str, typer.Option(help="identity, or the folder of a saved adaptor.")] = "identity",
     mode: Annotated[
         list[Mode] | None,
@@ -60,30 +69,41 @@ def bench(
         bool | None,
         typer.Option("--tiny/--full", help="A preset at a tenth of its width.", show_default="tiny on a CPU"),
     ] = None,
-    steps: Steps = 12,
+    steps: options.Steps = 12,
     rounds: Annotated[int, typer.Option(help="Timed trajectories of each side.", min=1)] = 5,
-    guidance: Guidance = False,
-    seed: Seed = 0,
+    guidance: options.Guidance = False,
+    seed: options.Seed = 0,
 ) -> None:
     """Time a step on this machine, plain and at each clock, and hold the gain against what the MACs promise."""
     import torch
 
     from clockwork_hooks.analysis.benchmark import bench as measure
     from clockwork_hooks.errors import ArgumentError
-    from clockwork_hooks.models import PRESETS
+    from clockwork_hooks.models import PRESETS, load_model
     from clockwork_hooks.regions.find import find_region
 
-    device = load.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "meta":
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "meta":
         raise ArgumentError(
-            "time passes where something runs", seen={"--device": device}, do="pass --device cpu or cuda"
+            "time passes where something runs", seen={"--device": place}, do="pass --device cpu or cuda"
         )
-    cpu = device.startswith("cpu")
+    options.check_device(place)
+    cpu = place.startswith("cpu")
     small = model in PRESETS and (cpu if tiny is None else tiny)
     number = torch.float32 if dtype is None and cpu else getattr(torch, (dtype or Dtype.float16).value)
+    choice = options.region_choice(
+        level=level, resolution=resolution, share=share, modules=module, entry=entry, exit=exit, cut=cut
+    )
     torch.manual_seed(seed)
-    batch = load.batch * (2 if guidance else 1)
-    loaded = load.model(model, device=device, batch=batch, dtype=number, tiny=small)
+    loaded = load_model(
+        model,
+        size=options.spatial(size),
+        batch=batch * (2 if guidance else 1),
+        frames=frames,
+        device=place,
+        dtype=number,
+        tiny=small,
+    )
     notes = []
     if model in PRESETS:
         notes.append("A preset has random weights: times and MACs are the architecture's, pictures would be noise.")
@@ -93,17 +113,17 @@ def bench(
             "real model gains; --full builds that."
         )
     with torch.no_grad():
-        chosen = find_region(loaded.unet, *loaded.args, **region.options(), **loaded.kwargs)
+        region = find_region(loaded.unet, *loaded.args, **choice, **loaded.kwargs)
     result = measure(
         loaded.unet,
         *loaded.args,
         clocks=tuple(clock or (2, 3, 4)),
         adaptor=adaptor,
-        region=chosen,
+        region=region,
         steps=steps,
         rounds=rounds,
         modes=tuple(one.value for one in mode or (Mode.eager,)),
         notes=notes,
         **loaded.kwargs,
     )
-    deliver(result, output, "bench")
+    deliver(result, format, "bench", out or ())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from clockwork_hooks.cli.options import Format, Output, OutputFolder
+from clockwork_hooks.cli.options import Format
 
 if TYPE_CHECKING:
     from clockwork_hooks.reports.report import Report
@@ -17,23 +18,23 @@ __all__ = ["deliver", "show"]
 FORMS = ("json", "md", "html", "png")
 
 
-def deliver(report: Report, output: Output, name: str, *more: Any) -> None:
+def deliver(report: Report, format: Format, name: str, out: Sequence[str] | None = (), *more: Any) -> None:
     """Print the report as asked, and write its files; their paths go to standard error.
 
     Args:
-        report: what the command found.
-        output: how, and where to.
-        name: of the command: of its files in a folder, and of the folder that `OutputFolder` takes by default.
+        report: what the command measured.
+        format: how it is printed.
+        name: of the command: of its files in a folder.
+        out: where to; None for the folder clockwork-NAME.
         *more: printed after the tables.
     """
-    if output.format is Format.json:
+    if format is Format.json:
         typer.echo(report.to_json())
-    elif output.format is Format.md:
+    elif format is Format.md:
         typer.echo(report.to_markdown())
     else:
         show(*report.tables(), *more)
-    usual = [f"clockwork-{name}"] if isinstance(output, OutputFolder) else []
-    for path in map(Path, output.out or usual):
+    for path in map(Path, [f"clockwork-{name}"] if out is None else out):
         for written in _write(report, path, name):
             typer.echo(written, err=True)
 

@@ -8,7 +8,7 @@ import typer
 
 from clockwork_hooks.cli.app import TRY, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Format, FormatOption, Output, Seed, Steps
+from clockwork_hooks.cli.options import Clock, Format, FormatOption, Seed, Steps, check_out
 
 __all__ = ["demo"]
 
@@ -34,9 +34,11 @@ def demo(
         str | None, typer.Option(metavar="FILE", help="Scenes of a text file, one a line.", show_default=False)
     ] = None,
     steps: Steps = 8,
-    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    clock: Clock = 2,
     seed: Seed = 0,
-    out: Annotated[str, typer.Option(help="The folder for the picture and the report.")] = "clockwork-demo",
+    out: Annotated[
+        str, typer.Option(help="The folder for the picture and the report.", callback=check_out)
+    ] = "clockwork-demo",
     format: FormatOption = Format.table,
 ) -> None:
     """Draw the same scenes with the plain UNet, the identity and the trained adaptor: cost, likeness, a picture."""
@@ -45,6 +47,6 @@ def demo(
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     result = run(texts, steps=steps, clock=clock, seed=seed, out=out)
-    deliver(result, Output(format), "demo")
+    deliver(result, format, "demo")
     for name in ("grid.png", "report.html", "report.md", "report.json"):
         typer.echo(result.folder / name, err=True)

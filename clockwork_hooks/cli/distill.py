@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 
 from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, app
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Format, FormatOption, Output
+from clockwork_hooks.cli.options import Format, FormatOption, check_out
 
 __all__ = ["distill"]
 
@@ -64,6 +65,7 @@ def distill(
         typer.Option(
             help="The folder for the adaptor, its checkpoints and the report.",
             show_default="the configuration's, or clockwork-adaptor",
+            callback=check_out,
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint, if any.")] = False,
@@ -91,12 +93,32 @@ def distill(
     given = {"adaptor": adaptor, **_source(options.pop("source", {}), mode)}
     if table is not None:
         given["adaptor"] = adaptor
-    result = train(resume=resume, **{**given, "mode": mode, **options})
+    try:
+        result = train(resume=resume, **{**given, "mode": mode, **options})
+    except KeyboardInterrupt:
+        typer.echo(_left(Path(options["folder"]), config), err=True)
+        raise
     if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
         if result.folder is not None:
             result.save(result.folder / "report.html")
-        deliver(result, Output(format), "distill")
+        deliver(result, format, "distill")
         typer.echo(result.folder, err=True)
+
+
+def _left(folder: Path, config: str) -> str:
+    """What an interrupted run leaves, and how it goes on."""
+    from clockwork_hooks.training import checkpoint
+
+    before = checkpoint.saved(folder)
+    lines = ["Interrupted."]
+    if (folder / "training.json").exists():
+        count = json.loads((folder / "training.json").read_text(encoding="utf-8"))["trajectories"]
+        lines.append(f"The adaptor of {count} trajectory {'batch' if count == 1 else 'batches'} is in {folder}.")
+    again = (
+        f"clockwork-hooks distill {shlex.quote(config)} --out {shlex.quote(str(folder))} --resume, and the same --set"
+    )
+    lines.append(f"From its checkpoint {before.name} it goes on: {again}" if before else "There is no checkpoint yet.")
+    return "\n".join(lines)
 
 
 def _read(config: str) -> dict[str, Any]:

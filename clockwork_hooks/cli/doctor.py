@@ -15,7 +15,7 @@ import typer
 from clockwork_hooks._version import __version__
 from clockwork_hooks.cli.app import INSTALL, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Format, FormatOption, Output
+from clockwork_hooks.cli.options import Format, FormatOption
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
@@ -98,7 +98,7 @@ class Installation(Report):
 def doctor(format: FormatOption = Format.table) -> None:
     """Say which versions and devices are there, what is missing, and the pip line that installs it."""
     found = Installation(tuple(parts()), dict(devices()))
-    deliver(found, Output(format), "doctor")
+    deliver(found, format, "doctor")
     if format is not Format.json:
         typer.echo(found.told)
     if any(not part.extra for part in found.parts if part.version is None):

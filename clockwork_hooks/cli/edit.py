@@ -8,7 +8,7 @@ import typer
 
 from clockwork_hooks.cli.app import TRY, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import OutputFolder, Seed, spread
+from clockwork_hooks.cli.options import Clock, Format, FormatOption, OutFolder, Seed
 
 __all__ = ["edit"]
 
@@ -30,9 +30,9 @@ EXAMPLES = (
 
 
 @app.command(epilog="\n\n".join([*PARAGRAPHS, epilog(*EXAMPLES)]), rich_help_panel=TRY)
-@spread
 def edit(
-    output: OutputFolder,
+    format: FormatOption = Format.table,
+    out: OutFolder = None,
     source: Annotated[
         str | None,
         typer.Option(help="Caption of the source: size, colour, shape, place, background.", show_default="4 scenes"),
@@ -44,7 +44,7 @@ def edit(
     ] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1, max=1000)] = 20,
     inversion_steps: Annotated[int, typer.Option(help="DDIM steps of the inversion.", min=1, max=1000)] = 40,
-    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
+    clock: Clock = 2,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
     until_features: Annotated[
         float, typer.Option(help="τ_f: share of the steps in which features are injected, 0 to 1.")
@@ -78,4 +78,4 @@ def edit(
         until_attention=until_attention,
         seed=seed,
     )
-    deliver(result, output, "edit")
+    deliver(result, format, "edit", out)

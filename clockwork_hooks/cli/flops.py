@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Choosing, Guidance, Loading, Model, Output, Steps, spread
 
 __all__ = ["flops"]
 
@@ -23,15 +23,24 @@ EXAMPLES = (
 
 
 @app.command(epilog=epilog(*EXAMPLES), rich_help_panel=LOOK)
-@spread
 def flops(
-    model: Model,
-    load: Loading,
-    region: Choosing,
-    output: Output,
-    clock: Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)] = 2,
-    steps: Steps = 8,
-    guidance: Guidance = False,
+    model: options.Model,
+    size: options.Size = None,
+    batch: options.Batch = 1,
+    frames: options.Frames = 0,
+    device: options.Device = None,
+    level: options.Level = None,
+    resolution: options.Resolution = None,
+    share: options.Share = None,
+    module: options.Modules = None,
+    entry: options.Entry = None,
+    exit: options.Exit = None,
+    cut: options.CutOption = options.Cut.outer,
+    format: options.FormatOption = options.Format.table,
+    out: options.Out = None,
+    clock: options.Clock = 2,
+    steps: options.Steps = 8,
+    guidance: options.Guidance = False,
     attention: Annotated[
         bool, typer.Option("--attention/--no-attention", help="Count attention products; the paper leaves them out.")
     ] = True,
@@ -46,26 +55,35 @@ def flops(
     ] = None,
 ) -> None:
     """Count a full pass, an adaptor pass and a trajectory: by level, operator and module."""
-    from clockwork_hooks.analysis.flops import flops_report
+    from clockwork_hooks.analysis.flops import FlopsReport, flops_report
     from clockwork_hooks.cli.budget import check_budget, read_budget
+    from clockwork_hooks.models import load_model
 
     budget = None if check is None else read_budget(check)
-    loaded = load.model(model)
-    report = flops_report(
-        loaded.unet,
-        *loaded.args,
-        clock=clock,
-        steps=steps,
-        guidance=guidance,
-        **region.options(),
-        attention=attention,
-        norms="fvcore" if norms else None,
-        depth=depth,
-        **loaded.kwargs,
+    shape = options.spatial(size)
+    choice = options.region_choice(
+        level=level, resolution=resolution, share=share, modules=module, entry=entry, exit=exit, cut=cut
     )
-    deliver(report, output, "flops")
+
+    def count(place: str) -> FlopsReport:
+        loaded = load_model(model, size=shape, batch=batch, frames=frames, device=place)
+        return flops_report(
+            loaded.unet,
+            *loaded.args,
+            clock=clock,
+            steps=steps,
+            guidance=guidance,
+            **choice,
+            attention=attention,
+            norms="fvcore" if norms else None,
+            depth=depth,
+            **loaded.kwargs,
+        )
+
+    report = options.on_device(device, model, count)
+    deliver(report, format, "flops", out or ())
     if budget is not None:
-        found = check_budget(report, budget)
-        typer.echo(found.table().to_markdown(), err=True)
-        if found.exceeded:
+        held = check_budget(report, budget)
+        typer.echo(held.table().to_markdown(), err=True)
+        if held.exceeded:
             raise typer.Exit(1)

@@ -1,45 +1,50 @@
-"""The options that mean the same in every command: declared once, in groups that commands take as one argument.
-
-    @app.command()
-    @spread
-    def flops(model: Model, load: Loading, region: Choosing, output: Output) -> None: ...
+"""The options that mean the same in every command, each declared once, and what they stand for.
 
 docs/reports.md tables which command has which.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
+import os
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from clockwork_hooks.reports.report import PICTURES, TEXTS
 
-if TYPE_CHECKING:
-    from clockwork_hooks.models import LoadedModel
-
 __all__ = [
     "Adaptors",
-    "Choosing",
+    "Batch",
+    "Clock",
     "Clocks",
     "Cut",
+    "CutOption",
+    "Device",
+    "Entry",
+    "Exit",
     "Format",
     "FormatOption",
+    "Frames",
     "Guidance",
-    "Loading",
+    "Level",
     "Model",
-    "Output",
-    "OutputFolder",
+    "Modules",
+    "Out",
+    "OutFolder",
+    "Resolution",
     "Seed",
+    "Share",
+    "Size",
     "Steps",
-    "spread",
+    "as_option",
+    "check_out",
+    "on_device",
+    "region_choice",
+    "spatial",
 ]
 
 MODEL_HELP = (
@@ -70,6 +75,7 @@ class Cut(str, Enum):
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Steps = Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1)]
+Clock = Annotated[int, typer.Option(help="One full pass every so many steps.", min=1)]
 Clocks = Annotated[
     list[int] | None,
     typer.Option("--clock", help="One full pass every so many steps; repeatable.", min=2, show_default="2, 3 and 4"),
@@ -88,168 +94,68 @@ Guidance = Annotated[
 ]
 
 
-def option(*names: str, panel: str, **more: Any) -> Any:
+def _option(panel: str, *names: str, **more: Any) -> Any:
     """An option in a panel of the help."""
     return typer.Option(*names, rich_help_panel=panel, **more)
 
 
-FormatOption = Annotated[Format, option("--format", panel="Output", help="How to print the report.")]
+# -- the model -----------------------------------------------------------------------------------------------------
+
+Size = Annotated[
+    str | None,
+    _option(
+        "Model",
+        help="Spatial shape of the sample (of the latent): 64, or 72x128.",
+        metavar="H[xW]",
+        show_default="native",
+    ),
+]
+Batch = Annotated[int, _option("Model", help="Samples of one call.", min=1)]
+Frames = Annotated[int, _option("Model", help="Frames of a video sample; 0 is the model's own number.", min=0)]
+Device = Annotated[
+    str | None,
+    _option(
+        "Model",
+        help="Where the model is built: cpu, cuda, cuda:1, mps, or meta, which needs no memory and runs nothing.",
+        show_default="meta, or cpu where a factory's model does not run there; bench: a GPU if there is one",
+    ),
+]
+_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class Loading:
-    """Options of the model's inputs and place."""
+def on_device(device: str | None, model: str, work: Callable[[str], _Result]) -> _Result:
+    """What is done with the model on the device.
 
-    size: Annotated[
-        str | None,
-        option(
-            panel="Model",
-            help="Spatial shape of the sample (of the latent): 64, or 72x128.",
-            metavar="H[xW]",
-            show_default="native",
-        ),
-    ] = None
-    batch: Annotated[int, option(panel="Model", help="Samples of one call.", min=1)] = 1
-    frames: Annotated[
-        int, option(panel="Model", help="Frames of a video sample; 0 is the model's own number.", min=0)
-    ] = 0
-    device: Annotated[
-        str | None,
-        option(
-            panel="Model",
-            help="Where the model is built: cpu, cuda, cuda:1, mps, or meta, which needs no memory and runs nothing.",
-            show_default="meta; bench: a GPU if there is one",
-        ),
-    ] = None
+    Args:
+        device: as the option says it; None for meta, or the CPU where a factory's model does not run on meta.
+        model: its name.
+        work: builds the model on a device, and does what the command does.
+    """
+    from clockwork_hooks.errors import ArgumentError, ModelNotFoundError, RegionNotFoundError
 
-    def model(self, name: str, **more: Any) -> LoadedModel:
-        """The model that the command line names, with the arguments of one call."""
-        from clockwork_hooks.models import load_model
-
-        _check_device(self.device)
-        given = {"batch": self.batch, "frames": self.frames, "device": self.device or "meta", **more}
-        return load_model(name, size=_size(self.size), **given)
+    if device is not None:
+        check_device(device)
+        return work(device)
+    try:
+        return work("meta")
+    except (ArgumentError, ModelNotFoundError, RegionNotFoundError):
+        raise
+    except Exception as error:
+        if ":" not in model:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        typer.echo(f"On the CPU, as {model} does not run on meta: {reason} (--device cpu says so at once)", err=True)
+    return work("cpu")
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """Options of the region, as in `find_region`."""
-
-    level: Annotated[
-        int | None,
-        option(
-            panel="Region", help="The region below this level; 1 is the highest resolution.", min=1, show_default="1"
-        ),
-    ] = None
-    resolution: Annotated[
-        str | None,
-        option(panel="Region", help="The region with this edge: 32, or 24x40.", metavar="H[xW]", show_default=False),
-    ] = None
-    share: Annotated[
-        float | None,
-        option(
-            panel="Region",
-            help="The narrowest region that skips this share of the MACs; 0.9 is nearly all.",
-            show_default=False,
-        ),
-    ] = None
-    module: Annotated[
-        list[str] | None,
-        option(panel="Region", help="A module to skip, or a range blocks.4:blocks.20; repeatable.", show_default=False),
-    ] = None
-    entry: Annotated[
-        str | None,
-        option(panel="Region", help="The region from this module's output on; with --exit.", show_default=False),
-    ] = None
-    exit: Annotated[
-        str | None, option(panel="Region", help="The region up to this module's output.", show_default=False)
-    ] = None
-    cut: Annotated[
-        Cut,
-        option(
-            panel="Region",
-            help="outer skips the region's downsampler and upsampler too; paper runs both, as in the paper.",
-        ),
-    ] = Cut.outer
-
-    def options(self) -> dict[str, Any]:
-        """Those of `find_region`."""
-        sizes = _size(self.resolution, "resolution")
-        edge = sizes[0] if sizes and self.resolution and self.resolution.isdigit() else sizes
-        given = {name: getattr(self, name) for name in ("level", "share", "entry", "exit")}
-        return {**given, "resolution": edge, "modules": self.module or None, "cut": self.cut.value}
-
-
-@dataclass(frozen=True)
-class Output:
-    """Options of the report; standard output holds the report alone."""
-
-    format: FormatOption = Format.table
-    out: Annotated[
-        list[str] | None, option("--out", "--html", panel="Output", help=OUT_HELP, metavar="PATH", show_default=False)
-    ] = None
-
-    def __post_init__(self) -> None:
-        """Tell of a wrong ending before anything is measured."""
-        from clockwork_hooks.errors import ArgumentError
-
-        wrong = [path for path in self.out or () if Path(path).suffix not in ("", *ENDINGS) and not Path(path).is_dir()]
-        if wrong:
-            raise ArgumentError(
-                "--out is a folder, or a file whose ending tells the report's form",
-                seen={"--out": ", ".join(wrong), "endings": " ".join(ENDINGS)},
-                do="end the name with one of these, or with none",
-            )
-
-
-@dataclass(frozen=True)
-class OutputFolder(Output):
-    """The same for commands that always write their files."""
-
-    out: Annotated[
-        list[str] | None,
-        option(panel="Output", help=OUT_HELP, metavar="PATH", show_default="the folder clockwork-COMMAND"),
-    ] = None
-
-
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with each group of options in the place of the one argument that takes it."""
-    own = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        name: one.annotation for name, one in own.parameters.items() if dataclasses.is_dataclass(one.annotation)
-    }
-    spread_out: list[inspect.Parameter] = []
-    for name, one in own.parameters.items():
-        if name not in groups:
-            spread_out.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        hints = get_type_hints(groups[name], include_extras=True)
-        spread_out += [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-            for f in dataclasses.fields(groups[name])
-        ]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        made = {
-            name: group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
-            for name, group in groups.items()
-        }
-        command(**made, **given)
-
-    del run.__wrapped__  # typer would look through it
-    run.__signature__ = own.replace(parameters=spread_out)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in spread_out}
-    return run
-
-
-def _check_device(device: str | None) -> None:
+def check_device(device: str) -> None:
+    """Raise an ArgumentError unless torch can use the device."""
     import torch
 
     from clockwork_hooks.errors import ArgumentError
 
     try:
-        torch.empty(0, device=device or "cpu")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise ArgumentError(
             "a device is one that torch can use here",
@@ -258,7 +164,7 @@ def _check_device(device: str | None) -> None:
         ) from error
 
 
-def _size(text: str | None, option: str = "size") -> tuple[int, ...] | None:
+def spatial(text: str | None, option: str = "size") -> tuple[int, ...] | None:
     """The spatial shape that the text names: 64 → (64, 64), 72x128 → (72, 128)."""
     from clockwork_hooks.errors import ArgumentError
 
@@ -273,3 +179,111 @@ def _size(text: str | None, option: str = "size") -> tuple[int, ...] | None:
         )
     sizes = tuple(int(part) for part in parts)
     return sizes * 2 if len(sizes) == 1 else sizes
+
+
+# -- the region, as in `find_region` -------------------------------------------------------------------------------
+
+Level = Annotated[
+    int | None,
+    _option("Region", help="The region below this level; 1 is the highest resolution.", min=1, show_default="1"),
+]
+Resolution = Annotated[
+    str | None,
+    _option("Region", help="The region with this edge: 32, or 24x40.", metavar="H[xW]", show_default=False),
+]
+Share = Annotated[
+    float | None,
+    _option(
+        "Region",
+        help="The narrowest region that skips this share of the MACs; 0.9 is nearly all.",
+        show_default=False,
+    ),
+]
+Modules = Annotated[
+    list[str] | None,
+    _option(
+        "Region",
+        "--module",
+        help="A module to skip, or a range blocks.4:blocks.20; repeatable.",
+        show_default=False,
+    ),
+]
+Entry = Annotated[
+    str | None, _option("Region", help="The region from this module's output on; with --exit.", show_default=False)
+]
+Exit = Annotated[str | None, _option("Region", help="The region up to this module's output.", show_default=False)]
+CutOption = Annotated[
+    Cut,
+    _option(
+        "Region",
+        help="outer skips the region's downsampler and upsampler too; paper runs both, as in the paper.",
+    ),
+]
+
+
+def region_choice(*, resolution: str | None, modules: list[str] | None, cut: Cut, **same: Any) -> dict[str, Any]:
+    """The options of the region as the keywords of `find_region`."""
+    sizes = spatial(resolution, "resolution")
+    edge = sizes[0] if sizes and resolution and resolution.isdigit() else sizes
+    return {**same, "resolution": edge, "modules": modules or None, "cut": cut.value}
+
+
+# -- the report; standard output holds the report alone ------------------------------------------------------------
+
+
+def check_out(context: typer.Context, out: Any) -> Any:
+    """Say of a path that cannot be written, or has a wrong ending, before anything is measured."""
+    from clockwork_hooks.errors import ArgumentError
+
+    paths = [Path(path) for path in ([out] if isinstance(out, str) else out or [f"clockwork-{context.info_name}"])]
+    wrong = [path for path in paths if path.suffix not in ("", *ENDINGS) and not path.is_dir()]
+    if wrong and not isinstance(out, str):
+        raise ArgumentError(
+            "--out is a folder, or a file whose ending tells the report's form",
+            seen={"--out": ", ".join(map(str, wrong)), "endings": " ".join(ENDINGS)},
+            do="end the name with one of these, or with none",
+        )
+    for path in map(Path.absolute, paths):
+        there = next(place for place in (path, *path.parents) if place.exists())
+        a_file = there.is_file()
+        if not os.access(there, os.W_OK) or (a_file and (there != path or path.suffix not in ENDINGS)):
+            raise ArgumentError(
+                "reports go where they can be written",
+                seen={"--out": path, "in the way" if a_file else "not writable": there},
+                do="pass --out with another folder",
+            )
+    return out
+
+
+FormatOption = Annotated[Format, _option("Output", help="How to print the report.")]
+Out = Annotated[
+    list[str] | None,
+    _option("Output", "--out", "--html", help=OUT_HELP, metavar="PATH", show_default=False, callback=check_out),
+]
+OutFolder = Annotated[
+    list[str] | None,
+    _option("Output", help=OUT_HELP, metavar="PATH", show_default="the folder clockwork-COMMAND", callback=check_out),
+]
+
+# -- errors of the library, in the command line's words ------------------------------------------------------------
+
+OPTIONS = {"clocks": "--clock", "maps": "--map", "modules": "--module", "folder": "--out"}  # the others have one name
+
+
+def as_option(name: str, value: object) -> str:
+    """How an argument of the library is written as an option.
+
+    Example:
+        >>> (
+        ...     as_option("max_error", 0.3),
+        ...     as_option("clocks", (2, 4)),
+        ...     as_option("modules", ...),
+        ...     as_option("resume", True),
+        ... )
+        ('--max-error 0.3', '--clock 2 --clock 4', '--module NAME', '--resume')
+    """
+    option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    if value is None or value is True:
+        return option
+    values = ["NAME"] if value is ... else value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(f"{option} {shlex.quote(str(one))}" for one in values)

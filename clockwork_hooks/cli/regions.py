@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Choosing, Loading, Model, Output, spread
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, macs, percent, shape, table
@@ -73,20 +73,44 @@ class RegionList(Report):
 
 
 @app.command(epilog=epilog(*EXAMPLES), rich_help_panel=LOOK)
-@spread
-def regions(model: Model, load: Loading, region: Choosing, output: Output) -> None:
+def regions(
+    model: options.Model,
+    size: options.Size = None,
+    batch: options.Batch = 1,
+    frames: options.Frames = 0,
+    device: options.Device = None,
+    level: options.Level = None,
+    resolution: options.Resolution = None,
+    share: options.Share = None,
+    module: options.Modules = None,
+    entry: options.Entry = None,
+    exit: options.Exit = None,
+    cut: options.CutOption = options.Cut.outer,
+    format: options.FormatOption = options.Format.table,
+    out: options.Out = None,
+) -> None:
     """List every region that adaptor passes can skip, widest first, and draw the chosen one."""
     import contextlib
 
     from clockwork_hooks.errors import RegionNotFoundError
     from clockwork_hooks.graph.tracing import record
+    from clockwork_hooks.models import load_model
     from clockwork_hooks.regions.blocks import diagram_of
     from clockwork_hooks.regions.find import choose, regions_of
 
-    loaded = load.model(model)
-    trace = record(loaded.unet, loaded.args, loaded.kwargs)
-    chosen = choose(trace, loaded.unet, **region.options())
-    found: tuple[Region, ...] = ()
-    with contextlib.suppress(RegionNotFoundError):  # one named by hand may be the only one
-        found = regions_of(trace, loaded.unet)
-    deliver(RegionList(found, chosen, diagram_of(trace, chosen)), output, "regions", chosen.draw())
+    shape = options.spatial(size)
+    choice = options.region_choice(
+        level=level, resolution=resolution, share=share, modules=module, entry=entry, exit=exit, cut=cut
+    )
+
+    def find(place: str) -> RegionList:
+        loaded = load_model(model, size=shape, batch=batch, frames=frames, device=place)
+        trace = record(loaded.unet, loaded.args, loaded.kwargs)
+        chosen = choose(trace, loaded.unet, **choice)
+        regions: tuple[Region, ...] = ()
+        with contextlib.suppress(RegionNotFoundError):  # one named by hand may be the only one
+            regions = regions_of(trace, loaded.unet)
+        return RegionList(regions, chosen, diagram_of(trace, chosen))
+
+    report = options.on_device(device, model, find)
+    deliver(report, format, "regions", out or (), report.chosen.draw())

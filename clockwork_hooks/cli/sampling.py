@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,31 +12,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["Sampled", "Sampler", "Sampling", "load_sampler"]
+__all__ = ["DemoBatch", "DemoSteps", "Sampled", "Sampler", "Seeds", "load_sampler"]
 
 SAMPLED_HELP = (
     "demo, the model that ships; or package.module:factory, a function that returns (unet, generate, conditions): "
     "generate(batch, seed) samples with that UNet and returns one tensor, conditions is a list of batches."
 )
 Sampled = Annotated[str, typer.Argument(metavar="[MODEL]", help=SAMPLED_HELP)]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Options of the sampler; steps and batch are the demo's, a factory has its own."""
-
-    steps: Annotated[int, typer.Option(help="Denoising steps of the demo's sampler.", min=1)] = 8
-    batch: Annotated[int, typer.Option(help="Samples of a batch: so many of the demo's prompts.", min=1, max=16)] = 2
-    seed: Annotated[list[int] | None, typer.Option(help="Of the noise; repeatable.", show_default="0")] = None
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """All of them."""
-        return tuple(self.seed or (0,))
-
-    def shared(self, adaptor: list[str] | None, clock: list[int] | None) -> dict[str, Any]:
-        """The options that `drift` and `plan` share, as the library takes them."""
-        return {"adaptor": adaptor or None, "clocks": tuple(clock or (2, 3, 4)), "seeds": self.seeds}
+DemoSteps = Annotated[int, typer.Option(help="Denoising steps of the demo's sampler; a factory has its own.", min=1)]
+DemoBatch = Annotated[int, typer.Option(help="Samples of a batch: so many of the demo's prompts.", min=1, max=16)]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the noise; repeatable.", show_default="0")]
 
 
 class Sampler(NamedTuple):
@@ -48,8 +32,12 @@ class Sampler(NamedTuple):
     conditions: list[Any]
 
 
-def load_sampler(model: str, sampling: Sampling) -> Sampler:
+def load_sampler(model: str, steps: int, batch: int) -> Sampler:
     """The UNet, sampler and batches that the command line names.
+
+    Args:
+        model: demo, or package.module:factory.
+        steps, batch: of the demo; a factory has its own.
 
     Raises:
         ModelNotFoundError: the name means no sampler.
@@ -61,10 +49,10 @@ def load_sampler(model: str, sampling: Sampling) -> Sampler:
 
         demo = load_demo()
 
-        def generate(batch: Sequence[str], seed: int) -> Tensor:
-            return demo.sample(batch, steps=sampling.steps, seed=seed)
+        def generate(prompts: Sequence[str], seed: int) -> Tensor:
+            return demo.sample(prompts, steps=steps, seed=seed)
 
-        return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[: sampling.batch])])
+        return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[:batch])])
     module, colon, factory = model.partition(":")
     if not colon or Path(model).exists():
         raise ModelNotFoundError(
@@ -74,12 +62,15 @@ def load_sampler(model: str, sampling: Sampling) -> Sampler:
         )
     from clockwork_hooks.models import find_factory
 
-    made = find_factory(module or "?", factory)()
-    kinds = [type(part).__name__ for part in (made if isinstance(made, tuple) else [made])]
-    if not isinstance(made, tuple) or len(made) != 3 or not callable(made[1]):
+    parts = find_factory(module or "?", factory)()
+    if not isinstance(parts, tuple) or len(parts) != 3 or not callable(parts[1]):
+        kinds = [type(part).__name__ for part in (parts if isinstance(parts, tuple) else [parts])]
+        one_call = isinstance(parts, tuple) and len(parts) > 1 and isinstance(parts[1], (tuple, list))
         raise ModelNotFoundError(
             "a factory of a sampler returns (unet, generate, conditions)",
             seen={"factory": model, "returned": ", ".join(kinds)},
-            do="return the UNet, generate(batch, seed) and a list of batches",
+            do="name another one: what this one returns, (model, args, kwargs), is for flops, regions and bench"
+            if one_call
+            else "return the UNet, generate(batch, seed) and a list of batches",
         )
-    return Sampler(made[0], made[1], list(made[2]))
+    return Sampler(parts[0], parts[1], list(parts[2]))

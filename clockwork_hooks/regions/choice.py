@@ -67,7 +67,8 @@ class Choice:
             raise ArgumentError(
                 "a share is a fraction of a full pass's MACs, between 0 and 1",
                 seen={"share": repr(self.share)},
-                do="pass share=0.5",
+                do="pass {share}",
+                arguments={"share": 0.5},
             )
         modules = self.modules
         if modules is not None and not (modules and all(isinstance(path, str) for path in modules)):
@@ -175,5 +176,6 @@ def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: li
     return RegionNotFoundError(
         f"there is no region of this {name}",
         seen={name: wanted, f"{name}s with a region": values, **listed(regions)},
-        do=f"pass {'a smaller share' if name == 'share' else f'one of these {name}s'}, or name modules: modules=[...]",
+        do=f"pass {'a smaller share' if name == 'share' else f'one of these {name}s'}, or name modules: {{modules}}",
+        arguments={"modules": ...},
     )

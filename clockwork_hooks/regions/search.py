@@ -234,9 +234,15 @@ class Finder:
             "a region is a part that works below the resolution of its entry and leaves through one tensor that a "
             f"module returns, with {SMALLEST:.0%} to {LARGEST:.0%} of the MACs",
             seen=seen,
-            do=(f"take a wider one: share={SMALLEST}; or " if wider else "")
-            + "name a part by hand: find_region(..., entry='blocks.4', exit='blocks.20'), modules whose outputs flow in"
-            " and out; or modules=['blocks.5:blocks.20'], those to skip",
+            do=("take a wider one: {share}; or " if wider else "")
+            + "name a part by hand: find_region(..., {entry}, {exit}), modules whose outputs flow in and out; or "
+            "{modules}, those to skip",
+            arguments={
+                "share": SMALLEST,
+                "entry": "blocks.4",
+                "exit": "blocks.20",
+                "modules": ["blocks.5:blocks.20"],
+            },
         )
 
 

@@ -59,7 +59,8 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
         raise DistillError(
             "checkpoints are written into the run's folder",
             seen={"folder": parent, "error": error, "checkpoint before": before or "none"},
-            do="free some space and go on with resume=True" if before else "free some space, or pass another folder=",
+            do="free some space and go on with {resume}" if before else "free some space, or pass another {folder}",
+            arguments={"resume": True, "folder": None},
         ) from error
 
 

@@ -117,7 +117,8 @@ def check_folder(folder: Path | None, resume: bool) -> None:
         raise ArgumentError(
             "a folder holds one run",
             seen={"folder": folder, "checkpoint": checkpoint.saved(folder)},
-            do="pass resume=True to go on with it, or another folder",
+            do="pass {resume} to go on with it, or another folder",
+            arguments={"resume": True},
         )
 
 
