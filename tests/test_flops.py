@@ -187,7 +187,7 @@ def test_an_adaptor_that_does_not_fit_is_an_error(cifar):
         report_of(cifar, adaptor=Mix(region, out=3))
     with pytest.raises(AdaptorError, match="region's boundary"):
         report_of(cifar, adaptor=lambda entry: entry)
-    with pytest.raises(AdaptorError, match="adaptor is None"):
+    with pytest.raises(AdaptorError, match="a saved adaptor is a folder"):
         report_of(cifar, adaptor="resnet")
 
 

@@ -24,6 +24,7 @@ from clockwork_hooks.engine import passes
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.regions.cut import SkippedCall, Slot
 from clockwork_hooks.regions.find import choose, regions_of
+from clockwork_hooks.reports.tables import shape
 from tests.snapshot import snapshot
 from tests.zoo import REFUSED, ZOO, Case, RefusedCase, ZooCase, random_unet, table
 from tests.zoo.proof import map_tensors, same
@@ -181,6 +182,25 @@ def test_macs_that_run_are_those_reported(seen: Seen) -> None:
     assert full.flops == 2 * full.macs
     assert adaptor.flops == 2 * adaptor.macs
     assert adaptor.macs == full.macs - seen.region.macs
+
+
+def test_a_level_is_one_number(seen: Seen) -> None:
+    """The table by level, the U above it on the same page, and the region's own levels; nothing is counted twice."""
+    args, kwargs = seen.case.inputs()
+    report = ch.flops_report(seen.case.model, *args, **kwargs)
+    table = {row.name: row.full_macs for row in report.by_level()}
+    skipped = {row.name: row.full_macs - (row.adaptor_pass_macs or 0) for row in report.by_level()}
+    drawn, region = Counter[str](), Counter[str]()
+    assert report.diagram is not None
+    for block in report.diagram.blocks:
+        drawn[shape(report.diagram.levels[block.level])] += block.macs
+    highest = shape(report.diagram.levels[0])
+    table[highest] += table.pop("no level", 0)  # what comes before the first convolution is drawn at the top
+    assert table == drawn
+    for space, down, up in seen.region.by_level:
+        region[shape(space) or "no level"] += down + up
+    assert {name: macs for name, macs in skipped.items() if macs} == region
+    assert sum(region.values()) == seen.region.macs
 
 
 def test_skipped_modules_do_not_run(seen: Seen) -> None:

@@ -30,7 +30,6 @@ from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.graph.macs import Kind, kind, node_macs, operator_name
-from clockwork_hooks.graph.operators import PRODUCTS
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
@@ -447,15 +446,9 @@ def flops_report(
 def _count(
     trace: Trace, region: Region | None, *, attention: bool, norms: str | None
 ) -> tuple[tuple[OperatorMacs, ...], tuple[Uncounted, ...]]:
-    """Operators with MACs in the order they ran, and those of unknown MACs.
-
-    An operator whose tensor names no level (text keys, attention products, embeddings) counts at the level where the
-    operators before it work. Attention products always do: heads times tokens may by chance be another level's
-    positions.
-    """
+    """Operators with MACs in the order they ran, each at its level, and those of unknown MACs."""
     levels = Levels(trace)
     skipped = skipped_nodes(trace, region) if region is not None else set[int]()
-    at: tuple[int, ...] = ()
     counted: list[OperatorMacs] = []
     unknown: dict[str, list[str]] = {}
     for node in trace.nodes:
@@ -466,9 +459,9 @@ def _count(
         here = node_macs(node, attention=attention, norms=norms)
         if not here:
             continue
-        at = at if found in PRODUCTS else levels.resolution(node) or at
         index = node.meta["index"]
-        counted.append(OperatorMacs(operator_name(node), found, node.meta["module"], at, here, index in skipped))
+        space = levels.spatial.get(levels.at[index], ())
+        counted.append(OperatorMacs(operator_name(node), found, node.meta["module"], space, here, index in skipped))
     rows = (Uncounted(name, len(modules), tuple(dict.fromkeys(modules))) for name, modules in unknown.items())
     return tuple(counted), tuple(rows)
 

@@ -121,12 +121,8 @@ class _Search:
             for k, (_, leaf) in enumerate(leaves(call.output)):
                 if call.path and isinstance(leaf, TensorSpec) and self.dom.dep[leaf.node.meta["index"]]:
                     self.made[leaf.node.meta["index"]] = (call, k)
-        # positions that convolutions work at; a squeeze-excite's single pixel is no level
         self.at = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.made}
-        spatial = [node for node in trace.nodes if self.levels.is_spatial(node) and self.dom.dep[node.meta["index"]]]
-        counts = {self.levels.positions(node) or 0 for node in spatial if len(node.meta.get("shape", ())) > 2}
-        batch = trace.inputs[trace.sample].meta["shape"][0]
-        self.worked = sorted((p for p in counts if p in self.levels.spatial and p > batch), reverse=True)
+        self.worked = self.levels.worked
 
     def maps(self) -> Iterator[FeatureMap]:
         if not self.worked:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.graph.bindings import TensorSpec
+from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
@@ -66,6 +67,14 @@ class Trace:
     times: tuple[str, ...]
     signature: tuple[Any, ...]
     model: str
+    _macs: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def macs(self) -> list[int]:
+        """MACs of each node, attention products counted; counted when they are first asked for."""
+        if not self._macs:
+            self._macs.extend(map(node_macs, self.nodes))
+        return self._macs
 
     @property
     def time(self) -> str | None:

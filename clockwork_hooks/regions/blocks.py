@@ -14,7 +14,6 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks.errors import RegionNotFoundError
-from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.tracing import Trace, record
 from clockwork_hooks.regions.dominance import Dominance
 from clockwork_hooks.regions.find import choose, skipped_nodes
@@ -77,27 +76,16 @@ class View:
         self.trace = trace
         self.dom, self.levels = Dominance(trace), Levels(trace)
         self.skipped = skipped_nodes(trace, region) if region is not None else set[int]()
-        self.macs = [node_macs(node) for node in trace.nodes]
-        self.spatial = {
-            n for n, node in enumerate(trace.nodes) if self.macs[n] and self.dom.dep[n] and self.levels.is_spatial(node)
-        }
-        places = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.spatial}
-        self.order = sorted({p for p in places.values() if p in self.levels.spatial}, reverse=True)
+        self.macs = trace.macs
+        self.spatial = {n for n, node in enumerate(trace.nodes) if self.macs[n] and self.levels.is_spatial(node)}
+        self.order = self.levels.worked
         self.rank = {p: k for k, p in enumerate(self.order)}
-        self.at = self._levels(places)
+        highest = self.order[0] if self.order else 0
+        self.at = [p if p in self.rank else highest for p in self.levels.at]  # a time embedding stands at the top
         carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dom.dep[n]]
         self.turn = max(
             (n for n in carrying if self.at[n] == self.at[min(carrying, key=self.at.__getitem__)]), default=0
         )
-
-    def _levels(self, places: dict[int, int]) -> list[int]:
-        """The level that the last convolution worked at: what multiplies in between has shapes of many readings."""
-        found: list[int] = []
-        here = self.order[0] if self.order else 0
-        for n in range(len(self.trace.nodes)):
-            here = places[n] if places.get(n) in self.rank else here
-            found.append(here)
-        return found
 
     def blocks(self) -> Iterator[Block]:
         """The outermost calls that are of one kind all through, and what their parents compute themselves.
@@ -109,8 +97,9 @@ class View:
             small = block.macs < _LEAST * total and not any(
                 map(self.spatial.__contains__, range(block.first, block.last))
             )
-            if small and k + 1 < len(found) and found[k + 1].skipped == block.skipped:
-                found[k + 1] = replace(found[k + 1], macs=found[k + 1].macs + block.macs, first=block.first)
+            after = found[k + 1] if k + 1 < len(found) else None
+            if small and after and (after.level, after.skipped) == (block.level, block.skipped):
+                found[k + 1] = replace(after, macs=after.macs + block.macs, first=block.first)
             else:
                 yield block
 

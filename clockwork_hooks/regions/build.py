@@ -20,8 +20,7 @@ from torch import nn
 
 from clockwork_hooks._tree import leaves, map_leaves
 from clockwork_hooks.graph.bindings import TensorSpec
-from clockwork_hooks.graph.macs import node_macs, operator_name
-from clockwork_hooks.graph.operators import PRODUCTS, kind
+from clockwork_hooks.graph.operators import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
@@ -193,7 +192,7 @@ class Builder:
 
     def __init__(self, trace: Trace, unet: nn.Module, dom: Dominance, levels: Levels) -> None:
         self.trace, self.unet, self.dom, self.levels = trace, unet, dom, levels
-        self.macs = [node_macs(node) for node in trace.nodes]
+        self.macs = trace.macs
         self.embeddings = Embeddings(trace, dom)
         self._planner = Planner(trace, dom, self.embeddings)
         self._producers = self._planner.producers()
@@ -207,11 +206,7 @@ class Builder:
         self._input = np.array([node.op == "placeholder" for node in trace.nodes])
         self._work = np.array(self.macs, dtype=np.int64)
         self._working = np.flatnonzero(self._work > 0)
-        working = [trace.nodes[n] for n in self._working.tolist()]
-        placed = [dom.dep[n] and kind(trace.nodes[n]) not in PRODUCTS for n in self._working.tolist()]
-        at = [(levels.positions(node) if own else None) or 0 for node, own in zip(working, placed, strict=True)]
-        self._positions = np.array(at, dtype=np.int64)
-        self._spatial = np.array([levels.is_spatial(node) for node in working], dtype=np.bool_)
+        self._at = np.array(levels.at, dtype=np.int64)
         self._first, self._last = (np.array([getattr(call, end) for call in trace.calls]) for end in ("first", "last"))
         self._named = np.array([bool(call.path) for call in trace.calls])
 
@@ -258,7 +253,7 @@ class Builder:
         )
         entries = tuple(self._boundary(u) for u in entry_nodes)
         exit = self._boundary(o)
-        by_level = self._by_level(run, size[entry])
+        by_level = self._by_level(run)
         return Region(
             model=self.trace.model,
             entry=next(e for e in entries if e.node == entry),
@@ -328,19 +323,11 @@ class Builder:
             found |= self._weights[path]
         return sum(found.values())
 
-    def _by_level(self, run: Mask, edge: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
-        there = run[self._working]
-        nodes, at, spatial = self._working[there], self._positions[there], self._spatial[there]
-        # Heads times tokens can look like a level above the edge; only padding, which a convolution shows, is one.
-        at = np.where((at <= edge) | spatial, at, 0)
-        convolved = at[spatial & (at > 0)]
-        floor = int(convolved.min()) if convolved.size else 0
-        turn = nodes[at == floor].max(initial=0) if floor else 0
-        at = np.where(at >= floor, at, 0)
-        # Text keys, products of heads and such are no feature maps: they count where the operators before them work.
-        before = np.maximum.accumulate(np.where(at > 0, np.arange(at.size), -1))
-        first = at[at > 0][0] if at.any() else floor
-        at = np.where(before < 0, first, at[before])
+    def _by_level(self, run: Mask) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+        """(spatial shape, MACs on the way down, MACs on the way up), widest first."""
+        nodes = self._working[run[self._working]]
+        at = self._at[nodes]
+        turn = nodes[at == at[at > 0].min()].max() if at.any() else 0  # the last one of the lowest level
         rows = []
         for p in sorted(set(at.tolist()), reverse=True):
             down, up = (int(self._work[nodes[(at == p) & arm]].sum()) for arm in (nodes <= turn, nodes > turn))

@@ -3,6 +3,10 @@
 Convolutions, pooling and interpolation say where their spatial axes are. Their operands give the levels, counted in
 *positions*: spatial positions times batch times frames, so that a video's 2-D and 3-D views of one tensor agree and
 the time axis is no resolution. Token and channels-last tensors are matched to those levels.
+
+A tensor's shape can have many readings (heads times tokens, the tokens of a text), so what an *operator* works at is
+no matter of its shape: it is the level of the last convolution, pooling or interpolation on the sample's way
+(`Levels.at`). Tables, pictures, regions and refusals all ask this one rule.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ class Levels:
 
     Attributes:
         spatial: positions → spatial shape, largest first; e.g. {4096: (64, 64), 1024: (32, 32)}.
+        at: for each node the positions of the level that it works at; 0 before the first spatial operator.
+        worked: the positions of the levels at which something multiplies, largest first.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -45,6 +51,26 @@ class Levels:
                 if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
                     shapes[count] = space
         self.spatial = dict(sorted(shapes.items(), reverse=True))
+        self.at = self._at(trace, carrying)
+        self.worked = sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
+
+    def _at(self, trace: Trace, carrying: set[fx.Node]) -> list[int]:
+        """The level of the last spatial operator that carries the sample.
+
+        One pixel is a level only where a convolution or a window of a pooling leads down to it: the one that a gate
+        (squeeze and excitation) makes of a whole map is none.
+        """
+        levels, here, pixel = [], 0, False
+        for node in trace.nodes:
+            if node in carrying and node in self._by_node and self.is_spatial(node):
+                if math.prod(node.meta["shape"][2:]) > 1:
+                    here = self._by_node[node]
+                else:
+                    source = next(iter(node.all_input_nodes)).meta.get("shape", ())
+                    pixel |= math.prod(source[2:]) > 1 and "adaptive" not in operator_name(node)
+                    here = self._by_node[node] if pixel else here
+            levels.append(here)
+        return levels
 
     @staticmethod
     def is_spatial(node: fx.Node) -> bool:

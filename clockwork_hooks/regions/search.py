@@ -51,10 +51,10 @@ def _space(levels: Levels, positions: int) -> str:
 
 
 def _worked(trace: Trace, dom: Dominance, levels: Levels, build: Builder) -> set[int]:
-    """Positions of what modules make of the sample; gates of one pixel left out, and filters padded by functions."""
+    """The levels at which something multiplies and modules return maps: those of filters padded by functions are none."""
     made = {spec.node.meta["index"] for call in trace.calls if call.path for spec in build.tensors(call.output)}
-    found = {levels.positions(dom.nodes[n]) or 0 for n in made if dom.live[n] and dom.dep[n]}
-    return {p for p in found if math.prod(levels.spatial.get(p, ())) > 1}
+    returned = {levels.positions(dom.nodes[n]) or 0 for n in made if dom.live[n] and dom.dep[n]}
+    return returned & set(levels.worked)
 
 
 def _upward(trace: Trace, dom: Dominance, levels: Levels, build: Builder, top: int) -> list[str]:
