@@ -1,25 +1,17 @@
 """Edit a picture by its text: Plug-and-Play on any diffusers UNet, with Clockwork in both of its loops.
 
-The source is taken to noise by DDIM inversion, and back by DDIM under the target's text. On the way back each call has
-three rows: the source as it was at that time of the inversion, the negative text, the target's text; features and
-self-attention of the first row take the place of the others', which keeps the source's layout.
+`invert` takes the source to noise by DDIM inversion, the deterministic sampler run backwards. `edit` takes it back by
+DDIM under the target's text. On the way back each call has three rows for each picture: the source as it was at that
+time of the inversion, the negative text, the target's text; features and self-attention of the first row take the place
+of the others', which keeps the source's layout.
 
-Injection happens in full passes only. On an adaptor pass nothing is injected: the cached exit already holds what was
+`find_injection` reads off the graph where that happens. The way up has blocks that take in a skip; Plug-and-Play
+replaces the output of the second of three at one level above the bottleneck, and the queries and keys of all
+self-attention that follows. Equal queries and keys are equal attention maps, so nothing of an attention layer's inside
+needs to be known. Native hooks do it, in full passes only: the cached exit of an adaptor pass already holds what was
 injected in the full pass before, and the layers that receive injection are, by default, among those skipped.
 
 Source: Tumanyan et al., "Plug-and-Play Diffusion Features", arXiv 2211.12572; arXiv 2312.08128, Sec. 5.3 and App. D.
-
-DDIM inversion with Clockwork: the deterministic sampler run backwards takes a picture to its noise.
-
-Source: arXiv 2312.08128, Sec. 5.3 and App. D.
-
-DDIM's deterministic path between a picture and noise, walked in either direction.
-
-Injection: rows of a batch take over the features and the self-attention of the first ones, by native hooks.
-
-Where to inject is read off the graph. The way up has blocks that take in a skip; PnP injects the output of the second
-of three at one level above the bottleneck, and the queries and keys of all self-attention that follows. Equal queries
-and keys are equal attention maps, so nothing of an attention layer's inside needs to be known.
 """
 
 from __future__ import annotations
@@ -52,24 +44,11 @@ from clockwork_hooks.schedule import Schedule, check_clock
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "Conditions",
-    "Edit",
-    "Injection",
-    "Inversion",
-    "Path",
-    "call",
-    "check_source",
-    "clocked",
-    "counts",
-    "dtype_of",
-    "edit",
-    "edit_macs",
-    "find_injection",
-    "injected",
-    "invert",
-    "told",
-]
+__all__ = ["Edit", "Injection", "Inversion", "edit", "edit_macs", "find_injection", "invert"]
+
+ROWS = 3  # of each call on the way back, for each picture: source, negative, target
+Conditions = Tensor | Mapping[str, Any]
+Steps = Schedule | Iterable[int] | Callable[[int], bool]
 
 
 class Path:
@@ -123,11 +102,11 @@ class Path:
                 do="edit with another model",
             )
 
-    def move(self, made: Tensor, x: Tensor, now: float, then: float) -> Tensor:
+    def move(self, output: Tensor, x: Tensor, now: float, then: float) -> Tensor:
         """From the noise level ᾱ = now to ᾱ = then along DDIM's deterministic path, in either direction.
 
         Args:
-            made: (B, C, ...) the UNet's output at x.
+            output: (B, C, ...) the UNet's, at x.
             x: (B, C, ...) latents at `now`.
             now, then: ᾱ, in (0, 1].
 
@@ -138,13 +117,177 @@ class Path:
         """
         signal, sigma = math.sqrt(now), math.sqrt(1 - now)
         if self._predicts == "v_prediction":
-            clean, noise = signal * x - sigma * made, signal * made + sigma * x
+            clean, noise = signal * x - sigma * output, signal * output + sigma * x
         else:
-            clean, noise = (x - sigma * made) / max(signal, 1e-6), made
+            clean, noise = (x - sigma * output) / max(signal, 1e-6), output
         return math.sqrt(then) * clean + math.sqrt(1 - then) * noise
 
 
-ROWS = 3  # source, negative, target
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """The way of a source to noise.
+
+    Attributes:
+        latents: time → (B, C, ...) float32 latents at that time's noise level, times ascending.
+        conditions: of the source: keyword arguments of the UNet's call.
+        passes: what ran.
+    """
+
+    latents: Mapping[int, Tensor] = field(repr=False)
+    conditions: Mapping[str, Any] = field(repr=False)
+    passes: Counts
+
+    @property
+    def noise(self) -> Tensor:
+        """(B, C, ...) float32 latents at the last time: where editing starts from."""
+        return self.latents[max(self.latents)]
+
+    def at(self, time: int) -> Tensor:
+        """(B, C, ...) latents at the nearest time that there is."""
+        return self.latents[min(self.latents, key=lambda other: abs(other - time))]
+
+
+@torch.no_grad()
+def invert(
+    unet: nn.Module,
+    scheduler: Any,
+    source: Tensor,
+    conditions: Conditions,
+    *,
+    steps: int = 100,
+    clock: int = 1,
+    schedule: Steps | None = None,
+    region: Region | None = None,
+    adaptor: Adaptor | str | None = None,
+    console: Console | None = None,
+) -> Inversion:
+    """Take a source to noise by DDIM inversion: the deterministic sampler run backwards, times ascending.
+
+    Args:
+        unet: any diffusers UNet; not wrapped, and the same as before when this returns or raises.
+        scheduler: a diffusers scheduler with betas (its `alphas_cumprod`, spacing and prediction type are read).
+        source: (B, C, ...) floating latents without noise, on the UNet's device.
+        conditions: what the UNet is told about the source: hidden states (B, L, D), or keyword arguments of its call,
+            whose tensors have B rows.
+        steps: N, of the inversion.
+        clock: one full pass every `clock` steps.
+        schedule: in the place of a clock, as in `wrap`; its first step is the one at the least noise.
+        region, adaptor: as in `wrap`.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The latents at every time.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or the source is not of the UNet's shape.
+        RegionNotFoundError: nothing of the UNet can be skipped.
+
+    Example:
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(
+        ...     8,
+        ...     block_out_channels=(8, 16),
+        ...     norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2,
+        ... ).eval()
+        >>> way = invert(unet, DDIMScheduler(), torch.zeros(1, 3, 8, 8), {}, steps=6, clock=3)
+        >>> way.noise.shape, way.passes.full_passes, way.passes.adaptor_passes
+        (torch.Size([1, 3, 8, 8]), 2, 4)
+
+    Source: arXiv 2312.08128, App. D, Eq. 4 (cost).
+    """
+    check_unet(unet)
+    check_source(unet, source)
+    path, arguments = Path(scheduler, steps, source.device), unet_arguments(conditions, len(source))
+    x, latents, level = source.float(), {}, path.clean
+    with clocked(unet, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
+        task = bar.add_task("inversion", total=steps)
+        for k in reversed(range(steps)):
+            cw.step()
+            x = path.move(predicted(cw, x, path.times[k], arguments), x, level, path.levels[k])
+            latents[path.numbers[k]], level = x, path.levels[k]
+            bar.advance(task)
+    return Inversion(latents, arguments, counts(cw))
+
+
+def check_source(unet: Any, source: Any) -> None:
+    """Raise `ArgumentError` if the source is no batch of latents of the UNet's."""
+    channels = getattr(getattr(unet, "config", None), "in_channels", None)
+    if not isinstance(source, Tensor) or not source.is_floating_point() or source.ndim < 3 or not len(source):
+        seen = {
+            "source": f"{source.dtype}, {shape(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
+        }
+        raise ArgumentError(
+            "a source is a batch of floating latents (B, C, ...)", seen=seen, do="encode the picture with the VAE"
+        )
+    if channels is not None and source.shape[1] != channels:
+        raise ArgumentError(
+            "a source has the channels of the UNet's sample",
+            seen={"source": shape(source.shape), "the UNet's in_channels": channels},
+            do="pass latents (B, C, ...): encode the picture with the model's own VAE",
+        )
+
+
+def unet_arguments(conditions: Conditions, rows: int) -> dict[str, Any]:
+    """Keyword arguments of the UNet's call, each tensor with as many rows as the source.
+
+    Raises:
+        ArgumentError: a tensor has other rows.
+    """
+    arguments = {"encoder_hidden_states": conditions} if isinstance(conditions, Tensor) else dict(conditions)
+    wrong = {
+        path: shape(leaf.shape) or "no rows"
+        for path, leaf in leaves(arguments)
+        if isinstance(leaf, Tensor) and leaf.shape[:1] != (rows,)
+    }
+    if wrong:
+        raise ArgumentError(
+            "every tensor that the UNet is told has one row a picture",
+            seen={"pictures": rows, **wrong},
+            do=f"expand it to {rows} row{'s' * (rows != 1)}",
+        )
+    return arguments
+
+
+@contextlib.contextmanager
+def clocked(
+    unet: nn.Module, clock: int, schedule: Steps | None, region: Region | None, adaptor: Adaptor | str | None
+) -> Iterator[ClockworkWrapper]:
+    """The UNet wrapped for one loop; clock 1 is the plain loop, and warns of nothing."""
+    check_clock(clock)
+    ticks = Schedule.every(clock) if schedule is None else schedule
+    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory():
+        yield cw
+
+
+def predicted(cw: ClockworkWrapper, x: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The UNet's output in float32, made in its own type.
+
+    Raises:
+        ArgumentError: it has another shape than x.
+    """
+    output = cw(x.to(dtype_of(cw.unet)), time, **arguments)
+    sample: Tensor = output if isinstance(output, Tensor) else output.sample
+    if sample.shape != x.shape:
+        raise ArgumentError(
+            "a UNet that is inverted predicts as many channels as it is given, and no variance",
+            seen={"given": shape(x.shape), "predicted": shape(sample.shape)},
+            do="edit with another model",
+        )
+    return sample.float()
+
+
+def dtype_of(unet: nn.Module) -> torch.dtype:
+    """The type that the UNet's parameters have."""
+    return next((p.dtype for p in unet.parameters() if p.is_floating_point()), torch.float32)
+
+
+def counts(cw: ClockworkWrapper) -> Counts:
+    """A copy of what ran, that stays when the wrapper goes."""
+    stats = cw.stats
+    passes = (stats.full_passes, stats.adaptor_passes, stats.reasons.copy(), stats.regions.copy())
+    return Counts(*passes, stats.macs_run, stats.macs_plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +348,8 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
         >>> from clockwork_hooks.graph import trace
         >>> from clockwork_hooks.models import load_model
         >>> unet, args, kwargs = load_model("sd15")
-        >>> found = find_injection(trace(unet, *args, **kwargs))
-        >>> found.features, len(found.attention)
+        >>> injection = find_injection(trace(unet, *args, **kwargs))
+        >>> injection.features, len(injection.attention)
         (('up_blocks.1.resnets.1',), 16)
 
     Source: arXiv 2211.12572, Sec. 4 (its layers 4, and 4 to 11).
@@ -223,7 +366,6 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
     level = [call for positions, call in blocks if positions == wanted]
     chosen = level[len(level) // 2]
     attention = [path for node in trace.nodes if node.meta["index"] >= chosen.first for path in _projections(node)]
-    found = Injection((str(chosen.path),), tuple(dict.fromkeys(attention)), until_features, until_attention)
     if until_attention and not attention:
         raise ArgumentError(
             "self-attention is injected where two linear layers make queries and keys of one tensor",
@@ -231,12 +373,12 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
             do="pass injection=find_injection(trace, until_attention=0) to inject features alone, or name the layers "
             "with Injection(features=(...), attention=(...))",
         )
-    return found
+    return Injection((str(chosen.path),), tuple(dict.fromkeys(attention)), until_features, until_attention)
 
 
 def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
     """Calls that are given a concatenation of two maps along the channels, with their positions, in order."""
-    levels, found = Levels(trace), []
+    levels, blocks = Levels(trace), []
     carrying = trace.reachable([trace.inputs[trace.sample]])
     joined = {
         node
@@ -246,12 +388,12 @@ def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
         and sum(source in carrying for source in node.all_input_nodes) > 1
     }
     for call in trace.calls:
-        given = [leaf.node for _, leaf in leaves(call.inputs) if isinstance(leaf, TensorSpec)]
-        whole = next((node for node in given if node in joined), None)
+        inputs = [leaf.node for _, leaf in leaves(call.inputs) if isinstance(leaf, TensorSpec)]
+        whole = next((node for node in inputs if node in joined), None)
         if whole is not None and call.path:
             joined.discard(whole)  # the outermost call that takes it in; what is inside of it comes later
-            found.append((levels.positions(whole) or 0, call))
-    return found
+            blocks.append((levels.positions(whole) or 0, call))
+    return blocks
 
 
 def _projections(node: fx.Node) -> tuple[str, ...]:
@@ -327,177 +469,6 @@ def _first_rows(leaf: Tensor) -> Tensor:
     """The first third of the rows in the place of all thirds."""
     first = leaf[: leaf.shape[0] // ROWS]
     return torch.cat([first] * ROWS)
-
-
-Conditions = Tensor | Mapping[str, Any]
-Steps = Schedule | Iterable[int] | Callable[[int], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Inversion:
-    """The way of a source to noise.
-
-    Attributes:
-        latents: time → (B, C, ...) float32 latents at that time's noise level, times ascending.
-        conditions: what the UNet was told about the source: keyword arguments of its call.
-        passes: what ran.
-    """
-
-    latents: Mapping[int, Tensor] = field(repr=False)
-    conditions: Mapping[str, Any] = field(repr=False)
-    passes: Counts
-
-    @property
-    def noise(self) -> Tensor:
-        """(B, C, ...) float32 latents at the last time: where editing starts from."""
-        return self.latents[max(self.latents)]
-
-    def at(self, time: int) -> Tensor:
-        """(B, C, ...) latents at the nearest time that there is."""
-        return self.latents[min(self.latents, key=lambda known: abs(known - time))]
-
-
-@torch.no_grad()
-def invert(
-    unet: nn.Module,
-    scheduler: Any,
-    source: Tensor,
-    conditions: Conditions,
-    *,
-    steps: int = 100,
-    clock: int = 1,
-    schedule: Steps | None = None,
-    region: Region | None = None,
-    adaptor: Adaptor | str | None = None,
-    console: Console | None = None,
-) -> Inversion:
-    """Take a source to noise by DDIM inversion: the deterministic sampler run backwards, times ascending.
-
-    Args:
-        unet: any diffusers UNet; not wrapped, and the same as before when this returns or raises.
-        scheduler: a diffusers scheduler with betas (its `alphas_cumprod`, spacing and prediction type are read).
-        source: (B, C, ...) floating latents without noise, on the UNet's device.
-        conditions: what the UNet is told about the source: hidden states (B, L, D), or keyword arguments of its call,
-            whose tensors have B rows.
-        steps: N, of the inversion.
-        clock: one full pass every `clock` steps.
-        schedule: in the place of a clock, as in `wrap`; its first step is the one at the least noise.
-        region, adaptor: as in `wrap`.
-        console: where the progress bar goes; None for standard error.
-
-    Returns:
-        The latents at every time.
-
-    Raises:
-        ArgumentError: an option is outside its rule, or the source is not of the UNet's shape.
-        RegionNotFoundError: nothing of the UNet can be skipped.
-
-    Example:
-        >>> from diffusers import DDIMScheduler, UNet2DModel
-        >>> unet = UNet2DModel(
-        ...     8,
-        ...     block_out_channels=(8, 16),
-        ...     norm_num_groups=4,
-        ...     down_block_types=("DownBlock2D",) * 2,
-        ...     up_block_types=("UpBlock2D",) * 2,
-        ... ).eval()
-        >>> way = invert(unet, DDIMScheduler(), torch.zeros(1, 3, 8, 8), {}, steps=6, clock=3)
-        >>> way.noise.shape, way.passes.full_passes, way.passes.adaptor_passes
-        (torch.Size([1, 3, 8, 8]), 2, 4)
-
-    Source: arXiv 2312.08128, App. D, Eq. 4 (cost).
-    """
-    check_unet(unet)
-    check_source(unet, source)
-    path, given = Path(scheduler, steps, source.device), told(conditions, len(source))
-    x, kept, level = source.float(), {}, path.clean
-    with clocked(unet, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
-        task = bar.add_task("inversion", total=steps)
-        for k in reversed(range(steps)):
-            cw.step()
-            x = path.move(call(cw, x, path.times[k], given), x, level, path.levels[k])
-            kept[path.numbers[k]], level = x, path.levels[k]
-            bar.advance(task)
-    return Inversion(kept, given, counts(cw))
-
-
-def check_source(unet: Any, source: Any) -> None:
-    """Raise `ArgumentError` if the source is no batch of latents of the UNet's."""
-    channels = getattr(getattr(unet, "config", None), "in_channels", None)
-    if not isinstance(source, Tensor) or not source.is_floating_point() or source.ndim < 3 or not len(source):
-        seen = {
-            "source": f"{source.dtype}, {shape(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
-        }
-        raise ArgumentError(
-            "a source is a batch of floating latents (B, C, ...)", seen=seen, do="encode the picture with the VAE"
-        )
-    if channels is not None and source.shape[1] != channels:
-        raise ArgumentError(
-            "a source has the channels of the UNet's sample",
-            seen={"source": shape(source.shape), "the UNet's in_channels": channels},
-            do="pass latents (B, C, ...): encode the picture with the model's own VAE",
-        )
-
-
-def told(conditions: Conditions, rows: int) -> dict[str, Any]:
-    """Keyword arguments of the UNet's call, each tensor with as many rows as the source.
-
-    Raises:
-        ArgumentError: a tensor has other rows.
-    """
-    given = {"encoder_hidden_states": conditions} if isinstance(conditions, Tensor) else dict(conditions)
-    wrong = {
-        path: shape(leaf.shape) or "no rows"
-        for path, leaf in leaves(given)
-        if isinstance(leaf, Tensor) and leaf.shape[:1] != (rows,)
-    }
-    if wrong:
-        raise ArgumentError(
-            "every tensor that the UNet is told has one row a picture",
-            seen={"pictures": rows, **wrong},
-            do=f"expand it to {rows} row{'s' * (rows != 1)}",
-        )
-    return given
-
-
-@contextlib.contextmanager
-def clocked(
-    unet: nn.Module, clock: int, schedule: Steps | None, region: Region | None, adaptor: Adaptor | str | None
-) -> Iterator[ClockworkWrapper]:
-    """The UNet wrapped for one loop; clock 1 is the plain loop, and warns of nothing."""
-    check_clock(clock)
-    ticks = Schedule.every(clock) if schedule is None else schedule
-    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory():
-        yield cw
-
-
-def call(cw: ClockworkWrapper, x: Tensor, time: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """The UNet's output in float32, made in its own type.
-
-    Raises:
-        ArgumentError: it has another shape than x.
-    """
-    output = cw(x.to(dtype_of(cw.unet)), time, **given)
-    made: Tensor = output if isinstance(output, Tensor) else output.sample
-    if made.shape != x.shape:
-        raise ArgumentError(
-            "a UNet that is inverted predicts as many channels as it is given, and no variance",
-            seen={"given": shape(x.shape), "predicted": shape(made.shape)},
-            do="edit with another model",
-        )
-    return made.float()
-
-
-def dtype_of(unet: nn.Module) -> torch.dtype:
-    """The type that the UNet's parameters have."""
-    return next((p.dtype for p in unet.parameters() if p.is_floating_point()), torch.float32)
-
-
-def counts(cw: ClockworkWrapper) -> Counts:
-    """A copy of what ran, that stays when the wrapper goes."""
-    stats = cw.stats
-    passes = (stats.full_passes, stats.adaptor_passes, stats.reasons.copy(), stats.regions.copy())
-    return Counts(*passes, stats.macs_run, stats.macs_plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,9 +573,9 @@ def edit(
         unet: any diffusers UNet; not wrapped, and the same as before when this returns or raises.
         scheduler: a diffusers scheduler with betas, as in `invert`.
         source: (B, C, ...) floating latents without noise, or an `Inversion` of before.
-        conditions: what the UNet is told about the source, as in `invert`; an inversion has it.
-        target: likewise, about what is wanted.
-        negative: likewise, about what guidance leads away from: the empty text, or the source's own.
+        conditions: of the source, as in `invert`; an inversion has them.
+        target: likewise, of what is wanted.
+        negative: likewise, of what guidance leads away from: the empty text, or the source's own.
         steps: N of the way back.
         inversion_steps: N of the inversion; times of the way back that it has not are served by the nearest.
         guidance: negative + guidance · (target - negative). The paper's is 15.
@@ -620,7 +591,7 @@ def edit(
         The edited latents and the counts of both loops.
 
     Raises:
-        ArgumentError: an option is outside its rule, the source or what is told is not of the UNet's shape, or the
+        ArgumentError: an option is outside its rule, the source or the conditions are not of the UNet's shape, or the
             injection names a module that the UNet has not.
         RegionNotFoundError: nothing of the UNet can be skipped.
 
@@ -631,8 +602,8 @@ def edit(
         >>> demo, picture = load_demo(), render(draw_scenes(1, seed=4))
         >>> old, new = demo.encode_prompts(["a red circle", "a blue square"], guided=False).split(1)
         >>> options = {"target": new, "negative": old, "inversion_steps": 4, "steps": 4}
-        >>> made = edit(demo.unet, demo.scheduler("ddim"), to_latents(picture), old, **options)
-        >>> to_images(made.latents).shape, made.passes.full_passes, f"{made.saving:.0%}"
+        >>> edited = edit(demo.unet, demo.scheduler("ddim"), to_latents(picture), old, **options)
+        >>> to_images(edited.latents).shape, edited.passes.full_passes, f"{edited.saving:.0%}"
         (torch.Size([1, 3, 64, 64]), 2, '40%')
 
     Source: arXiv 2312.08128, Sec. 5.3 and App. D (τ_f = 0.8, τ_A = 0.5, identity adaptor, clock 2 in both loops).
@@ -644,19 +615,19 @@ def edit(
         raise ArgumentError("guidance is a finite number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5")
     if injection is not None:
         injection.check(unet)
-    latents, given = _source(unet, source, conditions)
+    latents, arguments = _source(unet, source, conditions)
     path = Path(scheduler, steps, latents.device)
     if not isinstance(source, Inversion):
-        Path(scheduler, inversion_steps, latents.device)  # steps that are none are told now
-    rows = _rows(given, told(negative, len(latents)), told(target, len(latents)))
+        Path(scheduler, inversion_steps, latents.device)  # steps that are none are refused now
+    rows = _rows(arguments, unet_arguments(negative, len(latents)), unet_arguments(target, len(latents)))
     if injection is None:  # before the inversion, which takes long: a UNet may have no place for any
-        injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), given))
+        injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), arguments))
     if not isinstance(source, Inversion):
         source = invert(
             unet,
             scheduler,
             source,
-            given,
+            arguments,
             steps=inversion_steps,
             clock=clock if inversion_clock is None else inversion_clock,
             schedule=inversion_schedule,
@@ -675,8 +646,8 @@ def edit(
         for k in range(steps):
             cw.step()
             inject.at(k / steps)
-            made = call(cw, torch.cat([source.at(path.numbers[k]), x, x]), path.times[k], rows)
-            _, away, wanted = made.chunk(3)
+            outputs = predicted(cw, torch.cat([source.at(path.numbers[k]), x, x]), path.times[k], rows)
+            _, away, wanted = outputs.chunk(ROWS)
             then = path.levels[k + 1] if k + 1 < steps else path.clean
             x = path.move(away + guidance * (wanted - away), x, path.levels[k], then)
             bar.advance(task)
@@ -686,7 +657,7 @@ def edit(
 def _source(
     unet: nn.Module, source: Tensor | Inversion, conditions: Conditions | None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Latents, and what the UNet is told about the source."""
+    """Latents, and the arguments of the UNet's call that are the source's conditions."""
     if isinstance(source, Inversion) and conditions is None:
         return source.noise, dict(source.conditions)
     if isinstance(source, Inversion) or conditions is None:
@@ -696,7 +667,7 @@ def _source(
             do="pass its text as conditions with latents, and none with an Inversion",
         )
     check_source(unet, source)
-    return source, told(conditions, len(source))
+    return source, unet_arguments(conditions, len(source))
 
 
 def _adapts(cw: ClockworkWrapper) -> bool:
@@ -704,23 +675,25 @@ def _adapts(cw: ClockworkWrapper) -> bool:
     return run is not None and run.kind == "adaptor"
 
 
-def _rows(*told: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the three, their tensors one below the other."""
-    first, *others = told
+def _rows(*conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of source, negative and target, their tensors one below the other."""
+    first, *others = conditions
     if any(other.keys() != first.keys() for other in others):
         raise ArgumentError(
             "source, negative and target are told in the same way",
-            seen={"keys": [sorted(one) for one in told]},
+            seen={"keys": [sorted(one) for one in conditions]},
             do="pass the same keyword arguments, or hidden states, for each",
         )
-    shapes = [{path: shape(leaf.shape[1:]) for path, leaf in leaves(one) if isinstance(leaf, Tensor)} for one in told]
+    shapes = [
+        {path: shape(leaf.shape[1:]) for path, leaf in leaves(one) if isinstance(leaf, Tensor)} for one in conditions
+    ]
     if any(other != shapes[0] for other in shapes):
         raise ArgumentError(
             "source, negative and target are told in tensors of one shape, but for the rows",
             seen=dict(zip(("source", "negative", "target"), shapes, strict=True)),
             do="pad the texts to one length",
         )
-    return {name: _stacked([one[name] for one in told]) for name in first}
+    return {name: _stacked([one[name] for one in conditions]) for name in first}
 
 
 def _stacked(values: list[Any]) -> Any:
