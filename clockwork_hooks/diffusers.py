@@ -1,6 +1,4 @@
-"""Diffusers' pipelines: wrap the UNets of one, and let its scheduler say where a denoising step begins.
-
-Which evaluation of the UNet begins a denoising step? Read off the state of diffusers' schedulers.
+"""Diffusers' pipelines: wrap the UNets of one, and read off its scheduler where a denoising step begins.
 
 Nothing of a scheduler is changed. A pipeline hands its UNet views of its scheduler's list of times, so an entry of the
 list names the evaluation: no value is read, and no device is waited for. Solvers with several evaluations a step
@@ -28,92 +26,6 @@ from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["PipelineReport", "SchedulerSteps", "WrappedPipeline", "begins_step", "wrap_pipeline"]
-
-
-class SchedulerSteps:
-    """Declares the steps of a timeline from the scheduler whose times the UNet is called with.
-
-    A call with any other time (another loop on the same UNet) is left to the timeline's own inference.
-
-    Args:
-        schedulers: gives the schedulers as they are now: one may be exchanged at any time.
-    """
-
-    def __init__(self, schedulers: Callable[[], Iterable[Any]]) -> None:
-        self._schedulers = schedulers
-        self._last: Any = None
-
-    def __call__(self, timeline: Timeline, time: Any) -> None:
-        """Before a call with this time is placed: declare a step or a trajectory, if one begins."""
-        if timeline.declared and timeline.mark is None:  # the caller declares the steps
-            return
-        scheduler = self._scheduler(time) if isinstance(time, torch.Tensor) else None
-        if scheduler is None:
-            if timeline.mark is not None:
-                timeline.reset()
-            return
-        mark: Place | None = timeline.mark
-        place = Place(held(time.untyped_storage()), int(time.storage_offset()))
-        jump = place.index - mark.index if mark is not None and mark.times == place.times else None
-        if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
-            timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
-            timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
-        elif jump:
-            timeline.way, timeline.mark = jump, place
-            if begins_step(scheduler):
-                timeline.declare(place)
-
-    def _scheduler(self, time: torch.Tensor) -> Any:
-        """The scheduler in whose list of times this one stands; the last one is looked at first."""
-        known, now = self._last, list(self._schedulers())  # another thread may exchange `_last`
-        if not (_listed(known, time) and any(known is scheduler for scheduler in now)):
-            known = self._last = next((scheduler for scheduler in now if _listed(scheduler, time)), None)
-        return known
-
-
-def begins_step(scheduler: Any) -> bool:
-    """Is the evaluation that comes next the first one of a denoising step?
-
-    Args:
-        scheduler: a diffusers scheduler whose `step` has run for every evaluation before this one.
-
-    Example:
-        >>> from diffusers import PNDMScheduler
-        >>> scheduler, sample = PNDMScheduler(skip_prk_steps=True), torch.zeros(1)
-        >>> scheduler.set_timesteps(4)
-        >>> begins = []
-        >>> for t in scheduler.timesteps:
-        ...     begins.append(begins_step(scheduler))
-        ...     sample = scheduler.step(torch.ones(1), t, sample).prev_sample
-        >>> begins
-        [True, False, True, True, True]
-    """
-    first = getattr(scheduler, "state_in_first_order", None)  # Heun, DPM2, DPM-Solver SDE
-    if first is not None:
-        return bool(first)
-    orders = getattr(scheduler, "order_list", None)  # DPM-Solver single-step: orders 1, 2, 3, 1, 2, 3, ...
-    if orders:
-        return bool(orders[scheduler.step_index or 0] == 1)
-    warm_up = getattr(scheduler, "prk_timesteps", None)  # PNDM: Runge-Kutta steps of four, or a first step of two
-    if warm_up is not None:
-        return bool(scheduler.counter % 4 == 0 if scheduler.counter < len(warm_up) else scheduler.counter != 1)
-    return True
-
-
-def _listed(scheduler: Any, time: torch.Tensor) -> bool:
-    """Is the time one entry of this scheduler's list, as a view?"""
-    times = getattr(scheduler, "timesteps", None)
-    one = time.ndim == 0 or all(
-        size == 1 or stride == 0 for size, stride in zip(time.shape, time.stride(), strict=True)
-    )
-    return (
-        one
-        and isinstance(times, torch.Tensor)
-        and times.device == time.device
-        and times.dtype == time.dtype
-        and times.device.type != "meta"
-        and address(times.untyped_storage()) == address(time.untyped_storage())
-    )
 
 
 def wrap_pipeline(
@@ -256,8 +168,7 @@ def _own(value: Any, name: str) -> Any:
 
 def _parts(pipe: Any, within: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, part) of a pipeline, and of the pipelines that it holds."""
-    held = dict(vars(pipe))
-    for name, part in held.items():
+    for name, part in list(vars(pipe).items()):
         if isinstance(part, ClockworkWrapper):  # `pipe.unet = cw`
             part = part.unet
         if not isinstance(part, nn.Module) and _is_pipeline(part) and part is not pipe:
@@ -272,11 +183,11 @@ def _is_pipeline(part: Any) -> bool:
 
 def _unets(pipe: Any) -> dict[str, nn.Module]:
     """Each UNet once, under its first name; a combined pipeline holds each of its parts twice."""
-    found: dict[int, tuple[str, nn.Module]] = {}
+    unets: dict[int, tuple[str, nn.Module]] = {}
     for name, part in _parts(pipe):
         if isinstance(part, nn.Module) and "unet" in type(part).__name__.lower():
-            found.setdefault(id(part), (name, part))
-    return dict(found.values())
+            unets.setdefault(id(part), (name, part))
+    return dict(unets.values())
 
 
 def _schedulers(pipe: Any) -> Iterator[Any]:
@@ -285,17 +196,104 @@ def _schedulers(pipe: Any) -> Iterator[Any]:
             yield part
 
 
-def _chosen(pipe: Any, found: Mapping[str, nn.Module], unets: Iterable[str] | None) -> list[str]:
-    wanted = list(found) if unets is None else [unets] if isinstance(unets, str) else list(unets)
-    unknown = [name for name in wanted if name not in found]
+def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: Iterable[str] | None) -> list[str]:
+    """The names of the UNets to wrap, of those that are present."""
+    wanted = list(present) if unets is None else [unets] if isinstance(unets, str) else list(unets)
+    unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
         raise ArgumentError(
             "a pipeline has UNets, and unets= names some of them",
             seen={
                 "pipeline": type(pipe).__name__,
-                "its UNets": ", ".join(found) or "none",
+                "its UNets": ", ".join(present) or "none",
                 "unets": ", ".join(map(str, wanted)) or "none",
             },
             do="pass names from the list; a model that no pipeline holds goes to wrap(model)",
         )
     return wanted
+
+
+class SchedulerSteps:
+    """Declares the steps of a timeline from the scheduler whose times the UNet is called with.
+
+    A call with any other time (another loop on the same UNet) is left to the timeline's own inference.
+
+    Args:
+        schedulers: gives the schedulers as they are now: one may be exchanged at any time.
+    """
+
+    def __init__(self, schedulers: Callable[[], Iterable[Any]]) -> None:
+        self._schedulers = schedulers
+        self._last: Any = None
+
+    def __call__(self, timeline: Timeline, time: Any) -> None:
+        """Before a call with this time is placed: declare a step or a trajectory, if one begins."""
+        if timeline.declared and timeline.mark is None:  # the caller declares the steps
+            return
+        scheduler = self._scheduler(time) if isinstance(time, torch.Tensor) else None
+        if scheduler is None:
+            if timeline.mark is not None:
+                timeline.reset()
+            return
+        mark: Place | None = timeline.mark
+        place = Place(held(time.untyped_storage()), int(time.storage_offset()))
+        jump = place.index - mark.index if mark is not None and mark.times == place.times else None
+        if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
+            timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
+            timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
+        elif jump:
+            timeline.way, timeline.mark = jump, place
+            if begins_step(scheduler):
+                timeline.declare(place)
+
+    def _scheduler(self, time: torch.Tensor) -> Any:
+        """The scheduler in whose list of times this one stands; the last one is looked at first."""
+        last, schedulers = self._last, list(self._schedulers())  # another thread may exchange `_last`
+        if not (_listed(last, time) and any(last is scheduler for scheduler in schedulers)):
+            last = self._last = next((scheduler for scheduler in schedulers if _listed(scheduler, time)), None)
+        return last
+
+
+def begins_step(scheduler: Any) -> bool:
+    """Is the evaluation that comes next the first one of a denoising step?
+
+    Args:
+        scheduler: a diffusers scheduler whose `step` has run for every evaluation before this one.
+
+    Example:
+        >>> from diffusers import PNDMScheduler
+        >>> scheduler, sample = PNDMScheduler(skip_prk_steps=True), torch.zeros(1)
+        >>> scheduler.set_timesteps(4)
+        >>> begins = []
+        >>> for t in scheduler.timesteps:
+        ...     begins.append(begins_step(scheduler))
+        ...     sample = scheduler.step(torch.ones(1), t, sample).prev_sample
+        >>> begins
+        [True, False, True, True, True]
+    """
+    first = getattr(scheduler, "state_in_first_order", None)  # Heun, DPM2, DPM-Solver SDE
+    if first is not None:
+        return bool(first)
+    orders = getattr(scheduler, "order_list", None)  # DPM-Solver single-step: orders 1, 2, 3, 1, 2, 3, ...
+    if orders:
+        return bool(orders[scheduler.step_index or 0] == 1)
+    warm_up = getattr(scheduler, "prk_timesteps", None)  # PNDM: Runge-Kutta steps of four, or a first step of two
+    if warm_up is not None:
+        return bool(scheduler.counter % 4 == 0 if scheduler.counter < len(warm_up) else scheduler.counter != 1)
+    return True
+
+
+def _listed(scheduler: Any, time: torch.Tensor) -> bool:
+    """Is the time one entry of this scheduler's list, as a view?"""
+    times = getattr(scheduler, "timesteps", None)
+    one = time.ndim == 0 or all(
+        size == 1 or stride == 0 for size, stride in zip(time.shape, time.stride(), strict=True)
+    )
+    return (
+        one
+        and isinstance(times, torch.Tensor)
+        and times.device == time.device
+        and times.dtype == time.dtype
+        and times.device.type != "meta"
+        and address(times.untyped_storage()) == address(time.untyped_storage())
+    )
