@@ -64,8 +64,8 @@ def statistics_of(features: Callable[[Tensor], Tensor], batches: Iterable[Tensor
         >>> statistics_of(lambda x: x.flatten(1), pictures.split(4)).mean.shape
         (48,)
     """
-    found = [features(batch).double().cpu() for batch in batches if len(batch)]
-    return statistics_of_features(torch.cat(found) if found else torch.empty(0, 1))
+    rows = [features(batch).double().cpu() for batch in batches if len(batch)]
+    return statistics_of_features(torch.cat(rows) if rows else torch.empty(0, 1))
 
 
 def statistics_of_features(rows: Tensor) -> Statistics:
@@ -254,8 +254,8 @@ def fid(real: Iterable[Tensor], *, feature: nn.Module | None = None, weights: Pa
     network = FrechetInceptionDistance(**options).inception
 
     def features(images: Tensor) -> Tensor:
-        made: Tensor = network.to(images.device)(_bytes(images))
-        return made.flatten(1)
+        rows: Tensor = network.to(images.device)(_bytes(images))
+        return rows.flatten(1)
 
     return Frechet(features, statistics_of(features, real), "FID")
 
@@ -287,8 +287,8 @@ class ClipScore:
             text=list(conditions), images=list(_bytes(images)), return_tensors="pt", padding=True, truncation=True,
             max_length=longest,
         )  # fmt: skip
-        found = self.model.to(images.device)(**inputs.to(images.device))
-        cosines: Tensor = nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+        embeddings = self.model.to(images.device)(**inputs.to(images.device))
+        cosines: Tensor = nn.functional.cosine_similarity(embeddings.image_embeds, embeddings.text_embeds)
         return cosines[:, None]
 
     def score(self, rows: Tensor) -> dict[str, float]:

@@ -45,20 +45,20 @@ class ResBlock(nn.Module):
 
 def conv(rank: int, inner: int, outer: int, kernel: int) -> nn.Module:
     """A convolution that keeps the size; an odd kernel."""
-    made: nn.Module = _CONV[rank](inner, outer, kernel, padding=kernel // 2)
-    return made
+    layer: nn.Module = _CONV[rank](inner, outer, kernel, padding=kernel // 2)
+    return layer
 
 
 def down(rank: int, inner: int, outer: int) -> nn.Module:
     """Half the size: kernel 4, stride 2."""
-    made: nn.Module = _CONV[rank](inner, outer, 4, 2, 1)
-    return made
+    layer: nn.Module = _CONV[rank](inner, outer, 4, 2, 1)
+    return layer
 
 
 def up(rank: int, inner: int, outer: int) -> nn.Module:
     """Twice the size: transposed, kernel 4, stride 2."""
-    made: nn.Module = _UP[rank](inner, outer, 4, 2, 1)
-    return made
+    layer: nn.Module = _UP[rank](inner, outer, 4, 2, 1)
+    return layer
 
 
 def norm(channels: int) -> nn.Module:

@@ -91,19 +91,19 @@ class LearnedAdaptor(SavedAdaptor):
             raise ArgumentError(
                 f"inputs are some of {', '.join(INPUTS)}", seen={"inputs": inputs}, do='pass inputs=("entry", "exit")'
             )
-        known = inspect.signature(cls.sized).parameters
-        strange = [name for name in own if name not in known]
-        if strange and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        options = inspect.signature(cls.sized).parameters
+        strange = [name for name in own if name not in options]
+        if strange and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in options.values()):
             raise ArgumentError(
                 f"{cls.__name__} has options of its own",
                 seen={"unknown": ", ".join(strange)},
-                do=f"pass some of inputs, {', '.join(name for name in known if name != 'channels')}",
+                do=f"pass some of inputs, {', '.join(name for name in options if name != 'channels')}",
             )
-        given = region.inputs
-        if "exit" not in inputs and not ("entry" in inputs and "entry" in given):
+        present = region.inputs
+        if "exit" not in inputs and not ("entry" in inputs and "entry" in present):
             raise ArgumentError(
                 "an adaptor reads the entry, the exit of the step before, or both",
-                seen={"inputs": tuple(inputs), "the region's entry": "none" if "entry" not in given else "there"},
+                seen={"inputs": tuple(inputs), "the region's entry": "none" if "entry" not in present else "there"},
                 do='pass inputs=("exit", "text")',
             )
         exit = Layout.of_boundary(region.exit)
@@ -111,16 +111,16 @@ class LearnedAdaptor(SavedAdaptor):
             channels = Layout.of_boundary(region.entry).channels
         except AdaptorError:  # then nothing but the size is lost: an entry that is read raises below
             channels = exit.channels
-        made = cls(
+        adaptor = cls(
             exit=exit,
-            entry=Layout.of_boundary(region.entry) if "entry" in inputs and "entry" in given else None,
-            time=vector_width(given.get("time", ())),
-            text=vector_width(given.get("text", ())) if "text" in inputs else None,
+            entry=Layout.of_boundary(region.entry) if "entry" in inputs and "entry" in present else None,
+            time=vector_width(present.get("time", ())),
+            text=vector_width(present.get("text", ())) if "text" in inputs else None,
             sees_exit="exit" in inputs,
             **cls.sized(channels, **own),
         )
-        made.region = reference.describe(region)
-        return made
+        adaptor.region = reference.describe(region)
+        return adaptor
 
     @classmethod
     def sized(cls, channels: int, **own: Any) -> dict[str, Any]:
@@ -177,13 +177,13 @@ class LearnedAdaptor(SavedAdaptor):
                     do='do without the entry: for_region(region, inputs=("exit", "text"))',
                 )
         x = torch.cat(read, 1).to(dtype)
-        given = [
+        vectors = [
             vector(value, width, rows, name)
             for value, width, name in ((time, self.time_width, "time"), (text, self.text_width, "text"))
         ]
-        made = self.difference(x, *(None if value is None else value.to(x) for value in given))
-        made = made.to(before.dtype)
-        return self.exit.from_map(before + made if self.sees_exit else made)
+        difference = self.difference(x, *(None if value is None else value.to(x) for value in vectors))
+        difference = difference.to(before.dtype)
+        return self.exit.from_map(before + difference if self.sees_exit else difference)
 
     # -- the region --------------------------------------------------------------------------------------------------
 
@@ -198,27 +198,27 @@ class LearnedAdaptor(SavedAdaptor):
         Raises:
             AdaptorError: it is not; names what differs.
         """
-        found = reference.differences(self.region, region) if self.region else {}
-        given = region.inputs
+        differences = reference.differences(self.region, region) if self.region else {}
+        present = region.inputs
         for name, mine, boundary in (("exit", self.exit, region.exit), ("entry", self.entry, region.entry)):
             if mine is None:
                 continue
-            if name == "entry" and "entry" not in given:
-                found["entry"] = f"{mine.channels} channels → cannot be picked up"
+            if name == "entry" and "entry" not in present:
+                differences["entry"] = f"{mine.channels} channels → cannot be picked up"
                 continue
             here = Layout.of_boundary(boundary)
             for part in ("order", "rank", "channels"):
                 was, now = getattr(mine, part), getattr(here, part)
                 if was != now:
-                    found[f"{name} {part}"] = f"{was} → {now}"
+                    differences[f"{name} {part}"] = f"{was} → {now}"
         for name, width in (("time", self.time_width), ("text", self.text_width)):
-            wide = vector_width(given.get(name, ()))
+            wide = vector_width(present.get(name, ()))
             if width is not None and wide != width:
-                found[f"{name} width"] = f"{width} → {wide or 'none'}"
-        if found:
+                differences[f"{name} width"] = f"{width} → {wide or 'none'}"
+        if differences:
             raise AdaptorError(
                 "an adaptor serves the region that it was made for",
-                seen={"adaptor": type(self).__name__, "region": region.line, **found},
+                seen={"adaptor": type(self).__name__, "region": region.line, **differences},
                 do="pass the region it was made for (region=ch.find_region(unet, …)), or train one for this region",
             )
 

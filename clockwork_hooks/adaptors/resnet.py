@@ -103,11 +103,11 @@ class ScaledResNetAdaptor(ResNetAdaptor):
             axes = tuple(range(1, x.ndim))
             size = before.float().square().mean(axes, keepdim=True).sqrt().clamp_min(1e-6).to(x.dtype)
             x = torch.cat([x[:, : -self.exit.channels], before / size], 1)
-        made = super().difference(x, time, text)
+        difference = super().difference(x, time, text)
         if size is not None:
-            made = made * size
+            difference = difference * size
         if self.gain is None or time is None:
-            return made
-        kept, added = (spread(part, x) for part in self.gain(functional.silu(time)).chunk(2, 1))
-        made = made * (1 + added)
-        return made if before is None else made + kept * before
+            return difference
+        gain, scale = (spread(part, x) for part in self.gain(functional.silu(time)).chunk(2, 1))
+        difference = difference * (1 + scale)
+        return difference if before is None else difference + gain * before

@@ -19,8 +19,8 @@ _PREFIX = "at-"
 
 def saved(folder: Path) -> Path | None:
     """The latest whole checkpoint below a folder."""
-    found = sorted((folder / "checkpoint").glob(f"{_PREFIX}*/run.json"))
-    return found[-1].parent if found else None
+    runs = sorted((folder / "checkpoint").glob(f"{_PREFIX}*/run.json"))
+    return runs[-1].parent if runs else None
 
 
 def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> None:

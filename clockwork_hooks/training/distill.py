@@ -86,7 +86,7 @@ def distill(
         region: what to stand in for; None for the one that the adaptor was made for, or that `level` and `cut` name.
         level: the region below this level; None for the highest.
         cut: "outer", or "paper" to leave the region's downsampler and upsampler running.
-        time: name of the UNet's time input, where it cannot be told.
+        time: name of the UNet's time input, where it is not clear.
         mode: "unrolled", on the teacher's trajectories from noise (the paper); "on_policy", on the student's own,
             labelled by the teacher; "forward_noise", on noised images.
         loss: "feature" (the paper), "guided-feature", "guided-output", or a `Loss`; None for "guided-output" where
@@ -156,7 +156,7 @@ def distill(
                 region = capture.probe(generates[0], first)
                 students = students_of(adaptor, region)
                 learners = learners_of(students, clock, schedule, loss, weights, engine, settings)
-            told = {
+            summary = {
                 **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
                 "mode": mode,
                 "guidance": _named(guidance),
@@ -179,9 +179,9 @@ def distill(
                 noise=Noise(images, add_noise) if images is not None and add_noise is not None else None,
             )
             if home is not None:
-                trainer.save = lambda: _save(home, trainer, told)
+                trainer.save = lambda: _save(home, trainer, summary)
                 if resume:
-                    _resume(home, trainer, told)
+                    _resume(home, trainer, summary)
             try:
                 with ProgressBar(console, shown=progress and engine.is_main_process) as bar:
                     task = bar.add_task("distilling", total=1.0)
@@ -191,14 +191,14 @@ def distill(
                     finally:
                         trainer.close()
                         if home is not None and engine.is_main_process:
-                            result = _result(trainer, region, told, home)
+                            result = _result(trainer, region, summary, home)
                             with quietly(sys.exc_info()[1]):
                                 _write(result, facts or {})
             except DistillError as error:
-                error.result = _result(trainer, region, told, home)
+                error.result = _result(trainer, region, summary, home)
                 raise
             engine.wait_for_everyone()
-            return _result(trainer, region, told, home)
+            return _result(trainer, region, summary, home)
         finally:
             capture.remove()
 
@@ -229,12 +229,12 @@ def _save(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
 
 
 def _resume(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    found = checkpoint.saved(folder)
-    if found is None:
+    latest = checkpoint.saved(folder)
+    if latest is None:
         return
     free = ("trajectories", "minutes", "save_every", "log_every", "tracker", "buffer", "buffer_gb", "versions")
     fixed = {name: value for name, value in settings.items() if name not in free}
-    run = checkpoint.load(found, trainer.learners, fixed)
+    run = checkpoint.load(latest, trainer.learners, fixed)
     trainer.done, trainer.seconds = run["trajectories"], run["seconds"]
     trainer.steps = {int(kind): number for kind, number in run["steps"].items()}
 
@@ -271,7 +271,7 @@ def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
     alone = len(result.students) == 1
     for name, student in result.students.items():
         steps = result.steps[0] if len(result.steps) == 1 else list(result.steps)
-        known = {
+        training = {
             "steps": steps,
             "schedule": ", ".join(student.schedules),
             "mode": result.settings["mode"],
@@ -281,7 +281,7 @@ def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
             "prompts": result.trajectories * result.settings["batch"],
             "relative error": {str(step): round(error, 4) for step, error in student.errors.items()},
         }
-        save_adaptor(student.adaptor, folder if alone else folder / name, {**known, **facts})
+        save_adaptor(student.adaptor, folder if alone else folder / name, {**training, **facts})
     try:
         (folder / "training.json").write_text(result.to_json() + "\n", encoding="utf-8")
     except OSError as error:

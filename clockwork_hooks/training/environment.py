@@ -41,13 +41,13 @@ def frozen(unet: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, given: Any) -> Iterator[Any]:
-    """Accelerate on the UNet's device, with trackers: the one given, or a fresh one."""
+def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, own: Any) -> Iterator[Any]:
+    """Accelerate on the UNet's device, with trackers: the user's own, or a fresh one."""
     device = next((tensor.device for tensor in (*unet.parameters(), *unet.buffers())), torch.device("cpu"))
     need("training runs on Hugging Face Accelerate", "accelerate", install="clockwork-hooks[train]")
     if options.tracker is not None:
         need("losses are logged with TensorBoard", "tensorboard", install="clockwork-hooks[train]")
-        if folder is None and given is None:
+        if folder is None and own is None:
             raise ArgumentError(
                 "losses are logged in the run's folder",
                 seen={"tracker": options.tracker, "folder": None},
@@ -56,29 +56,29 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
     import accelerate
     from accelerate.state import AcceleratorState
 
-    fresh = given is None and not AcceleratorState._shared_state
-    made = given or accelerate.Accelerator(
+    fresh = own is None and not AcceleratorState._shared_state
+    accelerator = own or accelerate.Accelerator(
         mixed_precision=options.precision,
         cpu=device.type == "cpu",
         log_with=options.tracker,
         project_dir=str(folder) if folder is not None else None,
     )
     try:
-        if made.device.type != device.type or (
-            made.num_processes > 1 and device.index not in (None, made.device.index)
+        if accelerator.device.type != device.type or (
+            accelerator.num_processes > 1 and device.index not in (None, accelerator.device.index)
         ):
             raise ArgumentError(
                 "the UNet is on the device of its process",
-                seen={"unet": device, "process": made.device},
+                seen={"unet": device, "process": accelerator.device},
                 do="move it before: unet.to(accelerate.Accelerator().device)",
             )
-        if options.tracker is not None and given is None:
-            made.init_trackers("logs")
-        yield made
+        if options.tracker is not None and own is None:
+            accelerator.init_trackers("logs")
+        yield accelerator
     finally:
-        if options.tracker is not None and given is None:
-            made.end_training()
-        if fresh and made.num_processes == 1:  # the next run in this process may want another precision
+        if options.tracker is not None and own is None:
+            accelerator.end_training()
+        if fresh and accelerator.num_processes == 1:  # the next run in this process may want another precision
             AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -58,7 +58,7 @@ class Loss:
         pairs: outcome → pairs of tensors; the last pair is the one whose relative error is reported.
         needs_exit: it looks at `Outcome.exits`.
         needs_output: it looks at outputs, so the UNet's high-resolution half runs, with gradient.
-        needs_guidance: it looks at `Outcome.weights`, so the guidance has to be told.
+        needs_guidance: it looks at `Outcome.weights`, so the guidance has to be known.
     """
 
     name: str
@@ -98,30 +98,30 @@ LOSSES = {
 }
 
 
-def loss_of(loss: str | Loss | None, *, known: bool) -> Loss:
+def loss_of(loss: str | Loss | None, *, with_guidance: bool) -> Loss:
     """The loss that `distill(loss=...)` means; None for the best that can be had.
 
     Args:
         loss: a name in `LOSSES`, a `Loss`, or None: "guided-output" where the guidance is known, else "feature".
-        known: has the guidance been told?
+        with_guidance: is the guidance known?
 
     Raises:
         ArgumentError: there is no such loss, or it needs the guidance.
     """
     if loss is None:
-        loss = "guided-output" if known else "feature"
-    found = loss if isinstance(loss, Loss) else LOSSES.get(loss)
-    if found is None:
+        loss = "guided-output" if with_guidance else "feature"
+    chosen = loss if isinstance(loss, Loss) else LOSSES.get(loss)
+    if chosen is None:
         raise ArgumentError(
             "a loss has a name, or is a Loss", seen={"loss": repr(loss)}, do=f"pass one of {', '.join(LOSSES)}"
         )
-    if found.needs_guidance and not known:
+    if chosen.needs_guidance and not with_guidance:
         raise ArgumentError(
             "a guided loss knows how the sampler combines its branches",
-            seen={"loss": found.name, "guidance": None},
+            seen={"loss": chosen.name, "guidance": None},
             do="pass guidance=7.5 (the scale), or guidance=(1.0,) where there is one branch; or loss='feature'",
         )
-    return found
+    return chosen
 
 
 def guidance_of(guidance: Guidance) -> Callable[[int, float | None], Weights] | None:
@@ -186,7 +186,7 @@ def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: Weights) -
         weights: of the branches; None for what the calls gave as it is.
 
     Raises:
-        DistillError: the branches cannot be told.
+        DistillError: which branch is which is not clear.
     """
     if weights is None:
         return _flat(calls)

@@ -89,10 +89,10 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise ArgumentError(f"{name} is in [0, 1)", seen={name: repr(value)}, do=f"pass {name}=0.1 or the like")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
                 raise ArgumentError(
-                    f"{name} is one of a few", seen={name: repr(getattr(self, name))}, do=f"pass one of {known}"
+                    f"{name} is one of a few", seen={name: repr(getattr(self, name))}, do=f"pass one of {choices}"
                 )
 
     @classmethod
@@ -102,13 +102,13 @@ class TrainingOptions:
         Raises:
             ArgumentError: there is no such option, or a value is outside its rule.
         """
-        known = [one.name for one in fields(cls)]
-        unknown = [name for name in settings if name not in known]
+        names = [one.name for one in fields(cls)]
+        unknown = [name for name in settings if name not in names]
         if unknown:
             raise ArgumentError(
                 "a training option has a known name",
                 seen={"unknown": ", ".join(unknown)},
-                do=f"pass some of {', '.join(known)}",
+                do=f"pass some of {', '.join(names)}",
             )
         return cls(**settings)
 

@@ -58,12 +58,12 @@ def pipeline_arguments(
             )
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=kind).to(device)
     if scheduler is not None:
-        found = getattr(diffusers, scheduler, None)
-        if found is None:
+        scheduler_class = getattr(diffusers, scheduler, None)
+        if scheduler_class is None:
             raise ArgumentError(
                 "a scheduler is a class of diffusers", seen={"scheduler": scheduler}, do="DPMSolverMultistepScheduler"
             )
-        pipe.scheduler = found.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
 

@@ -158,9 +158,9 @@ class DistillResult(Report):
         """All numbers; losses thinned to 1,000 an adaptor."""
         students = {}
         for name, student in self.students.items():
-            told = {key: value for key, value in _fields(student).items() if key not in ("adaptor", "losses")}
+            numbers = {key: value for key, value in _fields(student).items() if key not in ("adaptor", "losses")}
             every = max(1, len(student.losses) // 1000)
-            students[name] = told | {
+            students[name] = numbers | {
                 "errors": student.errors,
                 "first_loss": student.first,
                 "last_loss": student.last,

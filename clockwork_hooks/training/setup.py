@@ -1,4 +1,4 @@
-"""What `distill` is given: checked, and made into learners."""
+"""The arguments of `distill`: checked, and turned into learners."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
             seen={"prompts": 0},
             do="pass some; for a sampler without conditions, range(10_000)",
         )
-    given = [name for name, value in (("images", images), ("add_noise", add_noise)) if value is not None]
-    if len(given) != (2 if mode == "forward_noise" else 0):
+    passed = [name for name, value in (("images", images), ("add_noise", add_noise)) if value is not None]
+    if len(passed) != (2 if mode == "forward_noise" else 0):
         raise ArgumentError(
             'mode="forward_noise" trains on noised images, and only that does',
-            seen={"mode": mode, "given": ", ".join(given) or "neither images nor add_noise"},
+            seen={"mode": mode, "given": ", ".join(passed) or "neither images nor add_noise"},
             do="pass images=batch -> clean samples, and add_noise=(clean, noise, time) -> noisy, with that mode",
         )
 
@@ -125,10 +125,10 @@ def check_folder(folder: Path | None, resume: bool) -> None:
 def chosen(adaptor: Any, level: int | None, cut: str) -> Choice:
     """How to choose the region: by the options, else as the first adaptor that was made for a region needs it."""
     choice = Choice(level=level, cut=cut)
-    given = list(adaptor.values()) if isinstance(adaptor, Mapping) else [adaptor]
-    modules = [one.adaptor if isinstance(one, Student) else one for one in given]
-    known = next((options for options in map(region_options, modules) if options), {})
-    return Choice(**known) if choice == Choice() else choice
+    students = list(adaptor.values()) if isinstance(adaptor, Mapping) else [adaptor]
+    modules = [one.adaptor if isinstance(one, Student) else one for one in students]
+    own = next((options for options in map(region_options, modules) if options), {})
+    return Choice(**own) if choice == Choice() else choice
 
 
 def loaded(adaptor: Any) -> Any:
@@ -149,32 +149,32 @@ def loaded(adaptor: Any) -> Any:
 
 
 def students_of(adaptor: Any, region: Region) -> dict[str, Student]:
-    """The adaptors by name, each one made and seen to fit the region."""
-    given = adaptor if isinstance(adaptor, Mapping) else {"adaptor": adaptor}
-    if not given or not all(isinstance(name, str) and name.isidentifier() for name in given):
+    """The adaptors by name, each one a module that fits the region."""
+    named = adaptor if isinstance(adaptor, Mapping) else {"adaptor": adaptor}
+    if not named or not all(isinstance(name, str) and name.isidentifier() for name in named):
         raise ArgumentError(
             "adaptors that are trained together have names, which become file names",
-            seen={"names": list(given)},
+            seen={"names": list(named)},
             do='pass {"small": ..., "large": ...}',
         )
     return {
-        name: replace(student, adaptor=_made(student.adaptor, region))
-        for name, student in ((name, one if isinstance(one, Student) else Student(one)) for name, one in given.items())
+        name: replace(student, adaptor=_module(student.adaptor, region))
+        for name, student in ((name, one if isinstance(one, Student) else Student(one)) for name, one in named.items())
     }
 
 
-def _made(adaptor: Any, region: Region) -> nn.Module:
+def _module(adaptor: Any, region: Region) -> nn.Module:
     if isinstance(adaptor, str):
         adaptor = kind_of(adaptor).for_region
-    made = adaptor if isinstance(adaptor, nn.Module) else adaptor(region) if callable(adaptor) else None
-    if not isinstance(made, nn.Module):
+    module = adaptor if isinstance(adaptor, nn.Module) else adaptor(region) if callable(adaptor) else None
+    if not isinstance(module, nn.Module):
         raise AdaptorError(
             "an adaptor to train is a module, or a function that makes one for a region",
-            seen={"adaptor": repr(adaptor)[:80], "made": type(made).__name__},
+            seen={"adaptor": repr(adaptor)[:80], "made": type(module).__name__},
             do='pass adaptor="resnet", or ResNetAdaptor.for_region',
         )
-    check_region(made, region)
-    return made
+    check_region(module, region)
+    return module
 
 
 def kind_of(name: str | None) -> type[LearnedAdaptor]:
@@ -209,7 +209,7 @@ def learners_of(
         Learner(
             name,
             student.adaptor.to(accelerator.device),
-            loss=loss_of(student.loss if student.loss is not None else loss, known=guidance is not None),
+            loss=loss_of(student.loss if student.loss is not None else loss, with_guidance=guidance is not None),
             schedules=_schedules(
                 clock if student.clock is None else student.clock,
                 schedule if student.clock is None and student.schedule is None else student.schedule,

@@ -227,9 +227,9 @@ class Trainer:
         """A number of each process."""
         if self.accelerator.num_processes == 1:
             return [value]
-        told = torch.tensor([float(value)], device=self.accelerator.device)
-        found: list[float] = self.accelerator.gather(told).tolist()
-        return found
+        own = torch.tensor([float(value)], device=self.accelerator.device)
+        values: list[float] = self.accelerator.gather(own).tolist()
+        return values
 
     def _agreed(self, value: float) -> float:
         """The first process's number, everywhere."""
