@@ -18,7 +18,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -328,18 +328,14 @@ class FlopsReport(Report):
             "region": region
             and {"entry": region.entry.path, "exit": region.exit.path, "cut": region.cut, "level": region.level},
             "no_region": self.no_region,
-            "by_level": [_plain(row) for row in self.by_level()],
-            "by_operator": [_plain(row) for row in self.by_operator()],
-            "by_module": [_plain(row) for row in self.by_module()],
-            "uncounted": [_plain(item) for item in self.uncounted],
+            "by_level": [asdict(row) for row in self.by_level()],
+            "by_operator": [asdict(row) for row in self.by_operator()],
+            "by_module": [asdict(row) for row in self.by_module()],
+            "uncounted": [asdict(item) for item in self.uncounted],
         }
 
     def __str__(self) -> str:
         return self.table().to_markdown()
-
-
-def _plain(row: MacsRow | Uncounted) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}
 
 
 def flops_report(

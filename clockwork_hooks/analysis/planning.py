@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,8 +169,8 @@ class Plan(Report):
 
     def data(self) -> dict[str, Any]:
         """Everything but the adaptor."""
-        options = [_plain(option) for option in self.options]
-        return {"chosen": _plain(self.chosen), "options": options} | {name: getattr(self, name) for name in _NAMES}
+        options = [asdict(option) for option in self.options]
+        return {"chosen": asdict(self.chosen), "options": options} | {name: getattr(self, name) for name in _NAMES}
 
     @classmethod
     def from_json(cls, text: str, *, adaptor: AdaptorLike = None) -> Plan:
@@ -206,10 +206,6 @@ class Plan(Report):
         pass
 
         return Plot(lambda: pareto(self), "Error of the result against what is saved, by region and kind of schedule")
-
-
-def _plain(option: Option) -> dict[str, Any]:
-    return {name: getattr(option, name) for name in Option.__slots__}
 
 
 def _option(data: dict[str, Any]) -> Option:

@@ -158,10 +158,12 @@ class DistillResult(Report):
         """All numbers; losses thinned to 1,000 an adaptor."""
         students = {}
         for name, student in self.students.items():
-            numbers = {key: value for key, value in _fields(student).items() if key not in ("adaptor", "losses")}
             every = max(1, len(student.losses) // 1000)
-            students[name] = numbers | {
+            students[name] = {
+                "loss": student.loss,
                 "errors": student.errors,
+                "updates": student.updates,
+                "schedules": student.schedules,
                 "first_loss": student.first,
                 "last_loss": student.last,
                 "losses_every": every,
@@ -177,11 +179,6 @@ class DistillResult(Report):
             "buffer_peak_bytes": self.buffer_peak,
             "settings": self.settings,
         }
-
-
-def _fields(student: StudentResult) -> dict[str, Any]:
-    """The fields by name, values as they are."""
-    return {name: getattr(student, name) for name in StudentResult.__dataclass_fields__}
 
 
 def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
