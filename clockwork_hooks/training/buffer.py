@@ -142,14 +142,14 @@ def _mapped(trajectory: Trajectory, fn: Callable[[Any], Any]) -> Trajectory:
     """A copy of a trajectory with `fn` on every leaf; sources point into the copy."""
     twins: dict[int, Call] = {}
 
-    def twin(call: Call) -> Call:
-        made = copy.copy(call)
+    def copied(call: Call) -> Call:
+        twin = copy.copy(call)
         for name in _TENSORS:
-            setattr(made, name, map_leaves(fn, getattr(call, name)))
+            setattr(twin, name, map_leaves(fn, getattr(call, name)))
         if call.source is not None:
-            made.source = twins[id(call.source)]
-        twins[id(call)] = made
-        return made
+            twin.source = twins[id(call.source)]
+        twins[id(call)] = twin
+        return twin
 
-    steps = tuple(StepCalls(step.step, tuple(twin(call) for call in step.calls)) for step in trajectory.steps)
+    steps = tuple(StepCalls(step.step, tuple(copied(call) for call in step.calls)) for step in trajectory.steps)
     return replace(trajectory, steps=steps)

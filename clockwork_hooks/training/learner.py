@@ -107,8 +107,8 @@ class Learner:
             if self._waiting == self.options.accumulate:
                 self.update()
             self._pending.append(loss.detach())
-            held = self._sizes.get(step.step)
-            self._sizes[step.step] = sizes if held is None else held + sizes
+            before = self._sizes.get(step.step)
+            self._sizes[step.step] = sizes if before is None else before + sizes
 
     def update(self) -> None:
         """The optimizer's step, if any gradient waits for it."""
@@ -144,8 +144,8 @@ class Learner:
         if not self._pending:
             return
         steps = sorted(self._sizes)
-        told = torch.cat([torch.stack(self._pending), *(self._sizes[step].float() for step in steps)])
-        values: list[float] = self.accelerator.reduce(told, "mean").tolist()
+        unread = torch.cat([torch.stack(self._pending), *(self._sizes[step].float() for step in steps)])
+        values: list[float] = self.accelerator.reduce(unread, "mean").tolist()
         losses, sizes = values[: len(self._pending)], values[len(self._pending) :]
         wrong = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
         first = len(self.losses) + (wrong[0] if wrong else 0)
@@ -186,7 +186,7 @@ class Learner:
     ) -> Outcome:
         features, outputs = [], []
         adapted = {id(call) for call in step.adapted(schedule)}
-        made: list[Tensor] = []
+        predictions: list[Tensor] = []
         for call in step.calls:
             if id(call) not in adapted:
                 features.append(call.exit)
@@ -196,15 +196,15 @@ class Learner:
             cached = emitted.get(id(call.source), call.source.exit)
 
             def emit(captured: Mapping[str, Tensor | None], cached: Any = cached) -> Tensor:
-                made.append(self._predict(self.model, captured, cached))
-                return made[-1]
+                predictions.append(self._predict(self.model, captured, cached))
+                return predictions[-1]
 
             if self.loss.needs_output or not call.captured:
                 outputs.append(capture.again(call, emit))
             else:
                 emit(call.captured)
-            features.append(made[-1])
-            emitted[id(call)] = made[-1].detach()
+            features.append(predictions[-1])
+            emitted[id(call)] = predictions[-1].detach()
         return Outcome(
             features=_present(features),
             exits=_present([call.exit for call in step.calls]),
@@ -242,13 +242,15 @@ class Learner:
             for name, module in self._modules().items()
         }
 
-    def _restore(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _restore(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, module in self._modules().items():
-            module.load_state_dict(kept[name])
+            module.load_state_dict(snapshot[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that training goes on from: tensors by name, and numbers."""
-        tensors = {f"{name}.{key}": value for name, kept in self._snapshot().items() for key, value in kept.items()}
+        tensors = {
+            f"{name}.{key}": value for name, weights in self._snapshot().items() for key, value in weights.items()
+        }
         optimizer = self.optimizer.state_dict()
         for index, values in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
