@@ -1,9 +1,8 @@
-"""What pictures are judged by. A metric is two functions: pictures to rows of numbers, and all rows to scores.
+"""Metrics of pictures: each is two functions, pictures to rows of numbers, and all rows to scores.
 
 Paired metrics compare with the plain picture from the same noise, distributional ones with a set of real pictures,
-task metrics with what was asked for. A metric of your own is any object with `better`, `observe` and `score`.
-
-The Fréchet distance between two sets of pictures, over any feature extractor, in float64.
+task metrics with what was asked for. A metric of your own is any object with `better`, `observe` and `score`. The
+Fréchet distance is computed in float64, over any feature extractor.
 """
 
 from __future__ import annotations

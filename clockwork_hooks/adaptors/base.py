@@ -1,7 +1,4 @@
-"""What any adaptor is: one signature.
-
-The adaptor without parameters: the feature of the step before, as it is.
-"""
+"""The one signature that every adaptor has, and the adaptor without parameters, which passes the cached exit on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The paper's adaptor: two residual blocks at half the size.
-
-The ResNet adaptor for exits that shrink along the trajectory: it works in units of the cached exit.
-"""
+"""The paper's adaptor, two residual blocks at half the size; and our own for exits that shrink along the trajectory."""
 
 from __future__ import annotations
 

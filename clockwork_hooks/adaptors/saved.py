@@ -1,6 +1,7 @@
-"""An adaptor on disk, or on the Hugging Face Hub: `config.json` and `model.safetensors`, which come back whole or not.
+"""An adaptor on disk or on the Hugging Face Hub: a folder with `config.json` and `model.safetensors`.
 
-Nothing is ever unpickled, and no memory is taken for tensors before they are seen to be those of the configuration.
+It comes back as it was saved, or not at all. Nothing is ever unpickled, and no memory is taken for tensors before
+they are seen to be those of the configuration.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How to train: every number that `distill` takes, with the paper's as defaults where it names them; and whom."""
+"""How to train: each option of `distill` with its default, the paper's where it names one; and students of a run."""
 
 from __future__ import annotations
 
