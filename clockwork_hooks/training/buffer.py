@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from clockwork_hooks._tree import Leaf, map_leaves
@@ -82,10 +84,8 @@ class Buffer:
         """A trajectory, its tensors on the device."""
         if self._folder is None:
             return self._held[index] if self.where == "device" else _mapped(self._held[index], _to(device))
-        from safetensors.torch import load_file
-
         place = "cpu" if device.type == "cpu" else str(device)  # of several processes on CPU each one's is "cpu:0"
-        tensors = load_file(self._folder / f"{index}.safetensors", device=place)
+        tensors = safetensors.torch.load_file(self._folder / f"{index}.safetensors", device=place)
         return _mapped(self._held[index], lambda leaf: tensors[leaf.name] if isinstance(leaf, _Stored) else leaf)
 
     def clear(self) -> None:
@@ -96,16 +96,15 @@ class Buffer:
             self._folder = None
 
     def _write(self, trajectory: Trajectory, home: Path) -> Trajectory:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         names = {id(tensor): str(index) for index, tensor in enumerate(trajectory.tensors())}
         try:
             if self._folder is None:  # of its own: other processes, and what the user has there, are left alone
                 home.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix="trajectories-", dir=home))
             path = self._folder / f"{len(self._held)}.safetensors"
-            save_file({names[id(tensor)]: tensor.contiguous() for tensor in trajectory.tensors()}, path)
+            safetensors.torch.save_file(
+                {names[id(tensor)]: tensor.contiguous() for tensor in trajectory.tensors()}, path
+            )
         except (OSError, SafetensorError) as error:
             raise DistillError(
                 "the buffer's folder takes the trajectories",

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
+
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.training.learner import Learner
 
@@ -34,9 +37,6 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
     Raises:
         DistillError: the folder cannot be written; the checkpoint before, if any, is still there.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     parent = folder / "checkpoint"
     partial, final = parent / "partial", parent / f"{_PREFIX}{run['trajectories']:09d}"
     if (final / "run.json").is_file():
@@ -47,7 +47,9 @@ def save(folder: Path, learners: Sequence[Learner], run: Mapping[str, Any]) -> N
         numbers = {}
         for learner in learners:
             tensors, numbers[learner.name] = learner.state()
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial / f"{learner.name}.safetensors")
+            safetensors.torch.save_file(
+                {k: v.contiguous().cpu() for k, v in tensors.items()}, partial / f"{learner.name}.safetensors"
+            )
         (partial / "run.json").write_text(json.dumps({**run, "learners": numbers}) + "\n", encoding="utf-8")
         os.replace(partial, final)
         for old in parent.glob(f"{_PREFIX}*"):
@@ -78,9 +80,6 @@ def load(path: Path, learners: Sequence[Learner], expected: Mapping[str, Any]) -
     Raises:
         DistillError: it was saved by another run, or is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         run: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
         then = run["settings"]
@@ -93,7 +92,10 @@ def load(path: Path, learners: Sequence[Learner], expected: Mapping[str, Any]) -
             )
         for learner in learners:
             device = str(learner.parameters[0].device)
-            learner.load(load_file(path / f"{learner.name}.safetensors", device=device), run["learners"][learner.name])
+            learner.load(
+                safetensors.torch.load_file(path / f"{learner.name}.safetensors", device=device),
+                run["learners"][learner.name],
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DistillError(
             "a run is resumed from its checkpoint",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import nn
 
 from clockwork_hooks.errors import DistillError
@@ -192,9 +194,6 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         DistillError: the folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(adaptor, "save_pretrained"):
@@ -203,7 +202,7 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
             adaptor.save_pretrained(folder)
         else:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in adaptor.state_dict().items()}
-            save_file(tensors, folder / "model.safetensors")
+            safetensors.torch.save_file(tensors, folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise DistillError(
             "the trained adaptor is saved in the run's folder",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -239,8 +240,6 @@ class Trainer:
 @contextlib.contextmanager
 def seeded(*keys: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python from a seed of these keys; as they were before, afterwards."""
-    import numpy as np
-
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # no context on the other GPUs
     states = random.getstate(), np.random.get_state()
     seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
@@ -258,8 +257,6 @@ def seeded(*keys: int) -> Iterator[None]:
 @functools.lru_cache(maxsize=8)
 def _order(count: int, *keys: int) -> list[int]:
     """A permutation that the keys determine."""
-    import numpy as np
-
     return [int(k) for k in np.random.default_rng(keys).permutation(count)]
 
 
