@@ -85,7 +85,8 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, (list, tuple)):
         return enumerate(value)
-    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return (items | getattr(value, "__dict__", {})).items()  # an attribute may be no field
 
 
 def version(tensor: torch.Tensor) -> int:

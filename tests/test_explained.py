@@ -14,7 +14,7 @@ import torch
 import clockwork_hooks as ch
 from benchmarks import sync_count
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.clock.times import Clock
+from clockwork_hooks.clock.times import TimeReader
 from tests.small_unet import Tiny
 
 DOCS = Path(__file__).parent.parent / "docs" / "timeline.md"
@@ -199,7 +199,7 @@ def test_a_list_of_times_is_read_once() -> None:
             return func(*args, **(kwargs or {}))
 
     for inference in (False, True):
-        clock = Clock()
+        clock = TimeReader()
         with torch.inference_mode(inference):
             for expected in (1, 2):
                 times, mode = torch.linspace(999, 0, 20), Copies()

@@ -197,18 +197,11 @@ def switched(judge: Judge, tell: Tell) -> None:
     change(judge, tell, lambda unet: setattr(unet, "strength", 2.0))
 
 
-def other_weights(judge: Judge, tell: Tell) -> None:
-    """In the place of the old ones, and written to as often: not at all."""
-    for unet in (judge.unet, judge.plain):
-        unet.body.weight = torch.nn.Parameter(unet.body.weight.detach().clone())  # type: ignore[union-attr, operator]
-    change(judge, tell, lambda unet: setattr(unet.body, "weight", torch.nn.Parameter(unet.body.weight * 2)))
-
-
 def rows_change_places(judge: Judge, tell: Tell) -> None:
     change(judge, tell, lambda unet: None)
 
 
-WITHIN = [windows_move, another_order, the_first_one_ends, switched, other_weights, rows_change_places]
+WITHIN = [windows_move, another_order, the_first_one_ends, switched, rows_change_places]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clockwork_hooks as ch
-from clockwork_hooks.clock.times import Clock
+from clockwork_hooks.clock.times import TimeReader
 from tests.small_unet import Tiny, reference
 
 
@@ -38,11 +38,15 @@ def test_a_doubtful_step_is_doubtful_for_every_branch() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["array", "changed array", "new equal array", "objects whose == is no bool"])
+@pytest.mark.parametrize(
+    "kind", ["array", "changed array", "new equal array", "objects whose == is no bool", "objects that hold another"]
+)
 def test_conditions_that_are_no_tensors(kind: str) -> None:
-    """Arrays are compared by value, other objects by identity: another one is a new branch. Never a crash."""
+    """Arrays are compared by value, objects by what they hold, never by a `==` of their own."""
 
     class Odd:
+        held = 0
+
         def __eq__(self, other: object) -> bool:
             raise ValueError("ambiguous")
 
@@ -55,10 +59,11 @@ def test_conditions_that_are_no_tensors(kind: str) -> None:
                 condition += 1
             elif kind == "new equal array":
                 condition = np.ones(3)
-            elif kind == "objects whose == is no bool":
+            elif kind.startswith("objects"):
                 condition = Odd()
+                condition.held = t if kind == "objects that hold another" else 0
             unet(sample(), t, None, mask=condition)
-    same = kind in ("array", "new equal array")
+    same = kind in ("array", "new equal array", "objects whose == is no bool")
     assert cw.stats.adaptor_passes == (2 if same else 0)
     assert cw.stats.reasons["conditions are new in this step"] == (0 if same else 2)
 
@@ -95,7 +100,7 @@ def test_times_from_a_list(loops: Callable[[torch.Tensor], list[Any]], expected:
 
 
 def test_a_list_is_not_mistaken_for_one_at_its_old_address() -> None:
-    clock, places = Clock(), []
+    clock, places = TimeReader(), []
     for _ in range(20):
         times = torch.linspace(900, 100, 9)
         places.append(clock.read(times[0])[1])

@@ -1,27 +1,37 @@
-"""The inputs beside sample and time, remembered so that a later call can be told to have the same ones.
+"""The inputs beside sample and time, remembered by what they hold, so that a later call can be told to have the same.
 
-Where comparing is free they are compared by value: in main memory a copy is kept, so nothing that happens to the
-original goes unnoticed. On a device comparing means waiting, so identity and the version counter come first.
+In main memory a copy of every tensor is compared, so nothing that happens to the original goes unnoticed. On a device
+comparing means waiting, so there the object and its version counter tell. Containers, objects and functions are taken
+apart and compared part by part, also where they are new ones; what cannot be taken apart is never the same.
 """
 
 from __future__ import annotations
 
-import ctypes
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
+import re
+import types
+import uuid
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from clockwork_hooks._tree import leaves, version
-from clockwork_hooks.graph.arguments import is_number
+from clockwork_hooks._tree import version
 
 __all__ = ["Conditions", "Seen"]
 
 _LARGEST_COPY = 1 << 22  # elements
-_LARGEST_READ = 1 << 16  # bytes
-_DEEPEST = 4  # objects within objects
-_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_MOST_PARTS = 4096
+_DEEPEST = 64
 
 
 class Conditions:
@@ -29,31 +39,37 @@ class Conditions:
 
     Args:
         values: every input but the sample and the time, in order.
-        depth: how many objects these are inside of.
+
+    Attributes:
+        nbytes: memory that the copies take.
+
+    Example:
+        >>> conditions = Conditions([torch.ones(3), {"words": frozenset({"a"})}])
+        >>> conditions.same([torch.ones(3), {"words": frozenset({"a"})}])
+        True
+        >>> conditions.same([torch.ones(3), {"words": frozenset({"b"})}])
+        False
     """
 
-    __slots__ = ("_items", "nbytes")
+    __slots__ = ("_parts", "nbytes")
 
-    def __init__(self, values: Sequence[Any], depth: int = 0) -> None:
-        self._items = tuple(_remember(value, depth) for value in values)
-        self.nbytes: int = sum(kept.nbytes for kept, _ in self._items if isinstance(kept, (_Copy, _Parts)))
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._parts = [_remember(part) for part in _parts(values)]
+        self.nbytes: int = sum(part.bits.nbytes for part in self._parts if isinstance(part, _Copy))
 
     def same(self, values: Sequence[Any]) -> bool:
         """Are these the same conditions? Never waits for a device: there, new objects are other conditions."""
-        if len(values) != len(self._items):
-            return False
-        for item, value in zip(self._items, values, strict=True):
-            if not (item[0].same(value) if type(item[0]) is _Copy else _same(item, value)):
-                return False
-        return True
+        parts = _parts(values)
+        return len(parts) == len(self._parts) and all(map(_same, self._parts, parts))
 
     def equal(self, values: Sequence[Any]) -> bool:
         """Like `same`, but new objects on a device are compared by value, which waits for it."""
-        if len(values) != len(self._items):
+        parts = _parts(values)
+        if len(parts) != len(self._parts):
             return False
-        differ = [pair for pair in zip(self._items, values, strict=True) if not _same(*pair)]
+        differ = [pair for pair in zip(self._parts, parts, strict=True) if not _same(*pair)]
         return all(_comparable(*pair) for pair in differ) and all(
-            torch.equal(_bits(was[0]), _bits(now)) for was, now in differ
+            torch.equal(_bits(before.tensor), _bits(now)) for before, now in differ
         )
 
 
@@ -67,125 +83,299 @@ class Seen:
         steps: how many of the branch have begun.
     """
 
-    __slots__ = ("_known", "steps")
+    __slots__ = ("_objects", "steps")
 
     def __init__(self) -> None:
-        self._known: list[list[weakref.ref[Any]] | None] = []
+        self._objects: list[list[weakref.ref[Any]] | None] = []
         self.steps = 0
+
+    @property
+    def steady(self) -> bool:
+        """Did the first two steps share an object?"""
+        return self.steps > 2 and any(objects for objects in self._objects)
 
     def renewed(self, values: Sequence[Any]) -> bool:
         """Is one of these a new object, in a place where there were none in the second step?"""
-        if len(self._known) < len(values):
-            self._known += [[] for _ in values[len(self._known) :]]
-        found = False
-        for k, (value, known) in enumerate(zip(values, self._known, strict=False)):
-            if known is None or (known and known[-1]() is value) or any(one() is value for one in known):
+        if len(self._objects) < len(values):
+            self._objects += [[] for _ in values[len(self._objects) :]]
+        renewed = False
+        for k, (value, objects) in enumerate(zip(values, self._objects, strict=False)):
+            if objects is None or (objects and objects[-1]() is value) or any(one() is value for one in objects):
                 continue
             if self.steps == 2 or not _referable(value):
-                self._known[k] = None
+                self._objects[k] = None
                 continue
-            found = found or self.steps > 2
-            self._known[k] = [*(one for one in known if one() is not None), weakref.ref(value)]
-        return found
+            renewed = renewed or self.steps > 2
+            self._objects[k] = [*(one for one in objects if one() is not None), weakref.ref(value)]
+        return renewed
 
 
 def _referable(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (not isinstance(value, _VALUES) and type(value).__weakrefoffset__ > 0)
+    return isinstance(value, torch.Tensor) or (type(value) not in _VALUES and type(value).__weakrefoffset__ > 0)
+
+
+# -- a value, taken apart -------------------------------------------------------------------------------------------
+
+# equal ones are the same
+_VALUES = frozenset(
+    {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    | {range, re.Pattern, types.CodeType, uuid.UUID, decimal.Decimal, fractions.Fraction}
+    | {pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath}
+    | {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone}
+)
+# there is one of each, and nobody changes it
+_SINGLE = (enum.Enum, types.ModuleType, types.BuiltinFunctionType, type(...), type(NotImplemented))
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A part that is the same where type and value are equal."""
+
+    type: type
+    value: Any
+
+
+class _Object:
+    """A part that is the same where it is the very object, which is kept: no other one gets its address."""
+
+    __slots__ = ("object",)
+
+    def __init__(self, value: Any) -> None:
+        self.object = value
+
+
+class _Shared(_Object):
+    """A tensor of a module, which is not copied: a whole network may be a condition."""
+
+
+class _Unknown:
+    """A part that cannot be compared, and is never the same."""
+
+
+class _TooManyPartsError(Exception):
+    """To compare them in every call would take longer than what it saves."""
+
+
+def _parts(values: Sequence[Any]) -> list[Any]:
+    """Tensors, and what tells everything else, in a fixed order."""
+    parts: list[Any] = []
+    try:
+        for value in values:
+            if type(value) is torch.Tensor and not value.__dict__:
+                parts.append(value)  # nearly always
+            else:
+                _take_apart(value, parts, ())
+    except _TooManyPartsError:
+        return [_Unknown()]
+    return parts
+
+
+def _take_apart(value: Any, parts: list[Any], within: tuple[Any, ...]) -> None:
+    """Append the parts of a value; `within`: the objects that it is a part of, outermost first."""
+    if len(parts) > _MOST_PARTS or len(within) > _DEEPEST:
+        raise _TooManyPartsError
+    kind = type(value)
+    if kind in _VALUES:
+        parts.append(_value(value))
+    elif isinstance(value, (_Value, _Object)):
+        parts.append(value)
+    elif isinstance(value, _SINGLE):
+        parts.append(_Object(value))
+    elif hasattr(value, "tobytes") and getattr(getattr(value, "dtype", None), "hasobject", True) is False:
+        parts.append(_Value(kind, (str(value.dtype), tuple(value.shape), value.tobytes())))
+    elif any(value is one for one in within):  # a circle
+        parts.append(_Value(kind, next(k for k, one in enumerate(within) if one is value)))
+    else:
+        held = _held(value)
+        if isinstance(value, torch.Tensor):
+            parts.append(_Shared(value) if any(isinstance(one, nn.Module) for one in within) else value)
+        parts.append(_Unknown() if held is None else _Value(kind, len(held)))
+        for one in held or ():
+            _take_apart(one, parts, (*within, value))
+
+
+def _value(value: Any) -> _Value:
+    """0.0 and -0.0 are equal but not the same; NaN is the same but not equal."""
+    if type(value) is float:
+        return _Value(float, value.hex())
+    if type(value) is complex:
+        return _Value(complex, (value.real.hex(), value.imag.hex()))
+    return _Value(type(value), value)
+
+
+def _held(value: Any) -> Sequence[Any] | None:
+    """What a container, a function, a class or an object holds; None where that cannot be told."""
+    for kinds, parts, closed in _KINDS:
+        if isinstance(value, kinds):
+            held = parts(value)
+            if closed or held is None:
+                return held
+            break
+    else:
+        held = ()
+    cls: Any = type(value)
+    if not isinstance(value, torch.Tensor) and _hides(cls):
+        return None
+    slots = {name: getattr(value, name) for name in _slots(cls) if hasattr(value, name)}
+    return (*held, *_items(slots), *_items(getattr(value, "__dict__", {})), *_items(_shared_data(cls)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(cls: Any) -> tuple[str, ...]:
+    """Names of the attributes that instances hold outside of their `__dict__`, as `getattr` takes them."""
+    found: list[str] = []
+    for base in cls.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            if name not in ("__dict__", "__weakref__"):
+                private = name.startswith("__") and not name.endswith("__")
+                found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hides(cls: Any) -> bool:
+    """Do instances hold more than attributes and items? Then they are larger than those of a class that does not."""
+    base = next((base for base in cls.__mro__ if base in _OPEN), object)
+    slots = [f"slot{k}" for k in range(len(_slots(cls)))]
+    slots += ["__dict__"] if cls.__dictoffset__ and not base.__dictoffset__ else []
+    slots += ["__weakref__"] if cls.__weakrefoffset__ and not base.__weakrefoffset__ else []
+    try:
+        return bool(cls.__basicsize__ != type("Open", (base,), {"__slots__": slots}).__basicsize__)
+    except TypeError:  # such a class cannot be made
+        return True
+
+
+_OPEN = (list, tuple, OrderedDict, dict, set, frozenset, deque, types.SimpleNamespace, str, int, float, complex, bytes)
+
+
+def _shared_data(cls: type) -> dict[str, Any]:
+    """Data that the instances of a class share: plain values and tensors."""
+    data = (item for base in cls.__mro__[:-1] for item in vars(base).items() if not item[0].startswith("__"))
+    return {name: one for name, one in data if isinstance(one, (torch.Tensor, list, dict)) or type(one) in _VALUES}
+
+
+def _items(held: Any) -> tuple[Any, ...]:
+    """Names and values in turn."""
+    return tuple(part for item in list(held.items()) for part in item)
+
+
+def _set(value: Any) -> Sequence[Any] | None:
+    """In an order that does not depend on addresses; only plain values have one."""
+    if not all(type(one) in _VALUES for one in value):
+        return None
+    return sorted(value, key=lambda one: (type(one).__name__, repr(one)))
+
+
+def _function(value: types.FunctionType) -> Sequence[Any]:
+    """What it does and what it sees: closure, defaults, attributes, and the data that it reads from its module."""
+    seen = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+    data = {name: one for name, one in seen.items() if not isinstance(one, (types.FunctionType, type, *_SINGLE))}
+    cells = [_Object(cell) if _empty(cell) else cell.cell_contents for cell in value.__closure__ or ()]
+    return (value.__code__, value.__qualname__, cells, value.__defaults__, value.__kwdefaults__, data, vars(value))
+
+
+def _empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
+
+
+def _tensor(value: torch.Tensor) -> Sequence[Any]:
+    """Of a subclass: the tensors that it is made of."""
+    flatten = getattr(value, "__tensor_flatten__", None)
+    return [getattr(value, name) for name in flatten()[0]] if flatten is not None else ()
+
+
+# (kinds, what one of them holds, and is that all that it holds?)
+_KINDS: tuple[tuple[Any, Callable[[Any], Sequence[Any] | None], bool], ...] = (
+    (torch.Tensor, _tensor, False),
+    ((list, tuple, deque), list, False),
+    (dict, _items, False),
+    ((set, frozenset), _set, False),
+    (str, lambda value: (str(value[:]),), False),
+    (int, lambda value: (int(value),), False),
+    (float, lambda value: (float(value),), False),
+    (complex, lambda value: (complex(value),), False),
+    ((bytes, bytearray, memoryview), lambda value: (bytes(value),), True),
+    (slice, lambda value: (value.start, value.stop, value.step), True),
+    (types.MappingProxyType, _items, True),
+    (types.FunctionType, _function, True),
+    (types.MethodType, lambda value: (value.__func__, value.__self__), True),
+    (functools.partial, lambda value: (value.func, value.args, value.keywords, vars(value)), True),
+    (type, lambda value: (_Object(value), _shared_data(value)), True),
+    (weakref.ref, lambda value: (value(),), True),
+    (torch.Generator, lambda value: (str(value.device), value.get_state()), True),
+)
+
+
+# -- what is remembered of a part, and what it is compared with -------------------------------------------------------
 
 
 class _Copy:
-    """A private copy of a tensor in main memory, or of an array; equal bit for bit or not at all.
+    """A private copy of a tensor in main memory; equal bit for bit or not at all."""
 
-    The tensor that was copied is most often the one to compare, so a small one is read where it lies: what
-    operators of torch need for that takes longer. It is alive then, and its memory is the one that was copied.
-    """
+    __slots__ = ("bits", "dtype", "shape", "type")
 
-    __slots__ = ("_address", "_kept", "_now", "_source", "bits", "dtype", "nbytes", "shape")
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.type, self.shape, self.dtype, self.bits = type(tensor), tensor.shape, tensor.dtype, _bits(tensor).clone()
 
-    def __init__(self, value: Any) -> None:
-        self.shape, self.dtype = value.shape, value.dtype
-        self.bits = _bits(value).clone() if isinstance(value, torch.Tensor) else value.tobytes()
-        self.nbytes = self.bits.nbytes if isinstance(self.bits, torch.Tensor) else len(self.bits)
-        self._source: Any = weakref.ref(value) if isinstance(value, torch.Tensor) else _none
-        self._address = -1
-        if isinstance(value, torch.Tensor) and value.is_contiguous() and 0 < self.nbytes <= _LARGEST_READ:
-            memory, self._address = ctypes.c_char * self.nbytes, value.data_ptr()
-            self._kept, self._now = memory.from_address(self.bits.data_ptr()), memory.from_address(self._address)
 
-    def same(self, value: Any) -> bool:
-        source = self._source()
-        if source is not None and source is value and value.is_cpu and value.is_contiguous():
-            if value.data_ptr() == self._address and value.nbytes == self.nbytes:
-                return bool(self._now.raw == self._kept.raw)
-            return torch.equal(self.bits, value.detach().view(-1).view(torch.uint8))  # few questions asked: it is fast
-        tensor = isinstance(self.bits, torch.Tensor)
-        if not _copied(value) or isinstance(value, torch.Tensor) != tensor:
+class _Original:
+    """A tensor that is not copied, and how often it was written to: -1 where nothing tells."""
+
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version, self.address = tensor, version(tensor), _address(tensor)
+
+
+def _remember(part: Any) -> Any:
+    if isinstance(part, _Shared):
+        return _Original(part.object)
+    if isinstance(part, torch.Tensor):
+        return _Copy(part) if _copied(part) else _Original(part)
+    return part
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, _Copy):
+        if type(now) is not before.type or now.shape != before.shape or now.dtype != before.dtype:
             return False
-        if self.shape != value.shape or self.dtype != value.dtype:
-            return False
-        return torch.equal(self.bits, _bits(value)) if tensor else bool(self.bits == value.tobytes())
+        return _copied(now) and torch.equal(before.bits, _bits(now))
+    if isinstance(before, _Original):
+        now = now.object if isinstance(now, _Shared) else now
+        return now is before.tensor and version(now) == before.version and _address(now) == before.address
+    if isinstance(before, _Object):
+        return isinstance(now, _Object) and now.object is before.object
+    return isinstance(before, _Value) and isinstance(now, _Value) and before == now
 
 
-class _Parts:
-    """An object of a class that nobody knows: the same one, holding the same."""
-
-    __slots__ = ("_held", "_paths", "_value", "nbytes")
-
-    def __init__(self, value: Any, depth: int) -> None:
-        parts = dict(leaves(vars(value)))
-        self._value, self._paths, self._held = value, list(parts), Conditions(list(parts.values()), depth + 1)
-        self.nbytes = self._held.nbytes
-
-    def same(self, value: Any) -> bool:
-        if value is not self._value:
-            return False
-        parts = dict(leaves(vars(value)))
-        return list(parts) == self._paths and self._held.same(list(parts.values()))
-
-
-def _none() -> None:
-    return None
+def _comparable(before: Any, now: Any) -> bool:
+    """Do both still have the values that the calls had?"""
+    if not isinstance(before, _Original) or not isinstance(now, torch.Tensor) or now is before.tensor:
+        return False
+    tensor = before.tensor
+    if not (_plain(tensor) and _plain(now)) or before.version < 0 or before.address != _address(tensor):
+        return False
+    alike = tensor.shape == now.shape and tensor.dtype == now.dtype and tensor.device == now.device
+    return alike and tensor.device.type != "meta" and version(tensor) == before.version
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _remember(value: Any, depth: int) -> tuple[Any, int]:
-    """(what is kept of it, its version): -1 where nothing tells of writes."""
-    if _copied(value):
-        return _Copy(value), -1
-    if depth < _DEEPEST and hasattr(value, "__dict__") and not callable(value) and not isinstance(value, torch.Tensor):
-        return _Parts(value, depth), -1
-    return value, version(value) if isinstance(value, torch.Tensor) else -1
+def _copied(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.numel() <= _LARGEST_COPY and _plain(tensor)
 
 
-def _copied(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor):
-        return hasattr(value, "tobytes") and getattr(getattr(value, "dtype", None), "hasobject", True) is False
-    return _plain(value) and value.device.type == "cpu" and value.numel() <= _LARGEST_COPY
-
-
-def _plain(value: Any) -> bool:
+def _plain(tensor: torch.Tensor) -> bool:
     """Is its memory all there is to it?"""
-    ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
-    return ordinary and not (value.is_quantized or value.is_conj() or value.is_neg())
+    ordinary = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return ordinary and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
-def _same(item: tuple[Any, int], value: Any) -> bool:
-    """Plain values may also be equal. What `==` means for other objects, nobody knows."""
-    kept, written = item
-    if isinstance(kept, (_Copy, _Parts)):
-        return kept.same(value)
-    if kept is value:
-        return not isinstance(value, torch.Tensor) or version(value) == written
-    return type(kept) is type(value) and (isinstance(kept, _VALUES) or is_number(kept)) and bool(kept == value)
-
-
-def _comparable(item: tuple[Any, int], value: Any) -> bool:
-    """Do both still have the values that the calls had?"""
-    kept, written = item
-    if not (_plain(kept) and _plain(value)) or kept is value or written < 0:
-        return False
-    alike = kept.shape == value.shape and kept.dtype == value.dtype and kept.device == value.device
-    return alike and kept.device.type != "meta" and version(kept) == written
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided else 0

@@ -1,23 +1,22 @@
-"""What a wrapper remembers, kept apart for every thread, asyncio task and job of a thread pool that samples with it."""
+"""What a wrapper remembers, kept apart for every thread, asyncio task and declared trajectory that samples with it."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import contextlib
 import itertools
 import sys
 import threading
 import weakref
-from asyncio import _get_running_loop
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
+from clockwork_hooks.clock.blocks import Block, Blocks, current_task
 from clockwork_hooks.clock.timeline import Timeline
-from clockwork_hooks.clock.times import Clock
+from clockwork_hooks.clock.times import TimeReader
 
-__all__ = ["State", "States"]
+__all__ = ["BranchBlock", "State", "States", "TrajectoryBlock"]
 
 
 @dataclass(eq=False)  # slots would keep weak references out
@@ -30,36 +29,38 @@ class State:
         running: the calls under way, innermost last; None for a call within a call.
         decided: where the schedule decides at run time, ((trajectory, step), why it is full or None) of the last step
             that was decided.
+        thread: which one used it last.
     """
 
     timeline: Timeline
-    clock: Clock = field(default_factory=Clock)
+    clock: TimeReader = field(default_factory=TimeReader)
     running: list[Any] = field(default_factory=list)
     decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
+    thread: int = 0
 
 
 class _Local(threading.local):
-    """The state of a thread that works on no task or job."""
+    """Of a thread: the state of its calls outside of tasks and trajectories, and of one that came at the same time."""
 
     state: State | None = None
+    extra: State | None = None
 
 
 class States:
-    """The state of the current thread, task or job. A ContextVar would not do: tasks share the object it holds.
+    """The state of the current call: of the trajectory that it is declared to be of, else of its task, else its thread.
 
-    A pool gives each job to whatever thread is free, so that one thread may see every other step of a loop whose
-    calls are jobs of their own, and the next sampler after the last: what a job began ends with it.
+    A ContextVar would not do: tasks share the object it holds. Threads of a pool go from job to job, so a thread may
+    see every other call of a loop: the timelines look at each other for that.
     """
 
     def __init__(self) -> None:
+        self.blocks = Blocks()
         self._local = _Local()
-        self._owned: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+        self._tasks: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+        self._named: weakref.WeakValueDictionary[str, State] = weakref.WeakValueDictionary()
         self._all: weakref.WeakSet[State] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._numbers = itertools.count(1)
-        self._thread = threading.main_thread().ident
-        self._main: State | None = None
-        self._lonely = True
 
     def __iter__(self) -> Iterator[State]:
         with self._lock:
@@ -67,57 +68,139 @@ class States:
 
     @property
     def alone(self) -> bool:
-        """Has there been no loop but the main thread's?"""
-        return self._main is not None and self._lonely
+        """Has there been no loop but this thread's?"""
+        return len(self._all) == 1 and self._local.state is not None
 
     def current(self) -> State:
-        """The state of this thread, task or job, made on first use."""
-        if self._main is not None and get_ident() == self._thread and _get_running_loop() is None:
-            return self._main  # nearly always: no task, and no pool has the main thread
-        local, owner = self._local, _task() or _job()
-        state = local.state if owner is None else self._owned.get(owner)
+        """The state of this call, made on first use."""
+        extra = self._local.extra
+        if extra is not None and extra.running:
+            return extra
+        if not self.blocks:
+            return self.thread_or_task()
+        blocks, unsure = self.blocks.around()
+        state = next((block.state for block in reversed(blocks) if block.state is not None), None)
         if state is None:
-            state = State(Timeline(self._numbers))
-            with self._lock:
-                self._lonely = not self._all
-                self._all.add(state)
-                if owner is None:
-                    local.state = state
-                    self._main = state if get_ident() == self._thread else self._main
-                else:
-                    self._owned[owner] = state
+            state = self.thread_or_task()
+            state.timeline.unsure = unsure
+        elif state.running and state.thread != get_ident():
+            state.timeline.reset()  # calls of one trajectory at the same time have no order
+            state = self._local.extra = self._local.extra or self._make()
+            state.timeline.reset()
+        if not state.running:
+            state.thread = get_ident()
+        state.timeline.names[:] = [block.name for block in blocks if block.name is not None]
         return state
+
+    def thread_or_task(self) -> State:
+        """The state of this task, else of this thread, whatever blocks are open."""
+        task = current_task()
+        state = self._local.state if task is None else self._tasks.get(task)
+        if state is None:
+            state = self._make()
+            if task is None:
+                self._local.state = state
+            else:
+                self._tasks[task] = state
+        elif not self.blocks and (state.timeline.unsure or state.timeline.names):
+            state.timeline.unsure = False
+            state.timeline.names.clear()
+        return state
+
+    def of_trajectory(self, name: str | None) -> State:
+        """The state of the trajectory that is open under this name, else a new one."""
+        with self._lock:
+            state = None if name is None else self._named.get(name)
+            if state is None:
+                state = self._make(trusted=True)
+                if name is not None:
+                    self._named[name] = state
+            return state
+
+    def _make(self, *, trusted: bool = False) -> State:
+        state = State(Timeline(self._numbers, trusted=trusted, others=self._timelines))
+        with self._lock:
+            self._all.add(state)
+        return state
+
+    def _timelines(self) -> Sequence[Timeline]:
+        return () if len(self._all) < 2 else [state.timeline for state in self]
 
     def cache(self) -> dict[str, int]:
         """Bytes that are kept for each branch, of every loop."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for state in self:
             for branch in list(state.timeline.branches):
                 name = f"trajectory {state.timeline.trajectory}, branch {branch.label}"
                 if branch.nbytes:
-                    found[name] = found.get(name, 0) + branch.nbytes
-        return found
+                    sizes[name] = sizes.get(name, 0) + branch.nbytes
+        return sizes
 
     def forget(self) -> None:
         """Every loop, in whatever thread, begins a new trajectory with its next call; what was kept is let go."""
         for state in self:  # a call under way goes on with the old one: what it keeps is let go with it
-            state.timeline = Timeline(self._numbers, names=state.timeline.names)
+            old = state.timeline
+            state.timeline = Timeline(self._numbers, trusted=old.trusted, others=self._timelines, names=old.names)
 
 
-def _task() -> Any:
-    loop = _get_running_loop()  # `current_task` alone raises where there is none, which takes microseconds
-    return None if loop is None else asyncio.current_task(loop)
+class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
+    """One sampling run, as `ClockworkWrapper.trajectory` declares it.
+
+    Args:
+        states: of the wrapper.
+        name: blocks of one name that are open at the same time are of the same run; None for a run of its own.
+        unet: what `__call__` calls.
+    """
+
+    def __init__(self, states: States, name: str | None, unet: Callable[..., Any]) -> None:
+        self.name, self._states, self._unet = name, states, unet
+        self._state: State | None = None
+        self._block: Block | None = None
+
+    def __enter__(self) -> TrajectoryBlock:
+        self._states.thread_or_task().timeline.reset()
+        self._block = Block(self._begun())
+        self._states.blocks.open(self._block, sys._getframe(1))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the UNet as a part of this run, from whatever thread or task."""
+        block = Block(self._begun())
+        self._states.blocks.open(block, sys._getframe())
+        try:
+            return self._unet(*args, **kwargs)
+        finally:
+            self._states.blocks.close(block)
+
+    def close(self) -> None:
+        """The run is over; what it remembers is let go."""
+        if self._block is not None:
+            self._states.blocks.close(self._block)
+        self._block = self._state = None
+
+    def _begun(self) -> State:
+        self._state = self._state or self._states.of_trajectory(self.name)
+        return self._state
 
 
-def _job() -> Any:
-    """What a thread of a pool is working on; None in other threads."""
-    pools = sys.modules.get("concurrent.futures.thread")
-    if pools is None or threading.current_thread() is threading.main_thread():
-        return None
-    run = getattr(getattr(pools, "_WorkItem", None), "run", None)
-    code, frame = getattr(run, "__code__", None), inspect.currentframe()
-    found = None
-    while frame is not None:
-        found = frame.f_locals.get("self") if frame.f_code is code else found
-        frame = frame.f_back
-    return found
+class BranchBlock(contextlib.AbstractContextManager[None]):
+    """Calls of a guidance branch that has a name, as `ClockworkWrapper.branch` declares it; an error ends the run.
+
+    Args:
+        states: of the wrapper.
+        name: of the branch.
+    """
+
+    def __init__(self, states: States, name: str) -> None:
+        self._states, self._block = states, Block(name=name)
+
+    def __enter__(self) -> None:
+        self._states.blocks.open(self._block, sys._getframe(1))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._states.current().timeline.reset()
+        self._states.blocks.close(self._block)

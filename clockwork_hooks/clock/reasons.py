@@ -21,8 +21,10 @@ TRACED = "traced"
 TRAINING = "training"
 NO_TIME = "no time input: declare cw.step()"
 UNREADABLE = "time differs between rows or cannot be read"
-DIRECTION = "direction of time is not known yet"
+EVIDENCE = "these times are not known to be one trajectory yet"
 STRIDE = "time moved by another stride than before"
+SHARED = "another thread or task uses the same times and conditions"
+ELSEWHERE = "a block of this thread is open in a function that does not call"
 BACKWARDS = "time runs against the declared steps"
 NEW = "conditions are new in this step"
 RENEWED = "conditions came as new objects, in the middle of a step"
@@ -69,13 +71,24 @@ REASONS: dict[str, tuple[str, str]] = {
         "rows at different times, as in training and validation losses; or a time on the meta device",
         "nothing; for a sampler with a time per row, `with cw.step():`",
     ),
-    DIRECTION: (
-        "plain times rose from the first step to the second: inversion, or another single evaluation",
-        "nothing; once per trajectory",
+    EVIDENCE: (
+        "plain times are believed after three equal strides, or five that follow a trend, and entries in the middle of "
+        "a list after two: before that they may be drawn at random, as in score distillation",
+        "`with cw.trajectory():` around each run; or take its times from one tensor, `for t in timesteps`",
     ),
     STRIDE: (
-        "plain times came at one stride, and now at another: perhaps a restart",
+        "plain times came at one stride or trend, and now at another: perhaps a restart",
         "nothing; or `cw.reset()` before each trajectory and `with cw.step():` around each step",
+    ),
+    SHARED: (
+        "a loop whose calls are made by several threads or tasks, or several loops that share their times and their "
+        "embeddings: nothing proves which of them a call is of",
+        "`with cw.trajectory(name):` in each loop; or a list of times, or embeddings, of its own for each",
+    ),
+    ELSEWHERE: (
+        "a generator holds `cw.trajectory()` or `cw.branch()` open and another function calls, or what opened the "
+        "block is over: whether the call is inside cannot be told",
+        "`with cw.trajectory() as run:`, and `run(...)` in the place of `unet(...)`",
     ),
     BACKWARDS: (
         "declared steps went back in time: noise was added again (RePaint), or a trajectory began without `reset()`",

@@ -10,7 +10,8 @@ What is remembered of a guidance branch: its conditions, and what the region emi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Conditions, Seen
+from clockwork_hooks.clock.evidence import Jumps, Strides
 from clockwork_hooks.clock.times import Place
 
 __all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
@@ -72,7 +74,7 @@ class Branch:
 
     Attributes:
         number: in order of appearance in the trajectory, from 1.
-        name: as the caller named it; None where the conditions tell.
+        names: as the caller named it, outermost first; none where the conditions tell.
         conditions: every input but sample and time.
         seen: the objects that they were.
         step: the last step with a call.
@@ -82,7 +84,7 @@ class Branch:
     """
 
     number: int
-    name: str | None
+    names: tuple[str, ...]
     conditions: Conditions
     seen: Seen = field(default_factory=Seen)
     step: int = 0
@@ -97,7 +99,7 @@ class Branch:
     @property
     def label(self) -> str:
         """How reports call it."""
-        return repr(self.name) if self.name is not None else str(self.number)
+        return " / ".join(map(repr, self.names)) or str(self.number)
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +135,7 @@ class Branch:
         return count <= 1 or (self._regular and count == last)
 
 
-_FAR = 4.0
+_FAR = 4.0  # as many times as the longest stride
 _MOST_CALLS = 128
 _MOST_COMPARED = 2
 
@@ -166,51 +168,62 @@ class Position:
         return reasons.SCHEDULED if self.step > 1 else self.doubt or reasons.FIRST
 
 
-@dataclass(slots=True)
 class Timeline:
-    """The steps and branches of one thread or task; `at` is called once per call of the UNet.
+    """The steps and branches of one thread, task or declared trajectory; `at` is called once per call of the UNet.
+
+    Args:
+        numbers: where the numbers of trajectories come from; shared by the timelines of one wrapper.
+        trusted: the caller says that all calls are of one run at a time, so that no evidence is asked for.
+        others: gives the timelines of the same wrapper, this one among them; none where there is no other.
+        names: names of branches that the caller has opened, outermost first.
 
     Attributes:
-        numbers: where the numbers of trajectories come from; shared by the timelines of one wrapper.
+        numbers, trusted, names: as given.
         trajectory: number of the trajectory.
         step: its last step, from 1; 0 before the first.
         declared: are steps told by `declare`, and not by the time?
         opened: has one been, and no call come since? Its time matters, of declared steps no other.
-        names: names of branches that the caller has opened, innermost last.
+        unsure: may the next call be of a block that is open elsewhere?
         branches: the branches of this step and of the step before.
+        mark: where the scheduler that declares the steps stands in its list.
+        way: entries from one of its steps to the next.
     """
 
-    numbers: Iterator[int] = field(default_factory=itertools.count(1).__iter__)
-    trajectory: int = 0
-    step: int = 0
-    declared: bool = False
-    names: list[str] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
-    mark: Place | None = None
-    opened: bool = False
-    way: int = 0
-    _time: float | None = None
-    _first: float | None = None
-    _direction: int = 0
-    _before: int = 0  # direction of the trajectory before
-    _strides: tuple[float, ...] = ()
-    _far: float = 0.0
-    _place: Place | None = None
-    _start: Place | None = None
-    _jump: int | None = None
-    _doubt: str | None = None
-    _calls: int = 0
-    _seen: int = 0
-    _compared: int = 0
+    def __init__(
+        self,
+        numbers: Iterator[int] | None = None,
+        *,
+        trusted: bool = False,
+        others: Callable[[], Sequence[Timeline]] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.numbers = itertools.count(1) if numbers is None else numbers
+        self.trusted, self.unsure = trusted, False
+        self.names: list[str] = list(names)
+        self.trajectory = 0
+        self._others = others
+        self._jumps = Jumps(trusted=True)
+        self.reset()
 
     def reset(self) -> None:
         """The next call begins a trajectory; what was kept is let go."""
+        self._forget()
+        self._jumps.leave()
+        self._way_before = 0
+
+    def _forget(self) -> None:
         self.step, self.declared, self.opened = 0, False, False
-        self._time, self._first, self._direction, self._strides, self._far = None, None, 0, (), 0.0
-        self._before = 0
-        self._place, self._start, self._jump = None, None, None
-        self._doubt, self._calls, self._seen, self._compared = None, 0, 0, 0
-        self.branches, self.mark, self.way = [], None, 0
+        self.branches: list[Branch] = []
+        self.mark: Place | None = None
+        self.way = 0
+        self._time: float | None = None
+        self._first: float | None = None
+        self._direction = 0
+        self._strides, self._farthest = Strides(trusted=True), 0.0
+        self._start: Place | None = None
+        self._doubt: str | None = None
+        self._calls = self._seen = self._compared = 0
+        self._things: dict[int, Any] = {}
 
     def declare(self, mark: Place | None = None, *, start: Place | None = None) -> None:
         """A new step begins now, whatever the time input says; from here on the caller declares all steps.
@@ -255,7 +268,7 @@ class Timeline:
         branch = self._branch(conditions)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
-        if conditions and branch.seen.renewed(conditions):
+        if conditions and branch.seen.renewed(conditions) and not branch.names:
             if self._calls == 1:
                 self._begin_again(time, place)
                 return self.at(time, place, conditions, has_time=has_time)
@@ -271,12 +284,33 @@ class Timeline:
                 self._doubt = None if self.declared else doubt  # this time comes twice: who missed the first one?
             elif before.offset != call.offset:
                 doubt = reasons.APART
+        alone = self._alone(here, conditions)
+        if self.step > 1 and not doubt:
+            doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
         return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt)
 
     def nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
         number = self.trajectory if self.step else 0
-        return Position(number, max(self.step, 1), Branch(0, None, Conditions(())), 0, Call(), None, doubt)
+        return Position(number, max(self.step, 1), Branch(0, (), Conditions(())), 0, Call(), None, doubt)
+
+    def _alone(self, place: Place | None, conditions: Sequence[Any]) -> bool:
+        """Has it used a list of times or a tensor before that no other timeline uses? Then no call is another's."""
+        things: dict[int, Any] = {id(value): value for value in conditions if isinstance(value, torch.Tensor)}
+        if place is not None:
+            things[-hash(place.times)] = place.times
+        again = [key for key, thing in things.items() if self._uses(key, thing)]
+        if len(again) < len(things):
+            self._things = {key: one for key, one in self._things.items() if _is_alive(one)}
+            self._things |= {key: _reference(thing) for key, thing in things.items() if key not in again}
+        if self.trusted or self._others is None:
+            return True
+        others = [other for other in self._others() if other is not self and other.step]
+        return not others or any(not any(other._uses(key, things[key]) for other in others) for key in again)
+
+    def _uses(self, key: int, thing: Any) -> bool:
+        one = self._things.get(key)
+        return one is not None and (one() is thing if isinstance(one, weakref.ref) else one == thing)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -285,44 +319,41 @@ class Timeline:
         if self._time is None:
             self._begin(time, place)
             return
-        change, held = time - self._time, self._place
-        # entries of the list since the time before; 0 where neither is in a list, None in another list or in one
-        jump = None if place is not held else 0
-        if place is not None and held is not None:
-            jump = place.index - held.index if place.times is held.times or place.times == held.times else None
+        change, jump = time - self._time, self._jumps.to(place)
         if change == 0 and jump is not None:
-            self._place = place
+            self._jumps.stay(place)
             return
-        direction = (change > 0) - (change < 0)
-        stride = abs(change)
+        direction, stride = (change > 0) - (change < 0), abs(change)
         backwards = self._direction and direction != self._direction
         # one trajectory takes its list's entries in turn; another list is another trajectory's
-        regular = jump == 0 or (jump is not None and (jump == self._jump or (self.step == 1 and abs(jump) == 1)))
-        if change == 0 or backwards or not regular or (self._far and stride > _FAR * self._far):
-            self._begin(time, place, jump, before=self._direction)
+        regular = self._jumps.regular(jump, second=self.step == 1)
+        if change == 0 or backwards or not regular or (self._farthest and stride > _FAR * self._farthest):
+            self._begin(time, place, way_before=self._direction)
             return
-        if not jump and self._before not in (0, direction) and self.step == 1:  # its first step was another one's last
-            self._begin(time, place, jump)
+        if not jump and self._way_before not in (0, direction) and self.step == 1:
+            self._begin(time, place)  # its first step was another one's last
             return
-        known = self._direction != 0 or direction < 0 or bool(jump)
-        even = bool(jump) or _even((*self._strides, stride))
-        self._time, self._place, self._direction, self._jump = time, place, direction, jump
-        self._strides, self._far = (*self._strides, stride)[-2:], max(self._far, stride)
+        doubt = self._jumps.doubt(place) if jump and place else self._strides.doubt(stride)
+        rising = self._direction == 0 and direction > 0 and not jump and not self.trusted  # for the time being
+        doubt = doubt or (reasons.EVIDENCE if rising else None)
+        self._jumps.stay(place)
+        self._time, self._direction, self._farthest = time, direction, max(self._farthest, stride)
         self._advance()
         self._start = place
-        self._doubt = self._doubt or (None if known else reasons.DIRECTION) or (None if even else reasons.STRIDE)
+        self._doubt = self._doubt or doubt
 
-    def _begin(self, time: float, place: Place | None, jump: int | None = None, *, before: int = 0) -> None:
-        self.reset()
-        self._before = before
-        self._time, self._place, self._start, self._jump = time, place, place, jump
+    def _begin(self, time: float, place: Place | None, *, way_before: int = 0) -> None:
+        self._forget()
+        self._jumps.begin(place)
+        self._way_before = way_before
+        self._time, self._start = time, place
         self._advance()
 
     def _begin_again(self, time: float | None, place: Place | None) -> None:
         """This very call begins a trajectory; of declared steps, if those before it were."""
         if not self.declared:
-            assert time is not None  # else it would have no place
-            self._begin(time, place)
+            self._jumps.leave()
+            self._begin(time or 0.0, place)  # undeclared, a call without a time has no place
             return
         mark, way = self.mark, self.way
         self.reset()
@@ -359,18 +390,25 @@ class Timeline:
     # -- branches ------------------------------------------------------------------------------------------------
 
     def _branch(self, conditions: Sequence[Any]) -> Branch:
-        name = self.names[-1] if self.names else None
-        if name is not None:
-            conditions = ()
-        for branch in self.branches:
-            if branch.name == name and branch.conditions.same(conditions):
+        """The branch of these names and conditions; a new one if there was none in this step and the one before."""
+        names = tuple(self.names)
+        alike = [branch for branch in self.branches if branch.names == names]
+        for branch in alike:
+            if branch.conditions.same(conditions):
                 return branch
-        found = self._equal([branch for branch in self.branches if branch.name == name], conditions)
-        if found is None:
-            self._seen += 1
-            found = Branch(self._seen, name, Conditions(conditions))
-            self.branches.append(found)
-        return found
+        again = self._renewed(alike, conditions) if names else self._equal(alike, conditions)
+        if again is not None:
+            return again
+        self._seen += 1
+        self.branches.append(Branch(self._seen, names, Conditions(conditions)))
+        return self.branches[-1]
+
+    def _renewed(self, alike: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
+        """A name may stand for embeddings made anew in each step; not where its calls have kept theirs, or differ."""
+        if len(alike) != 1 or alike[0].step == self.step or alike[0].seen.steady:
+            return None
+        alike[0].conditions = Conditions(conditions)
+        return alike[0]
 
     def _equal(self, named: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
         """New objects on a device may have the values of old ones; given up after some that did not."""
@@ -384,10 +422,10 @@ class Timeline:
         return None
 
 
-def _even(strides: tuple[float, ...]) -> bool:
-    """Is the last stride like the two before it, where those two are alike?"""
-    if len(strides) < 3:
-        return True
-    one, two, last = strides[-3:]
-    slack = max(0.02 * two, 1.01 if min(strides) >= 2 else 0.0)  # times rounded to integers
-    return abs(one - two) > slack or abs(last - two) <= 2 * slack
+def _reference(thing: Any) -> Any:
+    """To a tensor, or to a list of times, which is a reference."""
+    return weakref.ref(thing) if isinstance(thing, torch.Tensor) else thing
+
+
+def _is_alive(one: Any) -> bool:
+    return not isinstance(one, weakref.ref) or one() is not None

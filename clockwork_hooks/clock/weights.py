@@ -1,11 +1,11 @@
-"""Are the UNet's weights still those of the step before? By counters and switches: no value of a weight is read."""
+"""Are the UNet's weights still those of the step before?"""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from clockwork_hooks._tree import version
@@ -13,14 +13,16 @@ from clockwork_hooks._tree import version
 __all__ = ["Weights"]
 
 _PARAMETERS, _LAYERS = 16, 8
-_VERSION = operator.attrgetter("_version")
+_VALUES = 3  # read of each parameter
 
 
 class Weights:
     """Watches parameters and PEFT's layers, some of each where there are many: what changes weights changes many.
 
-    Noticed: whatever is written to parameters (`load_state_dict`, an optimizer, an average of weights), and adapters
-    of PEFT that are loaded, switched, scaled, fused or taken off. Writes through `.data` leave no mark.
+    Of a parameter: which object and which memory it is, the counter of in-place writes, and in main memory also some
+    of its values, as fused optimizers and writes through `.data` leave no other mark. On a device its values are not
+    read, which would wait for it: there, `cw.reset()` has to tell of such writes. And adapters of PEFT that are
+    loaded, switched, scaled, fused or taken off.
 
     Args:
         unet: the UNet.
@@ -29,50 +31,72 @@ class Weights:
         >>> unet = nn.Conv2d(1, 1, 1)
         >>> weights = Weights(unet)
         >>> before = weights.state()
-        >>> _ = unet.load_state_dict(unet.state_dict())
+        >>> _ = unet.weight.data.mul_(2)
         >>> weights.state() == before
         False
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
-        self._trajectory, self._written = 0, -1
         self._adapters: tuple[str, ...] | None = None
-        self._owners: Sequence[tuple[dict[str, Any], str]] = ()
-        self._held: tuple[list[dict[str, Any]], list[str]] = [], []
+        self._parameters: Sequence[_Watched] = ()
         self._layers: Sequence[Any] = ()
 
     def since(self, trajectory: int) -> tuple[Hashable, ...]:
-        """The state, with the counters as they were last read in this trajectory: they only grow, switches go back."""
-        return self._state() if trajectory and trajectory == self._trajectory else self.state(trajectory)
+        """The state in a full pass of this trajectory."""
+        return self.state(trajectory)
 
     def state(self, trajectory: int = 0) -> tuple[Hashable, ...]:
-        """Equal for two calls between which no weight has changed; `trajectory` is for `since`."""
-        self._trajectory, self._written = trajectory, -1
-        return self._state()
-
-    def _state(self) -> tuple[Hashable, ...]:
+        """Equal for two calls between which no weight has changed."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters:
-            self._adapters, self._written = adapters, -1
+            self._adapters = adapters
             self._look()
-        if self._written < 0:
-            self._written = self._counted()
-        return (adapters, self._written, *(_switches(layer) for layer in self._layers))
-
-    def _counted(self) -> int:
-        try:  # offloading exchanges the parameters: they are looked up in each call
-            return sum(map(_VERSION, map(operator.getitem, *self._held)))
-        except (KeyError, AttributeError, RuntimeError):  # gone, None, or made under `inference_mode`
-            return sum(version(owner[name]) for owner, name in self._owners if owner.get(name) is not None)
+        parameters = [parameter.state() for parameter in self._parameters]
+        return (adapters, *parameters, *(_switches(layer) for layer in self._layers))
 
     def _look(self) -> None:
         modules = list(self._unet.modules())
-        present = ((m._parameters, name, one) for m in modules for name, one in m._parameters.items())
-        owners = [(held, name) for held, name, one in present if one is not None]
-        self._owners = _spread(owners, _PARAMETERS)
-        self._held = [held for held, _ in self._owners], [name for _, name in self._owners]
+        present = [(m._parameters, name) for m in modules for name, one in m._parameters.items() if one is not None]
+        self._parameters = [_Watched(*one) for one in _spread(present, _PARAMETERS)]
         self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
+
+
+class _Watched:
+    """One parameter, looked up anew in each call: offloading exchanges it.
+
+    Args:
+        owner: the `_parameters` of its module.
+        name: its name in there.
+    """
+
+    __slots__ = ("_address", "_name", "_owner", "_picked")
+
+    def __init__(self, owner: dict[str, Any], name: str) -> None:
+        self._owner, self._name = owner, name
+        self._address, self._picked = 0, torch.empty(0)
+
+    def state(self) -> Hashable:
+        """Which object, its counter of writes, where its memory is, and in main memory some of its values."""
+        parameter: Any = self._owner.get(self._name)
+        if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout is not torch.strided:
+            return id(parameter), parameter._version if _counts(parameter) else -1
+        address = parameter.data_ptr()
+        state = id(parameter), version(parameter), address
+        if not parameter.is_cpu:
+            return state
+        if address != self._address:
+            values = parameter.detach().flatten()  # of the same memory where that is contiguous, as weights are
+            self._address, self._picked = address, values[:: max(1, -(-len(values) // _VALUES))]
+        return *state, *self._picked.tolist()
+
+
+def _counts(parameter: Any) -> bool:
+    """Does a subclass keep a count of writes? Not where it is not made yet, or in inference mode."""
+    try:
+        return isinstance(parameter._version, int)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _spread(found: list[Any], count: int) -> list[Any]:

@@ -8,8 +8,7 @@ What `cw.compile()` may be asked for, and what then runs the calls: compiled or 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.clock.loops import BranchBlock, TrajectoryBlock
 from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
@@ -161,12 +161,25 @@ class ClockworkWrapper:
         """The next call in this thread begins a new trajectory; what was cached is let go."""
         self._engine.states.current().timeline.reset()
 
-    @contextlib.contextmanager
-    def trajectory(self) -> Iterator[None]:
+    def trajectory(self, name: str | None = None) -> TrajectoryBlock:
         """One sampling run: nothing from before is used in it, and nothing of it is kept in memory after it.
 
-        Never needed where a sampler runs from start to end. It tells what times cannot: that a run was given up
-        half-way, that the next begins just below, that single evaluations are no run at all.
+        Never needed where a sampler runs from start to end over a list of times. It tells what times cannot: that
+        numbers are the times of one run, that a run was given up half-way, that the next begins just below, that
+        single evaluations are no run at all, that loops take turns.
+
+        Calls are of the run if they are made inside of the block: by the function that has it open or by what that
+        calls, also where it is a generator that other threads step. From elsewhere, as in `asyncio.to_thread`, call
+        the UNet by what the block returns: `with cw.trajectory() as run: ... run(x, t)`.
+
+        Args:
+            name: blocks of one name that are open at the same time are of the same run.
+
+        Returns:
+            The block, which calls the UNet; `close()` ends it where there is no `with`.
+
+        Raises:
+            ArgumentError: the name is no text.
 
         Example:
             >>> def images(pipe, cw, prompts):
@@ -174,11 +187,9 @@ class ClockworkWrapper:
             ...         with cw.trajectory():
             ...             yield pipe(prompt)
         """
-        self.reset()
-        try:
-            yield
-        finally:
-            self.reset()
+        if name is not None and not isinstance(name, str):
+            raise ArgumentError("a trajectory is named by text", seen={"name": repr(name)}, do='pass "client 7"')
+        return TrajectoryBlock(self._engine.states, name, self)
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
@@ -199,11 +210,11 @@ class ClockworkWrapper:
         self._engine.states.current().timeline.declare()
         return _Step(self.reset)
 
-    @contextlib.contextmanager
-    def branch(self, name: str) -> Iterator[None]:
-        """Calls inside belong to the guidance branch of this name, whatever their conditions are.
+    def branch(self, name: str) -> BranchBlock:
+        """Calls inside belong to the guidance branch of this name, also where their conditions change in each step.
 
-        For conditions that are other tensors in each step, as embeddings made anew or a ControlNet's residuals.
+        For conditions that are other tensors in each step, as embeddings made anew or a ControlNet's residuals. Blocks
+        inside of blocks are told apart by all of their names; calls of one name with several conditions, by those.
 
         Args:
             name: any text; another name is another branch.
@@ -220,15 +231,7 @@ class ClockworkWrapper:
         """
         if not isinstance(name, str):
             raise ArgumentError("a branch is named by text", seen={"name": repr(name)}, do='pass branch("uncond")')
-        names = self._engine.states.current().timeline.names
-        names.append(name)
-        try:
-            yield
-        except BaseException:
-            self.reset()
-            raise
-        finally:
-            names.pop()
+        return BranchBlock(self._engine.states, name)
 
     def compile(
         self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks._tree import map_leaves, tensors, version
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
-from clockwork_hooks.clock.times import Clock
+from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, Prepared, Running
 from clockwork_hooks.engine.hooks import RootHook
@@ -111,7 +111,7 @@ class Noise:
 
 def with_sample(
     running: Running,
-    clock: Clock,
+    clock: TimeReader,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     replace: Callable[[float], Tensor],
