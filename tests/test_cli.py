@@ -13,7 +13,7 @@ from clockwork_hooks import __version__
 from clockwork_hooks.cli import app, main
 from clockwork_hooks.cli.budget import LIMITS
 from clockwork_hooks.cli.options import as_option
-from clockwork_hooks.reports.tables import flops, macs, percent, quantity, shape, table
+from clockwork_hooks.reports.tables import count, duration, flops, macs, percent, quantity, shape, table
 from tests.schemas import follows_its_schema, schema
 from tests.small_unet import Tiny
 
@@ -244,6 +244,10 @@ def test_numbers_always_have_units():
     assert quantity(999_999_999, "MACs") == "1.00 GMACs"
     assert [percent(share) for share in (0.3094, 0.0, 0.00061, 0.000031)] == ["30.9%", "0.0%", "0.1%", "0.0031%"]
     assert shape((1, 4, 64)) == "1×4×64"
+    assert [duration(s) for s in (0.29, 0.9996, 2.64, 59.96, 4980)] == [
+        "290 ms", "1 s", "2.64 s", "1 min 0 s", "1 h 23 min"
+    ]  # fmt: skip
+    assert [count(n, "prompt") for n in (0, 1, 2)] == ["0 prompts", "1 prompt", "2 prompts"]
 
 
 def test_a_table_renders_twice_from_one_description():

@@ -204,6 +204,22 @@ def test_a_plot_takes_the_reader_s_colours():
     assert text.count("http") == text.count("http://www.w3.org/")
 
 
+def test_a_colour_bar_has_one_number_format():
+    figure = REAL["drift"]().figures()[0].draw()
+    figure.draw_without_rendering()
+    bar = figure.axes[-1].yaxis
+    labels = [label.get_text() for label in (*bar.get_ticklabels(), *bar.get_ticklabels(minor=True))]
+    assert labels
+    assert all(label.endswith("%") for label in labels if label)
+
+
+def test_a_plan_names_its_pareto_front():
+    plan = REAL["plan"]()
+    marks = [row[0] for row in plan.table().rows]
+    assert marks.count("Pareto") == len(plan.pareto()) - (plan.chosen in plan.pareto())
+    assert "Pareto front" in plan.figures()[0].to_svg()
+
+
 def test_without_matplotlib_a_page_has_no_plots(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert plots(Plot(lambda: None, "none")) == ()

@@ -272,6 +272,23 @@ def test_the_bar_tells_loss_error_by_step_throughput_and_time_left(times: int, s
     assert all(f"{step}: {result.errors[step]:.0%}" in last for step in shown)
 
 
+def test_the_report_shows_the_identity_s_error_beside_the_adaptor_s() -> None:
+    """An adaptor that does not learn, and gives the cached feature on, is off by just that."""
+
+    class Identical(Small):
+        def forward(self, entry: Any, exit_cached: Any, **more: Any) -> Any:
+            return exit_cached + 0.0 * super().forward(entry, exit_cached, **more)
+
+    for loss in ("feature", "guided-output"):
+        unet = Tiny()
+        result = quick(unet, Identical(), sampler(unet), loss=loss, lr=1e-12, trajectories=3, hold=3, log_every=99)
+        student = result.students["adaptor"]
+        assert student.errors == pytest.approx(student.identity_errors, rel=1e-5)
+        assert min(student.errors.values()) > 0.001
+    rows = result.tables()[1].rows
+    assert [(row[1], row[2]) for row in rows] == [(row[1], row[3]) for row in rows]
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, percent, shape, table
+from clockwork_hooks.reports.tables import Table, count, percent, shape, table
 from clockwork_hooks.schedule import check_clock
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ class Benchmark(Report):
         ]
         s = self.settings
         notes = (
-            f"{self.steps} steps, adaptor {self.adaptor}, rounds in turns: {self.rows[0].rounds}. "
-            f"{s['device']}, {s['dtype']}, {s['threads']} threads, torch {s['versions']['torch']}.",
+            f"{count(self.steps, 'step')}, adaptor {self.adaptor}, rounds in turns: {self.rows[0].rounds}. "
+            f"{s['device']}, {s['dtype']}, {count(s['threads'], 'thread')}, torch {s['versions']['torch']}.",
             "Promised: the speed-up if time fell as MACs do (attention products counted). To MACs: 1 where it did, 1.2 "
             "where a step takes 20% longer than that. Only the UNet is timed: no sampler, no decoder.",
             f"Skipped on adaptor passes: {self.region}.",

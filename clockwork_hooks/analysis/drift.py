@@ -18,7 +18,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.reports.tables import Table, count, percent, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Drift(Report):
         notes = (
             f"Change: median over {self.steps} steps of ‖r(s) - r(s-1)‖/‖r(s)‖ at the region's exit r. Exit: median "
             "over a clock's adaptor steps of ‖r̂(s) - r(s)‖/‖r(s)‖, on undisturbed trajectories. Result: relative L2 "
-            f"error of the final result, mean of {self.samples} samples.",
+            f"error of the final result, mean of {count(self.samples, 'sample')}.",
             *(f"{name}: {line}; {self.adaptors[name]}." for name, line in self.regions.items()),
         )
         return table("Drift", heads, rows, notes=notes)
@@ -244,7 +244,7 @@ def heat_map(drift: Drift) -> Figure:
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     names = list(drift.regions)
     clocks = sorted({clock for effects in drift.effects.values() for clock in effects})
@@ -265,5 +265,7 @@ def heat_map(drift: Drift) -> Figure:
     cells[-1].set_xlabel("denoising step s")
     cells[-1].xaxis.get_major_locator().set_params(integer=True)
     ticks = LogLocator(subs=(1.0, 2.0, 5.0))
-    figure.colorbar(image, ax=list(cells), ticks=ticks, format=PercentFormatter(1.0))
+    percents = FuncFormatter(lambda share, _: f"{100 * share:g}%")
+    bar = figure.colorbar(image, ax=list(cells), ticks=ticks, format=percents)
+    bar.minorticks_off()  # theirs would be written as powers of ten
     return figure

@@ -27,7 +27,7 @@ from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, macs, percent, table
+from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,12 +128,13 @@ class Evaluation(Report):
                 *(row.scores.get(name) for name in self.better),
                 macs(row.macs_per_image),
                 None if row is plain else percent(1 - row.macs_per_image / plain.macs_per_image),
-                f"{1000 * row.seconds_per_image:.3g} ms",
+                duration(row.seconds_per_image),
             )
             for row in self.rows
         ]
         notes = (
-            f"{plain.images} pictures, seeds {', '.join(map(str, self.settings['seeds']))}: mean ± standard deviation "
+            f"{count(plain.images, 'picture')}, {'seed' if len(self.settings['seeds']) == 1 else 'seeds'} "
+            f"{', '.join(map(str, self.settings['seeds']))}: mean ± standard deviation "
             f"over the seeds, on {self.settings['device']}. MACs of the UNet, attention products counted.",
         )
         return table("Fidelity", ("variant", *heads, ">MACs/image", ">saved", ">time/image"), cells, notes=notes)

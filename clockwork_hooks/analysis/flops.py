@@ -38,7 +38,7 @@ from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, flops, macs, percent, shape, table
+from clockwork_hooks.reports.tables import Table, count, flops, macs, percent, shape, table
 from clockwork_hooks.reports.u_drawing import Diagram
 from clockwork_hooks.schedule import Schedule
 
@@ -267,7 +267,7 @@ class FlopsReport(Report):
                 ("adaptor pass", macs(self.adaptor_pass_macs), flops(self.adaptor_pass_flops), percent(share)),
                 ("of which the adaptor", macs(self.adaptor_macs), flops(2 * self.adaptor_macs), None),
             ]
-        each = f"{self.steps} steps" + (" with guidance" if self.guidance else "")
+        each = count(self.steps, "step") + (" with guidance" if self.guidance else "")
         rows.append((f"{each}, all full", macs(self.full_trajectory_macs), flops(self.full_trajectory_flops), None))
         if self.trajectory_macs is not None:
             for full in dict.fromkeys(self.schedule.bounds(self.steps)):

@@ -26,7 +26,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.reports.tables import Table, count, percent, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ class Plan(Report):
         return tuple(sorted(best, key=lambda option: option.gain(self.weigh)))
 
     def table(self) -> Table:
-        """The measured options by saving; the chosen one is marked, and so is what no other beats."""
+        """The measured options by saving; the chosen one is marked, and so are those on the Pareto front."""
         best, chosen, timed = self.pareto(), self.chosen, self.weigh == "ms"
         rows = [
             (
-                "chosen" if option == chosen else "best" if option in best else "",
+                "chosen" if option == chosen else "Pareto" if option in best else "",
                 option.kind if option.threshold is None else str(option.schedule),
                 option.region,
                 len(option.steps) if option.threshold is None else None,
@@ -157,7 +157,8 @@ class Plan(Report):
             if option.measured is not None
         ]
         notes = (
-            f"{self.model}, {self.steps} steps: {chosen.region}, adaptor at {', '.join(map(str, chosen.steps))}.",
+            f"{self.model}, {count(self.steps, 'step')}: {chosen.region}, adaptor at "
+            f"{', '.join(map(str, chosen.steps))}. Pareto: no other option saves more at so small an error.",
             "Relative L2 error of the result. Saved: share of a trajectory's MACs, attention products counted"
             + ("; and of the milliseconds spent in the UNet, from medians of its passes." if timed else "."),
             f"The chosen option: predicted {percent(chosen.predicted) or '–'}, measured {percent(chosen.measured)}, "
@@ -500,7 +501,7 @@ def pareto(plan: Plan) -> Figure:
             if points:
                 axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{k}", label=f"{name}, {words}")
     best = [(100 * o.gain(plan.weigh), 100 * o.measured) for o in plan.pareto() if o.measured is not None]
-    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
+    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto front")
     x, y = 100 * plan.chosen.gain(plan.weigh), 100 * (plan.chosen.measured or 0)
     axes.scatter([x], [y], s=160, facecolors="none", edgecolors=rcParams["text.color"], label="chosen")
     axes.set(xlabel=f"{plan.weigh} saved, %", ylabel="relative L2 error of the result, %")

@@ -28,7 +28,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.tracing import trace
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, macs, percent, table
+from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class SceneEdits(Report):
                 row.name,
                 macs(row.macs),
                 percent(row.saving),
-                f"{1000 * row.seconds / len(row.scenes):.0f} ms",
+                duration(row.seconds / len(row.scenes)),
                 percent(row.accuracy),
                 f"{row.moved:.2f} px",
                 percent(row.grown),
@@ -269,9 +269,10 @@ class SceneEdits(Report):
             for row in self.rows
         ]
         notes = (
-            f"{len(s['sources'])} scenes, {s['inversion_steps']} + {s['steps']} steps, clock {s['clock']}, identity "
-            f"adaptor, guidance {s['guidance']:g}, τ_f = {s['until_features']:g}, τ_A = {s['until_attention']:g}; "
-            "MACs and time of both loops and one scene, attention products counted; pictures of 64 pixels.",
+            f"{count(len(s['sources']), 'scene')}, {s['inversion_steps']} + {s['steps']} steps, clock {s['clock']}, "
+            f"identity adaptor, guidance {s['guidance']:g}, τ_f = {s['until_features']:g}, "
+            f"τ_A = {s['until_attention']:g}; MACs and time of both loops and one scene, attention "
+            "products counted; pictures of 64 pixels.",
         )
         return table("Edits of the demo model's scenes", heads, rows, notes=notes)
 

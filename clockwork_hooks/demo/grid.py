@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clockwork_hooks.reports.tables import macs
+from clockwork_hooks.reports.tables import duration, macs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +59,7 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, 
 
 
 def _told(row: Any) -> str:
-    cost = f"{macs(row.macs_per_image)}, {1000 * row.seconds_per_image:.0f} ms an image"
+    cost = f"{macs(row.macs_per_image)}, {duration(row.seconds_per_image)} an image"
     return f"{row.name}: {cost}, {row.accuracy:.1%} of attributes right"
 
 

@@ -24,7 +24,7 @@ from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.reports.plots import Bitmap
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, macs, percent, table
+from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class DemoResult(Report):
                 row.name,
                 macs(row.macs_per_image),
                 percent(1 - row.macs_per_image / plain.macs_per_image) if row is not plain else None,
-                f"{1000 * row.seconds_per_image:.0f} ms",
+                duration(row.seconds_per_image),
                 f"{row.speed_up:.2f}×",
                 None if row.psnr is None else f"{row.psnr:.1f} dB",
                 percent(row.accuracy),
@@ -102,7 +102,8 @@ class DemoResult(Report):
         ]
         settings = self.settings
         notes = (
-            f"{len(settings['prompts'])} prompts, {settings['steps']} DPM++ steps, clock {settings['clock']}, "
+            f"{count(len(settings['prompts']), 'prompt')}, {count(settings['steps'], 'DPM++ step')}, "
+            f"clock {settings['clock']}, "
             f"guidance {settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention "
             "products and both guidance branches counted.",
             "What stands in for the skipped part: identity, its output of the step before; trained, a small network "

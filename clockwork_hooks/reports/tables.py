@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import rich.table
     import rich.text
 
-__all__ = ["Table", "flops", "macs", "percent", "quantity", "shape", "table"]
+__all__ = ["Table", "count", "duration", "flops", "macs", "percent", "quantity", "shape", "table"]
 
 _PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -122,6 +122,32 @@ def quantity(value: float, unit: str) -> str:
         if abs(value) >= size * 0.99999:
             return f"{value / size:.2f} {prefix}{unit}"
     return f"{value:g} {unit}"
+
+
+def count(number: int, one: str, several: str = "") -> str:
+    """A number of things, in the singular or the plural.
+
+    Example:
+        >>> count(1, "prompt"), count(1200, "prompt"), count(2, "batch", "batches")
+        ('1 prompt', '1,200 prompts', '2 batches')
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people would say it in, with three digits.
+
+    Example:
+        >>> duration(0.0031), duration(2.6), duration(83), duration(4980)
+        ('3.1 ms', '2.6 s', '1 min 23 s', '1 h 23 min')
+    """
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def macs(value: int | None) -> str | None:

@@ -248,6 +248,7 @@ def _result(trainer: Trainer, region: Region, settings: Mapping[str, Any], folde
             errors=dict(sorted(learner.errors.items())),
             updates=learner.updates,
             schedules=tuple(map(str, learner.schedules)),
+            identity_errors=dict(sorted(learner.identity_errors.items())),
         )
         for learner in trainer.learners
     }
@@ -280,6 +281,7 @@ def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
             "gradient steps": student.updates,
             "prompts": result.trajectories * result.settings["batch"],
             "relative error": {str(step): round(error, 4) for step, error in student.errors.items()},
+            "relative error of the identity": {str(k): round(error, 4) for k, error in student.identity_errors.items()},
         }
         save_adaptor(student.adaptor, folder if alone else folder / name, {**training, **facts})
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class Learner:
             self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.losses: list[float] = []
         self.errors: dict[int, float] = {}
+        self.identity: dict[int, tuple[float, float]] = {}  # step → squared error of the identity, squared norm
+        self.compared = 0  # trajectories that tell it
         self.updates = 0
         self._waiting, self._scale = 0, 1.0
         self._pending: list[Tensor] = []
@@ -109,6 +112,23 @@ class Learner:
             self._pending.append(loss.detach())
             before = self._sizes.get(step.step)
             self._sizes[step.step] = sizes if before is None else before + sizes
+
+    @torch.no_grad()
+    def compare(self, trajectory: Trajectory, schedule: Schedule, capture: Capture) -> None:
+        """Measure what the identity is off by on a trajectory, in what the loss looks at."""
+        self.compared += 1
+        for chain in trajectory.chains(schedule):
+            emitted: dict[int, Tensor] = {}
+            for step in chain:
+                outcome = self._outcome(step, trajectory.rows, schedule, capture, emitted, lambda _, cached: cached)
+                error, norm = self.loss(outcome)[1].tolist()
+                before = self.identity.get(step.step, (0.0, 0.0))
+                self.identity[step.step] = before[0] + error, before[1] + norm
+
+    @property
+    def identity_errors(self) -> dict[int, float]:
+        """Step → relative error of the identity."""
+        return {step: (error / norm) ** 0.5 if norm > 0 else 0.0 for step, (error, norm) in self.identity.items()}
 
     def update(self) -> None:
         """The optimizer's step, if any gradient waits for it."""
@@ -182,8 +202,16 @@ class Learner:
         return None if alone else weights
 
     def _outcome(
-        self, step: StepCalls, widest: int, schedule: Schedule, capture: Capture, emitted: dict[int, Tensor]
+        self,
+        step: StepCalls,
+        widest: int,
+        schedule: Schedule,
+        capture: Capture,
+        emitted: dict[int, Tensor],
+        predict: Callable[[Mapping[str, Tensor | None], Tensor], Tensor] | None = None,
     ) -> Outcome:
+        """What the loss looks at, with the adaptor's predictions, or with those of `predict`."""
+        predict = predict or partial(self._predict, self.model)
         features, outputs = [], []
         adapted = {id(call) for call in step.adapted(schedule)}
         predictions: list[Tensor] = []
@@ -196,7 +224,7 @@ class Learner:
             cached = emitted.get(id(call.source), call.source.exit)
 
             def emit(captured: Mapping[str, Tensor | None], cached: Any = cached) -> Tensor:
-                predictions.append(self._predict(self.model, captured, cached))
+                predictions.append(predict(captured, cached))
                 return predictions[-1]
 
             if self.loss.needs_output or not call.captured:
@@ -256,6 +284,7 @@ class Learner:
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         numbers: dict[str, Any] = {"updates": self.updates, "errors": {str(k): v for k, v in self.errors.items()}}
+        numbers |= {"identity": {str(k): v for k, v in self.identity.items()}, "compared": self.compared}
         if self.accelerator.scaler is not None:
             numbers["scaler"] = self.accelerator.scaler.state_dict()
         return tensors, numbers
@@ -272,6 +301,8 @@ class Learner:
         self.losses = tensors["losses"].tolist()
         self.updates = numbers["updates"]
         self.errors = {int(step): error for step, error in numbers["errors"].items()}
+        self.identity = {int(step): (error, norm) for step, (error, norm) in numbers.get("identity", {}).items()}
+        self.compared = numbers.get("compared", 0)
         if self.accelerator.scaler is not None and "scaler" in numbers:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         self._good = self._snapshot()

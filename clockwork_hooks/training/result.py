@@ -15,7 +15,7 @@ from clockwork_hooks.errors import DistillError
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, table
+from clockwork_hooks.reports.tables import Table, count, duration, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +35,7 @@ class StudentResult:
             the last log interval.
         updates: gradient steps.
         schedules: which it was trained for.
+        identity_errors: likewise for the identity in the adaptor's place, over the run's first trajectories.
     """
 
     adaptor: nn.Module = field(repr=False)
@@ -43,6 +44,7 @@ class StudentResult:
     errors: Mapping[int, float]
     updates: int
     schedules: tuple[str, ...]
+    identity_errors: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def first(self) -> float:
@@ -133,10 +135,25 @@ class DistillResult(Report):
         ]
         steps = ", ".join(map(str, self.steps))
         note = (
-            f"{self.trajectories:,} trajectory batches of {self.settings.get('batch')} prompts in {steps} steps, "
-            f"{self.seconds:.0f} s. Region: {self.region.line}."
+            f"{count(self.trajectories, 'trajectory batch', 'trajectory batches')} of "
+            f"{count(self.settings['batch'], 'prompt')} in {steps} steps, {duration(self.seconds)}. "
+            f"Region: {self.region.line}."
         )
         return table("Distillation", columns, rows, notes=(note,))
+
+    def tables(self) -> Sequence[Table]:
+        """The adaptors, and each one's error beside the identity's."""
+        rows = [
+            (name, step, percent(error), percent(student.identity_errors.get(step)))
+            for name, student in self.students.items()
+            for step, error in sorted(student.errors.items())
+        ]
+        note = (
+            "Relative error of what the loss looks at: of the adaptor over the last log interval of training, of the "
+            "identity (the feature of the last full step) over the first trajectories."
+        )
+        columns = ("adaptor", ">step", ">its error", ">identity's")
+        return self.table(), table("Error by step", columns, rows, notes=(note,))
 
     def figures(self) -> Sequence[Plot]:
         """The losses over the adaptor steps that were trained on."""
@@ -164,6 +181,7 @@ class DistillResult(Report):
             students[name] = {
                 "loss": student.loss,
                 "errors": student.errors,
+                "identity_errors": student.identity_errors,
                 "updates": student.updates,
                 "schedules": student.schedules,
                 "first_loss": student.first,
