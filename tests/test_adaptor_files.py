@@ -56,6 +56,11 @@ def test_saved_and_loaded(sd15: ZooCase, kind: Any, tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "DPM++ 2M" in card
     assert region.fingerprint in card
+    adaptor.facts = {**FACTS, "relative error": {"2": 0.1, "4": 0.2}, "of the identity": {"2": 0.3}}
+    card = str(adaptor.generate_model_card())
+    assert "| step | relative error | of the identity |" in card
+    assert "| 4    |            0.2 |               – |" in card
+    assert "{" not in card
 
 
 def test_half_precision_comes_back(tmp_path: Path) -> None:

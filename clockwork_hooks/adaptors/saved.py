@@ -25,7 +25,7 @@ from torch import nn
 from clockwork_hooks import adaptors
 from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError
-from clockwork_hooks.reports.tables import shape
+from clockwork_hooks.reports.tables import shape, table
 
 __all__ = ["SavedAdaptor"]
 
@@ -42,9 +42,7 @@ low-resolution part of {{ model }} at the steps at which that does not run.
     import clockwork_hooks as ch
     cw = ch.wrap(unet, "{{ where }}")
 
-| | |
-|---|---|
-{{ rows }}
+{{ tables }}
 
 An adaptor is tied to the sampler and the number of steps that it was trained with.
 """
@@ -155,13 +153,19 @@ class SavedAdaptor(
             "exit": (region.get("exit") or {}).get("path"),
             "fingerprint": region.get("fingerprint"),
             "parameters": f"{sum(parameter.numel() for parameter in self.parameters()):,}",
-            **self.facts,
+            **{name: value for name, value in self.facts.items() if not isinstance(value, dict)},
         }
+        by_step = {name: value for name, value in self.facts.items() if isinstance(value, dict)}
+        steps = list(dict.fromkeys(step for values in by_step.values() for step in values))
+        tables = [table("Facts", ("fact", "value"), rows.items())]
+        if steps:
+            cells = [(step, *(values.get(step) for values in by_step.values())) for step in steps]
+            tables.append(table("By step", ("step", *(f">{name}" for name in by_step)), cells))
         card = {
             "kind": type(self).__name__,
             "model": region.get("model", "a UNet"),
             "where": "this folder",
-            "rows": "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+            "tables": "\n\n".join(part.to_markdown() for part in tables),
         }
         return super().generate_model_card(*args, **{**card, **kwargs})
 

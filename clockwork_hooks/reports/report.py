@@ -1,6 +1,6 @@
-"""What every report can do with its tables, pictures and data: terminal, Markdown, JSON, HTML, SVG and PNG.
+"""Reports: tables, pictures and data for the terminal, as Markdown, JSON, SVG and PNG, and as one HTML page.
 
-Reports as one HTML page that needs nothing else: no network, no script; light and dark, narrow, and on paper.
+The page needs nothing else: no network, no script; it shows well in light and dark, narrow, and on paper.
 """
 
 from __future__ import annotations

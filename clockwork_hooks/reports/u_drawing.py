@@ -1,6 +1,6 @@
-"""A UNet drawn as a U: a row for each level, the way down on the left, the way up on the right.
+"""Blocks of several levels drawn as a U: a row a level, the way down on the left, the way up on the right.
 
-Boxes, lines and words on a page, and the page as SVG or PNG.
+The layout is boxes, lines and words on a page; the page is written as SVG, and printed as PNG from the same shapes.
 """
 
 from __future__ import annotations
@@ -138,39 +138,33 @@ def save(page: Drawing, path: str | Path) -> None:
 def _png(page: Drawing, target: Path) -> None:
     need("a diagram's PNG is drawn by matplotlib, its SVG needs none", "matplotlib", install="clockwork-hooks[plot]")
     from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
+    from matplotlib.patches import FancyArrowPatch, Rectangle
     from matplotlib.path import Path as Curve
 
     figure = Figure(figsize=(WIDTH / 96, page.height / 96), dpi=192)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(page.height, 0))
     axes.axis("off")
+    aligned: dict[str, Any] = {"start": "left", "middle": "center", "end": "right"}
     for item in page.shapes:
         fill, line = COLOURS[item.kind][0]
         if isinstance(item, Box):
-            patch = FancyBboxPatch(
-                (item.x + 3, item.y + 3), max(item.width - 6, 0.1), item.height - 6, boxstyle="round,pad=3",
-                facecolor=fill, edgecolor=line, linewidth=0.8,
-            )  # fmt: skip
-            axes.add_patch(patch)
+            look = {"facecolor": fill, "edgecolor": line, "linewidth": 0.8}
+            axes.add_patch(Rectangle((item.x, item.y), item.width, item.height, **look))  # type: ignore[arg-type]
         elif isinstance(item, Line):
-            codes = [Curve.MOVETO, *[Curve.CURVE3 if len(item.points) == 3 else Curve.LINETO] * (len(item.points) - 1)]
-            look: dict[str, Any] = {"edgecolor": line, "linewidth": 0.9, "fill": False}
-            path = Curve(list(item.points), codes)
-            arrow = {"arrowstyle": "->", "mutation_scale": 7.0, **look}
-            axes.add_patch(FancyArrowPatch(path=path, **arrow) if item.arrow else PathPatch(path, **look))
-        else:
-            axes.text(
-                item.x - 3 * item.upright,
-                item.y,
-                item.text,
-                color=fill,
-                fontsize=item.size * 0.72,
-                ha={"start": "left", "middle": "center", "end": "right"}[item.anchor],
-                va="center" if item.upright else "baseline",
-                weight="bold" if item.bold else "normal",
-                rotation=90 if item.upright else 0,
+            turn = Curve.CURVE3 if len(item.points) == 3 else Curve.LINETO
+            path = Curve(list(item.points), [Curve.MOVETO, *[turn] * (len(item.points) - 1)])
+            style = "->" if item.arrow else "-"
+            axes.add_patch(
+                FancyArrowPatch(
+                    path=path, arrowstyle=style, mutation_scale=7, edgecolor=line, linewidth=0.9, fill=False
+                )
             )
+        else:
+            words = axes.text(item.x, item.y, item.text, color=fill, fontsize=item.size * 0.72, ha=aligned[item.anchor])
+            words.set(weight="bold" if item.bold else "normal")
+            if item.upright:
+                words.set(x=item.x - 3, va="center", rotation=90)
     figure.savefig(target)
 
 
