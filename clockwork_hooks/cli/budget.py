@@ -30,7 +30,7 @@ class BudgetCheck:
     @property
     def exceeded(self) -> tuple[str, ...]:
         """Names of the counts that are over their limits."""
-        return tuple(name for name, (limit, found) in self.limits.items() if found > limit)
+        return tuple(name for name, (limit, counted) in self.limits.items() if counted > limit)
 
     def table(self) -> Table:
         """Limits, counts and differences."""
@@ -38,11 +38,11 @@ class BudgetCheck:
             (
                 name,
                 _amount(limit, name),
-                _amount(found, name),
-                f"{'+' if found > limit else ''}{percent(found / limit - 1)}",
-                "over" if found > limit else "within",
+                _amount(counted, name),
+                f"{'+' if counted > limit else ''}{percent(counted / limit - 1)}",
+                "over" if counted > limit else "within",
             )
-            for name, (limit, found) in self.limits.items()
+            for name, (limit, counted) in self.limits.items()
         ]
         return table("Budget", ("count", ">limit", ">counted", ">difference", ""), rows)
 
@@ -98,15 +98,15 @@ def check_budget(report: FlopsReport, budget: Mapping[str, int]) -> BudgetCheck:
         >>> check_budget(flops_report(unet, *args, **kwargs), {"full_macs": 6_000_000_000}).exceeded
         ('full_macs',)
     """
-    found = {name: getattr(report, name) for name in budget}
-    missing = [name for name, count in found.items() if count is None]
+    counts = {name: getattr(report, name) for name in budget}
+    missing = [name for name, count in counts.items() if count is None]
     if missing:
         raise ArgumentError(
             "a budget for adaptor passes needs a region",
             seen={"limits": ", ".join(missing), "no region because": report.no_region.splitlines()[0]},
             do="limit full_macs, or name a region by hand",
         )
-    return BudgetCheck({name: (limit, found[name]) for name, limit in budget.items()})
+    return BudgetCheck({name: (limit, counts[name]) for name, limit in budget.items()})
 
 
 def _amount(value: int, name: str) -> str:

@@ -90,11 +90,11 @@ def distill(
     mode = options.pop("mode", "unrolled")
     table = options.pop("adaptor", None)
     adaptor = _adaptor(table or {})
-    given = {"adaptor": adaptor, **_source(options.pop("source", {}), mode)}
+    arguments = {"adaptor": adaptor, **_source(options.pop("source", {}), mode)}
     if table is not None:
-        given["adaptor"] = adaptor
+        arguments["adaptor"] = adaptor
     try:
-        result = train(resume=resume, **{**given, "mode": mode, **options})
+        result = train(resume=resume, **{**arguments, "mode": mode, **options})
     except KeyboardInterrupt:
         typer.echo(_left(Path(options["folder"]), config), err=True)
         raise
@@ -129,18 +129,18 @@ def _read(config: str) -> dict[str, Any]:
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8")
-        found = _toml(text) if path.suffix == ".toml" else json.loads(text)
+        options = _toml(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
         raise ArgumentError(
             'a configuration is a TOML or JSON file, or "demo"',
             seen={"file": path, "error": str(error).splitlines()[0]},
             do='start from examples/distill_demo.toml; for your own UNet, source.kind = "python" names its factory',
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(options, dict):
         raise ArgumentError(
-            "a configuration is a table", seen={"file": path, "holds": type(found).__name__}, do='{"source": {...}}'
+            "a configuration is a table", seen={"file": path, "holds": type(options).__name__}, do='{"source": {...}}'
         )
-    return found
+    return options
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
 
         name = str(own.pop("factory", ""))
         module, _, factory = name.partition(":")
-        return _made(name, find_factory(module or "?", factory), own)
+        return _from_factory(name, find_factory(module or "?", factory), own)
     raise ArgumentError(
         "a source says what samples",
         seen={"source.kind": repr(kind)},
@@ -202,7 +202,7 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
     )
 
 
-def _made(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _from_factory(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What the user's factory makes of the rest of the source's table."""
     from clockwork_hooks.errors import ArgumentError
 
@@ -214,13 +214,13 @@ def _made(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dic
             seen={"factory": f"{name}{inspect.signature(factory)}", "table": dict(own), "error": error},
             do="give the factory's parameters and the table the same names",
         ) from error
-    made = factory(**own)
+    arguments = factory(**own)
     needed = ("unet", "generate", "prompts")
-    if not isinstance(made, Mapping) or not all(one in made for one in needed):
-        told = ", ".join(made) if isinstance(made, Mapping) else f"a {type(made).__name__}"
+    if not isinstance(arguments, Mapping) or not all(one in arguments for one in needed):
+        returned = ", ".join(arguments) if isinstance(arguments, Mapping) else f"a {type(arguments).__name__}"
         raise ArgumentError(
             "a factory returns the arguments of clockwork_hooks.distill as a dict",
-            seen={"factory": name, "returned": told},
+            seen={"factory": name, "returned": returned},
             do=f"return {', '.join(needed)}, and what else should be set: guidance, facts, ...",
         )
-    return dict(made)
+    return dict(arguments)

@@ -70,7 +70,7 @@ class Installation(Report):
         return pip_line([part for part in self.parts if part.version is None])
 
     @property
-    def told(self) -> str:
+    def advice(self) -> str:
         """The same, as it is printed."""
         return f"To install what is missing:\n{self.install}" if self.install else "Nothing is missing."
 
@@ -97,11 +97,11 @@ class Installation(Report):
 @app.command(epilog=epilog(*EXAMPLES), rich_help_panel=INSTALL)
 def doctor(format: FormatOption = Format.table) -> None:
     """Say which versions and devices are there, what is missing, and the pip line that installs it."""
-    found = Installation(tuple(parts()), dict(devices()))
-    deliver(found, format, "doctor")
+    installation = Installation(tuple(parts()), dict(devices()))
+    deliver(installation, format, "doctor")
     if format is not Format.json:
-        typer.echo(found.told)
-    if any(not part.extra for part in found.parts if part.version is None):
+        typer.echo(installation.advice)
+    if any(not part.extra for part in installation.parts if part.version is None):
         raise typer.Exit(1)
 
 
@@ -149,9 +149,9 @@ def _devices_table(machine: Mapping[str, str]) -> Table:
     return table("Devices", ("device", "is"), machine.items(), notes=(note,))
 
 
-def _parts_table(found: Sequence[Part]) -> Table:
+def _parts_table(parts: Sequence[Part]) -> Table:
     rows = [
         (part.name, part.version or "missing", part.requirement.removeprefix(part.name), PURPOSES[part.extra])
-        for part in found
+        for part in parts
     ]
     return table("Packages", ("package", "installed", "wanted", "needed for"), rows)

@@ -71,15 +71,15 @@ def write_captions(scenes: Scenes, seed: int | np.random.Generator = 0, *, leave
         (N, 18) token ids; `decode` turns them into text.
     """
     rng = np.random.default_rng(seed)
-    told, count = scenes.attributes, len(scenes)
-    two, layout = told[:, 1] == 1, told[:, 2]
+    attributes, count = scenes.attributes, len(scenes)
+    two, layout = attributes[:, 1] == 1, attributes[:, 2]
     swap = two & (rng.random(count) < 0.5)
-    first = np.where(swap[:, None], told[:, 6:9], told[:, 3:6])
-    second = np.where(swap[:, None], told[:, 3:6], told[:, 6:9])
+    first = np.where(swap[:, None], attributes[:, 6:9], attributes[:, 3:6])
+    second = np.where(swap[:, None], attributes[:, 3:6], attributes[:, 6:9])
     relation = (layout - SIDE_BY_SIDE) + 2 * swap + 4 * (rng.random(count) < 0.3)
     middle = _MIDDLE[np.where(two, len(PLACES) + relation, layout)]
     middle[~two & (rng.random(count) < leave_out)] = PAD
-    background = _BACKGROUND[told[:, 0]]
+    background = _BACKGROUND[attributes[:, 0]]
     background[rng.random(count) < leave_out] = PAD
     front = (rng.random(count) < 0.25)[:, None]
     parts = [

@@ -86,12 +86,12 @@ def scores_of(
     Returns:
         A score a scene.
     """
-    seen, made = classifier.read(pictures), []
+    seen, scores = classifier.read(pictures), []
     for k in range(len(pictures)):
-        found = score(seen[k : k + 1], wanted[k : k + 1])
+        accuracy = score(seen[k : k + 1], wanted[k : k + 1])
         layout = layout_error(sources[k : k + 1], pictures[k : k + 1])
-        made.append(SceneScore(round(found.total * found.asked), found.asked, *layout))
-    return tuple(made)
+        scores.append(SceneScore(round(accuracy.total * accuracy.asked), accuracy.asked, *layout))
+    return tuple(scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ class EditRow:
         return cls(data["name"], data["macs"], data["macs_plain"], data["seconds"], scenes)
 
     def _means(self) -> dict[str, float]:
-        found = _drawn(self.scenes, np.arange(len(self.scenes))[None])
-        return {name: float(values[0]) for name, values in found.items()}
+        means = _drawn(self.scenes, np.arange(len(self.scenes))[None])
+        return {name: float(values[0]) for name, values in means.items()}
 
 
 def _drawn(scenes: tuple[SceneScore, ...], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -302,8 +302,8 @@ class SceneEdits(Report):
                 one.imshow(self.pictures[name][r].permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1)
                 one.set(xticks=[], yticks=[], title=name if r == 0 else "")
                 one.title.set_fontsize(9)
-            told = f"{self.settings['sources'][r]}\n→ {self.settings['targets'][r]}"
-            caption = axes[0].text(0, -0.04, told, fontsize=6, va="top", transform=axes[0].transAxes)
+            words = f"{self.settings['sources'][r]}\n→ {self.settings['targets'][r]}"
+            caption = axes[0].text(0, -0.04, words, fontsize=6, va="top", transform=axes[0].transAxes)
             caption.set_in_layout(False)  # it may reach under the next ones
             axes[-1].set_xlabel(" \n ", fontsize=6)  # and has its lines' height
         return figure
@@ -319,17 +319,17 @@ def draw_edits(count: int, seed: int = 7) -> list[tuple[str, str, str]]:
     Returns:
         (caption, words to replace, words in their place), as `edit_scenes` takes them.
     """
-    rng, made = np.random.default_rng(seed), list[tuple[str, str, str]]()
+    rng, edits = np.random.default_rng(seed), list[tuple[str, str, str]]()
     captions = held_out_prompts(2 * count + 8, seed)
-    for caption, told in zip(captions, parse(captions), strict=True):
-        shape, colour = told[3:5] if told[1] == 0 or rng.random() < 0.5 else told[6:8]
+    for caption, attributes in zip(captions, parse(captions), strict=True):
+        shape, colour = attributes[3:5] if attributes[1] == 0 or rng.random() < 0.5 else attributes[6:8]
         old = f"{list(COLOURS)[colour]} {SHAPES[shape]}"
-        white = list(BACKGROUNDS)[told[0]] == "white"  # on which nothing white is seen
+        white = list(BACKGROUNDS)[attributes[0]] == "white"  # on which nothing white is seen
         colours = [name for k, name in enumerate(COLOURS) if k != colour and not (white and name == "white")]
         shapes = [name for k, name in enumerate(SHAPES) if k != shape]
         if caption.count(old) == 1:
-            made.append((caption, old, f"{rng.choice(colours)} {rng.choice(shapes)}"))
-    return made[:count]
+            edits.append((caption, old, f"{rng.choice(colours)} {rng.choice(shapes)}"))
+    return edits[:count]
 
 
 def edit_scenes(

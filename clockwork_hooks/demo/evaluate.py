@@ -47,8 +47,8 @@ class Attributes:
     def score(self, rows: Tensor) -> dict[str, float]:
         """The shares over all pictures, in percent."""
         seen, asked = rows.numpy().astype(np.int64).reshape(len(rows), 2, -1).swapaxes(0, 1)
-        found = score(seen, asked)
-        return {"attributes right": 100 * found.total, "pictures all right": 100 * found.perfect}
+        accuracy = score(seen, asked)
+        return {"attributes right": 100 * accuracy.total, "pictures all right": 100 * accuracy.perfect}
 
 
 def held_out_prompts(count: int, seed: int = 7) -> list[str]:
@@ -121,9 +121,9 @@ def sweep_guidance(
     """Accuracy and Fréchet distance at several guidance scales, on `count` held-out captions."""
     rows = []
     for scale in scales:
-        found = evaluate(model, steps=steps, count=count, guidance=scale, batch=batch)
+        scores = evaluate(model, steps=steps, count=count, guidance=scale, batch=batch)
         for number in steps:
-            at = found[f"steps_{number}"]
+            at = scores[f"steps_{number}"]
             rows.append(
                 {
                     "guidance": scale,

@@ -39,12 +39,12 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, 
     height = SIDE + CAPTION
     lines = -(-len(prompts) // columns)
     head, small = ImageFont.load_default(20), ImageFont.load_default(12)
-    told = "     ".join(_told(row) for row in rows)
-    total = max(columns * (width + MARGIN) + MARGIN, math.ceil(small.getlength(told)) + 2 * MARGIN)
+    legend = "     ".join(_words(row) for row in rows)
+    total = max(columns * (width + MARGIN) + MARGIN, math.ceil(small.getlength(legend)) + 2 * MARGIN)
     page = Image.new("RGB", (total, HEAD + lines * (height + MARGIN)), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, 14), f"Each prompt: {' | '.join(row.name for row in rows)}", INK, font=head)
-    draw.text((MARGIN, 44), told, FAINT, font=small)
+    draw.text((MARGIN, 44), legend, FAINT, font=small)
     for k, prompt in enumerate(prompts):
         left = MARGIN + k % columns * (width + MARGIN)
         top = HEAD + k // columns * (height + MARGIN)
@@ -58,7 +58,7 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, 
     return page
 
 
-def _told(row: Any) -> str:
+def _words(row: Any) -> str:
     cost = f"{macs(row.macs_per_image)}, {duration(row.seconds_per_image)} an image"
     return f"{row.name}: {cost}, {row.accuracy:.1%} of attributes right"
 

@@ -27,13 +27,13 @@ def objects(picture: Tensor) -> NDArray[np.float64]:
     border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1)
     background = border.median(1).values
     mask = ((picture - background[:, None, None]).abs().amax(0) > _FAR).cpu().numpy()
-    found: list[tuple[Any, ...]] = []
+    discs: list[tuple[Any, ...]] = []
     labels = _labels(mask)
     for label in range(1, int(labels.max()) + 1):
         y, x = np.nonzero(labels == label)
         if len(x) >= _SMALLEST:
-            found.append((x.mean(), y.mean(), (len(x) / np.pi) ** 0.5))
-    return np.array(sorted(found, key=lambda row: -row[2]), dtype=np.float64).reshape(-1, 3)
+            discs.append((x.mean(), y.mean(), (len(x) / np.pi) ** 0.5))
+    return np.array(sorted(discs, key=lambda row: -row[2]), dtype=np.float64).reshape(-1, 3)
 
 
 def _labels(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -29,11 +29,11 @@ def draw_split(count: int, seed: int | np.random.Generator, *, test: bool) -> Sc
     """
     rng = np.random.default_rng(seed)
     share = 1 / 18 if test else 15 / 16.5
-    found: list[Scenes] = []
-    while sum(map(len, found)) < count:
+    drawn: list[Scenes] = []
+    while sum(map(len, drawn)) < count:
         scenes = draw_scenes(int(count / share) + 64, rng)
-        found.append(scenes[held_out(scenes.attributes) == test])
-    columns = (np.concatenate([getattr(s, name) for s in found])[:count] for name in Scenes.__slots__)
+        drawn.append(scenes[held_out(scenes.attributes) == test])
+    columns = (np.concatenate([getattr(s, name) for s in drawn])[:count] for name in Scenes.__slots__)
     return Scenes(*columns)
 
 

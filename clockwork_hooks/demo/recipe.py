@@ -80,8 +80,8 @@ class Recipe:
         more = {"images": self.clean, "add_noise": self.noised} if mode == "forward_noise" else {}
         facts = {"sampler": self.sampler, "model": "the demo model of clockwork_hooks"}
         prompts = range(len(self.captions))
-        given = {"unet": self.model.unet, "generate": self.generate, "prompts": prompts, "mode": mode}
-        return {**given, "guidance": self.guidance, "facts": facts, **more}
+        common = {"unet": self.model.unet, "generate": self.generate, "prompts": prompts, "mode": mode}
+        return {**common, "guidance": self.guidance, "facts": facts, **more}
 
     def generate(self, batch: Sequence[int]) -> Tensor:
         """Latents of the captions with these numbers, from fresh noise."""

@@ -214,16 +214,16 @@ def demo(
 
 def _adaptors(steps: int, clock: int) -> tuple[dict[str, Any], str]:
     """What stands in for the region, by name, and why the trained adaptor is not among them."""
-    found: dict[str, Any] = {IDENTITY: None}
+    adaptors: dict[str, Any] = {IDENTITY: None}
     if not (ADAPTOR / "config.json").exists():
-        return found, "No trained adaptor ships with this version."
+        return adaptors, "No trained adaptor ships with this version."
     from clockwork_hooks.adaptors import LearnedAdaptor
 
-    adaptor = LearnedAdaptor.from_pretrained(ADAPTOR).float()
-    facts = adaptor.facts
+    trained = LearnedAdaptor.from_pretrained(ADAPTOR).float()
+    facts = trained.facts
     if (facts.get("steps"), facts.get("schedule")) != (steps, str(Schedule.every(clock))):
-        return found, f"The adaptor that ships was trained for {facts.get('steps')} steps, {facts.get('schedule')}."
-    return {**found, TRAINED: adaptor}, ""
+        return adaptors, f"The adaptor that ships was trained for {facts.get('steps')} steps, {facts.get('schedule')}."
+    return {**adaptors, TRAINED: trained}, ""
 
 
 def _row(

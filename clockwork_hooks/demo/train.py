@@ -97,9 +97,9 @@ def _classifier(options: argparse.Namespace) -> None:
         seed=options.seed,
     )  # fmt: skip
     save_half(classifier, options.weights / "classifier" / "model.safetensors")
-    found = judge_classifier(classifier)
-    _note(options, "classifier", {"judged": found})
-    for name, row in found.items():
+    shares = judge_classifier(classifier)
+    _note(options, "classifier", {"judged": shares})
+    for name, row in shares.items():
         print(f"{name}: right {row['total']:.4f}, unreadable {row['unreadable']:.4f}")
 
 
@@ -117,8 +117,8 @@ def _generator(options: argparse.Namespace) -> None:
         log=_logger(options.weights),
         resume=options.resume,
     )
-    found = {"iterations": trainer.iteration, "seconds": round(trainer.seconds), "loss": float(trainer.loss)}
-    _note(options, "generator", found)
+    outcome = {"iterations": trainer.iteration, "seconds": round(trainer.seconds), "loss": float(trainer.loss)}
+    _note(options, "generator", outcome)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -140,11 +140,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(json.dumps(result["plain"], indent=1))
 
 
-def _note(options: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
+def _note(options: argparse.Namespace, part: str, values: dict[str, Any]) -> None:
     """Write what a part's training was into training.json, beside what is there of the other part."""
     path = options.weights / "training.json"
     notes = read_json(path) if path.exists() else {}
-    write_json(path, notes | {part: _circumstances(options) | found})
+    write_json(path, notes | {part: _circumstances(options) | values})
 
 
 def _circumstances(options: argparse.Namespace) -> dict[str, Any]:

@@ -51,14 +51,14 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: the file is missing, or is no JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _error("is missing", path, "there is no such file") from None
     except (OSError, ValueError) as error:
         raise _error("cannot be read", path, error) from error
-    if not isinstance(found, dict):
-        raise _error("cannot be read", path, f"a JSON object was expected, this is a {type(found).__name__}")
-    return found
+    if not isinstance(values, dict):
+        raise _error("cannot be read", path, f"a JSON object was expected, this is a {type(values).__name__}")
+    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -84,9 +84,9 @@ def load_module(module: nn.Module, path: Path) -> None:
     """
     tensors = read_tensors(path)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != shapes:
+        wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
         raise _error("do not fit", path, f"{len(wrong)} tensors differ from the model's, the first is {wrong[0]!r}")
     module.load_state_dict(tensors)
 

@@ -43,12 +43,12 @@ class Plot:
         _need_matplotlib()
         from matplotlib import rc_context
 
-        told = io.StringIO()
+        buffer = io.StringIO()
         style: dict[Any, Any] = {**dict.fromkeys(LINES, INK), **CLEAR, **FIXED}
         with rc_context(style):
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            self.draw().savefig(told, format="svg", metadata=nothing)
-        text = told.getvalue().replace(INK, "currentColor")
+            self.draw().savefig(buffer, format="svg", metadata=nothing)
+        text = buffer.getvalue().replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
         size = re.search(r'viewBox="0 0 ([\d.]+)', text)
         wide = f'width="100%" style="max-width:{float(size[1]) * 4 / 3:.0f}px" role="img"' if size else ""
@@ -84,10 +84,10 @@ class Bitmap:
 
     def to_svg(self) -> str:
         """As SVG text that holds the pixels."""
-        made, stored = self.draw(), io.BytesIO()
-        made.save(stored, "PNG")
-        pixels = base64.b64encode(stored.getvalue()).decode()
-        width, height = made.size
+        picture, buffer = self.draw(), io.BytesIO()
+        picture.save(buffer, "PNG")
+        pixels = base64.b64encode(buffer.getvalue()).decode()
+        width, height = picture.size
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%" role="img" '
             f'style="max-width:{width}px"><title>{escape(self.title)}</title>'
@@ -103,9 +103,9 @@ class Bitmap:
             self.draw().save(target)
 
 
-def plots(*found: Plot) -> tuple[Plot, ...]:
+def plots(*drawn: Plot) -> tuple[Plot, ...]:
     """These plots, or none where matplotlib is not installed: a page does without them."""
-    return found if importlib.util.find_spec("matplotlib") else ()
+    return drawn if importlib.util.find_spec("matplotlib") else ()
 
 
 def _need_matplotlib() -> None:

@@ -174,8 +174,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The data as JSON's own types, with the schema that it follows."""
-        made: dict[str, Any] = plain({"schema": f"clockwork_hooks/{self.SCHEMA}", **self.data()})
-        return made
+        data: dict[str, Any] = plain({"schema": f"clockwork_hooks/{self.SCHEMA}", **self.data()})
+        return data
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as text."""

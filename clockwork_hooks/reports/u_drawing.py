@@ -318,10 +318,10 @@ def _place(diagram: Diagram) -> dict[int, Box]:
 def _title(block: Block, diagram: Diagram) -> str:
     total = sum(other.macs for other in diagram.blocks) or 1
     calls = f", {block.calls} calls" if block.calls > 1 else ""
-    kept = "skipped on adaptor passes" if block.skipped else "runs on every pass"
+    runs = "skipped on adaptor passes" if block.skipped else "runs on every pass"
     return (
         f"{block.name}{calls}: {macs(block.macs)}, {percent(block.macs / total)}, "
-        f"{shape(diagram.levels[block.level])}, {kept}"
+        f"{shape(diagram.levels[block.level])}, {runs}"
     )
 
 
