@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import clockwork_hooks as ch
 from clockwork_hooks.demo import DEMO_PROMPTS
 from clockwork_hooks.demo.recipe import Recipe
-from clockwork_hooks.demo.run import psnr
+from clockwork_hooks.metrics import psnr
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     for name, adaptor in (("identity", None), ("trained", result.adaptor)):
         with ch.wrap(model.unet, adaptor, clock=2):
             images[name] = model.sample(texts, steps=steps)
-        print(f"{name:9} {psnr(images[name], images['plain']):5.1f} dB to the plain pictures")
+        print(f"{name:9} {psnr(images[name], images['plain']).mean():5.1f} dB to the plain pictures")
 
     figure = Figure(figsize=(1.2 * prompts, 4), layout="constrained")
     for row, (name, pictures) in zip(figure.subplots(3, prompts, squeeze=False), images.items(), strict=True):
