@@ -51,7 +51,7 @@ def _space(levels: Levels, positions: int) -> str:
 
 
 def _worked(trace: Trace, dom: Dominance, levels: Levels, build: Builder) -> set[int]:
-    """The levels at which something multiplies and modules return maps: those of filters padded by functions are none."""
+    """Levels at which something multiplies and modules return maps: those of filters padded by functions are none."""
     made = {spec.node.meta["index"] for call in trace.calls if call.path for spec in build.tensors(call.output)}
     returned = {levels.positions(dom.nodes[n]) or 0 for n in made if dom.live[n] and dom.dep[n]}
     return returned & set(levels.worked)
