@@ -145,9 +145,9 @@ def student_errors(
     Returns:
         "feature": step → ‖made - true‖ / ‖true‖ of the region's exit; "output": the same of the guided output.
     """
-    from clockwork_hooks.training.recording import Capture, Needs
+    from clockwork_hooks.training.recording import Needs, TrajectoryRecorder
 
-    capture = Capture(bench.model.unet, region=bench.region(group))
+    capture = TrajectoryRecorder(bench.model.unet, region=bench.region(group))
     try:
         trajectory = capture.record(
             lambda batch: bench.sample(tuple(batch), 0, group.sampler),

@@ -90,7 +90,7 @@ def wrap_pipeline(
         for name in chosen:
             own = {key: _own(value, name) for key, value in given.items()}
             wrappers[name] = wrap(found[name], clock=clock, **own)
-            wrappers[name]._engine.steps = SchedulerSteps(lambda: _schedulers(pipe))
+            wrappers[name].read_steps(SchedulerSteps(lambda: _schedulers(pipe)))
     except BaseException:
         for wrapper in wrappers.values():
             wrapper.remove()

@@ -641,7 +641,7 @@ def edit(
         ProgressBar(console) as bar,
         injected(unet, injection) as inject,
     ):
-        inject.silent = lambda: _adapts(cw)
+        inject.silent = lambda: cw.pass_kind == "adaptor"
         task = bar.add_task("editing", total=steps)
         for k in range(steps):
             cw.step()
@@ -668,11 +668,6 @@ def _source(
         )
     check_source(unet, source)
     return source, unet_arguments(conditions, len(source))
-
-
-def _adapts(cw: ClockworkWrapper) -> bool:
-    run = cw._engine.active.run
-    return run is not None and run.kind == "adaptor"
 
 
 def _rows(*conditions: Mapping[str, Any]) -> dict[str, Any]:

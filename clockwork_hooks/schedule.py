@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clockwork_hooks.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Schedule", "check_clock"]
 
@@ -167,6 +171,17 @@ class Schedule:
         """Is every step full, and is that certain from how it was built? A function may change its mind."""
         rule = self.uses_adaptor
         return (isinstance(rule, _Ticks) and rule.clock == 1) or (isinstance(rule, _Among) and not rule.steps)
+
+    def moved(self, entry: Tensor, before: Tensor) -> bool:
+        """Of an adaptive schedule: has the entry changed by more than the threshold? Waits for the device.
+
+        Args:
+            entry, before: of one shape, now and in the last full pass; NaN is a change.
+        """
+        from torch import float32, linalg
+
+        change = linalg.vector_norm(entry.detach() - before, dtype=float32)
+        return not bool(change / linalg.vector_norm(before, dtype=float32) <= (self.threshold or 0.0))
 
     def full_steps(self, steps: int) -> int:
         """How many of the first `steps` steps are full: ⌈steps / clock⌉ for `every(clock)`.

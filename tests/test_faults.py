@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.clock import times
-from clockwork_hooks.engine import engine
+from clockwork_hooks.engine import chain
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -102,7 +102,7 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
 ) -> None:
     """The first call takes seconds to analyse, and reading a time waits for the device: there Ctrl-C will come."""
     judge, error = Judge(Tiny()), make()
-    part, name = {"analysis": (engine, "node_macs"), "time": (times, "is_number")}[where]
+    part, name = {"analysis": (chain, "node_macs"), "time": (times, "is_number")}[where]
     with ch.wrap(judge.unet) as cw:
         for step, t in enumerate((900, 800) if where == "time" else (), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)

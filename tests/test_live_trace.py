@@ -412,17 +412,6 @@ def test_after_an_interrupt_any_module_s_call_or_remove_cleans_up() -> None:
         cw.remove()
 
 
-def test_after_an_interrupt_other_operators_are_not_recorded() -> None:
-    model = Breaks()
-    with ch.wrap(model):
-        interrupted(model)
-        (mode,) = _get_current_dispatch_mode_stack()
-        count = len(mode.bindings.nodes)
-        torch.ones(3) + 1
-        assert len(mode.bindings.nodes) == count
-
-
-@pytest.mark.xfail(strict=True, reason="native hooks are not told of a BaseException: only the next call cleans up")
 def test_an_interrupt_leaves_nothing_at_once() -> None:
     model = Breaks()
     with ch.wrap(model):
@@ -458,7 +447,7 @@ def test_nested_recordings_that_were_interrupted() -> None:
         model.first.box.append(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             model(noise(), 9.0)
-        assert len(_get_current_dispatch_mode_stack()) == 2
+        assert_clean()
         made = rollout(model)
         assert_clean()
     assert [same(made[k], expected[k]) for k in FULL] == [True, True]

@@ -9,7 +9,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.recording import Capture
+from clockwork_hooks.training.recording import TrajectoryRecorder
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
@@ -45,7 +45,7 @@ def parameters_hash(unet: nn.Module) -> str:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> None:
     unet = Tiny()
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     trajectory = capture.record(sampler(unet, calls=calls), [1, 2, 3])
     capture.remove()
     assert [(step.step, len(step.calls)) for step in trajectory.steps] == [(k, calls) for k in range(1, 6)]
@@ -61,7 +61,7 @@ def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> N
 
 def test_the_students_passes_are_labelled_by_the_teacher() -> None:
     unet, adaptor = Tiny(), Small()
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     schedule = ch.Schedule.every(3)
     trajectory = capture.record(sampler(unet), [1, 2], student=(adaptor, schedule))
     capture.remove()
@@ -82,7 +82,7 @@ def test_the_students_passes_are_labelled_by_the_teacher() -> None:
 def test_a_call_runs_again_without_the_region_and_with_gradient() -> None:
     unet = Tiny()
     unet.requires_grad_(False)
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     call = capture.record(sampler(unet), [1, 2]).steps[2].calls[0]
     exit = call.exit.clone().requires_grad_()
     unet.body.weight.fill_(torch.nan)  # whoever runs it shows
@@ -113,7 +113,7 @@ def test_what_only_the_root_takes_is_captured_too(student: bool) -> None:
         for t in torch.tensor(TIMES):
             unet(torch.randn(2, 2, 8, 8), t, condition)
 
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     acting = (Small(), ch.Schedule.every(2)) if student else None
     call = capture.record(generate, [1, 2], student=acting).steps[1].calls[0]
     seen: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def test_inference_mode_and_in_place_samplers_are_recorded_too() -> None:
             for t in torch.tensor(TIMES):
                 sample -= 0.2 * unet(sample, t, condition)
 
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     steps = capture.record(generate, [1, 2]).steps
     capture.remove()
     for step in steps:
@@ -271,7 +271,7 @@ def test_every_mode_with_every_loss(mode: str, loss: str) -> None:
 def test_forward_noise_gives_the_unet_noised_images() -> None:
     unet = Tiny()
     seen = []
-    handle = unet.register_forward_hook(lambda module, args, output: seen.append(args[0].clone()))
+    handle = unet.stem.register_forward_hook(lambda module, args, output: seen.append(args[0].clone()))
     more = {"images": lambda batch: torch.ones(2, 2, 8, 8), "add_noise": lambda clean, noise, t: clean + t * noise}
     quick(unet, Small(), mode="forward_noise", trajectories=1, loss="feature", **more)
     handle.remove()

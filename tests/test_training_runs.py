@@ -20,7 +20,7 @@ from torch import nn
 import clockwork_hooks as ch
 from clockwork_hooks.training import checkpoint
 from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.recording import Capture
+from clockwork_hooks.training.recording import TrajectoryRecorder
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 
@@ -172,7 +172,7 @@ def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
     mine.parent.mkdir()
     mine.touch()
     unet = Tiny()
-    capture = Capture(unet)
+    capture = TrajectoryRecorder(unet)
     buffers, recorded = [Buffer(tmp_path, 1), Buffer(tmp_path, 1)], []
     for buffer, prompts in zip(buffers, ([1, 2], [3, 4]), strict=True):
         recorded.append(capture.record(sampler(unet), prompts))

@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"]
 
-HOMES = {  # class → the module that it is imported from when it is first asked for, or loaded
+_LATER = {
     "LearnedAdaptor": "learned",
     "ResNetAdaptor": "resnet",
     "ScaledResNetAdaptor": "resnet",
     "UNetAdaptor": "unet",
 }
-KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}  # of `distill`
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

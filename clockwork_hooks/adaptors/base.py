@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-__all__ = ["Adaptor", "IdentityAdaptor"]
+__all__ = ["Adaptor", "AdaptorInputs", "IdentityAdaptor", "needs_of"]
 
 
 @runtime_checkable
@@ -15,6 +15,8 @@ class Adaptor(Protocol):
     """Predicts a region's exit from its entry and from what the region emitted one step before.
 
     Any module (or function) with this signature will do. The paper's φ_θ(r_in(t), r_out(t+1), t_emb, text_emb).
+    One that takes more says so by an attribute `needs`: names of `AdaptorInputs` beyond the four, which are then
+    passed by keyword, as in `needs = frozenset({"entry_cached"})`.
 
     Example:
         >>> class Blend(torch.nn.Module):
@@ -50,6 +52,39 @@ class Adaptor(Protocol):
             The exit, with `exit_cached`'s shape, dtype and device.
         """
         ...
+
+
+class AdaptorInputs(NamedTuple):
+    """All that an adaptor can be given in one call.
+
+    Attributes:
+        entry, exit_cached, time, text: as `Adaptor` takes them.
+        entry_cached: what flowed into the region one step before, when it emitted `exit_cached`; shaped as `entry`.
+            Where nothing of it was kept, the pass is full.
+        position: the UNet's time input of this call, as it was passed, float32 of shape (): which step it is.
+
+    Example:
+        >>> given = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
+        >>> given.position
+        tensor(981.)
+    """
+
+    entry: torch.Tensor | None
+    exit_cached: torch.Tensor
+    time: torch.Tensor | None
+    text: torch.Tensor | None
+    entry_cached: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+
+
+def needs_of(adaptor: Any) -> frozenset[str]:
+    """What an adaptor takes beyond the four inputs of `Adaptor`: names of `AdaptorInputs`.
+
+    Example:
+        >>> needs_of(IdentityAdaptor())
+        frozenset()
+    """
+    return frozenset(getattr(adaptor, "needs", ()))
 
 
 class IdentityAdaptor(nn.Module):

@@ -10,7 +10,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.sampling import Runs, Watch, reference
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.adaptive import AdaptivePass
+from clockwork_hooks.engine.engine import UNetCall
 from clockwork_hooks.engine.hooks import Installed
-from clockwork_hooks.engine.passes import Active, Pass
+from clockwork_hooks.engine.passes import Active, Outcome, Pass
 from clockwork_hooks.graph.tracing import module_paths
 
 __all__ = ["Ages", "Series", "follow"]
@@ -69,7 +68,7 @@ def follow(
             with watch.trajectory():
                 runs.plain.append(reference(runs.unet, runs.generate, *run))
             for follower in followers:
-                follower.before.clear()
+                follower.last.clear()
             steps = max(steps, watch.step)
             tell()
     return steps, {one.name: follower.series(steps) for one, follower in zip(found, followers, strict=True)}
@@ -92,8 +91,7 @@ class _Follower:
         self.unet, self.candidate, self.longest = unet, candidate, longest
         self.active = Active()
         self.tracing: Pass | None = None
-        self.resting = False
-        self.before: dict[tuple[int, int], _Before] = {}
+        self.last: dict[tuple[int, int], _Before] = {}
         self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
         self.placed = candidate.given is None
 
@@ -103,35 +101,32 @@ class _Follower:
         plan = self.candidate.region.cut_plan
         installed = Installed(self)
 
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            run = AdaptivePass(plan, "full", None, copies=True, adapts=lambda entry: True)
-            run.enter(args, kwargs)
-            self.active.run = run
-
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            run, self.active.run = self.active.run, None
-            if isinstance(run, AdaptivePass) and run.complete():
-                self.add(watch, run)
-
-        handles = [
-            self.unet.register_forward_pre_hook(begin, with_kwargs=True),
-            self.unet.register_forward_hook(end, always_call=True),
-        ]
         try:
             known = module_paths(self.unet)
             installed.add(plan, {known[id(module)]: module for module in self.unet.modules()})
-            yield
+            self._watch = watch
+            with watch.observed(self):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             self.active.run = None
             installed.remove()
 
-    def add(self, watch: Watch, run: AdaptivePass) -> None:
+    def before(self, call: UNetCall) -> None:
+        """Look at the boundary in the call that is about to run."""
+        self.active.run = run = Pass(self.candidate.region.cut_plan, "full", copies=(0,), keeps_entry=True)
+        run.enter(call.args, call.kwargs)
+
+    def after(self, call: UNetCall, outcome: Outcome) -> None:
+        """Sum up what was seen."""
+        run, self.active.run = self.active.run, None
+        if run is not None and run.complete():
+            self.add(self._watch, run)
+
+    def add(self, watch: Watch, run: Pass) -> None:
         """One call, of which the pass has seen the boundary."""
         exit, entry = run.exit, run.entry
         assert exit is not None  # the pass is complete
-        known = self.before.get(watch.branch)
+        known = self.last.get(watch.branch)
         here = known is not None and known.step == watch.step - 1 and known.exit.shape == exit.shape
         made, entries = [exit], [] if entry is None else [entry]
         if known is not None and here:
@@ -144,7 +139,7 @@ class _Follower:
             for age, past in enumerate(known.entries[: self.longest], 1):
                 self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
             entries += known.entries
-        self.before[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest])
+        self.last[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest])
 
     def _adapt(self, captured: dict[str, Tensor], cached: Tensor) -> Tensor:
         adaptor = self.candidate.adaptor
@@ -153,7 +148,9 @@ class _Follower:
         self.placed = True
         where = {"region": self.candidate.region.line, "adaptor": type(adaptor).__name__}
         with torch.no_grad():
-            return stand_in.check(stand_in.run(adaptor, captured, cached), cached, finite=False, where=where)
+            return stand_in.check(
+                stand_in.call(adaptor, stand_in.inputs(captured, cached)), cached, finite=False, where=where
+            )
 
     def _compare(self, step: int, exit: Tensor, known: _Before) -> None:
         now, then = exit.float(), known.exit.float()

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.tracing import Trace, record
@@ -155,35 +157,30 @@ class Watch:
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.calls = unet, 0, 0
         self.branch, self.usable = (1, 0), False
-        self._before: dict[tuple[int, int, int], int] | None = None
         self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
-        self._handles = [  # each after the wrapper's own
-            unet.register_forward_pre_hook(self._place),
-            unet.register_forward_hook(self._settle),
-        ]
+        self._watching = self.observed(self)
+        self._watching.__enter__()
 
-    def _place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        position = self._wrapper.position
-        self.calls, self._before = self.calls + 1, None
-        if position is not None:
-            self.step, self.branch = position.step, (position.branch.number, position.ordinal)
-            self.usable = position.doubt is None and position.before is not None
-        else:  # this call is being traced: which branch's it is will be known when it is over
+    def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
+        """Within it, the observer sees every call too."""
+        return self._wrapper.observed(observer)
+
+    def before(self, call: UNetCall) -> None:
+        """A call is about to run; of one that is recorded, the place will be known when it is over."""
+        self.calls += 1
+        if call.place is None:
             self.step, self.branch, self.usable = max(self.step, 1), (0, self.calls), False
-            self._before = self._counts()
+        else:
+            self._at(call.place)
+            self.usable = call.place.doubt is None and call.place.before is not None
 
-    def _settle(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a call that was traced: where it was."""
-        if self._before is None:
-            return
-        for (trajectory, step, branch), count in self._counts().items():
-            if self._before.get((trajectory, step, branch)) != count:
-                self.step, self.branch = step, (branch, count - 1)
+    def after(self, call: UNetCall, outcome: object) -> None:
+        """It is over."""
+        if call.place is not None:
+            self._at(call.place)
 
-    def _counts(self) -> dict[tuple[int, int, int], int]:
-        """(trajectory, step, branch) → its calls so far, of every branch that the wrapper remembers."""
-        timeline = self._wrapper._engine.states.current().timeline
-        return {(timeline.trajectory, one.step, one.number): len(one.calls) for one in timeline.branches}
+    def _at(self, place: Position) -> None:
+        self.step, self.branch = place.step, (place.branch.number, place.ordinal)
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[Watch]:
@@ -202,8 +199,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._watching.__exit__(None, None, None)
         self._wrapper.remove()
 
 

@@ -42,6 +42,8 @@ COMPILED = "within torch.compile, torch.export or torch.jit"
 TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
 UNTOLD = "this version of torch does not say whether the call is transformed or run again"
+TEACHER = "a teacher runs in full"
+REPLACED = "something put an older forward of the UNet back"
 OTHER_REGION = "the chosen region is another one for these inputs"
 
 REASONS: dict[str, tuple[str, str]] = {
@@ -142,6 +144,12 @@ REASONS: dict[str, tuple[str, str]] = {
         "`region=` does not fit what was recorded for these inputs",
         "leave `region=` out",
     ),
+    REPLACED: (
+        "another library took its own hook off the UNet and put back the forward that it had found; the call ran past "
+        "the wrapper, which has attached itself again",
+        "nothing; once. Where it comes again and again, wrap the UNet after the other library's hooks are on",
+    ),
+    TEACHER: ("training and calibration record what the UNet itself computes", "nothing"),
     COMPILED: (
         "what they make of a call is fixed, so it is of the UNet itself",
         "to sample, call the UNet itself; `cw.compile()` compiles",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Conditions, Seen
 from clockwork_hooks.clock.evidence import Jumps, Strides
@@ -34,12 +35,24 @@ class Kept:
         exit: the tensor.
         version: its counter of in-place writes, when it was kept.
         weights: state of the UNet's weights in the call.
+        entry: what flowed into the region, where somebody looks at it; of an adaptive schedule, in the last full pass.
+        age: and how many adaptor passes came since.
     """
 
     key: Hashable
     exit: torch.Tensor
     version: int
     weights: Hashable
+    entry: torch.Tensor | None = None
+    age: int = 0
+
+    def stale(self, key: Hashable, weights: Hashable) -> str | None:
+        """Why it may not serve a call of this key and these weights; None where it may."""
+        if self.key is not key and self.key != key:
+            return reasons.CHANGED
+        if self.weights != weights:
+            return reasons.WEIGHTS
+        return reasons.WRITTEN if self.version != version(self.exit) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -51,16 +64,12 @@ class Call:
         kept: for the same call of the step after it; None if nothing may be used.
         missing: why there is none.
         inner: the same for the regions inside of that one that have clocks of their own.
-        entry: where the schedule decides at run time, the entry of the last full pass.
-        age: and how many adaptor passes came since.
     """
 
     offset: int = 0
     kept: Kept | None = None
     missing: str = reasons.NOT_KEPT
     inner: tuple[Call, ...] = ()
-    entry: torch.Tensor | None = None
-    age: int = 0
 
     def take(self) -> Kept | None:
         """What was kept, which is let go: it serves once."""
@@ -106,7 +115,7 @@ class Branch:
         """Memory that it holds: features, each storage once, and copies of conditions."""
         calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
         kept = [call.kept.exit for call in calls if call.kept is not None]
-        kept += [call.entry for call in calls if call.entry is not None]
+        kept += [call.kept.entry for call in calls if call.kept is not None and call.kept.entry is not None]
         storages = map(torch.Tensor.untyped_storage, kept)
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -161,6 +170,29 @@ class Position:
     call: Call
     before: Call | None = None
     doubt: str | None = None
+
+    def split(self, regions: int) -> None:
+        """Remember so many regions apart, one inside the other; the first is the call's own."""
+        self.call.inner = tuple(Call() for _ in range(regions - 1))
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Where each region's exit is remembered."""
+        return (self.call, *self.call.inner)
+
+    @property
+    def befores(self) -> tuple[Call | None, ...]:
+        """The same of the step before; None for a region of which there is none."""
+        before = None if self.before is None else self.before.inner
+        if before is None or len(before) != len(self.call.inner):  # the call before was another signature's
+            return (self.before, *(None for _ in self.call.inner))
+        return (self.before, *before)
+
+    def release(self, regions: int) -> None:
+        """Let go of what the first so many regions emitted in the step before: it serves once."""
+        for before in self.befores[:regions]:
+            if before is not None:
+                before.take()
 
     @property
     def scheduled(self) -> str:

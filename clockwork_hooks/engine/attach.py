@@ -13,10 +13,9 @@ from torch import nn
 
 from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.adaptive import AdaptiveEngine
+from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.hooks import RootHook
-from clockwork_hooks.engine.nested import Clocked, NestedEngine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph.tracing import module_paths
@@ -228,10 +227,10 @@ def wrap(
     clock = 2 if clock is None else clock
     check_clock(clock)
     if clocks is not None:
-        nested = _nested(unet, clocks, adaptor, cut, time, check_finite)
-        if all(one.clock == 1 for one in nested.clocks):
+        chain = _chain(unet, clocks, adaptor, cut)
+        if all(clocked.clock == 1 for clocked in chain):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-        return ClockworkWrapper(unet, nested)
+        return ClockworkWrapper(unet, Engine(unet, chain, time=time, check_finite=check_finite))
     if isinstance(adaptor, Mapping):
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
@@ -250,22 +249,15 @@ def wrap(
         stand_in.check_region(used, region)
     elif choice == Choice():
         choice = Choice(**stand_in.region_options(used))
-    loaded = used is not adaptor
-    checks = {"check_finite": check_finite, "keep_graph": keep_graph}
-    kind = Engine if steps.threshold is None else AdaptiveEngine
-    engine = kind(unet, used, steps, region=region or choice, time=time, loaded=loaded, **checks)
+    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor)
+    if region is not None:
+        alone.region = region
+    engine = Engine(unet, [alone], time=time, check_finite=check_finite, keep_graph=keep_graph)
     return ClockworkWrapper(unet, engine)
 
 
-def _nested(
-    unet: nn.Module,
-    clocks: Mapping[Any, int],
-    adaptor: Any,
-    cut: str,
-    time: str | None,
-    check_finite: bool,
-) -> NestedEngine:
-    """What runs several clocks; the rules that can be checked before the first call are."""
+def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -> list[ClockedRegion]:
+    """Regions with their clocks; the rules that can be checked before the first call are."""
     if not isinstance(clocks, Mapping) or not clocks:
         raise ArgumentError(
             "clocks= gives each region a clock", seen={"clocks": repr(clocks)}, do="pass clocks={1: 2, 2: 4}"
@@ -285,5 +277,6 @@ def _nested(
         else:
             wanted, name = Choice(level=key, cut=cut), f"level {key}"
         used = resolve_adaptor(adaptors.get(key))
-        made.append(Clocked(name, wanted, clock, used, loaded=used is not adaptors.get(key)))
-    return NestedEngine(unet, made, time=time, check_finite=check_finite)
+        movable = used is not adaptors.get(key)
+        made.append(ClockedRegion(wanted, Schedule.every(clock), used, movable, name, clock))
+    return made

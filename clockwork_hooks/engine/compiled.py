@@ -1,11 +1,11 @@
-"""Compiled calls: two static callables per input signature, one for full and one for adaptor passes.
+"""Compiled passes: two static callables per input signature, one for full and one for adaptor passes.
 
-    full(args)            → output, exit
-    adaptor(args, cached) → output, exit
+    full(args)                          → output, exits, entry
+    adaptor(args, exit cached, entry cached) → output, exits, entry
 
-Hooks, timeline, schedule and statistics stay eager; only what the root's forward does is replaced, for one call, by
-the callable of the pass that was chosen. The decisions within a pass (which calls are skipped, where the exit is) are
-constants by then, so each callable is one graph; the exit leaves it and enters it as an ordinary tensor.
+Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
+pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
+then, so each callable is one graph; exits leave it and enter it as ordinary tensors.
 """
 
 from __future__ import annotations
@@ -20,43 +20,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clockwork_hooks._tree import map_leaves, version
+from clockwork_hooks._tree import leaves, map_leaves, version
+from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.passes import Pass, TracedPass
+from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
 from clockwork_hooks.errors import CompileError
-from clockwork_hooks.regions.cut import CutPlan, Kind
 
 if TYPE_CHECKING:
-    from clockwork_hooks.engine.engine import Engine, Running
+    from clockwork_hooks.clock.timeline import Kept
+    from clockwork_hooks.engine.engine import Engine, UNetCall
 
-__all__ = ["Compiled", "Ran", "Static"]
+__all__ = ["Compiled", "Static"]
 
 _NUMBERS = itertools.count()
 
-Static = Callable[..., "tuple[Any, torch.Tensor | None, bool]"]
-
-
-class Ran(Pass):
-    """A pass that a static callable has run."""
-
-    def __init__(
-        self, plan: CutPlan, kind: Kind, exit: torch.Tensor | None, *, whole: bool, untouched: bool = True
-    ) -> None:
-        super().__init__(plan, kind)
-        self.exit, self._whole, self._untouched = exit, whole, untouched
-        self.written = -1 if exit is None else version(exit)
-
-    def complete(self) -> bool:
-        """Did the calls agree with the trace, when this pass was compiled?"""
-        return self._whole and self.exit is not None
-
-    def untouched(self) -> bool:
-        """Was the exit as it was emitted at the end of the pass, when this pass was compiled?"""
-        return self._untouched
+# args, kwargs, (exit cached, entry cached) → output, region → exit, entry, complete
+Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, bool]"]
+Cached = tuple["torch.Tensor | None", "torch.Tensor | None"]
 
 
 class Compiled:
-    """Runs the calls of a compiled wrapper; it is called in the place of the root's forward.
+    """Runs the passes of a compiled wrapper.
 
     Args:
         engine: decides what runs.
@@ -69,44 +53,45 @@ class Compiled:
         self._static: dict[tuple[Any, ...], Static] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call of the root's forward."""
-        running = self.running()
-        if running is None or running.run is None or running.prepared is None or not self.ready(running):
-            return forward(*args, **kwargs)
-        args, kwargs = with_tensor_time(running, args, kwargs)
-        output, ran = self.run(running, running.run, forward, args, kwargs)
-        finite, cached = self.engine.check_finite, running.cached
-        if cached is not None and ran.exit is not None and (finite or not stand_in.fits(ran.exit, cached)):
-            where = {"step": running.position and running.position.step, "adaptor": type(self.engine.adaptor).__name__}
-            stand_in.check(ran.exit, cached, finite=finite, where=where)
-        running.run = ran
-        return output
-
-    def running(self) -> Running | None:
-        """The call of the UNet that is under way in this thread; None for one that is not ours to speed up."""
-        stack = self.engine.states.current().running
-        return stack[-1] if stack else None
-
-    def ready(self, running: Running) -> bool:
+    def ready(self, call: UNetCall, run: Pass) -> bool:
         """The first adaptor pass of a signature runs as it is: its MACs are counted and its output is checked."""
-        return running.cached is None or (running.prepared is not None and running.prepared.adaptor_macs is not None)
+        if call.signature is None:
+            return False
+        return run.kind == "full" or call.signature.regions[run.plan.index].adaptor_macs is not None
 
-    def run(
-        self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Pass]:
-        """Run this pass as its static callable does: (output, what it did)."""
-        key = (running.key, run.kind, run.copies)
+    def run(self, call: UNetCall, run: Pass, kept: Kept | None) -> Outcome:
+        """Run a pass as its static callable does.
+
+        Raises:
+            CompileError: it is not one graph.
+            AdaptorError: the adaptor returned what does not fit the region.
+        """
+        args, kwargs = with_tensor_time(call)
+        cached: Cached = (None, None) if run.kind == "full" or kept is None else (kept.exit, kept.entry)
+        outcome = self.launch(call, run, args, kwargs, cached)
+        exit, finite = outcome.exits.get(run.plan.index), self.engine.check_finite
+        if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
+            adaptor = self.engine.chain[run.plan.index].adaptor
+            where = {"step": call.place and call.place.step, "adaptor": type(adaptor).__name__}
+            stand_in.check(exit.exit, cached[0], finite=finite, where=where)
+        return outcome
+
+    def launch(
+        self, call: UNetCall, run: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
+    ) -> Outcome:
+        """Compile the pass if need be, and run it."""
+        key = (call.key, run.plan.index, run.kind, frozenset(run.copies))
         with self._lock:
             static = self._static.get(key)
             if static is None:
-                made = self._make(run, forward)
-                static = self._static[key] = torch.compile(made, fullgraph=True, **self.options)
+                static = self._static[key] = torch.compile(self._make(call, run), fullgraph=True, **self.options)
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             with _counting_in_checkpoints():
-                output, exit, whole = static(args, kwargs, running.cached)
+                call.inside = True
+                output, exits, entry, complete = static(args, kwargs, cached)
+                call.inside = False
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -117,48 +102,64 @@ class Compiled:
             ) from error
         if self.pooled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
-            exit = exit.clone() if exit is not None and exit is not running.cached else exit
-        return output, Ran(run.plan, run.kind, exit, whole=whole)
+            exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
+            entry = None if entry is None else entry.clone()
+        return outcome_of(run, output, exits, entry, complete=complete)
 
-    def _make(self, run: Pass, forward: Callable[..., Any]) -> Static:
-        engine, adaptor = self.engine, self.engine.adaptor
-        plan, kind, copies, looks = run.plan, run.kind, run.copies, run.looks
+    def _make(self, call: UNetCall, run: Pass) -> Static:
+        engine, adaptor, forward = self.engine, self.engine.chain[run.plan.index].adaptor, call.forward
+        kind = run.kind
+        position = time_leaf(call) if "position" in needs_of(adaptor) else None
 
-        def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Any) -> tuple[Any, torch.Tensor | None, bool]:
+        def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached) -> Any:
+            time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
+
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-                made: torch.Tensor = stand_in.run(adaptor, captured, cached)
-                return made
+                exit, entry = cached
+                assert exit is not None  # it is an adaptor pass
+                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, time))
+                return adapted
 
-            run = engine.tracing = TracedPass(
-                plan, kind, adapt if kind == "adaptor" else None, copies=copies, looks=looks
-            )
-            run.enter(args, kwargs)
+            traced = engine.tracing = run.like(adapt if kind == "adaptor" else None, traced=True)
+            traced.enter(args, kwargs)
             output = forward(*args, **kwargs)
             engine.tracing = None
-            return output, run.exit, run.complete()
+            exits = {region: emitted.exit for region, emitted in traced.exits.items()}
+            return output, exits, traced.entry, traced.complete()
 
         return _with_code_of_its_own(static, f"{kind}_pass_{next(_NUMBERS)}")
 
 
-def with_tensor_time(
-    running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def outcome_of(
+    run: Pass, output: Any, exits: Mapping[int, torch.Tensor], entry: torch.Tensor | None, *, complete: bool
+) -> Outcome:
+    """The outcome of a pass that a static callable has run; whether its calls agreed was seen when it was made."""
+    emitted = {region: Emitted(exit, version(exit)) for region, exit in exits.items()}
+    return Outcome(output, run.kind, emitted, frozenset(), complete, entry)
+
+
+def time_leaf(call: UNetCall) -> int | None:
+    """Which leaf of the arguments the time is."""
+    return None if call.signature is None else call.signature.place(call.arguments)[0]
+
+
+def with_tensor_time(call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with its time as a tensor on the sample's device: a number would be a constant of what is compiled."""
-    prepared, values = running.prepared, running.arguments.values
-    time = values.get(prepared.time) if prepared is not None and prepared.time is not None else None
-    if prepared is None or time is None:
-        return args, kwargs
-    device = running.arguments.get(prepared.sample).device
+    signature, values = call.signature, call.arguments.values
+    time = values.get(signature.time) if signature is not None and signature.time is not None else None
+    if signature is None or time is None:
+        return call.args, call.kwargs
+    device = call.arguments.get(signature.sample).device
     if isinstance(time, torch.Tensor):
         if time.device == device:
-            return args, kwargs
+            return call.args, call.kwargs
         lifted = time.to(device)
     elif isinstance(time, numbers.Integral):
         lifted = torch.full((), int(time), dtype=torch.int64, device=device)  # a kernel, no copy to wait for
     else:
         lifted = torch.full((), float(time), device=device)
-    made = [lifted if name == prepared.time else value for name, value in values.items()]
-    return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
+    changed = [lifted if name == signature.time else value for name, value in values.items()]
+    return tuple(changed[: len(call.args)]), dict(zip(call.kwargs, changed[len(call.args) :], strict=True))
 
 
 def _counting_in_checkpoints() -> contextlib.AbstractContextManager[None]:

@@ -16,22 +16,23 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from clockwork_hooks._tree import leaves, map_leaves, tensors, version
+from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.compiled import Compiled, Ran
-from clockwork_hooks.engine.passes import Pass
+from clockwork_hooks.engine.compiled import Cached, Compiled, time_leaf
+from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 
 if TYPE_CHECKING:
-    from clockwork_hooks.engine.engine import Engine, Running
+    from clockwork_hooks.engine.engine import Engine, UNetCall
 
 __all__ = ["Captured"]
 
@@ -58,33 +59,33 @@ class _Buffer:
 
 @dataclass(slots=True)
 class _Graph:
-    """One captured pass."""
+    """One captured pass; `cached` is the buffer of the exit that an adaptor pass is given."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[_Buffer]
-    output: Any
-    exit: torch.Tensor | None
-    whole: bool
-    untouched: bool
+    cached: torch.Tensor | None
+    outcome: Outcome
     constants: tuple[Any, ...] = field(repr=False)
 
-    def replay(self, values: list[torch.Tensor], running: Running) -> tuple[Any, torch.Tensor | None]:
-        """Launch it on these inputs: (output, exit), copied out of the graph's memory."""
-        cached, trajectory = running.cached, running.position.trajectory if running.position else -1
-        sample = running.arguments.get(running.prepared.sample) if running.prepared is not None else None
+    def replay(self, values: list[torch.Tensor], call: UNetCall, cached: torch.Tensor | None) -> Outcome:
+        """Launch it on these inputs; what it leads to is copied out of the graph's memory."""
+        trajectory = -1 if call.place is None else call.place.trajectory
+        sample = None if call.signature is None else call.arguments.get(call.signature.sample)
         for buffer, value in zip(self.inputs, values, strict=True):
             if value is sample:
                 buffer.source = None  # a sampler may write to it as it likes
             buffer.fill(value, trajectory)
         self.graph.replay()
-        output, exit = map_leaves(_copy, self.output), self.exit
-        if exit is not None:  # an adaptor may return what it was given
-            exit = cached if exit is self.inputs[-1].memory else exit.clone()
-        return output, exit
+        exits = {}
+        for region, emitted in self.outcome.exits.items():  # an adaptor may return what it was given
+            exit = cached if emitted.exit is self.cached and cached is not None else emitted.exit.clone()
+            exits[region] = Emitted(exit, version(exit))
+        output, entry = map_leaves(_copy, self.outcome.output), _copy(self.outcome.entry)
+        return replace(self.outcome, output=output, exits=exits, entry=entry)
 
 
 class Captured(Compiled):
-    """Runs the calls of a wrapper whose passes are captured.
+    """Runs the passes of a wrapper as captured CUDA graphs.
 
     Args:
         engine: decides what runs.
@@ -115,49 +116,48 @@ class Captured(Compiled):
         self._freed: list[Any] = []
         self._watched = False
 
-    def ready(self, running: Running) -> bool:
+    def ready(self, call: UNetCall, run: Pass) -> bool:
         """Is this pass one that a graph can stand for?"""
-        if not super().ready(running) or self._moves > _MOVES:
+        if not super().ready(call, run) or self._moves > _MOVES:
             return False
         if torch.is_grad_enabled():
             _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
             return False
-        return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(running.arguments.values))
+        return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(call.arguments.values))
 
-    def run(
-        self, running: Running, run: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Pass]:
-        """Replay the pass, captured first if need be: (output, what it did)."""
-        flat = [leaf for _, leaf in leaves((args, kwargs, running.cached))]
+    def launch(
+        self, call: UNetCall, run: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
+    ) -> Outcome:
+        """Replay the pass, captured first if need be."""
+        flat = [leaf for _, leaf in leaves((args, kwargs, cached))]
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
             if self._freed if self._watched else self._moved_away():
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
-            key = (running.key, run.kind, run.copies, *map(_constant, constants))
-            captured = self._graphs.get(key)
-            if captured is not None:
-                output, exit = captured.replay(values, running)
+            key = (call.key, run.plan.index, run.kind, frozenset(run.copies), *map(_constant, constants))
+            graph = self._graphs.get(key)
+            outcome = graph.replay(values, call, cached[0]) if graph is not None else None
             before, self._state = self._state, self._counters.state()
-            anew = self._state != before or (running.position is not None and running.position.step == 1)
+            anew = self._state != before or (call.place is not None and call.place.step == 1)
             if (anew or self._moved_away()) and self._look():
-                captured = None
-            if captured is None and len(self._graphs) >= _GRAPHS:
+                outcome = None
+            if outcome is not None:
+                return outcome
+            if len(self._graphs) >= _GRAPHS:
                 _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
-                return forward(*args, **kwargs), run
-            if captured is None:
-                captured = self._graphs[key] = self._capture(running, run, forward, args, kwargs, constants)
-                output, exit = captured.replay(values, running)
-        return output, Ran(run.plan, run.kind, exit, whole=captured.whole, untouched=captured.untouched)
+                return self.engine.execute(call, run, None, eager=True)
+            graph = self._graphs[key] = self._capture(call, run, args, kwargs, cached, constants)
+            return graph.replay(values, call, cached[0])
 
     def _capture(
         self,
-        running: Running,
+        call: UNetCall,
         wanted: Pass,
-        forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        cached: Cached,
         constants: tuple[Any, ...],
     ) -> _Graph:
         device = next(tensor.device for tensor in self._weights)
@@ -169,7 +169,7 @@ class Captured(Compiled):
             buffers.append(_Buffer(leaf.detach().to(device, copy=True)))
             return buffers[-1].memory
 
-        args, kwargs, cached = map_leaves(buffer, (args, kwargs, running.cached))
+        args, kwargs, cached = map_leaves(buffer, (args, kwargs, cached))
         own = [tensor for root in self._roots() for tensor in root.buffers()]
         before = [(tensor, version(tensor), tensor.clone()) for tensor in own]
         cache = torch.is_autocast_cache_enabled()
@@ -180,12 +180,12 @@ class Captured(Compiled):
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(2):  # libraries choose algorithms and make workspaces on first use
-                    self._pass(wanted, forward, args, kwargs, cached)
+                    self._pass(call, wanted, args, kwargs, cached)
             torch.cuda.current_stream(device).wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output, run = self._pass(wanted, forward, args, kwargs, cached)
+                outcome = self._pass(call, wanted, args, kwargs, cached)
         except (RuntimeError, NotImplementedError) as error:
             raise CompileError(
                 "a captured pass neither waits for the device nor decides by values on it",
@@ -198,17 +198,25 @@ class Captured(Compiled):
                 if version(tensor) != written or written < 0:
                     with torch.inference_mode(tensor.is_inference()):
                         tensor.copy_(value)
-        return _Graph(graph, buffers, output, run.exit, run.complete(), run.untouched(), constants)
+        return _Graph(graph, buffers, cached[0], outcome, constants)
 
-    def _pass(
-        self, wanted: Pass, forward: Callable[..., Any], args: Any, kwargs: Any, cached: torch.Tensor | None
-    ) -> tuple[Any, Pass]:
-        engine = self.engine
-        adapt = None if cached is None else lambda captured: stand_in.run(engine.adaptor, captured, cached)
-        run = Pass(wanted.plan, wanted.kind, adapt, copies=wanted.copies, looks=wanted.looks)
+    def _pass(self, call: UNetCall, wanted: Pass, args: Any, kwargs: Any, cached: Cached) -> Outcome:
+        """Run a pass like the wanted one on other inputs."""
+        engine, exit, adaptor = self.engine, cached[0], self.engine.chain[wanted.plan.index].adaptor
+        time = [leaf for _, leaf in leaves((args, kwargs))][time_leaf(call) or 0] if needs_of(adaptor) else None
+        adapt = None
+        if exit is not None:
+
+            def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
+                return stand_in.call(adaptor, stand_in.inputs(captured, exit, cached[1], time))
+
+        run = wanted.like(adapt)
         run.enter(args, kwargs)
         engine.active.run = run
-        return forward(*args, **kwargs), run
+        try:
+            return run.outcome(call.forward(*args, **kwargs))
+        finally:
+            engine.active.run = None
 
     def _follow(self) -> None:
         """Buffers are shared: a stream waits for the one that used them before."""
@@ -219,9 +227,10 @@ class Captured(Compiled):
 
     def _look(self) -> bool:
         """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
-        roots, adaptor = self._roots(), self.engine.adaptor
+        roots = self._roots()
         looks = [part for root in roots for part in _looks(root)]
-        looks += [] if adaptor in roots else getattr(adaptor, "__dict__", {}).values()
+        for clocked in self.engine.chain:
+            looks += [] if clocked.adaptor in roots else getattr(clocked.adaptor, "__dict__", {}).values()
         weights = [tensor for root in roots for tensor in _weights(root)]
         places = [tensor.data_ptr() for tensor in weights]
         same = places == self._places and len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
@@ -241,7 +250,8 @@ class Captured(Compiled):
         return dropped
 
     def _roots(self) -> list[nn.Module]:
-        return [root for root in (self.engine.unet, self.engine.adaptor) if isinstance(root, nn.Module)]
+        adaptors = (clocked.adaptor for clocked in self.engine.chain)
+        return [self.engine.unet, *(adaptor for adaptor in adaptors if isinstance(adaptor, nn.Module))]
 
     def _moved_away(self) -> bool:
         """Are weights somewhere else than when modules were last looked at?"""

@@ -1,12 +1,14 @@
-"""Skip module calls and capture tensors, and undo both: all surgery on the user's modules is in this file.
+"""Skip module calls and pick up tensors, and undo both: all surgery on the user's modules is in this file.
 
-A forward hook cannot keep a forward from running, so a module with skipped calls gets an instance-level `forward`
-that counts the calls and asks the running `Pass` what to do; what only observes is a native hook.
+A forward hook cannot keep a forward from running, so what may be skipped or run otherwise gets an instance-level
+`forward`: the UNet itself hands its calls to the engine, a module with skipped calls asks the pass that is running.
+What only observes is a native hook.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -17,35 +19,26 @@ from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
-__all__ = ["Installed", "RootHook"]
+__all__ = ["Forward", "Installed", "RootForward", "RootHook"]
+
+# (the forward that it stands for, args, kwargs) → what the call returns
+Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-class Forward:
+class _Instead:
     """Stands in front of one module's forward; copies and pickles as the forward that it stands for.
 
     Without a `__dict__`: who wraps it in turn (accelerate, by `functools.update_wrapper`) copies that along.
     """
 
-    __slots__ = ("__name__", "__wrapped__", "exits", "forward", "module", "own", "owner", "path")
+    __slots__ = ("__name__", "__wrapped__", "forward", "module", "own")
 
-    def __init__(self, owner: Owner, path: str, module: nn.Module) -> None:
-        self.path = path
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.owner: Owner | None = owner
-        self.exits = False
         self.own = "forward" in vars(module)
-        self.forward: Callable[..., Any] = module.forward
+        self.forward: Any = module.forward
         self.__name__ = "forward"
         self.__wrapped__ = self.forward  # inspect.signature looks here
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self.owner
-        if owner is None or (owner.resting and not self.exits):
-            return self.forward(*args, **kwargs)
-        run = owner.tracing or owner.active.run
-        if run is None:
-            return self.forward(*args, **kwargs)
-        return run.call(self.path, self.forward, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_same, (self.forward,)) if self.own else (_class_forward, (self.module,))
@@ -55,20 +48,75 @@ class Forward:
         """Is this still what the module's `forward` is?"""
         return vars(self.module).get("forward") is self
 
-    def remove(self) -> None:
-        """Unlink this and nothing else, wherever later patches have put it."""
-        self.owner = None
+    def unlink(self) -> None:
+        """Take this and nothing else away, wherever later patches have put it."""
         if self.attached and not self.own:
             del self.module.forward
             return
         for name, value in list(vars(self.module).items()):
             if value is self:
                 vars(self.module)[name] = self.forward
-            while isinstance(value, Forward):  # another wrapper's, around ours
-                if value.forward is self:
-                    value.forward = value.__wrapped__ = self.forward
-                    value.own = self.own
-                value = value.forward
+            inner: Any = value
+            while isinstance(inner, _Instead):  # another wrapper's, around ours
+                if inner.forward is self:
+                    inner.forward = inner.__wrapped__ = self.forward
+                    inner.own = self.own
+                inner = inner.forward
+
+
+class Forward(_Instead):
+    """Stands in front of the forward of a module with skipped calls."""
+
+    __slots__ = ("owner", "path")
+
+    def __init__(self, owner: Owner, path: str, module: nn.Module) -> None:
+        super().__init__(module)
+        self.path = path
+        self.owner: Owner | None = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the pass that runs; without one, run."""
+        owner = self.owner
+        run = None if owner is None else owner.tracing or owner.active.run
+        return self.forward(*args, **kwargs) if run is None else run.call(self.path, self.forward, args, kwargs)
+
+    def remove(self) -> None:
+        """Unlink it; whoever still holds it gets the module's own forward."""
+        self.owner = None
+        self.unlink()
+
+
+class RootForward(_Instead):
+    """Stands in front of the UNet's forward: every call of it, also one that no hook sees, is the engine's."""
+
+    __slots__ = ("name", "serve")
+
+    def __init__(self, module: nn.Module, serve: Serve) -> None:
+        super().__init__(module)
+        self.serve: Serve | None = serve
+        self.name = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the engine run the call."""
+        serve = self.serve
+        return self.forward(*args, **kwargs) if serve is None else serve(self.forward, args, kwargs)
+
+    @property
+    def linked(self) -> bool:
+        """Is this what the module's `forward` is, or what whoever replaced that will call?"""
+        attributes = vars(self.module)
+        if attributes.get("forward") is self or attributes.get(self.name) is self:
+            return True
+        return any(value is self for value in attributes.values())
+
+    @property
+    def __code__(self) -> Any:  # torch.export looks here
+        return inspect.unwrap(self.forward).__code__
+
+    def remove(self) -> None:
+        """Unlink it; whoever still holds it gets the UNet's own forward."""
+        self.serve = None
+        self.unlink()
 
 
 def _same(value: Any) -> Any:
@@ -77,16 +125,6 @@ def _same(value: Any) -> Any:
 
 def _class_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(type(module).forward, module)
-
-
-class RootForward(Forward):
-    """Stands in front of the root's forward while the wrapper is compiled; `owner` is called with forward and call."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the owner run the call."""
-        return self.owner(self.forward, args, kwargs) if callable(self.owner) else self.forward(*args, **kwargs)
 
 
 class Observer:
@@ -110,28 +148,26 @@ class _Nothing:
 
 
 class RootHook:
-    """One of the two native hooks on the UNet itself; copies and pickles as a hook that does nothing."""
+    """The native hook on the UNet itself: it comes before every call, and sees whose and whether it is ours.
 
-    def __init__(
-        self, owner: object, act: Callable[..., Any], failed: Callable[[BaseException], None] | None = None
-    ) -> None:
-        self.owner, self._act, self._failed = owner, act, failed
+    Args:
+        owner: who has attached itself to the UNet: a wrapper, or `distill` while it records.
+        look: called with the module; before it looks up its own forward, unlike `RootForward`.
+    """
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
-        """Open or close a call of the UNet; `failed` is called after any error of ours."""
-        try:
-            return self._act(module, args, kwargs, *output)
-        except BaseException as error:
-            if self._failed is not None:
-                self._failed(error)
-            raise
+    def __init__(self, owner: object, look: Callable[[nn.Module], None]) -> None:
+        self.owner, self._look = owner, look
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """A call begins."""
+        self._look(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()
 
 
 class Installed:
-    """What is installed on the modules under a root, and how to take it back."""
+    """What is installed on a UNet and the modules under it, and how to take it back."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
@@ -141,7 +177,50 @@ class Installed:
         self._observers: dict[tuple[str, str], Any] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
-        self._pairs: dict[int, tuple[CutPlan, list[tuple[dict[str, Any], Forward]]]] = {}
+        self._hook: Any = None
+
+    # -- the UNet itself -----------------------------------------------------------------------------------------
+
+    def attach(self, unet: nn.Module, owner: object, serve: Serve, missed: Callable[[], None]) -> None:
+        """Let `serve` run the UNet's calls.
+
+        Args:
+            unet: the UNet.
+            owner: who asks for it.
+            serve: given the UNet's own forward and a call's arguments, returns what the call returns.
+            missed: called when a call begins that `serve` will not get: somebody has put an older forward back.
+        """
+
+        def look(module: nn.Module) -> None:
+            if module is not unet:
+                raise WrapError(
+                    "a wrapped UNet runs as the one object that was wrapped, with its own modules and weights",
+                    seen={"unet": type(unet).__name__, "called": "a replica of it, as DataParallel makes them"},
+                    do="wrap each process's own UNet and use DistributedDataParallel, or call remove() first",
+                )
+            if self._root is None or not self._root.linked:
+                missed()
+                self._front(unet, serve)
+
+        self._hook = unet.register_forward_pre_hook(RootHook(owner, look), prepend=True)
+        self._front(unet, serve)
+        self.run_eagerly(unet)
+
+    def _front(self, unet: nn.Module, serve: Serve) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if self._root is not None:
+                self._root.remove()
+            self._root = RootForward(unet, serve)
+            name, inner = _innermost(unet)
+            if name == "forward":
+                unet.forward = self._root
+            else:  # behind accelerate's: it puts what it holds back when it goes
+                self._root.forward = self._root.__wrapped__ = inner
+                self._root.name, vars(unet)[name] = name, self._root
+
+    # -- the modules under it ------------------------------------------------------------------------------------
 
     def add(self, plan: CutPlan, modules: Mapping[str, nn.Module], *, looks: bool = True) -> None:
         """Patch the modules with skipped calls and hook the ones observed: all, or none after an error.
@@ -166,15 +245,12 @@ class Installed:
                 raise
 
     def _add(self, plan: CutPlan, modules: Mapping[str, nn.Module], *, looks: bool) -> None:
-        self._pairs.clear()
         for path in plan.counts:
-            known = self._forwards.get(path)
-            if known is None or not known.attached:
-                if known is not None:
-                    known.remove()
+            forward = self._forwards.get(path)
+            if forward is None or not forward.attached:
+                if forward is not None:
+                    forward.remove()
                 self._forwards[path] = self._patch(path, modules[path])
-        for call in plan.skipped:
-            self._forwards[call.path].exits |= call.exit[0] >= 0
         for port in plan.ports.values() if looks else ():
             if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
                 module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
@@ -201,35 +277,20 @@ class Installed:
             self._compiled.append((module, compiled))
             module._compiled_call_impl = None
 
-    def front(self, module: nn.Module, act: Callable[..., Any]) -> None:
-        """Put `act(forward, args, kwargs)` in front of the root's forward: a native hook cannot skip it."""
-        with self._lock:
-            if self._closed:
-                return
-            if self._root is not None:
-                self._root.remove()
-            self._root = module.forward = RootForward(act, "", module)  # type: ignore[arg-type]
-
-    @property
-    def fronted(self) -> bool:
-        """Does something run in the place of the root's forward?"""
-        return self._root is not None
-
     def intact(self, plan: CutPlan) -> bool:
         """Are all forwards that the plan needs still ours?"""
-        if self._root is not None and not self._root.attached:
-            self.front(self._root.module, self._root.owner)  # type: ignore[arg-type]
-        found = self._pairs.get(id(plan))
-        if found is None:
-            with self._lock:
-                ours = [self._forwards[path] for path in plan.counts if path in self._forwards]
-                if len(ours) < len(plan.counts):
-                    return False
-                found = self._pairs[id(plan)] = plan, [(vars(forward.module), forward) for forward in ours]
-        for held, forward in found[1]:  # noqa: SIM110 - a generator takes twice as long
-            if held.get("forward") is not forward:
+        for path in plan.counts:
+            forward = self._forwards.get(path)
+            if forward is None or vars(forward.module).get("forward") is not forward:
                 return False
         return True
+
+    # -- undo ----------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Has everything been taken back for good?"""
+        return self._closed
 
     def close(self) -> None:
         """Take everything back for good; idempotent."""
@@ -243,7 +304,9 @@ class Installed:
             if self._root is not None:
                 self._root.remove()
                 self._root = None
-            self._pairs.clear()
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
             while self._forwards:
                 self._forwards.popitem()[1].remove()
             while self._observers:
@@ -251,3 +314,14 @@ class Installed:
             while self._compiled:
                 module, compiled = self._compiled.pop()
                 module._compiled_call_impl = compiled
+
+
+def _innermost(module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """Name and value of the attribute that holds a module's own forward: accelerate's hooks keep it in another one."""
+    forward = vars(module).get("forward")
+    wrapped = getattr(forward, "__wrapped__", None)
+    if wrapped is not None and not isinstance(forward, _Instead):
+        for name, value in vars(module).items():
+            if value is wrapped:
+                return name, value
+    return "forward", module.forward

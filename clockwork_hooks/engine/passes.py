@@ -1,69 +1,89 @@
-"""One running pass: which module calls it skips, what it picks up at the boundary, what stands for the exit.
-
-One vector from the tokens of a text: the mean over those that are no padding.
-"""
+"""One pass of the UNet: which module calls it skips, what it picks up at the boundary, what stands for the exit."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
 from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted
 
-__all__ = ["Active", "Emit", "Owner", "Pass", "TracedPass", "masked_mean", "placeholder"]
-
-
-def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean over the unmasked tokens of each row; zero where all are masked. Does not wait for the device.
-
-    Args:
-        tokens: (B, L, D).
-        mask: (B, L), or (b, L) where each row serves B/b rows of tokens. True or above zero where a token counts; or
-            what is added to attention scores, 0 where a token counts and far below where it does not. Of numbers that
-            are all zero, every token counts.
-
-    Returns:
-        (B, D).
-
-    Example:
-        >>> masked_mean(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
-        tensor([[3.]])
-    """
-    if mask.dtype != torch.bool:
-        mask = torch.where(mask.max() > 0, mask > 0, mask > -1)
-    if mask.shape[0] != tokens.shape[0]:
-        mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], 0)
-    keep = mask.to(tokens)[:, :, None]
-    return (tokens * keep).sum(1) / keep.sum(1).clamp(min=1)
-
+__all__ = ["Active", "Emit", "Emitted", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
+class Emitted(NamedTuple):
+    """What a region emitted in a pass.
+
+    Attributes:
+        exit: its true exit, or the adaptor's output, as it was when it left the region.
+        version: the tensor's counter of in-place writes then.
+    """
+
+    exit: torch.Tensor
+    version: int
+
+    @property
+    def untouched(self) -> bool:
+        """Is it still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
+        return version(self.exit) == self.version
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a pass has led to.
+
+    Attributes:
+        output: what the UNet returned.
+        kind: what the pass was in the end.
+        exits: region → what it emitted; a region inside the skipped one emits nothing.
+        written: regions whose exit was written to after it left the region.
+        complete: did every patched module get exactly the calls of the trace, and every exit come?
+        entry: a copy of what flowed into the region, where it is kept.
+        captured: boundary tensors by name, where they were picked up.
+        watched: did patched modules ask a pass? Else nothing but the output is known.
+        macs: multiply-accumulates that ran.
+        reason: why the pass was full; None for an adaptor pass.
+        skipped: the name of the region that an adaptor pass skipped, where there are several.
+    """
+
+    output: Any
+    kind: Kind = "full"
+    exits: Mapping[int, Emitted] = field(default_factory=dict)
+    written: frozenset[int] = frozenset()
+    complete: bool = False
+    entry: torch.Tensor | None = None
+    captured: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    watched: bool = True
+    macs: int = 0
+    reason: str | None = None
+    skipped: str = ""
+
+
 class Pass:
-    """One running call of the UNet.
+    """One pass while it runs; patched modules ask it what to do.
 
     Args:
         plan: what is skipped and captured.
         kind: "full" or "adaptor".
         emit: makes the exit of an adaptor pass from the captured boundary tensors.
-        copies: code that the trace does not know writes to the exit: what is kept has memory of its own.
+        copies: regions whose exit is kept as a copy: code that the trace does not know writes to it.
         looks: boundary tensors are picked up.
+        keeps_entry: a copy of the entry is kept, for the next steps.
         blanks: what skipped calls return, where it is the same in every pass; passes of one plan share it.
+        judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
 
     Attributes:
-        plan, kind, copies, looks: as given.
-        rests: nothing but the exit's module asks what to do, as in a full pass that looks at nothing.
-        captured: boundary tensors by name, once they have been seen; where a mask comes with the text's tokens, their
-            mean in place of both.
-        exit: what the region emitted: its true exit, or the adaptor's output; as it was, whatever the UNet's own
-            code writes to it afterwards.
-        written: its counter of in-place writes then.
+        captured: boundary tensors by name, once they have been seen.
+        exits: region → what it emitted.
+        entry: the entry's copy.
+        reason: what `judge` said.
     """
 
     def __init__(
@@ -72,23 +92,35 @@ class Pass:
         kind: Kind,
         emit: Emit | None = None,
         *,
-        copies: bool = False,
+        copies: Collection[int] = (),
         looks: bool = True,
+        keeps_entry: bool = False,
         blanks: dict[tuple[str, int], Any] | None = None,
+        judge: Callable[[torch.Tensor | None], str | None] | None = None,
     ) -> None:
-        self.plan = plan
-        self.kind: Kind = kind
-        self.copies, self.looks = copies, looks
+        self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
-        self.exit: torch.Tensor | None = None
-        self._undecided = False
-        self._emit = emit
+        self.exits: dict[int, Emitted] = {}
+        self.entry: torch.Tensor | None = None
+        self.reason: str | None = None
+        self._emit, self._judge = emit, judge
+        self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._blanks = {} if blanks is None else blanks
-        self.written = -1
-        self.rests = False
-        self._moves = plan.made.get((kind, looks)) or plan.moves(kind, looks=looks)
+        self._moves = plan.moves(kind, looks=looks)
         self._counts: dict[str, int] = {}
-        self._hooked: dict[tuple[str, str], int] = {}
+        self._observed: dict[tuple[str, str], int] = {}
+
+    def like(self, emit: Emit | None, *, traced: bool = False) -> Pass:
+        """A pass that does the same, with another `emit`; `traced`: torch.compile will trace it."""
+        kind = TracedPass if traced else Pass
+        plan, copies, looks, keeps_entry = self.plan, self.copies, self.looks, self.keeps_entry
+        return kind(plan, self.kind, emit, copies=copies, looks=looks, keeps_entry=keeps_entry)
+
+    @property
+    def exit(self) -> torch.Tensor | None:
+        """What this pass's own region emitted."""
+        emitted = self.exits.get(self.plan.index)
+        return None if emitted is None else emitted.exit
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The pass begins: pick up what is taken from the UNet's own arguments."""
@@ -106,85 +138,94 @@ class Pass:
         if move.takes:
             self._pick(move.takes, (args, kwargs))
         if move.skipped is not None:
-            if self._undecided:
-                self._decide()
+            if self._outside:
+                self._begin_region()
             if self.kind == "adaptor":
-                made = self._blanks.get((path, k))
-                return self._blank(path, k, move) if made is None else made
+                blank = self._blanks.get((path, k))
+                return self._blank(path, k, move) if blank is None else blank
         output = forward(*args, **kwargs)
         if move.gives:
             self._pick(move.gives, output)
-        if move.exit >= 0:
-            exit = output if isinstance(output, torch.Tensor) else _leaf(output, move.exit)
+        for at in move.exits:
+            exit = output if isinstance(output, torch.Tensor) else _leaf(output, at.leaf)
             if isinstance(exit, torch.Tensor):
-                self._keep(exit.clone() if move.written or self.copies else exit)
+                self._keep(at.region, exit.clone() if at.written or at.region in self.copies else exit)
         return output
-
-    def _decide(self) -> None:
-        """The first call of the region has come, and this pass is yet to say what kind it is."""
 
     def observe(self, path: str, side: Literal["input", "output"], value: Any) -> None:
         """A native hook saw a module's input or output."""
-        k = self._hooked.get((path, side), 0)
-        self._hooked[path, side] = k + 1
+        k = self._observed.get((path, side), 0)
+        self._observed[path, side] = k + 1
         move = self._moves.calls.get((path, k))
         if move is not None:
             self._pick(move.takes if side == "input" else move.gives, value)
 
+    def outcome(self, output: Any) -> Outcome:
+        """What the pass has led to, now that the UNet has returned."""
+        return Outcome(
+            output,
+            self.kind,
+            self.exits,
+            frozenset(region for region, emitted in self.exits.items() if not emitted.untouched),
+            self.complete(),
+            self.entry,
+            self.captured,
+            reason=self.reason,
+        )
+
     def complete(self) -> bool:
-        """Did every patched module get exactly the calls of the trace, and the exit its tensor?"""
-        if self.exit is None:
+        """Did every patched module get exactly the calls of the trace, and every exit come?"""
+        if len(self.exits) != len(self._moves.exits):
             return False
-        if self.rests:  # the others' calls would not change what the exit is
-            for path, count in self._moves.exits.items():  # noqa: SIM110 - one, nearly always
-                if self._counts.get(path) != count:
-                    return False
-            return True
         if self._counts == self._moves.counts:
             return True
         return {path: count for path, count in self._counts.items() if path in self.plan.counts} == self._moves.counts
 
-    def untouched(self) -> bool:
-        """Is the exit still as it was emitted? What the trace does not know may write to it: a user's hook, FreeU."""
-        return self.exit is not None and version(self.exit) == self.written
+    def _begin_region(self) -> None:
+        """The first skipped call has come: up to here full and adaptor passes run the same modules."""
+        self._outside = False
+        entry = self.captured.get("entry")
+        if self._judge is not None and self.kind == "adaptor":
+            self.reason = self._judge(entry)
+            if self.reason is not None:
+                self.kind, self._moves = "full", self.plan.moves("full", looks=self.looks)
+        if self.keeps_entry and entry is not None:
+            self.entry = entry.detach().clone()  # code that still runs may write to the tensor itself
 
     def _pick(self, wanted: Wanted, value: Any) -> None:
-        found = [leaf for _, leaf in leaves(value)]
+        values = [leaf for _, leaf in leaves(value)]
         for name, leaf in wanted:
-            self.captured[name] = found[leaf]
-        if "mask" in self.captured and "text" in self.captured:
-            self.captured["text"] = masked_mean(self.captured["text"], self.captured.pop("mask"))
+            self.captured[name] = values[leaf]
 
     def _blank(self, path: str, k: int, move: Move) -> Any:
         """What a skipped call returns."""
-        assert move.skipped is not None  # the caller has looked
-        made = map_leaves(self._fill, move.skipped.output)
-        if move.exit < 0 and _constant(move.skipped.output):
-            self._blanks[path, k] = made
-        return made
+        output = None if move.skipped is None else move.skipped.output
+        blank = map_leaves(self._fill, output)
+        if not move.exits and _constant(output):
+            self._blanks[path, k] = blank
+        return blank
 
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):
             return leaf
         if leaf.exit and self._emit is not None:
-            made = self._emit(self.captured)
-            self._keep(made)
-            return made.clone() if leaf.written or self.copies else made
+            exit = self._emit(self.captured)
+            self._keep(self.plan.index, exit)
+            return exit.clone() if leaf.written or self.plan.index in self.copies else exit
         return placeholder(leaf)
 
-    def _keep(self, exit: torch.Tensor) -> None:
-        self.exit, self.written = exit, version(exit)
+    def _keep(self, region: int, exit: torch.Tensor) -> None:
+        self.exits[region] = Emitted(exit, version(exit))
 
 
 class TracedPass(Pass):
-    """A pass that torch.compile traces: what it decides is decided once, and it keeps a copy of the exit.
+    """A pass that torch.compile traces: what it decides is decided once, and it keeps copies of true exits.
 
-    A copy, because a graph that writes to the exit later on would return it written to.
+    Copies, because a graph that writes to an exit later on would return it written to.
     """
 
     def _blank(self, path: str, k: int, move: Move) -> Any:
-        assert move.skipped is not None  # the caller has looked
-        return map_leaves(self._fill, move.skipped.output)
+        return map_leaves(self._fill, None if move.skipped is None else move.skipped.output)
 
     def _fill(self, leaf: Any) -> Any:
         if isinstance(leaf, Slot) and not (leaf.exit and self._emit is not None):
@@ -192,13 +233,14 @@ class TracedPass(Pass):
             return torch.zeros(own, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)  # compiled away
         return super()._fill(leaf)
 
-    def _keep(self, exit: torch.Tensor) -> None:
-        self.exit = exit.clone() if self.kind == "full" else exit
+    def _keep(self, region: int, exit: torch.Tensor) -> None:
+        adapted = self.kind == "adaptor" and region == self.plan.index
+        self.exits[region] = Emitted(exit if adapted else exit.clone(), 0)
 
 
 def _leaf(value: Any, index: int) -> Any:
-    found = [leaf for _, leaf in leaves(value)]
-    return found[index] if index < len(found) else None
+    values = [leaf for _, leaf in leaves(value)]
+    return values[index] if index < len(values) else None
 
 
 # -- what stands in the place of a skipped output -----------------------------------------------------------------
@@ -239,9 +281,7 @@ class Owner(Protocol):
     Attributes:
         active: the pass that it runs in this thread.
         tracing: the pass that torch.compile is tracing for it; outside of tracing there is none.
-        resting: the one pass that it runs in all threads rests, see `Pass.rests`.
     """
 
     active: Active
     tracing: Pass | None
-    resting: bool

@@ -1,4 +1,4 @@
-"""Run the adaptor, and see that it and what it returns fit the region before the UNet sees it."""
+"""Call the adaptor, and see that it and what it returns fit the region before the UNet sees it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,50 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
+from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, IdentityAdaptor, needs_of
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.tables import shape
 
-__all__ = ["check", "check_region", "count_and_run", "fits", "looks", "place", "region_options", "run"]
+__all__ = ["call", "check", "check_region", "count_and_call", "fits", "inputs", "looks", "place", "region_options"]
 
 
-def run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached: torch.Tensor) -> Any:
-    """Call the adaptor with what was picked up at the boundary."""
-    return adaptor(captured.get("entry"), cached, time=captured.get("time"), text=captured.get("text"))
+def inputs(
+    captured: Mapping[str, torch.Tensor | None],
+    exit_cached: torch.Tensor,
+    entry_cached: torch.Tensor | None = None,
+    position: Any = None,
+) -> AdaptorInputs:
+    """What an adaptor is given, of what a pass picked up at the boundary.
+
+    Args:
+        captured: "entry", "time", "text", "mask", as far as they came.
+        exit_cached: what the region emitted one step before.
+        entry_cached: what flowed into it then.
+        position: the UNet's time input, as it was passed.
+    """
+    text, mask = captured.get("text"), captured.get("mask")
+    if text is not None and mask is not None:
+        text = masked_mean(text, mask)
+    at = None if position is None else _scalar(position, exit_cached.device)
+    return AdaptorInputs(captured.get("entry"), exit_cached, captured.get("time"), text, entry_cached, at)
 
 
-def count_and_run(adaptor: Adaptor, captured: Mapping[str, torch.Tensor], cached: torch.Tensor) -> tuple[Any, int]:
-    """`run`, recorded: also the MACs that the adaptor took."""
+def call(adaptor: Adaptor, given: AdaptorInputs) -> Any:
+    """Call the adaptor with what it takes: the four of `Adaptor`, and what its `needs` name."""
+    more = {name: getattr(given, name) for name in needs_of(adaptor)}
+    return adaptor(given.entry, given.exit_cached, time=given.time, text=given.text, **more)
+
+
+def count_and_call(adaptor: Adaptor, given: AdaptorInputs) -> tuple[Any, int]:
+    """`call`, recorded: also the MACs that the adaptor took."""
     module = adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
-    entry, options = captured.get("entry"), {"time": captured.get("time"), "text": captured.get("text")}
-    with recording(module, (entry, cached), options) as recorder:
-        made = run(module, captured, cached)
-    return made, sum(map(node_macs, recorder.bindings.nodes))
+    options = {"time": given.time, "text": given.text} | {name: getattr(given, name) for name in needs_of(adaptor)}
+    with recording(module, (given.entry, given.exit_cached), options) as recorder:
+        exit = call(module, given)
+    return exit, sum(map(node_macs, recorder.bindings.nodes))
 
 
 def region_options(adaptor: Adaptor) -> dict[str, Any]:
@@ -39,9 +61,9 @@ def region_options(adaptor: Adaptor) -> dict[str, Any]:
 
 def check_region(adaptor: Adaptor, region: Region) -> None:
     """Let an adaptor that knows its region (`LearnedAdaptor.check_region`) refuse another one."""
-    known = getattr(adaptor, "check_region", None)
-    if known is not None:
-        known(region)
+    refuse = getattr(adaptor, "check_region", None)
+    if refuse is not None:
+        refuse(region)
 
 
 def place(adaptor: Adaptor, like: torch.Tensor) -> None:
@@ -56,19 +78,19 @@ def looks(adaptor: Adaptor) -> bool:
     return type(adaptor) is not IdentityAdaptor
 
 
-def fits(made: Any, cached: torch.Tensor) -> bool:
+def fits(exit: Any, cached: torch.Tensor) -> bool:
     """Does what the adaptor returned look like the exit of the step before?"""
-    if made is cached:
+    if exit is cached:
         return True
-    alike = isinstance(made, torch.Tensor) and made.shape == cached.shape and made.dtype == cached.dtype
-    return alike and made.device == cached.device
+    alike = isinstance(exit, torch.Tensor) and exit.shape == cached.shape and exit.dtype == cached.dtype
+    return alike and exit.device == cached.device
 
 
-def check(made: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, object]) -> torch.Tensor:
+def check(exit: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, object]) -> torch.Tensor:
     """What the adaptor returned, if it may stand in for the exit.
 
     Args:
-        made: what it returned.
+        exit: what it returned.
         cached: the exit of the step before, whose shape, dtype and device it must have.
         finite: look for NaN and infinity too; waits for the device.
         where: step, region and adaptor, for the error.
@@ -76,15 +98,46 @@ def check(made: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, 
     Raises:
         AdaptorError: it may not.
     """
-    if not isinstance(made, torch.Tensor) or not fits(made, cached):
+    if not isinstance(exit, torch.Tensor) or not fits(exit, cached):
         raise AdaptorError(
             "an adaptor returns a tensor like the region's exit",
-            seen={"exit": _looks(cached), "returned": _looks(made), **where},
+            seen={"exit": _describe(cached), "returned": _describe(exit), **where},
             do="make the adaptor's output fit Region.exit",
         )
-    if finite and not bool(torch.isfinite(made).all()):
+    if finite and not bool(torch.isfinite(exit).all()):
         raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
-    return made
+    return exit
+
+
+def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the unmasked tokens of each row; zero where all are masked. Does not wait for the device.
+
+    Args:
+        tokens: (B, L, D).
+        mask: (B, L), or (b, L) where each row serves B/b rows of tokens. True or above zero where a token counts; or
+            what is added to attention scores, 0 where a token counts and far below where it does not. Of numbers that
+            are all zero, every token counts.
+
+    Returns:
+        (B, D).
+
+    Example:
+        >>> masked_mean(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[3.]])
+    """
+    if mask.dtype != torch.bool:
+        mask = torch.where(mask.max() > 0, mask > 0, mask > -1)
+    if mask.shape[0] != tokens.shape[0]:
+        mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], 0)
+    keep = mask.to(tokens)[:, :, None]
+    return (tokens * keep).sum(1) / keep.sum(1).clamp(min=1)
+
+
+def _scalar(value: Any, device: torch.device) -> torch.Tensor:
+    """A time as a float32 tensor of shape (); of several rows the first one's."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(-1)[0].to(device, torch.float32)
+    return torch.full((), float(value), device=device)  # a kernel: nothing to wait for
 
 
 class _Function(nn.Module):
@@ -93,12 +146,13 @@ class _Function(nn.Module):
     def __init__(self, function: Adaptor) -> None:
         super().__init__()
         self._function = (function,)  # a tuple: whatever it is, it is no submodule
+        self.needs = needs_of(function)
 
     def forward(self, entry: Any, exit_cached: Any, **options: Any) -> Any:
         return self._function[0](entry, exit_cached, **options)
 
 
-def _looks(value: Any) -> str:
+def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{shape(value.shape)} {value.dtype} {value.device}"

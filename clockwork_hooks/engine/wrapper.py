@@ -1,9 +1,7 @@
 """`ClockworkWrapper`: what the user holds while a UNet is wrapped: it steers the engine, and takes all off again.
 
-The UNet object, its class and its `state_dict` stay what they are: two native hooks on the root open and close every
-call, and only modules with skipped calls are patched (hooks.py). The first real call is traced while it runs.
-
-What `cw.compile()` may be asked for, and what then runs the calls: compiled or captured passes.
+The UNet object, its class and its `state_dict` stay what they are: only the `forward` of the UNet and of modules with
+skipped calls is replaced, on the instance (hooks.py). The first real call is traced while it runs.
 """
 
 from __future__ import annotations
@@ -17,12 +15,10 @@ from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.clock.loops import BranchBlock, TrajectoryBlock
-from clockwork_hooks.clock.timeline import Position
+from clockwork_hooks.clock.timeline import Position, Timeline
 from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
-from clockwork_hooks.engine.engine import Engine
-from clockwork_hooks.engine.hooks import RootHook
-from clockwork_hooks.engine.nested import NestedEngine
+from clockwork_hooks.engine.engine import Engine, Observer
 from clockwork_hooks.engine.stats import RunReport, Stats
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.regions.region import Region
@@ -35,7 +31,7 @@ POOLED = ("reduce-overhead", "max-autotune")
 
 
 def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[str, Any] | None) -> Compiled:
-    """What runs the calls of this engine in the place of the root's forward.
+    """What runs the passes of this engine as static callables.
 
     Args:
         engine: decides what runs.
@@ -45,9 +41,9 @@ def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[s
     Raises:
         ArgumentError: what `ClockworkWrapper.compile` says.
     """
-    if isinstance(engine, NestedEngine):
+    if len(engine.chain) > 1:
         raise ArgumentError(
-            "a compiled UNet has one region", seen={"regions": len(engine.clocks)}, do="wrap it with one clock"
+            "a compiled UNet has one region", seen={"regions": len(engine.chain)}, do="wrap it with one clock"
         )
     engine.schedule.known_beforehand("the pass that a static graph stands for")
     if mode not in MODES:
@@ -91,14 +87,7 @@ class ClockworkWrapper:
     def __init__(self, unet: nn.Module, engine: Engine) -> None:
         self.unet = unet
         self._engine = engine
-        self._handles = [
-            unet.register_forward_pre_hook(RootHook(self, engine.begin, self._give_up), with_kwargs=True),
-            # first of all hooks: the output of a pass that is run again is what the user's own hooks get to see
-            unet.register_forward_hook(
-                RootHook(self, engine.end, self._give_up), prepend=True, with_kwargs=True, always_call=True
-            ),
-        ]
-        engine.installed.run_eagerly(unet)
+        engine.attach(self, self._give_up)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the UNet."""
@@ -112,7 +101,7 @@ class ClockworkWrapper:
     @property
     def adaptor(self) -> Adaptor:
         """What stands in for the region."""
-        return self._engine.adaptor
+        return self._engine.chain[0].adaptor
 
     @property
     def region(self) -> Region | None:
@@ -120,7 +109,7 @@ class ClockworkWrapper:
 
         Of several the widest.
         """
-        return self._engine.region
+        return next(iter(self._engine.regions), None)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -155,7 +144,26 @@ class ClockworkWrapper:
         None also during a call that is being traced: its place is known when it is over.
         """
         running = self._engine.states.current().running
-        return next((call.position for call in reversed(running) if call is not None), None)
+        return running[-1].place if running else None
+
+    @property
+    def pass_kind(self) -> str | None:
+        """The pass that is running in this thread, "full" or "adaptor"; None outside of one."""
+        run = self._engine.active.run
+        return None if run is None else run.kind
+
+    def read_steps(self, reader: Callable[[Timeline, Any], None] | None) -> None:
+        """Let a reader declare the steps that a scheduler tells; before each call it gets the timeline and the time."""
+        self._engine.step_reader = reader
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Within it, the observer sees every call: before it runs, and what it has led to."""
+        self._engine.observers.append(observer)
+        try:
+            yield
+        finally:
+            self._engine.observers.remove(observer)
 
     def reset(self) -> None:
         """The next call in this thread begins a new trajectory; what was cached is let go."""
@@ -263,17 +271,17 @@ class ClockworkWrapper:
 
         Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
         """
-        self._engine.installed.front(self.unet, static_calls(self._engine, mode, backend, options))
+        self._engine.static = static_calls(self._engine, mode, backend, options)
         return self
 
     def report(self) -> RunReport:
         """What ran, what was saved, why each full pass was full; `print` it, or `.to_markdown()`, `.to_json()`."""
-        stats = self.stats
+        stats, adaptors = self.stats, [clocked.adaptor for clocked in self._engine.chain]
         return RunReport(
             type(self.unet).__name__,
             "; ".join(region.line for region in self.regions) or "not known before the first call",
             str(self.schedule),
-            ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in self._engine.adaptors)),
+            ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in adaptors)),
             stats.full_passes,
             stats.adaptor_passes,
             dict(stats.reasons),
@@ -285,9 +293,6 @@ class ClockworkWrapper:
 
     def remove(self) -> None:
         """Take Clockwork off: every module is what it was before `wrap`. Idempotent; works in the middle of a call."""
-        for handle in self._handles:
-            handle.remove()
-        self._engine.clean(self._engine.states.current())
         self._engine.installed.close()
         self._engine.states.forget()
 
@@ -310,8 +315,6 @@ class ClockworkWrapper:
         """After an error of our own: off, so that the UNet works; an interrupt, or no memory, may pass."""
         if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             self.remove()
-        else:
-            self._engine.clean(self._engine.states.current())
 
 
 def _same(unet: nn.Module) -> nn.Module:

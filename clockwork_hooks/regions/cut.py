@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from clockwork_hooks._tree import Leaf, leaves
 
-__all__ = ["CutPlan", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot"]
+__all__ = ["CutPlan", "ExitAt", "Exits", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot"]
 
 Kind = Literal["full", "adaptor"]
 
@@ -84,28 +84,42 @@ class CutPlan:
         skipped: the calls, in order; exactly one has the exit among its slots.
         ports: boundary tensors to pick up, by name.
         counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
-        made: by (kind, looks), what `moves` has made.
+        index: of several regions with clocks, which one this is; widest first.
+        others: where the exits of the other regions appear: in a full pass all of them, in an adaptor pass those of
+            the regions around this one.
     """
 
     skipped: tuple[SkippedCall, ...]
     ports: Mapping[str, Port]
     counts: Mapping[str, tuple[int, int]]
-    made: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
+    index: int = 0
+    others: Mapping[Kind, Exits] = field(default_factory=dict)
+    _moves: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def moves(self, kind: Kind, *, looks: bool) -> Moves:
-        """What happens in passes of this kind; made on first use.
+        """What happens in passes of this kind; worked out on first use.
 
         Args:
             kind: "full" or "adaptor".
             looks: boundary tensors are picked up.
         """
-        found = self.made.get((kind, looks))
-        if found is None:
-            found = self.made[kind, looks] = Moves.of(self, kind, looks=looks)
-        return found
+        moves = self._moves.get((kind, looks))
+        if moves is None:
+            moves = self._moves[kind, looks] = Moves.of(self, kind, looks=looks)
+        return moves
 
 
 Wanted = tuple[tuple[str, int], ...]
+# (path, how many calls of the module came before in this pass) → (region, its call that returns the exit)
+Exits = Mapping[tuple[str, int], tuple[tuple[int, SkippedCall], ...]]
+
+
+class ExitAt(NamedTuple):
+    """Where a call returns an exit: of which region, as which leaf, and does code that still runs write to it?"""
+
+    region: int
+    leaf: int
+    written: bool
 
 
 @dataclass(slots=True)
@@ -115,15 +129,13 @@ class Move:
     Attributes:
         takes, gives: (name, leaf) of what is picked up from its arguments, and from what it returns.
         skipped: the skipped call that it is.
-        exit: which leaf of what that one returns is the exit; -1 for none.
-        written: code that still runs writes to the exit in place.
+        exits: the exits among what it returns.
     """
 
     takes: Wanted = ()
     gives: Wanted = ()
     skipped: SkippedCall | None = None
-    exit: int = -1
-    written: bool = False
+    exits: tuple[ExitAt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +145,12 @@ class Moves:
     Attributes:
         calls: by (path, how many calls of the module came before).
         counts: how often each patched module is called; those that are not are left out.
-        exits: the same for the module that returns the exit.
+        exits: the regions whose exits appear.
     """
 
     calls: Mapping[tuple[str, int], Move]
     counts: Mapping[str, int]
-    exits: Mapping[str, int]
+    exits: frozenset[int]
 
     @classmethod
     def of(cls, plan: CutPlan, kind: Kind, *, looks: bool) -> Moves:
@@ -152,10 +164,17 @@ class Moves:
             else:
                 move.gives = (*move.gives, (name, port.leaf))
         for call in plan.skipped:
-            k, slot = call.exit
-            if k >= 0 or kind == "adaptor" or looks:  # else it runs, and nobody looks at what it returns
+            at = _exit_of(plan.index, call)
+            if at or kind == "adaptor" or looks:  # else it runs, and nobody looks at what it returns
                 move = calls.setdefault((call.path, (call.ordinal, call.visible)[which]), Move())
-                move.skipped, move.exit, move.written = call, k, slot is not None and slot.written
+                move.skipped, move.exits = call, (*move.exits, *at)
+        for place, others in plan.others.get(kind, {}).items():
+            move = calls.setdefault(place, Move())
+            move.exits += tuple(at for region, call in others for at in _exit_of(region, call))
         counts = {path: counts[which] for path, counts in plan.counts.items() if counts[which]}
-        exits = {call.path for call in plan.skipped if call.exit[0] >= 0}
-        return cls(calls, counts, {path: count for path, count in counts.items() if path in exits})
+        return cls(calls, counts, frozenset(at.region for move in calls.values() for at in move.exits))
+
+
+def _exit_of(region: int, call: SkippedCall) -> tuple[ExitAt, ...]:
+    leaf, slot = call.exit
+    return () if slot is None else (ExitAt(region, leaf, slot.written),)

@@ -4,14 +4,13 @@ from clockwork_hooks.training.distill import distill
 from clockwork_hooks.training.environment import local_device
 from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
 from clockwork_hooks.training.options import Student, TrainingOptions
-from clockwork_hooks.training.recording import Capture
+from clockwork_hooks.training.recording import TrajectoryRecorder
 from clockwork_hooks.training.result import DistillResult, StudentResult
 from clockwork_hooks.training.trajectory import Call, Trajectory
 
 __all__ = [
     "LOSSES",
     "Call",
-    "Capture",
     "DistillResult",
     "Loss",
     "Outcome",
@@ -19,6 +18,7 @@ __all__ = [
     "StudentResult",
     "TrainingOptions",
     "Trajectory",
+    "TrajectoryRecorder",
     "distill",
     "local_device",
 ]

@@ -20,7 +20,7 @@ from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.environment import accelerated, frozen, quietly, tf32
 from clockwork_hooks.training.losses import Guidance, Loss, guidance_of
 from clockwork_hooks.training.options import Mode, TrainingOptions
-from clockwork_hooks.training.recording import Capture, Noise
+from clockwork_hooks.training.recording import Noise, TrajectoryRecorder
 from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
 from clockwork_hooks.training.setup import (
     check,
@@ -149,7 +149,9 @@ def distill(
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
-        capture = Capture(unet, region=region or chosen(adaptor, level, cut), time=time, graphs=settings.graphs)
+        capture = TrajectoryRecorder(
+            unet, region=region or chosen(adaptor, level, cut), time=time, graphs=settings.graphs
+        )
         try:
             with seeded(settings.seed):
                 first = [prompts[k % len(prompts)] for k in range(settings.batch)]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.base import Adaptor
+from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.losses import Loss, Outcome, Weights
 from clockwork_hooks.training.options import TrainingOptions
-from clockwork_hooks.training.recording import Capture
+from clockwork_hooks.training.recording import TrajectoryRecorder
 from clockwork_hooks.training.trajectory import StepCalls, Trajectory
 
 __all__ = ["Learner"]
@@ -85,7 +86,9 @@ class Learner:
         """The adaptor as the student's trajectories use it."""
         return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached)
 
-    def learn(self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, capture: Capture) -> None:
+    def learn(
+        self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, capture: TrajectoryRecorder
+    ) -> None:
         """A gradient step for each step of the chain; the exit that a step is given is what the last one emitted.
 
         Args:
@@ -114,7 +117,7 @@ class Learner:
             self._sizes[step.step] = sizes if before is None else before + sizes
 
     @torch.no_grad()
-    def compare(self, trajectory: Trajectory, schedule: Schedule, capture: Capture) -> None:
+    def compare(self, trajectory: Trajectory, schedule: Schedule, capture: TrajectoryRecorder) -> None:
         """Measure what the identity is off by on a trajectory, in what the loss looks at."""
         self.compared += 1
         for chain in trajectory.chains(schedule):
@@ -206,7 +209,7 @@ class Learner:
         step: StepCalls,
         widest: int,
         schedule: Schedule,
-        capture: Capture,
+        capture: TrajectoryRecorder,
         emitted: dict[int, Tensor],
         predict: Callable[[Mapping[str, Tensor | None], Tensor], Tensor] | None = None,
     ) -> Outcome:
@@ -246,11 +249,10 @@ class Learner:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
-        before = cached.to(self.dtype)
+        given = stand_in.inputs(captured, cached.to(self.dtype))
+        given = given._replace(entry=cast(given.entry), time=cast(given.time), text=cast(given.text))
         with torch.autocast(cached.device.type, enabled=False), self.accelerator.autocast():  # ours, not the sampler's
-            made: Tensor = model(
-                cast(captured.get("entry")), before, time=cast(captured.get("time")), text=cast(captured.get("text"))
-            )
+            made: Tensor = stand_in.call(model, given)
         if made.shape != cached.shape:
             raise AdaptorError(
                 "an adaptor returns a tensor like the region's exit",

@@ -1,19 +1,13 @@
 """Watch a sampler: record what crosses the region's edge at every step of whatever `generate(batch)` runs.
 
-`Capture` places calls in steps and branches with the very engine that serves a wrapped UNet, so what is recorded as
-an adaptor step is what will be one in use. The teacher's trajectories are full passes; the student's run the adaptor
-on its schedule, and each adaptor pass is followed by the full pass that labels it.
-
-Copies of what a call of the UNet was given and gave, which nobody writes to.
-
-Forward-noise training: the UNet is given noised images in the place of what the sampler has.
-
-The sampler still decides at which times, with which conditions and in which branches the UNet is called.
+Calls are placed in steps and branches by the very engine that serves a wrapped UNet, so what is recorded as an adaptor
+step is what will be one in use. The teacher's trajectories are full passes; the student's run the adaptor on its
+schedule, and each adaptor pass is followed by the full pass that labels it. For forward-noise training the UNet is
+given noised images in the place of the sampler's own sample; times, conditions and branches are still the sampler's.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,21 +18,18 @@ from torch import Tensor, nn
 
 from clockwork_hooks._tree import map_leaves, tensors, version
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
-from clockwork_hooks.clock.times import TimeReader
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.cuda_graphs import Captured
-from clockwork_hooks.engine.engine import Engine, Prepared, Running
-from clockwork_hooks.engine.hooks import RootHook
-from clockwork_hooks.engine.passes import Emit, Pass
+from clockwork_hooks.engine.engine import Engine, UNetCall
+from clockwork_hooks.engine.passes import Emit, Outcome, Pass
 from clockwork_hooks.errors import DistillError, RegionNotFoundError
-from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.trajectory import Call, Needs, Trajectory, steps_of
 
-__all__ = ["Capture", "Copies", "Given", "Noise", "with_sample"]
-
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Copies", "Noise", "TrajectoryRecorder"]
 
 
 class Copies:
@@ -70,30 +61,30 @@ class Copies:
             self._kept[key] = (leaf, self.copy(leaf))
         return self._kept[key][1]
 
-    def keep(self, call: Call, needs: Needs, run: Pass, given: Given, output: Any, moving: Collection[Any]) -> None:
+    def keep(self, call: Call, needs: Needs, unet_call: UNetCall, full: Outcome, moving: Collection[Any]) -> None:
         """Put into a call what is needed of it.
 
         Args:
             call: to be filled.
             needs: what of it.
-            run: the full pass that served it.
-            given: its arguments.
-            output: what the UNet returned.
+            unet_call: what the UNet was given.
+            full: what the full pass has led to.
             moving: those arguments that differ from step to step; the others are shared by the steps.
         """
         if needs.exit:
-            call.exit = self.copy(run.exit)
+            call.exit = self.copy(full.exits[0].exit)
         if needs.arguments:
             call.args, call.kwargs = map_leaves(
-                lambda leaf: self.copy(leaf) if any(leaf is one for one in moving) else self.share(leaf), given
+                lambda leaf: self.copy(leaf) if any(leaf is one for one in moving) else self.share(leaf),
+                (unet_call.args, unet_call.kwargs),
             )
         if needs.captured:
             call.captured = {
                 name: self.copy(tensor) if name == "entry" else self.share(tensor)
-                for name, tensor in run.captured.items()
+                for name, tensor in full.captured.items()
             }
         if needs.output:
-            call.output = self.copy(tensors(output)[0])
+            call.output = self.copy(tensors(full.output)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,50 +100,6 @@ class Noise:
     add_noise: Callable[[Tensor, Tensor, float], Tensor]
 
 
-def with_sample(
-    running: Running,
-    clock: TimeReader,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    replace: Callable[[float], Tensor],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with another sample.
-
-    Args:
-        running: the call.
-        clock: reads its time.
-        args, kwargs: as given.
-        replace: time → sample, (B, ...); repeated where the call holds several branches of B rows.
-
-    Raises:
-        DistillError: the call has no one time, or a sample of another shape.
-
-    Source: arXiv 2312.08128, Sec. 5.4 and Fig. 7 ("regular distillation").
-    """
-    prepared, arguments = running.prepared, running.arguments
-    assert prepared is not None  # the engine has placed the call
-    time, _ = clock.read(arguments.get(prepared.time)) if prepared.time else (None, None)
-    sample = arguments.get(prepared.sample)
-    if time is None:
-        raise DistillError(
-            "forward noise needs the time of every call, one for all rows",
-            seen={"time input": prepared.time},
-            do='use mode="unrolled", or pass time=',
-        )
-    made = replace(time)
-    if sample.shape[1:] != made.shape[1:] or sample.shape[0] % made.shape[0]:
-        raise DistillError(
-            "noised images are shaped like the sample that the UNet is called with",
-            seen={"sample": tuple(sample.shape), "noised images": tuple(made.shape)},
-            do="make images(batch) return what the sampler diffuses, latents for a latent model",
-        )
-    made = made.to(sample).repeat(sample.shape[0] // made.shape[0], *[1] * (made.ndim - 1))
-    at = list(arguments.values).index(prepared.sample)
-    if at < len(args):
-        return (*args[:at], made, *args[at + 1 :]), kwargs
-    return args, {**kwargs, prepared.sample: made}
-
-
 class _Enough(BaseException):
     """Leaves a sampling loop, through whatever it catches."""
 
@@ -160,7 +107,7 @@ class _Enough(BaseException):
 _ALWAYS = Schedule.where(lambda step: True)
 
 
-class Capture(Engine):
+class TrajectoryRecorder:
     """Records the calls of one UNet; made once for a training run, asleep between trajectories.
 
     Args:
@@ -172,22 +119,19 @@ class Capture(Engine):
     Example:
         >>> import torch
         >>> from diffusers import UNet2DModel
-        >>> from clockwork_hooks.training.recording import Capture
+        >>> from clockwork_hooks.training.recording import TrajectoryRecorder
         >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
         >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks).eval()
-        >>> capture = Capture(unet)
+        >>> recorder = TrajectoryRecorder(unet)
         >>> def generate(batch):
         ...     sample = torch.randn(len(batch), 3, 16, 16)
         ...     for t in (900, 600, 300, 0):
         ...         sample = sample - 0.1 * unet(sample, t).sample
-        >>> trajectory = capture.record(generate, ["a", "b"])
+        >>> trajectory = recorder.record(generate, ["a", "b"])
         >>> [(step.step, tuple(step.calls[0].exit.shape)) for step in trajectory.steps]
         [(1, (2, 32, 16, 16)), (2, (2, 32, 16, 16)), (3, (2, 32, 16, 16)), (4, (2, 32, 16, 16))]
-        >>> capture.remove()
+        >>> recorder.remove()
     """
-
-    _above = 3  # frames above `begin`: `_open`'s too
-    looks = True  # what flows into the region is what adaptors learn from
 
     def __init__(
         self,
@@ -197,25 +141,21 @@ class Capture(Engine):
         time: str | None = None,
         graphs: bool = False,
     ) -> None:
-        super().__init__(unet, IdentityAdaptor(), _ALWAYS, region=region or Choice(), time=time, check_finite=False)
-        self._identity = self.adaptor
-        replayed = Captured(self) if graphs else None
-        self.enabled = False
-        self._teacher, self._probing = True, False
+        self.unet = unet
+        self._identity = IdentityAdaptor()
+        self._clocked = ClockedRegion(region or Choice(), _ALWAYS, self._identity)
+        self.engine = Engine(unet, [self._clocked], time=time)
+        self.engine.looks = self.engine.records_first = True  # what flows into the region is what adaptors learn from
+        self.engine.static = Captured(self.engine) if graphs else None
+        self.engine.enabled = False
+        self.engine.observers.append(self)
+        self.engine.attach(self)
+        self._probing = False
         self._needs: Callable[[int], Needs] = lambda step: Needs()
         self._replace: Callable[[float], Tensor] | None = None
-        self._call: Given = ((), {})
-        self._seen: tuple[str | None, Tensor | None] = (None, None)
         self._calls: list[Call] = []
         self._by_exit: dict[int, tuple[Tensor, Call]] = {}
         self._copies = Copies()
-        self._handles = [
-            unet.register_forward_pre_hook(RootHook(self, self._open), with_kwargs=True),
-            unet.register_forward_hook(RootHook(self, self.end), prepend=True, with_kwargs=True, always_call=True),
-        ]
-        self.installed.run_eagerly(unet)
-        if replayed is not None:
-            self.installed.front(unet, replayed)
 
     # -- one trajectory ------------------------------------------------------------------------------------------
 
@@ -242,19 +182,19 @@ class Capture(Engine):
         Raises:
             DistillError: `generate` never calls the UNet.
         """
-        self._teacher = student is None
-        self.adaptor, self.schedule = student or (self._identity, _ALWAYS)
+        self.engine.teaches = student is None
+        self._clocked.adaptor, self._clocked.schedule = student or (self._identity, _ALWAYS)
         self._needs = needs or (lambda step: Needs())
         self._replace, self._copies = replace, Copies(device)
-        self.states.forget()
-        self.enabled = True
+        self.engine.states.forget()
+        self.engine.enabled = True
         try:
             with torch.no_grad():
                 generate(batch)
             calls = self._calls
         finally:
-            self.enabled = False
-            self.clean(self.states.current())
+            self.engine.enabled = False
+            self.engine.states.forget()
             self._calls, self._by_exit, self._copies = [], {}, Copies()
         if not calls:
             raise DistillError(
@@ -278,22 +218,23 @@ class Capture(Engine):
             pass
         finally:
             self._probing = False
-        if self.region is None:
+        wanted, region = self._clocked.wanted, self._clocked.region
+        if region is None:
             raise RegionNotFoundError(
                 "the region is one of the UNet that generate(batch) calls",
                 seen={
-                    "region": self.wanted.line if isinstance(self.wanted, Region) else self.wanted,
+                    "region": wanted.line if isinstance(wanted, Region) else wanted,
                     "unet": type(self.unet).__name__,
                 },
                 do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
             )
-        self.wanted = self.region
-        return self.region
+        self._clocked.wanted = region
+        return region
 
     def again(self, call: Call, emit: Emit) -> Tensor:
         """The UNet's output for a recorded call, with what `emit` returns in the exit's place.
 
-        The skipped part does not run. Gradients flow from the output to what `emit` made, through the frozen rest.
+        The skipped part does not run. Gradients flow from the output to what `emit` returns, through the frozen rest.
 
         Args:
             call: recorded with its inputs.
@@ -302,15 +243,14 @@ class Capture(Engine):
         assert call.region is not None  # calls without one have a reason, and are not trained on
         run = Pass(call.region.cut_plan, "adaptor", emit)
         kind = next((tensor.device.type for tensor in tensors([call.args, call.kwargs])), "cpu")
-        if not self.installed.intact(call.region.cut_plan):
-            self._install(call.region)
+        self.engine.install(call.region.cut_plan)
         run.enter(call.args, call.kwargs)
-        self.active.run = run
+        self.engine.active.run = run
         try:
             with torch.autocast(kind, call.autocast, enabled=call.autocast is not None):
                 output = self.unet(*call.args, **call.kwargs)
         finally:
-            self.active.run = None
+            self.engine.active.run = None
         if not run.complete():
             raise DistillError(
                 "a recorded call runs again as it ran",
@@ -320,100 +260,90 @@ class Capture(Engine):
         return tensors(output)[0]
 
     def remove(self) -> None:
-        """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self.clean(self.states.current())
-        self.installed.remove()
+        """Take everything off the UNet."""
+        self.engine.installed.close()
+        self.engine.states.forget()
 
-    # -- the engine's seams --------------------------------------------------------------------------------------
+    # -- what the engine shows -----------------------------------------------------------------------------------
 
-    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.enabled:
-            return None
-        state = self.states.current()
-        outermost = not state.running
-        if outermost:
-            self._call = (args, kwargs)
-        self.begin(module, args, kwargs)
-        if outermost and self._probing:
+    def before(self, call: UNetCall) -> None:
+        """Put the noised images in the place of the sample."""
+        if self._probing:
             raise _Enough
-        if outermost and self._replace is not None:
-            self._call = with_sample(state.running[-1], state.clock, args, kwargs, self._replace)
-            return self._call
-        return None
+        if self._replace is not None:
+            call.args, call.kwargs = self._with_sample(call, self._replace)
 
-    def _adopt(self, running: Running) -> Prepared | None:
-        """Trace at once instead of recording the call as it runs: the first call is recorded like the others."""
-        known = super()._adopt(running)
-        if known is None:
-            trace = record(self.unet, *self._call, time=self.time)
-            known = self._prepared[running.key] = self._prepare(trace)
-        return known
-
-    def _why_full(self, running: Running) -> str | None:
-        reason = super()._why_full(running)
-        position = running.position
-        before = position.before if position is not None else None
-        self._seen = (reason, before.kept.exit if before is not None and before.kept is not None else None)
-        return (reason or "teacher") if self._teacher else reason
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After a call: let the engine finish it, then keep what was seen."""
-        state = self.states.current()
-        running: Running | None = state.running[-1] if state.running else None
-        failed = running is not None and sys.exc_info()[1] is not running.error
-        replaced = super().end(module, args, kwargs, output)
-        if running is not None and not failed and self.enabled:
-            self._record_call(module, running, output if replaced is None else replaced)
-        return replaced
-
-    def _record_call(self, module: nn.Module, running: Running, output: Any) -> None:
-        run, position, prepared = running.run, running.position, running.prepared
-        assert position is not None  # every call is prepared before it runs
-        assert prepared is not None
-        reason, cached = self._seen
-        args, kwargs = self._call
-        needs, copies = self._needs(position.step), self._copies
-        call = Call(
-            position.trajectory,
-            position.step,
-            position.branch.number,
-            reason=reason,
-            autocast=running.key[2],
-            time=self._time(running, prepared),
-            rows=len(running.arguments.get(prepared.sample)),
-            region=prepared.region,
+    def after(self, call: UNetCall, outcome: Outcome) -> None:
+        """Keep what is needed of the call."""
+        place, signature, decision = call.place, call.signature, call.decision
+        if place is None or signature is None or decision is None:
+            return  # a call of another transform: none of the loop's
+        recorded = Call(
+            place.trajectory,
+            place.step,
+            place.branch.number,
+            reason=decision.reason,
+            autocast=call.key[2],
+            time=self._time(call),
+            rows=len(call.arguments.get(signature.sample)),
+            region=signature.regions[0].region if signature.regions else None,
         )
-        self._calls.append(call)
-        if run is None:
+        self._calls.append(recorded)
+        if not outcome.watched:
             return
+        cached = None if decision.kept is None else decision.kept.exit
         if cached is not None and id(cached) in self._by_exit:
-            call.source = self._by_exit[id(cached)][1]
-        true, truth = run, output
-        if run.kind == "adaptor" and running.reason is None:
-            true = Pass(run.plan, "full", copies=prepared.copies)
-            true.enter(args, kwargs)
-            self.active.run = true
-            try:
-                truth = module.forward(*args, **kwargs)
-            finally:
-                self.active.run = None
-        if not true.complete() or true.exit is None:
-            call.reason = call.reason or "calls differed from the traced ones"
+            recorded.source = self._by_exit[id(cached)][1]
+        full = self.engine.full_pass(call) if outcome.reason is None else outcome
+        if not full.complete:
+            recorded.reason = recorded.reason or reasons.DIFFERED
             return
-        emitted = run.exit
-        if emitted is not None:  # only the next step's calls ask for it
-            self._by_exit = {k: v for k, v in self._by_exit.items() if v[1].step >= call.step - 1}
-            self._by_exit[id(emitted)] = (emitted, call)
-        moving = [running.arguments.get(path) for path in (prepared.sample, prepared.time) if path]
-        copies.keep(call, needs, true, (args, kwargs), truth, moving)
-        if true is not run and emitted is not None:
-            call.made, call.cached = copies.copy(emitted), copies.copy(cached)
-            call.made_output = copies.copy(tensors(output)[0])
+        emitted = outcome.exits[0].exit
+        # only the next step's calls ask for it
+        self._by_exit = {k: v for k, v in self._by_exit.items() if v[1].step >= recorded.step - 1}
+        self._by_exit[id(emitted)] = (emitted, recorded)
+        moving = [call.arguments.get(path) for path in (signature.sample, signature.time) if path]
+        self._copies.keep(recorded, self._needs(place.step), call, full, moving)
+        if full is not outcome:
+            recorded.made, recorded.cached = self._copies.copy(emitted), self._copies.copy(cached)
+            recorded.made_output = self._copies.copy(tensors(outcome.output)[0])
 
-    def _time(self, running: Running, prepared: Prepared) -> float | None:
-        """The call's time as a number."""
-        if prepared.time is None:
-            return None
-        return self.states.current().clock.read(running.arguments.get(prepared.time))[0]
+    def _time(self, call: UNetCall) -> float | None:
+        """The call's time as a number; None where it has none, or several."""
+        return None if call.time is None else self.engine.states.current().clock.read(call.time)[0]
+
+    def _with_sample(
+        self, call: UNetCall, replace: Callable[[float], Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with another sample.
+
+        Args:
+            call: the call.
+            replace: time → sample, (B, ...); repeated where the call holds several branches of B rows.
+
+        Raises:
+            DistillError: the call has no one time, or a sample of another shape.
+
+        Source: arXiv 2312.08128, Sec. 5.4 and Fig. 7 ("regular distillation").
+        """
+        assert call.signature is not None  # the engine has placed the call
+        path, time = call.signature.sample, self._time(call)
+        sample = call.arguments.get(path)
+        if time is None:
+            raise DistillError(
+                "forward noise needs the time of every call, one for all rows",
+                seen={"time input": call.signature.time},
+                do='use mode="unrolled", or pass time=',
+            )
+        noised = replace(time)
+        if sample.shape[1:] != noised.shape[1:] or sample.shape[0] % noised.shape[0]:
+            raise DistillError(
+                "noised images are shaped like the sample that the UNet is called with",
+                seen={"sample": tuple(sample.shape), "noised images": tuple(noised.shape)},
+                do="make images(batch) return what the sampler diffuses, latents for a latent model",
+            )
+        noised = noised.to(sample).repeat(sample.shape[0] // noised.shape[0], *[1] * (noised.ndim - 1))
+        at = list(call.arguments.values).index(path)
+        if at < len(call.args):
+            return (*call.args[:at], noised, *call.args[at + 1 :]), call.kwargs
+        return call.args, {**call.kwargs, path: noised}

@@ -21,7 +21,7 @@ from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.learner import Learner
 from clockwork_hooks.training.options import Mode, TrainingOptions
-from clockwork_hooks.training.recording import Capture, Noise
+from clockwork_hooks.training.recording import Noise, TrajectoryRecorder
 from clockwork_hooks.training.trajectory import Needs, Trajectory
 
 __all__ = ["Trainer", "seeded", "status"]
@@ -44,7 +44,7 @@ class Trainer:
         reasons: why recorded calls could not have been adaptor passes, with counts.
     """
 
-    capture: Capture
+    capture: TrajectoryRecorder
     learners: Sequence[Learner]
     generates: Sequence[Callable[[Any], Any]]
     prompts: Sequence[Any]

@@ -1,0 +1,247 @@
+"""The regions of a wrapped UNet, one inside the other, each on a clock of its own; a single region is a chain of one.
+
+A pass skips the widest region whose clock does not strike, and runs the rest: with clocks 2 and 4 the passes are
+full, outer skipped, inner skipped, outer skipped, full, ... What each region emits is kept apart. A region inside a
+skipped one emits nothing: its feature waits, and serves the next pass that runs the region around it. So it comes
+from the step before *of the region's own sequence*, which are the steps that run everything around it; a region's
+clock is a multiple of the clock around it, so that none is older than that one's period. A full pass that the clocks
+did not ask for, for any doubt, lets go of what waits.
+
+Source: arXiv 2312.08128, Sec. 4.1 and Fig. 8 (one region).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from clockwork_hooks.adaptors.base import Adaptor, needs_of
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.engine import stand_in
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks.graph.arguments import Arguments
+from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, SkippedCall
+from clockwork_hooks.regions.find import match, skipped_nodes
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.schedule import Schedule
+
+__all__ = ["ClockedRegion", "RegionUse", "Signature", "prepare", "single"]
+
+
+@dataclass(slots=True)
+class ClockedRegion:
+    """One region of the chain, as `wrap` was told.
+
+    Attributes:
+        wanted: the region, or how to choose it.
+        schedule: which steps are full.
+        adaptor: stands in for it.
+        movable: the adaptor is ours to move to the exit's device and dtype.
+        name: what the user calls it, where there are several: "level 1", "32×32", or its two ends.
+        clock: full every so many steps, where there are several.
+        region: once it is known.
+    """
+
+    wanted: Region | Choice
+    schedule: Schedule
+    adaptor: Adaptor
+    movable: bool = False
+    name: str = ""
+    clock: int = 0
+    region: Region | None = None
+
+    @property
+    def keeps_entry(self) -> bool:
+        """Do later steps look at what flowed into the region?"""
+        return self.schedule.threshold is not None or "entry_cached" in needs_of(self.adaptor)
+
+    def find(self, trace: Trace, unet: nn.Module) -> tuple[Region | None, str]:
+        """The region of this trace: the one known from other inputs, if it is there; or None, and why.
+
+        Raises:
+            RegionNotFoundError: nothing can be skipped, and never could.
+        """
+        known = self.wanted if isinstance(self.wanted, Region) else self.region
+        region = match(trace, unet, known) if known is not None else None
+        if isinstance(self.wanted, Region) or region is not None:
+            return region, reasons.OTHER_REGION
+        try:
+            return self.wanted.find(trace, unet), ""
+        except RegionNotFoundError:
+            if known is None:
+                raise
+            return None, reasons.NO_REGION
+
+    @property
+    def likely_exits(self) -> frozenset[str]:
+        """Paths of modules of which the one called last may return the exit, as far as something is known before."""
+        known = self.region.exit.paths if self.region is not None else ()
+        return frozenset(known) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
+
+
+@dataclass(slots=True)
+class RegionUse:
+    """What calls of one input signature need of one region of the chain.
+
+    Attributes:
+        region: as it is for these inputs.
+        plan: what its adaptor passes skip, with the calls of all patched modules counted.
+        rest_macs: what an adaptor pass runs, without its adaptor.
+        adaptor_macs: of the adaptor, once it has run.
+        copies: code that the trace does not know writes to the exit, or might: inference tensors keep no count of
+            writes.
+        blanks: what skipped calls return in every pass.
+        name: tells adaptor passes apart where there are several regions.
+    """
+
+    region: Region
+    plan: CutPlan
+    rest_macs: int
+    adaptor_macs: int | None = None
+    copies: bool = field(default_factory=torch.is_inference_mode_enabled)
+    blanks: dict[tuple[str, int], Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(slots=True)
+class Signature:
+    """What all calls of one input signature have in common.
+
+    Attributes:
+        full_macs: of a full pass.
+        time, sample: paths of these inputs.
+        regions: widest first; empty where these inputs have none, and `why` says so.
+        key: one object for all its calls, so that comparing two takes no time.
+        places: (leaf of the time, leaves that tell the branch), once `place` has looked.
+    """
+
+    full_macs: int
+    time: str | None
+    sample: str
+    regions: tuple[RegionUse, ...] = ()
+    why: str = ""
+    key: tuple[Any, ...] = ()
+    places: tuple[int | None, tuple[int, ...]] | None = None
+
+    def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
+        """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals."""
+        if self.places is None:
+            paths = list(arguments.paths)
+            residuals = self.regions[0].region.residuals if self.regions else ()
+            apart = {self.sample, self.time, *residuals}
+            conditions = tuple(k for k, path in enumerate(paths) if path not in apart)
+            self.places = paths.index(self.time) if self.time in paths else None, conditions
+        return self.places
+
+    @property
+    def copies(self) -> frozenset[int]:
+        """Regions whose exit is kept as a copy."""
+        return frozenset(index for index, use in enumerate(self.regions) if use.copies)
+
+
+def single(region: Region, time: str | None) -> Signature:
+    """What calls need of a region that was found for such a call: no trace is needed."""
+    use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
+    return Signature(region.full_macs, time, region.sample, (use,))
+
+
+def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signature:
+    """What calls like the traced one need of the chain, which is put in order at the first trace, widest first.
+
+    Raises:
+        RegionNotFoundError: nothing can be skipped, or the regions do not lie one inside the other.
+        ArgumentError: a clock is no multiple of the one around it.
+        AdaptorError: an adaptor was made for another region.
+    """
+    costs = [node_macs(node) for node in trace.nodes]
+    located = [(clocked, *clocked.find(trace, unet)) for clocked in chain]
+    missing = next((why for _, region, why in located if region is None), None)
+    if missing is not None:
+        return Signature(sum(costs), trace.time, trace.sample, why=missing)
+    placed = [(clocked, region) for clocked, region, _ in located if region is not None]
+    placed.sort(key=lambda pair: -pair[1].macs)
+    if any(clocked.region is None for clocked in chain):
+        _check_nesting(trace, placed)
+        chain[:] = [clocked for clocked, _ in placed]
+    for clocked, region in placed:
+        stand_in.check_region(clocked.adaptor, region)
+        if clocked.schedule.threshold is not None and "entry" not in region.cut_plan.ports:
+            raise RegionNotFoundError(
+                "an adaptive schedule compares the region's entry, so some module must take or return it",
+                seen={"region": region.line, "entry": region.entry.path},
+                do="choose another region, or another schedule",
+            )
+        clocked.region = clocked.region or region
+    plans = _plans(trace, [region for _, region in placed])
+    uses = tuple(
+        RegionUse(region, plan, sum(costs) - sum(costs[n] for n in skipped_nodes(trace, region)), name=clocked.name)
+        for (clocked, region), plan in zip(placed, plans, strict=True)
+    )
+    return Signature(sum(costs), trace.time, trace.sample, uses)
+
+
+def _check_nesting(trace: Trace, placed: Sequence[tuple[ClockedRegion, Region]]) -> None:
+    """Each region lies inside the one before, and its clock is a multiple of that one's."""
+    for (outer, around), (inner, region) in itertools.pairwise(placed):
+        seen = {
+            "outer": f"{outer.name}, clock {outer.clock}: {around.line}",
+            "inner": f"{inner.name}, clock {inner.clock}: {region.line}",
+        }
+        if not skipped_nodes(trace, region) < skipped_nodes(trace, around):
+            raise RegionNotFoundError(
+                "regions with clocks of their own lie one inside the other",
+                seen=seen,
+                do="choose them by level, or from find_regions(...), where each contains the next",
+            )
+        if inner.clock % outer.clock or inner.clock == outer.clock:
+            raise ArgumentError(
+                "the clock of a region inside another is a multiple of that one's: it runs only when that one does",
+                seen=seen,
+                do=f"pass {2 * outer.clock} for the inner one",
+            )
+
+
+def _plans(trace: Trace, regions: list[Region]) -> list[CutPlan]:
+    """Each region's plan, with the calls of all patched modules counted, and where the others' exits appear."""
+    if len(regions) == 1:
+        return [regions[0].cut_plan]
+    patched = {path for region in regions for path in region.cut_plan.counts}
+    calls = [call for call in trace.calls if call.path in patched]
+    exits = [next(call for call in region.skipped if call.exit[1] is not None) for region in regions]
+    plans = []
+    for index, region in enumerate(regions):
+        skipped = {(call.path, call.ordinal) for call in region.skipped}
+        chosen = {call.index for call in calls if (call.path, call.ordinal) in skipped}
+        counts: dict[str, tuple[int, int]] = {}
+        visible: dict[tuple[str, int], int] = {}
+        for call in calls:
+            path = str(call.path)
+            full, seen = counts.get(path, (0, 0))
+            visible[path, call.ordinal] = seen
+            counts[path] = (full + 1, seen + _happens(trace, call, chosen))
+        whole: dict[tuple[str, int], tuple[tuple[int, SkippedCall], ...]] = {}
+        around: dict[tuple[str, int], tuple[tuple[int, SkippedCall], ...]] = {}
+        for other, exit in enumerate(exits):
+            if other != index:
+                place = (exit.path, exit.ordinal)
+                whole[place] = (*whole.get(place, ()), (other, exit))
+            if other < index:
+                place = (exit.path, visible[exit.path, exit.ordinal])
+                around[place] = (*around.get(place, ()), (other, exit))
+        others: dict[Kind, Exits] = {"full": whole, "adaptor": around}
+        plans.append(replace(region.cut_plan, counts=counts, index=index, others=others))
+    return plans
+
+
+def _happens(trace: Trace, call: ModuleCall, skipped: set[int]) -> bool:
+    """Does this call happen where those are skipped?"""
+    return all(around.index not in skipped for around in trace.ancestors(call))
