@@ -6,7 +6,8 @@ skipped calls is replaced, on the instance (hooks.py). The first real call is tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
