@@ -22,13 +22,22 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
     from clockwork_hooks import editing as editing
     from clockwork_hooks import metrics as metrics
     from clockwork_hooks import training as training
-    from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
+    from clockwork_hooks.adaptors import (
+        Adaptor,
+        CalibratedAdaptor,
+        IdentityAdaptor,
+        ResNetAdaptor,
+        ScaledResNetAdaptor,
+        UNetAdaptor,
+    )
     from clockwork_hooks.analysis.benchmark import Benchmark, bench
+    from clockwork_hooks.analysis.calibration import Calibration, calibrate
     from clockwork_hooks.analysis.drift import Drift, measure_drift
     from clockwork_hooks.analysis.evaluation import Evaluation, Variant, evaluate
     from clockwork_hooks.analysis.flops import FlopsReport, flops_report
     from clockwork_hooks.analysis.planning import Plan, plan
     from clockwork_hooks.analysis.robustness import Robustness, measure_robustness
+    from clockwork_hooks.analysis.tuning import Tuning, tune
     from clockwork_hooks.engine.attach import wrap
     from clockwork_hooks.engine.stats import RunReport, Stats
     from clockwork_hooks.engine.wrapper import ClockworkWrapper
@@ -62,6 +71,8 @@ __all__ = [
     "ArgumentError",
     "Benchmark",
     "Boundary",
+    "CalibratedAdaptor",
+    "Calibration",
     "ClockworkError",
     "ClockworkWrapper",
     "CompileError",
@@ -90,11 +101,13 @@ __all__ = [
     "Trace",
     "TraceError",
     "TrainingOptions",
+    "Tuning",
     "UNetAdaptor",
     "Variant",
     "WrapError",
     "__version__",
     "bench",
+    "calibrate",
     "diagram",
     "distill",
     "evaluate",
@@ -105,6 +118,7 @@ __all__ = [
     "measure_robustness",
     "plan",
     "trace",
+    "tune",
     "wrap",
 ]
 
@@ -113,10 +127,12 @@ __all__ = [
 _HOME = {
     name: home
     for home, names in {
-        "adaptors": "Adaptor IdentityAdaptor ResNetAdaptor ScaledResNetAdaptor UNetAdaptor",
+        "adaptors": "Adaptor CalibratedAdaptor IdentityAdaptor ResNetAdaptor ScaledResNetAdaptor UNetAdaptor",
+        "analysis.calibration": "Calibration calibrate",
         "analysis.drift": "Drift measure_drift",
         "analysis.planning": "Plan plan",
         "analysis.robustness": "Robustness measure_robustness",
+        "analysis.tuning": "Tuning tune",
         "engine.attach": "wrap",
         "analysis.benchmark": "Benchmark bench",
         "regions.blocks": "diagram",

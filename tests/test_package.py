@@ -173,6 +173,7 @@ def test_docstring_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
 # What is not made by hand is shown where it comes from.
 MADE_BY = {
     "Benchmark": "bench",
+    "Calibration": "calibrate",
     "ClockworkWrapper": "wrap",
     "Diagram": "diagram",
     "DistillResult": "distill",
@@ -182,6 +183,7 @@ MADE_BY = {
     "Plan": "plan",
     "Region": "find_region",
     "Robustness": "measure_robustness",
+    "Tuning": "tune",
 }
 
 

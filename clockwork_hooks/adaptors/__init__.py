@@ -11,21 +11,32 @@ from typing import TYPE_CHECKING, Any
 from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
 
 if TYPE_CHECKING:
+    from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
     from clockwork_hooks.adaptors.resnet import ResNetAdaptor, ScaledResNetAdaptor
     from clockwork_hooks.adaptors.unet import UNetAdaptor
 
-__all__ = ["Adaptor", "IdentityAdaptor", "LearnedAdaptor", "ResNetAdaptor", "ScaledResNetAdaptor", "UNetAdaptor"]
+__all__ = [
+    "Adaptor",
+    "CalibratedAdaptor",
+    "IdentityAdaptor",
+    "LearnedAdaptor",
+    "ResNetAdaptor",
+    "ScaledResNetAdaptor",
+    "UNetAdaptor",
+]
 
-_LATER = {
+HOMES = {  # class → the module that it is imported from when it is first asked for, or loaded
+    "CalibratedAdaptor": "calibrated",
     "LearnedAdaptor": "learned",
     "ResNetAdaptor": "resnet",
     "ScaledResNetAdaptor": "resnet",
     "UNetAdaptor": "unet",
 }
+KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}  # of `distill`
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -62,6 +62,8 @@ class AdaptorInputs(NamedTuple):
         entry_cached: what flowed into the region one step before, when it emitted `exit_cached`; shaped as `entry`.
             Where nothing of it was kept, the pass is full.
         position: the UNet's time input of this call, as it was passed, float32 of shape (): which step it is.
+        position_cached: likewise of the call that `exit_cached` comes from: how far the two are apart. None where that
+            call was recorded as it ran.
 
     Example:
         >>> given = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
@@ -75,6 +77,7 @@ class AdaptorInputs(NamedTuple):
     text: torch.Tensor | None
     entry_cached: torch.Tensor | None = None
     position: torch.Tensor | None = None
+    position_cached: torch.Tensor | None = None
 
 
 def needs_of(adaptor: Any) -> frozenset[str]:

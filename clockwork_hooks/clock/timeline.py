@@ -37,6 +37,7 @@ class Kept:
         weights: state of the UNet's weights in the call.
         entry: what flowed into the region, where somebody looks at it; of an adaptive schedule, in the last full pass.
         age: and how many adaptor passes came since.
+        position: the time input of that call, (), where somebody looks at it.
     """
 
     key: Hashable
@@ -45,6 +46,7 @@ class Kept:
     weights: Hashable
     entry: torch.Tensor | None = None
     age: int = 0
+    position: torch.Tensor | None = None
 
     def stale(self, key: Hashable, weights: Hashable) -> str | None:
         """Why it may not serve a call of this key and these weights; None where it may."""

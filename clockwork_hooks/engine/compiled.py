@@ -1,7 +1,7 @@
 """Compiled passes: two static callables per input signature, one for full and one for adaptor passes.
 
     full(args)                          → output, exits, entry
-    adaptor(args, exit cached, entry cached) → output, exits, entry
+    adaptor(args, cached exit, entry and time) → output, exits, entry
 
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
@@ -34,9 +34,9 @@ __all__ = ["Compiled", "Static"]
 
 _NUMBERS = itertools.count()
 
-# args, kwargs, (exit cached, entry cached) → output, region → exit, entry, complete
+# args, kwargs, (exit, entry and time cached) → output, region → exit, entry, complete
 Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, bool]"]
-Cached = tuple["torch.Tensor | None", "torch.Tensor | None"]
+Cached = tuple["torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
 
 
 class Compiled:
@@ -67,7 +67,9 @@ class Compiled:
             AdaptorError: the adaptor returned what does not fit the region.
         """
         args, kwargs = with_tensor_time(call)
-        cached: Cached = (None, None) if run.kind == "full" or kept is None else (kept.exit, kept.entry)
+        cached: Cached = (None, None, None)
+        if run.kind == "adaptor" and kept is not None:
+            cached = kept.exit, kept.entry, kept.position
         outcome = self.launch(call, run, args, kwargs, cached)
         exit, finite = outcome.exits.get(run.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
@@ -115,9 +117,9 @@ class Compiled:
             time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-                exit, entry = cached
+                exit, entry, before = cached
                 assert exit is not None  # it is an adaptor pass
-                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, time))
+                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, before, time))
                 return adapted
 
             traced = engine.tracing = run.like(adapt if kind == "adaptor" else None, traced=True)

@@ -208,7 +208,7 @@ class Captured(Compiled):
         if exit is not None:
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
-                return stand_in.call(adaptor, stand_in.inputs(captured, exit, cached[1], time))
+                return stand_in.call(adaptor, stand_in.inputs(captured, exit, *cached[1:], time))
 
         run = wanted.like(adapt)
         run.enter(args, kwargs)

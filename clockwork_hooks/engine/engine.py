@@ -353,6 +353,8 @@ class Engine:
     def _kept(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Kept:
         own = call.decision is not None and index == call.decision.region
         kept = Kept(call.key, self._free(emitted.exit), emitted.version, call.weights, outcome.entry if own else None)
+        if call.time is not None and "position_cached" in needs_of(self.chain[index].adaptor):
+            kept.position = stand_in.scalar(call.time, emitted.exit.device)
         before = call.decision.kept if call.decision is not None else None
         if (
             own
@@ -400,7 +402,7 @@ class Engine:
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
         position = call.time if "position" in needs_of(adaptor) else None
-        given = stand_in.inputs(captured, cached, decision.kept.entry, position)
+        given = stand_in.inputs(captured, cached, decision.kept.entry, decision.kept.position, position)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, given)
         else:

@@ -15,13 +15,25 @@ from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.tables import shape
 
-__all__ = ["call", "check", "check_region", "count_and_call", "fits", "inputs", "looks", "place", "region_options"]
+__all__ = [
+    "call",
+    "check",
+    "check_region",
+    "count_and_call",
+    "fits",
+    "inputs",
+    "looks",
+    "place",
+    "region_options",
+    "scalar",
+]
 
 
 def inputs(
     captured: Mapping[str, torch.Tensor | None],
     exit_cached: torch.Tensor,
     entry_cached: torch.Tensor | None = None,
+    position_cached: torch.Tensor | None = None,
     position: Any = None,
 ) -> AdaptorInputs:
     """What an adaptor is given, of what a pass picked up at the boundary.
@@ -30,13 +42,16 @@ def inputs(
         captured: "entry", "time", "text", "mask", as far as they came.
         exit_cached: what the region emitted one step before.
         entry_cached: what flowed into it then.
-        position: the UNet's time input, as it was passed.
+        position_cached: the UNet's time input then, as `scalar` gives it.
+        position: the UNet's time input now, as it was passed.
     """
     text, mask = captured.get("text"), captured.get("mask")
     if text is not None and mask is not None:
         text = masked_mean(text, mask)
-    at = None if position is None else _scalar(position, exit_cached.device)
-    return AdaptorInputs(captured.get("entry"), exit_cached, captured.get("time"), text, entry_cached, at)
+    at = None if position is None else scalar(position, exit_cached.device)
+    return AdaptorInputs(
+        captured.get("entry"), exit_cached, captured.get("time"), text, entry_cached, at, position_cached
+    )
 
 
 def call(adaptor: Adaptor, given: AdaptorInputs) -> Any:
@@ -133,7 +148,7 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (tokens * keep).sum(1) / keep.sum(1).clamp(min=1)
 
 
-def _scalar(value: Any, device: torch.device) -> torch.Tensor:
+def scalar(value: Any, device: torch.device) -> torch.Tensor:
     """A time as a float32 tensor of shape (); of several rows the first one's."""
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(-1)[0].to(device, torch.float32)

@@ -1,0 +1,443 @@
+"""Calibrated adaptors on the demo model, by the judges of fidelity.py: rows chosen on some captions, judged on others.
+
+    python -m benchmarks.calibration run --out DIR --minutes 9     # again and again until it says that all is there
+    python -m benchmarks.calibration table DIR/calibration.json    # as Markdown
+
+Every row is written as soon as it is there, the most important ones first; what is in DIR/calibration.json, or in the
+file that `--resume` names, is not measured again. Each row is measured on two sets of held-out captions of the same
+size: on the one called "choose" with one seed, on the one called "judge" with all seeds. Calibration uses training
+captions alone. In miniature, on a CPU: `--captions 8 --seeds 1 --match "main-8/plain|main-8/.*3 5 7"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from benchmarks.fidelity_bench import Bench, Judged
+from benchmarks.fidelity_plan import Sampler
+from benchmarks.harness import environment, say
+from clockwork_hooks.analysis.calibration import calibrate
+from clockwork_hooks.analysis.flops import counting
+from clockwork_hooks.demo.evaluate import held_out_prompts, reference_statistics
+from clockwork_hooks.demo.model import load_demo
+from clockwork_hooks.demo.recipe import Recipe
+from clockwork_hooks.metrics import Frechet, Paired
+from clockwork_hooks.reports.tables import percent, table
+
+IDENTITY, AFFINE, EXIT, ENTRY, BEFORE = "identity", "affine", "exit", "exit+entry", "exit+entry+before"
+_SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way of sampling.
+
+    Attributes:
+        label: within its group.
+        kind: of adaptor; None for plain, "deepcache" for the peer.
+        region: "default" or "widest".
+        at: the adaptor steps.
+        taken: steps of the sampler, where they are not the group's.
+        captions: that the adaptor is calibrated on.
+        calibrated_at: steps of the sampler that it is calibrated with, where they are not the group's: all of them.
+        refit: fitted again on what the student reaches.
+        branch, interval: of DeepCache.
+    """
+
+    label: str
+    kind: str | None = None
+    region: str = "widest"
+    at: tuple[int, ...] = ()
+    taken: int | None = None
+    captions: int = 512
+    calibrated_at: int | None = None
+    refit: bool = True
+    branch: int = 0
+    interval: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows with one sampler, judged against its plain pictures."""
+
+    name: str
+    sampler: Sampler
+    rows: tuple[Row, ...]
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def every(steps: int, clock: int, first: int = 1, last: int = 0) -> tuple[int, ...]:
+    """Adaptor steps of a clock that begins to tick at the last of the first full steps."""
+    return tuple(s for s in range(first + 1, steps + 1 - last) if (s - first) % clock)
+
+
+def fewer(*steps: int) -> list[Row]:
+    """The plain sampler with fewer steps."""
+    return [Row(f"plain, {count} steps", taken=count) for count in steps]
+
+
+def deepcache(*pairs: tuple[int, int]) -> list[Row]:
+    """(branch, interval) of the peer."""
+    return [Row(f"DeepCache, branch {b}, interval {n}", "deepcache", branch=b, interval=n) for b, n in pairs]
+
+
+def kinds(region: str, at: tuple[int, ...], *names: str, what: str = "", **more: Any) -> list[Row]:
+    """One schedule with several kinds."""
+    steps = what or " ".join(map(str, at))
+    return [Row(f"{name}, {region}, {steps}", name, region, at, **more) for name in names]
+
+
+ALL = (IDENTITY, AFFINE, ENTRY, BEFORE)
+CLOCK2, BOTH, INNER, OTHER = every(8, 2), (3, 4, 6, 7), (3, 5, 7), (3, 5, 6, 8)
+
+
+def _main() -> Group:
+    rows = [*kinds("widest", BOTH, *ALL), *kinds("default", CLOCK2, *ALL), *fewer(5, 4, 6, 7, 3)]
+    rows += [*kinds("widest", OTHER, *ALL), *kinds("widest", INNER, *ALL)]
+    rows += [*deepcache((0, 2), (1, 2), (0, 3)), *kinds("default", BOTH, *ALL), *kinds("default", INNER, *ALL)]
+    for count in (16, 64):
+        for region, at, kind in (("widest", BOTH, BEFORE), ("widest", BOTH, AFFINE), ("default", CLOCK2, BEFORE)):
+            what = f"{' '.join(map(str, at))}, {count} captions"
+            rows += kinds(region, at, kind, what=what, captions=count)
+    rows += kinds("widest", BOTH, BEFORE, "auto", what="3 4 6 7, not fitted again", refit=False)
+    rows += [*kinds("widest", BOTH, EXIT), *kinds("widest", CLOCK2, *ALL), *kinds("default", OTHER, *ALL)]
+    return Group("main-8", Sampler(), tuple(rows))
+
+
+def _long(steps: int, spaced: Sequence[tuple[int, int, int]], names: Sequence[str], *more: Row) -> Group:
+    rows = []
+    for clock, first, last in spaced:
+        what = f"clock {clock}, first {first} and last {last} full"
+        rows += kinds("widest", every(steps, clock, first, last), *names, what=what)
+    return Group(f"main-{steps}", Sampler(steps=steps), (*rows, *more))
+
+
+def _transfer(steps: int) -> list[Row]:
+    """Calibrated at all of 8 steps, and of as many as are taken."""
+    at = every(steps, 2, 2, 1)
+    rows = []
+    for source in (8, steps):
+        what = f"clock 2, first 2 and last 1 full, calibrated with {source} steps"
+        rows += kinds("widest", at, AFFINE, BEFORE, what=what, calibrated_at=source)
+    return rows
+
+
+def _other(name: str, sampler: Sampler) -> Group:
+    if sampler.steps == 8:
+        rows = [*kinds("widest", BOTH, IDENTITY, AFFINE, BEFORE), *kinds("default", CLOCK2, IDENTITY, BEFORE)]
+        return Group(name, sampler, (*rows, *fewer(5, 4)))
+    rows = []
+    for clock in (2, 3):
+        what = f"clock {clock}, first 2 and last 1 full"
+        rows += kinds("widest", every(sampler.steps, clock, 2, 1), IDENTITY, AFFINE, BEFORE, what=what)
+    return Group(name, sampler, (*rows, *fewer(10)))
+
+
+GROUPS: tuple[Group, ...] = (
+    _main(),
+    _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1), (2, 1, 0), (5, 2, 1)), (IDENTITY, AFFINE, BEFORE),
+          *fewer(10, 9, 12), *deepcache((0, 2), (0, 3)), *_transfer(20)),
+    _long(50, ((3, 1, 0), (5, 3, 1), (4, 2, 1)), (AFFINE, IDENTITY, BEFORE), *fewer(19, 16),
+          *deepcache((0, 3), (0, 5))),
+    _other("guidance-4", Sampler(guidance=4.0)),
+    *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
+    _long(16, ((2, 1, 0), (2, 2, 1), (3, 2, 1)), (IDENTITY, AFFINE, BEFORE), *fewer(8, 10), *_transfer(16)),
+    Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE), *fewer(3),
+                                       *kinds("default", (2, 4), IDENTITY, BEFORE))),
+    *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),
+)  # fmt: skip
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """Measures rows of one group after the other; plain pictures are kept for the group that is under way.
+
+    Attributes:
+        bench: the demo model, and what it is judged by; its batches are those of "judge", then those of "choose".
+        seeds: of "judge".
+        captions: that adaptors are calibrated on.
+    """
+
+    bench: Bench
+    seeds: int
+    captions: Sequence[str]
+    _plain: dict[tuple[Sampler, str, int], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, device: str, dtype: torch.dtype, captions: int, batch: int, seeds: int, most: int) -> Judge:
+        """Load the model and draw captions: so many for each set; `most` to calibrate on."""
+        model = load_demo(device, dtype)
+        prompts = held_out_prompts(2 * captions)
+        batches = tuple(tuple(prompts[at : at + batch]) for at in range(0, len(prompts), batch))
+        reference = reference_statistics(model, 8192 if captions > 1024 else max(captions, 64))
+        metrics = (Frechet(model.classifier.features, reference), Judged(model.classifier), Paired())
+        training = Recipe.of(captions=most, seed=11).captions
+        return cls(Bench(model, batches, tuple(range(seeds)), metrics), seeds, training)
+
+    def runs(self, part: str) -> list[tuple[tuple[str, ...], int, int]]:
+        """(captions, seed of the noise, seed of the evaluation) of the batches of "judge" or "choose"."""
+        half = len(self.bench.batches) // 2
+        batches = self.bench.batches[:half] if part == "judge" else self.bench.batches[half:]
+        seeds = range(self.seeds) if part == "judge" else range(1)
+        return [(batch, seed * half + k, seed) for seed in seeds for k, batch in enumerate(batches)]
+
+    def plain(self, sampler: Sampler, part: str) -> list[Tensor]:
+        """The group's plain pictures, on the device."""
+        if any(key[0] != sampler for key in self._plain):
+            self._plain.clear()
+        key = (sampler, part, self.seeds)
+        if key not in self._plain:
+            runs = self.runs(part)
+            self._plain[key] = [self.bench.sample(batch, seed, sampler) for batch, seed, _ in runs]
+        return self._plain[key]
+
+    def region(self, name: str) -> ch.Region:
+        """The default region, or the widest one."""
+        group = SimpleNamespace(region="outer" if name == "default" else 0)
+        return self.bench.region(group)  # type: ignore[arg-type]  # all that it reads
+
+    def measure(self, group: Group, row: Row) -> dict[str, Any]:
+        """All there is to say about a row."""
+        adaptor, told = self.adaptor(group.sampler, row)
+        scores: dict[str, Any] = {}
+        for part in ("choose", "judge"):
+            scores[part], costs = self.scores(group.sampler, row, adaptor, part)
+        return {**_plain(row), **told, **costs, "scores": scores, "sampler": _plain(group.sampler)}
+
+    def adaptor(self, sampler: Sampler, row: Row) -> tuple[Any, dict[str, Any]]:
+        """The calibrated adaptor of a row, and what its calibration says."""
+        if row.kind in (None, IDENTITY, "deepcache"):
+            return row.kind, {}
+        model, steps = self.bench.model, row.calibrated_at or sampler.steps
+        batches, noises = [], iter(range(_SEED, 2 * _SEED))
+        for at in range(0, min(row.captions, len(self.captions)), 256):
+            batches.append(self.captions[at : min(at + 256, row.captions)])
+
+        def generate(batch: Sequence[str]) -> Tensor:
+            noise, hidden = model.noise(len(batch), next(noises)), model.encode_prompts(batch)
+            options: dict[str, Any] = {"guidance": sampler.guidance, "scheduler": sampler.scheduler}
+            return model.denoise(noise, hidden, steps=steps, **options)
+
+        schedule = None if row.calibrated_at else ch.Schedule.at(row.at)
+        options: dict[str, Any] = {"kind": row.kind, "refit": row.refit, "log_snr": model.scheduler(sampler.scheduler)}
+        if steps > 20:  # several batches of a long sampler say more than enough
+            batches = batches[:1]
+        self._wait()
+        adaptor = calibrate(
+            model.unet, generate, batches, guidance=sampler.guidance, schedule=schedule,
+            region=self.region(row.region), **options,
+        )  # fmt: skip
+        return adaptor, {"calibration": adaptor.report.to_dict()}
+
+    @torch.no_grad()
+    def scores(self, sampler: Sampler, row: Row, adaptor: Any, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Name of a score → one value a seed; and what a picture costs."""
+        bench, seconds = self.bench, list[float]()
+        observed: dict[tuple[int, int], list[Any]] = {}
+        plain, runs = self.plain(sampler, part), self.runs(part)
+        with self._running(sampler, row, adaptor) as macs:
+            for (batch, seed, number), reference in zip(runs, plain, strict=True):
+                started = time.perf_counter()
+                images = bench.sample(batch, seed, sampler, row.taken)
+                self._wait()
+                seconds.append((time.perf_counter() - started) / len(batch))
+                for k, metric in enumerate(bench.metrics):
+                    observed.setdefault((k, number), []).append(metric.observe(images, reference, batch))
+            cost = macs(sum(len(batch) for batch, _, _ in runs))
+        found: dict[str, list[float]] = {}
+        for (k, _), rows in sorted(observed.items()):
+            whole = torch.cat([one.detach().double().cpu() for one in rows if one is not None])
+            for name, value in bench.metrics[k].score(whole).items():
+                found.setdefault(name, []).append(float(value))
+        return found, {"macs_per_image": round(cost), "seconds_per_image": statistics.median(seconds[1:] or seconds)}
+
+    @contextmanager
+    def _running(self, sampler: Sampler, row: Row, adaptor: Any) -> Iterator[Callable[[int], float]]:
+        """While a row's way of sampling is in place; tells the MACs of one of so many pictures."""
+        unet = self.bench.model.unet
+        if row.kind == "deepcache":
+            few = self.bench.batches[0][:8]
+            with _deepcache(self.bench, sampler, row), counting(unet) as calls:
+                self.bench.sample(few, 0, sampler)
+            with _deepcache(self.bench, sampler, row):
+                yield lambda pictures: sum(calls) / len(few)
+            return
+        options: dict[str, Any] = {"schedule": ch.Schedule.at(row.at), "region": self.region(row.region)}
+        with ch.wrap(unet, adaptor, **options) as cw, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a calibrated adaptor was asked for a position outside")
+            yield lambda pictures: cw.stats.macs_run / pictures
+
+    def _wait(self) -> None:
+        if self.bench.model.device.type == "cuda":
+            torch.cuda.synchronize(self.bench.model.device)
+
+
+@contextmanager
+def _deepcache(bench: Bench, sampler: Sampler, row: Row) -> Iterator[None]:
+    """The peer's own package on the same UNet: DeepCache 0.1.1 (arXiv 2312.00858)."""
+    from DeepCache import DeepCacheSDHelper
+
+    solver = bench.model.scheduler(sampler.scheduler)
+    solver.set_timesteps(sampler.steps)
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=bench.model.unet, scheduler=solver))
+    helper.set_params(cache_interval=row.interval, cache_branch_id=row.branch)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(dataclasses.asdict(value))))
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", formatter_class=argparse.ArgumentDefaultsHelpFormatter, help=run.__doc__)
+    one.set_defaults(act=run)
+    one.add_argument("--out", type=Path, required=True, help="folder of calibration.json")
+    one.add_argument("--resume", type=Path, help="rows of an earlier run")
+    one.add_argument("--minutes", type=float, default=9.0, help="begin no row that may not end within these")
+    one.add_argument("--captions", type=int, default=5120, help="held-out captions of each of the two sets")
+    one.add_argument("--calibration", type=int, default=512, help="training captions, at most")
+    one.add_argument("--seeds", type=int, default=3, help="evaluation seeds")
+    one.add_argument("--batch", type=int, default=1024, help="pictures sampled at once")
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    one.add_argument("--match", default="", help="only rows whose group/label has this, a regular expression")
+    other = commands.add_parser("table", help=show.__doc__)
+    other.set_defaults(act=show)
+    other.add_argument("file", type=Path)
+    options = parser.parse_args(arguments)
+    return int(options.act(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is missing, the most important rows first."""
+    started, path = time.monotonic(), options.out / "calibration.json"
+    data = _read(path) or _read(options.resume) or {"runs": [], "rows": {}}
+    warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy")  # diffusers and NumPy 2
+    cuda = str(options.device).startswith("cuda")
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    wanted = [(group, row) for group in GROUPS for row in (Row("plain"), *group.rows)]
+    wanted = [(group, row) for group, row in wanted if re.search(options.match, f"{group.name}/{row.label}")]
+    left = [(group, row) for group, row in wanted if f"{group.name}/{row.label}" not in data["rows"]]
+    say(f"{len(left)} of {len(wanted)} rows to do")
+    if not left:
+        return 0
+    batch, most = min(options.batch, options.captions), min(options.calibration, 8 * options.captions)
+    dtype = torch.float16 if cuda else torch.float32
+    judge = Judge.make(options.device, dtype, options.captions, batch, options.seeds, most)
+    data["runs"].append({**environment(str(options.device), 0), **_settings(options), "dtype": str(dtype)})
+    pace = 0.0  # seconds for a step of the sampler, the slowest row so far
+    while left:
+        group, row = left.pop(0)
+        steps = row.taken or group.sampler.steps
+        if time.monotonic() - started + pace * steps > 60 * options.minutes:
+            say(f"{options.minutes:g} minutes are nearly over")
+            left.insert(0, (group, row))
+            break
+        begun = time.monotonic()
+        try:
+            found = judge.measure(group, row)
+        except ImportError as error:  # a peer that is not installed
+            say(f"{group.name}/{row.label}: {error}")
+            continue
+        pace = max(pace, (time.monotonic() - begun) / steps)
+        data["rows"][f"{group.name}/{row.label}"] = {**found, "run": len(data["runs"]) - 1}
+        _write(path, data)
+        distance, seconds = statistics.fmean(found["scores"]["judge"]["Fréchet"]), time.monotonic() - begun
+        say(f"{group.name}/{row.label}: Fréchet {distance:.1f} in {seconds:.1f} s")
+    say(f"{len(left)} rows are not there yet" if left else "all is there")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print a file as Markdown tables."""
+    print(markdown(json.loads(options.file.read_text(encoding="utf-8"))))
+    return 0
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """A table a group: MACs saved, Fréchet distance, attributes and PSNR, on "judge"; and Fréchet on "choose"."""
+    parts = []
+    for group in GROUPS:
+        rows = {key.split("/", 1)[1]: row for key, row in data["rows"].items() if key.split("/", 1)[0] == group.name}
+        plain = rows.get("plain")
+        if plain is None:
+            continue
+        cells = []
+        for label, row in rows.items():
+            judged, chosen = row["scores"]["judge"], row["scores"]["choose"]
+            gap = [a - b for a, b in zip(judged["Fréchet"], plain["scores"]["judge"]["Fréchet"], strict=True)]
+            cells.append(
+                (
+                    label,
+                    percent(1 - row["macs_per_image"] / plain["macs_per_image"]),
+                    f"{statistics.fmean(judged['Fréchet']):.1f}",
+                    "" if row is plain else _interval(gap),
+                    f"{statistics.fmean(judged['attributes right']):.2f}%",
+                    "" if "PSNR" not in judged or row is plain else f"{statistics.fmean(judged['PSNR']):.1f}",
+                    f"{statistics.fmean(chosen['Fréchet']):.1f}",
+                )
+            )
+        heads = ("row", ">MACs saved", ">Fréchet", ">less plain's", ">attributes", ">PSNR", ">Fréchet, to choose by")
+        parts.append(table(group.name, heads, cells).to_markdown())
+    return "\n\n".join(parts)
+
+
+def _interval(gap: Sequence[float]) -> str:
+    """Mean, and the 95% interval of a paired difference, Student's t."""
+    mean = statistics.fmean(gap)
+    if len(gap) < 2:
+        return f"{mean:+.1f}"
+    half = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap), 2.0) * statistics.stdev(gap) / len(gap) ** 0.5
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("captions", "calibration", "seeds", "batch")
+    return {name: getattr(options, name) for name in names}
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    return None if path is None or not path.exists() else dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""`CalibratedAdaptor`: predicts the exit linearly, with weights for each position of the sampler that were solved for.
+
+`clockwork_hooks.calibrate` makes one. Every weight stands for a change of the cached exit, so weights of zero are the
+identity, and between two calibrated positions the weights are interpolated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.adaptors.layers import fit
+from clockwork_hooks.adaptors.learned import LearnedAdaptor
+from clockwork_hooks.errors import AdaptorError, ArgumentError
+from clockwork_hooks.regions import reference
+from clockwork_hooks.regions.layout import Layout
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.tables import shape
+
+__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions"]
+
+FORMS = ("affine", "linear", "low rank")
+_ENDLESS = 3e38  # a bound that bounds nothing: the identity's
+_LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
+_PIECES = 16  # straight ones between two calibrated positions
+
+
+@dataclass(frozen=True, slots=True)
+class Knot:
+    """What was solved for at one calibrated position; C channels of the exit, p that the matrix reads.
+
+    Attributes:
+        position: the UNet's raw time; None where one knot serves all positions.
+        before: that of the step before.
+        low, high: (C,) bounds of the exit.
+        bias: (C,).
+        gain: (C,), how much of the cached exit is added to it; of the linear form None.
+        matrix: (p, C) of the linear form, (p, rank) of the low-rank one; what is read, in order: the cached exit; the
+            entry less the entry that came with the cached exit; and that one. Or the entry alone, in place of both.
+    """
+
+    position: float | None
+    before: float | None
+    low: Tensor
+    high: Tensor
+    bias: Tensor
+    gain: Tensor | None = None
+    matrix: Tensor | None = None
+
+
+class Positions:
+    """Where a time stands among the calibrated positions, and its log-SNR: piecewise linear, exact at times seen.
+
+    Args:
+        knots: the calibrated positions, ascending.
+        strides: of each, how far in time the step before was.
+        seen: all times that the calibration saw.
+        log_snr: time → log-SNR, monotonic; None takes the time itself in its place.
+    """
+
+    def __init__(
+        self,
+        knots: Sequence[float],
+        strides: Sequence[float],
+        seen: Sequence[float],
+        log_snr: Callable[[float], float] | None = None,
+    ) -> None:
+        self.knots = [_single(time) for time in knots]
+        self._first, self._last = _single(min(*seen, *knots)), _single(max(*seen, *knots))
+        self._log_snr = log_snr or float
+        self.low = _single(knots[0] - abs(strides[0]) / 2)
+        self.high = _single(knots[-1] + abs(strides[-1]) / 2)
+        ends = sorted({_single(time) for time in (*seen, *knots, self.low, self.high)})
+        between = (a + (b - a) * k / _PIECES for a, b in itertools.pairwise(ends) for k in range(1, _PIECES))
+        after = _single(torch.nextafter(torch.tensor(self.high), torch.tensor(torch.inf)).item())
+        self.times = sorted({*ends, *(_single(time) for time in between), after})
+
+    def log_snr(self, time: float) -> float:
+        """Log-SNR of a time; beyond those that the calibration saw, that of the last one."""
+        return float(self._log_snr(min(max(time, self._first), self._last)))
+
+    def place(self, time: float) -> float:
+        """0 at the first knot, 1 at the second, and so on; the number of knots outside of them all.
+
+        Half a stride beyond the first and the last one is still theirs.
+        """
+        if not self.low <= time <= self.high:
+            return float(len(self.knots))
+        if time <= self.knots[0] or time >= self.knots[-1]:
+            return 0.0 if time <= self.knots[0] else float(len(self.knots) - 1)
+        k = sum(knot <= time for knot in self.knots) - 1
+        here, low, high = (self.log_snr(one) for one in (time, self.knots[k], self.knots[k + 1]))
+        share = (here - low) / (high - low) if high != low else 0.0
+        return k + min(max(share, 0.0), 1.0)
+
+    def rows(self) -> Tensor:
+        """(n, 5) float32; a straight piece a row: its first time, log-SNR and its slope there, place and its slope."""
+        levels = [_single(self.log_snr(time)) for time in self.times]
+        places = [self.place(time) for time in self.times]
+        made = [(-_ENDLESS, levels[0], 0.0, float(len(self.knots)), 0.0)]
+        for k, time in enumerate(self.times):
+            after = min(k + 1, len(self.times) - 1)
+            width = self.times[after] - time or 1.0
+            slope = (places[after] - places[k]) / width if places[after] < len(self.knots) > places[k] else 0.0
+            made.append((time, levels[k], (levels[after] - levels[k]) / width, places[k], slope))
+        return torch.tensor(made, dtype=torch.float32)
+
+
+class CalibratedAdaptor(LearnedAdaptor):
+    """The cached exit, changed linearly: by a gain and a bias for each channel, or by a matrix product.
+
+    The weights are a table with a row for each calibrated position; a call takes the row of its own position, between
+    two of them their mixture in log-SNR. A step that is longer or shorter than the calibrated one changes the exit so
+    much more or less. Outside of the calibrated positions it is the identity, and warns once. What it returns is
+    bounded by what the region emitted in the calibration. Nothing waits for the device: it compiles, and is captured
+    into CUDA graphs.
+
+    Args:
+        form: "affine" (gain and bias), "linear" (one matrix), or "low rank" (gain, bias, and a matrix of two factors).
+        knots: number of calibrated positions.
+        points: rows of the grid that places a position among them; 0 where one knot serves all positions.
+        rank: of the factors.
+        reads_before: the entry that came with the cached exit is read too.
+        **inputs: `exit` and `entry`, as in `LearnedAdaptor`.
+
+    Attributes:
+        needs: names of what it is called with beside the entry, the cached exit, time and text.
+        report: the `Calibration` that it comes from; None after loading.
+        tuning: the `Tuning` that chose it, if one did.
+
+    Example:
+        >>> adaptor = CalibratedAdaptor(form="affine", knots=2, points=8, exit=Layout(4, (8, 8)))
+        >>> cached = torch.randn(1, 4, 8, 8)
+        >>> torch.equal(adaptor(None, cached), cached)  # nothing is calibrated yet
+        True
+    """
+
+    def __init__(
+        self, *, form: str, knots: int, points: int, rank: int = 0, reads_before: bool = False, **inputs: Any
+    ) -> None:
+        if form not in FORMS:
+            raise ArgumentError("a form is one of " + ", ".join(FORMS), seen={"form": form}, do='e.g. form="linear"')
+        own = {"form": form, "knots": knots, "points": points, "rank": rank, "reads_before": reads_before}
+        super().__init__(own=own, **{name: inputs[name] for name in ("exit", "entry") if name in inputs})
+        self.form, self.rank, self.reads_before = form, rank, reads_before
+        self.needs = frozenset({"entry_cached"} if reads_before else ()) | {"position", "position_cached"}
+        self.report: Any = None
+        self.tuning: Any = None
+        channels = self.exit.channels
+        gain = 0 if form == "linear" else channels
+        matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}[form]
+        self._widths = (channels, channels, 1, channels, gain, matrix)  # of what a row of the table holds, in order
+        table = torch.zeros(knots + 1, sum(self._widths))  # the last row is the identity
+        table[:, :channels], table[:, channels : 2 * channels], table[:, 2 * channels] = -_ENDLESS, _ENDLESS, 1.0
+        self.table = nn.Parameter(table, requires_grad=False)
+        self.basis = nn.Parameter(torch.zeros(rank, channels), requires_grad=False) if form == "low rank" else None
+        self.grid: Tensor
+        self.register_buffer("grid", torch.zeros(points, 5))
+        self._lookout = _Lookout()
+
+    @classmethod
+    def of(
+        cls,
+        region: Region,
+        knots: Sequence[Knot],
+        positions: Positions | None,
+        *,
+        form: str,
+        basis: Tensor | None = None,
+        reads: Sequence[str] = ("exit",),
+    ) -> CalibratedAdaptor:
+        """One with these weights.
+
+        Args:
+            region: what it stands in for.
+            knots: in ascending order of their positions.
+            positions: places positions among the knots; None where the one knot serves them all.
+            form: as in the class.
+            basis: (rank, C), the second factor of the low-rank matrices.
+            reads: some of "exit", "entry", "entry_cached", in this order.
+        """
+        grid = torch.zeros(0, 5) if positions is None else positions.rows()
+        made = cls(
+            form=form,
+            knots=len(knots),
+            points=len(grid),
+            rank=0 if basis is None else len(basis),
+            reads_before="entry_cached" in reads,
+            exit=Layout.of_boundary(region.exit),
+            entry=Layout.of_boundary(region.entry) if "entry" in reads else None,
+        )
+        with torch.no_grad():
+            made.grid.copy_(grid)
+            if made.basis is not None and basis is not None:
+                made.basis.copy_(basis)
+            for k, knot in enumerate(knots):
+                if positions is not None and knot.position is not None and knot.before is not None:
+                    here, before = (torch.tensor(positions.log_snr(_single(t))) for t in (knot.position, knot.before))
+                    made.table[k, 2 * made.exit.channels] = here - before
+                made.put(k, knot)
+        made.region = reference.describe(region)
+        return made.eval()
+
+    @torch.no_grad()
+    def put(self, k: int, knot: Knot) -> None:
+        """Put weights into the table, at its k-th position."""
+        stride = self.table[k, 2 * self.exit.channels].clone()
+        parts = [knot.low, knot.high, stride, knot.bias, knot.gain, knot.matrix]
+        self.table[k] = torch.cat([part.flatten().to(self.table) for part in parts if part is not None])
+
+    @property
+    def reads(self) -> int:
+        """Channels that the matrix reads."""
+        return self.exit.channels + (0 if self.entry is None else self.entry.channels * (1 + self.reads_before))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibratedAdaptor:
+        """Move it. Its numbers stay float32: log-SNR and strides would not survive float16; rows are cast when read."""
+        kept = {name: tensor.data for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = tensor.float().to(moved.device)
+        return self
+
+    # -- a call --------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        entry: Tensor | None,
+        exit_cached: Tensor,
+        *,
+        time: Tensor | None = None,
+        text: Tensor | None = None,
+        entry_cached: Tensor | None = None,
+        position: Tensor | None = None,
+        position_cached: Tensor | None = None,
+    ) -> Tensor:
+        """Return the exit; see `Adaptor`.
+
+        Args:
+            entry, exit_cached, time, text: as there; time and text are not read.
+            entry_cached: the entry that came with the cached exit.
+            position: the UNet's raw time in this call, ().
+            position_cached: and in the call that the cached exit comes from, (); None takes the calibrated one.
+        """
+        low, high, stretch, bias, gain, matrix = self._row(position, position_cached)
+        axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
+        if exit_cached.shape[axis] != self.exit.channels:
+            raise AdaptorError(
+                "an adaptor serves exits of the channels that it was made for",
+                seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
+                do="calibrate one for this region",
+            )
+        sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
+        low, high, bias = (one.to(exit_cached.dtype).reshape(sizes) for one in (low, high, bias * stretch))
+        if self.form == "linear":
+            made = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis) + bias
+        else:
+            gain = gain.mul(stretch).add(1.0).to(exit_cached.dtype).reshape(sizes)
+            made = torch.addcmul(bias, exit_cached, gain)
+            if self.basis is not None:
+                made = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=made)
+        return made.clamp(low, high).to(exit_cached.dtype)
+
+    def _product(
+        self,
+        entry: Tensor | None,
+        cached: Tensor,
+        before: Tensor | None,
+        matrix: Tensor,
+        stretch: Tensor,
+        axis: int,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """Cached exit (or `added`), and what the matrix makes of all that is read: one matrix product."""
+        weights = matrix.reshape(self.reads, -1)
+        parts, read = [cached], [weights[: self.exit.channels] * stretch]
+        if self.entry is not None:
+            inner = weights[self.exit.channels : self.exit.channels + self.entry.channels]
+            parts.append(self._like_exit(entry, cached))
+            if self.reads_before:  # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
+                outer = weights[self.exit.channels + self.entry.channels :]
+                parts.append(self._like_exit(before, cached))
+                read += [inner, outer * stretch - inner]
+            else:
+                read.append(inner * stretch)
+        x, start = torch.cat(parts, axis), cached if added is None else added
+        factors = [torch.cat(read).to(x.dtype), *([] if self.basis is None else [self.basis.to(x.dtype)])]
+        if axis == 1 and not _channels_last(x):
+            x = x.flatten(2)
+            for factor in factors[:-1]:
+                x = factor.T @ x
+            last = factors[-1].T.expand(len(x), -1, -1)
+            return torch.baddbmm(start.flatten(2), last, x).reshape(cached.shape)
+        x, start = x.movedim(axis, -1), start.movedim(axis, -1)
+        x = x.reshape(-1, x.shape[-1])
+        for factor in factors[:-1]:
+            x = x @ factor
+        return torch.addmm(start.reshape(-1, start.shape[-1]), x, factors[-1]).reshape(start.shape).movedim(-1, axis)
+
+    def _like_exit(self, entry: Tensor | None, cached: Tensor) -> Tensor:
+        """An entry, laid out as the exit is."""
+        assert self.entry is not None  # asked only then
+        if entry is None:
+            raise AdaptorError(
+                "this adaptor reads the region's entry",
+                seen={"entry": None, "reads": "exit, entry" + ", entry_cached" * self.reads_before},
+                do='calibrate one that does not: kind="affine" or kind="exit"',
+            )
+        return like_exit(entry, self.entry, cached, self.exit)
+
+    # -- which row of the table ----------------------------------------------------------------------------------------
+
+    def _row(self, position: Tensor | None, before: Tensor | None) -> tuple[Tensor, ...]:
+        """Bounds, stretch, bias, gain and matrix at a position; `before` is the one that the cached exit comes from."""
+        if not len(self.grid):
+            return self._split(self.table[0], None)
+        if position is None:
+            return self._split(self.table[-1], None)
+        times = position.reshape(1) if before is None else torch.stack((position.reshape(()), before.reshape(())))
+        times = times.to(self.grid)
+        pieces = self.grid[torch.searchsorted(self.grid[:, 0].contiguous(), times, right=True).sub(1).clamp_min(0)]
+        past = (times - pieces[:, 0]).unsqueeze(1)
+        levels, places = (pieces[:, 1::2] + past * pieces[:, 2::2]).unbind(1)
+        place = places[0]
+        k = place.floor()
+        self._look(k)
+        whole = place == k  # then the other row counts nothing: it may be the identity's, whose bounds are endless
+        other = torch.where(whole, k, k + 1)
+        rows = self.table[torch.stack((k, other)).long()]
+        return self._split(torch.lerp(rows[0], rows[1], place - k), None if before is None else levels[0] - levels[1])
+
+    def _split(self, row: Tensor, stride: Tensor | None) -> tuple[Tensor, ...]:
+        low, high, calibrated, *weights = row.split(self._widths)
+        stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, _LONGEST)
+        return low, high, stretch, *weights
+
+    def _look(self, row: Tensor) -> None:
+        """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""
+        if not torch.compiler.is_compiling() and self._lookout.sees(row == len(self.table) - 1):
+            inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
+            warnings.warn(
+                "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
+                f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
+                "sampler, the number of steps and the schedule that it is used with",
+                stacklevel=2,
+            )
+
+    def distances(self, times: Sequence[float]) -> list[float | None]:
+        """How far each of these times is from the calibrated positions: 0 at one, 0.5 half-way between two.
+
+        None outside of them, where the adaptor is the identity.
+        """
+        grid = self.grid.detach().cpu().double()
+        if not len(grid):
+            return [0.0] * len(times)
+        at = torch.searchsorted(grid[:, 0].contiguous(), torch.tensor(times).double(), right=True).sub(1).clamp_min(0)
+        pieces = grid[at]
+        places = pieces[:, 3] + (torch.tensor(times).double() - pieces[:, 0]) * pieces[:, 4]
+        return [None if place == len(self.table) - 1 else abs(place - round(place)) for place in places.tolist()]
+
+
+class _Lookout:
+    """Says once that something has happened on a device, without waiting for it; copies begin anew."""
+
+    __slots__ = ("copied", "said", "seen")
+
+    def __init__(self) -> None:
+        self.said = False
+        self.seen: Tensor | None = None  # on the device: has it happened?
+        self.copied: tuple[Tensor, torch.cuda.Event] | None = None  # that, on its way to the host
+
+    def sees(self, happened: Tensor) -> bool:
+        """Has it happened, in this call or one before? True once; of a GPU as soon as the answer has come."""
+        if self.said:
+            return False
+        if happened.device.type == "cpu":
+            self.said = bool(happened)
+        elif happened.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.seen = happened if self.seen is None else self.seen | happened
+            if self.copied is None:
+                there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.seen, non_blocking=True)
+                self.copied = there, torch.cuda.Event()
+                self.copied[1].record()
+            elif self.copied[1].query():
+                self.said, self.copied = bool(self.copied[0]), None
+        return self.said
+
+    def __reduce__(self) -> tuple[type[_Lookout], tuple[()]]:
+        return _Lookout, ()
+
+
+def like_exit(entry: Tensor, layout: Layout, cached: Tensor, exit: Layout) -> Tensor:
+    """An entry, laid out as the exit is, and as large."""
+    axis = 1 if exit.order in ("channels first", "tokens last") else -1
+    same = layout.order == exit.order and entry.movedim(axis, 1).shape[2:] == cached.movedim(axis, 1).shape[2:]
+    if not same:
+        entry = exit.from_map(fit(layout.to_map(entry), tuple(exit.to_map(cached).shape[2:])))
+    if entry.shape[0] != cached.shape[0]:
+        raise AdaptorError(
+            "entry and exit have the same rows",
+            seen={"entry": shape(entry.shape), "exit": shape(cached.shape)},
+            do='do without the entry: kind="affine" or kind="exit"',
+        )
+    return entry.to(cached.dtype)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _single(time: float) -> float:
+    """As float32 has it, which is what an adaptor is called with."""
+    return float(torch.tensor(time, dtype=torch.float32))

@@ -1,0 +1,804 @@
+"""`calibrate`: solve for a linear adaptor from one run of the sampler, without any training.
+
+What the region emits at a step is close to a linear function of what it emitted one step before, and of what flowed in
+then and now. The function's weights are a least-squares problem for each step: its sums are collected while the
+sampler runs with full passes alone, and no feature is kept longer than to the step after its own. Classifier-free
+guidance is a linear combination of two branches, so their guided combination is fitted too: its error is what the
+sampler sees.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import time as clocks
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, like_exit
+from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
+from clockwork_hooks.analysis.sampling import check_runs, first_call
+from clockwork_hooks.clock.times import TimeReader
+from clockwork_hooks.engine.attach import check_unet
+from clockwork_hooks.engine.chain import ClockedRegion
+from clockwork_hooks.engine.engine import Engine, UNetCall
+from clockwork_hooks.engine.passes import Outcome
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.regions.find import choose, match
+from clockwork_hooks.regions.layout import Layout
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.progress import ProgressBar
+from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.schedule import Schedule, check_clock
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Calibration", "KindResult", "StepResult", "calibrate", "log_snr_of"]
+
+_MANY = 640  # channels from which on a low rank is tried
+_RANK = 8  # its rank: channels of the exit by this
+_HELD_OUT = 4  # one row in so many
+_ALL = Schedule.where(lambda step: True)
+
+
+@dataclass(frozen=True, slots=True)
+class KindResult:
+    """How well a kind of map does on held-out rows.
+
+    Attributes:
+        left: what it leaves of the identity's error ‖r(s-1) - r(s)‖, root of the mean square over the steps.
+        macs: its multiply-accumulates at the traced batch.
+    """
+
+    left: float
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One calibrated position.
+
+    Attributes:
+        step: of the sampler, from 1.
+        position: the UNet's raw time.
+        log_snr: there; the time itself where it is not known.
+        identity: ‖r(s-1) - r(s)‖ / ‖r(s)‖ of the exit r.
+        error: the same of the adaptor that was chosen, held out.
+        ridge: chosen on the held-out rows, relative to the diagonal.
+        on_policy: was it fitted again on what the student reaches?
+    """
+
+    step: int
+    position: float | None
+    log_snr: float | None
+    identity: float
+    error: float
+    ridge: float
+    on_policy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration(Report):
+    """What `calibrate` measured, and why it chose what it chose.
+
+    Attributes:
+        region: one line about it.
+        share: of a full pass's MACs that it holds.
+        region_macs: its MACs at the traced batch.
+        kind: chosen.
+        why: in a sentence.
+        kinds: name → how well it does on held-out rows; "identity" among them.
+        steps: the calibrated positions, in the order of the sampler.
+        schedule: which steps; None for all of them.
+        guidance: scale of the guided combination that was fitted too; None where none was.
+        samples: rows of the exits that were seen in a step.
+        held_out: how they were split: "rows", or "positions" where there were too few rows.
+        seconds: what it took.
+    """
+
+    SCHEMA = "calibration/1"
+
+    region: str
+    share: float
+    region_macs: int
+    kind: str
+    why: str
+    kinds: Mapping[str, KindResult]
+    steps: tuple[StepResult, ...]
+    schedule: str | None
+    guidance: float | None
+    samples: int
+    held_out: str
+    seconds: float
+
+    def table(self) -> Table:
+        """A row a kind of map."""
+        rows = [
+            (
+                f"{name} (chosen)" if name == self.kind else name,
+                percent(one.left),
+                percent(one.macs / max(self.region_macs, 1)),
+            )
+            for name, one in self.kinds.items()
+        ]
+        guided = "" if self.guidance is None else f", and their combination at guidance {self.guidance:g}"
+        notes = (
+            f"Error left: ‖r̂ - r‖ at the exit r, of the identity's; root mean square over {len(self.steps)} steps, on "
+            f"held-out {self.held_out}, all branches{guided}. {self.samples} rows a step, {self.seconds:.1f} s. MACs: "
+            "of the region's.",
+            f"{self.why} Region: {self.region}.",
+        )
+        return table("Calibration", ("kind", ">error left", ">MACs"), rows, notes=notes)
+
+    def tables(self) -> tuple[Table, ...]:
+        """The kinds, and the steps."""
+        rows = [
+            (
+                str(one.step),
+                "" if one.position is None else f"{one.position:g}",
+                "" if one.log_snr is None else f"{one.log_snr:.2f}",
+                percent(one.identity),
+                percent(one.error),
+                f"{one.ridge:g}",
+                "on what the student reaches" if one.on_policy else "",
+            )
+            for one in self.steps
+        ]
+        heads = (">step", ">time", ">log-SNR", ">identity", ">error", ">ridge", "fitted")
+        return self.table(), table("Steps", heads, rows)
+
+    def data(self) -> dict[str, Any]:
+        """All fields."""
+        made: dict[str, Any] = {name: getattr(self, name) for name in Calibration.__slots__}
+        made["kinds"] = {name: _fields(one) for name, one in self.kinds.items()}
+        made["steps"] = [_fields(one) for one in self.steps]
+        return made
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is no calibration.
+        """
+        with reading(cls, text) as data:
+            del data["schema"]
+            data["kinds"] = {name: KindResult(**one) for name, one in data["kinds"].items()}
+            data["steps"] = tuple(StepResult(**one) for one in data["steps"])
+            return cls(**data)
+
+
+def _fields(one: KindResult | StepResult) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in type(one).__slots__}
+
+
+def calibrate(
+    unet: nn.Module,
+    generate: Callable[[Any], Any],
+    conditions: Iterable[Any],
+    *,
+    guidance: float | None = None,
+    unconditional: Literal["first", "second"] = "first",
+    schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
+    clock: int | None = None,
+    region: Region | None = None,
+    kind: str = "auto",
+    ridge: float | None = None,
+    log_snr: Any = None,
+    refit: bool = True,
+    console: Console | None = None,
+) -> CalibratedAdaptor:
+    """Solve for a linear adaptor from one run of your own sampler; no gradient, seconds on a GPU.
+
+    The sampler runs with full passes alone. For each adaptor step the exit is predicted from the cached one by least
+    squares over all positions of all samples; a part of the samples is held out, and decides on the ridge and, where
+    `kind` is "auto", on the kind of map: the best value for its MACs. Where adaptor steps follow each other, the later
+    ones are then fitted again, in a second run, on the states that the sampler reaches with the adaptor in place.
+
+    Args:
+        unet: what `generate` calls; not wrapped.
+        generate: your own sampling code, or a pipeline: `generate(batch)` samples with the UNet.
+        conditions: batches of whatever `generate` takes. A few dozen samples in all do.
+        guidance: scale of classifier-free guidance, where there is any: u + guidance·(c - u). Both branches may come
+            in one call, as halves of the batch, or in two calls.
+        unconditional: which half, or which of the two calls in a step, is the unconditional one.
+        schedule, clock: which steps the adaptor is for, as `wrap` takes them. Neither: all from step 2, which serves
+            any schedule.
+        region: from `find_region`; None for the one below the highest level.
+        kind: "gain", "affine" (a gain and a bias for each channel, which cost nothing), "exit", "exit+entry",
+            "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "low rank"; or "auto".
+        ridge: relative to the diagonal; None to have it chosen.
+        log_snr: raw time → log-SNR, or a diffusers scheduler; None takes it from `generate.scheduler`, else uses the
+            time itself. Weights between two calibrated positions are interpolated in it.
+        refit: fit again on what the student reaches, where adaptor steps follow each other.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The adaptor, for `wrap(unet, adaptor, ...)`; its `report` says what was measured, `save_pretrained` saves it.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or `generate` never calls the UNet, or no step is calibrated.
+        RegionNotFoundError: the UNet has no region.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from clockwork_hooks import calibrate, wrap
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> unet = UNet2DModel(16, block_out_channels=(8, 32), norm_num_groups=8, **blocks).eval()
+        >>> def generate(count):
+        ...     x = torch.randn(count, 3, 16, 16)
+        ...     for t in (900, 600, 300, 0):
+        ...         x = x - 0.1 * unet(x, t).sample
+        ...     return x
+        >>> adaptor = calibrate(unet, generate, [4], clock=2)
+        >>> [step.step for step in adaptor.report.steps]
+        [2, 4]
+        >>> with wrap(unet, adaptor, clock=2) as cw:
+        ...     images = generate(4)
+        >>> cw.stats.adaptor_passes
+        2
+
+    Source: arXiv 2312.08128, Sec. 4.2, for what an adaptor predicts; the rest is ordinary least squares.
+    """
+    begun = clocks.perf_counter()
+    batches = check_runs(lambda batch, seed: generate(batch), conditions, (0,))
+    steps = _schedule(schedule, clock)
+    _check(guidance, unconditional, kind, ridge)
+    trace = first_call(unet, lambda batch, seed: generate(batch), batches[0], 0)
+    chosen = choose(trace, unet) if region is None else match(trace, unet, region)
+    if chosen is None:
+        raise ArgumentError(
+            "the region is one of the UNet that generate(batch) calls",
+            seen={"region": region.line if region else None, "unet": type(unet).__name__},
+            do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
+        )
+    levels = _log_snr(log_snr, generate)
+    sums = Sums(chosen, steps or _ALL, guidance, unconditional)
+    with ProgressBar(console) as bar:
+        task = bar.add_task("calibrate", total=len(batches))
+        run_all(unet, generate, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
+        if not sums.places:
+            raise ArgumentError(
+                "a calibrated step is one that the sampler takes, from its second on",
+                seen={"schedule": steps, "steps seen": sums.last_step},
+                do="pass the schedule that the sampler is to be run with",
+            )
+        solver = Solver(chosen, sums, kind, ridge, levels)
+        if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
+            bar.update(task, total=2 * len(batches))
+            student = Refit(solver, Sums(chosen, steps, guidance, unconditional))
+            run_all(unet, generate, batches, student, student, lambda: bar.advance(task), teaches=False)
+    adaptor = solver.adaptor()
+    adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
+    adaptor.facts = {
+        "calibrated for": "any schedule" if steps is None else str(steps),
+        "kind": solver.name,
+        "steps": sums.last_step,
+        "guidance": guidance,
+        "rows a step": sums.samples,
+    }
+    return adaptor
+
+
+# -- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def _schedule(schedule: Any, clock: int | None) -> Schedule | None:
+    if schedule is not None and clock is not None:
+        raise ArgumentError(
+            "a schedule says when, and so does a clock",
+            seen={"schedule": schedule, "clock": clock},
+            do="pass one of them",
+        )
+    if clock is not None:
+        check_clock(clock)
+        return Schedule.every(clock)
+    steps = None if schedule is None else Schedule.of(schedule)
+    if steps is not None:
+        steps.known_beforehand("which steps are calibrated")
+    return steps
+
+
+def _check(guidance: float | None, unconditional: str, kind: str, ridge: float | None) -> None:
+    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, (int, float))):
+        raise ArgumentError("guidance is a number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5, or None")
+    if unconditional not in ("first", "second"):
+        raise ArgumentError(
+            "the unconditional branch is the first or the second",
+            seen={"unconditional": repr(unconditional)},
+            do='pass unconditional="first"',
+        )
+    if kind != "auto" and kind not in KINDS:
+        raise ArgumentError("a kind is auto, " + ", ".join(KINDS), seen={"kind": repr(kind)}, do='pass kind="auto"')
+    if ridge is not None and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
+        raise ArgumentError("a ridge is a number from 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None")
+
+
+def log_snr_of(scheduler: Any) -> Callable[[float], float] | None:
+    """Raw time → log-SNR of a diffusers scheduler; None where it does not say.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> level = log_snr_of(DDIMScheduler())
+        >>> level(999.0) < level(500.0) < level(0.0)
+        True
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(alphas, Tensor):
+        alphas = alphas.double().clamp(1e-9, 1 - 1e-9).cpu()
+        return _interpolated(range(len(alphas)), (alphas / (1 - alphas)).log().tolist())
+    sigmas, times = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if isinstance(sigmas, Tensor) and isinstance(times, Tensor) and len(times) > 1:
+        flow = "Flow" in type(scheduler).__name__
+        sigmas = sigmas[: len(times)].double().clamp(1e-6, 1 - 1e-6 if flow else None).cpu()
+        levels = (2 * ((1 - sigmas) / sigmas).log() if flow else -2 * sigmas.log()).tolist()
+        pairs = sorted(dict(zip(times.tolist(), levels, strict=True)).items())
+        return _interpolated(*zip(*pairs, strict=True))
+    return None
+
+
+def _interpolated(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:
+    def at(x: float) -> float:
+        k = min(max(bisect.bisect_right(xs, x), 1), len(xs) - 1)
+        return ys[k - 1] + (ys[k] - ys[k - 1]) * (x - xs[k - 1]) / (xs[k] - xs[k - 1])
+
+    return at
+
+
+def _log_snr(given: Any, generate: Any) -> Callable[[float], float] | None:
+    owner = getattr(generate, "__self__", generate)
+    scheduler = getattr(owner, "scheduler", None) if given is None else given
+    found = log_snr_of(scheduler)
+    if found is None and given is not None:
+        if not callable(given):
+            raise ArgumentError(
+                "log_snr is a function of the time, or a diffusers scheduler",
+                seen={"log_snr": type(given).__name__},
+                do="pass log_snr=lambda sigma: -2 * math.log(sigma)",
+            )
+        return given  # type: ignore[no-any-return]
+    return found
+
+
+# -- what is seen ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Pair:
+    """A call and the one that its cached exit comes from; rows of samples, channels last: (B, positions, channels)."""
+
+    cached: Tensor
+    exit: Tensor
+    entry: Tensor | None
+    before: Tensor | None
+
+    def combined(self, other: Pair, scale: float) -> Pair:
+        """This branch, and `scale` times the other's difference to it."""
+        ours, others = (
+            (self.cached, self.exit, self.entry, self.before),
+            (other.cached, other.exit, other.entry, other.before),
+        )
+        mixed = (a if a is None or b is None else a + scale * (b - a) for a, b in zip(ours, others, strict=True))
+        return Pair(*mixed)  # type: ignore[arg-type]
+
+    def rows(self, part: slice) -> Pair:
+        """A part of the samples."""
+        return Pair(*(x if x is None else x[part] for x in (self.cached, self.exit, self.entry, self.before)))  # type: ignore[arg-type]
+
+    def positions(self, part: slice) -> Pair:
+        """A part of the positions."""
+        return Pair(*(x if x is None else x[:, part] for x in (self.cached, self.exit, self.entry, self.before)))  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Place:
+    """The sums of one calibrated position: of rows to fit, and of rows held out."""
+
+    step: int
+    position: float | None
+    before: float | None
+    fit: NormalEquations
+    held: NormalEquations
+    on_policy: bool = False
+
+
+@dataclass
+class Sums:
+    """Streams what crosses the region's edge into normal equations, one for each calibrated position.
+
+    Attributes:
+        region: whose edge.
+        schedule: which steps.
+        guidance: scale of the guided combination; None to do without.
+        unconditional: which branch is the first of the combination.
+        places: position → sums.
+        times: all times seen.
+        samples: rows of a step, at most.
+        held_out: "rows" or "positions".
+        last_step: seen.
+    """
+
+    region: Region
+    schedule: Schedule
+    guidance: float | None
+    unconditional: str
+    places: dict[float | None, Place] = field(default_factory=dict)
+    times: set[float] = field(default_factory=set)
+    samples: int = 0
+    held_out: str = "rows"
+    last_step: int = 0
+    _reader: TimeReader = field(default_factory=TimeReader)
+    _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
+    _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
+
+    def __post_init__(self) -> None:
+        self.exit = Layout.of_boundary(self.region.exit)
+        self.entry = Layout.of_boundary(self.region.entry) if "entry" in self.region.inputs else None
+        self.shape = Shape(self.exit.channels, self.entry.channels if self.entry else 0)
+
+    def forget(self) -> None:
+        """A trajectory is over."""
+        self._befores.clear()
+        self._first.clear()
+
+    def before(self, call: UNetCall) -> None:
+        """A call is about to run; as an observer of the engine."""
+
+    def after(self, call: UNetCall, outcome: Outcome) -> None:
+        """A full pass has run; as an observer of the engine."""
+        time, before = self.read(call)
+        if call.decision is not None and call.decision.reason is None:
+            self.add(call, outcome, time, before)
+
+    def read(self, call: UNetCall) -> tuple[float | None, float | None]:
+        """The times of a call, and of the call that served it; each call is read once."""
+        assert call.place is not None  # it has run, or is about to
+        key = call.place.branch.number, call.place.ordinal
+        time = None if call.time is None else self._reader.read(call.time)[0]
+        before, self._befores[key] = self._befores.get(key), time
+        self.last_step = max(self.last_step, call.place.step)
+        if time is not None:
+            self.times.add(time)
+        return time, before
+
+    def add(self, call: UNetCall, outcome: Outcome, time: float | None, before: float | None) -> Place | None:
+        """Add what a full pass emitted, and what an adaptor would have had to predict it from."""
+        emitted, kept = outcome.exits.get(0), call.decision.kept if call.decision else None
+        if emitted is None or kept is None or call.place is None:
+            return None
+        place = self.places.get(time)
+        if place is None:
+            fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
+            place = self.places[time] = Place(call.place.step, time, before, fit, held)
+        entries: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.entry is not None and outcome.entry is not None and kept.entry is not None:
+            entries = (self._entry(outcome.entry, emitted.exit), self._entry(kept.entry, kept.exit))
+        pair = Pair(self._rows(kept.exit), self._rows(emitted.exit), *entries)
+        self.samples = max(self.samples, len(pair.exit))
+        if self.guidance is None:
+            self._add(place, pair)
+        elif len({number for number, _ in self._befores}) > 1:
+            self._add(place, pair)
+            self._guide(place, call.place.branch.number, call.place.ordinal, pair)
+        else:
+            half = len(pair.exit) // 2
+            first, second = pair.rows(slice(0, half)), pair.rows(slice(half, None))
+            self._add(place, first)
+            self._add(place, second)
+            if 2 * half == len(pair.exit):
+                self._add(place, self._guided(first, second))
+        return place
+
+    def _guide(self, place: Place, branch: int, ordinal: int, pair: Pair) -> None:
+        """With the step's other branch, once both are there."""
+        other = self._first.pop(ordinal, None)
+        if other is None or other[0] != place.step or other[1] == branch:
+            self._first[ordinal] = (place.step, branch, pair)
+        else:
+            self._add(place, self._guided(other[2], pair))
+
+    def _guided(self, first: Pair, second: Pair) -> Pair:
+        assert self.guidance is not None  # asked only then
+        if self.unconditional == "second":
+            first, second = second, first
+        return first.combined(second, self.guidance)
+
+    def _add(self, place: Place, pair: Pair) -> None:
+        held = len(pair.exit) // _HELD_OUT
+        if held:
+            parts = pair.rows(slice(0, -held)), pair.rows(slice(-held, None))
+        else:
+            self.held_out, held = "positions", max(pair.exit.shape[1] // _HELD_OUT, 1)
+            parts = pair.positions(slice(0, -held)), pair.positions(slice(-held, None))
+        for sums, part in zip((place.fit, place.held), parts, strict=True):
+            entries = (x if x is None else x.flatten(0, 1) for x in (part.entry, part.before))
+            sums.add(part.cached.flatten(0, 1), part.exit.flatten(0, 1), *entries)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """An exit as (B, positions, C), float32."""
+        return self.exit.to_map(x).flatten(2).movedim(1, -1).float()
+
+    def _entry(self, entry: Tensor, exit: Tensor) -> Tensor:
+        """An entry likewise, as large as the exit."""
+        assert self.entry is not None  # asked only then
+        like = like_exit(entry, self.entry, exit, self.exit)
+        return (
+            Layout(self.entry.channels, self.exit.space, self.exit.order).to_map(like).flatten(2).movedim(1, -1).float()
+        )
+
+
+class _Inputs(nn.Module):
+    """An adaptor that reads all there is to read: the engine keeps it. Returns the cached exit."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.needs = frozenset({"entry_cached"} if "entry" in region.inputs else ())
+
+    def forward(self, entry: Tensor | None, exit_cached: Tensor, **more: Any) -> Tensor:
+        """Return `exit_cached`."""
+        return exit_cached
+
+
+def run_all(
+    unet: nn.Module,
+    generate: Callable[[Any], Any],
+    batches: Sequence[Any],
+    sums: Sums | Refit,
+    adaptor: Any,
+    tell: Callable[[], object],
+    *,
+    teaches: bool,
+) -> None:
+    """Sample all batches while the sums are collected.
+
+    Args:
+        unet: what `generate` calls.
+        generate: the sampler.
+        batches: of conditions.
+        sums: an observer of the calls, with region and schedule.
+        adaptor: stands in at the schedule's steps.
+        tell: called after each batch.
+        teaches: all passes are full.
+    """
+    check_unet(unet)
+    engine = Engine(unet, [ClockedRegion(sums.region, sums.schedule, adaptor)])
+    engine.looks, engine.teaches, engine.records_first = True, teaches, True
+    engine.observers.append(sums)
+    if isinstance(sums, Refit):
+        sums.engine = engine
+    engine.attach(sums)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                engine.states.current().timeline.reset()
+                generate(batch)
+                sums.forget()
+                tell()
+    finally:
+        engine.installed.close()
+        engine.states.forget()
+
+
+def _chained(schedule: Schedule, step: int) -> bool:
+    """Is the step before an adaptor step too?"""
+    return not (schedule.is_full(step) or schedule.is_full(step - 1))
+
+
+# -- what is solved for ---------------------------------------------------------------------------------------------
+
+
+class Solver:
+    """Chooses ridge and kind on what is held out, and solves with all that was seen."""
+
+    def __init__(
+        self,
+        region: Region,
+        sums: Sums,
+        kind: str,
+        ridge: float | None,
+        log_snr: Callable[[float], float] | None,
+    ) -> None:
+        self.region, self.sums, self.log_snr = region, sums, log_snr
+        self.ridges = RIDGES if ridge is None else (ridge,)
+        if None in sums.places:
+            self.places = [sums.places[None]]
+        else:
+            self.places = sorted(sums.places.values(), key=lambda place: place.position or 0.0)
+        self.rank = max(sums.shape.exit // _RANK, 1)
+        names = self._candidates() if kind == "auto" else [kind]
+        self.identity = [place.held.error(torch.zeros_like(place.held.cross)) for place in self.places]
+        self.errors = {name: [self.best(place, KINDS[name]) for place in self.places] for name in names}
+        self.kinds = {
+            name: KindResult(self._left(error for _, error in found), self._macs(KINDS[name]))
+            for name, found in self.errors.items()
+        }
+        self.name, self.why = self._choose() if kind == "auto" else (kind, f"{kind} was asked for.")
+
+    def _candidates(self) -> list[str]:
+        names = ["gain", "affine", "exit"]
+        if self.sums.shape.entry:
+            names += ["exit+entry", "exit+entry+before"]
+        return [*names, "low rank"] if self.sums.shape.exit >= _MANY else names
+
+    def best(self, place: Place, kind: Kind) -> tuple[float, float]:
+        """(ridge, held-out error²) of one position."""
+        found = []
+        for ridge in self.ridges:
+            weights = place.fit.solve(kind, ridge)
+            if kind.form == "low rank":
+                basis = shared_basis([place.fit.added(weights, ridge)], self.rank)
+                weights = place.fit.cut(weights, ridge, basis)
+            found.append((place.held.error(weights), ridge))
+        error, ridge = min(found)
+        return ridge, error
+
+    def _left(self, errors: Iterable[float]) -> float:
+        shares = [error / max(whole, 1e-300) for error, whole in zip(errors, self.identity, strict=True)]
+        return math.sqrt(sum(shares) / len(shares))
+
+    def _macs(self, kind: Kind) -> int:
+        exit = self.region.exit
+        positions = math.prod(exit.shape) // self.sums.shape.exit
+        reads = self.sums.shape.exit + self.sums.shape.entry * (len(kind.reads) - 1)
+        if kind.form == "linear":
+            return positions * reads * self.sums.shape.exit
+        return positions * self.rank * (reads + self.sums.shape.exit) if kind.form == "low rank" else 0
+
+    def _choose(self) -> tuple[str, str]:
+        """From the cheapest kind on, the next one that takes away errors cheaper than running the region does."""
+        kinds, whole = self.kinds, self.region.macs
+        name = min(kinds, key=lambda one: (kinds[one].macs, kinds[one].left))
+        said = f"{name} is free"
+        while True:
+            here = kinds[name]
+            dearer = [one for one in kinds if kinds[one].macs > here.macs and kinds[one].left < here.left]
+            best = max(dearer, key=lambda one: _gain(here, kinds[one]), default=None)
+            if best is None or _gain(here, kinds[best]) * (whole - here.macs) < here.left**2:
+                break
+            left, cost = kinds[best].left ** 2 / here.left**2, (kinds[best].macs - here.macs) / max(whole, 1)
+            said = f"{best} leaves {percent(left)} of {name}'s squared error for {percent(cost)} of the region's MACs"
+            name = best
+        beyond = ", and dearer ones take away less for their MACs than running the region does" if dearer else ""
+        return name, f"{said}{beyond}."
+
+    def adaptor(self) -> CalibratedAdaptor:
+        """The adaptor of the kind that was chosen."""
+        kind, basis = KINDS[self.name], None
+        if kind.form == "low rank":
+            wholes = [(place.fit + place.held, ridge) for place, (ridge, _) in self.chosen]
+            basis = shared_basis([whole.added(whole.solve(kind, ridge), ridge) for whole, ridge in wholes], self.rank)
+        knots = [self.knot(place, ridge, basis) for place, (ridge, _) in self.chosen]
+        positions = None
+        if None not in self.sums.places:
+            at = [place.position or 0.0 for place in self.places]
+            strides = [abs((place.before or 0.0) - (place.position or 0.0)) for place in self.places]
+            positions = Positions(at, strides, sorted(self.sums.times), self.log_snr)
+        reads = kind.reads if self.sums.shape.entry else ("exit",)
+        return CalibratedAdaptor.of(self.region, knots, positions, form=kind.form, basis=basis, reads=reads)
+
+    @property
+    def chosen(self) -> list[tuple[Place, tuple[float, float]]]:
+        """Each position, with (ridge, held-out error²) of the kind that was chosen."""
+        return list(zip(self.places, self.errors[self.name], strict=True))
+
+    def knot(self, place: Place, ridge: float, basis: Tensor | None) -> Knot:
+        """Solve with all that was seen at a position."""
+        kind, whole = KINDS[self.name], place.fit + place.held
+        own, weights = torch.arange(whole.shape.exit, device=whole.gram.device), whole.solve(kind, ridge)
+        gain, inner = None, None
+        if kind.form == "linear":
+            inner = self._as_read(weights[1:], kind)
+        elif basis is None:
+            gain = weights[1:][own, own]
+        else:
+            gain = whole.solve(KINDS["affine"], ridge)[1:][own, own]
+            weights = whole.cut(weights, ridge, basis)
+            rest = weights[1:].clone()
+            rest[own, own] -= gain
+            inner = rest @ basis.T
+        margin = (whole.high - whole.low) / 2
+        return Knot(place.position, place.before, whole.low - margin, whole.high + margin, weights[0], gain, inner)
+
+    def again(self, position: float | None, place: Place) -> int:
+        """Take other sums for a position, and choose the ridge anew; returns which position it is."""
+        k = next(k for k, one in enumerate(self.places) if one.position == position)
+        self.places[k], self.identity[k] = place, place.held.error(torch.zeros_like(place.held.cross))
+        self.errors[self.name][k] = self.best(place, KINDS[self.name])
+        return k
+
+    def _as_read(self, inner: Tensor, kind: Kind) -> Tensor:
+        """Rows of what the matrix reads: the rows of the entry before are those of the entry, where it is not read."""
+        exit, entry = self.sums.shape.exit, self.sums.shape.entry
+        if "entry_cached" in kind.reads:
+            return inner
+        return inner[: exit + entry] if "entry" in kind.reads else inner[:exit]
+
+    def report(self, schedule: Schedule | None, seconds: float) -> Calibration:
+        """What was measured."""
+        sums, order = self.sums, sorted(range(len(self.places)), key=lambda k: self.places[k].step)
+        steps = []
+        for k in order:
+            place, (ridge, error) = self.places[k], self.errors[self.name][k]
+            level = place.position if self.log_snr is None or place.position is None else self.log_snr(place.position)
+            steps.append(
+                StepResult(
+                    place.step, place.position, level, math.sqrt(self.identity[k]), math.sqrt(error), ridge,
+                    place.on_policy,
+                )
+            )  # fmt: skip
+        return Calibration(
+            region=self.region.line,
+            share=self.region.macs_share,
+            region_macs=self.region.macs,
+            kind=self.name,
+            why=self.why,
+            kinds={"identity": KindResult(1.0, 0), **self.kinds},
+            steps=tuple(steps),
+            schedule=None if schedule is None else str(schedule),
+            guidance=sums.guidance,
+            samples=sums.samples,
+            held_out=sums.held_out,
+            seconds=seconds,
+        )
+
+
+class Refit:
+    """Runs the adaptor on its schedule, and fits it again at steps whose cached exit it has made itself.
+
+    As an observer it sees an adaptor pass before it runs: the full pass in its place says what the exit would be; with
+    that the position is solved anew, and the pass runs with the new weights. So each step is fitted on what the steps
+    before it, fitted already, lead to.
+    """
+
+    def __init__(self, solver: Solver, sums: Sums) -> None:
+        self.solver, self.sums = solver, sums
+        self.adaptor = solver.adaptor()
+        self.needs = self.adaptor.needs | ({"entry_cached"} if sums.entry is not None else set())
+        self.region, self.schedule = sums.region, sums.schedule
+        self.engine: Engine | None = None
+        self._adapted: set[tuple[int, int]] = set()  # branches, and which of their calls, whose last pass was its own
+
+    def __call__(self, entry: Tensor | None, exit_cached: Tensor, **given: Any) -> Tensor:
+        """Let the adaptor stand in."""
+        own = {name: given[name] for name in ("time", "text", *self.adaptor.needs)}
+        made: Tensor = self.adaptor.to(exit_cached.device)(entry, exit_cached, **own)
+        return made
+
+    def forget(self) -> None:
+        """A trajectory is over."""
+        self.sums.forget()
+        self._adapted.clear()
+
+    def before(self, call: UNetCall) -> None:
+        """An adaptor pass that follows another one: fit it to what a full pass would emit here."""
+        if call.place is None or call.decision is None:
+            return
+        time, before = self.sums.read(call)
+        own = (call.place.branch.number, call.place.ordinal) in self._adapted
+        if call.decision.reason is not None or not own or self.engine is None:
+            return
+        place = self.sums.add(call, self.engine.full_pass(call), time, before)
+        if place is not None and time in self.solver.sums.places:
+            place.on_policy = True
+            k = self.solver.again(time, place)
+            basis = None if self.adaptor.basis is None else self.adaptor.basis.to(place.fit.gram)
+            knot = self.solver.knot(place, self.solver.errors[self.solver.name][k][0], basis)
+            self.adaptor.put(k, knot)
+
+    def after(self, call: UNetCall, outcome: Outcome) -> None:
+        """A pass has run; was it the adaptor's?"""
+        if call.place is not None:
+            change = self._adapted.add if outcome.kind == "adaptor" else self._adapted.discard
+            change((call.place.branch.number, call.place.ordinal))
+
+
+def _gain(here: KindResult, there: KindResult) -> float:
+    """Squared error that is taken away for a MAC more."""
+    return (here.left**2 - there.left**2) / max(there.macs - here.macs, 1)

@@ -1,0 +1,383 @@
+"""`tune`: for a saving that is asked for, calibrate, try schedules end to end, and wrap the UNet with the best."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clockwork_hooks.adaptors import IdentityAdaptor
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
+from clockwork_hooks.analysis.calibration import calibrate
+from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.analysis.maps import region_name
+from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, first_call
+from clockwork_hooks.engine.attach import check_unet, wrap
+from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.regions.find import choose, regions_of
+from clockwork_hooks.regions.region import Region
+from clockwork_hooks.reports.plots import Plot, plots
+from clockwork_hooks.reports.progress import ProgressBar
+from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+__all__ = ["Trial", "Tuning", "spaced", "tune"]
+
+_FILE = "tuning.json"
+_FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
+_HELD_OUT = 4  # one batch in so many is judged on, at least one
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way of running the UNet, end to end.
+
+    Attributes:
+        region: name of what is skipped.
+        rule: of thumb, that the steps follow.
+        steps: that use the adaptor.
+        saved: share of a trajectory's MACs, the adaptor's own counted.
+        error: relative L2 error of the result, on conditions and seeds that were not calibrated with.
+        adaptor: "identity", or the kind of the calibrated one.
+    """
+
+    region: str
+    rule: str
+    steps: tuple[int, ...]
+    saved: float
+    error: float
+    adaptor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning(Report):
+    """What `tune` tried, and what it chose.
+
+    Attributes:
+        chosen: what the UNet is wrapped with.
+        identity: the same steps without the adaptor.
+        trials: all that was tried.
+        steps: of the sampler.
+        saving: that was asked for.
+        seconds: what it took.
+        pictures: (2, n, C, H, W) in [0, 1], plain and chosen, from the same noise; None where results are no pictures.
+            Not in the JSON.
+    """
+
+    SCHEMA = "tuning/1"
+
+    chosen: Trial
+    identity: Trial
+    trials: tuple[Trial, ...]
+    steps: int
+    saving: float
+    seconds: float
+    pictures: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def table(self) -> Table:
+        """A row a trial, the best first."""
+        rows = [
+            (
+                f"{one.rule} (chosen)" if one == self.chosen else one.rule,
+                " ".join(map(str, one.steps)),
+                one.region,
+                one.adaptor,
+                percent(one.saved),
+                percent(one.error),
+            )
+            for one in sorted((*self.trials, self.identity), key=lambda one: one.error)
+        ]
+        notes = (
+            f"Error: relative L2 of the result, on conditions that were not calibrated with. {percent(self.saving)} of "
+            f"the MACs were to be saved in {self.steps} steps; {self.seconds:.1f} s.",
+        )
+        heads = ("schedule", "adaptor steps", "region", "adaptor", ">MACs saved", ">error")
+        return table("Tuning", heads, rows, notes=notes)
+
+    def figures(self) -> Sequence[Plot]:
+        """The pictures, before and after, where there are any."""
+        shown = self.pictures
+        if shown is None:
+            return ()
+        return plots(Plot(lambda: before_after(shown, self.chosen), "Pictures before and after, from the same noise"))
+
+    def data(self) -> dict[str, Any]:
+        """All fields but the pictures."""
+        made: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "saving", "seconds")}
+        made |= {"chosen": _fields(self.chosen), "identity": _fields(self.identity)}
+        return {**made, "trials": [_fields(one) for one in self.trials]}
+
+    @classmethod
+    def from_json(cls, text: str) -> Tuning:
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is no tuning.
+        """
+        with reading(cls, text) as data:
+            del data["schema"]
+            data |= {name: _trial(data[name]) for name in ("chosen", "identity")}
+            return cls(**{**data, "trials": tuple(map(_trial, data["trials"]))})
+
+
+def before_after(pictures: Tensor, chosen: Trial) -> Figure:
+    """Two rows of pictures: plain, and with the adaptor at its steps."""
+    from matplotlib.figure import Figure
+
+    count = pictures.shape[1]
+    figure = Figure(figsize=(1.6 * count + 0.4, 3.6), dpi=160, layout="constrained")
+    titles = ("plain", f"{percent(chosen.saved)} fewer MACs")
+    for axes, row, title in zip(figure.subplots(2, count, squeeze=False), pictures, titles, strict=True):
+        for cell, picture in zip(axes, row, strict=True):
+            cell.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            cell.set_axis_off()
+        axes[0].set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def _fields(one: Trial) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in Trial.__slots__}
+
+
+def _trial(data: Mapping[str, Any]) -> Trial:
+    return Trial(**{**data, "steps": tuple(data["steps"])})
+
+
+def tune(
+    pipe: Any,
+    conditions: Iterable[Any],
+    *,
+    saving: float = 0.4,
+    options: Mapping[str, Any] | None = None,
+    generate: Generate | None = None,
+    guidance: float | None = None,
+    log_snr: Any = None,
+    regions: Sequence[Region] | None = None,
+    folder: str | Path | None = None,
+    console: Console | None = None,
+) -> ClockworkWrapper:
+    """Calibrate, choose the steps, and wrap: `cw = ch.tune(pipe, prompts, saving=0.4)`.
+
+    For each region an adaptor is calibrated at all steps. Schedules that follow a rule of thumb (so many first and last
+    steps full, and a clock between them) and save enough are run end to end on conditions that were not calibrated
+    with; the one whose results are nearest to the plain ones is calibrated once more for its own steps. Minutes on a
+    GPU; with `folder=` it is done once, for a model, sampler, number of steps and saving.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
+        conditions: prompts, a dozen or more; for a UNet, batches of whatever `generate` takes.
+        saving: share of the MACs of a whole trajectory that is to be saved.
+        options: what the pipeline is called with beside the prompt: {"num_inference_steps": 20}.
+        generate: for a UNet: `generate(batch, seed)` draws its noise from the seed and returns one tensor.
+        guidance: scale of classifier-free guidance; of a pipeline, its own.
+        log_snr: as in `calibrate`; of a pipeline, its scheduler.
+        regions: to try; None for the default one and the widest.
+        folder: where the result is kept, and looked for.
+        console: where the progress bar goes; None for standard error.
+
+    Returns:
+        The wrapper. `cw.adaptor.tuning` says what was tried; None where it was read from the folder.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or no schedule saves so much.
+        RegionNotFoundError: the UNet has no region.
+
+    Example:
+        >>> from clockwork_hooks import tune
+        >>> from clockwork_hooks.demo import DEMO_PROMPTS, load_demo
+        >>> model = load_demo()
+        >>> def generate(prompts, seed):
+        ...     return model.sample(prompts, steps=4, seed=seed)
+        >>> cw = tune(model.unet, [DEMO_PROMPTS[:4], DEMO_PROMPTS[4:6]], generate=generate, saving=0.2, guidance=1.5)
+        >>> cw.adaptor.tuning.chosen.saved > 0.2
+        True
+        >>> cw.remove()
+    """
+    if not isinstance(saving, (int, float)) or not 0 < saving < 1:
+        raise ArgumentError("a saving is a share of the MACs", seen={"saving": saving}, do="pass saving=0.4")
+    begun, unet, batches = time.perf_counter(), _unet(pipe, generate), list(conditions)
+    check_unet(unet)
+    shown = generate
+    if generate is None:
+        batches = [[prompt] for prompt in batches]
+        generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
+        guidance = _guidance(pipe, options or {}) if guidance is None else guidance
+        log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
+    if len(batches) < 2:
+        raise ArgumentError(
+            "some conditions are calibrated with and others judged on",
+            seen={"conditions": len(batches)},
+            do="pass a dozen prompts, or two batches",
+        )
+    kept = None if folder is None else Path(folder) / _key(pipe, unet, options, saving)
+    if kept is not None and (kept / _FILE).exists():
+        adaptor = CalibratedAdaptor.from_pretrained(kept)
+        tuning = Tuning.from_json((kept / _FILE).read_text(encoding="utf-8"))
+        adaptor.tuning = tuning
+        region = choose(first_call(unet, generate, batches[0], 0), unet, **adaptor.region_options)
+        return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
+    tuner = _Tuner(unet, generate, batches, guidance, log_snr)
+    adaptor, region, tuning = tuner.run(saving, regions, begun, console)
+    before = tuner.pictures(shown or generate)
+    cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
+    after = tuner.pictures(shown or generate)
+    if before is not None and after is not None:
+        tuning = replace(tuning, pictures=torch.stack((before, after)))
+    adaptor.tuning = tuning
+    if kept is not None:
+        adaptor.save_pretrained(kept)
+        tuning.save(kept / _FILE)
+        for figure in tuning.figures():
+            figure.save(kept / "before-after.png")
+    return cw
+
+
+class _Tuner:
+    """Calibrates on most batches, judges on the others."""
+
+    def __init__(
+        self, unet: nn.Module, generate: Generate, batches: list[Any], guidance: float | None, log_snr: Any
+    ) -> None:
+        held = max(len(batches) // _HELD_OUT, 1)
+        self.unet, self.generate, self.fitted = unet, generate, batches[:-held]
+        self.options = {"guidance": guidance, "log_snr": log_snr}
+        self.runs = Runs(unet, generate, [(batch, 1) for batch in batches[-held:]])
+
+    def calibrated(self, region: Region, steps: Sequence[int] | None, console: Any) -> CalibratedAdaptor:
+        """For these steps; None for all."""
+        seeds = iter(range(2, 1 << 30))
+        schedule = None if steps is None else Schedule.at(steps)
+        return calibrate(
+            self.unet, lambda batch: self.generate(batch, next(seeds)), self.fitted, region=region, schedule=schedule,
+            console=console, **self.options,
+        )  # fmt: skip
+
+    def tried(self, region: Region, rule: str, steps: tuple[int, ...], adaptor: CalibratedAdaptor | None) -> Trial:
+        """Run it on what is held out."""
+        name = region_name(region)
+        candidate = Candidate(name, region, adaptor or IdentityAdaptor(), adaptor)
+        outcome: Outcome = self.runs.outcome(candidate, Schedule.at(steps))
+        kind = "identity" if adaptor is None else str(adaptor.facts["kind"])
+        return Trial(name, rule, steps, outcome.saved, outcome.error, kind)
+
+    @torch.no_grad()
+    def pictures(self, generate: Generate) -> Tensor | None:
+        """The first few of those held out, on the CPU; None where results are none."""
+        images = generate(*self.runs.runs[0])
+        if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
+            return None
+        return images[:4].float().clamp(0, 1).cpu()
+
+    def run(
+        self, saving: float, regions: Sequence[Region] | None, begun: float, console: Any
+    ) -> tuple[CalibratedAdaptor, Region, Tuning]:
+        """The best adaptor, its region, and all that was tried."""
+        trace = first_call(self.unet, self.generate, *self.runs.runs[0])  # what is tried then needs no trace
+        known = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
+        trials: list[tuple[Trial, Region]] = []
+        with ProgressBar(console) as bar:
+            task = bar.add_task("tune", total=None)
+            for region in dict.fromkeys(known):
+                bar.update(task, description=f"calibrate {region_name(region)}")
+                adaptor = self.calibrated(region, None, console)
+                count = int(adaptor.facts["steps"])
+                own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
+                for rule, steps in spaced(count, saving, region.macs_share - own):
+                    bar.update(task, description=f"try {rule}")
+                    trials.append((self.tried(region, rule, steps, adaptor), region))
+            trials = [(one, region) for one, region in trials if one.saved >= saving]
+            if not trials:
+                most = max(region.macs_share for region in known)
+                raise ArgumentError(
+                    "a saving is one that some schedule reaches",
+                    seen={"saving": percent(saving), "share of the widest region": percent(most)},
+                    do="ask for less, or take more steps",
+                )
+            best, region = min(trials, key=lambda pair: pair[0].error)
+            bar.update(task, description="calibrate for these steps")
+            adaptor = self.calibrated(region, best.steps, console)
+            last = self.tried(region, f"{best.rule}, calibrated for it", best.steps, adaptor)
+            identity = self.tried(region, best.rule, best.steps, None)
+        everything = (*(one for one, _ in trials), last)
+        return adaptor, region, Tuning(last, identity, everything, count, saving, time.perf_counter() - begun)
+
+
+def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int, ...]]]:
+    """(rule, adaptor steps) of schedules that save so much: for each number of full first and last steps, one clock.
+
+    Args:
+        steps: of the sampler.
+        saving: share of the MACs, without the adaptor's.
+        share: of the MACs of a full pass, that an adaptor pass saves.
+
+    Example:
+        >>> for rule, steps in spaced(8, 0.45, 0.93):
+        ...     print(rule, steps)
+        clock 2 (2, 4, 6, 8)
+        clock 3, last 1 full (2, 3, 5, 6)
+        clock 3, first 2 full (3, 4, 6, 7)
+        clock 3, first 3 full (4, 5, 7, 8)
+        clock 5, first 3 and last 1 full (4, 5, 6, 7)
+    """
+    made: dict[tuple[int, ...], str] = {}
+    for first in _FIRST:
+        for last in _LAST:
+            for clock in range(2, steps + 2):
+                at = tuple(s for s in range(first + 1, steps + 1 - last) if (s - first) % clock)
+                if share * len(at) / steps > saving:
+                    ends = [f"first {first}"] * (first > 1) + [f"last {last}"] * (last > 0)
+                    made.setdefault(at, f"clock {clock}" + (f", {' and '.join(ends)} full" if ends else ""))
+                    break
+    return [(rule, at) for at, rule in made.items()]
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
+    unet = pipe if generate is not None else getattr(pipe, "unet", None)
+    if not isinstance(unet, nn.Module):
+        raise ArgumentError(
+            "what is tuned is a diffusers pipeline with a UNet, or a UNet with generate=",
+            seen={"got": type(pipe).__name__, "generate": generate},
+            do="pass tune(pipe, prompts), or tune(unet, batches, generate=generate)",
+        )
+    return unet
+
+
+def _pipeline(pipe: Any, options: Mapping[str, Any], form: str) -> Generate:
+    def generate(batch: Any, seed: int) -> Tensor:
+        noise = torch.Generator("cpu").manual_seed(seed)
+        made = pipe(batch, generator=noise, output_type=form, **options)
+        latents: Tensor = made[0] if isinstance(made, tuple) else made.images
+        return latents
+
+    return generate
+
+
+def _guidance(pipe: Any, options: Mapping[str, Any]) -> float | None:
+    own = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    scale = options.get("guidance_scale", None if own is None else own.default)
+    return float(scale) if isinstance(scale, (int, float)) and scale > 1 else None
+
+
+def _key(pipe: Any, unet: nn.Module, options: Mapping[str, Any] | None, saving: float) -> str:
+    """A folder's name for this model, sampler, number of steps and saving."""
+    scheduler = getattr(pipe, "scheduler", None)
+    parts = [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
+    parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
+    return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"

@@ -1,0 +1,492 @@
+"""Calibrated adaptors on UNets whose exits are known to be linear in what the adaptor reads."""
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import clockwork_hooks as ch
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions
+from clockwork_hooks.analysis import calibration
+from clockwork_hooks.analysis.calibration import Calibration, calibrate, log_snr_of
+from clockwork_hooks.analysis.normal_equations import KINDS, NormalEquations, Shape, shared_basis
+from tests.schemas import follows_its_schema
+from tests.snapshot import snapshot
+
+TIMES = (900.0, 790.0, 670.0, 540.0, 400.0, 250.0)
+
+
+class Blocks(nn.Module):
+    """Maps that are constant over blocks of 2 stay so: what the region emits is a function of each block's own values.
+
+    exit = gain(t)·f(c) + mix·M·entry + bias(t), with f not linear.
+    """
+
+    def __init__(self, gain=lambda t: 1.0, bias=lambda t: 0.0, mix=0.0, rank=2):
+        super().__init__()
+        torch.manual_seed(0)
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+        self.gain, self.bias, self.mix, self.rank = gain, bias, mix, rank
+        self.stem, self.head = conv(2, 6, 1), conv(10, 2, 1)
+        self.down, self.up = conv(6, 12, 2, 2), conv(12, 4, 1)
+        self.side = nn.Linear(3, 12)
+        self.eval()
+
+    def forward(self, x, t, c):
+        h = self.stem(x)
+        z = self.down(h)
+        side = self.side(c).sin().reshape(len(x), 12, *[1] * self.rank)
+        z = self.gain(t) * side + self.mix * z + self.bias(t)
+        z = self.up(nn.functional.interpolate(z, scale_factor=2.0, mode="nearest"))
+        return self.head(torch.cat([h, z], 1))
+
+
+def sampler(unet, times=TIMES, rate=0.3, size=8):
+    """Both branches in one call; noise that is constant over blocks."""
+
+    def generate(batch, seed=0):
+        count, guidance = batch
+        made = torch.Generator().manual_seed(seed)
+        small = torch.randn(count, 2, *[size // 2] * unet.rank, generator=made)
+        x = nn.functional.interpolate(small, scale_factor=2.0, mode="nearest")
+        c = torch.randn(2 * count, 3, generator=made)
+        for t in times:
+            u, told = unet(torch.cat([x, x]), t, c).chunk(2)
+            x = x - rate * (u + guidance * (told - u))
+        return x
+
+    return generate
+
+
+WORLDS = {
+    "gain": {"gain": lambda t: 1 + t / 500},
+    "affine": {"gain": lambda t: 1 + t / 500, "bias": lambda t: math.sin(t)},
+    "exit+entry+before": {"mix": 1.0},
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_kind_that_is_right_is_chosen_and_leaves_no_error(world):
+    unet = Blocks(**WORLDS[world])
+    if world == "gain":  # the last layer's own bias is no gain
+        nn.init.zeros_(unet.up.bias)
+    adaptor = calibrate(unet, sampler(unet), [(8, 2.0)], guidance=2.0)
+    report = adaptor.report
+    assert report.kinds[world].left < 1e-3
+    cheaper = [name for name in report.kinds if report.kinds[name].macs < report.kinds[report.kind].macs]
+    assert report.kinds[report.kind].left < 1e-3
+    assert all(report.kinds[name].left > 0.05 for name in cheaper)
+    assert report.kind in {"gain": ("gain", "affine")}.get(world, (world,))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("world", ["affine", "exit+entry+before"])
+def test_a_linear_world_is_sampled_as_without_clockwork(world, rank):
+    unet = Blocks(**WORLDS[world], rank=rank)
+    generate = sampler(unet)
+    adaptor = calibrate(unet, generate, [(8, 2.0)], guidance=2.0, clock=2, kind=world, ridge=1e-9)
+    plain = generate((8, 2.0), seed=7)
+    with ch.wrap(unet, adaptor, clock=2) as cw:
+        generate((8, 2.0), seed=6)  # the very first call is traced
+        before = cw.stats.adaptor_passes
+        made = generate((8, 2.0), seed=7)
+    assert cw.stats.adaptor_passes - before == 3
+    with ch.wrap(unet, clock=2):
+        identity = generate((8, 2.0), seed=7)
+    assert (identity - plain).abs().max() > 1e-2
+    torch.testing.assert_close(made, plain, atol=2e-4, rtol=1e-3)
+
+
+def pairs(count=400, channels=4, entry=3, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, width, generator=made) for width in (channels, channels, entry, entry)]
+
+
+def test_weights_are_least_squares():
+    """Against torch.linalg.lstsq on the features themselves; rows of what is not read are as if they were not there."""
+    cached, exit, entry, before = pairs()
+    sums = NormalEquations.empty(Shape(4, 3), torch.device("cpu"))
+    for part in (slice(0, 100), slice(100, None)):
+        sums.add(cached[part], exit[part], entry[part], before[part])
+    columns = {"exit": [cached], "exit+entry": [cached, entry], "exit+entry+before": [cached, entry, before]}
+    for name, read in columns.items():
+        features = torch.cat([torch.ones(400, 1), *read], 1).double()
+        expected = features @ torch.linalg.lstsq(features, (exit - cached).double()).solution + cached
+        weights = sums.solve(KINDS[name], 0.0)
+        all_features = torch.cat([torch.ones(400, 1), cached, entry - before, before], 1).double()
+        torch.testing.assert_close(all_features @ weights + cached, expected)
+        error = (expected - exit).square().sum() / exit.double().square().sum()
+        assert sums.error(weights) == pytest.approx(float(error))
+    affine = sums.solve(KINDS["affine"], 0.0)
+    for c in range(4):
+        features = torch.stack([torch.ones(400), cached[:, c]], 1).double()
+        solution = torch.linalg.lstsq(features, (exit - cached)[:, c : c + 1].double()).solution[:, 0]
+        torch.testing.assert_close(torch.stack((affine[0, c], affine[1 + c, c])), solution)
+
+
+def test_two_halves_are_the_whole():
+    whole, first, second = (NormalEquations.empty(Shape(4, 3), torch.device("cpu")) for _ in range(3))
+    whole.add(*pairs())
+    first.add(*(x[:150] for x in pairs()))
+    second.add(*(x[150:] for x in pairs()))
+    both = first + second
+    for name in ("gram", "cross", "square", "exit_square", "low", "high"):
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+
+
+def test_a_full_rank_cuts_nothing_and_a_lower_one_keeps_what_counts():
+    cached, _, entry, before = pairs(channels=6)
+    exit = cached * 0.5 + 2 + 3 * (entry - before)[:, :1] * torch.tensor([1.0, 2, 0, 0, 1, 0])
+    sums = NormalEquations.empty(Shape(6, 3), torch.device("cpu"))
+    sums.add(cached, exit, entry, before)
+    weights = sums.solve(KINDS["low rank"], 0.0)
+    basis = shared_basis([sums.added(weights, 0.0)], 1)
+    assert sums.error(sums.cut(weights, 0.0, basis)) < 5e-3  # gains are fitted first, to 400 positions
+    torch.testing.assert_close(
+        basis.abs(), torch.tensor([[1.0, 2, 0, 0, 1, 0]]).double() / math.sqrt(6), atol=0.02, rtol=0
+    )
+    full = shared_basis([sums.added(weights, 0.0)], 6)
+    torch.testing.assert_close(sums.cut(weights, 0.0, full), weights)
+    assert sums.error(sums.cut(weights, 0.0, basis[:0])) > 0.05
+
+
+def test_the_ridge_is_chosen_on_what_is_held_out(monkeypatch):
+    """Fitted on few noisy positions, a matrix wants a strong ridge; on many, a weak one."""
+
+    def ridge(count):
+        fit, held = (NormalEquations.empty(Shape(12, 0), torch.device("cpu")) for _ in range(2))
+        for sums, rows, seed in ((fit, count, 1), (held, 4000, 2)):
+            made = torch.Generator().manual_seed(seed)
+            cached = torch.randn(rows, 12, generator=made)
+            exit = 0.9 * cached + torch.randn(rows, 12, generator=made)
+            sums.add(cached, exit, None, None)
+        place = calibration.Place(2, 1.0, 2.0, fit, held)
+        solver = object.__new__(calibration.Solver)
+        solver.ridges = calibration.RIDGES
+        return solver.best(place, KINDS["exit"])[0]
+
+    assert ridge(15) > ridge(100_000)
+
+
+# -- positions ----------------------------------------------------------------------------------------------------
+
+
+def adaptor_of(knots=(200.0, 400.0, 600.0), log_snr=None, form="affine", gains=(0.1, 0.3, 0.7)):
+    """An affine adaptor of 4 channels with these gains at these positions, each 200 after the one before."""
+    unet = Blocks()
+    region = ch.find_region(unet, torch.zeros(2, 2, 8, 8), 1.0, torch.zeros(2, 3))
+    at = Positions(knots, [200.0] * len(knots), [*knots, knots[-1] + 200], log_snr)
+    ends = torch.full((4,), 100.0)
+    made = [
+        Knot(t, t + 200, -ends, ends, torch.zeros(4), torch.full((4,), gain))
+        for t, gain in zip(knots, gains, strict=True)
+    ]
+    return CalibratedAdaptor.of(region, made, at, form=form)
+
+
+def gain_at(adaptor, position, before=None):
+    cached = torch.ones(1, 4, 8, 8)
+    before = None if before is None else torch.tensor(before)
+    return float(adaptor(None, cached, position=torch.tensor(position), position_cached=before)[0, 0, 0, 0]) - 1
+
+
+def test_weights_are_exact_at_calibrated_positions_and_interpolated_between():
+    adaptor = adaptor_of()
+    assert gain_at(adaptor, 200.0, 400.0) == pytest.approx(0.1, abs=1e-6)
+    assert gain_at(adaptor, 400.0, 600.0) == pytest.approx(0.3, abs=1e-6)
+    assert gain_at(adaptor, 300.0) == pytest.approx(0.2, abs=1e-6)
+    assert gain_at(adaptor, 500.0) == pytest.approx(0.5, abs=1e-6)
+    assert gain_at(adaptor, 130.0) == pytest.approx(0.1, abs=1e-6)  # half a stride beyond the last is still its own
+
+
+def test_it_is_log_snr_that_weights_are_interpolated_in():
+    adaptor = adaptor_of(log_snr=lambda t: -2 * math.log(t))
+    middle = math.sqrt(200.0 * 400.0)
+    assert gain_at(adaptor, middle) == pytest.approx(0.2, abs=2e-3)
+    assert gain_at(adaptor, 300.0) == pytest.approx(0.1 + 0.2 * math.log(1.5) / math.log(2), abs=2e-3)
+
+
+def test_a_step_half_as_long_changes_half_as_much():
+    adaptor = adaptor_of()
+    assert gain_at(adaptor, 400.0, 500.0) == pytest.approx(0.15, abs=1e-6)
+    assert gain_at(adaptor, 400.0, 400.0) == 0
+    assert gain_at(adaptor, 400.0, 300.0) == 0  # backwards: nothing is known of that
+    assert gain_at(adaptor, 400.0, 800.0) == pytest.approx(0.6, abs=1e-6)
+    assert gain_at(adaptor, 200.0, 800.0) == pytest.approx(0.2, abs=1e-6)  # three times as long: it stops at two
+
+
+def test_outside_it_is_the_identity_and_warns_once():
+    adaptor = adaptor_of()
+    cached = torch.randn(1, 4, 8, 8) * 1e4  # beyond the bounds that hold inside
+    with pytest.warns(UserWarning, match=r"outside of those that it was calibrated at \(100 to 700\)"):
+        assert torch.equal(adaptor(None, cached, position=torch.tensor(900.0)), cached)
+    for position in (900.0, 99.0, -5.0, 1e9):  # warnings are errors here
+        assert torch.equal(adaptor(None, cached, position=torch.tensor(position)), cached)
+    assert adaptor.distances([200.0, 300.0, 450.0, 900.0, 50.0]) == [0.0, 0.5, 0.25, None, None]
+
+
+def test_what_it_returns_is_bounded():
+    adaptor = adaptor_of()
+    huge = torch.full((1, 4, 8, 8), 1e6)
+    assert adaptor(None, huge, position=torch.tensor(400.0)).abs().max() == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_table(dtype):
+    adaptor = adaptor_of(knots=(0.0, 999.5, 1003.5), log_snr=lambda t: -t)
+    before = adaptor.table.clone()
+    adaptor = adaptor.to(dtype)
+    assert adaptor.table.dtype == adaptor.grid.dtype == torch.float32
+    assert torch.equal(adaptor.table, before)
+    made = adaptor(None, torch.ones(1, 4, 8, 8, dtype=dtype), position=torch.tensor(999.5))
+    assert made.dtype == dtype
+    assert float(made[0, 0, 0, 0]) == pytest.approx(1.3, abs=1e-2)
+
+
+def test_schedulers_tell_log_snr():
+    diffusers = pytest.importorskip("diffusers")
+    levels = [log_snr_of(diffusers.DDIMScheduler())(t) for t in (0.0, 250.0, 250.5, 999.0)]
+    assert levels == sorted(levels, reverse=True)
+    alpha = diffusers.DDIMScheduler().alphas_cumprod[250].double()
+    assert levels[1] == pytest.approx(float((alpha / (1 - alpha)).log()), abs=1e-6)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(8)
+    sigma = float(flow.sigmas[3])
+    assert log_snr_of(flow)(float(flow.timesteps[3])) == pytest.approx(2 * math.log((1 - sigma) / sigma), abs=1e-4)
+    assert log_snr_of(object()) is None
+
+
+# -- what is seen -------------------------------------------------------------------------------------------------
+
+
+def test_no_features_are_held_longer_than_a_step():
+    unet, alive, most = Blocks(mix=1.0), [], 0
+    generate = sampler(unet)
+
+    def look(module, args, output):
+        nonlocal most
+        alive.append(weakref.ref(output))
+        most = max(most, sum(one() is not None for one in alive))
+
+    unet.up.register_forward_hook(look)
+    calibrate(unet, generate, [(4, 2.0)] * 3, guidance=2.0)
+    assert len(alive) >= 18
+    assert most <= 2
+
+
+def two_calls(unet, times=TIMES):
+    """As `sampler`, a call for each branch."""
+
+    def generate(batch, seed=0):
+        count, guidance = batch
+        made = torch.Generator().manual_seed(seed)
+        x = nn.functional.interpolate(torch.randn(count, 2, 4, 4, generator=made), scale_factor=2.0, mode="nearest")
+        c = torch.randn(2 * count, 3, generator=made)
+        for t in times:
+            u, told = unet(x, t, c[:count]), unet(x, t, c[count:])
+            x = x - 0.3 * (u + guidance * (told - u))
+        return x
+
+    return generate
+
+
+@torch.no_grad()
+def guided_error(adaptor, unet, scale):
+    """What the adaptor is off by at the guided combination of both branches, at one step."""
+    seen: list[torch.Tensor] = []
+    handle = unet.up.register_forward_hook(lambda module, args, output: seen.append(output))
+    times = TIMES[:2]
+    sampler(unet, times)((64, scale), 5)
+    handle.remove()
+    _, exit = (one[:64] + scale * (one[64:] - one[:64]) for one in seen)
+    made = adaptor(None, seen[0], position=torch.tensor(times[1]))
+    made = made[:64] + scale * (made[64:] - made[:64])
+    return float((made - exit).square().mean())
+
+
+@pytest.mark.parametrize("calls", [sampler, two_calls])
+def test_the_guided_combination_is_fitted_too(calls):
+    """What both branches share wants another gain than what they differ in, which is what guidance scales up."""
+    unet = Blocks(gain=lambda t: 2.0 if t > 850 else 1.0, mix=1.0)
+    options = {"schedule": {2}, "kind": "affine", "ridge": 0.0}
+    scale = 6.0
+    without = calibrate(unet, calls(unet), [(64, scale)], **options)
+    with_it = calibrate(unet, calls(unet), [(64, scale)], guidance=scale, **options)
+    assert guided_error(with_it, unet, scale) < 0.9 * guided_error(without, unet, scale)
+    swapped = calibrate(unet, calls(unet), [(64, scale)], guidance=scale, unconditional="second", **options)
+    assert guided_error(with_it, unet, scale) < guided_error(swapped, unet, scale)
+
+
+def test_one_call_and_two_calls_give_the_same():
+    adaptors = []
+    for calls in (sampler, two_calls):
+        unet = Blocks(**WORLDS["affine"])
+        adaptors.append(calibrate(unet, calls(unet), [(8, 2.0)], guidance=2.0, kind="affine", ridge=1e-4))
+    torch.testing.assert_close(adaptors[0].table, adaptors[1].table, rtol=1e-4, atol=1e-5)
+
+
+# -- fitted on what the student reaches -----------------------------------------------------------------------------
+
+
+class Bent(Blocks):
+    """The exit is no linear function of anything."""
+
+    def forward(self, x, t, c):
+        return super().forward(x, t, c + x.mean((2, 3))[:, :1] + t / 200)
+
+
+@torch.no_grad()
+def test_chained_steps_are_fitted_on_what_the_student_reaches():
+    unet = Bent(mix=0.5)
+    generate = sampler(unet, rate=0.4)
+    options = {"schedule": {2, 3, 4, 5, 6}, "kind": "exit", "guidance": 2.0}
+    teacher = calibrate(unet, generate, [(64, 2.0), (48, 2.0)], refit=False, **options)
+    student = calibrate(unet, generate, [(64, 2.0), (48, 2.0)], **options)
+    assert [step.on_policy for step in teacher.report.steps] == [False] * 5
+    assert [step.on_policy for step in student.report.steps] == [False, True, True, True, True]
+    same = [torch.equal(*pair) for pair in zip(teacher.table, student.table, strict=True)]  # by time: last step first
+    assert same == [False, False, False, False, True, True]
+    errors = []
+    plain = generate((128, 2.0), seed=3)
+    for adaptor in (teacher, student):
+        with ch.wrap(unet, adaptor, schedule=options["schedule"]):
+            generate((128, 2.0), seed=2)
+            errors.append(float((generate((128, 2.0), seed=3) - plain).norm()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_linear_world_stays_one_when_fitted_again():
+    unet = Blocks(mix=1.0)
+    generate = sampler(unet)
+    adaptor = calibrate(unet, generate, [(8, 2.0)], guidance=2.0, clock=3, kind="exit+entry+before", ridge=1e-9)
+    assert [step.on_policy for step in adaptor.report.steps] == [False, True, False, True]
+    plain = generate((8, 2.0), seed=7)
+    with ch.wrap(unet, adaptor, clock=3):
+        generate((8, 2.0), seed=6)
+        torch.testing.assert_close(generate((8, 2.0), seed=7), plain, atol=2e-3, rtol=1e-2)
+
+
+# -- files, reports, other ways to run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "low rank"])
+def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
+    unet = Blocks(mix=1.0)
+    generate = sampler(unet)
+    adaptor = calibrate(unet, generate, [(4, 2.0)], guidance=2.0, clock=2, kind=kind)
+    adaptor.save_pretrained(tmp_path)
+    loaded = CalibratedAdaptor.from_pretrained(tmp_path)
+    assert loaded.facts == json.loads(json.dumps(adaptor.facts))
+    for name, tensor in adaptor.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    made = []
+    for given in (adaptor, str(tmp_path)):
+        with ch.wrap(unet, given, clock=2):
+            made.append(generate((4, 2.0), seed=1))
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "low rank"])
+def test_it_compiles_once_for_all_positions(kind):
+    unet = Blocks(mix=1.0)
+    generate = sampler(unet, [torch.tensor(t) for t in TIMES])
+    adaptor = calibrate(unet, generate, [(4, 2.0)], guidance=2.0, clock=2, kind=kind)
+    with torch.no_grad(), ch.wrap(unet, adaptor, clock=2) as cw:
+        generate((4, 2.0))
+        eager = generate((4, 2.0))
+        cw.compile(backend="aot_eager")
+        compiled = generate((4, 2.0))
+        torch._dynamo.utils.counters.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            again = generate((4, 2.0))
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(again, eager)
+
+
+def test_the_report_says_what_was_measured():
+    unet = Blocks(mix=1.0)
+    adaptor = calibrate(unet, sampler(unet), [(8, 2.0)], guidance=2.0, clock=2)
+    report = adaptor.report
+    assert [step.step for step in report.steps] == [2, 4, 6]
+    assert [step.position for step in report.steps] == [790, 540, 250]
+    assert (report.guidance, report.samples, report.held_out, report.schedule) == (2.0, 16, "rows", "every(2)")
+    assert report.kinds["identity"].left == 1
+    assert report.kinds["exit+entry"].macs > report.kinds["exit"].macs > report.kinds["affine"].macs == 0
+    assert report.kind in report.why
+    assert Calibration.from_json(report.to_json()) == report
+    assert f"{report.kind} (chosen)" in str(report)
+    follows_its_schema(report.to_dict())
+
+
+def test_one_sample_is_split_by_positions():
+    unet = Blocks(mix=1.0)
+    adaptor = calibrate(unet, sampler(unet), [(1, 2.0)], guidance=2.0)
+    assert adaptor.report.held_out == "positions"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "best"}, "a kind is auto, gain"),
+        ({"clock": 2, "schedule": {2}}, "a schedule says when"),
+        ({"schedule": {40}}, "a calibrated step is one that the sampler takes"),
+        ({"guidance": "high"}, "guidance is a number"),
+        ({"ridge": -1.0}, "a ridge is a number from 0"),
+        ({"unconditional": "both"}, "the unconditional branch"),
+        ({"log_snr": 3}, "log_snr is a function"),
+        ({"schedule": ch.Schedule.adaptive(0.1)}, "which steps are calibrated is known beforehand"),
+    ],
+)
+def test_options_outside_their_rule(options, said):
+    unet = Blocks()
+    with pytest.raises(ch.ArgumentError, match=said):
+        calibrate(unet, sampler(unet), [(2, 2.0)], **options)
+    assert not unet._forward_pre_hooks
+    assert "forward" not in vars(unet.up)
+
+
+def test_nothing_stays_on_the_unet():
+    unet = Blocks(mix=1.0)
+    before = snapshot(unet)
+    calibrate(unet, sampler(unet), [(2, 2.0)], clock=3)
+    assert snapshot(unet) == before
+
+
+@pytest.mark.filterwarnings("ignore:a calibrated adaptor was asked for a position outside")
+def test_another_number_of_steps_degrades_softly():
+    """Twice as many steps, each half as long: the weights in between, half as much of them."""
+    unet = Blocks(gain=lambda t: math.exp(t / 300))
+    few, many = ([900.0 - step * k for k in range(count)] for count, step in ((8, 100), (16, 50)))
+    adaptor = calibrate(unet, sampler(unet, few), [(16, 2.0)], guidance=2.0, kind="affine", ridge=1e-6)
+    distances = adaptor.distances(many)
+    assert distances[:3] == [None, 0, 0]  # half a step beyond the first one is still its own
+    assert distances[3:6] == [0.5, 0, 0.5]
+    generate, errors = sampler(unet, many), []
+    plain = generate((16, 2.0), seed=3)
+    for given in (None, adaptor):
+        with ch.wrap(unet, given, clock=2):
+            generate((16, 2.0), seed=2)
+            errors.append((generate((16, 2.0), seed=3) - plain).norm().item())
+    assert errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("lift", [float, torch.tensor])
+def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
+    seen = []
+
+    class Told(nn.Module):
+        needs = frozenset({"position", "position_cached", "entry_cached"})
+
+        def forward(self, entry, exit_cached, *, time, text, position, position_cached, entry_cached):
+            seen.append((position.item(), None if position_cached is None else position_cached.item()))
+            assert position.dtype == torch.float32
+            return exit_cached
+
+    unet = Blocks()
+    generate = sampler(unet, [lift(t) for t in TIMES])
+    with torch.no_grad(), ch.wrap(unet, Told(), schedule={3, 4, 6}):
+        generate((2, 2.0))
+    assert seen == [(TIMES[2], TIMES[1]), (TIMES[3], TIMES[2]), (TIMES[5], TIMES[4])]

@@ -1,0 +1,115 @@
+"""`tune` on UNets that tell which steps may use an adaptor, and on a pipeline."""
+
+import pytest
+import torch
+
+import clockwork_hooks as ch
+from clockwork_hooks.analysis.tuning import Tuning, spaced, tune
+from tests.schemas import follows_its_schema
+from tests.test_calibration import TIMES, WORLDS, Blocks, sampler
+
+BATCHES = [(6, 2.0), (6, 2.0), (4, 2.0)]
+
+
+def late(t):
+    """Changes beyond all prediction until 700, and not at all from then on."""
+    return torch.randn(12, 1, 1, generator=torch.Generator().manual_seed(int(t))) if t > 700 else 1.0
+
+
+def test_the_schedule_is_the_one_that_spares_the_steps_that_matter():
+    unet = Blocks(gain=late)
+    generate = sampler(unet)
+    with tune(unet, BATCHES, generate=generate, saving=0.3, guidance=2.0) as cw:
+        tuning = cw.adaptor.tuning
+        steps = [step for step, t in enumerate(TIMES, 1) if cw.schedule.uses_adaptor(step)]
+        assert tuple(steps) == tuning.chosen.steps
+        assert min(steps) > 3  # step 3 is the first whose time is below 700, and its cached exit is from above
+        assert tuning.chosen.error < 1e-3 < max(one.error for one in tuning.trials)
+        assert tuning.chosen.saved >= 0.3
+        assert all(one.saved >= 0.3 for one in tuning.trials)
+    assert "forward" not in vars(unet.up)
+    assert Tuning.from_json(tuning.to_json()) == tuning
+    assert "(chosen)" in str(tuning)
+    follows_its_schema(tuning.to_dict())
+
+
+def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
+    unet = Blocks(**WORLDS["affine"])
+    calls = []
+
+    def generate(batch, seed):
+        calls.append(seed)
+        return sampler(unet)(batch, seed)
+
+    options = {"generate": generate, "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    with tune(unet, BATCHES, **options) as first:
+        tuned, count = first.adaptor.tuning, len(calls)
+        state = first.adaptor.state_dict()
+    with tune(unet, BATCHES, **options) as again:
+        assert len(calls) == count + 1  # the first call alone, to find the region
+        assert again.adaptor.tuning == tuned
+        assert again.schedule == first.schedule
+        assert all(torch.equal(again.adaptor.state_dict()[name], tensor) for name, tensor in state.items())
+        again.remove()
+    with tune(unet, BATCHES, **{**options, "saving": 0.35}) as other:
+        assert len(calls) > count + 5
+        assert other.adaptor.tuning.saving == 0.35
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        (BATCHES, {"saving": 0.9}, "a saving is one that some schedule reaches"),
+        (BATCHES, {"saving": 40}, "a saving is a share of the MACs"),
+        (BATCHES[:1], {}, "some conditions are calibrated with and others judged on"),
+        (BATCHES, {"generate": None}, "what is tuned is a diffusers pipeline"),
+    ],
+)
+def test_options_outside_their_rule(given, options, said):
+    unet = Blocks(mix=1.0)
+    with pytest.raises(ch.ArgumentError, match=said):
+        tune(unet, given, **{"generate": sampler(unet), **options})
+    assert "forward" not in vars(unet.up)
+
+
+def test_schedules_follow_rules_of_thumb():
+    rules = dict(spaced(20, 0.5, 0.93))
+    assert rules["clock 3, first 2 full"] == tuple(s for s in range(3, 20) if (s - 2) % 3)
+    assert all(0.93 * len(steps) / 20 > 0.5 for steps in rules.values())
+    assert spaced(4, 0.9, 0.5) == []
+
+
+class Pipeline:
+    """In the form of a diffusers pipeline."""
+
+    def __init__(self, unet):
+        self.unet, self.given = unet, []
+
+    def __call__(self, prompt, generator=None, output_type="pil", guidance_scale=2.0, num_inference_steps=6):
+        self.given.append((prompt, output_type, guidance_scale, num_inference_steps))
+        return (sampler(self.unet)((len(prompt), guidance_scale), generator.initial_seed()),)
+
+
+def test_a_pipeline_is_called_with_prompts_and_its_own_options():
+    pipe = Pipeline(Blocks(**WORLDS["affine"]))
+    with tune(pipe, ["a", "b", "c", "d"], saving=0.3, options={"num_inference_steps": 6}) as cw:
+        assert cw.adaptor.facts["guidance"] == 2.0
+        assert cw.adaptor.tuning.figures() == ()  # what it returns has two channels
+    assert {given[1:] for given in pipe.given} == {("latent", 2.0, 6), ("pt", 2.0, 6)}
+    assert [given[1] for given in pipe.given].count("pt") == 2
+    assert [given[0] for given in pipe.given][-1] == ["d"]
+
+
+def test_pictures_before_and_after(tmp_path):
+    unet = Blocks(**WORLDS["affine"])
+
+    def generate(batch, seed):
+        return sampler(unet)(batch, seed)[:, [0, 1, 0]].sigmoid()
+
+    with tune(unet, BATCHES, generate=generate, saving=0.3, guidance=2.0, folder=tmp_path) as cw:
+        pictures = cw.adaptor.tuning.pictures
+    assert pictures.shape == (2, 4, 3, 8, 8)
+    assert torch.equal(pictures[0], generate(BATCHES[-1], 1))
+    assert not torch.equal(*pictures)
+    (figure,) = tmp_path.glob("*/before-after.png")
+    assert figure.stat().st_size > 1000
