@@ -58,6 +58,7 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
     )
     from clockwork_hooks.graph.tracing import Trace, trace
     from clockwork_hooks.regions.blocks import diagram
+    from clockwork_hooks.regions.choice import Choice
     from clockwork_hooks.regions.find import find_region, find_regions
     from clockwork_hooks.regions.region import Boundary, Region, Side
     from clockwork_hooks.reports.u_drawing import Diagram
@@ -73,6 +74,7 @@ __all__ = [
     "Boundary",
     "CalibratedAdaptor",
     "Calibration",
+    "Choice",
     "ClockworkError",
     "ClockworkWrapper",
     "CompileError",
@@ -136,6 +138,7 @@ _HOME = {
         "engine.attach": "wrap",
         "analysis.benchmark": "Benchmark bench",
         "regions.blocks": "diagram",
+        "regions.choice": "Choice",
         "regions.region": "Boundary Region Side",
         "reports.u_drawing": "Diagram",
         "errors": (

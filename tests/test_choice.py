@@ -396,3 +396,77 @@ def test_commands_say_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pass --resolution 64 or 72x128" in capsys.readouterr().err
     assert main(["regions", "ddpm-cifar10", "--resolution", "5"]) == 2
     assert "resolutions with a region" in capsys.readouterr().err
+
+
+# -- one argument --------------------------------------------------------------------------------------------------
+
+
+def wrapped(unet: nn.Module, *args: Any, **options: Any) -> ch.Region:
+    with torch.no_grad(), ch.wrap(unet, **options) as cw:
+        unet(*args)
+        assert cw.region is not None
+        return cw.region
+
+
+def counted(unet: nn.Module, *args: Any, **options: Any) -> ch.Region:
+    region = ch.flops_report(unet, *args, **options).region
+    assert region is not None
+    return region
+
+
+def benched(unet: nn.Module, *args: Any, **options: Any) -> str:
+    return ch.bench(unet, *args, clocks=(2,), steps=2, rounds=1, **options).region
+
+
+def drawn(unet: nn.Module, *args: Any, **options: Any) -> ch.Region:
+    region = ch.diagram(unet, *args, **options).region
+    assert isinstance(region, ch.Region)
+    return region
+
+
+def distilled(unet: nn.Module, *args: Any, **options: Any) -> ch.Region:
+    def generate(batch: list[Any]) -> None:
+        for t in (900.0, 500.0, 100.0):
+            unet(args[0], t)
+
+    few: dict[str, Any] = {"prompts": range(1), "batch": 1, "trajectories": 1, "progress": False}
+    return ch.distill(unet, "resnet", generate, **few, **options).region
+
+
+TAKERS = (ch.find_region, wrapped, counted, benched, drawn, distilled)
+OPTIONS: tuple[dict[str, Any], ...] = ({"level": 2}, {"share": 0.4}, {"resolution": 8, "cut": "paper"})
+
+
+@pytest.mark.parametrize("take", TAKERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_choice_is_its_options_one_by_one(take: Any, options: dict[str, Any]) -> None:
+    unet, args = Wide().eval(), (noise(2, 3, 16, 16), 500.0)
+    region = ch.find_region(unet, *args, **options)
+    for given in (options, {"region": ch.Choice(**options)}):
+        found = take(unet, *args, **given)
+        assert found == (region.line if isinstance(found, str) else region)
+    if take is not ch.find_region:
+        found = take(unet, *args, region=region)
+        assert found == (region.line if isinstance(found, str) else region)
+
+
+@pytest.mark.parametrize("take", TAKERS)
+def test_options_beside_a_region_and_misspelt_ones_are_errors(take: Any) -> None:
+    unet, args = Wide().eval(), (noise(2, 3, 16, 16), 500.0)
+    for region in (ch.Choice(level=2), ch.find_region(unet, *args, level=2)):
+        with pytest.raises(ch.ArgumentError, match="region= is the choice itself"):
+            take(unet, *args, region=region, level=1)
+    with pytest.raises(ch.ArgumentError, match="a region comes from find_region"):
+        take(unet, *args, region=3)
+    with pytest.raises(ch.ArgumentError, match=r"resolution" if take is not distilled else "known name"):
+        take(unet, *args, resolutoin=8)
+
+
+def test_a_misspelt_option_of_wrap_names_the_nearest() -> None:
+    for wrong, right in (("shre", "share"), ("clok", "clock"), ("modles", "modules")):
+        with pytest.raises(ch.ArgumentError, match=f"pass {right}="):
+            ch.wrap(Wide(), **{wrong: 2})
+    with pytest.raises(ch.ArgumentError, match="pass some of these"):
+        ch.wrap(Wide(), nonsense=2)
+    with pytest.raises(TypeError, match="nonsense"):  # it is the call's own business
+        ch.find_region(Wide(), noise(2, 3, 16, 16), 500.0, nonsense=2)

@@ -23,7 +23,7 @@ from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 from clockwork_hooks.graph.tracing import record
-from clockwork_hooks.regions.find import choose
+from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
@@ -210,7 +210,7 @@ def bench(
     *args: Any,
     clocks: Iterable[int] = (2, 3, 4),
     adaptor: AdaptorLike = None,
-    region: Region | None = None,
+    region: Region | Choice | None = None,
     steps: int = 12,
     rounds: int = 5,
     modes: Iterable[str] = ("eager",),
@@ -228,7 +228,8 @@ def bench(
         *args: the arguments of one call.
         clocks: ints of at least 2.
         adaptor: stands in for the region, as in `wrap`; None for the identity.
-        region: from `find_region`; None for the one that the adaptor was made for, or else the default one.
+        region: a `Region` or a `Choice`; None for the one that the adaptor was made for, or else the default one. The
+            options of `Choice` may be passed one by one instead.
         steps: of a trajectory; a multiple of all clocks counts each of them fairly.
         rounds: trajectories of each side.
         modes: "eager"; "compile" runs both passes under torch.compile; "cudagraphs" captures them. Plain is run in
@@ -256,21 +257,24 @@ def bench(
 
     Source: arXiv 2312.08128, Sec. 5 and Tab. 1 (latencies), Appendix A (FLOPs).
     """
-    tried, wanted = _several("clocks", clocks), _several("modes", modes)
-    _check(unet, tried, wanted, steps, rounds)
+    options, kwargs = split_options(unet, kwargs)
+    wanted = region_or_choice(region, options)
+    tried, chosen = _several("clocks", clocks), _several("modes", modes)
+    _check(unet, tried, chosen, steps, rounds)
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
     device = str(weight.device)
     if device == "meta":
         raise ArgumentError("time passes where something runs", seen={"device": device}, do="move the UNet to a device")
     used = resolve_adaptor(adaptor)
     with torch.no_grad():
-        region = region or choose(record(unet, args, kwargs), unet, **region_options(used))
+        wanted = Choice(**region_options(used)) if wanted == Choice() else wanted
+        region = wanted.find(record(unet, args, kwargs), unet) if isinstance(wanted, Choice) else wanted
     found: dict[tuple[str, int], Timing] = {}
     ran: dict[tuple[str, int], ClockworkWrapper | None] = {}
     failed: dict[str, str] = {}
     with ProgressBar(console) as bar:
-        task = bar.add_task("", total=len(wanted) * (1 + len(tried)) * (1 + rounds))
-        for mode in wanted:
+        task = bar.add_task("", total=len(chosen) * (1 + len(tried)) * (1 + rounds))
+        for mode in chosen:
 
             def tell(name: str, mode: str = mode) -> None:
                 bar.update(task, advance=1, description=f"{mode}, {name}")
@@ -281,7 +285,7 @@ def bench(
                 times = in_turns(runs, device, rounds=rounds, tell=tell)
             except (CompileError, ArgumentError) as error:
                 failed[mode] = " ".join(str(error).split())[:300]
-                if len(wanted) == 1:
+                if len(chosen) == 1:
                     raise
                 continue
             for side in sides:

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from clockwork_hooks.graph.macs import Kind, kind, node_macs, operator_name
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
@@ -346,14 +346,7 @@ def flops_report(
     steps: int = 8,
     guidance: bool = False,
     adaptor: AdaptorLike = None,
-    region: Region | None = None,
-    level: int | None = None,
-    resolution: int | tuple[int, ...] | None = None,
-    share: float | None = None,
-    modules: Iterable[str] | str | None = None,
-    entry: str | None = None,
-    exit: str | None = None,
-    cut: Literal["outer", "paper"] = "outer",
+    region: Region | Choice | None = None,
     attention: bool = True,
     norms: Literal["fvcore"] | None = None,
     depth: int = 2,
@@ -370,13 +363,12 @@ def flops_report(
         steps: denoising steps of the trajectory.
         guidance: classifier-free guidance: twice the traced batch at every step.
         adaptor: stands in for the region, as in `wrap`; the identity has no MACs.
-        region: what to skip, from `find_region`; None has it chosen by the options that follow, or else as the adaptor
-            was made for it.
-        level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
+        region: what to skip, a `Region` or a `Choice`; None for the one that the adaptor was made for, or else the one
+            below the highest level. The options of `Choice` may be passed one by one instead: `share=0.9`.
         attention: count attention products; False is the paper's convention.
         norms: "fvcore" adds fvcore's estimate for normalisations.
         depth: names of a module path that the view by module keeps.
-        **kwargs: likewise arguments of the call.
+        **kwargs: likewise arguments of the call, and options of `Choice`.
 
     Returns:
         The report: totals in MACs and FLOPs, views by level, operator and module, the list of what is not counted.
@@ -403,20 +395,19 @@ def flops_report(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError("steps is an int of at least 1", seen={"steps": repr(steps)}, do="pass steps=8")
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
-    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
-    choice.instead_of(region)
+    options, kwargs = split_options(unet, kwargs)
+    wanted = region_or_choice(region, options)
     used = resolve_adaptor(adaptor)
-    if region is None and choice == Choice():
-        choice = Choice(**region_options(used))
+    if wanted == Choice():
+        wanted = Choice(**region_options(used))
     trace = record(unet, args, kwargs)
     no_region = ""
-    if region is None:
-        try:
-            region = choice.find(trace, unet)
-        except RegionNotFoundError as error:
-            if choice != Choice(cut=cut):  # what was asked for by name is not there
-                raise
-            no_region = str(error)
+    try:
+        region = wanted.find(trace, unet) if isinstance(wanted, Choice) else wanted
+    except RegionNotFoundError as error:
+        if isinstance(wanted, Choice) and not wanted.is_default:  # what was asked for by name is not there
+            raise
+        region, no_region = None, str(error)
     operators, uncounted = _count(trace, region, attention=attention, norms=norms)
     own = None if region is None else _adaptor_macs(used, region, attention=attention, norms=norms)
     return FlopsReport(

@@ -5,9 +5,11 @@ What can be wrapped, and with what: rules that hold before the first call, each 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,10 +21,13 @@ from clockwork_hooks.engine.hooks import RootHook
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph.tracing import module_paths
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["check_alone", "check_region", "check_unet", "plan_parts", "wrap"]
 
@@ -122,6 +127,20 @@ def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
     return plan.region, plan.schedule, plan.adaptor
 
 
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Raise `ArgumentError` if `wrap` has no such option, with the one that has nearly that name."""
+    known = [*inspect.signature(wrap).parameters, *ChoiceOptions.__annotations__]
+    known = [name for name in known if name not in ("unet", "options")]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ArgumentError(
+                "wrap has options of known names",
+                seen={"no such option": name, "options": ", ".join(known)},
+                do=f"pass {near[0]}=" if near else "pass some of these",
+            )
+
+
 def _wrapper(unet: nn.Module) -> object | None:
     """What is attached to the UNet: a wrapper, or `distill` while it records."""
     return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
@@ -136,20 +155,14 @@ def wrap(
     adaptor: AdaptorLike | Mapping[Any, AdaptorLike] = None,
     *,
     clock: int | None = None,
-    clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
-    region: Region | None = None,
-    level: int | None = None,
-    resolution: int | tuple[int, ...] | None = None,
-    share: float | None = None,
-    modules: Iterable[str] | str | None = None,
-    entry: str | None = None,
-    exit: str | None = None,
-    cut: Literal["outer", "paper"] = "outer",
     schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
+    region: Region | Choice | None = None,
+    clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
     plan: Any = None,
     time: str | None = None,
     check_finite: bool = False,
     keep_graph: bool = False,
+    **options: Unpack[ChoiceOptions],
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
 
@@ -162,21 +175,21 @@ def wrap(
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
         clock: one full pass every `clock` steps, 2 unless said; 1 switches Clockwork off.
+        schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
+            (numbered from 1), or step -> bool.
+        region: a `Region` from `find_region`, found for this UNet at any batch, size and device; or a `Choice`, looked
+            for at the first call: `ch.Choice(share=0.9)`. None for the one that the adaptor was made for, or else the
+            one below the highest level.
         clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
             the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
             the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
             a mapping with these keys; `cut` goes for all.
-        region: from `find_region`, found for this UNet at any batch, size and device; None to have it chosen at the
-            first call, by the options that follow, or else the one that the adaptor was made for, or else the one
-            below the highest level.
-        level, resolution, share, modules, entry, exit, cut: which region, as in `find_region`.
-        schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
-            (numbered from 1), or step -> bool.
         plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, in place of all three.
         time: name of the argument that holds the time, where it cannot be told.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
         keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
             who train through the sampler; the memory of both steps is held. Otherwise it is detached.
+        **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
 
     Returns:
         The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
@@ -214,16 +227,15 @@ def wrap(
     """
     check_unet(unet)
     when: dict[str, object] = {"clock": clock, "schedule": schedule}
-    where: dict[str, object] = {"region": region, "level": level, "resolution": resolution, "share": share}
-    where |= {"modules": modules, "entry": entry, "exit": exit}
+    _check_names(options)
+    cut = options.get("cut", "outer")
+    where: dict[str, object] = {"region": region, **{name: one for name, one in options.items() if name != "cut"}}
     own_cut = None if cut == "outer" else cut
     check_alone("plan", plan, {"adaptor": adaptor, "clocks": clocks, **when, **where, "cut": own_cut})
     check_alone("clocks", clocks, {**when, **where, "keep_graph": keep_graph or None})
     check_alone("schedule", schedule, {"clock": clock})
-    chosen: Choice | None = None
     if plan is not None:
         region, schedule, adaptor = plan_parts(plan)
-        chosen = plan.region if isinstance(plan.region, Choice) else None
     clock = 2 if clock is None else clock
     check_clock(clock)
     if clocks is not None:
@@ -235,12 +247,10 @@ def wrap(
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
         )
-    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
-    if chosen is not None:
-        choice, region = chosen, None
+    wanted = region_or_choice(region, options)
+    choice, region = (wanted, None) if isinstance(wanted, Choice) else (Choice(), wanted)
     if region is not None:
         check_region(region, unet)
-        choice.instead_of(region)
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
     steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)

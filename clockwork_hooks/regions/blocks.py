@@ -15,8 +15,9 @@ from torch import nn
 
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.tracing import Trace, record
+from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.dominance import Dominance
-from clockwork_hooks.regions.find import choose, skipped_nodes
+from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.u_drawing import Block, Diagram, Skip
@@ -27,20 +28,21 @@ _MOST = 9  # blocks of one arm of one level; more are drawn together
 _LEAST = 0.001  # of all MACs: what is less and no convolution gets no block of its own
 
 
-def diagram(unet: nn.Module, /, *args: Any, region: Region | None = None, **kwargs: Any) -> Diagram:
+def diagram(unet: nn.Module, /, *args: Any, region: Region | Choice | None = None, **kwargs: Any) -> Diagram:
     """Draw any UNet as a U.
 
     Args:
         unet: any UNet; on the meta device too.
         *args: the arguments of one call.
-        region: shaded in the picture; None for the default one, if there is one.
-        **kwargs: likewise arguments of the call.
+        region: shaded in the picture, a `Region` or a `Choice`; None for the default one, if there is one.
+        **kwargs: likewise arguments of the call, and options of `Choice`.
 
     Returns:
         The diagram; `.to_svg()`, `.save("unet.png")`, and notebooks show it.
 
     Raises:
         TraceError: the call could not be recorded.
+        RegionNotFoundError: the options ask for a region that the UNet does not have.
 
     Example:
         >>> import torch, clockwork_hooks as ch
@@ -52,13 +54,16 @@ def diagram(unet: nn.Module, /, *args: Any, region: Region | None = None, **kwar
 
     Source: arXiv 2312.08128, Fig. 3 and Fig. 8 draw SD v1.5 in this way.
     """
+    options, kwargs = split_options(unet, kwargs)
+    wanted = region_or_choice(region, options)
     traced = record(unet, args, kwargs)
-    if region is None:
-        try:
-            region = choose(traced, unet)
-        except RegionNotFoundError:
-            region = None
-    return diagram_of(traced, region)
+    try:
+        shaded = wanted.find(traced, unet) if isinstance(wanted, Choice) else wanted
+    except RegionNotFoundError:
+        if isinstance(wanted, Choice) and not wanted.is_default:
+            raise
+        shaded = None
+    return diagram_of(traced, shaded)
 
 
 def diagram_of(trace: Trace, region: Region | None) -> Diagram:

@@ -1,9 +1,16 @@
-"""Which region? By level, by resolution, by how much it saves, by its modules, or by its two ends."""
+"""Which region? By level, by resolution, by how much it saves, by its modules, or by its two ends.
+
+Whatever takes `region=` takes a `Region` or a `Choice`; the options of a choice may also be passed one by one, as
+`share=0.9`. `split_options` and `region_or_choice` are how they all do it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -14,23 +21,55 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Finder, listed, of_fingerprint
 from clockwork_hooks.reports.tables import percent, shape
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "ChoiceOptions", "region_or_choice", "split_options"]
+
+
+class ChoiceOptions(TypedDict, total=False):
+    """The options of a `Choice` that functions also take one by one."""
+
+    level: int | None
+    resolution: int | tuple[int, ...] | None
+    share: float | None
+    modules: Iterable[str] | str | None
+    entry: str | None
+    exit: str | None
+    cut: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How the user wants the region chosen; all options None is the region below the highest level.
+    """Which region to skip; without options the one below the highest level.
+
+    `wrap`, `find_region`, `flops_report`, `bench` and `distill` take it as `region=`, in the place of a `Region` that
+    was found before; each of them takes these options one by one, too.
 
     Attributes:
-        level: the region below this level, 1 is the highest.
-        resolution: the region whose edge has this spatial shape; an int stands for all axes.
-        share: of these (of all, without level and resolution) the narrowest that skips at least this share of the
-            MACs.
-        modules: dotted paths of the modules to skip.
-        entry, exit: dotted paths of the modules whose outputs flow in and out.
-        cut: "outer" or "paper".
+        level: the region below this level; 1 is the highest resolution ("stage 1" of the paper), 2 the next.
+        resolution: the region whose edge has this spatial shape: (32, 32), or 32 for all axes.
+        share: the narrowest region that skips at least this share of the MACs, 0 to 1, at any level; with `level` or
+            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its depths.
+        modules: dotted paths of the modules to skip, all their calls; "blocks.4:blocks.20" is a whole range. For
+            UNets whose middle has no lower resolution, and for transformers.
+        entry: dotted path of the module whose output enters; with `exit`.
+        exit: dotted path of the module whose output leaves; every path from the entry to the UNet's output must
+            pass it.
+        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
+            running, so r_in comes after the first and r_out before the second.
         fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
         strict: of a fingerprint: where it is not there, nothing is.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or several ways to choose are mixed.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("sd15")  # on the meta device: no weights
+        >>> region = ch.find_region(unet, *args, region=ch.Choice(resolution=32, cut="paper"), **kwargs)
+        >>> f"{region.macs_share:.1%} of MACs, {region.exit.path}"
+        '58.0% of MACs, up_blocks.2.attentions.2'
+
+    Source: arXiv 2312.08128, Sec. 4.1; Fig. 8 for the paper's own cut of SD v1.5.
     """
 
     level: int | None = None
@@ -98,17 +137,10 @@ class Choice:
                 do="pass one of these",
             )
 
-    def instead_of(self, region: Region | None) -> None:
-        """Nothing is left to choose where the region itself is given.
-
-        Raises:
-            ArgumentError: both are.
-        """
-        if region is not None and self != Choice():
-            given = {name: getattr(self, name) for name in Choice.__slots__ if getattr(self, name) is not None}
-            raise ArgumentError(
-                "region= is the choice itself", seen={"region": region.line, **given}, do="pass region= alone"
-            )
+    @property
+    def is_default(self) -> bool:
+        """Does it ask for no region by name? Only where the edge lies may be said."""
+        return replace(self, cut="outer") == Choice()
 
     @property
     def exits(self) -> frozenset[str]:
@@ -165,6 +197,60 @@ class Choice:
         if self.resolution is None or isinstance(self.resolution, tuple):
             return self.resolution in (None, region.resolution)
         return set(region.resolution) == {self.resolution}
+
+
+def split_options(unet: nn.Module, kwargs: Mapping[str, Any]) -> tuple[ChoiceOptions, dict[str, Any]]:
+    """Tell the options of a choice from the arguments of the UNet's call.
+
+    Args:
+        unet: whose call it is.
+        kwargs: both together.
+
+    Raises:
+        ArgumentError: the UNet takes no such argument, and an option has nearly that name.
+    """
+    options: Any = {name: value for name, value in kwargs.items() if name in ChoiceOptions.__annotations__}
+    rest = {name: value for name, value in kwargs.items() if name not in options}
+    taken = inspect.signature(unet.forward).parameters if isinstance(unet, nn.Module) else {}
+    if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        _check_names([name for name in rest if name not in taken], strict=False)
+    return options, rest
+
+
+def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any]) -> Region | Choice:
+    """What `region=` and the options beside it ask for.
+
+    Raises:
+        ArgumentError: there is no such option, an option is outside its rule, or `region` and options are both given.
+    """
+    _check_names([name for name in options if name not in ChoiceOptions.__annotations__], strict=True)
+    choice = Choice(**options)
+    if region is None:
+        return choice
+    if not isinstance(region, (Region, Choice)):
+        raise ArgumentError(
+            "a region comes from find_region or find_regions",
+            seen={"region": type(region).__name__},
+            do="pass region=ch.find_region(unet, *args, level=1), or how to choose it: region=ch.Choice(level=1)",
+        )
+    if choice != Choice():
+        given = {name: value for name, value in options.items() if value is not None}
+        said = region.line if isinstance(region, Region) else region
+        raise ArgumentError("region= is the choice itself", seen={"region": said, **given}, do="pass region= alone")
+    return region
+
+
+def _check_names(names: list[str], *, strict: bool) -> None:
+    """Raise `ArgumentError` for the first name that an option nearly has; `strict`: for any name."""
+    known = list(ChoiceOptions.__annotations__)
+    for name in names:
+        near = get_close_matches(name, known, n=1, cutoff=0.6 if strict else 0.75)
+        if near or strict:
+            raise ArgumentError(
+                "a region is chosen by options of known names",
+                seen={"no such option": name, "options": ", ".join(known)},
+                do=f"pass {near[0]}=" if near else "pass one of these",
+            )
 
 
 def _positive(value: object) -> bool:

@@ -8,14 +8,13 @@ resolution of the tensors that enter it. Regions nest: below the highest level, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.tracing import Trace, record
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Finder, of_fingerprint
@@ -63,38 +62,14 @@ def find_regions(unet: nn.Module, /, *args: Any, **kwargs: Any) -> tuple[Region,
     return regions_of(record(unet, args, kwargs), unet)
 
 
-def find_region(
-    unet: nn.Module,
-    /,
-    *args: Any,
-    level: int | None = None,
-    resolution: int | tuple[int, ...] | None = None,
-    share: float | None = None,
-    modules: Iterable[str] | str | None = None,
-    entry: str | None = None,
-    exit: str | None = None,
-    cut: Literal["outer", "paper"] = "outer",
-    **kwargs: Any,
-) -> Region:
+def find_region(unet: nn.Module, /, *args: Any, region: Choice | None = None, **kwargs: Any) -> Region:
     """One region: below the highest level by default, or chosen in one of the other ways.
-
-    `wrap` and `flops_report` take the same options.
 
     Args:
         unet: any UNet.
         *args: the arguments of one call.
-        level: 1 is the region below the highest resolution ("stage 1" of the paper), 2 the one below the next.
-        resolution: the region whose edge has this spatial shape: (32, 32), or 32 for all axes.
-        share: the narrowest region that skips at least this share of the MACs, 0 to 1, at any level; with `level` or
-            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its depths.
-        modules: dotted paths of the modules to skip, all their calls; "blocks.4:blocks.20" is a whole range. For
-            UNets whose middle has no lower resolution, and for transformers.
-        entry: dotted path of the module whose output enters; with `exit`.
-        exit: dotted path of the module whose output leaves; every path from the entry to the UNet's output must
-            pass it.
-        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
-            running, so r_in comes after the first and r_out before the second.
-        **kwargs: likewise arguments of the call.
+        region: which one, a `Choice`; its options may be passed one by one instead: `level=2`, `share=0.9`, ...
+        **kwargs: likewise arguments of the call, and options of `Choice`.
 
     Returns:
         The region.
@@ -113,8 +88,9 @@ def find_region(
 
     Source: arXiv 2312.08128, Sec. 4.1; Fig. 8 for the paper's own cut of SD v1.5.
     """
-    choice = Choice(level=level, resolution=resolution, share=share, modules=modules, entry=entry, exit=exit, cut=cut)
-    return choice.find(record(unet, args, kwargs), unet)
+    options, kwargs = split_options(unet, kwargs)
+    wanted = region_or_choice(region, options)
+    return wanted if isinstance(wanted, Region) else wanted.find(record(unet, args, kwargs), unet)
 
 
 def choose(trace: Trace, unet: nn.Module, **options: Any) -> Region:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clockwork_hooks._version import versions
 from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.errors import DistillError
+from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.training import checkpoint
@@ -50,9 +51,7 @@ def distill(
     prompts: Sequence[Any],
     clock: int | Sequence[int] = 2,
     schedule: Any = None,
-    region: Region | None = None,
-    level: int | None = None,
-    cut: str = "outer",
+    region: Region | Choice | None = None,
     time: str | None = None,
     mode: Mode = "unrolled",
     loss: str | Loss | None = None,
@@ -83,9 +82,8 @@ def distill(
         prompts: any sequence of conditions, which `generate` gets lists of.
         clock: one full pass every so many steps; several take turns, for an adaptor that serves all of them.
         schedule: replaces `clock`: what `wrap(schedule=...)` takes.
-        region: what to stand in for; None for the one that the adaptor was made for, or that `level` and `cut` name.
-        level: the region below this level; None for the highest.
-        cut: "outer", or "paper" to leave the region's downsampler and upsampler running.
+        region: what to stand in for, a `Region` or a `Choice`; None for the one that the adaptor was made for, or else
+            the one below the highest level. The options of `Choice` may be passed one by one instead: `level=2`.
         time: name of the UNet's time input, where it is not clear.
         mode: "unrolled", on the teacher's trajectories from noise (the paper); "on_policy", on the student's own,
             labelled by the teacher; "forward_noise", on noised images.
@@ -103,7 +101,8 @@ def distill(
         accelerator: an `accelerate.Accelerator` of your own.
         progress: draw a progress bar.
         console: rich's, for the bar; None for standard error.
-        **options: fields of `TrainingOptions`: trajectories, minutes, batch, lr, buffer_gb, ema, precision, ...
+        **options: options of `Choice`, and fields of `TrainingOptions`: trajectories, minutes, batch, lr, buffer_gb,
+            ema, precision, ...
 
     Returns:
         The trained adaptors (the modules passed in, trained in place), their losses, and a table.
@@ -139,7 +138,9 @@ def distill(
 
     Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
     """
+    where = {name: options.pop(name) for name in ChoiceOptions.__annotations__ if name in options}
     settings = TrainingOptions.of(options)
+    wanted = region_or_choice(region, where)
     check_unet(unet)
     check(mode, prompts, images, add_noise, settings.graphs)
     weights = guidance_of(guidance)
@@ -149,9 +150,7 @@ def distill(
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
-        capture = TrajectoryRecorder(
-            unet, region=region or chosen(adaptor, level, cut), time=time, graphs=settings.graphs
-        )
+        capture = TrajectoryRecorder(unet, region=chosen(adaptor, wanted), time=time, graphs=settings.graphs)
         try:
             with seeded(settings.seed):
                 first = [prompts[k % len(prompts)] for k in range(settings.batch)]

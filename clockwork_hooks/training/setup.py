@@ -125,13 +125,13 @@ def check_folder(folder: Path | None, resume: bool) -> None:
         )
 
 
-def chosen(adaptor: Any, level: int | None, cut: str) -> Choice:
-    """How to choose the region: by the options, else as the first adaptor that was made for a region needs it."""
-    choice = Choice(level=level, cut=cut)
+def chosen(adaptor: Any, wanted: Region | Choice) -> Region | Choice:
+    """What was asked for, or where nothing was, what the first adaptor that was made for a region needs."""
+    if wanted != Choice():
+        return wanted
     students = list(adaptor.values()) if isinstance(adaptor, Mapping) else [adaptor]
     modules = [one.adaptor if isinstance(one, Student) else one for one in students]
-    own = next((options for options in map(region_options, modules) if options), {})
-    return Choice(**own) if choice == Choice() else choice
+    return Choice(**next((options for options in map(region_options, modules) if options), {}))
 
 
 def loaded(adaptor: Any) -> Any:
