@@ -14,7 +14,7 @@ from clockwork_hooks.cli import main
 from clockwork_hooks.cli.budget import check_budget, read_budget
 from clockwork_hooks.models import load_model
 from clockwork_hooks.reports import progress
-from clockwork_hooks.reports.report import page
+from clockwork_hooks.reports.page import page
 from clockwork_hooks.reports.tables import macs, table
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"

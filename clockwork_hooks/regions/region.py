@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from clockwork_hooks.regions.cut import CutPlan, SkippedCall
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, macs, quantity, shape, table
-from clockwork_hooks.reports.u_drawing import Block, Diagram
+
+if TYPE_CHECKING:
+    from clockwork_hooks.reports.u_drawing import Diagram
 
 __all__ = ["Boundary", "Region", "Side"]
 
@@ -188,6 +190,8 @@ class Region(Report):
 
     def figures(self) -> tuple[Diagram, ...]:
         """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
+        from clockwork_hooks.reports.u_drawing import Block, Diagram
+
         kept = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
         arms = [
             Block(f"{arm}, {shape(space) or 'no level'}", k + 1, arm, own, True, 1, 0, 0)
