@@ -30,7 +30,7 @@ from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.engine.attach import check_unet, wrap
 from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
 from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.macs import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
@@ -86,7 +86,7 @@ class Path:
                 do="pass a DDIMScheduler with the model's betas",
             )
         most = scheduler.config.num_train_timesteps
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+        if not is_whole(steps, 1, most):
             raise ArgumentError(f"steps are an int from 1 to {most}", seen={"steps": repr(steps)}, do="pass steps=50")
         ddim = DDIMScheduler.from_config(scheduler.config)
         ddim.set_timesteps(steps)
@@ -312,11 +312,7 @@ class Injection:
 
     def __post_init__(self) -> None:
         for name in ("until_features", "until_attention"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ArgumentError(
-                    f"{name} is a share of the steps, 0 to 1", seen={name: repr(value)}, do=f"pass {name}=0.5"
-                )
+            share(name, getattr(self, name), rule=f"{name} is a share of the steps, 0 to 1")
 
     def check(self, unet: nn.Module) -> None:
         """Raise `ArgumentError` if a path is no module's."""
@@ -611,7 +607,7 @@ def edit(
     check_unet(unet)
     check_clock(clock)
     check_clock(clock if inversion_clock is None else inversion_clock)
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+    if not is_number(guidance):
         raise ArgumentError("guidance is a finite number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5")
     if injection is not None:
         injection.check(unet)

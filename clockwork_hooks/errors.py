@@ -17,12 +17,13 @@
 Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python
 3.11 or newer) stands the page of docs/errors with causes and fixes.
 
-Packages that come with an extra, and may not be there.
+The checks that many functions make of their arguments are here too: whole numbers, shares, packages of an extra.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +42,11 @@ __all__ = [
     "RegionNotFoundError",
     "TraceError",
     "WrapError",
+    "is_number",
+    "is_whole",
     "need",
+    "share",
+    "whole",
 ]
 
 
@@ -179,6 +184,67 @@ class DemoError(ClockworkError):
 
 class NoEffectWarning(UserWarning):
     """Wrapping changes nothing: every pass will be full."""
+
+
+def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Is it an int within these bounds? True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: object) -> bool:
+    """Is it an int or a float, and finite? True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(name: str, value: object, *, least: int, rule: str = "", example: int | None = None) -> None:
+    """Check an argument that counts something.
+
+    Args:
+        name: of the argument.
+        value: what the user passes.
+        least: the smallest it may be.
+        rule: what must hold, where more is to be said than "an int of at least `least`".
+        example: what the error advises; None for the least.
+
+    Raises:
+        ArgumentError: it is no int, or smaller.
+
+    Example:
+        >>> whole("steps", 8, least=1)
+    """
+    if not is_whole(value, least):
+        raise ArgumentError(
+            rule or f"{name} is an int of at least {least}",
+            seen={name: repr(value)},
+            do=f"pass {{{name}}}",
+            arguments={name: least if example is None else example},
+        )
+
+
+def share(name: str, value: object, *, rule: str = "", example: float = 0.5, ends: bool = True) -> None:
+    """Check an argument that is a share.
+
+    Args:
+        name: of the argument.
+        value: what the user passes.
+        rule: what must hold, where more is to be said than "a share".
+        example: what the error advises.
+        ends: 0 and 1 are shares too.
+
+    Raises:
+        ArgumentError: it is no number, or none between 0 and 1.
+
+    Example:
+        >>> share("alpha", 0.3)
+    """
+    inside = is_number(value) and (0 <= value <= 1 if ends else 0 < value < 1)  # type: ignore[operator]
+    if not inside:
+        raise ArgumentError(
+            rule or f"{name} is a share{', 0 to 1' if ends else ' between 0 and 1'}",
+            seen={name: repr(value)},
+            do=f"pass {{{name}}}",
+            arguments={name: example},
+        )
 
 
 def need(what: str, *packages: str, install: str, error: type[ClockworkError] = ArgumentError) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "fid",
     "frechet_distance",
     "psnr",
+    "relative_l2",
     "statistics_of",
     "statistics_of_features",
 ]
@@ -88,6 +89,17 @@ def psnr(images: Tensor, plain: Tensor) -> Tensor:
     return (-10 * (images - plain).square().flatten(1).mean(1).log10()).clamp_max(SAME_DB)
 
 
+def relative_l2(samples: Tensor, plain: Tensor) -> Tensor:
+    """‖x - plain‖ / ‖plain‖ of samples (B, ...), one by one.
+
+    Example:
+        >>> relative_l2(torch.full((2, 3, 4, 4), 1.5), torch.ones(2, 3, 4, 4))
+        tensor([0.5000, 0.5000])
+    """
+    far: Tensor = (samples - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return far
+
+
 @dataclass(frozen=True, slots=True)
 class Paired:
     """Likeness to the plain pictures from the same noise: PSNR in dB, SSIM and relative L2 distance.
@@ -122,8 +134,8 @@ class Paired:
             )
         images, plain = images.float(), plain.float()
         ssim = structural_similarity_index_measure(images, plain, data_range=1.0, reduction="none")
-        far = (images - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
-        return torch.stack([psnr(images, plain), torch.as_tensor(ssim).reshape(-1), far], 1)
+        rows = psnr(images, plain), torch.as_tensor(ssim).reshape(-1), relative_l2(images, plain)
+        return torch.stack(rows, 1)
 
     def score(self, rows: Tensor) -> dict[str, float]:
         """Means over the pictures."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_number, is_whole, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,11 +72,11 @@ class Schedule:
         """
         check_clock(clock)
         for name, value, low in (("start", start, 1), ("warmup", warmup, 0), ("final", final, 0)):
-            _check_count(name, value, low)
+            whole(name, value, least=low)
         if stop is not None:
-            _check_count("stop", stop, start)
+            whole("stop", stop, least=start)
         if steps is not None:
-            _check_count("steps", steps, 1)
+            whole("steps", steps, least=1)
         if final and steps is None:
             raise ArgumentError(
                 "final full steps are counted from the end", seen={"final": final, "steps": None}, do="pass steps= too"
@@ -94,7 +94,7 @@ class Schedule:
             ArgumentError: a step is no int, or below 2 (the first step is always full).
         """
         given = list(steps) if isinstance(steps, Iterable) else [steps]
-        wrong = [step for step in given if isinstance(step, bool) or not isinstance(step, int) or step < 2]
+        wrong = [step for step in given if not is_whole(step, 2)]
         if wrong or not isinstance(steps, Iterable):
             raise ArgumentError(
                 "adaptor steps are a set of ints of at least 2: the first step of a trajectory is always full",
@@ -137,15 +137,14 @@ class Schedule:
 
         Source: arXiv 2312.08128, Sec. 4.3 fixes the steps beforehand; this one measures what Sec. 3 rests on.
         """
-        wrong = isinstance(threshold, bool) or not isinstance(threshold, (int, float))
-        if wrong or not 0 < threshold < math.inf:
+        if not is_number(threshold) or threshold <= 0:
             raise ArgumentError(
                 "the threshold is a relative change of the region's entry, above 0",
                 seen={"threshold": repr(threshold)},
                 do="pass threshold=0.2; ch.plan(...) measures which one a budget allows",
             )
-        _check_count("longest", longest, 1)
-        _check_count("warmup", warmup, 1)
+        whole("longest", longest, least=1)
+        whole("warmup", warmup, least=1)
         options = f", longest={longest}" + (f", warmup={warmup}" if warmup > 1 else "")
         return cls(_Ticks(math.inf, 1, warmup, None), f"adaptive({threshold:g}{options})", float(threshold), longest)
 
@@ -248,14 +247,5 @@ def check_clock(clock: object) -> None:
     Raises:
         ArgumentError: it is not.
     """
-    if isinstance(clock, bool) or not isinstance(clock, int) or clock < 1:
-        raise ArgumentError(
-            "a clock is an int of at least 1: one full pass every `clock` steps",
-            seen={"clock": repr(clock)},
-            do="pass clock=2",
-        )
-
-
-def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(f"{name} is an int of at least {low}", seen={name: repr(value)}, do=f"pass {name}={low}")
+    rule = "a clock is an int of at least 1: one full pass every `clock` steps"
+    whole("clock", clock, least=1, rule=rule, example=2)

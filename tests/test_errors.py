@@ -1,6 +1,7 @@
 """Every error of `wrap` and its passes: a rule, what was seen, what to do; and the UNet as it was."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.errors import ArgumentError, share, whole
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 
@@ -259,3 +261,21 @@ def test_a_kind_of_adaptor_that_was_not_trained(kind: str) -> None:
     with pytest.raises(ch.AdaptorError) as caught:
         ch.wrap(Tiny(), kind)
     check(caught.value, f"train one: distill(unet, '{kind}'", "wrap(unet, 'mine')")
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, 0, torch.tensor(1)])
+def test_a_whole_number_is_an_int_of_at_least_so_much(value: object) -> None:
+    with pytest.raises(ArgumentError, match=r"steps is an int of at least 1(?s:.)*pass steps=8"):
+        whole("steps", value, least=1, example=8)
+    whole("steps", 1, least=1)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, -0.1, 1.1, math.nan, math.inf])
+def test_a_share_is_a_number_from_0_to_1(value: object) -> None:
+    for ends in (True, False):
+        with pytest.raises(ArgumentError, match="alpha is a share"):
+            share("alpha", value, ends=ends)
+    for end in (0, 1):
+        share("alpha", end)
+        with pytest.raises(ArgumentError, match="between 0 and 1"):
+            share("alpha", end, ends=False)

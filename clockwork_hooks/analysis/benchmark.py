@@ -21,7 +21,7 @@ from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import check_unet, wrap
 from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, whole
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.region import Region
@@ -393,7 +393,4 @@ def _check(unet: Any, clocks: tuple[Any, ...], modes: tuple[str, ...], steps: An
             do='pass modes=("eager",)',
         )
     for name, value, least in (("steps", steps, max(clocks)), ("rounds", rounds, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(
-                f"{name} is an int of at least {least}", seen={name: repr(value)}, do=f"pass {name}={3 * least}"
-            )
+        whole(name, value, least=least, example=3 * least)

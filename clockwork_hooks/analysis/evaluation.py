@@ -9,7 +9,6 @@ What an evaluation found: scores with their spread over the seeds, costs, and ho
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
-from clockwork_hooks.analysis.timing import device_name
+from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
@@ -270,9 +269,10 @@ def evaluate(
 def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: int) -> Tensor:
     """One batch of one variant, timed; the first one is traced or counted, and timed only if it stays the only one."""
     make, first = tally.variant.generate or generate, not tally.seconds
+    device = next((tensor.device for tensor in unet.parameters()), torch.device("cpu"))
     if tally.options is not None:
         with wrap(unet, **tally.options) as cw:
-            images, seconds = _timed(make, batch, seed)
+            images, seconds = _timed(make, batch, seed, device)
             tally.passes = (tally.passes[0] + cw.stats.full_passes, tally.passes[1] + cw.stats.adaptor_passes)
             tally.macs += cw.stats.macs_run
             if not tally.options.keys() & {"plan", "clocks"}:  # found once; the next wrapper needs no trace
@@ -281,18 +281,17 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
         tally.counted += len(images)
     elif first:
         with counting(unet) as calls:
-            images, seconds = _timed(make, batch, seed)
+            images, seconds = _timed(make, batch, seed, device)
         tally.macs, tally.counted = sum(calls), len(images)
     else:
-        images, seconds = _timed(make, batch, seed)
+        images, seconds = _timed(make, batch, seed, device)
     tally.seconds.append(seconds / max(len(images), 1))
     tally.images += len(images)
     return images
 
 
-def _timed(make: Generate, batch: Any, seed: int) -> tuple[Tensor, float]:
-    started = time.perf_counter()
-    images = make(batch, seed)
+def _timed(make: Generate, batch: Any, seed: int, device: torch.device) -> tuple[Tensor, float]:
+    images, seconds = measured(lambda: make(batch, seed), device)
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         seen = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError(
@@ -300,9 +299,7 @@ def _timed(make: Generate, batch: Any, seed: int) -> tuple[Tensor, float]:
             seen={"returned": seen},
             do='with a diffusers pipeline: pipe(..., output_type="pt").images',
         )
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return images, time.perf_counter() - started
+    return images, seconds
 
 
 def _result(tally: _Tally, judges: Sequence[Metric], seeds: int) -> VariantResult:

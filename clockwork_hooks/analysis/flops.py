@@ -27,7 +27,7 @@ from torch import nn
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
-from clockwork_hooks.errors import AdaptorError, ArgumentError, ClockworkError, RegionNotFoundError
+from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, whole
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.graph.macs import Kind, kind, node_macs, operator_name
 from clockwork_hooks.graph.recorder import Recorder
@@ -392,8 +392,7 @@ def flops_report(
 
     Source: arXiv 2312.08128, Appendix A and Tab. 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError("steps is an int of at least 1", seen={"steps": repr(steps)}, do="pass steps=8")
+    whole("steps", steps, least=1, example=8)
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
     options, kwargs = split_options(unet, kwargs)
     wanted = region_or_choice(region, options)

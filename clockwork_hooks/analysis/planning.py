@@ -19,7 +19,7 @@ from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
 from clockwork_hooks.analysis.follow import Series, follow
 from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, threshold_for
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, share, whole
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
@@ -472,18 +472,12 @@ def _check(max_error: object, min_saving: object, weigh: object, probes: object,
             "a plan has one budget", seen=given, do="pass {max_error} or {min_saving}", arguments=either
         )
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
-            raise ArgumentError(
-                f"{name} is a share between 0 and 1",
-                seen={name: repr(value)},
-                do=f"pass {{{name}}}",
-                arguments={name: 0.3},
-            )
+        if value is not None:
+            share(name, value, example=0.3, ends=False)
     if weigh not in ("MACs", "ms"):
         raise ArgumentError('a plan weighs "MACs" or "ms"', seen={"weigh": repr(weigh)}, do='pass weigh="MACs"')
     for name, value in {"probes": probes, "longest": 1 if longest is None else longest}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} is an int of at least 1", seen={name: repr(value)}, do=f"pass {name}=12")
+        whole(name, value, least=1, example=12)
 
 
 def pareto(plan: Plan) -> Figure:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
 from clockwork_hooks.analysis.sampling import Generate, Watch, check_runs, final, first_call, reference
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_whole, share
 from clockwork_hooks.regions.find import choose
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
@@ -266,13 +266,7 @@ def _disturbed(
 
 
 def _check(alpha: object, statistics: object) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ArgumentError(
-            "α is a share, 0 to 1",
-            seen={"alpha": repr(alpha)},
-            do="pass {alpha}, the paper's",
-            arguments={"alpha": 0.3},
-        )
+    share("alpha", alpha, rule="α is a share, 0 to 1", example=0.3)
     if statistics not in ("channel", "map"):
         raise ArgumentError(
             'statistics are those of each "channel" or of the whole "map"',
@@ -286,7 +280,7 @@ def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:
         stride = max(1, round(steps / 10))
         return tuple(range(1, steps + 1, stride))
     starts: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
-    wrong = [k for k in starts if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= steps]
+    wrong = [k for k in starts if not is_whole(k, 1, steps)]
     if wrong or not starts:
         raise ArgumentError(
             "a start is a denoising step of the sampler",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.analysis.timing import now
 from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_whole
 from clockwork_hooks.graph.tracing import Trace, record
+from clockwork_hooks.metrics import relative_l2
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -78,7 +79,7 @@ def check_clocks(clocks: Sequence[int]) -> None:
         ArgumentError: one is not, or there is none.
     """
     given = clocks if isinstance(clocks, Sequence) else ()
-    if not given or any(isinstance(clock, bool) or not isinstance(clock, int) or clock < 2 for clock in given):
+    if not given or not all(is_whole(clock, 2) for clock in given):
         raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 
 
@@ -269,13 +270,14 @@ class Runs:
         """Milliseconds of every call, by whether it used the adaptor; the wrapper's own work is part of them."""
         found: dict[bool, list[float]] = {False: [], True: []}
         begun = (0.0, 0)
+        device = next((tensor.device for tensor in self.unet.parameters()), torch.device("cpu"))
 
         def before(module: nn.Module, args: Any) -> None:
             nonlocal begun
-            begun = (_now(), cw.stats.adaptor_passes)
+            begun = (now(device), cw.stats.adaptor_passes)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            found[cw.stats.adaptor_passes > begun[1]].append(1000 * (_now() - begun[0]))
+            found[cw.stats.adaptor_passes > begun[1]].append(1000 * (now(device) - begun[0]))
 
         if not self.timed:
             yield found
@@ -290,15 +292,7 @@ class Runs:
 
 def relative_error(made: Tensor, reference: Tensor) -> Tensor:
     """‖made - reference‖ / ‖reference‖ of each sample, (B,), on the CPU; infinite where it is no number."""
-    difference = (made.float() - reference.float()).flatten(1).norm(dim=1)
-    relative: Tensor = difference / reference.float().flatten(1).norm(dim=1).clamp_min(1e-12)
-    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+    return relative_l2(made.float(), reference.float()).nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
 
 
 def _typical(times: Sequence[float]) -> float:

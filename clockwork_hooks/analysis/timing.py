@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Timing", "device_name", "in_turns", "synchronize", "timed"]
+__all__ = ["Timing", "device_name", "in_turns", "measured", "now", "synchronize", "timed"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,37 @@ class Timing:
         return cls(statistics.median(seconds), low, high, len(seconds))
 
 
-def synchronize(device: str) -> None:
-    """Wait for all that was launched."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
+def synchronize(device: str | torch.device) -> None:
+    """Wait for all that was launched on a CUDA, XPU or MPS device; a CPU has nothing to wait for."""
+    kind = torch.device(device).type
+    if kind in ("cuda", "xpu"):
+        getattr(torch, kind).synchronize(device)
+    elif kind == "mps":
         torch.mps.synchronize()
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run, from an idle device to an idle device."""
+def now(device: str | torch.device) -> float:
+    """Seconds on a clock that only goes forward, when the device is idle."""
     synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def measured(run: Callable[[], T], device: str | torch.device) -> tuple[T, float]:
+    """What a run returns, and its seconds, from an idle device to an idle device.
+
+    Example:
+        >>> output, seconds = measured(lambda: sum(range(9)), "cpu")
+        >>> output, seconds > 0
+        (36, True)
+    """
+    start = now(device)
+    output = run()
+    return output, now(device) - start
+
+
+def timed(run: Callable[[], Any], device: str | torch.device) -> float:
+    """Seconds of one run."""
+    return measured(run, device)[1]
 
 
 def device_name(device: str | torch.device = "cpu") -> str:

@@ -5,18 +5,17 @@ The source's layout is known because the source is drawn; a classifier reads wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clockwork_hooks.analysis.timing import timed
+from clockwork_hooks.analysis.timing import measured
 from clockwork_hooks.demo.captions import ANY, parse
 from clockwork_hooks.demo.classifier import AttributeClassifier, score
 from clockwork_hooks.demo.evaluate import held_out_prompts
@@ -51,7 +50,6 @@ __all__ = [
 ]
 
 _DRAWS = 10_000
-_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +376,7 @@ def edit_scenes(
         forth = (way.inversion_clock, way.adaptor if way.inversion_clock > 1 else None)
         if forth not in inversions:
             arguments = {"steps": inversion_steps, "clock": way.inversion_clock, **common}
-            inversions[forth] = _timed(
+            inversions[forth] = measured(
                 partial(invert, demo.unet, solver, latents, source_text, **arguments), demo.device
             )
         inversion, seconds_forth = inversions[forth]
@@ -397,7 +395,7 @@ def edit_scenes(
             injection=find_injection(traced, **shares) if way.injects else Injection(),
             **common,
         )
-        edited, seconds_back = _timed(run_back, demo.device)
+        edited, seconds_back = measured(run_back, demo.device)
         pictures[way.name] = to_images(edited.latents)
         scores = scores_of(demo.classifier, picture, pictures[way.name], wanted[len(sources) :])
         macs_each, plain_each = edited.macs // len(edits), edited.macs_plain // len(edits)
@@ -436,10 +434,3 @@ def _captions(edits: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[st
             do=f"write it like the first of {like_this}",
         )
     return sources, targets, wanted
-
-
-def _timed(run: Callable[[], _Output], device: torch.device) -> tuple[_Output, float]:
-    """What it returns, and the seconds that it takes."""
-    outputs: list[_Output] = []
-    seconds = timed(lambda: outputs.append(run()), str(device))
-    return outputs[0], seconds

@@ -18,7 +18,7 @@ from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.errors import ArgumentError, DemoError, need
+from clockwork_hooks.errors import DemoError, need, whole
 from clockwork_hooks.metrics import psnr
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.reports.plots import Bitmap
@@ -164,8 +164,7 @@ def demo(
     Source: arXiv 2312.08128, Sec. 5.2 (text-guided generation, identity adaptor).
     """
     check_clock(clock)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError("sampling takes at least one step", seen={"steps": steps}, do="pass --steps 8")
+    whole("steps", steps, least=1, rule="sampling takes at least one step", example=8)
     need(
         "the demo samples with diffusers and draws with Pillow",
         "diffusers",

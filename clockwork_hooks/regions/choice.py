@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from torch import nn
 
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
@@ -93,10 +93,10 @@ class Choice:
     def _check_values(self) -> None:
         if self.cut not in ("outer", "paper"):
             raise ArgumentError("a cut is 'outer' or 'paper'", seen={"cut": repr(self.cut)}, do="pass one of these")
-        if self.level is not None and not _positive(self.level):
+        if self.level is not None and not is_whole(self.level, 1):
             raise ArgumentError("a level is an int of at least 1", seen={"level": repr(self.level)}, do="pass level=1")
         axes = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
-        if self.resolution is not None and not (axes and all(map(_positive, axes))):
+        if self.resolution is not None and not (axes and all(is_whole(axis, 1) for axis in axes)):
             raise ArgumentError(
                 "a resolution is one edge, or the spatial shape as a tuple",
                 seen={"resolution": repr(self.resolution)},
@@ -251,10 +251,6 @@ def _check_names(names: list[str], *, strict: bool) -> None:
                 seen={"no such option": name, "options": ", ".join(known)},
                 do=f"pass {near[0]}=" if near else "pass one of these",
             )
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: list[object]) -> RegionNotFoundError:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from clockwork_hooks._tree import Leaf, map_leaves
-from clockwork_hooks.errors import ArgumentError, DistillError
+from clockwork_hooks.errors import ArgumentError, DistillError, is_number
 from clockwork_hooks.training.trajectory import Call, StepCalls, Trajectory
 
 __all__ = ["Buffer"]
@@ -38,7 +38,7 @@ class Buffer:
     """
 
     def __init__(self, where: str | Path, gigabytes: float) -> None:
-        if not isinstance(gigabytes, (int, float)) or isinstance(gigabytes, bool) or not gigabytes > 0:
+        if not is_number(gigabytes) or gigabytes <= 0:
             raise ArgumentError(
                 "a buffer has room", seen={"buffer_gb": repr(gigabytes)}, do="pass buffer_gb=4, in 10⁹ bytes"
             )

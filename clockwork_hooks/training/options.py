@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_number, whole
 from clockwork_hooks.training.losses import Loss
 
 __all__ = ["MODES", "Mode", "Student", "TrainingOptions"]
@@ -79,11 +79,11 @@ class TrainingOptions:
             object.__setattr__(self, "trajectories", 500)
         for name in ("trajectories", "batch", "accumulate", "hold", "reuse", "log_every"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name} is an int of at least 1", seen={name: repr(value)}, do=f"pass {name}=1")
+            if value is not None:
+                whole(name, value, least=1)
         for name in ("minutes", "lr", "max_norm", "buffer_gb"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 raise ArgumentError(f"{name} is above 0", seen={name: repr(value)}, do=f"pass a positive {name}=")
         for name in ("warmup", "ema"):
             value = getattr(self, name)
