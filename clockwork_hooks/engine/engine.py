@@ -452,6 +452,7 @@ class Engine:
         times = time_candidates(call.arguments, sample=region.sample, time=self.time) if self.time else region.times
         if len(times) > 1:
             return None
+        self.chain[0].region = region
         return self._new(call, single(region, times[0] if times else None))
 
     def _record(self, state: State, call: UNetCall) -> Any:
