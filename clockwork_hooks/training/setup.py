@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from clockwork_hooks.adaptors import LearnedAdaptor
 
 __all__ = [
-    "KINDS",
     "check",
     "check_facts",
     "check_folder",
@@ -37,8 +36,6 @@ __all__ = [
     "samplers_of",
     "students_of",
 ]
-
-KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}
 
 
 def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) -> None:
@@ -188,13 +185,13 @@ def kind_of(name: str | None) -> type[LearnedAdaptor]:
     """
     from clockwork_hooks import adaptors
 
-    if not isinstance(name, str) or name not in KINDS:
+    if not isinstance(name, str) or name not in adaptors.KINDS:
         raise AdaptorError(
             "an adaptor to train is known by its name, or is a module, or the folder of a saved one",
             seen={"adaptor": repr(name)},
-            do=f"pass one of {', '.join(KINDS)}; the identity has nothing to train",
+            do=f"pass one of {', '.join(adaptors.KINDS)}; the identity has nothing to train",
         )
-    kind: type[LearnedAdaptor] = getattr(adaptors, KINDS[name])
+    kind: type[LearnedAdaptor] = getattr(adaptors, adaptors.KINDS[name])
     return kind
 
 
