@@ -147,23 +147,23 @@ def student_errors(
     """
     from clockwork_hooks.training.recording import Needs, TrajectoryRecorder
 
-    capture = TrajectoryRecorder(bench.model.unet, region=bench.region(group))
+    recorder = TrajectoryRecorder(bench.model.unet, region=bench.region(group))
     try:
-        trajectory = capture.record(
+        trajectory = recorder.record(
             lambda batch: bench.sample(tuple(batch), 0, group.sampler),
             list(prompts),
             student=(adaptor, row.schedule),
             needs=lambda step: Needs(True, False, False, True),
         )
     finally:
-        capture.remove()
+        recorder.remove()
     found: dict[str, dict[int, float]] = {"feature": {}, "output": {}}
     for step in trajectory.steps:
         for call in step.calls:
-            if call.made is None:
+            if call.student_exit is None:
                 continue
-            found["feature"][step.step] = _relative(call.made, call.exit)
-            both = (_guided(call.made_output, group), _guided(call.output, group))
+            found["feature"][step.step] = _relative(call.student_exit, call.exit)
+            both = (_guided(call.student_output, group), _guided(call.output, group))
             found["output"][step.step] = _relative(*both)
     return found
 

@@ -270,3 +270,7 @@ def need(what: str, *packages: str, install: str, error: type[ClockworkError] = 
             found[f"import {name}"] = problem
     if found:
         raise error(what, seen=found, do=f'pip install "{install}"') from next(iter(found.values()))
+
+
+class Enough(BaseException):
+    """Leaves a sampling loop once its first call is seen, through whatever the loop catches: no error."""

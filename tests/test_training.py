@@ -45,9 +45,9 @@ def parameters_hash(unet: nn.Module) -> str:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> None:
     unet = Tiny()
-    capture = TrajectoryRecorder(unet)
-    trajectory = capture.record(sampler(unet, calls=calls), [1, 2, 3])
-    capture.remove()
+    recorder = TrajectoryRecorder(unet)
+    trajectory = recorder.record(sampler(unet, calls=calls), [1, 2, 3])
+    recorder.remove()
     assert [(step.step, len(step.calls)) for step in trajectory.steps] == [(k, calls) for k in range(1, 6)]
     for step, before in zip(trajectory.steps, (None, *trajectory.steps), strict=False):
         for k, call in enumerate(step.calls):
@@ -56,15 +56,15 @@ def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> N
             assert torch.equal(call.exit, exit)
             assert call.captured["entry"].shape == (6 // calls, 8, 8, 8)
             assert call.source is (before.calls[k] if before else None)
-            assert call.made is None
+            assert call.student_exit is None
 
 
 def test_the_students_passes_are_labelled_by_the_teacher() -> None:
     unet, adaptor = Tiny(), Small()
-    capture = TrajectoryRecorder(unet)
+    recorder = TrajectoryRecorder(unet)
     schedule = ch.Schedule.every(3)
-    trajectory = capture.record(sampler(unet), [1, 2], student=(adaptor, schedule))
-    capture.remove()
+    trajectory = recorder.record(sampler(unet), [1, 2], student=(adaptor, schedule))
+    recorder.remove()
     with torch.no_grad(), ch.wrap(unet, adaptor, clock=3):
         as_used: list[Any] = []
         handle = unet.register_forward_hook(lambda module, args, output: as_used.append(output.clone()))
@@ -75,20 +75,20 @@ def test_the_students_passes_are_labelled_by_the_teacher() -> None:
         output, exit = reference(unet, *call.args)
         assert torch.equal(call.output, output)
         assert torch.equal(call.exit, exit)
-        assert (call.made is None) == schedule.is_full(step.step)
-        assert torch.equal(call.output if call.made is None else call.made_output, used)
+        assert (call.student_exit is None) == schedule.is_full(step.step)
+        assert torch.equal(call.output if call.student_exit is None else call.student_output, used)
 
 
 def test_a_call_runs_again_without_the_region_and_with_gradient() -> None:
     unet = Tiny()
     unet.requires_grad_(False)
-    capture = TrajectoryRecorder(unet)
-    call = capture.record(sampler(unet), [1, 2]).steps[2].calls[0]
+    recorder = TrajectoryRecorder(unet)
+    call = recorder.record(sampler(unet), [1, 2]).steps[2].calls[0]
     exit = call.exit.clone().requires_grad_()
     unet.body.weight.fill_(torch.nan)  # whoever runs it shows
     seen: dict[str, Any] = {}
-    output = capture.again(call, lambda captured: (seen.update(captured), exit)[1])
-    capture.remove()
+    output = recorder.again(call, lambda captured: (seen.update(captured), exit)[1])
+    recorder.remove()
     assert seen.keys() == call.captured.keys() == {"entry", "time", "text"}
     assert all(torch.equal(seen[name], call.captured[name]) for name in seen)
     assert torch.equal(output, call.output)
@@ -113,12 +113,12 @@ def test_what_only_the_root_takes_is_captured_too(student: bool) -> None:
         for t in torch.tensor(TIMES):
             unet(torch.randn(2, 2, 8, 8), t, condition)
 
-    capture = TrajectoryRecorder(unet)
+    recorder = TrajectoryRecorder(unet)
     acting = (Small(), ch.Schedule.every(2)) if student else None
-    call = capture.record(generate, [1, 2], student=acting).steps[1].calls[0]
+    call = recorder.record(generate, [1, 2], student=acting).steps[1].calls[0]
     seen: dict[str, Any] = {}
-    capture.again(call, lambda captured: (seen.update(captured), call.exit)[1])
-    capture.remove()
+    recorder.again(call, lambda captured: (seen.update(captured), call.exit)[1])
+    recorder.remove()
     assert torch.equal(call.captured["text"], call.args[2])
     assert torch.equal(seen["text"], call.args[2])
 
@@ -132,9 +132,9 @@ def test_inference_mode_and_in_place_samplers_are_recorded_too() -> None:
             for t in torch.tensor(TIMES):
                 sample -= 0.2 * unet(sample, t, condition)
 
-    capture = TrajectoryRecorder(unet)
-    steps = capture.record(generate, [1, 2]).steps
-    capture.remove()
+    recorder = TrajectoryRecorder(unet)
+    steps = recorder.record(generate, [1, 2]).steps
+    recorder.remove()
     for step in steps:
         assert torch.equal(reference(unet, *step.calls[0].args)[0], step.calls[0].output)
         assert not step.calls[0].exit.is_inference()

@@ -172,12 +172,12 @@ def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
     mine.parent.mkdir()
     mine.touch()
     unet = Tiny()
-    capture = TrajectoryRecorder(unet)
+    recorder = TrajectoryRecorder(unet)
     buffers, recorded = [Buffer(tmp_path, 1), Buffer(tmp_path, 1)], []
     for buffer, prompts in zip(buffers, ([1, 2], [3, 4]), strict=True):
-        recorded.append(capture.record(sampler(unet), prompts))
+        recorded.append(recorder.record(sampler(unet), prompts))
         buffer.add(recorded[-1])
-    capture.remove()
+    recorder.remove()
     for buffer, made in zip(buffers, recorded, strict=True):
         held = buffer.get(0, torch.device("cpu:0"))
         assert all(map(torch.equal, held.tensors(), made.tensors()))

@@ -1,4 +1,4 @@
-"""The one signature that every adaptor has, and the adaptor without parameters, which passes the cached exit on."""
+"""The signature and the inputs of every adaptor; and the identity, which passes the cached exit on."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError, is_whole
+from clockwork_hooks.errors import ArgumentError, Enough, is_whole
 from clockwork_hooks.graph.tracing import Trace, record
 from clockwork_hooks.metrics import relative_l2
 from clockwork_hooks.regions.region import Region
@@ -42,10 +42,6 @@ __all__ = [
 ]
 
 Generate = Callable[[Any, int], Tensor]
-
-
-class _Enough(BaseException):
-    """Leaves a sampling loop, through whatever it catches."""
 
 
 def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:
@@ -94,13 +90,13 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
-        raise _Enough
+        raise Enough
 
     handle = unet.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad():
             generate(batch, seed)
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()

@@ -6,14 +6,14 @@ from clockwork_hooks.training.losses import LOSSES, Loss, Outcome
 from clockwork_hooks.training.options import Student, TrainingOptions
 from clockwork_hooks.training.recording import TrajectoryRecorder
 from clockwork_hooks.training.result import DistillResult, StudentResult
-from clockwork_hooks.training.trajectory import Call, Trajectory
+from clockwork_hooks.training.trajectory import RecordedCall, Trajectory
 
 __all__ = [
     "LOSSES",
-    "Call",
     "DistillResult",
     "Loss",
     "Outcome",
+    "RecordedCall",
     "Student",
     "StudentResult",
     "TrainingOptions",

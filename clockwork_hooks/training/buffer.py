@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clockwork_hooks._tree import Leaf, map_leaves
 from clockwork_hooks.errors import ArgumentError, DistillError, is_number
-from clockwork_hooks.training.trajectory import Call, StepCalls, Trajectory
+from clockwork_hooks.training.trajectory import TENSORS, RecordedCall, StepCalls, Trajectory
 
 __all__ = ["Buffer"]
 
@@ -134,16 +134,13 @@ def _to(device: torch.device) -> Callable[[Any], Any]:
     return to
 
 
-_TENSORS = ("args", "kwargs", "captured", "exit", "output", "made", "made_output", "cached")
-
-
 def _mapped(trajectory: Trajectory, fn: Callable[[Any], Any]) -> Trajectory:
     """A copy of a trajectory with `fn` on every leaf; sources point into the copy."""
-    twins: dict[int, Call] = {}
+    twins: dict[int, RecordedCall] = {}
 
-    def copied(call: Call) -> Call:
+    def copied(call: RecordedCall) -> RecordedCall:
         twin = copy.copy(call)
-        for name in _TENSORS:
+        for name in TENSORS:
             setattr(twin, name, map_leaves(fn, getattr(call, name)))
         if call.source is not None:
             twin.source = twins[id(call.source)]

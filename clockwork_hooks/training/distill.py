@@ -150,11 +150,11 @@ def distill(
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
-        capture = TrajectoryRecorder(unet, region=chosen(adaptor, wanted), time=time, graphs=settings.graphs)
+        recorder = TrajectoryRecorder(unet, region=chosen(adaptor, wanted), time=time, graphs=settings.graphs)
         try:
             with seeded(settings.seed):
                 first = [prompts[k % len(prompts)] for k in range(settings.batch)]
-                region = capture.probe(generates[0], first)
+                region = recorder.probe(generates[0], first)
                 students = students_of(adaptor, region)
                 learners = learners_of(students, clock, schedule, loss, weights, engine, settings)
             summary = {
@@ -169,7 +169,7 @@ def distill(
                 "versions": versions(),
             }
             trainer = Trainer(
-                capture=capture,
+                recorder=recorder,
                 learners=learners,
                 generates=generates,
                 prompts=prompts,
@@ -201,7 +201,7 @@ def distill(
             engine.wait_for_everyone()
             return _result(trainer, region, summary, home)
         finally:
-            capture.remove()
+            recorder.remove()
 
 
 def _named(guidance: Guidance) -> Any:

@@ -87,7 +87,7 @@ class Learner:
         return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached)
 
     def learn(
-        self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, capture: TrajectoryRecorder
+        self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, recorder: TrajectoryRecorder
     ) -> None:
         """A gradient step for each step of the chain; the exit that a step is given is what the last one emitted.
 
@@ -95,7 +95,7 @@ class Learner:
             chain: one of `of.chains(schedule)`.
             of: the trajectory.
             schedule: this learner's.
-            capture: runs recorded calls again.
+            recorder: runs recorded calls again.
 
         Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
         """
@@ -103,7 +103,7 @@ class Learner:
         widest = of.rows
         self.model.train()
         for step in chain:
-            outcome = self._outcome(step, widest, schedule, capture, emitted)
+            outcome = self._outcome(step, widest, schedule, recorder, emitted)
             loss, sizes = self.loss(outcome)
             half = outcome.features[0].dtype == torch.float16 and self.accelerator.scaler is None
             self._scale = _HALF_SCALE if half else 1.0
@@ -209,7 +209,7 @@ class Learner:
         step: StepCalls,
         widest: int,
         schedule: Schedule,
-        capture: TrajectoryRecorder,
+        recorder: TrajectoryRecorder,
         emitted: dict[int, Tensor],
         predict: Callable[[Mapping[str, Tensor | None], Tensor], Tensor] | None = None,
     ) -> Outcome:
@@ -231,7 +231,7 @@ class Learner:
                 return predictions[-1]
 
             if self.loss.needs_output or not call.captured:
-                outputs.append(capture.again(call, emit))
+                outputs.append(recorder.again(call, emit))
             else:
                 emit(call.captured)
             features.append(predictions[-1])

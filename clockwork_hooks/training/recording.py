@@ -23,11 +23,11 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Emit, Outcome, Pass
-from clockwork_hooks.errors import DistillError, RegionNotFoundError
+from clockwork_hooks.errors import DistillError, Enough, RegionNotFoundError
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.training.trajectory import Call, Needs, Trajectory, steps_of
+from clockwork_hooks.training.trajectory import Needs, RecordedCall, Trajectory, steps_of
 
 __all__ = ["Copies", "Noise", "TrajectoryRecorder"]
 
@@ -61,7 +61,9 @@ class Copies:
             self._kept[key] = (leaf, self.copy(leaf))
         return self._kept[key][1]
 
-    def keep(self, call: Call, needs: Needs, unet_call: UNetCall, full: Outcome, moving: Collection[Any]) -> None:
+    def keep(
+        self, call: RecordedCall, needs: Needs, unet_call: UNetCall, full: Outcome, moving: Collection[Any]
+    ) -> None:
         """Put into a call what is needed of it.
 
         Args:
@@ -98,10 +100,6 @@ class Noise:
 
     images: Callable[[Any], Tensor]
     add_noise: Callable[[Tensor, Tensor, float], Tensor]
-
-
-class _Enough(BaseException):
-    """Leaves a sampling loop, through whatever it catches."""
 
 
 _ALWAYS = Schedule.where(lambda step: True)
@@ -153,8 +151,8 @@ class TrajectoryRecorder:
         self._probing = False
         self._needs: Callable[[int], Needs] = lambda step: Needs()
         self._replace: Callable[[float], Tensor] | None = None
-        self._calls: list[Call] = []
-        self._by_exit: dict[int, tuple[Tensor, Call]] = {}
+        self._calls: list[RecordedCall] = []
+        self._by_exit: dict[int, tuple[Tensor, RecordedCall]] = {}
         self._copies = Copies()
 
     # -- one trajectory ------------------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ class TrajectoryRecorder:
         self._probing = True
         try:
             self.record(generate, batch)
-        except _Enough:
+        except Enough:
             pass
         finally:
             self._probing = False
@@ -231,7 +229,7 @@ class TrajectoryRecorder:
         self._clocked.wanted = region
         return region
 
-    def again(self, call: Call, emit: Emit) -> Tensor:
+    def again(self, call: RecordedCall, emit: Emit) -> Tensor:
         """The UNet's output for a recorded call, with what `emit` returns in the exit's place.
 
         The skipped part does not run. Gradients flow from the output to what `emit` returns, through the frozen rest.
@@ -269,7 +267,7 @@ class TrajectoryRecorder:
     def before(self, call: UNetCall) -> None:
         """Put the noised images in the place of the sample."""
         if self._probing:
-            raise _Enough
+            raise Enough
         if self._replace is not None:
             call.args, call.kwargs = self._with_sample(call, self._replace)
 
@@ -278,7 +276,7 @@ class TrajectoryRecorder:
         place, signature, decision = call.place, call.signature, call.decision
         if place is None or signature is None or decision is None:
             return  # a call of another transform: none of the loop's
-        recorded = Call(
+        recorded = RecordedCall(
             place.trajectory,
             place.step,
             place.branch.number,
@@ -305,8 +303,8 @@ class TrajectoryRecorder:
         moving = [call.arguments.get(path) for path in (signature.sample, signature.time) if path]
         self._copies.keep(recorded, self._needs(place.step), call, full, moving)
         if full is not outcome:
-            recorded.made, recorded.cached = self._copies.copy(emitted), self._copies.copy(cached)
-            recorded.made_output = self._copies.copy(tensors(outcome.output)[0])
+            recorded.student_exit, recorded.cached = self._copies.copy(emitted), self._copies.copy(cached)
+            recorded.student_output = self._copies.copy(tensors(outcome.output)[0])
 
     def _time(self, call: UNetCall) -> float | None:
         """The call's time as a number; None where it has none, or several."""

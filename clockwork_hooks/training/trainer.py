@@ -44,7 +44,7 @@ class Trainer:
         reasons: why recorded calls could not have been adaptor passes, with counts.
     """
 
-    capture: TrajectoryRecorder
+    recorder: TrajectoryRecorder
     learners: Sequence[Learner]
     generates: Sequence[Callable[[Any], Any]]
     prompts: Sequence[Any]
@@ -118,7 +118,7 @@ class Trainer:
             replace = None if self.noise is None else self._noised(batch, self.noise)
             acting = self._acting(group)
             schedule = self._schedule(acting, group, 0)
-            trajectory = self.capture.record(
+            trajectory = self.recorder.record(
                 generate,
                 batch,
                 student=(acting.act, schedule) if self.mode == "on_policy" else None,
@@ -211,7 +211,7 @@ class Trainer:
             if again == 0 and learner.compared < COMPARED:
                 learner.compare(trajectory, schedule, self.capture)
             for chain in chains[: int(min(self._gathered(len(chains))))]:
-                learner.learn(chain, trajectory, schedule, self.capture)
+                learner.learn(chain, trajectory, schedule, self.recorder)
                 trained = True
                 if learner.pending >= self.options.log_every:
                     learner.look()

@@ -13,7 +13,7 @@ from clockwork_hooks._tree import tensors
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["Call", "Needs", "StepCalls", "Trajectory", "steps_of"]
+__all__ = ["TENSORS", "Needs", "RecordedCall", "StepCalls", "Trajectory", "steps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Needs:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class RecordedCall:
     """One recorded call of the UNet.
 
     Attributes:
@@ -50,8 +50,8 @@ class Call:
         captured: "entry", "time", "text", where they can be picked up.
         exit: the region's true exit.
         output: the first tensor that the UNet returns in a full pass.
-        made: what the student emitted, in a student's trajectory; None in a full pass.
-        made_output: what the UNet returned with it.
+        student_exit: what the student emitted, in a student's trajectory; None in a full pass.
+        student_output: what the UNet returned with it.
         cached: what the student was given as the exit of the step before.
     """
 
@@ -64,14 +64,18 @@ class Call:
     rows: int = 0
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    source: Call | None = None
+    source: RecordedCall | None = None
     captured: dict[str, Tensor] = field(default_factory=dict)
     exit: Tensor | None = None
     output: Tensor | None = None
-    made: Tensor | None = None
-    made_output: Tensor | None = None
+    student_exit: Tensor | None = None
+    student_output: Tensor | None = None
     cached: Tensor | None = None
     region: Region | None = None
+
+
+TENSORS = ("args", "kwargs", "captured", "exit", "output", "student_exit", "student_output", "cached")
+"""Fields of a `RecordedCall` that hold tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,14 @@ class StepCalls:
     """
 
     step: int
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
 
     @property
     def rows(self) -> int:
         """Rows that the UNet was called with, over all calls."""
         return sum(call.rows for call in self.calls)
 
-    def adapted(self, schedule: Schedule) -> tuple[Call, ...]:
+    def adapted(self, schedule: Schedule) -> tuple[RecordedCall, ...]:
         """The calls that the adaptor serves on this schedule."""
         if schedule.is_full(self.step):
             return ()
@@ -134,9 +138,7 @@ class Trajectory:
         held: dict[int, Tensor] = {}
         for step in self.steps:
             for call in step.calls:
-                parts = (call.args, call.kwargs, call.captured, call.exit, call.output, call.made, call.made_output)
-                for tensor in tensors([*parts, call.cached]):
-                    held[id(tensor)] = tensor
+                held |= {id(tensor): tensor for tensor in tensors([getattr(call, name) for name in TENSORS])}
         return list(held.values())
 
     @property
@@ -145,9 +147,9 @@ class Trajectory:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
-def steps_of(calls: Iterable[Call]) -> Iterator[StepCalls]:
+def steps_of(calls: Iterable[RecordedCall]) -> Iterator[StepCalls]:
     """Group calls that follow each other within one step."""
-    group: list[Call] = []
+    group: list[RecordedCall] = []
     for call in calls:
         if group and (call.trajectory, call.step) != (group[-1].trajectory, group[-1].step):
             yield StepCalls(group[0].step, tuple(group))
