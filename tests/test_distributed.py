@@ -1,4 +1,4 @@
-"""Two processes: a wrapped UNet under DistributedDataParallel and under FSDP2's fully_shard, whichever came first."""
+"""A wrapped UNet under DistributedDataParallel and FSDP2's fully_shard, in two processes; DataParallel is refused."""
 
 import os
 import sys
@@ -20,6 +20,31 @@ from tests.snapshot import snapshot
 
 TIMES = (900.0, 800.0, 700.0, 600.0)
 RANKS = 2
+
+
+def replica(unet: nn.Module) -> nn.Module:
+    """What DataParallel calls on another device; the weights are others, to be told apart on one device."""
+    replicas = {module: module._replicate_for_data_parallel() for module in unet.modules()}
+    for module, other in replicas.items():
+        other._modules.update({name: replicas[child] for name, child in module.named_children()})
+        for name, value in module.named_parameters(recurse=False):
+            setattr(other, name, 1.1 * value.detach())
+    return replicas[unet]
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    """Its patched modules are the original's, with the original's weights, on the original's device."""
+    unet, x = Tiny(), torch.randn(1, 2, 8, 8)
+    with torch.no_grad():
+        plain = replica(unet)(x, 900.0)
+        with ch.wrap(unet) as cw:
+            unet(x, 900.0)
+            with pytest.raises(ch.WrapError, match="the one object that was wrapped") as e:
+                replica(unet)(x, 800.0)
+            assert "DistributedDataParallel" in e.value.do
+            unet(x, 800.0)
+            assert cw.stats.adaptor_passes == 1
+        assert torch.equal(replica(unet)(x, 900.0), plain)
 
 
 @pytest.mark.slow  # gloo's threads now and then abort a process that is done: once in four runs of all tests
