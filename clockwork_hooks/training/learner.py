@@ -117,13 +117,13 @@ class Learner:
             self._sizes[step.step] = sizes if before is None else before + sizes
 
     @torch.no_grad()
-    def compare(self, trajectory: Trajectory, schedule: Schedule, capture: TrajectoryRecorder) -> None:
+    def compare(self, trajectory: Trajectory, schedule: Schedule, recorder: TrajectoryRecorder) -> None:
         """Measure what the identity is off by on a trajectory, in what the loss looks at."""
         self.compared += 1
         for chain in trajectory.chains(schedule):
             emitted: dict[int, Tensor] = {}
             for step in chain:
-                outcome = self._outcome(step, trajectory.rows, schedule, capture, emitted, lambda _, cached: cached)
+                outcome = self._outcome(step, trajectory.rows, schedule, recorder, emitted, lambda _, cached: cached)
                 error, norm = self.loss(outcome)[1].tolist()
                 before = self.identity.get(step.step, (0.0, 0.0))
                 self.identity[step.step] = before[0] + error, before[1] + norm

@@ -209,7 +209,7 @@ class Trainer:
             schedule = self._schedule(learner, group, again)
             chains = trajectory.chains(schedule)
             if again == 0 and learner.compared < COMPARED:
-                learner.compare(trajectory, schedule, self.capture)
+                learner.compare(trajectory, schedule, self.recorder)
             for chain in chains[: int(min(self._gathered(len(chains))))]:
                 learner.learn(chain, trajectory, schedule, self.recorder)
                 trained = True
