@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser lint format typecheck docs build clean
+.PHONY: help demo test test-docs test-all test-browser lint format typecheck docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -28,6 +28,9 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 
 test: $(VENV)/.test  ## install what the tests need and run all but the slow ones
 	$(PYTEST) -m "not slow and not browser" $(ARGS)
+
+test-docs: $(VENV)/.test  ## those of the fast tests that read the documentation and the benchmarks' results
+	$(PYTEST) -m "not slow and not browser" tests/docs $(ARGS)
 
 test-all: $(VENV)/.test  ## run every test that needs no browser, the slow ones too
 	$(PYTEST) -m "not browser" $(ARGS)

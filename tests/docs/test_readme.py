@@ -20,7 +20,7 @@ from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.models import load_model
 from clockwork_hooks.reports.tables import flops, macs, percent, shape
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -64,7 +64,7 @@ def test_cost_of_the_demo() -> None:
 
 def test_quality_of_the_demo() -> None:
     """The README's rows are those of the JSON, and what its text says about them is so."""
-    measured = json.loads((Path(__file__).parents[1] / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
     results = Results(measured)
     keys = {label: f"losses-8/{label}" for label in ("plain", "plain, 6 steps", "plain, 5 steps", "identity")}
     keys["the paper's adaptor and loss"] = "losses-8/ResNet, feature"
@@ -89,7 +89,7 @@ def test_quality_of_the_demo() -> None:
 
 
 def test_times_on_a_gpu() -> None:
-    data = json.loads((Path(__file__).parents[1] / "benchmarks/results/gpu_latency.json").read_text(encoding="utf-8"))
+    data = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu_latency.json").read_text(encoding="utf-8"))
     told, measured = rows("speed table"), {one.what: one.measured for one in verdicts(Latencies(data))}
     assert len(told) == 6
     assert {what: [measured[what]] for what in told} == told

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers
     pytest.mark.filterwarnings("ignore::FutureWarning:DeepCache"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])

@@ -12,7 +12,7 @@ import pytest
 
 from docs import notebook_pages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

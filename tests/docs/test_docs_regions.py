@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-DOC = (Path(__file__).parents[1] / "docs" / "regions.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs" / "regions.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +23,7 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_errors_named_are_those_of_the_code() -> None:
     """The beginning of each row of the last table is a rule that some error states."""
-    package = Path(__file__).parents[1] / "clockwork_hooks"
+    package = Path(__file__).parents[2] / "clockwork_hooks"
     source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
     source = re.sub(r'"\s*f?"', "", source).replace("{name}", "level")
     rows = re.findall(r"^\| ([^|]+) \| .+ \| .+ \|$", DOC.split("## What the errors mean")[1], re.M)[1:]

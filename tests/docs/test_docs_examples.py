@@ -19,7 +19,7 @@ from tests import test_analysis, test_editing, test_metrics
 from tests.pipelines import parts
 from tests.small_unet import Tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"regions.md", "index.md"}  # test_docs_regions.py; the README's
 
