@@ -1,6 +1,7 @@
-"""Walk and rebuild the nested arguments and outputs of a model: tuples, lists, mappings, dataclasses.
+"""Walk and rebuild the nested arguments and outputs of a model: tuples, lists, mappings, dataclasses, plain objects.
 
-`torch.utils._pytree` is close, but treats a dataclass that nobody registered as one leaf, and UNets return those.
+`torch.utils._pytree` is close, but an object of a class that nobody registered is one leaf to it, and UNets return
+dataclasses and objects of classes of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 import torch
+from torch import nn
 from torch.multiprocessing import reductions
 
 __all__ = ["Leaf", "address", "held", "leaves", "map_leaves", "tensors", "version"]
@@ -77,7 +79,24 @@ def _is_container(value: Any) -> bool:
         return False
     if isinstance(value, Leaf):
         return False
-    return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value)
+    return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value) or _is_record(value)
+
+
+def _is_record(value: Any) -> bool:
+    """Is it an object of some class that holds tensors as attributes, and is neither a module nor a function?"""
+    if isinstance(value, nn.Module) or callable(value):
+        return False
+    return any(isinstance(item, (torch.Tensor, Leaf)) for _, item in _attributes(value))
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """Name and value of what the object holds itself, its slots among them."""
+    held = list(vars(value).items()) if hasattr(value, "__dict__") else []
+    for kind in type(value).__mro__[:-1]:
+        slots = vars(kind).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        held += [(name, getattr(value, name)) for name in names if name[:2] != "__" and hasattr(value, name)]
+    return held
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -85,6 +104,8 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, (list, tuple)):
         return enumerate(value)
+    if not dataclasses.is_dataclass(value):
+        return _attributes(value)
     items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return (items | getattr(value, "__dict__", {})).items()  # an attribute may be no field
 

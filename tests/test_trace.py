@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import clockwork_hooks as ch
 from clockwork_hooks._tree import Leaf, leaves, map_leaves
 from clockwork_hooks.graph.arguments import Binder
+from clockwork_hooks.graph.recorder import Recorder
 from tests.bendable import Tiny, noise, proven
 from tests.snapshot import snapshot
 from tests.zoo.proof import same
@@ -331,6 +332,30 @@ def test_a_recursive_call_is_a_call_of_the_root_within_the_root() -> None:
     assert traced.calls[0].first <= inner[0].first < inner[0].last < traced.calls[0].last
 
 
+def test_every_key_of_a_node_is_documented() -> None:
+    """`NodeMeta` is the table: what the recorder writes stands there, and what stands there is written."""
+    seen: set[str] = set()
+    for model, args in [(Tiny(), (noise(), 3)), (WrittenThroughAView(), (noise(), 3)), (NestedRows(), (noise(), 3))]:
+        for node in ch.trace(model, *args).nodes:
+            seen |= node.meta.keys()
+    assert seen == ch.graph.NodeMeta.__annotations__.keys()
+    assert all(f"    {key}: " in (ch.graph.NodeMeta.__doc__ or "") for key in seen)
+
+
+class WrittenThroughAView(Tiny):
+    scale = torch.tensor(2.0)
+
+    def low(self, h: Tensor, t: Any) -> Tensor:
+        h[:, :2] = h[:, :2] * self.scale
+        return super().low(h, t)
+
+
+class NestedRows(Tiny):
+    def low(self, h: Tensor, t: Any) -> Tensor:
+        low = super().low(h, t)
+        return low + torch.nested.nested_tensor(list(low), layout=torch.jagged).to_padded_tensor(0.0)
+
+
 def test_an_unregistered_module_takes_the_scope_around_it() -> None:
     traced = ch.trace(OnTheFly(), noise(), 3)
     made = [call for call in traced.calls if call.path is None]
@@ -548,25 +573,76 @@ def assert_clean() -> None:
 
 
 @pytest.mark.parametrize("compiled", ["root", "body", "in place"])
-def test_compiled_models_are_traced_in_eager(compiled: str) -> None:
-    model, x = Tiny(), noise()
-    expected, region = model(x, 3), ch.find_region(Tiny(), x, 3)
-    if compiled == "root":
-        model.compile(backend="eager")
-    elif compiled == "body":
-        model.body.compile(backend="eager")
-    else:
-        model.body = torch.compile(model.body, backend="eager")
-    with torch.no_grad():
+@pytest.mark.parametrize("how", ["find_region", "wrap"])
+def test_compiled_models_are_recorded_in_eager_and_compiled_ever_after(compiled: str, how: str) -> None:
+    torch._dynamo.reset()
+    runs: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: (runs.append("compiled"), graph(*args))[1]
+
+    class Box(nn.Module):  # torch.compile leaves a lone module of torch.nn alone
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).tanh()
+
+    class Boxed(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Box(self.body)
+
+    def compiled_model() -> Tiny:
+        model = Boxed()
+        if compiled == "root":
+            model.compile(backend=backend)
+        elif compiled == "body":
+            model.body.compile(backend=backend)
+        else:
+            model.body = torch.compile(model.body, backend=backend)
+        return model
+
+    def runs_of(model: nn.Module) -> int:
+        runs.clear()
         assert torch.equal(model(x, 3), expected)
-    called = vars(model).get("_compiled_call_impl"), vars(model.body).get("_compiled_call_impl")
-    with warnings.catch_warnings():  # torch tells everybody with global hooks about OptimizedModule
-        warnings.filterwarnings("ignore", message="Using `torch.compile")
-        found = ch.find_region(model, x, 3)
-        assert found.fingerprint == region.fingerprint
-        assert found.macs == region.macs
-    assert (vars(model).get("_compiled_call_impl"), vars(model.body).get("_compiled_call_impl")) == called
-    assert torch.equal(model(x, 3), expected)
+        return len(runs)
+
+    model, other, x = compiled_model(), compiled_model(), noise()
+    with torch.no_grad():
+        expected, region = Boxed()(x, 3), ch.find_region(Boxed(), x, 3)
+        assert runs_of(model) > 0
+        before, others = runs_of(model), runs_of(other)
+        called = vars(model).get("_compiled_call_impl"), vars(model.body).get("_compiled_call_impl")
+        with warnings.catch_warnings():  # torch tells everybody with global hooks about OptimizedModule
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            if how == "find_region":
+                runs.clear()
+                found = ch.find_region(model, x, 3)
+                assert found.fingerprint == region.fingerprint
+                assert found.macs == region.macs
+                assert runs == []
+            else:
+                with ch.wrap(model) as cw:
+                    assert torch.equal(model(x, 3), expected)
+                    assert cw.region.fingerprint == region.fingerprint
+        assert (vars(model).get("_compiled_call_impl"), vars(model.body).get("_compiled_call_impl")) == called
+        assert runs_of(model) == before
+        assert runs_of(other) == others
+
+
+def test_two_recordings_that_overlap_leave_torch_compile_as_it_was() -> None:
+    model, x = Tiny(), noise()
+    before = torch._dynamo.eval_frame._stance
+    first, second = (Recorder(model, Binder(model.forward)((x, 3), {}), {}) for _ in range(2))
+    first.start((x, 3), {}, frame=sys._getframe(), outside=True)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.start((x, 3), {}, frame=sys._getframe(), outside=True)
+    first.stop()  # as in two threads: the first to begin is the first to end
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.stop()
+    assert torch._dynamo.eval_frame._stance is before
 
 
 def test_torch_compile_s_wrapper_is_not_in_the_paths_below_it() -> None:

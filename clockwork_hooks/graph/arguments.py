@@ -44,7 +44,7 @@ class Arguments:
         for name, value in zip(names, given, strict=True):
             if isinstance(value, Tensor):
                 device = value.device
-                parts += (name, value.shape, value.dtype, device)
+                parts += (name, _sizes(value) if value.is_nested else value.shape, value.dtype, device)
                 first = first or device
             elif value is None or isinstance(value, (bool, str)):
                 parts += (name, value)
@@ -56,7 +56,7 @@ class Arguments:
                     paths.append(f"{name}.{path}" if path else name)
                     flat.append(leaf)
                     if isinstance(leaf, Tensor):
-                        parts += (path, leaf.shape, leaf.dtype, leaf.device)
+                        parts += (path, _sizes(leaf) if leaf.is_nested else leaf.shape, leaf.dtype, leaf.device)
                         first = first or leaf.device
                     else:
                         parts += (path, leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf))
@@ -110,6 +110,13 @@ class Binder:
         return made
 
 
+def _sizes(nested: torch.Tensor) -> tuple[Any, ...]:
+    """What tells nested tensors apart: the lengths of their rows, or how many positions all rows have together."""
+    if nested.layout == torch.strided:
+        return tuple(map(tuple, nested._nested_tensor_size().tolist()))
+    return nested.size(0), nested.values().shape
+
+
 def is_number(value: Any) -> bool:
     """A Python or numpy number; bool is a flag, not a number."""
     if isinstance(value, (bool, torch.Tensor)):
@@ -131,7 +138,8 @@ def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -
         like = any(len(shape) > 2 and shape[2:] in spaces for shape in outputs)
         return path not in SAMPLE_NAMES or not leaf.is_floating_point(), not like, not leaf.is_floating_point()
 
-    spatial = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim >= 3]
+    dense = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and not leaf.is_nested]
+    spatial = [(path, leaf) for path, leaf in dense if leaf.ndim >= 3]
     return min(spatial, key=rank)[0] if spatial else None
 
 
@@ -171,5 +179,5 @@ def may_be_label(path: str, leaf: Any) -> bool:
 
 def _may_be_time(leaf: Any) -> bool:
     if isinstance(leaf, torch.Tensor):
-        return leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.ndim else 1)
+        return not leaf.is_nested and leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.ndim else 1)
     return is_number(leaf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import fx, nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from clockwork_hooks._tree import Leaf, address, held, leaves, map_leaves
 from clockwork_hooks.graph.arguments import Arguments, is_number
 
-__all__ = ["Bindings", "TensorSpec"]
+__all__ = ["Bindings", "NodeMeta", "TensorSpec", "describe"]
 
 _ALIAS = torch.ops.aten.alias.default
 _BLANK = frozenset(
@@ -22,9 +22,42 @@ _BLANK = frozenset(
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
+class NodeMeta(TypedDict, total=False):
+    """What `node.meta` of a recorded graph holds: every key that the recorder writes, and when it does.
+
+    Attributes:
+        index: number of the node in the order in which the operators ran; `trace.nodes[index]` is the node. Always.
+        call: index of the module call that the node belongs to. Always.
+        module: dotted path of that call's module, "" for the root; of the nearest registered one around it. Always.
+        shape: of the node's tensor; missing where there are several outputs, and where the tensor is nested.
+        dtype: of the node's tensor.
+        device: of the node's tensor.
+        storage: number of the tensor's storage while recording; nodes with the same one share memory.
+        input: path of the argument that a placeholder is: "sample", "added_cond_kwargs.time_ids".
+        nested: True where the tensor's rows have different lengths.
+        constant: True for a placeholder of a tensor that is no argument: it was made outside of the call.
+        was: of an in-place operator, the node that the tensor was before it.
+        after: nodes that must come first though they are no argument: writes through another view, a number that
+            became a tensor, what code filled that nobody saw.
+    """
+
+    index: int
+    call: int
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    storage: int
+    input: str
+    nested: bool
+    constant: bool
+    was: fx.Node
+    after: tuple[fx.Node, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec(Leaf):
-    """What stands for a tensor once it is gone: the node that produced it, its shape, dtype and device."""
+    """What stands for a tensor once it is gone: its node, shape (of a nested tensor none), dtype and device."""
 
     node: fx.Node
     shape: tuple[int, ...]
@@ -104,12 +137,14 @@ class Bindings:
             if not isinstance(leaf, torch.Tensor) or is_lazy(leaf):
                 return leaf
             node = self.node(leaf) if before is None else self.earlier(leaf, before)
-            return TensorSpec(node, tuple(leaf.shape), leaf.dtype, leaf.device)
+            return TensorSpec(node, () if leaf.is_nested else tuple(leaf.shape), leaf.dtype, leaf.device)
 
         return map_leaves(spec, value)
 
     def storage(self, tensor: torch.Tensor) -> int:
         """A number that names the tensor's storage as long as we record; 0 where it has none."""
+        if tensor.is_nested:
+            return 0
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
@@ -121,7 +156,7 @@ class Bindings:
 
     def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """From here on the tensor is this node's."""
-        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        describe(node, tensor)
         self._tensors[id(tensor)] = (weakref.ref(tensor), node)
         if storage := self.storage(tensor):
             self._views.setdefault(storage, {})[_view(tensor)] = node
@@ -217,9 +252,15 @@ def _number(tensor: torch.Tensor) -> Any:
         return tensor.detach().item()
 
 
+def describe(node: fx.Node, tensor: torch.Tensor) -> None:
+    """Write down what the node's tensor looks like."""
+    node.meta.update(dtype=tensor.dtype, device=tensor.device)
+    node.meta.update({"nested": True} if tensor.is_nested else {"shape": tuple(tensor.shape)})
+
+
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What tells the views of one storage apart; none has this key where there is no storage."""
     try:
-        return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        return (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if not tensor.is_nested else ()
     except (NotImplementedError, RuntimeError):
         return ()

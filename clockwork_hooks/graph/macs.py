@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import fx
 
+from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import ArgumentError, CountError
 from clockwork_hooks.graph.operators import (
     BLOCKS,
@@ -27,7 +28,9 @@ from clockwork_hooks.graph.operators import (
     LINEARS,
     MATMULS,
     NORMS,
+    Handle,
     Kind,
+    handle_of,
     is_attention,
     kind,
     operator_name,
@@ -81,7 +84,7 @@ def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None
             evaluation 2 or 1); None counts none.
 
     Returns:
-        MACs; 0 for operators of kind "none" and "unknown".
+        MACs, as the user's `handle` counts them where there is one; 0 for operators of kind "none" and "unknown".
 
     Raises:
         ArgumentError: `norms` is neither None nor "fvcore".
@@ -99,6 +102,9 @@ def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None
         raise ArgumentError(
             'norms is None or "fvcore"', seen={"norms": norms}, do='pass norms="fvcore" or leave it out'
         )
+    own = handle_of(node)
+    if own is not None:
+        return _counted(node, own)
     found = kind(node)
     if found == "none" or found == "unknown" or (found == "norm" and norms is None):
         return 0
@@ -113,6 +119,24 @@ def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None
     if not attention and is_attention(node):
         return 0
     return _matmul(node)
+
+
+def _counted(node: fx.Node, count: Handle) -> int:
+    """What the user's handle says."""
+
+    def shapes(value: Any) -> Any:
+        return map_leaves(lambda leaf: leaf.meta.get("shape", ()) if isinstance(leaf, fx.Node) else leaf, value)
+
+    parts = [user for user in node.users if user.target is operator.getitem]
+    several = tuple(shapes(part) for part in sorted(parts, key=lambda part: int(str(part.args[1]))))
+    macs = count(tuple(map(shapes, _arguments(node))), node.meta.get("shape", several))
+    if isinstance(macs, bool) or not isinstance(macs, int) or macs < 0:
+        raise CountError(
+            "an operator's handle returns its MACs, a whole number from 0 on",
+            seen={"operator": operator_name(node), "returned": repr(macs)},
+            do="return an int",
+        )
+    return macs
 
 
 # -- counting -------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Records one call of a module as nodes of a `torch.fx.Graph`, while the call runs.
 
 Two observers work together: a `TorchDispatchMode` sees every operator with its real tensors, and global module hooks
-see where each module call begins and ends. Nothing of the module is touched, and no activation is kept alive: tensors
-are known by weak reference and by their storage.
-
-What is remembered of one call of one module in a trace.
+see where each module call (`ModuleCall`) begins and ends. Nothing of the module is touched, and no activation is kept
+alive: tensors are known by weak reference and by their storage. Compiled code runs in eager meanwhile: what it fuses
+could not be seen, and under a dispatch mode torch.compile would give up on it for good.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 import threading
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # public, though its
 
 from clockwork_hooks._tree import address, tensors
 from clockwork_hooks.graph.arguments import Arguments, is_number
-from clockwork_hooks.graph.bindings import Bindings
+from clockwork_hooks.graph.bindings import Bindings, describe
 
 __all__ = ["ModuleCall", "Recorder"]
 
@@ -71,8 +71,40 @@ _FACTORIES = (
 )
 
 
+class _Eager:
+    """Has torch.compile run everything in eager while any recorder is on, in whatever thread.
+
+    Under a dispatch mode it skips what it is asked to compile, and skips it ever after, in every model. torch has one
+    stance for all threads: the first recorder sets it, and the last one sets it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recorders = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._recorders += 1
+            if self._stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads slowly
+                with contextlib.suppress(RuntimeError):  # refused while something is compiled around the call
+                    self._stance = torch.compiler.set_stance("force_eager")
+
+    def leave(self) -> None:
+        with self._lock:
+            self._recorders -= 1
+            if not self._recorders and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
 class Recorder(TorchDispatchMode):
     """Records between `start()` and `stop()`; both are called in the thread that calls the module."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, root: nn.Module, arguments: Arguments, paths: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,6 +162,7 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True),
         ]
+        _eager.enter()
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, output: Any = None) -> None:
@@ -139,6 +172,7 @@ class Recorder(TorchDispatchMode):
         try:
             self._leave()
         finally:
+            _eager.leave()
             for handle in self._handles:
                 handle.remove()
                 # torch forgets to take this off, and warns of it ever after
@@ -224,6 +258,8 @@ class Recorder(TorchDispatchMode):
             if made is not None and made.meta["index"] >= call.first and self._hidden(tensor, made):
                 self.bindings.reveal(tensor, call.first, call.inputs)
         self.bindings.within(around.index if around else 0, around.scope if around else "")
+        if any(tensor.is_nested for tensor in tensors(output)):
+            call.path = None  # nothing can stand in for rows of different lengths: no call to skip
         call.output = self.bindings.specs(output)
         call.last = len(self.bindings.nodes)
 
@@ -259,6 +295,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._abandoned():
             return func(*args, **kwargs)
+        if func is torch.ops.higher_order.cond:  # what the branch runs is seen; of other such operators the whole is
+            pred, taken, other, operands = args
+            with self:
+                return (taken if pred else other)(*operands)
         written = _written(func, args, kwargs)
         # a view of blank memory (`out[:, :3] = ...`) reads nothing yet
         for tensor in () if getattr(func, "is_view", False) else tensors((args, kwargs)):
@@ -279,7 +319,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             if all(out is not tensor for tensor in tensors((args, kwargs))):  # contiguous, to, dropout may return self
                 bindings.bind(out, node)
-            node.meta.update(shape=tuple(out.shape), dtype=out.dtype, device=out.device)
+            describe(node, out)
         elif isinstance(out, (tuple, list)):
             for k, item in enumerate(out):
                 if isinstance(item, torch.Tensor):

@@ -7,6 +7,7 @@ recording it does not. The module calls are what skipping needs: "the k-th call 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,14 +33,12 @@ FIRST_ONLY = frozenset({"aten::expand_as", "aten::view_as", "aten::reshape_as", 
 PERIODIC = frozenset({"aten::sin", "aten::cos", "aten::log", "aten::log2", "aten::log1p"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """One recorded call.
 
     Attributes:
-        graph: the operators as a standard `torch.fx.Graph`; every node's `meta` has "index", "call" (index of the
-            module call it belongs to), "module" (dotted path), and for tensors "shape", "dtype", "device"; "after"
-            lists nodes that must come first though they are no argument (writes through another view).
+        graph: the operators as a standard `torch.fx.Graph`; `NodeMeta` lists what the nodes' `meta` holds.
         nodes: all nodes by index, in the order in which they ran.
         calls: the module calls in order of their beginning; `calls[0]` is the root's.
         inputs: path of each tensor or number among the arguments → its placeholder.
@@ -75,6 +74,16 @@ class Trace:
         if not self._macs:
             self._macs.extend(map(node_macs, self.nodes))
         return self._macs
+
+    @functools.cached_property
+    def macs(self) -> tuple[int, ...]:
+        """MACs of each node, attention products counted, as `node_macs` gives them; worked out once."""
+        return tuple(map(node_macs, self.nodes))
+
+    @functools.cached_property
+    def full_macs(self) -> int:
+        """MACs of the whole call."""
+        return sum(self.macs)
 
     @property
     def time(self) -> str | None:

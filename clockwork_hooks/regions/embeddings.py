@@ -130,6 +130,8 @@ class Embeddings:
         while ways:
             at = ways.pop()
             for user in at.users:
+                if user.op == "output":
+                    continue
                 index, last = user.meta["index"], (user.meta.get("shape") or (0,))[-1]
                 if index in seen:
                     continue
