@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,14 +66,6 @@ class Trace:
     times: tuple[str, ...]
     signature: tuple[Any, ...]
     model: str
-    _macs: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    @property
-    def macs(self) -> list[int]:
-        """MACs of each node, attention products counted; counted when they are first asked for."""
-        if not self._macs:
-            self._macs.extend(map(node_macs, self.nodes))
-        return self._macs
 
     @functools.cached_property
     def macs(self) -> tuple[int, ...]:
