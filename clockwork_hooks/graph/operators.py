@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import fx
 
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["PRODUCTS", "Handle", "Kind", "handle", "handles", "is_attention", "kind", "operator_name"]
+__all__ = ["PRODUCTS", "Handle", "Kind", "handle", "handles", "is_attention", "is_spatial", "kind", "operator_name"]
 
 Kind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
 PRODUCTS = ("attention", "matmul")  # of two activations, in heads and tokens: their shapes name no level
@@ -297,6 +298,22 @@ def qualified_name(target: Any) -> str:
         return str(getattr(target, "__name__", target))
     name: str = schema.name
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+_SPATIAL = re.compile(
+    r"_?(conv\d?d?|convolution|conv_transpose\dd|\w*_convolution|\w+_conv\w*|\w*pool\dd\w*|upsample_\w+|"
+    r"pixel_(un)?shuffle|convolution_overrideable)$"
+)
+
+
+def is_spatial(node: fx.Node) -> bool:
+    """Is this a convolution, pooling or interpolation? Then its operands' axes are batch, channels and space."""
+    return node.op == "call_function" and _is_spatial(node.target)
+
+
+@functools.cache
+def _is_spatial(target: Any) -> bool:
+    return _SPATIAL.match(qualified_name(target).removeprefix("aten::")) is not None
 
 
 def kind(node: fx.Node) -> Kind:

@@ -26,8 +26,9 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
 from clockwork_hooks._tree import address, tensors
-from clockwork_hooks.graph.arguments import Arguments, is_number
+from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.bindings import Bindings, describe
+from clockwork_hooks.graph.likely import LikelyExits
 
 __all__ = ["ModuleCall", "Recorder"]
 
@@ -61,7 +62,6 @@ class ModuleCall:
     module: int = field(default=0, repr=False)
 
 
-_LIKELY = 6  # a LoRA on the exit's convolution makes three tensors of its size before it
 _FACTORIES = (
     torch.ops.aten.full.default,
     torch.ops.aten.full_like.default,
@@ -110,9 +110,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.bindings = Bindings(root, arguments)
         self.calls: list[ModuleCall] = []
-        self.kept: dict[int, torch.Tensor] = {}
-        self.named: dict[int, dict[int, torch.Tensor]] = {}
-        self.cut: set[int] = set()
+        self.likely: LikelyExits | None = None
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._root = root
         self._paths = paths
@@ -124,9 +122,7 @@ class Recorder(TorchDispatchMode):
         self._thread = -1
         self._caller = threading.current_thread()
         self._outside = False
-        self._floor = sys.maxsize
-        self._rank = 4
-        self._exits: tuple[frozenset[str], ...] = ()
+        self._arguments = arguments
 
     # -- begin and end -------------------------------------------------------------------------------------------
 
@@ -136,7 +132,7 @@ class Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         *,
         frame: FrameType,
-        keep: int = 0,
+        keep: bool = False,
         exits: tuple[frozenset[str], ...] = (),
         outside: bool = False,
         save: bool = False,
@@ -146,8 +142,8 @@ class Recorder(TorchDispatchMode):
         Args:
             args, kwargs: the root's arguments.
             frame: the one that runs the root's call; once it is off the stack, recording was abandoned.
-            keep: spatial rank of the sample, to keep a few likely exits alive (`kept`); 0 keeps none.
-            exits: sets of paths of modules; what the last call of each set returns is kept alive too (`named`).
+            keep: keep a few likely exits of a region alive (`likely_exits`).
+            exits: sets of paths of modules; what the last call of each set returns is kept alive too.
             outside: the root is yet to be called; else one of its own pre-hooks is what calls us.
             save: keep a copy of every parameter that the call writes to (`saved`).
         """
@@ -155,7 +151,9 @@ class Recorder(TorchDispatchMode):
         self._owned = _owners(self._root) if save else {}
         self._thread, self._caller = threading.get_ident(), threading.current_thread()
         self._frame = frame
-        self._rank, self._exits = keep, exits
+        if keep:
+            sample = find_sample(self._arguments)
+            self.likely = LikelyExits(None if sample is None else self.bindings.inputs[sample], exits)
         self._open(self._root)
         self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
         self._handles = [
@@ -181,6 +179,35 @@ class Recorder(TorchDispatchMode):
                 self._close(output if len(self._stack) == 1 else None)
             self._thread, self._frame = -1, None
             self.bindings.forget()
+
+    @property
+    def kept(self) -> dict[int, torch.Tensor]:
+        """Likely exits; for the engine until it asks `likely_exits`."""
+        return {} if self.likely is None else self.likely.tensors()
+
+    @property
+    def named(self) -> dict[int, dict[int, torch.Tensor]]:
+        """They are among `kept`."""
+        return {}
+
+    @property
+    def cut(self) -> set[int]:
+        """Those without a graph of autograd."""
+        return set() if self.likely is None else self.likely.copied
+
+    def likely_exits(self, *, graph: bool = False) -> dict[int, torch.Tensor]:
+        """Outputs that may be a region's exit, by the index of their nodes; afterwards none is kept alive here.
+
+        Args:
+            graph: only those that still are in autograd's graph: what was written to in place was copied out of it.
+        """
+        if self.likely is None:
+            return {}
+        tensors = self.likely.tensors()
+        for index in self.likely.copied if graph else ():
+            tensors.pop(index, None)
+        self.likely.clear()
+        return tensors
 
     def _leave(self) -> None:
         """Take this mode off the thread's stack, and no other: after an interrupt there may be some above it."""
@@ -230,11 +257,8 @@ class Recorder(TorchDispatchMode):
         if kwargs:
             call.inputs = (call.inputs[0], self.bindings.specs(dict(kwargs), before=call.first))
         self._close(output)
-        if self._rank and call.path is not None:
-            self._keep(output)
-        for k, paths in enumerate(self._exits):
-            if call.path in paths:
-                self.named[k] = {self.bindings.node(tensor).meta["index"]: tensor for tensor in tensors(output)}
+        if self.likely is not None and call.path is not None:
+            self.likely.returned(call.path, [(self.bindings.node(tensor), tensor) for tensor in tensors(output)])
 
     def _open(self, module: nn.Module) -> None:
         ordinal = self._ordinals.get(id(module), 0)
@@ -267,26 +291,6 @@ class Recorder(TorchDispatchMode):
         """Did code fill it that no dispatcher sees: a kernel of Triton, CUDA, NumPy?"""
         return bool(node.meta.get("constant")) or self.bindings.blank(tensor)
 
-    def _keep(self, output: Any) -> None:
-        """Keep the first few outputs of each size on the way up: the region's exit is likely among them."""
-        if not isinstance(output, torch.Tensor) or output.ndim < min(self._rank + 2, 4):  # tokens, embeddings
-            return
-        size = output.shape[2:].numel()
-        if size <= self._floor:
-            self._floor = size
-            self.kept.clear()
-        elif sum(tensor.shape[2:].numel() == size for tensor in self.kept.values()) < _LIKELY:
-            self.kept.setdefault(self.bindings.node(output).meta["index"], output)
-
-    def _rescue(self, written: torch.Tensor) -> None:
-        """Something is about to write to a likely exit (FreeU does): keep it as it is now."""
-        storage = self.bindings.storage(written)
-        for likely in (self.kept, *self.named.values()):
-            for index, tensor in likely.items():
-                if storage and self.bindings.storage(tensor) == storage:
-                    likely[index] = tensor.clone()  # below autograd: the copy has no graph
-                    self.cut |= {index} if tensor.requires_grad else set()
-
     # -- operators -----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -306,8 +310,8 @@ class Recorder(TorchDispatchMode):
                 self.bindings.reveal(tensor, self._stack[-1].first, self._stack[-1].inputs)
         for tensor in written if self._owned else ():
             self._save(tensor)
-        for tensor in written if self.kept or self.named else ():
-            self._rescue(tensor)
+        if written and self.likely is not None:
+            self.likely.written(written)
         out = func(*args, **kwargs)
         bindings = self.bindings
         node = bindings.add("call_function", func, bindings.lift(args), bindings.lift(kwargs))
@@ -324,6 +328,8 @@ class Recorder(TorchDispatchMode):
             for k, item in enumerate(out):
                 if isinstance(item, torch.Tensor):
                     bindings.bind(item, bindings.add("call_function", operator.getitem, (node, k)))
+        if self.likely is not None:
+            self.likely.saw(node)
         return out
 
     def _save(self, tensor: torch.Tensor) -> None:
