@@ -9,8 +9,10 @@ nowhere and is let go.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,7 +22,8 @@ from clockwork_hooks.graph.operators import is_spatial
 
 __all__ = ["LikelyExits"]
 
-_RECENT = 6  # module outputs on the way to a merge: a LoRA or an up-sampling block returns several of one size
+_RECENT = 16  # module outputs that are looked for on the way to a merge, as long as somebody else holds them
+_HELD = 2  # of those, the last ones are held: what is interpolated or padded before the merge is let go by the UNet
 _NEAREST = 2  # of those, the ones that a merge keeps
 _ALIKE = 3  # of one shape
 _FAR = 24  # operators between a module's output and the merge
@@ -53,12 +56,13 @@ class LikelyExits:
         self._named: list[tuple[frozenset[str], dict[int, torch.Tensor]]] = [(paths, {}) for paths in named]
         self._depths: dict[fx.Node, int] = {} if sample is None else {sample: 0}
         self._lowest, self._depth = math.inf, 0
-        self._recent: dict[int, torch.Tensor] = {}
+        self._recent: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._held: dict[int, torch.Tensor] = {}
         self._candidates: dict[int, _Candidate] = {}
 
     def tensors(self) -> dict[int, torch.Tensor]:
         """What is kept, by the index of its node."""
-        tensors = self._recent | {index: candidate.tensor for index, candidate in self._candidates.items()}
+        tensors = self._held | {index: candidate.tensor for index, candidate in self._candidates.items()}
         for _, outputs in self._named:
             tensors |= outputs
         return tensors
@@ -67,6 +71,7 @@ class LikelyExits:
         """Let everything go."""
         self._named.clear()
         self._recent.clear()
+        self._held.clear()
         self._candidates.clear()
         self._depths.clear()
 
@@ -93,21 +98,24 @@ class LikelyExits:
                 self._named[k] = paths, {node.meta["index"]: tensor for node, tensor in outputs}
         for node, tensor in outputs:
             if self._depth_of(node) == self._depth > 0:
-                self._recent.pop(node.meta["index"], None)
-                self._recent[node.meta["index"]] = tensor
-        while len(self._recent) > _RECENT:
-            del self._recent[next(iter(self._recent))]
+                _put_last(self._recent, node.meta["index"], weakref.ref(tensor), most=_RECENT)
+                _put_last(self._held, node.meta["index"], tensor, most=_HELD)
 
     def written(self, tensors: Iterable[torch.Tensor]) -> None:
         """Something is about to write to these (FreeU does): what is kept of them is kept as it is now."""
         storages = {storage for tensor in tensors if (storage := _storage(tensor))}
+        for index, ref in list(self._recent.items()):
+            if index not in self._held and (tensor := ref()) is not None and _storage(tensor) in storages:
+                del self._recent[index]
         for index, tensor in self.tensors().items():
             if _storage(tensor) in storages:
                 self._replace(index, tensor.clone())  # below autograd: the copy has no graph
                 self.copied |= {index} if tensor.requires_grad else set()
 
     def _replace(self, index: int, tensor: torch.Tensor) -> None:
-        for outputs in (self._recent, *(outputs for _, outputs in self._named)):
+        if index in self._recent:
+            self._recent[index] = weakref.ref(tensor)
+        for outputs in (self._held, *(outputs for _, outputs in self._named)):
             if index in outputs:
                 outputs[index] = tensor
         if index in self._candidates:
@@ -126,9 +134,10 @@ class LikelyExits:
             ways.sort(key=lambda node: int(node.meta["index"]))
             node = ways.pop()
             index = node.meta["index"]
-            if index in self._recent:
+            tensor = self._recent[index]() if index in self._recent else None
+            if tensor is not None:
                 found += 1
-                self._add(index, self._recent[index], merge)
+                self._add(index, tensor, merge)
             more = [one for one in _sources(node) if one not in seen and self._depth_of(one) == self._depth]
             seen.update(more)
             ways += more
@@ -150,6 +159,13 @@ class LikelyExits:
             if older and one.merge < now:
                 del self._candidates[index]
                 self._keep(older[0], node)
+
+
+def _put_last(recent: dict[int, Any], index: int, value: Any, *, most: int) -> None:
+    recent.pop(index, None)
+    recent[index] = value
+    while len(recent) > most:
+        del recent[next(iter(recent))]
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

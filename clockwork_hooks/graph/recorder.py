@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         *,
         frame: FrameType,
-        keep: bool = False,
+        keep: bool | int = False,
         exits: tuple[frozenset[str], ...] = (),
         outside: bool = False,
         save: bool = False,
