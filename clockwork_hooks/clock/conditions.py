@@ -364,7 +364,8 @@ def _comparable(before: Any, now: Any) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    dense = tensor.detach().contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # one expanded element may have a stride of 0
 
 
 def _copied(tensor: torch.Tensor) -> bool:
@@ -374,7 +375,7 @@ def _copied(tensor: torch.Tensor) -> bool:
 def _plain(tensor: torch.Tensor) -> bool:
     """Is its memory all there is to it?"""
     ordinary = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return ordinary and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    return ordinary and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import tensors, version
+from clockwork_hooks._tree import version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import State, States
@@ -460,20 +460,21 @@ class Engine:
         for observer in self.observers:
             observer.before(call)
         recorder = Recorder(self.unet, call.arguments, module_paths(self.unet))
-        rank = max((leaf.ndim - 2 for leaf in tensors(call.arguments.flat)), default=1)
         exits = tuple(clocked.likely_exits for clocked in self.chain)
-        recorder.start(call.args, call.kwargs, frame=sys._getframe(), keep=max(rank, 1), exits=exits)
+        recorder.start(call.args, call.kwargs, frame=sys._getframe(), keep=True, exits=exits)
         try:
             output = call.run()
         except BaseException:
             recorder.stop()
             raise
-        likely = self._likely_exits(recorder)
+        likely = recorder.likely_exits(graph=self.keep_graph)
         recorder.stop(output)
         trace = finish(recorder, self.unet, call.arguments, time=self.time)
         call.signature = self._learn(call, trace)
         call.place = self._place(state, call, call.signature)  # after it: lazy weights appear in the call
-        for use, memory in zip(call.signature.regions, call.place.calls, strict=True):
+        for use, memory in zip(
+            call.signature.regions, call.place.calls, strict=False
+        ):  # these inputs may have no region
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
                 exit = exit.clone() if use.copies else exit
@@ -485,17 +486,6 @@ class Engine:
         for observer in self.observers:
             observer.after(call, outcome)
         return output
-
-    def _likely_exits(self, recorder: Recorder) -> dict[int, torch.Tensor]:
-        """Node → tensor, of those kept alive while recording: the exit is likely among them."""
-        likely = dict(recorder.kept)
-        for named in recorder.named.values():
-            likely |= named
-        for node in recorder.cut if self.keep_graph else ():
-            likely.pop(node, None)
-        recorder.kept.clear()
-        recorder.named.clear()
-        return likely
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
         """Find the regions in a trace, and patch the modules with skipped calls if a step may skip any."""

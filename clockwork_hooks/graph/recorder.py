@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         *,
         frame: FrameType,
-        keep: bool | int = False,
+        keep: bool = False,
         exits: tuple[frozenset[str], ...] = (),
         outside: bool = False,
         save: bool = False,
@@ -179,21 +179,6 @@ class Recorder(TorchDispatchMode):
                 self._close(output if len(self._stack) == 1 else None)
             self._thread, self._frame = -1, None
             self.bindings.forget()
-
-    @property
-    def kept(self) -> dict[int, torch.Tensor]:
-        """Likely exits; for the engine until it asks `likely_exits`."""
-        return {} if self.likely is None else self.likely.tensors()
-
-    @property
-    def named(self) -> dict[int, dict[int, torch.Tensor]]:
-        """They are among `kept`."""
-        return {}
-
-    @property
-    def cut(self) -> set[int]:
-        """Those without a graph of autograd."""
-        return set() if self.likely is None else self.likely.copied
 
     def likely_exits(self, *, graph: bool = False) -> dict[int, torch.Tensor]:
         """Outputs that may be a region's exit, by the index of their nodes; afterwards none is kept alive here.
