@@ -386,3 +386,65 @@ def test_macs_of_a_trace_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) ->
     assert traced.macs == tuple(map(ch.graph.node_macs, traced.nodes))
     assert traced.full_macs == sum(traced.macs) == ch.flops_report(Tiny(), noise(), 3).full_macs
     assert traced.macs is traced.macs
+
+
+def test_every_form_of_a_report_says_what_was_not_counted() -> None:
+    report = ch.flops_report(Custom(), noise(), 3)
+    said = "Lower bound; not counted: clockwork_odd::gram (1×), clockwork_odd::halves (1×)."
+    for form in (str(report), report.to_markdown(), report.to_html(), report.to_json()):
+        assert said in form.replace("\\u00d7", "×")
+    plain = ch.flops_report(Tiny(), noise(), 3)
+    assert not any("ower bound" in form for form in (str(plain), plain.to_html(), plain.to_json()))
+    counted = ch.flops_report(
+        Custom(), noise(), 3, handles={"clockwork_odd::gram": by_gram, "clockwork_odd::halves": by_halves}
+    )
+    assert "ower bound" not in str(counted)
+    assert counted.full_macs == plain.full_macs + 2 * 8 * 16 * 16 * 16 + 7
+
+
+@pytest.mark.parametrize("model", [nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), nn.Linear(32, 8)])
+def test_models_without_convolutions(model: nn.Module) -> None:
+    x = torch.randn(1, 64, 32)
+    report = ch.flops_report(model.eval(), x)
+    assert report.full_macs > 0
+    assert report.region is None
+    diagram = ch.diagram(model, x)
+    assert sum(block.macs for block in diagram.blocks) == report.full_macs
+    assert report.to_html()
+    assert diagram.to_svg()
+
+
+class Video(nn.Module):
+    """The root folds frames into the batch at the region's edge: `reshape` when traced, `view` in a live call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv3d(16, 16, (3, 1, 1), 1, (1, 0, 0))
+        self.down, self.body, self.up = nn.Conv2d(16, 64, 4, 2, 1), nn.Conv2d(64, 64, 3, 1, 1), Up()
+        self.head = nn.Conv2d(32, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        b, c, f, h, w = x.shape
+        z = self.stem(x.transpose(1, 2).reshape(b * f, c, h, w)) + t.sin()
+        z = self.mix(z.reshape(b, f, 16, h, w).transpose(1, 2)).transpose(1, 2).reshape(b * f, 16, h, w)
+        z = self.head(torch.cat([z, self.up(self.body(self.down(z)).relu())], 1))
+        return z.reshape(b, f, c, h, w).transpose(1, 2)
+
+
+class Up(nn.ConvTranspose2d):
+    def __init__(self) -> None:
+        super().__init__(64, 16, 4, 2, 1)
+
+
+def test_a_region_found_and_one_of_a_live_call_are_the_same() -> None:
+    unet, x, t = Video().eval(), torch.randn(1, 3, 4, 16, 16), torch.tensor(0.9)
+    with torch.no_grad():
+        region = ch.find_region(unet, x, t)
+        with ch.wrap(unet) as cw:
+            unet(x, t)
+            assert cw.region is not None
+            assert cw.region.fingerprint == region.fingerprint
+        with ch.wrap(unet, region=region) as cw:
+            for k in range(4):
+                unet(torch.randn(1, 3, 4, 24, 24), torch.tensor(0.9 - k / 10))
+            assert cw.stats.adaptor_passes == 2

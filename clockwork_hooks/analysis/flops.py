@@ -17,7 +17,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,9 @@ from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_a
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, whole
 from clockwork_hooks.graph.arguments import Binder
-from clockwork_hooks.graph.macs import Kind, kind, node_macs, operator_name
+from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.operators import Handle, Kind, kind, operator_name
+from clockwork_hooks.graph.operators import handles as counted_by
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
@@ -213,8 +215,13 @@ class FlopsReport(Report):
         norms = "fvcore's estimate for normalisations added" if self.norms else "normalisations not counted"
         return (
             f"MACs of convolutions and matrix products, attention products {products}; {norms}; 1 MAC = 2 FLOPs. "
-            f"Batch as traced: {self.sample[0]}."
+            f"Batch as traced: {self.sample[0]}.{self._missing}"
         )
+
+    @property
+    def _missing(self) -> str:
+        names = ", ".join(f"{item.operator} ({item.calls}×)" for item in self.uncounted)
+        return f" Lower bound; not counted: {names}." if names else ""
 
     def by_module(self, depth: int | None = None) -> tuple[MacsRow, ...]:
         """MACs per module, in the order of first use; paths are cut off after `depth` names, the report's own."""
@@ -349,6 +356,7 @@ def flops_report(
     region: Region | Choice | None = None,
     attention: bool = True,
     norms: Literal["fvcore"] | None = None,
+    handles: Mapping[str, Handle] | None = None,
     depth: int = 2,
     **kwargs: Any,
 ) -> FlopsReport:
@@ -367,6 +375,8 @@ def flops_report(
             below the highest level. The options of `Choice` may be passed one by one instead: `share=0.9`.
         attention: count attention products; False is the paper's convention.
         norms: "fvcore" adds fvcore's estimate for normalisations.
+        handles: how operators are counted that the library does not know: name → function of the arguments, with shapes
+            for tensors, and the output's shape (`ch.graph.handle`).
         depth: names of a module path that the view by module keeps.
         **kwargs: likewise arguments of the call, and options of `Choice`.
 
@@ -399,34 +409,35 @@ def flops_report(
     used = resolve_adaptor(adaptor)
     if wanted == Choice():
         wanted = Choice(**region_options(used))
-    trace = record(unet, args, kwargs)
-    no_region = ""
-    try:
-        region = wanted.find(trace, unet) if isinstance(wanted, Choice) else wanted
-    except RegionNotFoundError as error:
-        if isinstance(wanted, Choice) and not wanted.is_default:  # what was asked for by name is not there
-            raise
-        region, no_region = None, str(error)
-    operators, uncounted = _count(trace, region, attention=attention, norms=norms)
-    own = None if region is None else _adaptor_macs(used, region, attention=attention, norms=norms)
-    return FlopsReport(
-        model=trace.model,
-        sample=trace.inputs[trace.sample].meta["shape"],
-        parameters=sum(parameter.numel() for parameter in unet.parameters()),
-        attention=attention,
-        norms=norms,
-        full_macs=sum(operator.macs for operator in operators),
-        adaptor_macs=own,
-        region=region,
-        no_region=no_region,
-        schedule=schedule,
-        steps=steps,
-        guidance=bool(guidance),
-        operators=operators,
-        uncounted=uncounted,
-        diagram=diagram_of(trace, region),
-        depth=depth,
-    )
+    with counted_by(handles):
+        trace = record(unet, args, kwargs)
+        no_region = ""
+        try:
+            region = wanted.find(trace, unet) if isinstance(wanted, Choice) else wanted
+        except RegionNotFoundError as error:
+            if isinstance(wanted, Choice) and not wanted.is_default:  # what was asked for by name is not there
+                raise
+            region, no_region = None, str(error)
+        operators, uncounted = _count(trace, region, attention=attention, norms=norms)
+        own = None if region is None else _adaptor_macs(used, region, attention=attention, norms=norms)
+        return FlopsReport(
+            model=trace.model,
+            sample=trace.inputs[trace.sample].meta["shape"],
+            parameters=sum(parameter.numel() for parameter in unet.parameters()),
+            attention=attention,
+            norms=norms,
+            full_macs=sum(operator.macs for operator in operators),
+            adaptor_macs=own,
+            region=region,
+            no_region=no_region,
+            schedule=schedule,
+            steps=steps,
+            guidance=bool(guidance),
+            operators=operators,
+            uncounted=uncounted,
+            diagram=diagram_of(trace, region),
+            depth=depth,
+        )
 
 
 def _count(

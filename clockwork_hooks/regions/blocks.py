@@ -70,7 +70,7 @@ def diagram_of(trace: Trace, region: Region | None) -> Diagram:
     """`diagram` on an existing trace."""
     view = View(trace, region)
     blocks = [replace(block, level=view.rank[block.level]) for block in _merged(list(view.blocks()))]
-    spaces = tuple(view.levels.spatial[p] for p in view.order)
+    spaces = tuple(view.levels.spatial.get(p, ()) for p in view.order)
     return Diagram(trace.model, spaces, tuple(blocks), tuple(view.skips(blocks)), region)
 
 
@@ -83,10 +83,9 @@ class View:
         self.skipped = skipped_nodes(trace, region) if region is not None else set[int]()
         self.macs = trace.macs
         self.spatial = {n for n, node in enumerate(trace.nodes) if self.macs[n] and self.levels.is_spatial(node)}
-        self.order = self.levels.worked
+        self.order = self.levels.worked or [0]  # a transformer's layers name no level: one, of no size, holds them all
         self.rank = {p: k for k, p in enumerate(self.order)}
-        highest = self.order[0] if self.order else 0
-        self.at = [p if p in self.rank else highest for p in self.levels.at]  # a time embedding stands at the top
+        self.at = [p if p in self.rank else self.order[0] for p in self.levels.at]  # a time embedding stands at the top
         carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dom.dep[n]]
         self.turn = max(
             (n for n in carrying if self.at[n] == self.at[min(carrying, key=self.at.__getitem__)]), default=0

@@ -336,7 +336,9 @@ class Builder:
 
     def _fingerprint(self, entries: tuple[Boundary, ...], exit: Boundary, cut_plan: CutPlan) -> str:
         def port(boundary: Boundary) -> list[Any]:
-            return [boundary.path, boundary.call, self.levels.channels(self.trace.nodes[boundary.node])]
+            node = self.trace.nodes[boundary.node]  # an operator has another name in another mode: its scope has not
+            path = boundary.path if boundary.paths else f"in {node.meta['module']}"
+            return [path, boundary.call, self.levels.channels(self.trace.nodes[boundary.node])]
 
         told = [[port(e) for e in entries], port(exit), [[c.path, c.ordinal] for c in cut_plan.skipped]]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
