@@ -1,5 +1,6 @@
 """The documentation: every page is reached, every public name is described, nothing is fetched."""
 
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -58,6 +59,19 @@ def test_a_page_begins_with_what_it_is_for(page: str) -> None:
     assert not first.startswith("- "), first
     for alt in re.findall(r"!\[([^\]]*)\]", text):
         assert len(alt) > 12, alt
+
+
+def test_what_the_design_names_is_there() -> None:
+    """Each file that docs/design.md names, and in the table of what to change where, what stands in that file."""
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        assert (ROOT / "clockwork_hooks" / file).exists() or (ROOT / file).exists(), file
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+)\.py` \| `([\w.]+)` \|$", text, re.M)
+    assert len(rows) > 10
+    for file, name in rows:
+        found: Any = importlib.import_module(f"clockwork_hooks.{file.replace('/', '.')}")
+        for part in name.split("."):
+            found = getattr(found, part)
 
 
 def test_the_limits_are_those_that_were_measured() -> None:
