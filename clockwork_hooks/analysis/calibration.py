@@ -681,7 +681,8 @@ class Solver:
             strides = [abs((place.before or 0.0) - (place.position or 0.0)) for place in self.places]
             positions = Positions(at, strides, sorted(self.sums.times), self.log_snr)
         reads = kind.reads if self.sums.shape.entry else ("exit",)
-        return CalibratedAdaptor.of(self.region, knots, positions, form=kind.form, basis=basis, reads=reads)
+        adaptor = CalibratedAdaptor.of(self.region, knots, positions, form=kind.form, basis=basis, reads=reads)
+        return adaptor.to(self.places[0].held.cross.device)  # where the UNet runs
 
     @property
     def chosen(self) -> list[tuple[Place, tuple[float, float]]]:
