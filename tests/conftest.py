@@ -4,7 +4,68 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, so before any test module
 
+import pytest
 import torch
+
+from clockwork_hooks.clock import evidence
 
 # Tiny tensors gain nothing from threads, and on a busy machine lose a hundredfold waiting for each other.
 torch.set_num_threads(1)
+
+# Their loops are short, and over plain numbers: written before those were asked for evidence, which costs the first
+# adaptor passes. What they test is something else. Take a module out once its loops stand in `with cw.trajectory():`.
+_NO_EVIDENCE = (
+    "test_adaptive",
+    "test_adaptor_files",
+    "test_adaptors",
+    "test_apart",
+    "test_bench",
+    "test_capture_inputs",
+    "test_choice",
+    "test_cli",
+    "test_compile",
+    "test_compile_unseen",
+    "test_diagram",
+    "test_distributed",
+    "test_doctor",
+    "test_editing",
+    "test_embeddings",
+    "test_errors",
+    "test_evaluation",
+    "test_faults",
+    "test_flops",
+    "test_gradients",
+    "test_guidance",
+    "test_hostile_loops",
+    "test_inputs",
+    "test_live_trace",
+    "test_macs",
+    "test_nested",
+    "test_overhead",
+    "test_own_sampler",
+    "test_plans",
+    "test_private_names",
+    "test_rendering",
+    "test_reports",
+    "test_residuals",
+    "test_restore",
+    "test_scaled_adaptor",
+    "test_samplers",
+    "test_schedule",
+    "test_training",
+    "test_training_cli",
+    "test_training_runs",
+    "test_unseen",
+    "test_wrap",
+    "test_zoo",
+    "test_companions",
+    "test_wrap_pipeline",
+    "test_pipelines",
+    "proof",
+)
+
+
+@pytest.fixture(autouse=True)
+def _believe_plain_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.module.__name__.rpartition(".")[2] in _NO_EVIDENCE:
+        monkeypatch.setattr(evidence, "EQUAL_STRIDES", 0)

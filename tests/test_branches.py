@@ -13,7 +13,7 @@ from clockwork_hooks.clock import conditions
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
-TIMES = range(900, 100, -100)  # eight steps
+TIMES = torch.arange(900, 100, -100)  # eight steps
 
 
 def sample(batch: int = 1, size: int = 8) -> torch.Tensor:
@@ -193,16 +193,45 @@ def test_the_judge_can_tell() -> None:
     """It is told another branch than the conditions say, and sees a stale feature."""
     judge, c = Judge(Tiny()), condition()
     with torch.no_grad(), ch.wrap(judge.unet):
-        judge.call(sample(), 900, c, step=1, branch=0)
-        judge.call(sample(), 900, c + 1, step=1, branch=1)
+        judge.call(sample(), TIMES[0], c, step=1, branch=0)
+        judge.call(sample(), TIMES[0], c + 1, step=1, branch=1)
         with pytest.raises(AssertionError, match="stale"):
-            judge.call(sample(), 800, c, step=2, branch=1)
+            judge.call(sample(), TIMES[1], c, step=2, branch=1)
 
 
 def test_a_branch_is_named_by_text() -> None:
     unet = Tiny()
     with ch.wrap(unet) as cw, pytest.raises(ch.ArgumentError, match="text"), cw.branch(3):
         pass
+
+
+@torch.no_grad()
+def test_names_within_names() -> None:
+    """Guidance named within named tiles, in another order in each step: all names count."""
+    judge, pair = Judge(Tiny()), {"uncond": condition(), "cond": condition()}
+    with ch.wrap(judge.unet) as cw:
+        for k, t in enumerate(TIMES, 1):
+            for tile in range(3) if k % 2 else (2, 0, 1):
+                with cw.branch(f"tile {tile}"):
+                    for name, c in pair.items():
+                        with cw.branch(name):
+                            judge.call(sample(), t, c, step=k, branch=(tile, name))
+    assert judge.made == 4 * "FFFFFFAAAAAA"
+
+
+@torch.no_grad()
+def test_a_name_and_several_conditions() -> None:
+    """Two calls in each named tile, told apart by their embeddings; a third one is new, not one of them."""
+    judge, (text, none, other) = Judge(Tiny()), (condition() for _ in range(3))
+    with ch.wrap(judge.unet, schedule=lambda step: True) as cw:
+        for k, t in enumerate(TIMES, 1):
+            for tile in range(2):
+                with cw.branch(f"tile {tile}"):
+                    for c in (text, none) if k % 2 else (none, text):
+                        judge.call(sample(), t, c, step=k, branch=(tile, id(c)))
+                    if k == 5:
+                        judge.call(sample(), t, other, step=k, branch=(tile, id(other)))
+    assert judge.made == "FFFF" + 3 * "AAAA" + "AAFAAF" + 3 * "AAAA"
 
 
 @torch.no_grad()

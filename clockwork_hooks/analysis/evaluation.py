@@ -271,7 +271,7 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
     make, first = tally.variant.generate or generate, not tally.seconds
     device = next((tensor.device for tensor in unet.parameters()), torch.device("cpu"))
     if tally.options is not None:
-        with wrap(unet, **tally.options) as cw:
+        with wrap(unet, **tally.options) as cw, cw.trajectory():
             images, seconds = _timed(make, batch, seed, device)
             tally.passes = (tally.passes[0] + cw.stats.full_passes, tally.passes[1] + cw.stats.adaptor_passes)
             tally.macs += cw.stats.macs_run

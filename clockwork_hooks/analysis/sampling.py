@@ -186,9 +186,9 @@ class Watch:
         Raises:
             ArgumentError: it never called the UNet.
         """
-        self._wrapper.reset()
         self.step = self.calls = 0
-        yield self
+        with self._wrapper.trajectory():
+            yield self
         if not self.calls:
             raise _never(self.unet)
 

@@ -9,8 +9,8 @@ from clockwork_hooks.clock.times import Place
 
 __all__ = ["Jumps", "Strides"]
 
-_EQUAL_STRIDES = 2  # as often as this the stride was the one before
-_FORETOLD_STRIDES = 3  # or as often as this it was what the two before it foretell
+EQUAL_STRIDES = 2  # as often as this the stride was the one before
+FORETOLD_STRIDES = 3  # or as often as this it was what the two before it foretell
 _EQUAL, _NEAR, _ROUNDING = 0.01, 0.25, 1.01
 
 
@@ -49,7 +49,7 @@ class Strides:
             self._last, self._equal, self._foretold = (stride,), 0, 0
             return reasons.STRIDE
         self._last = (*last, stride)[-2:]
-        believed = self.trusted or self._equal >= _EQUAL_STRIDES or self._foretold >= _FORETOLD_STRIDES
+        believed = self.trusted or self._equal >= EQUAL_STRIDES or self._foretold >= FORETOLD_STRIDES
         return None if believed else reasons.EVIDENCE
 
 

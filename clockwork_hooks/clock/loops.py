@@ -150,10 +150,13 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         states: of the wrapper.
         name: blocks of one name that are open at the same time are of the same run; None for a run of its own.
         unet: what `__call__` calls.
+        clean: ends what a call has left open that was interrupted.
     """
 
-    def __init__(self, states: States, name: str | None, unet: Callable[..., Any]) -> None:
-        self.name, self._states, self._unet = name, states, unet
+    def __init__(
+        self, states: States, name: str | None, unet: Callable[..., Any], clean: Callable[[State], None]
+    ) -> None:
+        self.name, self._states, self._unet, self._clean = name, states, unet, clean
         self._state: State | None = None
         self._block: Block | None = None
 
@@ -179,6 +182,8 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         """The run is over; what it remembers is let go."""
         if self._block is not None:
             self._states.blocks.close(self._block)
+        if self._state is not None and self._state.running and self._state.thread == get_ident():
+            self._clean(self._state)
         self._block = self._state = None
 
     def _begun(self) -> State:

@@ -236,7 +236,7 @@ class Timeline:
         self.names: list[str] = list(names)
         self.trajectory = 0
         self._others = others
-        self._jumps = Jumps(trusted=True)
+        self._jumps = Jumps(trusted=trusted)
         self.reset()
 
     def reset(self) -> None:
@@ -253,7 +253,7 @@ class Timeline:
         self._time: float | None = None
         self._first: float | None = None
         self._direction = 0
-        self._strides, self._farthest = Strides(trusted=True), 0.0
+        self._strides, self._farthest = Strides(trusted=self.trusted), 0.0
         self._start: Place | None = None
         self._doubt: str | None = None
         self._calls = self._seen = self._compared = 0
@@ -368,8 +368,6 @@ class Timeline:
             self._begin(time, place)  # its first step was another one's last
             return
         doubt = self._jumps.doubt(place) if jump and place else self._strides.doubt(stride)
-        rising = self._direction == 0 and direction > 0 and not jump and not self.trusted  # for the time being
-        doubt = doubt or (reasons.EVIDENCE if rising else None)
         self._jumps.stay(place)
         self._time, self._direction, self._farthest = time, direction, max(self._farthest, stride)
         self._advance()

@@ -200,7 +200,7 @@ def demo(
         for _ in range(ROUNDS):
             sample(PLAIN)
             for name, adaptor in adaptors.items():
-                with wrap(model.unet, adaptor, region=region, schedule=Schedule.every(clock)) as cw:
+                with wrap(model.unet, adaptor, region=region, schedule=Schedule.every(clock)) as cw, cw.trajectory():
                     sample(name)
                 counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
                 counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)

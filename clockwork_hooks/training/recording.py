@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clockwork_hooks._tree import map_leaves, tensors, version
 from clockwork_hooks.adaptors import Adaptor, IdentityAdaptor
 from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, UNetCall
@@ -187,7 +188,7 @@ class TrajectoryRecorder:
         self.engine.states.forget()
         self.engine.enabled = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), TrajectoryBlock(self.engine.states, None, self.unet, self.engine.clean):
                 generate(batch)
             calls = self._calls
         finally:
