@@ -45,7 +45,7 @@ def test_a_change_costs_one_full_pass(change: Callable[[Tiny], None], nested: bo
     judge = Judge(Tiny())
     options: dict[str, Any] = {"clocks": {1: 100}} if nested else {"schedule": lambda step: True}
     with ch.wrap(judge.unet, **options) as cw:
-        for k, t in enumerate(range(900, 100, -100), 1):
+        for k, t in enumerate(torch.arange(900, 100, -100), 1):
             if k == 4:
                 for unet in (judge.unet, judge.plain):
                     change(unet)
@@ -73,7 +73,7 @@ def test_adaptors_of_peft_switched_in_the_middle() -> None:
     ]
     with ch.wrap(unet, schedule=lambda step: True) as cw:
         made = ""
-        for k, t in enumerate(range(900, 100, -50)):
+        for k, t in enumerate(torch.arange(900, 100, -50)):
             if k % 2 == 0 and k:
                 changes[k // 2 - 1]()
             before = cw.stats.adaptor_passes
@@ -100,7 +100,7 @@ def test_adapters_that_are_switched_back() -> None:
     unet = Tiny()
     unet.head, unet.peft_config = Adapted(16, 2, 3, padding=1), {"style": None}
     with ch.wrap(unet, clock=2) as cw:
-        for k, t in enumerate(range(900, 100, -100), 1):
+        for k, t in enumerate(torch.arange(900, 100, -100), 1):
             unet.head._disable_adapters = k % 2 == 0
             unet(torch.randn(1, 2, 8, 8), t)
         assert cw.stats.adaptor_passes == 0

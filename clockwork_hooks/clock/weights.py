@@ -19,10 +19,10 @@ _VALUES = 3  # read of each parameter
 class Weights:
     """Watches parameters and PEFT's layers, some of each where there are many: what changes weights changes many.
 
-    Of a parameter: which object and which memory it is, the counter of in-place writes, and in main memory also some
-    of its values, as fused optimizers and writes through `.data` leave no other mark. On a device its values are not
-    read, which would wait for it: there, `cw.reset()` has to tell of such writes. And adapters of PEFT that are
-    loaded, switched, scaled, fused or taken off.
+    Of a parameter: the counter of in-place writes, and in main memory some of its values, as fused optimizers and
+    writes through `.data` leave no other mark. On a device they are not read, which would wait for it: there it is
+    where its memory is, and `cw.reset()` has to tell of such writes. And adapters of PEFT that are loaded, switched,
+    scaled, fused or taken off.
 
     Args:
         unet: the UNet.
@@ -77,18 +77,20 @@ class _Watched:
         self._address, self._picked = 0, torch.empty(0)
 
     def state(self) -> Hashable:
-        """Which object, its counter of writes, where its memory is, and in main memory some of its values."""
+        """Its counter of writes; in main memory some of its values, elsewhere where its memory is.
+
+        Neither which object it is nor, in main memory, where: offloading makes a new one for each call.
+        """
         parameter: Any = self._owner.get(self._name)
         if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout is not torch.strided:
-            return id(parameter), parameter._version if _counts(parameter) else -1
+            return parameter._version if _counts(parameter) else -1
         address = parameter.data_ptr()
-        state = id(parameter), version(parameter), address
         if not parameter.is_cpu:
-            return state
+            return version(parameter), address
         if address != self._address:
             values = parameter.detach().flatten()  # of the same memory where that is contiguous, as weights are
             self._address, self._picked = address, values[:: max(1, -(-len(values) // _VALUES))]
-        return *state, *self._picked.tolist()
+        return version(parameter), *self._picked.tolist()
 
 
 def _counts(parameter: Any) -> bool:
