@@ -66,11 +66,6 @@ class States:
         with self._lock:
             return iter(list(self._all))
 
-    @property
-    def alone(self) -> bool:
-        """Has there been no loop but this thread's?"""
-        return len(self._all) == 1 and self._local.state is not None
-
     def current(self) -> State:
         """The state of this call, made on first use."""
         extra = self._local.extra
@@ -150,13 +145,10 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         states: of the wrapper.
         name: blocks of one name that are open at the same time are of the same run; None for a run of its own.
         unet: what `__call__` calls.
-        clean: ends what a call has left open that was interrupted.
     """
 
-    def __init__(
-        self, states: States, name: str | None, unet: Callable[..., Any], clean: Callable[[State], None]
-    ) -> None:
-        self.name, self._states, self._unet, self._clean = name, states, unet, clean
+    def __init__(self, states: States, name: str | None, unet: Callable[..., Any]) -> None:
+        self.name, self._states, self._unet = name, states, unet
         self._state: State | None = None
         self._block: Block | None = None
 
@@ -182,8 +174,6 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         """The run is over; what it remembers is let go."""
         if self._block is not None:
             self._states.blocks.close(self._block)
-        if self._state is not None and self._state.running and self._state.thread == get_ident():
-            self._clean(self._state)
         self._block = self._state = None
 
     def _begun(self) -> State:

@@ -42,11 +42,7 @@ class Weights:
         self._parameters: Sequence[_Watched] = ()
         self._layers: Sequence[Any] = ()
 
-    def since(self, trajectory: int) -> tuple[Hashable, ...]:
-        """The state in a full pass of this trajectory."""
-        return self.state(trajectory)
-
-    def state(self, trajectory: int = 0) -> tuple[Hashable, ...]:
+    def state(self) -> tuple[Hashable, ...]:
         """Equal for two calls between which no weight has changed."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters:
@@ -70,11 +66,10 @@ class _Watched:
         name: its name in there.
     """
 
-    __slots__ = ("_address", "_name", "_owner", "_picked")
+    __slots__ = ("_name", "_owner")
 
     def __init__(self, owner: dict[str, Any], name: str) -> None:
         self._owner, self._name = owner, name
-        self._address, self._picked = 0, torch.empty(0)
 
     def state(self) -> Hashable:
         """Its counter of writes; in main memory some of its values, elsewhere where its memory is.
@@ -84,13 +79,14 @@ class _Watched:
         parameter: Any = self._owner.get(self._name)
         if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout is not torch.strided:
             return parameter._version if _counts(parameter) else -1
-        address = parameter.data_ptr()
         if not parameter.is_cpu:
-            return version(parameter), address
-        if address != self._address:
-            values = parameter.detach().flatten()  # of the same memory where that is contiguous, as weights are
-            self._address, self._picked = address, values[:: max(1, -(-len(values) // _VALUES))]
-        return version(parameter), *self._picked.tolist()
+            return version(parameter), parameter.data_ptr()
+        values = parameter.detach()
+        values = values if values.is_contiguous() else values.flatten()
+        count = min(_VALUES, values.numel())
+        return version(parameter), *values.as_strided(
+            (count,), (max(values.numel() // _VALUES, 1),), values.storage_offset()
+        ).tolist()
 
 
 def _counts(parameter: Any) -> bool:

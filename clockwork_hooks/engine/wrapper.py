@@ -198,7 +198,7 @@ class ClockworkWrapper:
         """
         if name is not None and not isinstance(name, str):
             raise ArgumentError("a trajectory is named by text", seen={"name": repr(name)}, do='pass "client 7"')
-        return TrajectoryBlock(self._engine.states, name, self, self._engine.clean)
+        return TrajectoryBlock(self._engine.states, name, self)
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.

@@ -188,7 +188,7 @@ class TrajectoryRecorder:
         self.engine.states.forget()
         self.engine.enabled = True
         try:
-            with torch.no_grad(), TrajectoryBlock(self.engine.states, None, self.unet, self.engine.clean):
+            with torch.no_grad(), TrajectoryBlock(self.engine.states, None, self.unet):
                 generate(batch)
             calls = self._calls
         finally:
