@@ -161,7 +161,7 @@ class UNet(torch.nn.Module):
         return self.head(torch.cat([h, self.up(self.down(h)) * t], 1))
 
 with torch.no_grad(), ch.wrap(UNet(), clock=2) as cw:
-    for t in (900.0, 700.0, 500.0):
+    for t in torch.tensor((900.0, 700.0, 500.0)):
         cw(torch.zeros(1, 3, 16, 16), t)
 assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 1), cw.region.line
 print(*(name for name in sys.modules if name.startswith("clockwork_hooks.")))
