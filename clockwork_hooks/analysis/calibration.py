@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
+from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.engine.chain import ClockedRegion
@@ -240,7 +241,7 @@ def calibrate(
         >>> adaptor = calibrate(unet, generate, [4], clock=2)
         >>> [step.step for step in adaptor.report.steps]
         [2, 4]
-        >>> with wrap(unet, adaptor, clock=2) as cw:
+        >>> with wrap(unet, adaptor, clock=2) as cw, cw.trajectory():
         ...     images = generate(4)
         >>> cw.stats.adaptor_passes
         2
@@ -577,8 +578,8 @@ def run_all(
     try:
         with torch.no_grad():
             for batch in batches:
-                engine.states.current().timeline.reset()
-                generate(batch)
+                with TrajectoryBlock(engine.states, None, unet):
+                    generate(batch)
                 sums.forget()
                 tell()
     finally:
