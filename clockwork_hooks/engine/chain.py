@@ -13,6 +13,7 @@ Source: arXiv 2312.08128, Sec. 4.1 and Fig. 8 (one region).
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clockwork_hooks._tree import address
 from clockwork_hooks.adaptors.base import Adaptor, needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine import stand_in
@@ -34,7 +36,9 @@ from clockwork_hooks.regions.find import match, skipped_nodes
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["ClockedRegion", "RegionUse", "Signature", "prepare", "single"]
+__all__ = ["ClockedRegion", "Homes", "RegionUse", "Signature", "prepare", "single"]
+
+_MOST_HOMES = 256
 
 
 @dataclass(slots=True)
@@ -88,6 +92,29 @@ class ClockedRegion:
         return frozenset(known) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
 
 
+class Homes:
+    """The memory that kept exits lie in.
+
+    What we hold is not given to others by an allocator. So an exit that comes in memory where a kept one lies was put
+    there by a module that writes all its outputs to one place: a buffer of its own, a CUDA graph's. Such writes need
+    not show in the tensor's counter.
+    """
+
+    def __init__(self) -> None:
+        self._homes: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def taken(self, exit: torch.Tensor) -> bool:
+        """Does a kept exit lie in this one's memory?"""
+        home = self._homes.get(address(exit.untyped_storage()))
+        return home is not None and home() is not None
+
+    def add(self, exit: torch.Tensor) -> None:
+        """This exit is kept."""
+        if len(self._homes) >= _MOST_HOMES:
+            self._homes = {home: one for home, one in list(self._homes.items()) if one() is not None}
+        self._homes[address(exit.untyped_storage())] = weakref.ref(exit)
+
+
 @dataclass(slots=True)
 class RegionUse:
     """What calls of one input signature need of one region of the chain.
@@ -99,6 +126,7 @@ class RegionUse:
         adaptor_macs: of the adaptor, once it has run.
         copies: code that the trace does not know writes to the exit, or might: inference tensors keep no count of
             writes.
+        homes: where exits lie that are no copies.
         blanks: what skipped calls return in every pass.
         name: tells adaptor passes apart where there are several regions.
     """
@@ -108,6 +136,7 @@ class RegionUse:
     rest_macs: int
     adaptor_macs: int | None = None
     copies: bool = field(default_factory=torch.is_inference_mode_enabled)
+    homes: Homes = field(default_factory=Homes)
     blanks: dict[tuple[str, int], Any] = field(default_factory=dict)
     name: str = ""
 

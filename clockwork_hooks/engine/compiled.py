@@ -102,6 +102,8 @@ class Compiled:
                 seen={"pass": run.kind, "error": str(error).strip().split("\n", 1)[0]},
                 do='read the cause above; or call cw.compile(mode="cudagraphs"), which needs no graph of operators',
             ) from error
+        finally:
+            self.engine.tracing = None  # where nothing is compiled (`TORCHDYNAMO_DISABLE`) the static callable set it
         if self.pooled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
@@ -120,7 +122,7 @@ class Compiled:
                 exit, entry, before = cached
                 assert exit is not None  # it is an adaptor pass
                 adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, before, time))
-                return adapted
+                return adapted if not isinstance(adapted, torch.Tensor) else stand_in.owned(adapted, exit)
 
             traced = engine.tracing = run.like(adapt if kind == "adaptor" else None, traced=True)
             traced.enter(args, kwargs)

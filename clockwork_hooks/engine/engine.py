@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from clockwork_hooks._tree import version
+from clockwork_hooks._tree import address, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import State, States
@@ -220,7 +221,7 @@ class Engine:
             state.running.clear()
 
     def _serve(self, state: State, call: UNetCall) -> Any:
-        reason = reasons.stands_apart()
+        reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
         if reason is not None:
             return self._run_apart(state, call, reason)
         call.signature = self._signature(call)
@@ -346,9 +347,24 @@ class Engine:
                 use.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
                 memory.missing = reasons.WRITTEN
             elif emitted is not None:
+                if outcome.kind == "full" and not use.copies and use.homes.taken(emitted.exit):
+                    self._let_go(emitted.exit)
+                    use.copies, copy = True, emitted.exit.clone()
+                    emitted = Emitted(copy, version(copy))
                 memory.kept = self._kept(call, outcome, index, emitted)
+                if outcome.kind == "full":
+                    use.homes.add(memory.kept.exit)
             elif before is not None:  # inside of what was skipped: what it emitted before waits
                 memory.kept, memory.missing = before.take(), before.missing
+
+    def _let_go(self, exit: torch.Tensor) -> None:
+        """A module has put this exit where an earlier one lies: what was kept there, in any loop, is no more."""
+        home = address(exit.untyped_storage())
+        branches = [branch for state in self.states for branch in list(state.timeline.branches)]
+        for call in (call for branch in branches for call in (*branch.before, *branch.calls)):
+            for each in (call, *call.inner):
+                if each.kept is not None and address(each.kept.exit.untyped_storage()) == home:
+                    each.kept, each.missing = None, reasons.WRITTEN
 
     def _kept(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Kept:
         own = call.decision is not None and index == call.decision.region
@@ -409,7 +425,7 @@ class Engine:
             exit = stand_in.call(adaptor, given)
         step = None if call.place is None else call.place.step
         where = {"step": step, "region": use.region.line, "adaptor": type(adaptor).__name__}
-        return stand_in.check(exit, cached, finite=self.check_finite, where=where)
+        return stand_in.owned(stand_in.check(exit, cached, finite=self.check_finite, where=where), cached)
 
     def _judge(self, state: State, call: UNetCall, decision: Decision, entry: torch.Tensor | None) -> str | None:
         """Why the pass that has come to this entry is full after all; None if the adaptor may stand in."""
@@ -479,6 +495,7 @@ class Engine:
             if exit is not None:
                 exit = exit.clone() if use.copies else exit
                 memory.kept = Kept(call.key, self._free(exit), version(exit), call.weights)
+                use.homes.add(memory.kept.exit)
         reason = reasons.TRACED if self.skips_at(call.place.step) and call.place.step > 1 else call.place.scheduled
         macs = call.signature.full_macs
         outcome = Outcome(output, watched=False, macs=macs, reason=reason)
@@ -529,6 +546,11 @@ class Engine:
         timeline = self.states.current().timeline
         timeline.reset()
         self._count_plain(timeline.nowhere(reasons.COMPILED), reasons.COMPILED, None)
+
+
+def _fake(arguments: Arguments) -> bool:
+    """Are these the tensors without values by which torch.compile, torch.export and planners of memory try a call?"""
+    return any(type(leaf) is FakeTensor for leaf in arguments.flat)
 
 
 def _autocast(arguments: Arguments) -> torch.dtype | None:

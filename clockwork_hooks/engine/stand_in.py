@@ -23,6 +23,7 @@ __all__ = [
     "fits",
     "inputs",
     "looks",
+    "owned",
     "place",
     "region_options",
     "scalar",
@@ -122,6 +123,14 @@ def check(exit: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, 
     if finite and not bool(torch.isfinite(exit).all()):
         raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
     return exit
+
+
+def owned(exit: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """What the adaptor returned, in memory that is ours: it may write its next output over this one.
+
+    Such writes leave no mark where tensors keep no count of them: in inference mode, by CUDA graphs, through `.data`.
+    """
+    return exit if exit is cached else exit.clone()
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
