@@ -150,6 +150,9 @@ LOOPS: dict[Callable[[Judge, Any], None], str] = {  # the passes of each step, a
 }
 
 
+DECLARED = (declared_heun, declared_with_guidance)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_each_call_of_a_step_keeps_its_own_features(loop: Callable[[Judge, Any], None]) -> None:
@@ -161,7 +164,7 @@ def test_each_call_of_a_step_keeps_its_own_features(loop: Callable[[Judge, Any],
             loop(judge, cw)
             judge.begin()
             assert judge.made == LOOPS[loop].replace(" ", "")
-            if cw._engine.states.current().timeline.declared:
+            if loop in DECLARED:
                 cw.reset()
     assert cw.stats.adaptor_passes == 2 * judge.made.count("A")
 
@@ -237,10 +240,19 @@ def test_a_name_and_several_conditions() -> None:
 @torch.no_grad()
 def test_a_name_ends_with_its_block_also_after_an_error() -> None:
     unet = Tiny()
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet, region=ch.find_region(unet, sample(), 900)) as cw:
+        names: list[tuple[str, ...]] = []
+
+        def look(*_: Any) -> None:
+            names.append(cw.position.branch.names)
+            if len(names) == 1:
+                raise RuntimeError
+
+        unet.stem.register_forward_hook(look)
         with pytest.raises(RuntimeError), cw.branch("a"), cw.branch("b"):
-            raise RuntimeError
-        assert cw._engine.states.current().timeline.names == []
+            unet(sample(), 900)
+        unet(sample(), 800)
+        assert names == [("a", "b"), ()]
 
 
 # -- what changes midway ------------------------------------------------------------------------------------------

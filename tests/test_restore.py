@@ -19,7 +19,6 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import clockwork_hooks as ch
-from clockwork_hooks.engine import chain
 from clockwork_hooks.engine.hooks import Forward, Installed
 from clockwork_hooks.regions.choice import Choice
 from tests.small_unet import SKIPPED, Tiny
@@ -339,15 +338,15 @@ def test_compiled_in_place_is_compiled_again() -> None:
 
 
 def test_removed_while_another_thread_analyses_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, reached, removed, count = Tiny(), threading.Event(), threading.Event(), chain.node_macs
+    unet, reached, removed, find = Tiny(), threading.Event(), threading.Event(), Choice.find
     expected, before = descend(unet), snapshot(unet)
 
-    def slow(node: Any) -> int:
+    def slow(*args: Any) -> ch.Region:
         reached.set()
         assert removed.wait(10)
-        return count(node)
+        return find(*args)
 
-    monkeypatch.setattr(chain, "node_macs", slow)
+    monkeypatch.setattr(Choice, "find", slow)
     cw, made = ch.wrap(unet), []
     thread = threading.Thread(target=lambda: made.extend(descend(unet)))
     thread.start()

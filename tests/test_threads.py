@@ -110,11 +110,16 @@ def test_calls_that_hop_between_threads() -> None:
 
 
 def test_names_and_declarations_stay_in_their_thread() -> None:
-    unet = Tiny()
-    with ch.wrap(unet) as cw, cw.branch("mine"), ThreadPoolExecutor(1) as pool:
+    """In the other one, times tell the steps: declared ones would stay at the first."""
+    unet, x = Tiny(), torch.randn(1, 2, 8, 8)
+    with ch.wrap(unet, region=ch.find_region(unet, x, 900)) as cw, cw.branch("mine"), ThreadPoolExecutor(1) as pool:
+        places: list[Any] = []
+        unet.stem.register_forward_hook(lambda *_: places.append((cw.position.branch.names, cw.position.step)))
         cw.step()
-        other = pool.submit(lambda: cw._engine.states.current().timeline).result()
-        assert (other.names, other.declared) == ([], False)
+        for call in (unet, lambda *args: pool.submit(unet, *args).result()):
+            for t in (900, 800):
+                call(x, t)
+        assert places == [(("mine",), 1), (("mine",), 1), ((), 1), ((), 2)]
 
 
 @torch.no_grad()

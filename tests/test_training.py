@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.engine import cuda_graphs
 from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.recording import TrajectoryRecorder
 from tests.small_unet import Tiny, reference
@@ -329,7 +330,7 @@ def test_graphs_replay_the_teacher(loss: str, monkeypatch: pytest.MonkeyPatch) -
     before = snapshot(unet)
     with pytest.raises(ch.ArgumentError, match="on a CUDA device"):
         quick(unet, Small(), graphs=True)
-    monkeypatch.setattr("clockwork_hooks.engine.cuda_graphs.DEVICES", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "DEVICES", ("cpu",))  # private: the fake graphs run where there is no GPU
     plain, replayed = (quick(unet, Small(), loss=loss, graphs=graphs).losses for graphs in (False, True))
     assert fake.captures == 1
     assert replayed == pytest.approx(plain, rel=1e-5)

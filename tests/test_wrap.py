@@ -22,9 +22,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 
 import clockwork_hooks as ch
-from clockwork_hooks.engine import engine
 from tests.oracle import Judge
 from tests.small_unet import SKIPPED, Tiny, reference
 
@@ -338,9 +338,9 @@ def test_where_the_first_exit_cannot_be_kept_one_pass_more_is_full() -> None:
 def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, given: bool
 ) -> None:
-    """Counted: module calls, operators by their profiler names, and no record, no trace, no look for regions."""
+    """Counted: module calls, operators by their profiler names, and nothing is recorded: the call has its place."""
     unet = Tiny()
-    with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if given else None):
+    with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if given else None) as cw:
         for t in (900, 800, 700):
             unet(torch.randn(1, 2, 8, 8), t)
         calls: list[str] = []
@@ -348,12 +348,12 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
             run = module.forward
             if path and path not in SKIPPED:
                 monkeypatch.setattr(module, "forward", lambda *a, run=run, path=path: (calls.append(path), run(*a))[1])
-        for name in ("finish", "module_paths", "prepare", "record"):
-            monkeypatch.setattr(engine, name, None)  # a call would raise
-        monkeypatch.setattr(engine.stand_in, "count_and_call", None)
+        places: list[Any] = []
+        unet.head.register_forward_hook(lambda *_: places.append((cw.position, len(modes()))))
         with Operators() as operators:
             unet(torch.randn(1, 2, 8, 8), 600)
     assert calls == ["stem", "emb", "head"]
+    assert [(place is not None, count) for place, count in places] == [(True, 1)]  # no mode but the one that counts
     counted = {name: operators.seen[name] for name in ("convolution", "conv2d", "conv_transpose2d", "linear", "silu")}
     assert sum(counted.values()) <= 2 + 1, counted  # two convolutions, and a linear layer where it is one operator
     monkeypatch.undo()

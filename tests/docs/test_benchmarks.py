@@ -37,13 +37,18 @@ def test_the_ideal_is_clockwork(bench: Bench, cut: str) -> None:
     assert not torch.equal(ours, plain)
 
 
-def test_a_region_found_for_the_loop_is_not_traced_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_region_found_for_the_loop_is_not_traced_again(bench: Bench) -> None:
+    """A call that is being recorded has no place yet."""
     loop = Loop(bench.model, 2, 2)
     side = bench.open(Variant("clockwork", 2), loop, "eager")
-    monkeypatch.setattr("clockwork_hooks.engine.engine.Recorder", None)
+    wrapper, places = side.wrapper, []
+    assert wrapper is not None
+    hook = next(wrapper.unet.children()).register_forward_hook(lambda *_: places.append(wrapper.position))
     loop(side.call)
-    assert side.wrapper is not None
-    assert dict(side.wrapper.stats.reasons) == {"first step": 1}
+    hook.remove()
+    assert None not in places
+    assert len(places) >= 2
+    assert dict(wrapper.stats.reasons) == {"first step": 1}
 
 
 def test_twins_share_weights_and_nothing_else(bench: Bench) -> None:
