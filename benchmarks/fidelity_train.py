@@ -17,7 +17,7 @@ from benchmarks.fidelity_plan import Group, Row, Trained
 from clockwork_hooks import adaptors as kinds
 from clockwork_hooks.demo.captions import decode, write_captions
 from clockwork_hooks.demo.model import LATENT_SHAPE, DemoModel, to_latents
-from clockwork_hooks.demo.pool import draw_split, render_bytes
+from clockwork_hooks.demo.scenes import draw_split, render_bytes
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training import Student, distill
 

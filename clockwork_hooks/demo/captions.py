@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from clockwork_hooks.demo.errors import CaptionError, UnknownWordError
 from clockwork_hooks.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -26,8 +25,20 @@ from clockwork_hooks.demo.scenes import (
     WHITE_OBJECT,
     Scenes,
 )  # fmt: skip
+from clockwork_hooks.errors import DemoError
 
-__all__ = ["ANY", "EXAMPLES", "MAX_TOKENS", "VOCABULARY", "decode", "encode", "parse", "write_captions"]
+__all__ = [
+    "ANY",
+    "EXAMPLES",
+    "MAX_TOKENS",
+    "VOCABULARY",
+    "CaptionError",
+    "UnknownWordError",
+    "decode",
+    "encode",
+    "parse",
+    "write_captions",
+]
 
 Ints = NDArray[np.int64]
 
@@ -46,6 +57,14 @@ EXAMPLES = (
 _LIKE_THESE = "write it like one of these:" + "".join(f"\n  {example}" for example in EXAMPLES)
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 _ALIASES = {"an": "a", "center": "centre", "gray": "grey", "big": "large", "little": "small"}
+
+
+class CaptionError(DemoError):
+    """A prompt whose words are known but whose form is not."""
+
+
+class UnknownWordError(CaptionError):
+    """A prompt with words that the demo model has never seen."""
 
 
 def _table(phrases: Sequence[str], width: int) -> Ints:

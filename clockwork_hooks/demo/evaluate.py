@@ -13,7 +13,7 @@ from torch import Tensor
 from clockwork_hooks.demo.captions import decode, parse, write_captions
 from clockwork_hooks.demo.classifier import AttributeClassifier, attribute_accuracy, score
 from clockwork_hooks.demo.model import DemoModel
-from clockwork_hooks.demo.pool import draw_split, render_bytes
+from clockwork_hooks.demo.scenes import draw_split, render_bytes
 from clockwork_hooks.metrics import Better, Statistics, frechet_distance, statistics_of
 
 __all__ = ["Attributes", "evaluate", "held_out_prompts", "reference_statistics", "sample_many", "sweep_guidance"]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from clockwork_hooks.demo.captions import decode, write_captions
 from clockwork_hooks.demo.model import GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_latents
-from clockwork_hooks.demo.pool import draw_split, render_bytes
-from clockwork_hooks.demo.scenes import Scenes
+from clockwork_hooks.demo.scenes import Scenes, draw_split, render_bytes
 
 __all__ = ["Recipe"]
 

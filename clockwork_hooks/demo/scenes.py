@@ -19,13 +19,14 @@ from clockwork_hooks.errors import ArgumentError
 
 __all__ = [
     "BACKGROUNDS", "COLOURS", "COLUMNS", "IMAGE_SIZE", "LAYOUTS", "PLACES", "SHAPES", "SIZES", "Scenes",
-    "draw_scenes", "held_out", "render",
+    "draw_scenes", "draw_split", "held_out", "render", "render_bytes",
 ]  # fmt: skip
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 IMAGE_SIZE = 64
+CHUNK = 4096  # scenes that are rendered at once
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = ("large", "small")
 COLOURS = {
@@ -244,3 +245,33 @@ def _star(x: Tensor, y: Tensor, length: Tensor, outer: Tensor, inner: Tensor) ->
     px, py = length * angle.cos(), length * angle.sin()
     ex, ey = inner * math.cos(sector) - outer, inner * math.sin(sector)  # from point to notch
     return (ey * (px - outer) - ex * py) / torch.hypot(ex, ey)
+
+
+def draw_split(count: int, seed: int | np.random.Generator, *, test: bool) -> Scenes:
+    """Draw scenes of the training combinations, or (`test`) of those held out from training.
+
+    Args:
+        count: how many.
+        seed: an int, or a generator to go on drawing from.
+        test: which side of `held_out`.
+
+    Returns:
+        `count` scenes.
+    """
+    rng = np.random.default_rng(seed)
+    share = 1 / 18 if test else 15 / 16.5
+    drawn: list[Scenes] = []
+    while sum(map(len, drawn)) < count:
+        scenes = draw_scenes(int(count / share) + 64, rng)
+        drawn.append(scenes[held_out(scenes.attributes) == test])
+    columns = (np.concatenate([getattr(s, name) for s in drawn])[:count] for name in Scenes.__slots__)
+    return Scenes(*columns)
+
+
+def render_bytes(scenes: Scenes, device: torch.device | str) -> Tensor:
+    """Render scenes in chunks. Args: N scenes, a device. Returns: (N, 3, 64, 64) uint8 on it."""
+    images = torch.empty((len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    for start in range(0, len(scenes), CHUNK):
+        rows = slice(start, start + CHUNK)
+        images[rows] = (render(scenes[rows], device=device) * 255).round().to(torch.uint8)
+    return images

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clockwork_hooks.demo.classifier import Accuracy, AttributeClassifier, score
 from clockwork_hooks.demo.degrade import add_noise, blur, damage, half_denoised, morph_partner
-from clockwork_hooks.demo.pool import draw_split, render_bytes
+from clockwork_hooks.demo.scenes import draw_split, render_bytes
 
 __all__ = ["judge_classifier", "train_classifier"]
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from clockwork_hooks.demo.captions import encode
-from clockwork_hooks.demo.model import TRAIN_STEPS, new_unet
-from clockwork_hooks.demo.pool import ScenePool
-from clockwork_hooks.demo.text import TextEncoder
+from clockwork_hooks.demo.captions import MAX_TOKENS, encode, write_captions
+from clockwork_hooks.demo.model import TRAIN_STEPS, TextEncoder, new_unet
+from clockwork_hooks.demo.scenes import IMAGE_SIZE, draw_split, render_bytes
 from clockwork_hooks.demo.weights import read_json, read_tensors, save_half, write_json, write_tensors
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["Options", "Trainer", "train_generator"]
+__all__ = ["Options", "ScenePool", "Trainer", "train_generator"]
 
 Log = Callable[[dict[str, Any]], None]
 _SHARD_BYTES = 15 * 2**20
@@ -266,3 +266,41 @@ def train_generator(options: Options, *, checkpoint: Path, weights: Path, log: L
     trainer.save(checkpoint)
     trainer.export(weights)
     return trainer
+
+
+@dataclass(slots=True)
+class ScenePool:
+    """Scenes ready for training.
+
+    Attributes:
+        images: (N, 3, 64, 64) uint8.
+        tokens: (N, 18) int64.
+        refreshed: how many scenes were drawn anew since the start.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    rng: np.random.Generator
+    refreshed: int = 0
+
+    @classmethod
+    def draw(cls, count: int, seed: int, device: torch.device | str) -> ScenePool:
+        """Fill a pool with `count` scenes of the training combinations."""
+        images = torch.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+        pool = cls(
+            images, torch.zeros((count, MAX_TOKENS), dtype=torch.int64, device=device), np.random.default_rng(seed)
+        )
+        pool.refresh(count)
+        pool.refreshed = 0
+        return pool
+
+    def refresh(self, count: int) -> None:
+        """Replace the `count` oldest scenes by new ones: the stream is endless, the memory is not."""
+        size = len(self.images)
+        scenes = draw_split(count, self.rng, test=False)
+        tokens = torch.from_numpy(write_captions(scenes, self.rng, leave_out=0.1))
+        images = render_bytes(scenes, self.images.device)
+        rows = (torch.arange(count, device=images.device) + self.refreshed) % size
+        self.images[rows] = images
+        self.tokens[rows] = tokens.to(images.device)
+        self.refreshed += count

@@ -10,11 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks.demo.errors import WeightsError
+from clockwork_hooks.errors import DemoError
 
-__all__ = ["WEIGHTS", "load_module", "read_json", "read_tensors", "save_half", "write_json", "write_tensors"]
+__all__ = [
+    "WEIGHTS",
+    "WeightsError",
+    "load_module",
+    "read_json",
+    "read_tensors",
+    "save_half",
+    "write_json",
+    "write_tensors",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+class WeightsError(DemoError):
+    """Shipped weights that are missing, corrupted, or of another architecture."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clockwork_hooks.demo.captions import ANY, EXAMPLES, MAX_TOKENS, VOCABULARY, decode, encode, parse, write_captions
-from clockwork_hooks.demo.errors import CaptionError, UnknownWordError
+from clockwork_hooks.demo.captions import (
+    ANY,
+    EXAMPLES,
+    MAX_TOKENS,
+    VOCABULARY,
+    CaptionError,
+    UnknownWordError,
+    decode,
+    encode,
+    parse,
+    write_captions,
+)
 from clockwork_hooks.demo.model import DEMO_PROMPTS
 from clockwork_hooks.demo.scenes import COLUMNS, draw_scenes
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image, ImageChops
 
-from clockwork_hooks.demo.grid import HEAD, MARGIN, PAPER, draw_grid
+from clockwork_hooks.demo.run import HEAD, MARGIN, PAPER, draw_grid
 
 
 def test_the_line_above_one_prompt_ends_within_the_picture() -> None:

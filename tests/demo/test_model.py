@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clockwork_hooks.demo.captions import EXAMPLES, parse
+from clockwork_hooks.demo.captions import EXAMPLES, UnknownWordError, parse
 from clockwork_hooks.demo.classifier import attribute_accuracy, score
-from clockwork_hooks.demo.errors import UnknownWordError, WeightsError
 from clockwork_hooks.demo.model import DEMO_PROMPTS, SCHEDULERS, DemoModel, load_demo, to_images, to_latents
 from clockwork_hooks.demo.scenes import draw_scenes, render
-from clockwork_hooks.demo.weights import WEIGHTS
+from clockwork_hooks.demo.weights import WEIGHTS, WeightsError
 from clockwork_hooks.errors import ArgumentError
 
 if TYPE_CHECKING:

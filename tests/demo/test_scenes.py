@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clockwork_hooks.demo.pool import draw_split
 from clockwork_hooks.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -16,6 +15,7 @@ from clockwork_hooks.demo.scenes import (
     WHITE_OBJECT,
     Scenes,
     draw_scenes,
+    draw_split,
     held_out,
     render,
 )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from clockwork_hooks.demo.evaluate import evaluate
 from clockwork_hooks.demo.model import DemoModel, load_demo
-from clockwork_hooks.demo.pool import ScenePool
 from clockwork_hooks.demo.train import main
-from clockwork_hooks.demo.train_generator import Options, Trainer
+from clockwork_hooks.demo.train_generator import Options, ScenePool, Trainer
 from clockwork_hooks.demo.weights import save_half, write_json
 
 TINY = Options(device="cpu", batch=2, pool=32)

@@ -13,7 +13,7 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks import errors
-from clockwork_hooks.demo.errors import CaptionError
+from clockwork_hooks.demo.captions import CaptionError
 from docs import generate_diagrams
 from tests import test_analysis, test_editing, test_metrics
 from tests.pipelines import parts
