@@ -133,14 +133,15 @@ class Captured(Compiled):
         values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
         with self._lock:
-            if self._freed if self._watched else self._moved_away():
+            gone = bool(self._freed) if self._watched else self._moved_away()
+            if gone:
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
             key = (call.key, run.plan.index, run.kind, frozenset(run.copies), *map(_constant, constants))
             graph = self._graphs.get(key)
             outcome = graph.replay(values, call, cached[0]) if graph is not None else None
             before, self._state = self._state, self._counters.state()
-            anew = self._state != before or (call.place is not None and call.place.step == 1)
+            anew = (self._state != before and not gone) or (call.place is not None and call.place.step == 1)
             if (anew or self._moved_away()) and self._look():
                 outcome = None
             if outcome is not None:

@@ -87,27 +87,39 @@ class Forward(_Instead):
 
 
 class RootForward(_Instead):
-    """Stands in front of the UNet's forward: every call of it, also one that no hook sees, is the engine's."""
+    """Stands in front of the UNet's forward: every call of it, also one that no hook sees, is the engine's.
 
-    __slots__ = ("name", "serve")
+    Attributes:
+        name: of the module's attribute that holds it.
+    """
+
+    __slots__ = ("_asked", "_proved", "name", "serve")
 
     def __init__(self, module: nn.Module, serve: Serve) -> None:
         super().__init__(module)
         self.serve: Serve | None = serve
         self.name = "forward"
+        self._asked: Any = None  # somebody's forward in front of ours, of which a call will show whether it comes here
+        self._proved: Any = None  # one from which a call came
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the engine run the call."""
         serve = self.serve
+        if self._asked is not None:
+            self._proved, self._asked = self._asked, None
         return self.forward(*args, **kwargs) if serve is None else serve(self.forward, args, kwargs)
 
-    @property
-    def linked(self) -> bool:
-        """Is this what the module's `forward` is, or what whoever replaced that will call?"""
+    def reached(self) -> bool:
+        """Will the call that begins now come here, as far as can be told?"""
         attributes = vars(self.module)
-        if attributes.get("forward") is self or attributes.get(self.name) is self:
+        outer = attributes.get("forward")
+        if outer is self or attributes.get(self.name) is self or (outer is not None and outer is self._proved):
             return True
-        return any(value is self for value in attributes.values())
+        own = outer is None or getattr(outer, "__func__", None) is type(self.module).forward
+        if own or outer is self._asked:  # the last call with this one did not
+            return False
+        self._asked = outer
+        return True
 
     @property
     def __code__(self) -> Any:  # torch.export looks here
@@ -198,7 +210,7 @@ class Installed:
                     seen={"unet": type(unet).__name__, "called": "a replica of it, as DataParallel makes them"},
                     do="wrap each process's own UNet and use DistributedDataParallel, or call remove() first",
                 )
-            if self._root is None or not self._root.linked:
+            if self._root is None or not self._root.reached():
                 missed()
                 self._front(unet, serve)
 
