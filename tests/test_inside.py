@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -314,3 +315,212 @@ def test_no_cycle_holds_a_caller_s_frame(kind: str) -> None:
     finally:
         gc.enable()
     cw.remove()
+
+
+# -- a pass that has to be run again -----------------------------------------------------------------------------
+
+
+class Writes(Tiny):
+    """Writes to its arguments, as step caches and ControlNets' plumbing do; and may call its modules another way."""
+
+    another_way, where = False, "nowhere"
+
+    def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
+        where = self.where
+        if where == "sample":
+            x += 0.5
+        elif where == "list":
+            x = x + more["control"].pop()
+        elif where == "dict":
+            x = x + more["control"].pop("input")
+        elif where == "attribute":
+            control, more["control"].hint = more["control"].hint, None
+            x = x + control
+        elif where == "condition":
+            c.mul_(2)
+        if self.another_way:
+            self.body(self.act(self.down(self.stem(x))))
+        return super().forward(x, t, c)
+
+
+class Control:
+    def __init__(self, hint: Tensor) -> None:
+        self.hint: Tensor | None = hint
+
+
+def _control(where: str, hint: Tensor) -> Any:
+    return {"list": [hint], "dict": {"input": hint, "more": 1}, "attribute": Control(hint)}.get(where)
+
+
+def _state(where: str, control: Any) -> Any:
+    return vars(control) if where == "attribute" else control
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("clean", [0, 2], ids=["at once", "after passes that were right"])
+@pytest.mark.parametrize("where", ["nowhere", "sample", "list", "dict", "attribute", "condition"])
+def test_a_pass_that_is_run_again_sees_its_arguments_as_they_were(where: str, clean: int, mode: Any) -> None:
+    """What it returns, and what it leaves in the caller's objects, is what one full pass does."""
+    with mode():
+        unet, plain = Writes(), Writes()
+        unet.where = plain.where = where
+        with ch.wrap(unet, clock=2) as cw, cw.branch("conditions that are written to"):
+            for k, t in enumerate(TIMES):
+                x, c, hint = torch.randn(1, 2, 8, 8), torch.ones(1, 3), torch.ones(1, 2, 8, 8)
+                differs = k == 1 + clean
+                unet.another_way = plain.another_way = differs
+                given = [(x.clone(), c.clone(), _control(where, hint)) for _ in range(2)]
+                made, right = (
+                    one(sample, t, condition, control=control)
+                    for one, (sample, condition, control) in zip((unet, plain), given, strict=True)
+                )
+                if differs:
+                    assert cw.stats.reasons["calls differed from the traced ones"] == 1
+                    assert torch.equal(made, right)
+                assert torch.equal(given[0][0], given[1][0])
+                assert torch.equal(given[0][1], given[1][1])
+                assert _state(where, given[0][2]) == _state(where, given[1][2]) or where == "attribute"
+                assert where != "attribute" or given[0][2].hint is None
+
+
+def test_a_pass_that_was_answered_without_the_region_is_not_run_again() -> None:
+    """A step cache writes to the sample and returns it."""
+
+    class Cached(Tiny):
+        answers = False
+        count = 0
+
+        def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
+            self.count += 1
+            if self.answers:
+                x += 1
+                return x
+            return super().forward(x, t, c, **more)
+
+    unet = Cached()
+    with ch.wrap(unet, clock=2) as cw:
+        for k, t in enumerate(TIMES):
+            unet.answers = k in (2, 3)
+            x = torch.zeros(1, 2, 8, 8)
+            made = unet(x, t)
+            assert not unet.answers or bool((made == 1).all())
+        assert unet.count == len(TIMES)
+        assert cw.stats.adaptor_passes == 2
+        for k in range(8):  # as often as it likes: what was recorded still holds
+            unet.answers = k % 2 == 0
+            unet(torch.zeros(1, 2, 8, 8), 900 - 100 * k)
+        assert unet.count == len(TIMES) + 8
+
+
+def test_arguments_that_are_gone_are_an_error_and_no_wrong_picture() -> None:
+    """A large condition, written to for the first time in a pass that differs: nobody has a copy."""
+    unet = Writes()
+    c = torch.ones(1, 3)
+    with ch.wrap(unet) as cw:
+        for t in TIMES[:3]:
+            unet(torch.randn(1, 2, 8, 8), t, c)
+        unet.another_way, unet.where = True, "condition"
+        with pytest.raises(ch.WrapError, match="needs its arguments as they were"):
+            unet(torch.randn(1, 2, 8, 8), TIMES[3], c)
+        assert cw.stats.adaptor_passes == 1
+
+
+# -- modules that are exchanged -----------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """Calls a module in two pieces, as diffusers' SplitInferenceModule does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.module(x[:1]), self.module(x[1:])])
+
+
+class LoRA(nn.Module):
+    def __init__(self, module: nn.Module, extra: nn.Module) -> None:
+        super().__init__()
+        self.base, self.extra = module, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.base(x) + 0.1 * self.extra(x)
+        return made
+
+
+EXCHANGES: dict[str, Callable[[Tiny], Any]] = {
+    "one": lambda unet: setattr(unet, "body", Tiny(1).body),
+    "exit": lambda unet: setattr(unet, "up", Tiny(1).up),
+    "split": lambda unet: [setattr(unet, name, Twice(getattr(unet, name))) for name in ("down", "body", "up")],
+    "lora": lambda unet: [
+        setattr(unet, name, LoRA(getattr(unet, name), getattr(Tiny(1), name))) for name in ("stem", "body")
+    ],
+    "outside": lambda unet: setattr(unet, "head", Tiny(1).head),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 2, 3], ids=lambda step: f"before step {step + 1}")
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_exchanged_modules_are_recorded_anew(name: str, step: int, compiled: bool) -> None:
+    """Then half of the passes are adaptor passes again, and nothing is run twice for ever."""
+    unet, plain = Tiny(), Tiny()
+    with ch.wrap(unet, clock=2) as cw:
+        if compiled:
+            cw.compile(backend="eager")
+        for t in TIMES:
+            unet(torch.randn(2, 2, 8, 8), t)
+        for k, t in enumerate(TIMES):
+            if k == step:
+                for one in (unet, plain):
+                    EXCHANGES[name](one)
+            unet(torch.randn(2, 2, 8, 8), t)
+        for repeat in range(2):
+            cw.stats.clear()
+            exit = None
+            for k, t in enumerate(TIMES):
+                x = torch.randn(2, 2, 8, 8)
+                made = unet(x, t)
+                if repeat:
+                    right, exit = reference(plain, x, t, exit=exit if k % 2 else None)
+                    assert torch.equal(made, right)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
+        assert not cw.stats.reasons["calls differed from the traced ones"]
+    assert all("forward" not in vars(module) for module in unet.modules())
+
+
+def test_a_module_that_was_taken_out_is_let_go() -> None:
+    unet, x = Tiny(), torch.randn(1, 2, 8, 8)
+    body = unet.body
+    with ch.wrap(unet):
+        for t in TIMES:
+            unet(x, t)
+        assert "forward" in vars(body)
+        unet.body = Tiny(1).body
+        for t in TIMES:
+            unet(x, t)
+        assert "forward" not in vars(body)
+        assert torch.equal(body(torch.ones(1, 16, 4, 4)), Tiny().body(torch.ones(1, 16, 4, 4)))
+
+
+def test_a_unet_that_always_differs_is_full_and_not_run_twice() -> None:
+    class Differs(Tiny):
+        count = 0
+
+        def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
+            self.count += 1
+            for _ in range(self.count):  # another number of calls each time
+                self.body(torch.zeros(1, 16, 4, 4))
+            return super().forward(x, t, c, **more)
+
+    unet = Differs()
+    with ch.wrap(unet), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ch.NoEffectWarning)
+        for _ in range(20):
+            for t in TIMES:
+                unet(torch.randn(1, 2, 8, 8), t)
+        before = unet.count
+        for t in TIMES:
+            unet(torch.randn(1, 2, 8, 8), t)
+        assert unet.count == before + len(TIMES)

@@ -150,6 +150,9 @@ class Signature:
         time, sample: paths of these inputs.
         regions: widest first; empty where these inputs have none, and `why` says so.
         key: one object for all its calls, so that comparing two takes no time.
+        written: which tensors among the arguments, in the order of `Before`, such calls write to.
+        proved: has an adaptor pass run to its end, so that those are known?
+        differed: so many passes, one after another, called their modules in another way than the recorded ones.
         places: (leaf of the time, leaves that tell the branch), once `place` has looked.
     """
 
@@ -159,6 +162,9 @@ class Signature:
     regions: tuple[RegionUse, ...] = ()
     why: str = ""
     key: tuple[Any, ...] = ()
+    written: set[int] = field(default_factory=set)
+    proved: bool = False
+    differed: int = 0
     places: tuple[int | None, tuple[int, ...]] | None = None
 
     def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:

@@ -78,6 +78,11 @@ class Compiled:
             stand_in.check(exit.exit, cached[0], finite=finite, where=where)
         return outcome
 
+    def forget(self) -> None:
+        """Passes are other ones from now on: what was compiled is let go."""
+        with self._lock:
+            self._static.clear()
+
     def launch(
         self, call: UNetCall, run: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:

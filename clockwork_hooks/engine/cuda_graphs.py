@@ -116,6 +116,11 @@ class Captured(Compiled):
         self._freed: list[Any] = []
         self._watched = False
 
+    def forget(self) -> None:
+        """Passes are other ones from now on: what was captured is let go."""
+        super().forget()
+        self._graphs.clear()
+
     def ready(self, call: UNetCall, run: Pass) -> bool:
         """Is this pass one that a graph can stand for?"""
         if not super().ready(call, run) or self._moves > _MOVES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,9 +28,11 @@ from clockwork_hooks.clock.timeline import Kept, Position, Timeline
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
-from clockwork_hooks.engine.hooks import Installed
+from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
+from clockwork_hooks.engine.undo import Before
+from clockwork_hooks.errors import WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
@@ -40,6 +43,7 @@ from clockwork_hooks.schedule import Schedule
 __all__ = ["Decision", "Engine", "Observer", "StaticCalls", "UNetCall"]
 
 log = logging.getLogger("clockwork_hooks")
+_DIFFERED, _RECORDINGS = 3, 8  # passes that differ until calls are recorded anew, and how often at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,10 @@ class StaticCalls(Protocol):
         """Run it."""
         ...
 
+    def forget(self) -> None:
+        """Passes are other ones from now on."""
+        ...
+
 
 class Engine:
     """Runs the calls of one UNet.
@@ -167,6 +175,9 @@ class Engine:
         self.installed = Installed(self)
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
+        self._recordings: Counter[tuple[Any, ...]] = Counter()
+        self._census = Census(unet)
+        self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
         self._binder = Binder(unet.forward)
         self._failed: Callable[[BaseException], None] = lambda error: None
 
@@ -231,8 +242,14 @@ class Engine:
         call.decision = self.decide(state, call, call.signature, call.place)
         for observer in self.observers:
             observer.before(call)
-        outcome = self._run(state, call, call.signature, call.place)
+        if call.place.trajectory != self._looked_at and self._exchanged(call.place):
+            self.forget()  # the next call is recorded; this one is a trajectory's first, and full
+            outcome = Outcome(call.run(), watched=False, macs=call.signature.full_macs, reason=call.place.scheduled)
+        else:
+            outcome = self._run(state, call, call.signature, call.place)
         self._remember(call, call.signature, call.place, outcome)
+        if outcome.watched:
+            self._follow(call, call.signature, outcome)
         self._count(call.place, outcome, call.signature.full_macs)
         for observer in self.observers:
             observer.after(call, outcome)
@@ -302,17 +319,54 @@ class Engine:
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
-        outcome = self.execute(call, self._pass(state, call, replace(decision, reason=reason)), decision.kept)
-        outcome.reason = reason or outcome.reason
-        if outcome.kind == "full":
+        run = self._pass(state, call, replace(decision, reason=reason))
+        if run.kind == "full":
+            outcome = self.execute(call, run, None)
+            outcome.macs, outcome.reason = signature.full_macs, reason
+            return outcome
+        before = self._before(call, signature)
+        try:
+            outcome = self.execute(call, run, decision.kept)
+        except Exception:
+            if self._census.holds(self.unet) or not before.restore():
+                raise
+            call.inside = False  # modules were exchanged within the trajectory: what was recorded does not fit them
+            self.forget()
+            return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reasons.DIFFERED)
+        signature.written |= before.written
+        if outcome.kind == "full":  # the schedule has seen the region's entry
             outcome.macs = signature.full_macs
             return outcome
         outcome.macs, outcome.skipped = use.rest_macs + (use.adaptor_macs or 0), use.name
         if outcome.complete and not self.installed.closed:
+            signature.proved = True
             return outcome
+        return self._again(call, signature, place, before, outcome)
+
+    def _again(
+        self, call: UNetCall, signature: Signature, place: Position, before: Before, outcome: Outcome
+    ) -> Outcome:
+        """The full pass in the place of an adaptor pass that called its modules in another way than the trace."""
+        if not outcome.blanks:  # the UNet came to its output without the region, as a step cache does: nothing is amiss
+            outcome.kind, outcome.reason, outcome.skipped = "full", reasons.DIFFERED, ""
+            outcome.macs = signature.full_macs
+            return outcome
+        if not before.restore():
+            raise WrapError(
+                "an adaptor pass that has to be run again in full needs its arguments as they were",
+                seen={"step": place.step, "why again": reasons.DIFFERED, "meanwhile": "the UNet has written to them"},
+                do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
+            )
         again = self.full_pass(call)
         again.macs, again.reason = outcome.macs + signature.full_macs, reasons.DIFFERED
         return again
+
+    def _before(self, call: UNetCall, signature: Signature) -> Before:
+        """The arguments, for the case that the adaptor pass which begins now has to be run again."""
+        sample = call.arguments.get(signature.sample)
+        size = sample.numel() if isinstance(sample, torch.Tensor) else 0
+        written, unsure = signature.written, not signature.proved
+        return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample)
 
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
@@ -461,7 +515,7 @@ class Engine:
     def _adopt(self, call: UNetCall) -> Signature | None:
         """The signature of a region that the user found before, if it was found for such a call."""
         region, autocast = self.chain[0].wanted, call.key[2]
-        if len(self.chain) > 1 or not isinstance(region, Region) or autocast is not None:
+        if len(self.chain) > 1 or not isinstance(region, Region) or autocast is not None or not self._adopts:
             return None
         if region.signature != call.arguments.signature:
             return None
@@ -513,18 +567,51 @@ class Engine:
         return signature
 
     def _new(self, call: UNetCall, signature: Signature) -> Signature:
+        if self._signatures and not self._census.holds(self.unet):
+            self.forget()
+        self._census = Census(self.unet)
         signature.key = call.key
         self._signatures[call.key] = signature
+        self._recordings[call.key] += 1
         return signature
+
+    # -- modules that are exchanged ------------------------------------------------------------------------------
+
+    def _exchanged(self, place: Position) -> bool:
+        """Has somebody put other modules into the UNet since its calls were recorded? Looked up once a trajectory."""
+        self._looked_at = place.trajectory
+        return place.step == 1 and not self._census.holds(self.unet)
+
+    def _follow(self, call: UNetCall, signature: Signature, outcome: Outcome) -> None:
+        """Calls that differ from the recorded ones again and again are recorded anew; some that always do are full."""
+        if outcome.complete and outcome.reason != reasons.DIFFERED:
+            signature.differed = 0
+            return
+        signature.differed += outcome.reached  # else a step cache has answered: what is recorded still holds
+        if signature.differed >= _DIFFERED or not self._census.holds(self.unet):
+            if self._recordings[call.key] < _RECORDINGS:
+                self.forget()
+            else:
+                signature.regions, signature.why = (), reasons.DIFFERED
+
+    def forget(self) -> None:
+        """What was recorded does not hold any more: the next call of each signature is recorded, and patched, anew."""
+        self._signatures.clear()
+        self._adopts = False
+        self.installed.renew(self._modules())
+        if self.static is not None:
+            self.static.forget()
+
+    def _modules(self) -> dict[str, nn.Module]:
+        paths = module_paths(self.unet)
+        return {paths[id(module)]: module for module in self.unet.modules()}
 
     def install(self, plan: CutPlan) -> None:
         """See to it that the modules with skipped calls ask the pass that runs."""
         if self.installed.intact(plan):
             return
-        paths = module_paths(self.unet)
-        modules = {paths[id(module)]: module for module in self.unet.modules()}
         looks = self.looks or any(one.keeps_entry or stand_in.looks(one.adaptor) for one in self.chain)
-        self.installed.add(plan, modules, looks=looks)
+        self.installed.add(plan, self._modules(), looks=looks)
 
     # -- calls that are not ours ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
-__all__ = ["Forward", "Installed", "RootForward", "RootHook"]
+__all__ = ["Census", "Forward", "Installed", "RootForward", "RootHook"]
 
 # (the forward that it stands for, args, kwargs) → what the call returns
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -178,6 +179,28 @@ class RootHook:
         return _Nothing, ()
 
 
+class Census:
+    """Which modules a UNet consists of, at one moment."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._seen = [weakref.ref(module) for module in _walk(unet)]
+
+    def holds(self, unet: nn.Module) -> bool:
+        """Does it still consist of the same ones, in the same places?"""
+        now = _walk(unet)
+        return len(now) == len(self._seen) and all(one() is module for one, module in zip(self._seen, now, strict=True))
+
+
+def _walk(unet: nn.Module) -> list[nn.Module]:
+    """The modules in a fixed order; `modules()`, a generator for each level, takes ten times as long."""
+    found, rest = [], [unet]
+    while rest:
+        module = rest.pop()
+        found.append(module)
+        rest += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 class Installed:
     """What is installed on a UNet and the modules under it, and how to take it back."""
 
@@ -288,6 +311,15 @@ class Installed:
         if compiled is not None:
             self._compiled.append((module, compiled))
             module._compiled_call_impl = None
+
+    def renew(self, modules: Mapping[str, nn.Module]) -> None:
+        """Take away what is on modules that have left their places."""
+        with self._lock:
+            for path, forward in list(self._forwards.items()):
+                if modules.get(path) is not forward.module:
+                    self._forwards.pop(path).remove()
+            for place in list(self._observers):
+                self._observers.pop(place).remove()
 
     def intact(self, plan: CutPlan) -> bool:
         """Are all forwards that the plan needs still ours?"""

@@ -51,6 +51,8 @@ class Outcome:
         macs: multiply-accumulates that ran.
         reason: why the pass was full; None for an adaptor pass.
         skipped: the name of the region that an adaptor pass skipped, where there are several.
+        blanks: did any skipped call return what stands in for its output?
+        reached: was any patched module called?
     """
 
     output: Any
@@ -64,6 +66,8 @@ class Outcome:
     macs: int = 0
     reason: str | None = None
     skipped: str = ""
+    blanks: bool = True
+    reached: bool = True
 
 
 class Pass:
@@ -84,6 +88,7 @@ class Pass:
         exits: region → what it emitted.
         entry: the entry's copy.
         reason: what `judge` said.
+        blanks: has any skipped call returned what stands in for its output?
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Pass:
         self.exits: dict[int, Emitted] = {}
         self.entry: torch.Tensor | None = None
         self.reason: str | None = None
+        self.blanks = False
         self._emit, self._judge = emit, judge
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._blanks = {} if blanks is None else blanks
@@ -141,6 +147,7 @@ class Pass:
             if self._outside:
                 self._begin_region()
             if self.kind == "adaptor":
+                self.blanks = True
                 blank = self._blanks.get((path, k))
                 return self._blank(path, k, move) if blank is None else blank
         output = forward(*args, **kwargs)
@@ -171,6 +178,8 @@ class Pass:
             self.entry,
             self.captured,
             reason=self.reason,
+            blanks=self.blanks,
+            reached=bool(self._counts),
         )
 
     def complete(self) -> bool:
