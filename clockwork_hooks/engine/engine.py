@@ -43,7 +43,7 @@ from clockwork_hooks.schedule import Schedule
 __all__ = ["Decision", "Engine", "Observer", "StaticCalls", "UNetCall"]
 
 log = logging.getLogger("clockwork_hooks")
-_DIFFERED, _RECORDINGS = 3, 8  # passes that differ until calls are recorded anew, and how often at most
+_DIFFERED, _RECORDINGS = 8, 8  # passes that differ until calls are recorded anew, and how often at most
 
 
 @dataclass(frozen=True, slots=True)
