@@ -146,7 +146,7 @@ class _Follower:
         if not self.placed and isinstance(self.candidate.given, str):  # it is ours to move
             stand_in.place(adaptor, cached)
         self.placed = True
-        where = {"region": self.candidate.region.line, "adaptor": type(adaptor).__name__}
+        where = {"region": self.candidate.region, "adaptor": adaptor}
         with torch.no_grad():
             return stand_in.check(
                 stand_in.call(adaptor, stand_in.inputs(captured, cached)), cached, finite=False, where=where

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.bindings import TensorSpec
+from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.blocks import View
 from clockwork_hooks.regions.dominance import Dominance
@@ -128,7 +129,7 @@ class _Search:
         if not self.worked:
             return
         bottom = self._bottleneck()
-        first = next((n for n in sorted(self.made) if self.levels.is_spatial(self.trace.nodes[n])), None)
+        first = next((n for n in sorted(self.made) if is_spatial(self.trace.nodes[n])), None)
         if first is not None:
             yield self._map("first", "first", first)
         for positions in self.worked[:-1]:

@@ -74,7 +74,7 @@ class Compiled:
         exit, finite = outcome.exits.get(run.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
             adaptor = self.engine.chain[run.plan.index].adaptor
-            where = {"step": call.place and call.place.step, "adaptor": type(adaptor).__name__}
+            where = {"step": call.place and call.place.step, "adaptor": adaptor}
             stand_in.check(exit.exit, cached[0], finite=finite, where=where)
         return outcome
 

@@ -478,7 +478,7 @@ class Engine:
         else:
             exit = stand_in.call(adaptor, given)
         step = None if call.place is None else call.place.step
-        where = {"step": step, "region": use.region.line, "adaptor": type(adaptor).__name__}
+        where = {"step": step, "region": use.region, "adaptor": adaptor}
         return stand_in.owned(stand_in.check(exit, cached, finite=self.check_finite, where=where), cached)
 
     def _judge(self, state: State, call: UNetCall, decision: Decision, entry: torch.Tensor | None) -> str | None:

@@ -117,12 +117,22 @@ def check(exit: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, 
     if not isinstance(exit, torch.Tensor) or not fits(exit, cached):
         raise AdaptorError(
             "an adaptor returns a tensor like the region's exit",
-            seen={"exit": _describe(cached), "returned": _describe(exit), **where},
+            seen={"exit": _describe(cached), "returned": _describe(exit), **_words(where)},
             do="make the adaptor's output fit Region.exit",
         )
     if finite and not bool(torch.isfinite(exit).all()):
-        raise AdaptorError("an adaptor returns finite numbers", seen=where, do="train it longer, or with float32")
+        raise AdaptorError(
+            "an adaptor returns finite numbers", seen=_words(where), do="train it longer, or with float32"
+        )
     return exit
+
+
+def _words(where: Mapping[str, object]) -> dict[str, object]:
+    """For the error; in the passes that have none, nothing is put into words."""
+    words = dict(where)
+    if isinstance(region := words.get("region"), Region):
+        words["region"] = region.line
+    return words | {"adaptor": type(words["adaptor"]).__name__}
 
 
 def owned(exit: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:

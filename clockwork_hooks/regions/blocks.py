@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clockwork_hooks.errors import RegionNotFoundError
+from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.tracing import Trace, record
 from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.dominance import Dominance
@@ -82,7 +83,7 @@ class View:
         self.dom, self.levels = Dominance(trace), Levels(trace)
         self.skipped = skipped_nodes(trace, region) if region is not None else set[int]()
         self.macs = trace.macs
-        self.spatial = {n for n, node in enumerate(trace.nodes) if self.macs[n] and self.levels.is_spatial(node)}
+        self.spatial = {n for n, node in enumerate(trace.nodes) if self.macs[n] and is_spatial(node)}
         self.order = self.levels.worked or [0]  # a transformer's layers name no level: one, of no size, holds them all
         self.rank = {p: k for k, p in enumerate(self.order)}
         self.at = [p if p in self.rank else self.order[0] for p in self.levels.at]  # a time embedding stands at the top

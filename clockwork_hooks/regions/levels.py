@@ -12,19 +12,13 @@ no matter of its shape: it is the level of the last convolution, pooling or inte
 from __future__ import annotations
 
 import math
-import re
 
 from torch import fx
 
-from clockwork_hooks.graph.macs import operator_name
+from clockwork_hooks.graph.operators import is_spatial, operator_name
 from clockwork_hooks.graph.tracing import Trace
 
 __all__ = ["Levels"]
-
-_SPATIAL = re.compile(
-    r"_?(conv\d?d?|convolution|conv_transpose\dd|\w*_convolution|\w+_conv\w*|\w*pool\dd\w*|upsample_\w+|"
-    r"pixel_(un)?shuffle|convolution_overrideable)$"
-)
 
 
 class Levels:
@@ -62,7 +56,7 @@ class Levels:
         """
         levels, here, pixel = [], 0, False
         for node in trace.nodes:
-            if node in carrying and node in self._by_node and self.is_spatial(node):
+            if node in carrying and node in self._by_node and is_spatial(node):
                 if math.prod(node.meta["shape"][2:]) > 1:
                     here = self._by_node[node]
                 else:
@@ -72,17 +66,12 @@ class Levels:
             levels.append(here)
         return levels
 
-    @staticmethod
-    def is_spatial(node: fx.Node) -> bool:
-        """Is this a convolution, pooling or interpolation?"""
-        return node.op == "call_function" and _SPATIAL.match(operator_name(node)) is not None
-
     def _rank_of(self, space: tuple[int, ...]) -> tuple[bool, int]:
         """Which of two views names a level: the one without frames, but no view along the frames alone."""
         return len(space) < min(2, self._rank - 2), len(space)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        if not self.is_spatial(node):
+        if not is_spatial(node):
             return []
         source = next(iter(node.all_input_nodes), None)
         return [n for n in (source, node) if n is not None and len(n.meta.get("shape", ())) >= 3 and n.meta["shape"][1]]
@@ -120,7 +109,7 @@ class Levels:
 
     def shrinks(self, node: fx.Node, below: int) -> bool:
         """Does this spatial operator work at fewer positions than `below`, on more than one pixel?"""
-        if not self.is_spatial(node):
+        if not is_spatial(node):
             return False
         count = self._by_node.get(node)
         return count is not None and count < below and math.prod(node.meta["shape"][2:]) > 1

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from clockwork_hooks.errors import RegionNotFoundError
+from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.build import Builder
@@ -154,7 +155,7 @@ class Finder:
         for o, edges in self.dom.entries().items():
             groups.setdefault(tuple(sorted(edges)), []).append(o)
         positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
-        spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.is_spatial(node)]
+        spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if is_spatial(node)]
         narrow: dict[int, list[int]] = {}  # positions of a level → where the work below it is
         for entries, exits in groups.items():
             top = max((positions[u] or 0 for u, _ in entries), default=0)
