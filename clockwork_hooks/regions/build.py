@@ -215,6 +215,10 @@ class Builder:
         """The recorded tensors of a call's inputs or output."""
         return [leaf for _, leaf in leaves(value) if isinstance(leaf, TensorSpec)]
 
+    def returned(self, n: int) -> bool:
+        """Does a registered module return node n?"""
+        return n in self._producers
+
     def name(self, n: int) -> str:
         """What to call node n: the innermost module that returns it, else its operator and where it ran."""
         node = self.trace.nodes[n]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -27,23 +27,34 @@ from clockwork_hooks.reports.tables import shape
 __all__ = ["Finder", "listed", "of_fingerprint", "reason"]
 
 
-def reason(trace: Trace, dom: Dominance, levels: Levels, build: Builder, *, small: bool) -> str:
-    """What stands in the way of a region: no lower resolution, several ways back up or none, its size, or no skip."""
-    worked = _worked(trace, dom, levels, build)
+def reason(trace: Trace, dom: Dominance, levels: Levels, build: Builder, small: Collection[tuple[int, ...]]) -> str:
+    """What stands in the way of a region: no lower resolution, several ways back up or none, its size, or no skip.
+
+    The highest level speaks first. Where one way leads back up to it and nothing goes round that way, a region may be
+    of a lower level, so the next one is asked.
+
+    Args:
+        trace, dom, levels, build: of the search that found nothing.
+        small: resolutions of the levels below which a region is too small.
+    """
+    worked = sorted(_worked(trace, dom, levels, build), reverse=True)
     if len(worked) < 2:
         return f"no resolution change: every layer works at {_space(levels, max(worked, default=0))}"
-    top = max(worked)
-    exits = _upward(trace, dom, levels, build, top)
-    if len(exits) > 1:
-        names = [name if count == 1 else f"{name} ({count}×)" for name, count in Counter(exits).items()]
-        return f"no single exit: several exits lead back up: {', '.join(names)}"
-    if not exits:
-        return f"nothing leads back up to {_space(levels, top)}"
-    if small:
-        return f"what lies below {_space(levels, top)} is too small a part"
+    passed = ""  # what all passes, at the highest level
+    for level in worked[:-1]:
+        exits = _upward(trace, dom, levels, build, level)
+        if len(exits) > 1:
+            names = [name if count == 1 else f"{name} ({count}×)" for name, count in Counter(exits).items()]
+            to = f" to {_space(levels, level)}" if passed else ""
+            return f"no single exit: several exits lead back up{to}: {', '.join(names)}"
+        if not exits and not passed:
+            return f"nothing leads back up to {_space(levels, level)}"
+        if levels.spatial[level] in small:
+            return f"what lies below {_space(levels, level)} is too small a part"
+        passed = passed or exits[0]
     return (
-        f"nothing of {_space(levels, top)} goes round the low resolutions: all passes {exits[0]}, and kept from the "
-        "step before it would repeat that step's output"
+        f"nothing of {_space(levels, worked[0])} goes round the low resolutions: all passes {passed}, and kept from "
+        "the step before it would repeat that step's output"
     )
 
 
@@ -72,17 +83,33 @@ def _upward(trace: Trace, dom: Dominance, levels: Levels, build: Builder, top: i
 
     names: dict[int, str] = {}
     inside: set[int] = set()
+    below: set[int] = set()  # nodes below the top, and patches of tokens unfolded on their way to the top's shape
     for call in trace.calls[1:]:
         if call.path and call.first not in inside and lifts(call):
             names[call.first] = call.path
             inside.update(range(call.first, call.last))
     space = levels.spatial[top]
     for n, node in enumerate(dom.nodes):
-        below = of(dom.sources[n])
+        here = of([n])
+        rises = here == {top} and any(u in below for u in dom.sources[n])
         folded = tuple(node.meta.get("shape", ()))[-len(space) :] != space  # channels in the batch, space to channels
-        if n not in inside and not folded and of([n]) == {top} and below and min(below) < top:
-            names[n] = build.name(n)
+        if (here and max(here) < top) or (rises and folded):
+            below.add(n)
+        elif rises and n not in inside:
+            names[n] = _origin(dom, build, n)
     return [name for _, name in sorted(names.items())]
+
+
+def _origin(dom: Dominance, build: Builder, n: int) -> str:
+    """The name of node n; of an operator that only views what a module returns, that module's too."""
+    source, operator = n, build.name(n)
+    while not build.returned(source):
+        values = math.prod(dom.nodes[source].meta.get("shape", ()))
+        carrying = [u for u in dom.sources[source] if dom.dep[u]]
+        if len(carrying) != 1 or math.prod(dom.nodes[carrying[0]].meta.get("shape", ())) < values:
+            return operator
+        source = carrying[0]
+    return operator if source == n else f"{operator}, of {build.name(source)}"
 
 
 SMALLEST, LARGEST = 0.20, 0.97
@@ -112,7 +139,7 @@ class Finder:
         self.levels = Levels(trace)
         self.build = Builder(trace, unet, self.dom, self.levels)
         self.rejected: list[str] = []
-        self.small: set[tuple[int, ...]] = set()
+        self.small: set[tuple[int, ...]] = set()  # levels below which the region is too small
         self._weighted = self._after_weights()
         self._positions = np.array([self.levels.positions(node) or 0 for node in trace.nodes], dtype=np.int64)
         self._lows: dict[int, list[int]] = {}
@@ -226,7 +253,7 @@ class Finder:
             "model": self.trace.model,
             "sample": shape(self.trace.inputs[self.trace.sample].meta["shape"]),
             "resolutions": self._resolutions(),
-            "why": reason(self.trace, self.dom, self.levels, self.build, small=bool(self.small)),
+            "why": reason(self.trace, self.dom, self.levels, self.build, self.small),
         }
         for k, line in enumerate(self.rejected):
             seen[f"rejected {k}"] = line

@@ -212,3 +212,17 @@ def test_the_wrapper_in_the_place_of_the_unet(case: Case) -> None:
             assert cw.stats.adaptor_passes == 2 * letters(every(2, case.evaluations)).count("A")
         finally:
             case.pipe.unet = unet
+
+
+def test_a_controlnet_that_begins_and_ends_adds_zeros_elsewhere_and_passes_go_on_as_scheduled() -> None:
+    case, added = controlnet(), []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        added.append(bool(kwargs["mid_block_additional_residual"].any()))
+
+    with ch.wrap(case.pipe.unet, clock=2) as cw, case.pipe.unet.register_forward_pre_hook(look, with_kwargs=True):
+        case.options.update(control_guidance_start=0.1, control_guidance_end=0.5)
+        case.run()
+        assert added == [False, True, True, False, False, False]
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
+        assert set(cw.stats.reasons) == {"first step", "scheduled"}

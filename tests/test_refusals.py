@@ -1,0 +1,83 @@
+"""Refusals tell what stands in the way: dense skips, transformers whose tokens are folded and unfolded."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+
+
+def conv(a: int, b: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, stride, 1)
+
+
+def why(unet: nn.Module, *args: Tensor) -> str:
+    """The line of the refusal that says why."""
+    with pytest.raises(ch.RegionNotFoundError) as caught:
+        ch.find_regions(unet.eval(), *args)
+    return str(caught.value.seen["why"])
+
+
+class Node(nn.Module):
+    """A block of a decoder: it enlarges what comes from below, and joins what comes from the side."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.layer = conv(a, b)
+
+    def forward(self, below: Tensor, *skips: Tensor) -> Tensor:
+        return F.relu(self.layer(torch.cat([F.interpolate(below, scale_factor=2.0), *skips], 1)))
+
+
+class PlusPlus(nn.Module):
+    """UNet++ as decoders of segmentation have it: nothing at full size but the last block, dense skips below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e1, self.e2, self.e3, self.e4 = conv(3, 8, 2), conv(8, 8, 2), conv(8, 8, 2), conv(8, 8, 2)
+        self.d31, self.d21, self.d11 = Node(16, 8), Node(16, 8), Node(16, 8)
+        self.d22, self.d12, self.d13 = Node(24, 8), Node(24, 8), Node(32, 8)
+        self.last, self.head = Node(8, 8), conv(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.e1(x).relu()
+        b = self.e2(a).relu()
+        c = self.e3(b).relu()
+        d = self.e4(c).relu()
+        b1, a1, c1 = self.d21(c, b), self.d11(b, a), self.d31(d, c)
+        b2, a2 = self.d22(c1, b, b1), self.d12(b1, a, a1)
+        return self.head(self.last(self.d13(b2, a, a1, a2)))
+
+
+def test_dense_skips_are_several_exits_though_a_small_part_of_them_has_one() -> None:
+    says = why(PlusPlus(), torch.randn(1, 3, 64, 64))
+    assert says.startswith("no single exit: several exits lead back up to 32×32: ")
+    assert [name in says for name in ("in d11", "in d12", "in d13", "in d21", "too small")] == [True] * 3 + [False] * 2
+
+
+class UViT(nn.Module):
+    """U-ViT: long skips between layers of one width; the tokens are unfolded to pixels before the last convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Conv2d(3, 32, 4, 4), nn.Linear(1, 32)
+        self.inward, self.middle, self.outward = self.layer(), self.layer(), self.layer()
+        self.skip, self.decoder, self.last = nn.Linear(64, 32), nn.Linear(32, 48), conv(3, 3)
+
+    @staticmethod
+    def layer() -> nn.TransformerEncoderLayer:
+        return nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens = torch.cat((self.time(t[:, None])[:, None], self.embed(x).flatten(2).transpose(1, 2)), 1)
+        kept = self.inward(tokens)
+        tokens = self.outward(self.skip(torch.cat((self.middle(kept), kept), -1)))
+        patches = self.decoder(tokens)[:, 1:].unflatten(1, (8, 8)).unflatten(3, (4, 4, 3))
+        return self.last(patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape))
+
+
+def test_the_way_back_up_of_a_transformer_is_named_with_the_layer_that_it_comes_from() -> None:
+    says = why(UViT(), torch.randn(1, 3, 32, 32), torch.ones(1))
+    assert says.startswith("nothing of 32×32 goes round the low resolutions: all passes ")
+    assert " in the root, of decoder, and kept from the step before" in says
