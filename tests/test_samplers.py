@@ -1,5 +1,6 @@
 """Real samplers, untouched: what every call returns is checked by a judge that is told the true steps."""
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -24,12 +25,16 @@ class Loop:
     """Serves a sampler: `begin` is told each denoising step, and every call is judged.
 
     Undeclared, a new time is a new step, and that is what the judge is told; declared, it is told the sampler's own.
+    `within`: each run stands in `with cw.trajectory()`, so that no evidence is asked for.
     """
 
-    def __init__(self, *, declared: bool, clock: int = 2) -> None:
+    def __init__(self, *, declared: bool, within: bool = False, clock: int = 2) -> None:
         self.judge = Judge(Tiny())
         self.cw = ch.wrap(self.judge.unet, clock=clock)
-        self.declared, self.step, self.last = declared, 0, None
+        self.declared, self.within, self.step, self.last = declared, within, 0, None
+
+    def run(self) -> contextlib.AbstractContextManager[Any]:
+        return self.cw.trajectory() if self.within else contextlib.nullcontext()
 
     def restart(self) -> None:
         if self.declared:
@@ -62,7 +67,8 @@ def test_schedulers_of_diffusers(sampler: Sampler, declared: bool) -> None:
             sampler.run(sampler.told(loop, loop.begin), sampler.scheduler(), (1, 2, 8, 8))
             made.append(loop.judge.made)
     assert made[0] == made[1]
-    assert loop.judge.share >= (0.25 if sampler.undeclared and not declared else 0.33)
+    plain = 0.0 if sampler.name == "KarrasVe" else 0.25  # noise is raised before each step: times run up and down
+    assert loop.judge.share >= (plain if sampler.undeclared and not declared else 0.33)
 
 
 # -- k-diffusion --------------------------------------------------------------------------------------------------
@@ -82,39 +88,41 @@ def k_sampling() -> Any:
     return importlib.import_module("k_diffusion.sampling")
 
 
-K_SAMPLERS = {  # the least share of adaptor passes at clock 2, undeclared
-    "sample_euler": 0.5,
-    "sample_euler_ancestral": 0.5,
-    "sample_heun": 0.35,
-    "sample_dpm_2": 0.45,
-    "sample_dpm_2_ancestral": 0.3,  # evaluations below the next step's time: what follows runs backwards
-    "sample_lms": 0.5,
-    "sample_dpmpp_2s_ancestral": 0.3,  # likewise
-    "sample_dpmpp_sde": 0.45,
-    "sample_dpmpp_2m": 0.5,
-    "sample_dpmpp_2m_sde": 0.5,
-    "sample_dpmpp_3m_sde": 0.5,
+K_SAMPLERS = {  # the least shares of adaptor passes at clock 2: as it is, and within `with cw.trajectory()`
+    "sample_euler": (0.25, 0.5),
+    "sample_euler_ancestral": (0.25, 0.5),
+    "sample_heun": (0.25, 0.35),
+    "sample_dpm_2": (0.3, 0.45),
+    "sample_dpm_2_ancestral": (0.0, 0.3),  # evaluations below the next step's time: what follows runs backwards
+    "sample_lms": (0.25, 0.5),
+    "sample_dpmpp_2s_ancestral": (0.0, 0.3),  # likewise
+    "sample_dpmpp_sde": (0.3, 0.45),
+    "sample_dpmpp_2m": (0.25, 0.5),
+    "sample_dpmpp_2m_sde": (0.25, 0.5),
+    "sample_dpmpp_3m_sde": (0.25, 0.5),
 }
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
 @pytest.mark.parametrize("name", K_SAMPLERS)
-def test_samplers_of_k_diffusion(name: str) -> None:
-    """They make a new tensor of sigmas for every call."""
+def test_samplers_of_k_diffusion(name: str, within: bool) -> None:
+    """They make a new tensor of sigmas for every call, so that eight steps on Karras' grid lose two adaptor passes."""
     sampling = k_sampling()
     sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
-    loop = Loop(declared=False)
+    loop = Loop(declared=False, within=within)
     with loop.cw:
         made = []
         for _ in range(2):
             loop.restart()
             torch.manual_seed(0)
             denoise = lambda x, sigma: x - sigma[:, None, None, None] * loop(x, sigma).tanh()  # noqa: E731
-            getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
+            with loop.run():
+                getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
             made.append(loop.judge.made)
     assert made[0] == made[1]
-    assert loop.judge.share >= K_SAMPLERS[name]
+    assert loop.judge.share >= K_SAMPLERS[name][within]
 
 
 K_EVALUATIONS = (
@@ -202,14 +210,21 @@ def torchdiffeq_midpoint(loop: Loop) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("sampler", "share"), [(edm, 0.3), (rk4, 0.3), (repaint, 0.3), (torchdiffeq_midpoint, 0.45)])
-def test_samplers_that_are_safe_undeclared(sampler: Callable[[Loop], None], share: float) -> None:
-    loop = Loop(declared=False)
+@pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
+@pytest.mark.parametrize(
+    ("sampler", "shares"),
+    [(edm, (0.0, 0.3)), (rk4, (0.3, 0.3)), (repaint, (0.0, 0.3)), (torchdiffeq_midpoint, (0.4, 0.45))],
+)
+def test_samplers_that_are_safe_undeclared(
+    sampler: Callable[[Loop], None], shares: tuple[float, float], within: bool
+) -> None:
+    loop = Loop(declared=False, within=within)
     with loop.cw:
         for _ in range(2):
             loop.restart()
-            sampler(loop)
-            assert loop.judge.share >= share
+            with loop.run():
+                sampler(loop)
+            assert loop.judge.share >= shares[within]
 
 
 @torch.no_grad()
@@ -265,19 +280,21 @@ def _whole(times: str, form: str) -> bool:
 @pytest.mark.parametrize("keyword", [False, True], ids=["positional", "keyword"])
 @pytest.mark.parametrize(("times", "form"), [pair for pair in itertools.product(LISTS, FORMS) if _whole(*pair)])
 def test_times_in_every_form(times: str, form: str, keyword: bool) -> None:
-    """Half of the passes; rising plain times cost one more, where their direction is learned."""
+    """Half of the passes within `with cw.trajectory()`; else one fewer on an even grid, and two on an uneven one."""
     judge, made = Judge(Tiny()), FORMS[form]
+    even = times in ("timesteps", "normalised", "inversion")
     with ch.wrap(judge.unet) as cw:
-        for _ in range(2):
+        for within in (False, False, True, True):
             judge.begin()
             judge.made = ""
-            for k, t in enumerate(LISTS[times], 1):
-                x = torch.randn(3, 2, 8, 8)
-                if keyword:
-                    judge.call(x, t=made(t), step=k)
-                else:
-                    judge.call(x, made(t), step=k)
-            assert judge.made == ("FFFAFAFA" if times == "inversion" else "FAFAFAFA"), cw.report()
+            with cw.trajectory() if within else contextlib.nullcontext():
+                for k, t in enumerate(LISTS[times], 1):
+                    x = torch.randn(3, 2, 8, 8)
+                    if keyword:
+                        judge.call(x, t=made(t), step=k)
+                    else:
+                        judge.call(x, made(t), step=k)
+            assert judge.made == ("FAFAFAFA" if within else "FFFAFAFA" if even else "FFFFFAFA"), cw.report()
 
 
 @torch.no_grad()
@@ -306,7 +323,7 @@ def test_duplicates_among_the_times() -> None:
                 judge.made = ""
                 for k, t in enumerate(make(), 1):
                     judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-                assert judge.made[:11] == "FAFAFAFAFAF"
+                assert judge.made[:11] == ("FAFAFAFAFAF" if make()[0] is not times[0] else "FFFFFFFAFAF")
 
 
 @torch.no_grad()
@@ -345,7 +362,7 @@ def test_a_list_just_below_times_that_are_in_none() -> None:
         judge.begin()
         for k, t in enumerate(torch.tensor([600.0, 500.0, 400.0]), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-    assert judge.made == "FAAFAA"
+    assert judge.made == "FFFFAA"
 
 
 @torch.no_grad()
@@ -355,7 +372,7 @@ def test_a_list_just_below_times_that_are_in_none() -> None:
         (True, 0),
         (True, 1),
         (False, 0),
-        pytest.param(False, 1, marks=pytest.mark.xfail(reason="it looks like one step in another order", strict=True)),
+        (False, 1),
     ],
 )
 def test_a_branch_that_missed_one_of_two_steps_at_one_time(listed: bool, first: int) -> None:
@@ -367,4 +384,4 @@ def test_a_branch_that_missed_one_of_two_steps_at_one_time(listed: bool, first: 
             for branch in (first, 1 - first):
                 if (k, branch) != (2, 1):
                     judge.call(torch.randn(1, 2, 8, 8), t, pair[branch], step=k, branch=branch)
-    assert judge.made.count("A") >= 3
+    assert judge.made.count("A") >= (3 if listed else 2)
