@@ -17,8 +17,8 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
         exec(block, space)
     printed = capsys.readouterr().out
     assert "level 3" in printed
-    assert "2 full, 1 with the adaptor" in printed
-    assert "full because traced: 1" in printed
+    assert "1 full, 2 with the adaptor" in printed
+    assert "full because first step: 1" in printed
 
 
 def test_the_errors_named_are_those_of_the_code() -> None:
