@@ -55,6 +55,45 @@ def made(**options):
 # -- maps ----------------------------------------------------------------------------------------------------------
 
 
+class Shortcut(nn.Module):
+    """A block whose sum flows on through an activation, and beside it through a shortcut that is an Identity."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.layer, self.act, self.skip = nn.Conv2d(a, b, 3, 1, 1), nn.SiLU(), nn.Identity()
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.act(h) + self.skip(h)
+
+
+class Shortcuts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.up = Shortcut(2, 4), nn.Conv2d(4, 8, 4, 2, 1), nn.ConvTranspose2d(8, 4, 4, 2, 1)
+        self.body, self.head = Shortcut(8, 8), nn.Conv2d(8, 2, 3, 1, 1)
+
+    def forward(self, x, t):
+        h = self.stem(x)
+        return self.head(torch.cat([h, self.up(self.body(self.down(h)))], 1)) * t
+
+
+def test_a_map_is_what_flows_on_not_what_a_shortcut_hands_on():
+    """With alpha 0 nothing of a map is left, neither in the sum's way nor in the shortcut's."""
+    torch.manual_seed(0)
+    unet, x = Shortcuts().eval(), torch.randn(1, 2, 16, 16)
+    found = find_maps(ch.trace(unet, x, 0.5), unet)
+    assert [one.path for one in found if one.kind == "first"] == ["stem.layer"]
+    seen = []
+    handle = unet.stem.skip.register_forward_hook(lambda m, args, output: seen.append(args[0]))
+    ch.measure_robustness(unet, lambda n, seed: unet(x, 0.5), [1], maps=["first"], starts=(1,), alpha=0.0)
+    handle.remove()
+    plain = unet.stem.layer(x)
+    assert torch.equal(seen[-2], plain)
+    assert not torch.equal(seen[-1], plain)
+    assert not any(one.path.endswith("skip") for one in found)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

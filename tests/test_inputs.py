@@ -299,3 +299,20 @@ def test_every_sample_free_input_of_a_region_is_a_side_of_its_kind() -> None:
 
     region = proven(Sided(), noise(), T, torch.ones(2, 5, 6), X)
     assert {(side.kind, side.inputs) for side in region.sides} == {("time", ("t",)), ("context", ("text",))}
+
+
+# -- an empty batch -----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_batch_is_a_plain_full_pass_and_nothing_is_learned_of_it() -> None:
+    unet, empty = Tiny().eval(), noise()[:0]
+    expected = unet(empty, T[:0])
+    with ch.wrap(unet) as cw:
+        for _ in range(2):
+            assert torch.equal(unet(empty, T[:0]), expected)
+        assert dict(cw.stats.reasons) == {"the batch is empty": 2}
+        assert cw.regions == ()
+        for step in range(4):
+            unet(noise(), T - step / 4)
+        assert len(cw.regions) == 1
+        assert cw.stats.reasons["first step"] == 1

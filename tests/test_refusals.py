@@ -1,11 +1,14 @@
 """Refusals tell what stands in the way: dense skips, transformers whose tokens are folded and unfolded."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from tests.bendable import Tiny, noise
 
 
 def conv(a: int, b: int, stride: int = 1) -> nn.Conv2d:
@@ -81,3 +84,24 @@ def test_the_way_back_up_of_a_transformer_is_named_with_the_layer_that_it_comes_
     says = why(UViT(), torch.randn(1, 3, 32, 32), torch.ones(1))
     assert says.startswith("nothing of 32×32 goes round the low resolutions: all passes ")
     assert " in the root, of decoder, and kept from the step before" in says
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_of_torch_jit_cannot_be_wrapped() -> None:
+    with pytest.raises(
+        ch.WrapError, match=r"(?s)torch\.jit has its calls fixed.*made of: Conv2d.*nn\.Module that it was"
+    ):
+        ch.wrap(torch.jit.trace(conv(3, 3), torch.zeros(1, 3, 8, 8)))
+
+
+def test_the_report_says_which_operators_no_count_has() -> None:
+    class Fourier(Tiny):
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            return torch.fft.ifft2(torch.fft.fft2(super().low(h, t))).real
+
+    for unet, lines in ((Tiny().eval(), []), (Fourier().eval(), ["  lower bound  not counted: _fft_c2c"])):
+        with torch.no_grad(), ch.wrap(unet) as cw:
+            unet(noise(), torch.ones(2))
+            said = [line for line in str(cw.report()).splitlines() if "lower bound" in line]
+            assert [line[: len(lines[0])] if lines else line for line in said] == lines
+            assert bool(cw.report().to_dict()["uncounted"]) == bool(lines)

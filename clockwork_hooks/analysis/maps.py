@@ -116,12 +116,14 @@ class _Search:
     def __init__(self, trace: Trace, unet: nn.Module) -> None:
         self.trace, self.unet = trace, unet
         self.dom, self.levels = Dominance(trace), Levels(trace)
-        # node → the innermost call that returns it, and where among its outputs
+        # node → the innermost call that computes and returns it, and where among its outputs; a call that only hands it
+        # on, as an `nn.Identity` on a shortcut does, is on one of its ways alone
         self.made: dict[int, tuple[Any, int]] = {}
         for call in trace.calls:
             for k, (_, leaf) in enumerate(leaves(call.output)):
-                if call.path and isinstance(leaf, TensorSpec) and self.dom.dep[leaf.node.meta["index"]]:
-                    self.made[leaf.node.meta["index"]] = (call, k)
+                n = leaf.node.meta["index"] if isinstance(leaf, TensorSpec) else -1
+                if call.path and call.first <= n < call.last and self.dom.dep[n]:
+                    self.made[n] = (call, k)
         self.at = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.made}
         self.worked = self.levels.worked
 

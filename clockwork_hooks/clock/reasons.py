@@ -42,6 +42,7 @@ COMPILED = "within torch.compile, torch.export or torch.jit"
 TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
 UNTOLD = "this version of torch does not say whether the call is transformed or run again"
+EMPTY = "the batch is empty"
 TEACHER = "a teacher runs in full"
 REPLACED = "something put an older forward of the UNet back"
 OTHER_REGION = "the chosen region is another one for these inputs"
@@ -149,6 +150,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "the wrapper, which has attached itself again",
         "nothing; once. Where it comes again and again, wrap the UNet after the other library's hooks are on",
     ),
+    EMPTY: ("a sample without rows has nothing to save, and tells nothing of the UNet", "nothing"),
     TEACHER: ("training and calibration record what the UNet itself computes", "nothing"),
     COMPILED: (
         "what they make of a call is fixed, so it is of the UNet itself",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
@@ -49,6 +50,12 @@ def check_unet(unet: Any) -> None:
             "only an nn.Module can be wrapped",
             seen={"got": type(unet).__name__},
             do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+        )
+    if isinstance(unet, torch.jit.ScriptModule):
+        raise WrapError(
+            "a model of torch.jit has its calls fixed: no module call can be skipped in it",
+            seen={"got": type(unet).__name__, "made of": unet.original_name},
+            do="wrap the nn.Module that it was scripted or traced from, and call that",
         )
     inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
     if inner:

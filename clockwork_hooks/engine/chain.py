@@ -28,6 +28,7 @@ from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments
 from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.operators import kind, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.choice import Choice
@@ -153,6 +154,7 @@ class Signature:
         written: which tensors among the arguments, in the order of `Before`, such calls write to.
         proved: has an adaptor pass run to its end, so that those are known?
         differed: so many passes, one after another, called their modules in another way than the recorded ones.
+        uncounted: operators of the trace that may multiply and accumulate, and are in no count.
         places: (leaf of the time, leaves that tell the branch), once `place` has looked.
     """
 
@@ -165,6 +167,7 @@ class Signature:
     written: set[int] = field(default_factory=set)
     proved: bool = False
     differed: int = 0
+    uncounted: tuple[str, ...] = ()
     places: tuple[int | None, tuple[int, ...]] | None = None
 
     def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
@@ -198,10 +201,11 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         AdaptorError: an adaptor was made for another region.
     """
     costs = [node_macs(node) for node in trace.nodes]
+    uncounted = tuple(dict.fromkeys(operator_name(node) for node in trace.nodes if kind(node) == "unknown"))
     located = [(clocked, *clocked.find(trace, unet)) for clocked in chain]
     missing = next((why for _, region, why in located if region is None), None)
     if missing is not None:
-        return Signature(sum(costs), trace.time, trace.sample, why=missing)
+        return Signature(sum(costs), trace.time, trace.sample, why=missing, uncounted=uncounted)
     placed = [(clocked, region) for clocked, region, _ in located if region is not None]
     placed.sort(key=lambda pair: -pair[1].macs)
     if any(clocked.region is None for clocked in chain):
@@ -221,7 +225,7 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         RegionUse(region, plan, sum(costs) - sum(costs[n] for n in skipped_nodes(trace, region)), name=clocked.name)
         for (clocked, region), plan in zip(placed, plans, strict=True)
     )
-    return Signature(sum(costs), trace.time, trace.sample, uses)
+    return Signature(sum(costs), trace.time, trace.sample, uses, uncounted=uncounted)
 
 
 def _check_nesting(trace: Trace, placed: Sequence[tuple[ClockedRegion, Region]]) -> None:

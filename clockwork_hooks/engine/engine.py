@@ -197,6 +197,11 @@ class Engine:
         return tuple(clocked.region for clocked in self.chain if clocked.region is not None)
 
     @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Operators of the recorded calls that are in no count."""
+        return tuple(dict.fromkeys(name for known in self._signatures.values() for name in known.uncounted))
+
+    @property
     def schedule(self) -> Schedule:
         """Which steps are full: of several regions, those in which none is skipped."""
         if len(self.chain) == 1:
@@ -235,6 +240,8 @@ class Engine:
         reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
         if reason is not None:
             return self._run_apart(state, call, reason)
+        if call.key not in self._signatures and _empty(call.arguments):
+            return self._run_apart(state, call, reasons.EMPTY)
         call.signature = self._signature(call)
         if call.signature is None:
             return self._record(state, call)
@@ -638,6 +645,11 @@ class Engine:
 def _fake(arguments: Arguments) -> bool:
     """Are these the tensors without values by which torch.compile, torch.export and planners of memory try a call?"""
     return any(type(leaf) is FakeTensor for leaf in arguments.flat)
+
+
+def _empty(arguments: Arguments) -> bool:
+    """Has a tensor that may be the sample no rows?"""
+    return any(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 and not leaf.shape[0] for leaf in arguments.flat)
 
 
 def _autocast(arguments: Arguments) -> torch.dtype | None:

@@ -139,6 +139,8 @@ class RunReport(Report):
         full_passes, adaptor_passes, reasons, macs_run, macs_plain: as in `Stats`.
         cache: branch → bytes that are kept for it now, features and copies of its conditions.
         regions: as in `Stats`.
+        uncounted: operators of the recorded calls that may multiply and accumulate, and are in no count: where there
+            are any, MACs are lower bounds.
 
     Example:
         >>> report = RunReport(
@@ -176,6 +178,7 @@ class RunReport(Report):
     macs_plain: int
     cache: dict[str, int] = field(default_factory=dict)
     regions: dict[str, int] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
 
     @property
     def saving(self) -> float:
@@ -192,6 +195,7 @@ class RunReport(Report):
             *(("skipping", f"{region}: {count}") for region, count in self.regions.items()),
             *(("full because", f"{reason}: {count}") for reason, count in self.reasons.items()),
             ("MACs run", f"{macs(self.macs_run)} of {macs(self.macs_plain)} (attention products counted)"),
+            *([("lower bound", f"not counted: {', '.join(self.uncounted)}")] if self.uncounted else []),
             ("saved", str(percent(self.saving))),
             *(("cache", f"{branch}: {quantity(size, 'B')}") for branch, size in self.cache.items()),
         ]

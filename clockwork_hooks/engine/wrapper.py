@@ -290,6 +290,7 @@ class ClockworkWrapper:
             stats.macs_plain,
             self._engine.states.cache(),
             dict(stats.regions),
+            self._engine.uncounted,
         )
 
     def remove(self) -> None:
