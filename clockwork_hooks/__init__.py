@@ -53,6 +53,7 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
         ModelNotFoundError,
         NoEffectWarning,
         RegionNotFoundError,
+        SkippedModuleWarning,
         TraceError,
         WrapError,
     )
@@ -98,6 +99,7 @@ __all__ = [
     "ScaledResNetAdaptor",
     "Schedule",
     "Side",
+    "SkippedModuleWarning",
     "Stats",
     "Student",
     "Trace",
@@ -143,7 +145,8 @@ _HOME = {
         "reports.u_drawing": "Diagram",
         "errors": (
             "AdaptorError AmbiguousInputError ArgumentError ClockworkError CompileError CountError DemoError "
-            "DistillError ModelNotFoundError NoEffectWarning RegionNotFoundError TraceError WrapError"
+            "DistillError ModelNotFoundError NoEffectWarning RegionNotFoundError "
+            "SkippedModuleWarning TraceError WrapError"
         ),
         "analysis.evaluation": "Evaluation Variant evaluate",
         "analysis.flops": "FlopsReport flops_report",

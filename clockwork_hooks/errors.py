@@ -1,4 +1,4 @@
-"""The error tree, and the one warning.
+"""The error tree, and the two warnings.
 
     ClockworkError
     ├── ArgumentError (ValueError)        an option has a value outside its rule
@@ -12,7 +12,8 @@
     ├── DistillError                      an adaptor cannot be trained, or training went wrong
     ├── ModelNotFoundError                a preset, folder or factory names no model
     └── DemoError                         the demo's prompt or weights cannot be used
-    NoEffectWarning (UserWarning)         wrapping changes nothing (clock 1)
+    NoEffectWarning (UserWarning)         wrapping changes nothing
+    SkippedModuleWarning (UserWarning)    somebody looks at modules that adaptor passes skip
 
 Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python
 3.11 or newer) stands the page of docs/errors with causes and fixes.
@@ -40,6 +41,7 @@ __all__ = [
     "ModelNotFoundError",
     "NoEffectWarning",
     "RegionNotFoundError",
+    "SkippedModuleWarning",
     "TraceError",
     "WrapError",
     "is_number",
@@ -183,7 +185,11 @@ class DemoError(ClockworkError):
 
 
 class NoEffectWarning(UserWarning):
-    """Wrapping changes nothing: every pass will be full."""
+    """Wrapping changes nothing: every pass is full."""
+
+
+class SkippedModuleWarning(UserWarning):
+    """A hook, or an attention processor with state, of other code is on a module that adaptor passes skip."""
 
 
 def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:

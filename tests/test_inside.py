@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import clockwork_hooks as ch
+from clockwork_hooks.engine import passes
 from tests.oracle import Judge
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
@@ -524,3 +525,268 @@ def test_a_unet_that_always_differs_is_full_and_not_run_twice() -> None:
         for t in TIMES:
             unet(torch.randn(1, 2, 8, 8), t)
         assert unet.count == before + len(TIMES)
+
+
+# -- who looks into the region -----------------------------------------------------------------------------------
+
+
+def _loop(unet: nn.Module, times: Any = TIMES) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [unet(torch.randn(1, 2, 8, 8), t) for t in times]
+
+
+def _seen(unet: Tiny, path: str, kind: str) -> tuple[list[Tensor], Any]:
+    values: list[Tensor] = []
+
+    def look(module: nn.Module, args: Any, output: Any = None) -> None:
+        values.append((args[0] if output is None else output).clone())
+
+    add = "register_forward_pre_hook" if kind == "pre-hook" else "register_forward_hook"
+    return values, getattr(unet.get_submodule(path), add)(look)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the first call", "after it"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+@pytest.mark.parametrize("schedule", ["clock", "adaptive", "compiled"])
+def test_a_hook_on_a_skipped_module_is_told_and_never_sees_a_stand_in(schedule: str, kind: str, late: bool) -> None:
+    unet, plain = Tiny(), Tiny()
+    right, _ = _seen(plain, "body", kind)
+    _loop(plain)
+    when: Any = ch.Schedule.adaptive(threshold=1e9, longest=1) if schedule == "adaptive" else ch.Schedule.every(2)
+    with ch.wrap(unet, schedule=when) as cw:
+        if schedule == "compiled":
+            cw.compile(backend="eager")
+        if late:
+            _loop(unet)
+        values, handle = _seen(unet, "body", kind)
+        before = cw.stats.full_passes
+        with pytest.warns(ch.SkippedModuleWarning, match=r'body: a forward hook, _seen.*look\n.*keep=\["body"\]'):
+            _loop(unet)
+        assert [any(torch.equal(one, value) for value in right) for one in values] == [True] * len(values)
+        full = cw.stats.full_passes - before
+        assert full < len(TIMES)
+        assert len(values) == (0 if schedule == "compiled" and late else full)  # torch.compile looks for hooks once
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _loop(unet)  # told once
+        handle.remove()
+
+
+def test_steering_in_place_that_comes_after_the_first_call_works() -> None:
+    unet, plain = Tiny(), Tiny()
+    with ch.wrap(unet, clock=2) as cw:
+        _loop(unet)
+        for one in (unet, plain):
+            one.body.register_forward_hook(lambda module, args, output: output.add_(0.1))
+        with pytest.warns(ch.SkippedModuleWarning):
+            made = _loop(unet)
+        exit = None
+        torch.manual_seed(0)
+        for k, t in enumerate(TIMES):
+            right, exit = reference(plain, torch.randn(1, 2, 8, 8), t, exit=exit if k % 2 else None)
+            assert torch.equal(made[k], right)
+        assert cw.stats.adaptor_passes == 6
+
+
+class Controller:
+    """An attention processor that counts its calls; no library's."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Stateless:
+    def __call__(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("processor", "told"), [(Controller(), True), (Stateless(), False), (nn.ReLU(), False)])
+@pytest.mark.parametrize(("where", "skipped"), [("body", True), ("head", False)])
+def test_attention_processors_with_state_are_told(processor: Any, told: bool, where: str, skipped: bool) -> None:
+    unet = Tiny()
+    unet.get_submodule(where).processor = processor
+    with ch.wrap(unet), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _loop(unet)
+    assert [one.category for one in caught] == [ch.SkippedModuleWarning] * (told and skipped)
+    assert all(one.filename == __file__ for one in caught)
+
+
+def test_hooks_of_libraries_that_look_at_nothing_are_not_told() -> None:
+    unet = Tiny()
+    nn.utils.spectral_norm(unet.body)
+    with ch.wrap(unet), warnings.catch_warnings():
+        warnings.simplefilter("error", ch.SkippedModuleWarning)
+        _loop(unet)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep", ["down", "act", "body"])
+def test_kept_modules_run_with_their_true_inputs(keep: str, compiled: bool) -> None:
+    """The modules after them are skipped, those before run; no stand-in reaches them, whatever it holds."""
+    unet, plain = Tiny(), Tiny()
+    right, _ = _seen(plain, keep, "hook")
+    _loop(plain)
+    order = ["down", "act", "body", "up"]
+    with ch.wrap(unet, clock=2, keep=[keep]) as cw, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_zero", lambda dtype, device: torch.full((), float("nan"), dtype=dtype, device=device))
+        if compiled:
+            cw.compile(backend="eager")
+        values, handle = _seen(unet, keep, "hook")
+        made = _loop(unet)
+        assert len(values) == len(TIMES)
+        assert all(torch.equal(one, true) for one, true in zip(values, right, strict=True))
+        assert cw.region is not None
+        assert [call.path for call in cw.region.skipped] == order[order.index(keep) + 1 :]
+        assert cw.region.macs == ch.find_region(Tiny(), torch.randn(1, 2, 8, 8), 5).macs - _macs(order, keep)
+        assert cw.stats.macs_saved == 3 * cw.region.macs
+        handle.remove()
+    exit = None
+    torch.manual_seed(0)
+    for k, t in enumerate(TIMES):
+        expected, exit = reference(plain, torch.randn(1, 2, 8, 8), t, exit=exit if k % 2 else None)
+        assert torch.equal(made[k], expected)
+
+
+def _macs(order: list[str], keep: str) -> int:
+    """Of the modules up to the one that is kept: 4×4 outputs."""
+    cost = {"down": 16 * 16 * 8 * 16, "act": 0, "body": 16 * 16 * 16 * 9}
+    return sum(cost[path] for path in order[: order.index(keep) + 1])
+
+
+class Blocks(nn.Module):
+    """What feeds the kept module lies in other blocks, deep inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
+        self.low = nn.ModuleDict(
+            {
+                "way_down": nn.Sequential(nn.Conv2d(8, 16, 4, 2, 1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1)),
+                "mid": nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=1)),
+                "way_up": nn.Sequential(nn.Conv2d(32, 16, 3, padding=1), nn.ConvTranspose2d(16, 8, 4, 2, 1)),
+            }
+        )
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        h = self.stem(x) + torch.as_tensor(t).float().sin()
+        z = self.low["way_down"](h)
+        z = self.low["way_up"](torch.cat([z, self.low["mid"](z)], 1))
+        made: Tensor = self.head(torch.cat([h, z], 1))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("keep", "skipped"),
+    [
+        (["low.mid.0"], ["low.mid.1", "low.mid.2", "low.way_up"]),
+        (["low.mid"], ["low.way_up"]),
+        (["low.way_down"], ["low.mid", "low.way_up"]),
+        (["low.way_down.0", "low.way_down.1"], ["low.way_down.2", "low.mid", "low.way_up"]),
+        (["head"], ["low.way_down", "low.mid", "low.way_up"]),
+        (["stem"], ["low.way_down", "low.mid", "low.way_up"]),
+    ],
+)
+def test_what_is_kept_within_blocks(keep: list[str], skipped: list[str]) -> None:
+    torch.manual_seed(0)
+    unet = Blocks().eval()
+    right, _ = _seen(plain := copy.deepcopy(unet), keep[-1], "pre-hook")  # type: ignore[arg-type]
+    _loop(plain)
+    with ch.wrap(unet, clock=2, keep=keep) as cw, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_zero", lambda dtype, device: torch.full((), float("nan"), dtype=dtype, device=device))
+        values, _ = _seen(unet, keep[-1], "pre-hook")  # type: ignore[arg-type]
+        made = _loop(unet)
+        assert cw.region is not None
+        assert [call.path for call in cw.region.skipped] == skipped
+        if keep != ["head"]:  # which takes the adaptor's exit
+            assert all(torch.equal(one, true) for one, true in zip(values, right, strict=True))
+        assert all(bool(one.isfinite().all()) for one in made)
+        assert cw.stats.adaptor_passes == 3
+
+
+def test_keep_names_modules_and_leaves_something() -> None:
+    with pytest.raises(ch.ArgumentError, match=r"bodi\n  modules with such names: body"):
+        ch.wrap(Tiny(), keep=["bodi"])
+    with pytest.raises(ch.ArgumentError, match="keep: 5"):
+        ch.wrap(Tiny(), keep=5)  # type: ignore[arg-type]
+    with pytest.raises(ch.RegionNotFoundError, match="keep: up"):
+        _loop(ch.wrap(Tiny(), keep="up").unet)
+
+
+def test_kept_modules_of_every_signature_and_of_several_clocks() -> None:
+    unet = Tiny()
+    with ch.wrap(unet, keep="body") as cw:
+        for size in (8, 16, 8):
+            values, handle = _seen(unet, "body", "hook")
+            for t in TIMES:
+                unet(torch.randn(1, 2, size, size), t)
+            handle.remove()
+            assert len(values) == len(TIMES)
+        assert cw.stats.adaptor_passes == 9
+
+
+# -- nobody is served ---------------------------------------------------------------------------------------------
+
+
+def test_whoever_gets_no_adaptor_pass_is_told_once_why() -> None:
+    """Embeddings that are other ones in each step."""
+    unet = Tiny()
+    with ch.wrap(unet):
+        for t in TIMES[:5]:
+            unet(torch.randn(1, 2, 8, 8), t, torch.randn(1, 3))
+        with pytest.warns(
+            ch.NoEffectWarning, match=r"conditions are new in this step(.|\n)*with cw.branch\(name\)"
+        ) as told:
+            unet(torch.randn(1, 2, 8, 8), TIMES[5], torch.randn(1, 3))
+        assert told[0].filename == __file__
+        for t in TIMES:
+            unet(torch.randn(1, 2, 8, 8), t, torch.randn(1, 3))
+
+
+def test_a_unet_without_a_time_is_told() -> None:
+    class NoTime(Tiny):
+        def forward(self, x: Tensor, *more: Any, **others: Any) -> Tensor:
+            return super().forward(x, 5)
+
+    unet = NoTime()
+    with ch.wrap(unet):
+        for _ in range(5):
+            unet(torch.randn(1, 2, 8, 8))
+        with pytest.warns(ch.NoEffectWarning, match=r"with cw.step\(\):"):
+            unet(torch.randn(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "schedule", [ch.Schedule.every(2), ch.Schedule.every(4), {9, 10}, ch.Schedule.adaptive(threshold=1e-6), ()]
+)
+@pytest.mark.parametrize("numbers", [False, True], ids=["a list", "numbers"])
+def test_who_is_served_or_asked_for_nothing_is_not_told(schedule: Any, numbers: bool) -> None:
+    unet = Tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ch.wrap(unet, schedule=schedule):
+            for _ in range(3):
+                for t in torch.arange(900.0, 0.0, -100.0):
+                    unet(torch.randn(1, 2, 8, 8), t.item() ** 1.1 if numbers else t)
+        with ch.wrap(unet):
+            for _ in range(10):
+                for t in TIMES[:1]:  # short ones
+                    unet(torch.randn(1, 2, 8, 8), t)
+            with torch.enable_grad():
+                for t in TIMES:
+                    unet.train()(torch.randn(1, 2, 8, 8), t)
+
+
+def test_forward_called_directly_is_served() -> None:
+    """As by samplers that call `self.forward` twice."""
+
+    class Guided(Tiny):
+        def guided(self, x: Tensor, t: Any, c: Tensor) -> Tensor:
+            return self.forward(x, t, c) + self.forward(x, t, 0 * c)
+
+    unet = Guided()
+    c = torch.ones(1, 3)
+    with ch.wrap(unet) as cw:
+        for t in TIMES:
+            unet.guided(torch.randn(1, 2, 8, 8), t, c)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (6, 6)

@@ -23,6 +23,7 @@ from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
+from clockwork_hooks.regions.keep import check_keep
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
@@ -169,6 +170,7 @@ def wrap(
     time: str | None = None,
     check_finite: bool = False,
     keep_graph: bool = False,
+    keep: Iterable[str] | str = (),
     **options: Unpack[ChoiceOptions],
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
@@ -196,6 +198,8 @@ def wrap(
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
         keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
             who train through the sampler; the memory of both steps is held. Otherwise it is detached.
+        keep: dotted paths of modules that run on adaptor passes too, with all that they need, as others look at them:
+            ["mid_block"]. The rest of the region is skipped.
         **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
 
     Returns:
@@ -210,7 +214,9 @@ def wrap(
         AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
 
     Warns:
-        NoEffectWarning: the clock is 1.
+        NoEffectWarning: the clock is 1; or (once, at a call) six steps had no adaptor pass that the schedule asks
+            for.
+        SkippedModuleWarning: (once, at a call) a hook of other code is on a module that adaptor passes skip.
 
     Example:
         >>> import torch
@@ -245,8 +251,11 @@ def wrap(
         region, schedule, adaptor = plan_parts(plan)
     clock = 2 if clock is None else clock
     check_clock(clock)
+    kept = check_keep(unet, keep)
     if clocks is not None:
         chain = _chain(unet, clocks, adaptor, cut)
+        for clocked in chain:
+            clocked.keep = kept
         if all(clocked.clock == 1 for clocked in chain):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
         return ClockworkWrapper(unet, Engine(unet, chain, time=time, check_finite=check_finite))
@@ -266,7 +275,7 @@ def wrap(
         stand_in.check_region(used, region)
     elif choice == Choice():
         choice = Choice(**stand_in.region_options(used))
-    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor)
+    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor, keep=kept)
     if region is not None:
         alone.region = region
     engine = Engine(unet, [alone], time=time, check_finite=check_finite, keep_graph=keep_graph)

@@ -34,6 +34,7 @@ from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, SkippedCall
 from clockwork_hooks.regions.find import match, skipped_nodes
+from clockwork_hooks.regions.keep import keeping
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -53,6 +54,7 @@ class ClockedRegion:
         movable: the adaptor is ours to move to the exit's device and dtype.
         name: what the user calls it, where there are several: "level 1", "32×32", or its two ends.
         clock: full every so many steps, where there are several.
+        keep: modules that run on adaptor passes too.
         region: once it is known.
     """
 
@@ -62,6 +64,7 @@ class ClockedRegion:
     movable: bool = False
     name: str = ""
     clock: int = 0
+    keep: tuple[str, ...] = ()
     region: Region | None = None
 
     @property
@@ -78,9 +81,9 @@ class ClockedRegion:
         known = self.wanted if isinstance(self.wanted, Region) else self.region
         region = match(trace, unet, known) if known is not None else None
         if isinstance(self.wanted, Region) or region is not None:
-            return region, reasons.OTHER_REGION
+            return None if region is None else keeping(trace, unet, region, self.keep), reasons.OTHER_REGION
         try:
-            return self.wanted.find(trace, unet), ""
+            return keeping(trace, unet, self.wanted.find(trace, unet), self.keep), ""
         except RegionNotFoundError:
             if known is None:
                 raise

@@ -29,6 +29,7 @@ from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
 from clockwork_hooks.engine.hooks import Census, Installed
+from clockwork_hooks.engine.notices import NoAdaptorPass, Watchers
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.undo import Before
@@ -173,6 +174,7 @@ class Engine:
         self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.active = Active()
         self.installed = Installed(self)
+        self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
@@ -443,6 +445,7 @@ class Engine:
         return kept
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
+        self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
@@ -524,6 +527,8 @@ class Engine:
         region, autocast = self.chain[0].wanted, call.key[2]
         if len(self.chain) > 1 or not isinstance(region, Region) or autocast is not None or not self._adopts:
             return None
+        if self.chain[0].keep:  # what feeds the modules to keep stands in a trace
+            return None
         if region.signature != call.arguments.signature:
             return None
         times = time_candidates(call.arguments, sample=region.sample, time=self.time) if self.time else region.times
@@ -571,6 +576,7 @@ class Engine:
         if self.looks or not all(clocked.schedule.never_skips for clocked in self.chain):
             for use in signature.regions:
                 self.install(use.plan)
+            self._watchers.look(self.unet, self.installed.paths, self.chain[0].keep)
         return signature
 
     def _new(self, call: UNetCall, signature: Signature) -> Signature:
@@ -587,6 +593,8 @@ class Engine:
     def _exchanged(self, place: Position) -> bool:
         """Has somebody put other modules into the UNet since its calls were recorded? Looked up once a trajectory."""
         self._looked_at = place.trajectory
+        if self.skips_at(place.step + 1):
+            self._watchers.look(self.unet, self.installed.paths, self.chain[0].keep)
         return place.step == 1 and not self._census.holds(self.unet)
 
     def _follow(self, call: UNetCall, signature: Signature, outcome: Outcome) -> None:

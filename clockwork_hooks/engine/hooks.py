@@ -20,7 +20,7 @@ from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
-__all__ = ["Census", "Forward", "Installed", "RootForward", "RootHook"]
+__all__ = ["Census", "Forward", "Installed", "PastHooks", "RootForward", "RootHook"]
 
 # (the forward that it stands for, args, kwargs) → what the call returns
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -85,6 +85,42 @@ class Forward(_Instead):
         """Unlink it; whoever still holds it gets the module's own forward."""
         self.owner = None
         self.unlink()
+
+
+class PastHooks:
+    """Stands in front of a module's call, hooks and all: those of a skipped module are not called, as it is not.
+
+    It lies where `module.compile()` puts its callable, as hooks run around `forward`; torch leaves that out of copies
+    and pickles.
+    """
+
+    __slots__ = ("before", "forward")
+
+    def __init__(self, forward: Forward, before: Any) -> None:
+        self.forward = forward
+        self.before = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Where the pass that runs skips this call, go past the hooks."""
+        forward = self.forward
+        owner = forward.owner
+        run = None if owner is None else owner.tracing or owner.active.run
+        if run is not None and run.skips(forward.path, args, kwargs):
+            return forward(*args, **kwargs)
+        return forward.module._call_impl(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Take it away, and with it what other wrappers have left below."""
+        attributes = vars(self.forward.module)
+        above = attributes.get("_compiled_call_impl")
+        if above is self:
+            below = self.before
+            while isinstance(below, PastHooks) and below.forward.owner is None:
+                below = below.before
+            if below is None:
+                del attributes["_compiled_call_impl"]
+            else:
+                attributes["_compiled_call_impl"] = below
 
 
 class RootForward(_Instead):
@@ -210,6 +246,7 @@ class Installed:
         self._closed = False
         self._forwards: dict[str, Forward] = {}
         self._observers: dict[tuple[str, str], Any] = {}
+        self._fronts: dict[str, PastHooks] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
         self._hook: Any = None
@@ -286,6 +323,7 @@ class Installed:
                 if forward is not None:
                     forward.remove()
                 self._forwards[path] = self._patch(path, modules[path])
+            self._go_past_hooks(path)
         for port in plan.ports.values() if looks else ():
             if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
                 module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
@@ -305,6 +343,17 @@ class Installed:
         self.run_eagerly(module)
         return forward
 
+    def _go_past_hooks(self, path: str) -> None:
+        forward, front = self._forwards[path], self._fronts.get(path)
+        now = vars(forward.module).get("_compiled_call_impl")
+        if front is not None and front.forward is forward and now is front:
+            return
+        if now is not None and not isinstance(now, PastHooks):
+            self.run_eagerly(forward.module)
+            now = None
+        self._fronts[path] = front = PastHooks(forward, now)
+        forward.module._compiled_call_impl = front
+
     def run_eagerly(self, module: nn.Module) -> None:
         """Set a module's in-place compilation (`module.compile()`) aside: it would inline the decision to skip."""
         compiled = vars(module).get("_compiled_call_impl")
@@ -318,6 +367,7 @@ class Installed:
             for path, forward in list(self._forwards.items()):
                 if modules.get(path) is not forward.module:
                     self._forwards.pop(path).remove()
+                    self._fronts.pop(path).remove()
             for place in list(self._observers):
                 self._observers.pop(place).remove()
 
@@ -327,9 +377,16 @@ class Installed:
             forward = self._forwards.get(path)
             if forward is None or vars(forward.module).get("forward") is not forward:
                 return False
+            if vars(forward.module).get("_compiled_call_impl") is None:  # compiled in place, and not any more
+                return False
         return True
 
     # -- undo ----------------------------------------------------------------------------------------------------
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Modules with skipped calls."""
+        return tuple(self._forwards)
 
     @property
     def closed(self) -> bool:
@@ -353,6 +410,8 @@ class Installed:
                 self._hook = None
             while self._forwards:
                 self._forwards.popitem()[1].remove()
+            while self._fronts:
+                self._fronts.popitem()[1].remove()
             while self._observers:
                 self._observers.popitem()[1].remove()
             while self._compiled:

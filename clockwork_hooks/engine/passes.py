@@ -159,6 +159,20 @@ class Pass:
                 self._keep(at.region, exit.clone() if at.written or at.region in self.copies else exit)
         return output
 
+    def skips(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Will the call of a patched module that begins now be skipped, so that its hooks are not called either?
+
+        Not where it returns the exit: what hooks make of that belongs to what the adaptor stands in for.
+        """
+        move = self._moves.calls.get((path, self._counts.get(path, 0)))
+        if move is None or move.skipped is None or move.exits or self.kind != "adaptor":
+            return False
+        if self._outside:
+            if move.takes:
+                self._pick(move.takes, (args, kwargs))
+            self._begin_region()
+        return self.kind == "adaptor"
+
     def observe(self, path: str, side: Literal["input", "output"], value: Any) -> None:
         """A native hook saw a module's input or output."""
         k = self._observed.get((path, side), 0)

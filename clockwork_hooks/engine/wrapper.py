@@ -7,6 +7,7 @@ skipped calls is replaced, on the instance (hooks.py). The first real call is tr
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -315,8 +316,10 @@ class ClockworkWrapper:
 
     def _give_up(self, error: BaseException) -> None:
         """After an error of our own: off, so that the UNet works; an interrupt, or no memory, may pass."""
-        if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError, Warning)):
             self.remove()
+            if sys.version_info >= (3, 11):
+                error.add_note("Clockwork has taken itself off this UNet: wrap it again once the cause is gone")
 
 
 def _same(unet: nn.Module) -> nn.Module:

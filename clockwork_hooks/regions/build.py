@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -281,6 +281,34 @@ class Builder:
             cut_plan=cut_plan,
             signature=self.trace.signature,
             residuals=self._residuals,
+        )
+
+    def without(self, region: Region, needed: set[int]) -> Region | None:
+        """The same region, but calls with a node of `needed` run; None if none is left that returns the exit."""
+        wanted = {(call.path, call.ordinal) for call in region.skipped}
+        inside = np.zeros(len(self.trace.nodes), dtype=bool)
+        for call in self.trace.calls:
+            if (call.path, call.ordinal) in wanted:
+                inside[call.first : call.last] = True
+        inside[list(needed)] = False
+        skipped = self._skippable(inside & ~self._input)
+        returning = {call.index for call in self._producers.get(region.exit.node, ())}
+        last = next((call for call in skipped if call.index in returning), None)
+        if last is None:
+            return None
+        run = np.zeros_like(inside)
+        for call in skipped:
+            run[call.first : call.last] = True
+        macs, weights = int(self._work[run].sum()), self._parameters(skipped)
+        return replace(
+            region,
+            cut_plan=self._planner.plan(skipped, last, region.exit.node, region.entry.node, region.sides, run),
+            macs=macs,
+            macs_share=macs / (self._total_macs or 1),
+            parameters=weights,
+            parameter_share=weights / (self._total_weights or 1),
+            by_level=self._by_level(run),
+            inner=None,
         )
 
     def _skippable(self, inside: Mask) -> list[ModuleCall]:

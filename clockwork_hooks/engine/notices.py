@@ -1,0 +1,161 @@
+"""What a user is told once: that no pass is an adaptor pass, and that somebody looks at modules that those skip."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.errors import NoEffectWarning, SkippedModuleWarning
+
+__all__ = ["NoAdaptorPass", "Watchers", "watchers"]
+
+# Nothing is amiss where passes are full for these.
+_QUIET = frozenset(
+    {
+        *(reasons.FIRST, reasons.SCHEDULED, reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
+        *(reasons.COMPILED, reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE),
+    }
+)
+_STEPS, _DOUBTED = 6, 3
+_PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
+# Libraries whose hooks and forwards move or compute what the module itself does, and look at nothing.
+_HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
+
+
+class NoAdaptorPass:
+    """Counts denoising steps without an adaptor pass, and warns once: of the leading reason, and what to do."""
+
+    def __init__(self) -> None:
+        self._warned, self._steps, self._at = False, 0, (0, 0)
+        self._doubted: Counter[str] = Counter()
+
+    def count(self, reason: str | None, trajectory: int, step: int) -> None:
+        """One pass has run; `reason` says why it was full."""
+        if self._warned:
+            return
+        if reason in (None, reasons.MOVED, reasons.LONGEST):  # nothing stands in the way of an adaptor pass
+            self._steps = 0
+            self._doubted.clear()
+            return
+        if trajectory == 0 or self._at != (trajectory, step):
+            self._at, self._steps = (trajectory, step), self._steps + 1
+            if reason not in _QUIET:
+                self._doubted[reason] += 1
+        if self._steps < _STEPS or self._doubted.total() < _DOUBTED:
+            return
+        leading = self._doubted.most_common(1)[0][0]
+        if self._steps >= _PATIENCE.get(leading, _STEPS):
+            self._warned = True
+            cause, remedy = reasons.REASONS[leading]
+            _warn(
+                f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
+                f"saved\n  most are full because: {leading}\n  cause: {cause}\n"
+                f"What to do: {remedy.removeprefix('nothing; or ')}",
+                NoEffectWarning,
+            )
+
+
+class Watchers:
+    """Warns once of code of others that looks at modules which adaptor passes skip."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def look(self, unet: nn.Module, paths: Iterable[str], keep: Iterable[str]) -> None:
+        """Look at the modules with skipped calls, and at all inside them, but for those that are kept."""
+        if self._warned:
+            return
+        found = watchers(unet, paths, tuple(keep))
+        if found:
+            self._warned = True
+            lines = [f"  {path}: {what}" for path, what in list(found.items())[:8]]
+            more = [f"  and {len(found) - 8} more"] if len(found) > 8 else []
+            first = next(iter(found))
+            _warn(
+                "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
+                + "\n".join([*lines, *more])
+                + f'\nWhat to do: if it needs every step, wrap(..., keep=["{first}"]) keeps them running; see '
+                "docs/beside.md",
+                SkippedModuleWarning,
+            )
+
+
+def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
+    """Modules at and below these paths that code of others looks at: path → what it is."""
+    modules = dict(unet.named_modules())
+    found: dict[str, str] = {}
+    for top in paths:
+        if top not in modules:
+            continue
+        for inner, module in modules[top].named_modules():
+            path = f"{top}.{inner}" if inner else top
+            if any(path == name or path.startswith(f"{name}.") for name in keep):
+                continue
+            what = _watcher(module)
+            if what:
+                found[path] = what
+    return found
+
+
+def _watcher(module: nn.Module) -> str | None:
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for hook in vars(module)[name].values():
+            if not _is_harmless(hook):
+                return f"a forward hook, {_name(hook)}"
+    own = vars(module).get("forward")
+    if isinstance(own, types.FunctionType) and not _is_harmless(own):
+        return f"a forward of somebody else's, {_name(own)}"
+    processor = vars(module).get("processor")
+    if processor is not None and not isinstance(processor, nn.Module) and _has_state(processor):
+        return f"an attention processor with state, {type(processor).__name__}"
+    return None
+
+
+def _is_harmless(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.split(".")[0] in _HARMLESS and "pipelines" not in home  # pipelines hook in to look at maps
+
+
+def _has_state(processor: Any) -> bool:
+    """Does it hold what one call may leave for another: attributes of an object of no library's class?"""
+    foreign = [
+        kind
+        for kind in type(processor).__mro__
+        if kind is not object and not kind.__module__.startswith(("diffusers.models.", "peft.", "builtins"))
+    ]
+    if not foreign:
+        return False
+    held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
+    return bool(getattr(processor, "__dict__", None)) or any(not _is_code(value) for value in held)
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, (staticmethod, classmethod, property))
+
+
+def _name(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the caller's that called the UNet."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(names: Mapping[str, Any]) -> bool:
+    return str(names.get("__name__")).split(".")[0] in ("clockwork_hooks", "torch")
