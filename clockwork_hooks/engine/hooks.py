@@ -346,13 +346,15 @@ class Installed:
     def _go_past_hooks(self, path: str) -> None:
         forward, front = self._forwards[path], self._fronts.get(path)
         now = vars(forward.module).get("_compiled_call_impl")
-        if front is not None and front.forward is forward and now is front:
+        if (
+            front is not None and front.forward is forward and isinstance(now, PastHooks)
+        ):  # below another wrapper's, maybe
             return
         if now is not None and not isinstance(now, PastHooks):
             self.run_eagerly(forward.module)
             now = None
-        self._fronts[path] = front = PastHooks(forward, now)
-        forward.module._compiled_call_impl = front
+        self._fronts[path] = instead = PastHooks(forward, now)
+        vars(forward.module)["_compiled_call_impl"] = instead
 
     def run_eagerly(self, module: nn.Module) -> None:
         """Set a module's in-place compilation (`module.compile()`) aside: it would inline the decision to skip."""
@@ -375,9 +377,12 @@ class Installed:
         """Are all forwards that the plan needs still ours?"""
         for path in plan.counts:
             forward = self._forwards.get(path)
-            if forward is None or vars(forward.module).get("forward") is not forward:
+            if forward is None:
                 return False
-            if vars(forward.module).get("_compiled_call_impl") is None:  # compiled in place, and not any more
+            attributes = vars(forward.module)
+            if attributes.get("forward") is not forward:
+                return False
+            if type(attributes.get("_compiled_call_impl")) is not PastHooks:  # somebody has compiled it in place
                 return False
         return True
 

@@ -142,7 +142,7 @@ def test_the_examples_of_an_errors_page_say_what_it_says(
             if lone:
                 assert re.search(re.escape(lone.strip()).replace(re.escape("..."), ".*"), code), lone
             elif message:
-                with pytest.raises(ch.ClockworkError if kind is not ch.NoEffectWarning else kind) as caught:
+                with pytest.raises(kind if issubclass(kind, Warning) else ch.ClockworkError) as caught:
                     exec(example, space)
                 assert type(caught.value) is kind or kind is errors.DemoError, caught.value
                 assert isinstance(caught.value, kind)
