@@ -296,7 +296,7 @@ def test_removed_between_the_skipped_calls_of_an_adaptor_pass() -> None:
     pair = Pair()
     cw = ch.wrap(pair.unet, schedule=lambda step: True)
     descend(pair.unet, (900,))
-    pair.unet.down.register_forward_hook(lambda *_: cw.remove())
+    pair.unet.side.register_forward_hook(lambda *_: cw.remove())
     assert equal(descend(pair.unet, (800,)), descend(pair.twin, (800,)))
 
 

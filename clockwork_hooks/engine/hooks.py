@@ -359,7 +359,7 @@ class Installed:
     def run_eagerly(self, module: nn.Module) -> None:
         """Set a module's in-place compilation (`module.compile()`) aside: it would inline the decision to skip."""
         compiled = vars(module).get("_compiled_call_impl")
-        if compiled is not None:
+        if compiled is not None and not isinstance(compiled, PastHooks):
             self._compiled.append((module, compiled))
             module._compiled_call_impl = None
 
