@@ -561,13 +561,15 @@ def test_two_threads_record_at_once(shared: bool, reference: list[Any]) -> None:
     for model in models:
         model.barrier = None
     wrappers = [ch.wrap(model) for model in dict.fromkeys(models)]
+    declared = [wrappers[0 if shared else k] for k in range(2)]  # at the same times: nothing else tells the loops apart
     barrier = threading.Barrier(2)
     for model in models:
         model.barrier = barrier
     made: dict[int, Any] = {}
 
     def run(k: int) -> None:
-        made[k] = rollout(models[k])
+        with declared[k].trajectory():
+            made[k] = rollout(models[k])
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
     for thread in threads:
