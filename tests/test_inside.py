@@ -384,6 +384,7 @@ def test_a_pass_that_is_run_again_sees_its_arguments_as_they_were(where: str, cl
                 assert where != "attribute" or given[0][2].hint is None
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")  # true of a cache that answers every other step
 def test_a_pass_that_was_answered_without_the_region_is_not_run_again() -> None:
     """A step cache writes to the sample and returns it."""
 
