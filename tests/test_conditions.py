@@ -1,6 +1,11 @@
 """What was a call conditioned on? A private copy tells, however the tensor came to have other values, or not."""
 
+import threading
+from collections import deque
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +119,95 @@ def test_one_that_is_gone_is_not_none() -> None:
     kept = Conditions([value])
     del value
     assert not kept.same([None])
+
+
+# -- what holds other things ------------------------------------------------------------------------------------------
+
+
+class Slots:
+    __slots__ = ("__secret", "c")
+
+    def __init__(self) -> None:
+        self.c, self.__secret = torch.ones(2), 1
+
+
+class Called(SimpleNamespace):
+    def __call__(self) -> Tensor:
+        return self.c
+
+
+class Tagged(Tensor):
+    pass
+
+
+def deep() -> SimpleNamespace:
+    value = SimpleNamespace(c=torch.ones(2))
+    for _ in range(20):
+        value = SimpleNamespace(inner=value)
+    return value
+
+
+def deepest(value: SimpleNamespace) -> SimpleNamespace:
+    return deepest(value.inner) if hasattr(value, "inner") else value
+
+
+def closure() -> Callable[[], Tensor]:
+    c = torch.ones(2)
+    return lambda: c
+
+
+def tagged() -> Tensor:
+    value = torch.ones(2).as_subclass(Tagged)
+    value.strength = torch.ones(1)
+    return value
+
+
+HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], bool]] = {  # made, changed; are new ones the same?
+    "slots": (Slots, lambda one: setattr(one, "c", torch.zeros(2)), True),
+    "private slots": (Slots, lambda one: setattr(one, "_Slots__secret", 2), True),
+    "callable": (lambda: Called(c=torch.ones(2)), lambda one: setattr(one, "c", torch.zeros(2)), True),
+    "deque": (lambda: deque([torch.ones(1)], maxlen=1), lambda one: one.append(torch.zeros(1)), True),
+    "set": (lambda: {1, "a"}, lambda one: one.add(2), True),
+    "dict": (lambda: {"a": [torch.ones(1)]}, lambda one: one["a"].append(1), True),
+    "twenty deep": (deep, lambda one: deepest(one).c.data.add_(1), True),
+    "closure": (closure, lambda one: one.__closure__[0].cell_contents.data.add_(1), True),
+    "partial": (lambda: partial(print, torch.ones(2)), lambda one: one.args[0].data.add_(1), True),
+    "a list with an attribute": (lambda: Names("a"), lambda one: setattr(one, "scale", 2), True),
+    "text with an attribute": (lambda: Word("a"), lambda one: setattr(one, "scale", 2), True),
+    "module": (lambda: torch.nn.Linear(2, 2), lambda one: one.weight.requires_grad_(False).add_(1), False),
+    "module's switch": (lambda: torch.nn.Linear(2, 2), lambda one: one.eval(), False),
+    "tensor of a subclass": (tagged, lambda one: setattr(one, "strength", torch.zeros(1)), False),
+}
+
+
+class Names(list[str]):
+    scale = 1
+
+
+class Word(str):
+    scale = 1
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_holds_other_things_is_compared_by_them(name: str) -> None:
+    make, change, new_ones_too = HOLDERS[name]
+    value = make()
+    conditions = Conditions([value])
+    assert conditions.same([value])
+    assert conditions.same([make()]) == new_ones_too
+    change(value)
+    assert not conditions.same([value])
+
+
+@pytest.mark.parametrize("make", [threading.Lock, lambda: iter([1]), lambda: {object()}, lambda: [[0] * 5000]])
+def test_what_cannot_be_taken_apart_is_never_the_same(make: Callable[[], Any]) -> None:
+    value = make()
+    assert not Conditions([value]).same([value])
+
+
+def test_values_that_are_equal_but_not_the_same() -> None:
+    for one, other in ((0.0, -0.0), (1, 1.0), (1, True), ("1", 1), ([1], (1,)), ({1: 2, 3: 4}, {3: 4, 1: 2})):
+        assert not Conditions([one]).same([other])
+    circle: list[Any] = []
+    circle.append(circle)
+    assert Conditions([circle]).same([circle])
