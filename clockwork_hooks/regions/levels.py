@@ -6,7 +6,8 @@ the time axis is no resolution. Token and channels-last tensors are matched to t
 
 A tensor's shape can have many readings (heads times tokens, the tokens of a text), so what an *operator* works at is
 no matter of its shape: it is the level of the last convolution, pooling or interpolation on the sample's way
-(`Levels.at`). Tables, pictures, regions and refusals all ask this one rule.
+(`Levels.at`). Where these lead to one level alone, linear layers that merge and split tokens (HDiT) tell the levels.
+Tables, pictures, regions and refusals all ask this one rule.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 
 from torch import fx
 
-from clockwork_hooks.graph.operators import is_spatial, operator_name
+from clockwork_hooks.graph.operators import is_spatial, kind, operator_name
 from clockwork_hooks.graph.tracing import Trace
 
 __all__ = ["Levels"]
@@ -45,8 +46,20 @@ class Levels:
                 if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
                     shapes[count] = space
         self.spatial = dict(sorted(shapes.items(), reverse=True))
+        self._tokens: dict[fx.Node, int] = {}  # linear layers → tokens, where these make the levels
         self.at = self._at(trace, carrying)
-        self.worked = sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
+        self.worked = self._worked(trace)
+        if len(self.worked) < 2 and (layers := _merging_layers(trace, carrying)):
+            batch, _, *space = trace.inputs[trace.sample].meta["shape"]
+            self._tokens = layers
+            self._by_node.update(layers)
+            shapes |= {count: _space(count // batch, tuple(space)) for count in layers.values()}
+            self.spatial = dict(sorted(shapes.items(), reverse=True))
+            self.at = self._at(trace, carrying)
+            self.worked = self._worked(trace)
+
+    def _worked(self, trace: Trace) -> list[int]:
+        return sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
 
     def _at(self, trace: Trace, carrying: set[fx.Node]) -> list[int]:
         """The level of the last spatial operator that carries the sample.
@@ -56,7 +69,9 @@ class Levels:
         """
         levels, here, pixel = [], 0, False
         for node in trace.nodes:
-            if node in carrying and node in self._by_node and is_spatial(node):
+            if node in self._tokens:
+                here = self._tokens[node]
+            elif node in carrying and node in self._by_node and is_spatial(node):
                 if math.prod(node.meta["shape"][2:]) > 1:
                     here = self._by_node[node]
                 else:
@@ -109,10 +124,48 @@ class Levels:
 
     def shrinks(self, node: fx.Node, below: int) -> bool:
         """Does this spatial operator work at fewer positions than `below`, on more than one pixel?"""
+        if node in self._tokens:
+            return self._tokens[node] < below
         if not is_spatial(node):
             return False
         count = self._by_node.get(node)
         return count is not None and count < below and math.prod(node.meta["shape"][2:]) > 1
+
+
+def _merging_layers(trace: Trace, carrying: set[fx.Node]) -> dict[fx.Node, int]:
+    """Linear layers on the sample's way → how many tokens they work on; empty unless tokens are merged *and* split.
+
+    A layer merges where its input holds the values of k times as many tokens of an earlier layer, put side by side (as
+    in HDiT); it splits where its output becomes the tokens of a later one, or joins as many. Tokens that are joined to
+    others, as those of a text, change the number of values, and tell nothing.
+    """
+    tokens: dict[fx.Node, int] = {}  # of what holds the values of a linear layer's output, in whatever shape
+    layers: dict[fx.Node, int] = {}
+    merges: set[tuple[int, int]] = set()
+    splits: set[tuple[int, int]] = set()
+    for node in filter(carrying.__contains__, trace.nodes):
+        shape = node.meta.get("shape", ())
+        size = math.prod(shape)
+        sources = [source for source in node.all_input_nodes if source in tokens]
+        if kind(node) == "linear" and size:
+            count = layers[node] = tokens[node] = size // shape[-1]
+            before = [tokens[source] for source in sources]
+        else:
+            before = [tokens[source] for source in sources if math.prod(source.meta["shape"]) == size]
+            if not before:
+                continue
+            count = tokens[node] = max(before)  # of a skip and what joins it from below, the skip's
+        merges |= {(other, count) for other in before if other > count and other % count == 0}
+        splits |= {(count, other) for other in before if other < count and count % other == 0}
+    levels = {count for pair in merges & splits for count in pair}
+    return {node: count for node, count in layers.items() if count in levels}
+
+
+def _space(positions: int, sample: tuple[int, ...]) -> tuple[int, ...]:
+    """The spatial shape of so many tokens of one sample: its own, made smaller alike along every axis."""
+    ratio = max(round((math.prod(sample) / positions) ** (1 / len(sample))), 1)
+    shape = tuple(axis // ratio for axis in sample)
+    return shape if math.prod(shape) == positions else (positions,)
 
 
 def _holds(axes: tuple[int, ...], space: tuple[int, ...]) -> bool:

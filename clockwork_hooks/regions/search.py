@@ -15,7 +15,6 @@ import numpy as np
 from torch import nn
 
 from clockwork_hooks.errors import RegionNotFoundError
-from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.build import Builder
@@ -182,7 +181,8 @@ class Finder:
         for o, edges in self.dom.entries().items():
             groups.setdefault(tuple(sorted(edges)), []).append(o)
         positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
-        spatial = [(n, node) for n, node in enumerate(self.trace.nodes) if is_spatial(node)]
+        largest = max(self.levels.spatial, default=0)
+        lower = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.shrinks(node, largest)]
         narrow: dict[int, list[int]] = {}  # positions of a level → where the work below it is
         for entries, exits in groups.items():
             top = max((positions[u] or 0 for u, _ in entries), default=0)
@@ -192,7 +192,7 @@ class Finder:
             if self.levels.positions(self.trace.nodes[widest]) != top:
                 continue
             if top not in narrow:
-                narrow[top] = self.dom.places(n for n, node in spatial if self.levels.shrinks(node, top))
+                narrow[top] = self.dom.places(n for n, node in lower if self.levels.shrinks(node, top))
             if self.dom.holds(widest, narrow[top]):
                 yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
 
