@@ -105,3 +105,29 @@ def test_the_report_says_which_operators_no_count_has() -> None:
             said = [line for line in str(cw.report()).splitlines() if "lower bound" in line]
             assert [line[: len(lines[0])] if lines else line for line in said] == lines
             assert bool(cw.report().to_dict()["uncounted"]) == bool(lines)
+
+
+class Guided(nn.Module):
+    """Guidance inside `forward`: the same network is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Tiny()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        plain, bent = self.net(x, t), self.net(x.flip(-1), t)
+        return plain + 2.0 * (bent.flip(-1) - plain)
+
+
+def test_of_two_passes_in_one_call_the_one_that_is_not_skipped_is_told() -> None:
+    says = "not skipped: 1 of 2 calls of net.up in one forward"
+    unet = Guided().eval()
+    region = ch.find_region(unet, noise(), torch.ones(2))
+    assert [row for row in region.rows() if row[0] == "not skipped"] == [tuple(says.split(": "))]
+    assert 2 * region.macs < region.full_macs
+    with torch.no_grad(), ch.wrap(unet) as cw:
+        unet(noise(), torch.ones(2))
+        assert f"({says})" in str(cw.report())
+    alone = ch.find_region(unet.net, noise(), torch.ones(2))
+    assert alone.not_skipped == ""
+    assert "not skipped" not in str(alone)

@@ -281,7 +281,7 @@ class ClockworkWrapper:
         stats, adaptors = self.stats, [clocked.adaptor for clocked in self._engine.chain]
         return RunReport(
             type(self.unet).__name__,
-            "; ".join(region.line for region in self.regions) or "not known before the first call",
+            "; ".join(map(_told, self.regions)) or "not known before the first call",
             str(self.schedule),
             ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in adaptors)),
             stats.full_passes,
@@ -338,3 +338,7 @@ class _Step:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._reset()
+
+
+def _told(region: Region) -> str:
+    return f"{region.line} (not skipped: {region.not_skipped})" if region.not_skipped else region.line

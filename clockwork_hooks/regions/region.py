@@ -157,6 +157,18 @@ class Region(Report):
             f"{self.macs_share:.1%} of MACs, level {self.level}"
         )
 
+    @property
+    def not_skipped(self) -> str:
+        """Which calls of the module that returns the exit still run, where one forward calls it more than once.
+
+        So it is with guidance inside `forward`, which calls the same network twice: one of its passes is skipped.
+        "" where all its calls are skipped.
+        """
+        path = next((call.path for call in self.skipped if call.exit[1] is not None), None)
+        full, seen = (0, 0) if path is None else self.cut_plan.counts[path]
+        runs = seen - sum(call.path == path for call in self.skipped)
+        return f"{runs} of {full} calls of {path} in one forward" if runs else ""
+
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) in the order of printing."""
         sides = ", ".join(f"{side.kind} {shape(side.shape) or 'scalar'}" for side in self.sides) or "none"
@@ -168,6 +180,7 @@ class Region(Report):
             ("resolution", f"{shape(self.resolution)} at the edge, {shape(self.bottleneck)} at the bottleneck"),
             ("level, cut", f"{self.level}, {self.cut}"),
             ("skipped calls", ", ".join(call.path for call in self.skipped)),
+            *([("not skipped", self.not_skipped)] if self.not_skipped else []),
             ("side inputs", sides),
             ("leftover operators", ", ".join(f"{count} {name}" for name, count in self.leftover) or "none"),
             ("MACs", f"{quantity(self.macs, 'MACs')} ({self.macs_share:.1%} of a pass, attention products counted)"),
