@@ -1,0 +1,339 @@
+"""What `benchmarks/results/calibration.json` says: the end of docs/calibration.md, README's first table, a plot.
+
+python -m benchmarks.calibration_results              # writes all three
+python -m benchmarks.calibration_results FILE...      # ... of these files, which become the result
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, interval, markdown
+from clockwork_hooks.reports.tables import macs, percent, table
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "calibration.json"
+COST = ROOT / "benchmarks" / "results" / "calibration_cost.json"
+PAGE, README, PLOT = ROOT / "docs" / "calibration.md", ROOT / "README.md", ROOT / "docs" / "calibration_macs.png"
+BEGIN, END = "<!-- measured: python -m benchmarks.calibration_results -->", "<!-- end of measured -->"
+BEGIN_README = "<!-- calibration table: tests/docs/test_calibration_results.py compares it with its JSON -->"
+END_README = "<!-- end of calibration table -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a file, and choices among them."""
+
+    data: Mapping[str, Any]
+
+    def row(self, key: str) -> Mapping[str, Any]:
+        """A row by group/label."""
+        found: Mapping[str, Any] = self.data["rows"][key]
+        return found
+
+    def saved(self, key: str) -> float:
+        """Share of the MACs of the group's plain row that a row does without."""
+        plain = self.row(f"{key.split('/')[0]}/plain")
+        return 1 - float(self.row(key)["macs_per_image"]) / float(plain["macs_per_image"])
+
+    def gap(self, key: str, other: str, score: str = "Fréchet") -> list[float]:
+        """Paired differences of a score over the seeds, of the captions that rows are judged on."""
+        values = (self.row(one)["scores"]["judge"][score] for one in (key, other))
+        return [a - b for a, b in zip(*values, strict=True)]
+
+    def mean(self, key: str, part: str = "judge") -> float:
+        """Fréchet distance."""
+        return statistics.fmean(self.row(key)["scores"][part]["Fréchet"])
+
+    def calibrated(self, group: str, saved: float = 0, condition: Callable[[Any], bool] = bool) -> str | None:
+        """The calibrated row that saves so much whose distance is lowest *on the captions that rows are chosen by*."""
+        keys = [
+            key for key, row in self.data["rows"].items()
+            if key.split("/")[0] == group and row["kind"] not in (None, IDENTITY, "deepcache")
+            and self.saved(key) >= saved and condition(row)
+        ]  # fmt: skip
+        return min(keys, key=lambda key: self.mean(key, "choose"), default=None)
+
+
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(rows: Rows) -> list[str]:
+    """Each target: met, missed or not measured, with its numbers."""
+    lines = [
+        _level(rows, "8 steps, at least 45% fewer MACs at no loss", "main-8", 0.45, 0),
+        _clock2(rows),
+        _level(rows, "20 steps, at least 50% fewer MACs at no loss", "main-20", 0.5, 0),
+        _level(rows, "50 steps, at least 65% fewer MACs at a distance of at most 1 more", "main-50", 0.65, 1),
+        _four(rows),
+    ]
+    return [*lines, *_peers(rows), *_seconds(rows)]
+
+
+def _seconds(rows: Rows) -> list[str]:
+    """Of `calibrate`, as its reports have it."""
+    found = {
+        count: [row["calibration"]["seconds"] for key, row in rows.data["rows"].items()
+                if key.startswith("main-8/") and row["captions"] == count and "calibration" in row]
+        for count in (64, 512)
+    }  # fmt: skip
+    if not found[64]:
+        return []
+    told = (
+        f"{count}: {min(ones):.1f} to {max(ones):.1f} s ({len(ones)} rows)" for count, ones in found.items() if ones
+    )
+    text = f"Prompts and seconds, where the region is found before: {'; '.join(told)}."
+    return [_verdict("Calibration with 64 prompts in at most 10 s", max(found[64]) <= 10, text)]
+
+
+def _verdict(target: str, met: bool, text: str) -> str:
+    return f"- {target}: {'met' if met else '**missed**'}. {text}"
+
+
+def _level(rows: Rows, target: str, group: str, saved: float, most: float) -> str:
+    """A distance like plain's: its interval reaches down to `most`; at 8 steps the attributes too."""
+    key = rows.calibrated(group, saved) if f"{group}/plain" in rows.data["rows"] else None
+    if key is None:
+        return f"- {target}: not measured."
+    gap, right = rows.gap(key, f"{group}/plain"), rows.gap(key, f"{group}/plain", "attributes right")
+    lower = statistics.fmean(gap) - half(gap)
+    met = (lower <= 0 if most == 0 else statistics.fmean(gap) <= most) and statistics.fmean(right) >= -0.1
+    text = f"`{key}`: {percent(rows.saved(key))} fewer, Fréchet {interval(gap)}, attributes {_points(right)} points."
+    return _verdict(target, met, text)
+
+
+def _clock2(rows: Rows) -> str:
+    target = "8 steps, plain clock 2, a Fréchet distance of at most 35"
+    key = rows.calibrated("main-8", 0, lambda row: tuple(row["at"]) == CLOCK2 and row["captions"] == 512)
+    if key is None:
+        return f"- {target}: not measured."
+    own = f"identity, {rows.row(key)['region']}, {' '.join(map(str, CLOCK2))}"
+    text = f"`{key}`: {rows.mean(key):.1f} (plain {rows.mean('main-8/plain'):.1f}, `{own}` " \
+           f"{rows.mean(f'main-8/{own}'):.1f}) at {percent(rows.saved(key))} fewer MACs."  # fmt: skip
+    return _verdict(target, rows.mean(key) <= 35, text)
+
+
+def _four(rows: Rows) -> str:
+    target = "4 steps, better than plain sampling with 3"
+    key = rows.calibrated("main-4")
+    other = next((k for k in ("main-4/plain, 3 steps", "main-8/plain, 3 steps") if k in rows.data["rows"]), None)
+    if key is None or other is None:
+        return f"- {target}: not measured."
+    gap = rows.gap(key, other)
+    ratio = rows.row(key)["macs_per_image"] / rows.row(other)["macs_per_image"]
+    text = (
+        f"`{key}`: Fréchet {rows.mean(key):.1f} against {rows.mean(other):.1f}: {interval(gap)}; {ratio:.2f}× the MACs."
+    )
+    return _verdict(target, statistics.fmean(gap) + half(gap) < 0, text)
+
+
+def _peers(rows: Rows) -> list[str]:
+    """Each peer against the calibrated row that saves at least as much."""
+    lines = []
+    for group in GROUPS:
+        peers = [k for k, row in rows.data["rows"].items() if k.split("/")[0] == group.name and _is_peer(row)]
+        if not peers or f"{group.name}/plain" not in rows.data["rows"]:
+            continue
+        beaten, others, alone = [], [], []
+        for peer in peers:
+            key = rows.calibrated(group.name, rows.saved(peer) - 0.005)
+            label = peer.split("/")[1]
+            if key is None:
+                alone.append(f"{label} ({percent(rows.saved(peer))})")
+                continue
+            gap = rows.gap(key, peer)
+            by = f"by `{key.split('/')[1]}`, {percent(rows.saved(key))}: {interval(gap)}"
+            text = f"{label} ({percent(rows.saved(peer))}; {by})"
+            (beaten if statistics.fmean(gap) + half(gap) < 0 else others).append(text)
+        parts = [f"Beaten: {'; '.join(beaten)}."] if beaten else []
+        parts += [f"Not beaten: {'; '.join(others)}."] if others else []
+        parts += [f"No calibrated row saves as much as {'; '.join(alone)}."] if alone else []
+        target = f"{group.name}, DeepCache and plain sampling with fewer steps beaten at equal MACs"
+        if beaten or others:
+            lines.append(_verdict(target, not others, " ".join(parts)))
+        else:
+            lines.append(f"- {target}: not measured. {' '.join(parts)}")
+    return lines
+
+
+def _is_peer(row: Mapping[str, Any]) -> bool:
+    return row["kind"] == "deepcache" or row["taken"] is not None
+
+
+def half(gap: Sequence[float]) -> float:
+    """Half of the 95% interval of paired differences, Student's t."""
+    if len(gap) < 2:
+        return 0.0
+    return {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap), 2.0) * statistics.stdev(gap) / len(gap) ** 0.5
+
+
+def _points(gap: Sequence[float]) -> str:
+    mean = statistics.fmean(gap)
+    return f"{mean:+.2f} ({mean - half(gap):+.2f} to {mean + half(gap):+.2f})"
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(data: Mapping[str, Any], cost: Mapping[str, Any] | None) -> str:
+    """The measured part of docs/calibration.md."""
+    rows, run = Rows(data), data["runs"][-1]
+    versions = run["versions"]
+    text = f"""\
+Each row of the tables below is measured on two sets of {run["captions"]:,} held-out captions: one to choose rows by
+(one seed), one to judge them on ({run["seeds"]} seeds; same captions, same noise for every row). All that follows, and
+every target, is about the second set; where a target needs one row of many, the first set alone chose it.
+No gradient step anywhere: up to {run["calibration"]} training captions, one or two runs of the sampler.
+*Fréchet*: squared Fréchet distance to rendered scenes in the
+features of the shipped classifier; *less plain's*: mean and 95% interval of the paired difference over the seeds (the
+captions' own sampling error is not in it). "widest" and "default" are regions, numbers are the adaptor steps.
+
+{run["device"]}, {run["dtype"].removeprefix("torch.")}, seeds 0 to {run["seeds"] - 1}; torch {versions["torch"]},
+diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {run["python"]}; by
+`python -m benchmarks.calibration run`, several times with `--resume`: each command is in
+`benchmarks/results/calibration.json`."""
+    parts = ["## Measured on the demo model", text]
+    parts += ["![Fréchet distance over MACs saved, 8 steps](calibration_macs.png)"]
+    parts += ["### Targets", "\n".join(verdicts(rows))]
+    parts += [_cost(cost)] if cost else []
+    parts += ["### All rows", markdown(data), "### Not measured", _unmeasured(data)]
+    return "\n\n".join(parts)
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    settings = cost["environment"]
+    seconds = [one["seconds"] for one in cost["calibrate"] if one["kind"] == "auto"]
+    lines = []
+    for way in dict.fromkeys(one["way"] for one in cost["adaptor pass"]):
+        times = {one["kind"]: one["ms"] for one in cost["adaptor pass"] if one["way"] == way}
+        lines += [(way, kind, f"{ms:.2f} ms", f"{ms / times[IDENTITY]:.3f}×") for kind, ms in times.items()]
+    told = table("", ("call", "kind", ">adaptor pass", ">identity's"), lines).to_markdown().split("\n", 2)[2]
+    worst = max(float(one[3][:-1]) for one in lines)
+    text = f"""\
+### Seconds
+
+`ch.calibrate`, kind auto, {settings["batch"]} prompts, 8 steps: {seconds[0]:.1f} s the first time, then \
+{min(seconds[1:]):.1f} s: the target of 10 s is {"met" if seconds[0] <= 10 else "**missed**"}. An adaptor pass of
+{settings["batch"]} prompts, both branches, in turns (median): the target of 1.02× the identity's is \
+{"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×). {settings["device"]}, torch \
+{settings["versions"]["torch"]}, seed {settings["seed"]}, `{_module(settings["command"])}`."""
+    return f"{text}\n\n{told}"
+
+
+def _module(command: str) -> str:
+    """`python .../benchmarks/x.py ...` as people type it."""
+    first, path, *rest = command.split()
+    return " ".join([first, "-m", f"benchmarks.{Path(path).stem}", *rest])
+
+
+def _unmeasured(data: Mapping[str, Any]) -> str:
+    lines = []
+    for group in GROUPS:
+        labels = [label for label in ("plain", *(row.label for row in group.rows))
+                  if f"{group.name}/{label}" not in data["rows"]]  # fmt: skip
+        if labels:
+            every_one = len(labels) > len(group.rows)
+            lines.append(f"- {group.name}: {'all' if every_one else '; '.join(labels)}")
+    if not COST.exists():
+        lines.append("- an adaptor pass beside the identity's: `python -m benchmarks.calibration_cost --out DIR`")
+    lines += ["- trained adaptors that start from the calibrated ones", "- a second model of another code base",
+              "- Stable Diffusion"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def shown(data: Mapping[str, Any]) -> str:
+    """README's table: 8 steps."""
+    rows, lines = Rows(data), []
+    best = rows.calibrated("main-8", 0.45)
+    named = {
+        "plain": "plain", "plain, 5 steps": "plain, 5 steps", "DeepCache": "DeepCache, branch 0, interval 2",
+        "identity, clock 2": "identity, default, 2 4 6 8",
+        "calibrated": str(best).split("/")[1],
+    }  # fmt: skip
+    for name, label in named.items():
+        key = f"main-8/{label}"
+        row, scores = rows.row(key), rows.row(key)["scores"]["judge"]
+        name = f"calibrated, steps {' '.join(map(str, row['at']))}" if name == "calibrated" else name
+        saved = "–" if label == "plain" else percent(rows.saved(key))
+        lines.append((name, macs(row["macs_per_image"]), saved,
+                      _spread(scores["Fréchet"]), _spread(scores["attributes right"])))  # fmt: skip
+    heads = ("8 steps", ">MACs/image", ">saved", ">Fréchet ↓", ">attributes right, % ↑")
+    return table("", heads, lines).to_markdown().split("\n", 2)[2]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def plot(data: Mapping[str, Any], path: Path = PLOT) -> Path:
+    """Fréchet distance over MACs saved at 8 steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = Rows(data)
+    keys = [key for key in data["rows"] if key.startswith("main-8/") and rows.row(key)["captions"] == 512
+            and "fitted" not in key]  # fmt: skip
+    groups: dict[str, list[str]] = {"plain, fewer steps": ["main-8/plain"]}
+    for key in keys:
+        kind = rows.row(key)["kind"]
+        name = {"deepcache": "DeepCache", None: "plain, fewer steps", "exit+entry": "calibrated, exit+entry",
+                "affine": "calibrated, affine", IDENTITY: IDENTITY}.get(kind)  # fmt: skip
+        if name is not None and key not in groups.setdefault(name, []):
+            groups[name].append(key)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    marks = {"plain, fewer steps": "o-", "DeepCache": "D", IDENTITY: "s", "calibrated, affine": "^",
+             "calibrated, exit+entry": "*"}  # fmt: skip
+    for name, mark in marks.items():
+        points = sorted((100 * rows.saved(key), rows.mean(key)) for key in groups.get(name, ()))
+        axis.plot(*zip(*points, strict=True), mark, label=name, markersize=9 if mark == "*" else 6, alpha=0.85)
+    for count in (8, 7, 6, 5, 4, 3):
+        key = "main-8/plain" if count == 8 else f"main-8/plain, {count} steps"
+        if key in data["rows"]:
+            axis.annotate(f"{count} steps", (100 * rows.saved(key), rows.mean(key)), textcoords="offset points",
+                          xytext=(6, -11), fontsize=8)  # fmt: skip
+    axis.axhline(rows.mean("main-8/plain"), color="grey", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("MACs saved, % of plain sampling with 8 steps")
+    axis.set_ylabel("Fréchet, lower is better")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return path
+
+
+def between(text: str, begin: str, end: str, part: str) -> str:
+    """A text with a part between two marks."""
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    return f"{before}{begin}\n{part}\n{end}{after}"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page's part, README's table and the plot."""
+    for name in sys.argv[1:] if arguments is None else arguments:
+        (RESULT.parent / Path(name).name).write_text(Path(name).read_text(encoding="utf-8"), encoding="utf-8")
+    data, cost = load(RESULT), load(COST) if COST.exists() else None
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(data, cost)), encoding="utf-8")
+    README.write_text(between(README.read_text(encoding="utf-8"), BEGIN_README, END_README, shown(data)), "utf-8")
+    for path in (PAGE, README, plot(data)):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
