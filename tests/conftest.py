@@ -81,6 +81,8 @@ _TOLD = (
     "test_adaptive",
     "test_apart",
     "test_branches",
+    "test_capture_inputs",
+    "test_choice",
     "test_compile",
     "test_compile_unseen",
     "test_companions",
@@ -103,6 +105,7 @@ _TOLD = (
     "test_unseen",
     "test_weights",
     "test_wrap",
+    "test_wrap_pipeline",
     "proof",
 )
 

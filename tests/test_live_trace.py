@@ -219,7 +219,6 @@ def test_a_unet_within_a_wrapped_unet_is_recorded_twice_at_once() -> None:
     assert_clean()
 
 
-@pytest.mark.xfail(strict=True, reason="a skipped module that is wrapped itself: its own wrapper calls it again")
 def test_a_unet_within_a_wrapped_unet_is_skipped() -> None:
     model = Outer()
     with ch.wrap(model) as outer, ch.wrap(model.inner) as inner:

@@ -248,14 +248,13 @@ class Engine:
         if call.signature is None:
             return self._record(state, call)
         call.place = self._place(state, call, call.signature)
+        if call.place.trajectory != self._looked_at and self._exchanged(call.place):
+            self.forget()
+            return self._record(state, call)
         call.decision = self.decide(state, call, call.signature, call.place)
         for observer in self.observers:
             observer.before(call)
-        if call.place.trajectory != self._looked_at and self._exchanged(call.place):
-            self.forget()  # the next call is recorded; this one is a trajectory's first, and full
-            outcome = Outcome(call.run(), watched=False, macs=call.signature.full_macs, reason=call.place.scheduled)
-        else:
-            outcome = self._run(state, call, call.signature, call.place)
+        outcome = self._run(state, call, call.signature, call.place)
         self._remember(call, call.signature, call.place, outcome)
         if outcome.watched:
             self._follow(call, call.signature, outcome)
@@ -538,7 +537,7 @@ class Engine:
         return self._new(call, single(region, times[0] if times else None))
 
     def _record(self, state: State, call: UNetCall) -> Any:
-        """Run the first call of a signature, in full, and record it as it runs."""
+        """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
         for observer in self.observers:
             observer.before(call)
         recorder = Recorder(self.unet, call.arguments, module_paths(self.unet))
@@ -553,7 +552,9 @@ class Engine:
         recorder.stop(output)
         trace = finish(recorder, self.unet, call.arguments, time=self.time)
         call.signature = self._learn(call, trace)
-        call.place = self._place(state, call, call.signature)  # after it: lazy weights appear in the call
+        if call.place is None:
+            call.place = self._place(state, call, call.signature)  # after it: lazy weights appear in the call
+        call.place.split(len(call.signature.regions))
         for use, memory in zip(
             call.signature.regions, call.place.calls, strict=False
         ):  # these inputs may have no region
