@@ -94,6 +94,8 @@ ELSEWHERE = {  # name → the test that holds a real one against its schema
     "doctor": "tests/test_doctor.py",
     "regions": "tests/test_cli.py",
     "bench": "tests/test_bench.py",
+    "calibration": "tests/test_calibration.py",
+    "tuning": "tests/test_tuning.py",
 }
 
 

@@ -89,10 +89,10 @@ class Seen:
         self._objects: list[list[weakref.ref[Any]] | None] = []
         self.steps = 0
 
-    @property
-    def steady(self) -> bool:
-        """Did the first two steps share an object?"""
-        return self.steps > 2 and any(objects for objects in self._objects)
+    def broken(self, values: Sequence[Any]) -> bool:
+        """Is one of these another object, in a place where the first two steps shared theirs?"""
+        places = zip(values, self._objects, strict=False)
+        return self.steps > 2 and any(objects and all(one() is not v for one in objects) for v, objects in places)
 
     def renewed(self, values: Sequence[Any]) -> bool:
         """Is one of these a new object, in a place where there were none in the second step?"""

@@ -437,7 +437,7 @@ class Timeline:
 
     def _renewed(self, alike: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
         """A name may stand for embeddings made anew in each step; not where its calls have kept theirs, or differ."""
-        if len(alike) != 1 or alike[0].step == self.step or alike[0].seen.steady:
+        if len(alike) != 1 or alike[0].step == self.step or alike[0].seen.broken(conditions):
             return None
         alike[0].conditions = Conditions(conditions)
         return alike[0]
