@@ -621,16 +621,20 @@ def loop(unet: nn.Module, seed: int) -> Iterator[Tensor]:
 def test_threads_and_tasks_sample_as_if_alone() -> None:
     unet = Tiny()
     with ch.wrap(unet, clock=3) as cw:
-        alone = [list(loop(unet, seed)) for seed in range(2)]
+        alone = []
+        for seed in range(2):
+            with cw.trajectory():
+                alone.append(list(loop(unet, seed)))
         assert cw.stats.adaptor_passes == 10
         cw.stats.clear()
         meet, made = threading.Barrier(2), {}
 
         def work(seed: int) -> None:
             made[seed] = []
-            for x in loop(unet, seed):
-                made[seed].append(x)
-                meet.wait(10)  # step by step, side by side
+            with cw.trajectory():  # with the same conditions nothing else tells whose call it is
+                for x in loop(unet, seed):
+                    made[seed].append(x)
+                    meet.wait(10)  # step by step, side by side
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
         for thread in threads:
@@ -643,9 +647,10 @@ def test_threads_and_tasks_sample_as_if_alone() -> None:
 
         async def task(seed: int) -> list[Tensor]:
             outputs = []
-            for x in loop(unet, seed):
-                outputs.append(x)
-                await asyncio.sleep(0)
+            with cw.trajectory():
+                for x in loop(unet, seed):
+                    outputs.append(x)
+                    await asyncio.sleep(0)
             return outputs
 
         async def both() -> list[list[Tensor]]:

@@ -145,7 +145,7 @@ def test_a_scheduler_exchanged_in_the_middle_begins_a_trajectory(pipe: Any) -> N
         handle.remove()
         pipe.scheduler = before
         again = run(pipe)
-    assert "".join(seen) == "FAFAFA"
+    assert "".join(seen) == "FAFFFA"  # within a list, the third call shows that it is walked along
     with wrap_pipeline(pipe):
         assert torch.equal(run(pipe), again)
 
@@ -339,8 +339,9 @@ def test_stable_cascade() -> None:
 
     expected = replay(pipe.decoder, "up_upscalers.0", every(2, [1] * 6), once)
     with wrap_pipeline(pipe) as cw:
-        assert torch.equal(once(), expected)
-        assert torch.equal(once(), expected)
+        for _ in range(2):
+            with cw.wrappers["decoder"].trajectory():  # its times are numbers of its own, made from the scheduler's
+                assert torch.equal(once(), expected)
         assert cw.wrappers["decoder"].stats.adaptor_passes == 6
 
 
