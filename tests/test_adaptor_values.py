@@ -115,7 +115,8 @@ def test_a_saved_adaptor_says_which_region(tmp_path: Path) -> None:
     region = ch.find_region(unet, *ARGS, level=2)
     ch.ResNetAdaptor.for_region(region, width=8).save_pretrained(tmp_path)
     report = ch.flops_report(unet, *ARGS, adaptor=tmp_path)
-    assert report.region == region
+    assert report.region is not None
+    assert report.region.fingerprint == region.fingerprint  # which operator of a scaling comes last is the mode's
     assert report.adaptor_macs > 0
     assert ch.bench(unet, *ARGS, adaptor=tmp_path, clocks=(2,), steps=2, rounds=1, console=QUIET).region == region.line
     with pytest.raises(ch.AdaptorError, match="made for"):

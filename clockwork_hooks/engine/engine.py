@@ -444,7 +444,8 @@ class Engine:
         return kept
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
-        self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step)
+        if not self.records_first:  # who records trajectories wants to see them, not to save
+            self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
@@ -658,7 +659,8 @@ def _fake(arguments: Arguments) -> bool:
 
 def _empty(arguments: Arguments) -> bool:
     """Has a tensor that may be the sample no rows?"""
-    return any(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 and not leaf.shape[0] for leaf in arguments.flat)
+    dense = (leaf for leaf in arguments.flat if isinstance(leaf, torch.Tensor) and not leaf.is_nested)
+    return any(leaf.ndim >= 3 and not leaf.shape[0] for leaf in dense)
 
 
 def _autocast(arguments: Arguments) -> torch.dtype | None:

@@ -187,8 +187,9 @@ def test_pictures_are_those_of_the_schedule(case: Case) -> None:
     expected = replay(case.pipe.unet, EXIT, passes, case.run)
     assert not torch.equal(expected, plain)  # or a wrapper that does nothing would pass
     with ch.wrap(case.pipe.unet, clock=2) as cw:
-        assert torch.equal(case.run(), expected)
-        assert torch.equal(case.run(), expected)
+        for _ in range(2):
+            with cw.trajectory():  # img2img begins within its list, which else costs an adaptor pass
+                assert torch.equal(case.run(), expected)
         counts = cw.stats.full_passes, cw.stats.adaptor_passes
         assert counts == tuple(2 * letters(passes).count(kind) for kind in "FA"), cw.report()
         assert counts[1] / sum(counts) >= case.share
@@ -205,10 +206,12 @@ def test_clock_1_changes_nothing(case: Case) -> None:
 def test_the_wrapper_in_the_place_of_the_unet(case: Case) -> None:
     unet = case.pipe.unet
     with ch.wrap(unet, clock=2) as cw:
-        expected = case.run()
+        with cw.trajectory():
+            expected = case.run()
         case.pipe.unet = cw
         try:
-            assert torch.equal(case.run(), expected)
+            with cw.trajectory():
+                assert torch.equal(case.run(), expected)
             assert cw.stats.adaptor_passes == 2 * letters(every(2, case.evaluations)).count("A")
         finally:
             case.pipe.unet = unet
