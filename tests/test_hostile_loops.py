@@ -274,7 +274,7 @@ def a_batch_that_did_not_fit(judge: Judge, cw: Any, random: torch.Generator) -> 
             judge.call(x, t, c, step=k)
             continue
         if k == 4:
-            handle = judge.unet.body.register_forward_hook(out_of_memory)
+            handle = judge.unet.head.register_forward_hook(out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 judge.unet(x, t, c)
             handle.remove()

@@ -84,9 +84,8 @@ class _Watched:
         values = parameter.detach()
         values = values if values.is_contiguous() else values.flatten()
         count = min(_VALUES, values.numel())
-        return version(parameter), *values.as_strided(
-            (count,), (max(values.numel() // _VALUES, 1),), values.storage_offset()
-        ).tolist()
+        picked = values.as_strided((count,), (max(values.numel() // _VALUES, 1),), values.storage_offset()).tolist()
+        return version(parameter), *(None if value != value else value for value in picked)  # NaN is no other NaN
 
 
 def _counts(parameter: Any) -> bool:
