@@ -40,8 +40,9 @@ def test_passes_are_the_schedules_or_the_table_says_why(measured: list[Row]) -> 
         assert (row.plain == expected) == (not row.sampler.undeclared), row
         assert (row.pipeline == expected) == (not row.sampler.by_time), row
         assert row.declared == expected, row
-        # KarrasVe's times go up and down: no trend shows that they are one run, so it has to be declared
-        least = 0.0 if row.sampler.name == "KarrasVe" else 0.33
+        # KarrasVe's times go up and down: no trend shows that they are one run, so it has to be declared; and of few
+        # steps those that two evaluations share show it late
+        least = {"KarrasVe": 0.0, "ScoreSdeVe": 0.25}.get(row.sampler.name, 0.33)
         for letters in (row.plain, row.pipeline):
             assert letters.count("A") >= least * sum(row.sampler.evaluations), row
 
