@@ -111,3 +111,21 @@ def test_the_search_finds_pages(site: tuple[Path, str]) -> None:
     found = run(site, 'search("region")')
     assert any("regions.html" in link for link in found), found
     assert len({link.split("#")[0].split("?")[0] for link in found}) > 3
+
+
+def test_the_search_works_from_the_disk_without_a_network(site: tuple[Path, str]) -> None:
+    page = (site[0] / "errors" / "index.html").as_uri()
+    off = ("--virtual-time-budget=20000", "--host-resolver-rules=MAP * ~NOTFOUND")
+    links = re.findall(r'href="([^"]+)" class="md-search-result__link"', browse("--dump-dom", *off, f"{page}?q=region"))
+    assert any("/regions.html" in link for link in links), links
+    assert all(link.startswith("file:") for link in links), links
+
+
+def test_no_page_fetches_anything_from_outside(site: tuple[Path, str]) -> None:
+    pages = list(site[0].rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(https?:[^\s\">]+)", text)
+        fetched += re.findall(r"<link\b[^>]*\bhref=\"?(https?:[^\s\">]+)", text)
+        assert not fetched, (page, fetched)
