@@ -16,7 +16,7 @@
     SkippedModuleWarning (UserWarning)    somebody looks at modules that adaptor passes skip
 
 Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python
-3.11 or newer) stands the page of docs/errors with causes and fixes.
+3.11 or newer) stands the command that prints causes and fixes, a page of docs/errors.
 
 The checks that many functions make of their arguments are here too: whole numbers, shares, packages of an extra.
 """
@@ -86,7 +86,7 @@ class ClockworkError(Exception):
         self._do = do
         super().__init__(self.message())
         if sys.version_info >= (3, 11):
-            self.add_note(f"Causes and fixes: {self.page}")
+            self.add_note(self.where)
 
     @property
     def do(self) -> str:
@@ -110,8 +110,17 @@ class ClockworkError(Exception):
     @property
     def page(self) -> str:
         """Of the class itself, or of the public one that it is a kind of."""
+        return f"docs/errors/{self._public}.md"
+
+    @property
+    def where(self) -> str:
+        """The line that says how to read that page; it ships with the package."""
+        return f"Causes and fixes: clockwork-hooks explain {self._public}"
+
+    @property
+    def _public(self) -> str:
         public = next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in __all__)
-        return f"docs/errors/{'index' if public == 'ClockworkError' else public}.md"
+        return "index" if public == "ClockworkError" else public
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.rule, self.seen, self._do, self.arguments)

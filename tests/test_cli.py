@@ -127,7 +127,7 @@ def test_regions_lists_and_draws(capsys):
         (["bench", "sd15", "--clock", "1"], "greater than or equal to 2"),
         (
             ["bench", "ddpm-cifar10", "--clock", "2", "--clock", "2"],
-            "pass --clock 2 --clock 4\nCauses and fixes: docs/err",
+            "pass --clock 2 --clock 4\nCauses and fixes: clockwork-hooks explain ArgumentError",
         ),
         (["bench", "sd15", "--adaptor"], "requires an argument"),
         (["flops", "sd15", "--frmt", "md"], "--format"),

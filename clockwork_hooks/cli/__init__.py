@@ -14,15 +14,16 @@ from clockwork_hooks.cli import (  # each registers its commands
     distill,
     doctor,
     edit,
+    explain,
     flops,
     regions,
 )
 from clockwork_hooks.cli.app import app
 from clockwork_hooks.cli.options import as_option
 
-__all__ = ["analyses", "app", "bench", "demo", "distill", "doctor", "edit", "flops", "main", "regions"]
+__all__ = ["analyses", "app", "bench", "demo", "distill", "doctor", "edit", "explain", "flops", "main", "regions"]
 
-ORDER = ("demo", "edit", "flops", "regions", "bench", "perturb", "drift", "plan", "distill", "doctor")
+ORDER = ("demo", "edit", "flops", "regions", "bench", "perturb", "drift", "plan", "distill", "doctor", "explain")
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
         failure: Exception = error
-        text = f"{error.message(as_option)}\nCauses and fixes: {error.page}"
+        text = f"{error.message(as_option)}\n{error.where}"
     except Exception as error:  # the model's own code failed
         failure = error
         text = f"{type(error).__name__}: {error}" + (

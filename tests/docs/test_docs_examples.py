@@ -122,7 +122,9 @@ def test_a_kind_of_a_public_error_has_its_page_and_says_so() -> None:
     error = CaptionError("a rule")
     assert error.page == "docs/errors/DemoError.md"
     if sys.version_info >= (3, 11):
-        assert "".join(traceback.format_exception(error)).endswith("\nCauses and fixes: docs/errors/DemoError.md\n")
+        assert "".join(traceback.format_exception(error)).endswith(
+            "\nCauses and fixes: clockwork-hooks explain DemoError\n"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile imports what is deprecated
