@@ -25,7 +25,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
-__all__ = ["PipelineReport", "SchedulerSteps", "WrappedPipeline", "begins_step", "wrap_pipeline"]
+__all__ = ["PipelineReport", "SchedulerSteps", "WrappedPipeline", "begins_step", "steps_from", "wrap_pipeline"]
 
 
 def wrap_pipeline(
@@ -241,6 +241,7 @@ class SchedulerSteps:
         if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
             timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
             timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
+            timeline.steps = timeline.declared_steps or steps_from(scheduler, place.index)
         elif jump:
             timeline.way, timeline.mark = jump, place
             if begins_step(scheduler):
@@ -281,6 +282,28 @@ def begins_step(scheduler: Any) -> bool:
     if warm_up is not None:
         return bool(scheduler.counter % 4 == 0 if scheduler.counter < len(warm_up) else scheduler.counter != 1)
     return True
+
+
+def steps_from(scheduler: Any, index: int = 0) -> int:
+    """How many denoising steps there are from this entry of a diffusers scheduler's list of times to its end.
+
+    Example:
+        >>> from diffusers import HeunDiscreteScheduler
+        >>> scheduler = HeunDiscreteScheduler()
+        >>> scheduler.set_timesteps(8)
+        >>> len(scheduler.timesteps), steps_from(scheduler), steps_from(scheduler, 6)
+        (15, 8, 5)
+    """
+    count = len(scheduler.timesteps) - index
+    if getattr(scheduler, "state_in_first_order", None) is not None:  # two evaluations a step, but one in the last
+        return -(-count // 2)
+    orders = getattr(scheduler, "order_list", None)
+    if orders:
+        return sum(order == 1 for order in orders[index:])
+    warm_up = getattr(scheduler, "prk_timesteps", None)
+    if warm_up is not None and index == 0:
+        return int(count - len(warm_up) * 3 // 4 if len(warm_up) else max(count - 1, 1))
+    return int(count)
 
 
 def _listed(scheduler: Any, time: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,8 +21,12 @@ __all__ = ["Schedule", "check_clock"]
 class Schedule:
     """Step → full or adaptor. Step 1, the first of a trajectory, is always full.
 
-    Build one with `Schedule.every`, `Schedule.at`, `Schedule.where` or `Schedule.adaptive`. Two are equal if they were
-    built from equal numbers, or from the same function.
+    Build one with `Schedule.every`, `Schedule.spread`, `Schedule.at`, `Schedule.where` or `Schedule.adaptive`. Two are
+    equal if they were built from equal numbers, or from the same function. `str` writes one as text, and
+    `Schedule.parse` reads it.
+
+    Some schedules depend on the number of steps of a trajectory. It is known where `wrap_pipeline` reads it from the
+    pipeline's scheduler, and where a sampler says `cw.trajectory(steps=20)`.
 
     Attributes:
         uses_adaptor: step (from 1) → does the adaptor stand in for the region? Of an adaptive schedule: may it?
@@ -35,6 +41,10 @@ class Schedule:
         F F F F A A A A
         >>> print(Schedule.every(3, start=4).preview(9))
         F F F F A A F A A
+        >>> print(Schedule.every(2, first_full=2, last_full=1).preview(9))
+        F F A F A F A F F
+        >>> print(Schedule.spread(2).preview(8))
+        F F A A F A A F
         >>> Schedule.adaptive(0.2, longest=3).bounds(8)
         (2, 8)
 
@@ -56,12 +66,17 @@ class Schedule:
         warmup: int = 0,
         final: int = 0,
         steps: int | None = None,
+        first_full: int = 1,
+        last_full: int = 0,
     ) -> Schedule:
         """One full pass every `clock` steps.
 
         Args:
             clock: period; 1 means that every step is full.
             start: the clock begins to tick at this step, which is full; steps before it are full.
+            first_full: the first so many steps are full, and the clock begins to tick at the last of them; `start` by
+                another name. "First two full, last full" is the rule of thumb for calibrated adaptors.
+            last_full: the last so many steps are full, where the number of steps is known.
             stop: last step that may use the adaptor; None for no end.
             warmup: so many first steps are full, whatever the clock says.
             final: so many last steps are full; needs `steps`.
@@ -71,8 +86,18 @@ class Schedule:
             ArgumentError: a number is outside its rule, or `final` comes without `steps`.
         """
         check_clock(clock)
-        for name, value, low in (("start", start, 1), ("warmup", warmup, 0), ("final", final, 0)):
-            whole(name, value, least=low)
+        options = {"start": (start, 1), "first_full": (first_full, 1), "stop": (stop, None), "warmup": (warmup, 0)}
+        options |= {"final": (final, 0), "last_full": (last_full, 0)}
+        for name, (value, default) in options.items():
+            if name != "stop":
+                whole(name, value, least=default or 0)
+        if start > 1 and first_full > 1:
+            raise ArgumentError(
+                "start and first_full are two names of one number",
+                seen={"start": start, "first_full": first_full},
+                do="pass one of them",
+            )
+        start = max(start, first_full)
         if stop is not None:
             whole("stop", stop, least=start)
         if steps is not None:
@@ -82,9 +107,66 @@ class Schedule:
                 "final full steps are counted from the end", seen={"final": final, "steps": None}, do="pass steps= too"
             )
         end = None if stop is None and not final else min(x for x in (stop, steps and steps - final) if x is not None)
-        given = {"start": (start, 1), "stop": (stop, None), "warmup": (warmup, 0), "final": (final, 0)}
-        options = "".join(f", {name}={value}" for name, (value, default) in given.items() if value != default)
-        return cls(_Ticks(clock, start, warmup, end), f"every({clock}{options})")
+        text = "".join(f", {name}={value}" for name, (value, default) in options.items() if value != default)
+        return cls(_Ticks(clock, start, warmup, end, last_full), f"every({clock}{text})")
+
+    @classmethod
+    def spread(cls, clock: int, *, first_full: int = 2, last_full: int = 1) -> Schedule:
+        """As many full steps as `every(clock)` has, in other places: the first ones, the last one, the others between.
+
+        It costs what `every(clock)` costs: ⌈steps / clock⌉ full passes. A cached feature is worst at the second step
+        and at the last, so these are full, and the adaptor's steps lie between them in runs of nearly equal length,
+        the longer ones late. Where the number of steps is not known it is `every(clock)`.
+
+        Args:
+            clock: of `every(clock)`.
+            first_full, last_full: so many first and last steps are full.
+
+        Raises:
+            ArgumentError: a number is outside its rule.
+
+        Example:
+            >>> for steps in (4, 8, 12):
+            ...     print(Schedule.spread(2).preview(steps), "|", Schedule.every(2).preview(steps))
+            F F A A | F A F A
+            F F A A F A A F | F A F A F A F A
+            F F A F A A F A A F A F | F A F A F A F A F A F A
+        """
+        check_clock(clock)
+        whole("first_full", first_full, least=1)
+        whole("last_full", last_full, least=0)
+        text = (f", first_full={first_full}" if first_full != 2 else "") + (
+            f", last_full={last_full}" if last_full != 1 else ""
+        )
+        return cls(_Spread(clock, first_full, last_full), f"spread({clock}{text})")
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """A schedule from what `str(schedule)` writes: "every(2, first_full=2, last_full=1)", "at([3, 4, 6, 7])".
+
+        Raises:
+            ArgumentError: the text is no schedule; a function of `Schedule.where` cannot be written.
+
+        Example:
+            >>> Schedule.parse("spread(3)") == Schedule.spread(3)
+            True
+        """
+        makers: dict[str, Callable[..., Schedule]] = {
+            "every": cls.every, "spread": cls.spread, "at": cls.at, "adaptive": cls.adaptive
+        }  # fmt: skip
+        try:
+            call = ast.parse(text.strip(), mode="eval").body
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in makers):
+                raise ValueError(text)
+            values = [ast.literal_eval(value) for value in call.args]
+            options = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+            return makers[call.func.id](*values, **options)
+        except (AttributeError, SyntaxError, ValueError, TypeError) as error:
+            raise ArgumentError(
+                "a schedule is written as one of " + ", ".join(f"{name}(...)" for name in makers),
+                seen={"schedule": repr(text)},
+                do='write "every(2, first_full=2, last_full=1)", "spread(2)" or "at([3, 4, 6, 7])"',
+            ) from error
 
     @classmethod
     def at(cls, steps: Iterable[int]) -> Schedule:
@@ -149,11 +231,13 @@ class Schedule:
         return cls(_Ticks(math.inf, 1, warmup, None), f"adaptive({threshold:g}{options})", float(threshold), longest)
 
     @classmethod
-    def of(cls, value: Schedule | Iterable[int] | Callable[[int], bool]) -> Schedule:
-        """A schedule from what `wrap(schedule=...)` takes: a schedule, adaptor steps, or a rule."""
+    def of(cls, value: Schedule | str | Iterable[int] | Callable[[int], bool]) -> Schedule:
+        """A schedule from what `wrap(schedule=...)` takes: a schedule, its text, adaptor steps, or a rule."""
         if isinstance(value, Schedule):
             return value
-        if isinstance(value, (str, bytes)) or not (callable(value) or isinstance(value, Iterable)):
+        if isinstance(value, str):
+            return cls.parse(value)
+        if isinstance(value, bytes) or not (callable(value) or isinstance(value, Iterable)):
             raise ArgumentError(
                 "a schedule is a Schedule, a set of adaptor steps, or a function step -> bool",
                 seen={"schedule": repr(value)},
@@ -161,15 +245,42 @@ class Schedule:
             )
         return cls.where(value) if callable(value) else cls.at(value)
 
-    def is_full(self, step: int) -> bool:
-        """Is this step (from 1) a full pass? Of an adaptive schedule: whatever the entry does?"""
-        return step <= 1 or not self.uses_adaptor(step)
+    def skips(self, step: int, steps: int | None = None) -> bool:
+        """May this step (from 1) use the adaptor, in a trajectory of so many steps? None where that is not known."""
+        rule = self.uses_adaptor
+        if step <= 1:
+            return False
+        return rule(step, steps) if isinstance(rule, (_Ticks, _Spread)) else rule(step)
+
+    def is_full(self, step: int, steps: int | None = None) -> bool:
+        """Is this step (from 1) a full pass? Of an adaptive schedule: whatever the entry does?
+
+        Args:
+            step: from 1.
+            steps: of the trajectory; None where that is not known.
+        """
+        return not self.skips(step, steps)
+
+    def adaptor_steps(self, steps: int) -> tuple[int, ...]:
+        """The steps of a trajectory that use the adaptor.
+
+        Raises:
+            ArgumentError: that is decided at run time.
+
+        Example:
+            >>> Schedule.every(2, first_full=2, last_full=1).adaptor_steps(8)
+            (3, 5, 7)
+        """
+        self.known_beforehand("which steps use the adaptor")
+        return tuple(step for step in range(1, steps + 1) if self.skips(step, steps))
 
     @property
     def never_skips(self) -> bool:
         """Is every step full, and is that certain from how it was built? A function may change its mind."""
         rule = self.uses_adaptor
-        return (isinstance(rule, _Ticks) and rule.clock == 1) or (isinstance(rule, _Among) and not rule.steps)
+        return (isinstance(rule, (_Ticks, _Spread)) and rule.clock == 1) or (
+            isinstance(rule, _Among) and not rule.steps
+        )
 
     def moved(self, entry: Tensor, before: Tensor) -> bool:
         """Of an adaptive schedule: has the entry changed by more than the threshold? Waits for the device.
@@ -193,7 +304,7 @@ class Schedule:
 
     def bounds(self, steps: int) -> tuple[int, int]:
         """How many of the first `steps` steps are full at least, and at most: the same unless it is adaptive."""
-        certain = sum(self.is_full(step) for step in range(1, steps + 1))
+        certain = sum(self.is_full(step, steps) for step in range(1, steps + 1))
         if self.threshold is None:
             return certain, certain
         return certain + (steps - certain) // (self.longest + 1), steps
@@ -210,7 +321,7 @@ class Schedule:
     def preview(self, steps: int) -> str:
         """One letter a step: F for full, A for adaptor, ? for what is decided at run time."""
         other = "A" if self.threshold is None else "?"
-        return " ".join("F" if self.is_full(step) else other for step in range(1, steps + 1))
+        return " ".join("F" if self.is_full(step, steps) else other for step in range(1, steps + 1))
 
     def __str__(self) -> str:
         return self.name
@@ -224,11 +335,41 @@ class _Ticks:
     start: int
     warmup: int
     end: int | None
+    last: int = 0
 
-    def __call__(self, step: int) -> bool:
+    def __call__(self, step: int, steps: int | None = None) -> bool:
         if step < self.start or step <= self.warmup or (self.end is not None and step > self.end):
             return False
+        if steps is not None and step > steps - self.last:
+            return False
         return (step - self.start) % self.clock != 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """The rule of `spread`."""
+
+    clock: int
+    first: int
+    last: int
+
+    def __call__(self, step: int, steps: int | None = None) -> bool:
+        return (step - 1) % self.clock != 0 if steps is None else step in _spread(self, steps)
+
+
+@functools.lru_cache(maxsize=256)
+def _spread(rule: _Spread, steps: int) -> frozenset[int]:
+    """The adaptor steps of `spread`, of so many."""
+    full = -(-steps // rule.clock)
+    first = min(rule.first, full)
+    last = min(rule.last, full - first)
+    inner = full - first - last  # full steps between, with a run of adaptor steps before and after each
+    adapted, at, step = steps - full, list[int](), first + 1
+    for k in range(inner + 1):
+        length = (adapted + k) // (inner + 1)  # these sum to `adapted`, the shorter ones first
+        at += range(step, step + length)
+        step += length + 1
+    return frozenset(at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import clockwork_hooks as ch
 from clockwork_hooks import Schedule
+from tests.small_unet import Tiny
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,15 @@ from clockwork_hooks import Schedule
         (Schedule.every(2, final=3, steps=8), "F A F A F F F F"),
         (Schedule.every(2, final=8, steps=8), "F F F F F F F F"),
         (Schedule.every(2, stop=3, final=1, steps=8), "F A F F F F F F"),
+        (Schedule.every(2, first_full=2), "F F A F A F A F"),
+        (Schedule.every(2, first_full=2, last_full=1), "F F A F A F A F"),
+        (Schedule.every(3, first_full=2, last_full=2), "F F A A F A F F"),
+        (Schedule.every(2, last_full=8), "F F F F F F F F"),
+        (Schedule.spread(1), "F F F F F F F F"),
+        (Schedule.spread(2), "F F A A F A A F"),
+        (Schedule.spread(3), "F F A A A A A F"),
+        (Schedule.spread(8), "F A A A A A A A"),
+        (Schedule.spread(2, first_full=1, last_full=0), "F A F A F A F A"),
         (Schedule.where(lambda step: True), "F A A A A A A A"),  # the first step is full, whatever the rule says
         (Schedule.where(lambda step: step % 2), "F F A F A F A F"),
         (Schedule.of({2, 3}), "F A A F F F F F"),
@@ -40,7 +51,7 @@ from clockwork_hooks import Schedule
 def test_preview(schedule: Schedule, expected: str) -> None:
     assert schedule.preview(8) == expected
     assert schedule.full_steps(8) == expected.count("F")
-    assert [schedule.is_full(step) for step in range(1, 9)] == [letter == "F" for letter in expected.split()]
+    assert [schedule.is_full(step, 8) for step in range(1, 9)] == [letter == "F" for letter in expected.split()]
 
 
 def test_of_leaves_a_schedule_alone() -> None:
@@ -80,3 +91,74 @@ def test_names() -> None:
 
     assert str(Schedule.where(late)) == "where(late)"
     assert ch.Schedule is Schedule
+
+
+@given(
+    clock=st.integers(1, 9), first=st.integers(1, 4), last=st.integers(0, 3), steps=st.integers(1, 60)
+)  # fmt: skip
+def test_spread_costs_what_the_clock_costs(clock: int, first: int, last: int, steps: int) -> None:
+    """As many full steps; the first and last ones are among them, and the runs between differ by one step at most."""
+    schedule = Schedule.spread(clock, first_full=first, last_full=last)
+    full = [step for step in range(1, steps + 1) if schedule.is_full(step, steps)]
+    assert len(full) == math.ceil(steps / clock) == Schedule.every(clock).full_steps(steps)
+    assert full[: min(first, len(full))] == list(range(1, min(first, len(full)) + 1))
+    if len(full) >= first + last:
+        assert set(range(steps - last + 1, steps + 1)) <= set(full)
+        runs = [len(list(run)) for adapted, run in itertools.groupby(schedule.preview(steps).split()) if adapted == "A"]
+        assert len(set(runs)) <= 2
+        assert runs == sorted(runs)
+
+
+@given(clock=st.integers(1, 6), steps=st.integers(1, 20), step=st.integers(1, 20))
+def test_what_counts_from_the_end_needs_the_number_of_steps(clock: int, steps: int, step: int) -> None:
+    assert Schedule.spread(clock).is_full(step) == Schedule.every(clock).is_full(step)
+    last = Schedule.every(clock, last_full=2)
+    assert last.is_full(step) == Schedule.every(clock).is_full(step)
+    assert last.is_full(step, steps) == (Schedule.every(clock).is_full(step) or step > steps - 2)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.every(2),
+        Schedule.every(3, first_full=2, last_full=1),
+        Schedule.every(2, start=3, stop=8, warmup=4),
+        Schedule.spread(2),
+        Schedule.spread(4, first_full=3, last_full=0),
+        Schedule.at({3, 4, 6, 7}),
+        Schedule.at([]),
+        Schedule.adaptive(0.25, longest=3, warmup=2),
+    ],
+    ids=str,
+)
+def test_text_and_back(schedule: Schedule) -> None:
+    assert Schedule.parse(str(schedule)) == schedule
+    assert Schedule.of(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize("text", ["", "every", "every(2", "where(rule)", "every(n)", "at(__import__('os'))", "2 + 2"])
+def test_text_that_is_no_schedule(text: str) -> None:
+    with pytest.raises(ch.errors.ArgumentError, match="a schedule is written as one of"):
+        Schedule.parse(text)
+
+
+def test_a_sampler_says_how_many_steps_it_takes() -> None:
+    """`cw.trajectory(steps=)` is what schedules that count from the end need; without it they are the plain clock."""
+    unet, sample = Tiny(), torch.randn(1, 2, 16, 16)
+    with torch.no_grad(), ch.wrap(unet, schedule=Schedule.spread(2)) as cw:
+
+        def passes(steps: int | None) -> str:
+            letters = ""
+            with cw.trajectory(steps=steps):
+                for t in range(800, 0, -100):
+                    before = cw.stats.adaptor_passes
+                    unet(sample, t)
+                    letters += "A" if cw.stats.adaptor_passes > before else "F"
+            return " ".join(letters)
+
+        passes(8)  # the first call is recorded
+        assert passes(8) == Schedule.spread(2).preview(8) == "F F A A F A A F"
+        assert passes(None) == Schedule.every(2).preview(8)
+        assert passes(9)[:15] == Schedule.spread(2).preview(9)[:15]
+    with pytest.raises(ch.errors.ArgumentError, match="steps"):
+        cw.trajectory(steps=0)

@@ -102,18 +102,18 @@ class States:
             state.timeline.names.clear()
         return state
 
-    def of_trajectory(self, name: str | None) -> State:
-        """The state of the trajectory that is open under this name, else a new one."""
+    def of_trajectory(self, name: str | None, steps: int | None = None) -> State:
+        """The state of the trajectory that is open under this name, else a new one, of so many steps."""
         with self._lock:
             state = None if name is None else self._named.get(name)
             if state is None:
-                state = self._make(trusted=True)
+                state = self._make(trusted=True, steps=steps)
                 if name is not None:
                     self._named[name] = state
             return state
 
-    def _make(self, *, trusted: bool = False) -> State:
-        state = State(Timeline(self._numbers, trusted=trusted, others=self._timelines))
+    def _make(self, *, trusted: bool = False, steps: int | None = None) -> State:
+        state = State(Timeline(self._numbers, trusted=trusted, others=self._timelines, steps=steps))
         with self._lock:
             self._all.add(state)
         return state
@@ -135,7 +135,13 @@ class States:
         """Every loop, in whatever thread, begins a new trajectory with its next call; what was kept is let go."""
         for state in self:  # a call under way goes on with the old one: what it keeps is let go with it
             old = state.timeline
-            state.timeline = Timeline(self._numbers, trusted=old.trusted, others=self._timelines, names=old.names)
+            state.timeline = Timeline(
+                self._numbers,
+                trusted=old.trusted,
+                others=self._timelines,
+                names=old.names,
+                steps=old.declared_steps,
+            )
 
 
 class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
@@ -145,10 +151,11 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         states: of the wrapper.
         name: blocks of one name that are open at the same time are of the same run; None for a run of its own.
         unet: what `__call__` calls.
+        steps: of the run; None where that is not known.
     """
 
-    def __init__(self, states: States, name: str | None, unet: Callable[..., Any]) -> None:
-        self.name, self._states, self._unet = name, states, unet
+    def __init__(self, states: States, name: str | None, unet: Callable[..., Any], steps: int | None = None) -> None:
+        self.name, self.steps, self._states, self._unet = name, steps, states, unet
         self._state: State | None = None
         self._block: Block | None = None
 
@@ -177,7 +184,7 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         self._block = self._state = None
 
     def _begun(self) -> State:
-        self._state = self._state or self._states.of_trajectory(self.name)
+        self._state = self._state or self._states.of_trajectory(self.name, self.steps)
         return self._state
 
 

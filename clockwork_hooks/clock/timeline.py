@@ -210,9 +210,12 @@ class Timeline:
         trusted: the caller says that all calls are of one run at a time, so that no evidence is asked for.
         others: gives the timelines of the same wrapper, this one among them; none where there is no other.
         names: names of branches that the caller has opened, outermost first.
+        steps: of each of its trajectories, where the caller says.
 
     Attributes:
         numbers, trusted, names: as given.
+        steps: of the trajectory; None where nobody has said.
+        declared_steps: what the caller has said it is.
         trajectory: number of the trajectory.
         step: its last step, from 1; 0 before the first.
         declared: are steps told by `declare`, and not by the time?
@@ -230,12 +233,14 @@ class Timeline:
         trusted: bool = False,
         others: Callable[[], Sequence[Timeline]] | None = None,
         names: Sequence[str] = (),
+        steps: int | None = None,
     ) -> None:
         self.numbers = itertools.count(1) if numbers is None else numbers
         self.trusted, self.unsure = trusted, False
         self.names: list[str] = list(names)
         self.trajectory = 0
         self._others = others
+        self.declared_steps = self.steps = steps
         self._jumps = Jumps(trusted=trusted)
         self.reset()
 
@@ -250,6 +255,7 @@ class Timeline:
         self.branches: list[Branch] = []
         self.mark: Place | None = None
         self.way = 0
+        self.steps = self.declared_steps
         self._time: float | None = None
         self._first: float | None = None
         self._direction = 0
@@ -387,9 +393,10 @@ class Timeline:
             self._jumps.leave()
             self._begin(time or 0.0, place)  # undeclared, a call without a time has no place
             return
-        mark, way = self.mark, self.way
+        mark, way, steps = self.mark, self.way, self.steps
         self.reset()
         self.declared, self._time, self._first, self.mark, self.way, self._start = True, time, time, mark, way, mark
+        self.steps = steps
         self._advance()
 
     def _check_declared(self, time: float | None) -> None:

@@ -211,9 +211,9 @@ class Engine:
         names = ", ".join(f"{clocked.schedule} {clocked.name}" for clocked in self.chain)
         return Schedule(self.skips_at, names)
 
-    def skips_at(self, step: int) -> bool:
-        """May this step skip any region?"""
-        return any(clocked.schedule.uses_adaptor(step) for clocked in self.chain)
+    def skips_at(self, step: int, steps: int | None = None) -> bool:
+        """May this step skip any region, in a trajectory of so many? None where that is not known."""
+        return any(clocked.schedule.skips(step, steps) for clocked in self.chain)
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -294,7 +294,8 @@ class Engine:
         """Full, and why; or the region whose adaptor stands in, and what it emitted before. It only asks."""
         if not signature.regions:
             return Decision(signature.why)
-        due = (index for index, clocked in enumerate(self.chain) if clocked.schedule.uses_adaptor(place.step))
+        steps = state.timeline.steps
+        due = (index for index, clocked in enumerate(self.chain) if clocked.schedule.skips(place.step, steps))
         region = next(due, None)  # the widest whose clock does not strike
         if place.step <= 1 or region is None:
             return Decision(place.scheduled)
@@ -323,7 +324,7 @@ class Engine:
             state.decided = ((place.trajectory, place.step), decision.reason)
         reason = decision.reason or (reasons.TEACHER if self.teaches else None)
         place.release(len(place.befores) if reason else decision.region + 1)
-        if not signature.regions or (reason is not None and self._idle(place)):
+        if not signature.regions or (reason is not None and self._idle(state, place)):
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
@@ -503,9 +504,9 @@ class Engine:
         state.decided = (step, reasons.MOVED if moved else None)
         return state.decided[1]
 
-    def _idle(self, place: Position) -> bool:
+    def _idle(self, state: State, place: Position) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
-        return not (self.looks or self.static is not None or self.skips_at(place.step + 1))
+        return not (self.looks or self.static is not None or self.skips_at(place.step + 1, state.timeline.steps))
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
         """The exit to keep: without the graph that it comes from, unless gradients shall flow into the step before."""
@@ -564,7 +565,8 @@ class Engine:
                 exit = exit.clone() if use.copies else exit
                 memory.kept = Kept(call.key, self._free(exit), version(exit), call.weights)
                 use.homes.add(memory.kept.exit)
-        reason = reasons.TRACED if self.skips_at(call.place.step) and call.place.step > 1 else call.place.scheduled
+        due = self.skips_at(call.place.step, state.timeline.steps)
+        reason = reasons.TRACED if due else call.place.scheduled
         macs = call.signature.full_macs
         outcome = Outcome(output, watched=False, macs=macs, reason=reason)
         self._count(call.place, outcome, macs)

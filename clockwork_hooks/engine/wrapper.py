@@ -22,7 +22,7 @@ from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, Observer
 from clockwork_hooks.engine.stats import RunReport, Stats
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, whole
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -171,7 +171,7 @@ class ClockworkWrapper:
         """The next call in this thread begins a new trajectory; what was cached is let go."""
         self._engine.states.current().timeline.reset()
 
-    def trajectory(self, name: str | None = None) -> TrajectoryBlock:
+    def trajectory(self, name: str | None = None, *, steps: int | None = None) -> TrajectoryBlock:
         """One sampling run: nothing from before is used in it, and nothing of it is kept in memory after it.
 
         Never needed where a sampler runs from start to end over a list of times. It tells what times cannot: that
@@ -184,12 +184,14 @@ class ClockworkWrapper:
 
         Args:
             name: blocks of one name that are open at the same time are of the same run.
+            steps: denoising steps of the run, for schedules that count from its end: `Schedule.spread(2)`,
+                `Schedule.every(2, last_full=1)`.
 
         Returns:
             The block, which calls the UNet; `close()` ends it where there is no `with`.
 
         Raises:
-            ArgumentError: the name is no text.
+            ArgumentError: the name is no text, or the number of steps is below 1.
 
         Example:
             >>> def images(pipe, cw, prompts):
@@ -199,7 +201,9 @@ class ClockworkWrapper:
         """
         if name is not None and not isinstance(name, str):
             raise ArgumentError("a trajectory is named by text", seen={"name": repr(name)}, do='pass "client 7"')
-        return TrajectoryBlock(self._engine.states, name, self)
+        if steps is not None:
+            whole("steps", steps, least=1, example=20)
+        return TrajectoryBlock(self._engine.states, name, self, steps)
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
