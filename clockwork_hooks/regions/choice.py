@@ -18,7 +18,7 @@ from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Finder, listed, of_fingerprint
+from clockwork_hooks.regions.search import Search, listed, of_fingerprint
 from clockwork_hooks.reports.tables import percent, shape
 
 __all__ = ["Choice", "ChoiceOptions", "region_or_choice", "split_options"]
@@ -155,14 +155,14 @@ class Choice:
             RegionNotFoundError: there is none like that; lists those there are.
             ArgumentError: a path names no module of this UNet.
         """
-        finder = Finder(trace, unet)
+        search = Search(trace, unet)
         if self.modules is not None:
-            return by_modules(finder, self.modules)
+            return by_modules(search.facts, self.modules)
         if self.entry is not None and self.exit is not None:
-            return by_ends(finder, self.entry, self.exit)
-        regions = finder.chain()
-        if self.fingerprint is not None and (known := of_fingerprint(regions, self.fingerprint)) is not None:
-            return known
+            return by_ends(search.facts, self.entry, self.exit)
+        regions = search.chain()
+        if self.fingerprint is not None and (same := of_fingerprint(regions, self.fingerprint)) is not None:
+            return same
         if self.strict:
             raise RegionNotFoundError(
                 "the region is the one that was found before, of this very architecture",
@@ -185,8 +185,8 @@ class Choice:
         if not pairs:
             raise _none_such(regions, "resolution", self.resolution, there)
         if self.share is None:
-            if pairs[-1][0].resolution in finder.small:
-                raise finder.not_found(regions)
+            if pairs[-1][0].resolution in search.small:
+                raise search.not_found(regions)
             return pairs[-1][1]
         found = [edge for _, edge in pairs if edge.macs_share >= self.share]
         if not found:

@@ -17,7 +17,7 @@ from clockwork_hooks.graph.tracing import Trace, record
 from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Finder, of_fingerprint
+from clockwork_hooks.regions.search import Search, of_fingerprint
 
 __all__ = ["choose", "find_region", "find_regions", "match", "regions_of", "skipped_nodes"]
 
@@ -100,22 +100,22 @@ def choose(trace: Trace, unet: nn.Module, **options: Any) -> Region:
 
 def regions_of(trace: Trace, unet: nn.Module) -> tuple[Region, ...]:
     """`find_regions` on an existing trace."""
-    return Finder(trace, unet).chain()
+    return Search(trace, unet).chain()
 
 
 def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
     """The same region in another trace of the same UNet (another batch, size or device); None if it has none."""
-    finder = Finder(trace, unet)
+    search = Search(trace, unet)
     if region.cut != "hand":
         with contextlib.suppress(RegionNotFoundError):
-            return of_fingerprint(finder.chain(), region.fingerprint)
+            return of_fingerprint(search.chain(), region.fingerprint)
         return None
     skipped = [call.path for call in region.skipped]
     for by, named in ((by_ends, (region.entry.path, region.exit.path)), (by_modules, (skipped,))):
         with contextlib.suppress(RegionNotFoundError, ArgumentError):
-            made = by(finder, *named)
-            if made.fingerprint == region.fingerprint:
-                return made
+            same = by(search.facts, *named)
+            if same.fingerprint == region.fingerprint:
+                return same
     return None
 
 

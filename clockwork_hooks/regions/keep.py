@@ -8,9 +8,10 @@ from torch import nn
 
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.tracing import Trace, module_paths
+from clockwork_hooks.regions.build import without
+from clockwork_hooks.regions.facts import Facts
 from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Finder
 
 __all__ = ["check_keep", "keeping"]
 
@@ -59,7 +60,7 @@ def keeping(trace: Trace, unet: nn.Module, region: Region, keep: tuple[str, ...]
         if index in needed:
             node = trace.nodes[index]  # all that it takes: of a skipped one not even the shape is asked for
             needed.update(int(one.meta["index"]) for one in (*node.all_input_nodes, *node.meta.get("after", ())))
-    smaller = Finder(trace, unet).build.without(region, needed)
+    smaller = without(Facts(trace, unet), region, needed)
     if smaller is None:
         raise RegionNotFoundError(
             "of a region something is left to skip beside the modules to keep, its exit among it",

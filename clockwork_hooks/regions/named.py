@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.regions.build import between, build
+from clockwork_hooks.regions.facts import Facts, nodes_of
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Finder
 
 __all__ = ["by_ends", "by_modules", "near"]
 
@@ -21,46 +22,46 @@ def near(path: str, known: Iterable[str]) -> str:
 # -- by its two ends ------------------------------------------------------------------------------------------------
 
 
-def by_ends(finder: Finder, entry: str, exit: str) -> Region:
+def by_ends(facts: Facts, entry: str, exit: str) -> Region:
     """What lies between two module outputs: what depends on the entry and has no path that misses the exit.
 
     Raises:
         ArgumentError: a path is none of a module that returns one tensor depending on the sample.
         RegionNotFoundError: something else enters, or something goes round the exit.
     """
-    source, target = (_output_of(finder, path, role) for path, role in ((entry, "entry"), (exit, "exit")))
-    region = finder.between(source, target, level=0, cut="hand")
+    source, target = (_output_of(facts, path, role) for path, role in ((entry, "entry"), (exit, "exit")))
+    region = between(facts, source, target, level=0, cut="hand")
     if region is None:
-        inside = finder.dom.between(source, target)
-        others = {finder.build.name(u) for u, _ in finder.dom.crossing(finder.dom.mask(inside))[0]} - {entry}
+        inside = facts.dominance.between(source, target)
+        others = {facts.name(u) for u, _ in facts.dominance.crossing(facts.dominance.mask(inside))[0]} - {entry}
         raise RegionNotFoundError(
             "every path from the entry must pass the exit, and nothing else that depends on the sample may enter",
             seen={
                 "entry": entry,
                 "exit": exit,
                 "also enters": ", ".join(sorted(others)) or "nothing",
-                "goes round the exit": ", ".join(_round(finder, source, target)[:5]) or "nothing",
+                "goes round the exit": ", ".join(_round(facts, source, target)[:5]) or "nothing",
             },
             do="choose a later entry or an earlier exit; print(ch.trace(...).graph) shows the paths",
         )
     return region
 
 
-def _round(finder: Finder, source: int, target: int) -> list[str]:
+def _round(facts: Facts, source: int, target: int) -> list[str]:
     """What comes from the source and reaches the output without the target, up to where the target is made."""
-    trace, dom = finder.trace, finder.dom
+    trace, dom = facts.trace, facts.dominance
     reached = trace.reachable([trace.nodes[source]])
     between = [n for n in range(source + 1, target) if trace.nodes[n] in reached and dom.live[n]]
-    return list(dict.fromkeys(finder.build.name(n) for n in between if not dom.within(n, target)))
+    return list(dict.fromkeys(facts.name(n) for n in between if not dom.within(n, target)))
 
 
-def _output_of(finder: Finder, path: str, role: str) -> int:
-    for call in reversed(finder.trace.calls):
+def _output_of(facts: Facts, path: str, role: str) -> int:
+    for call in reversed(facts.trace.calls):
         if call.path == path:
-            specs = finder.build.tensors(call.output)
-            if len(specs) == 1 and finder.dom.dep[specs[0].node.meta["index"]]:
-                return int(specs[0].node.meta["index"])
-    known = [call.path for call in finder.trace.calls if call.path and len(finder.build.tensors(call.output)) == 1]
+            nodes = nodes_of(call.output)
+            if len(nodes) == 1 and facts.dominance.dep[nodes[0]]:
+                return nodes[0]
+    known = [call.path for call in facts.trace.calls if call.path and len(nodes_of(call.output)) == 1]
     raise ArgumentError(
         f"the {role} is a called module that returns one tensor depending on the sample",
         seen={role: path, "near it": near(path, known), "such modules": ", ".join(dict.fromkeys(known[:40]))},
@@ -71,11 +72,11 @@ def _output_of(finder: Finder, path: str, role: str) -> int:
 # -- by the modules to skip -----------------------------------------------------------------------------------------
 
 
-def by_modules(finder: Finder, modules: Iterable[str]) -> Region:
+def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
     """All calls of these modules, if one of them returns a tensor that every path from all of them passes.
 
     Args:
-        finder: the search of one trace.
+        facts: of one trace.
         modules: dotted paths; "blocks.4:blocks.20" stands for these two and their siblings called in between.
 
     Raises:
@@ -83,26 +84,26 @@ def by_modules(finder: Finder, modules: Iterable[str]) -> Region:
         RegionNotFoundError: there are several exits, a module in between is not named, or a named one also serves
             what is not skipped.
     """
-    trace, dom = finder.trace, finder.dom
-    paths = [path for name in modules for path in _expanded(finder, name)]
+    trace, dom = facts.trace, facts.dominance
+    paths = [path for name in modules for path in _expanded(facts, name)]
     calls = [call for call in trace.calls if call.path in set(paths)]
-    named = {n for call in calls for n in _operators(finder, call)}
+    named = {n for call in calls for n in _operators(facts, call)}
     carrying = {n for n in named if dom.dep[n]}
     if not carrying:
         raise RegionNotFoundError(
             "a region depends on the sample", seen={"modules": ", ".join(paths)}, do="name modules that see the sample"
         )
-    target = _exit(finder, calls, carrying)
-    region = finder.build.region(target, dom.around(carrying, target), level=0, cut="hand")
+    target = _exit(facts, calls, carrying)
+    region = build(facts, target, dom.around(carrying, target), level=0, cut="hand")
     skipped = {(call.path, call.ordinal) for call in region.skipped} if region else set()
-    run = {n for call in trace.calls if (call.path, call.ordinal) in skipped for n in _operators(finder, call)}
+    run = {n for call in trace.calls if (call.path, call.ordinal) in skipped for n in _operators(facts, call)}
     if region is None or not named <= run:
         raise RegionNotFoundError(
             "all that a skipped module computes serves the exit alone",
-            seen={"also used elsewhere": ", ".join(c.path or "" for c in calls if not _operators(finder, c) <= run)},
+            seen={"also used elsewhere": ", ".join(c.path or "" for c in calls if not _operators(facts, c) <= run)},
             do="leave these modules out, or name the smaller ones inside of them",
         )
-    if others := _unnamed(finder, named, run):
+    if others := _unnamed(facts, named, run):
         raise RegionNotFoundError(
             "what lies between the modules of a region is skipped with them",
             seen={"modules": ", ".join(paths), "not named": ", ".join(others)},
@@ -111,9 +112,9 @@ def by_modules(finder: Finder, modules: Iterable[str]) -> Region:
     return region
 
 
-def _expanded(finder: Finder, name: str) -> list[str]:
+def _expanded(facts: Facts, name: str) -> list[str]:
     """The paths that one name stands for."""
-    known = list(dict.fromkeys(call.path for call in finder.trace.calls if call.path))
+    known = list(dict.fromkeys(call.path for call in facts.trace.calls if call.path))
     first, colon, last = name.partition(":")
     for path in (first, last) if colon else (first,):
         if path not in known:
@@ -135,35 +136,35 @@ def _expanded(finder: Finder, name: str) -> list[str]:
     return siblings[siblings.index(first) : siblings.index(last) + 1]
 
 
-def _operators(finder: Finder, call: ModuleCall) -> set[int]:
+def _operators(facts: Facts, call: ModuleCall) -> set[int]:
     """The live operators of a call."""
     nodes = range(call.first, call.last)
-    return {n for n in nodes if finder.dom.live[n] and finder.trace.nodes[n].op == "call_function"}
+    return {n for n in nodes if facts.dominance.live[n] and facts.trace.nodes[n].op == "call_function"}
 
 
-def _exit(finder: Finder, calls: list[ModuleCall], carrying: set[int]) -> int:
+def _exit(facts: Facts, calls: list[ModuleCall], carrying: set[int]) -> int:
     """The one tensor among the outputs of the named calls that everything from them passes."""
-    made = [spec.node.meta["index"] for call in calls for spec in finder.build.tensors(call.output)]
-    dom = finder.dom
-    for o in sorted(set(made), reverse=True):
+    outputs = [n for call in calls for n in nodes_of(call.output)]
+    dom = facts.dominance
+    for o in sorted(set(outputs), reverse=True):
         if dom.dep[o] and all(dom.within(n, o) for n in carrying):
-            return int(o)
-    last = max((o for o in made if dom.dep[o] and dom.live[o]), default=max(carrying))
-    outside = [c.path or "" for c in calls if any(not dom.within(n, last) for n in _operators(finder, c) & carrying)]
+            return o
+    last = max((o for o in outputs if dom.dep[o] and dom.live[o]), default=max(carrying))
+    outside = [c.path or "" for c in calls if any(not dom.within(n, last) for n in _operators(facts, c) & carrying)]
     raise RegionNotFoundError(
         "a region leaves through one tensor, which one of its modules returns and every path from the others passes",
-        seen={"last output": finder.build.name(last), "goes round it": ", ".join(dict.fromkeys(outside)) or "nothing"},
+        seen={"last output": facts.name(last), "goes round it": ", ".join(dict.fromkeys(outside)) or "nothing"},
         do="name the module where these come together too, or leave them out",
     )
 
 
-def _unnamed(finder: Finder, named: set[int], run: set[int]) -> list[str]:
+def _unnamed(facts: Facts, named: set[int], run: set[int]) -> list[str]:
     """The outermost skipped calls with MACs and nothing named inside."""
     found: list[str] = []
     until = 0
-    for call in finder.trace.calls:
-        nodes = _operators(finder, call)
+    for call in facts.trace.calls:
+        nodes = _operators(facts, call)
         if call.path and call.first >= until and nodes and nodes <= run and not nodes & named:
-            found += [call.path] if any(finder.build.macs[n] for n in nodes) else []
+            found += [call.path] if any(facts.trace.macs[n] for n in nodes) else []
             until = call.last
     return list(dict.fromkeys(found))

@@ -1,13 +1,10 @@
-"""The search for regions in one trace: candidates by their entry edges, nested into one chain.
-
-Why has a UNet no region? One sentence for the error.
-"""
+"""Search one trace for its regions: candidates by their entry edges, nested into one chain; or why there is none."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -17,99 +14,13 @@ from torch import nn
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.build import Builder
-from clockwork_hooks.regions.dominance import Dominance, Edge
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.build import between, build
+from clockwork_hooks.regions.dominance import Edge
+from clockwork_hooks.regions.facts import Facts, nodes_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.tables import shape
 
-__all__ = ["Finder", "listed", "of_fingerprint", "reason"]
-
-
-def reason(trace: Trace, dom: Dominance, levels: Levels, build: Builder, small: Collection[tuple[int, ...]]) -> str:
-    """What stands in the way of a region: no lower resolution, several ways back up or none, its size, or no skip.
-
-    The highest level speaks first. Where one way leads back up to it and nothing goes round that way, a region may be
-    of a lower level, so the next one is asked.
-
-    Args:
-        trace, dom, levels, build: of the search that found nothing.
-        small: resolutions of the levels below which a region is too small.
-    """
-    worked = sorted(_worked(trace, dom, levels, build), reverse=True)
-    if len(worked) < 2:
-        return f"no resolution change: every layer works at {_space(levels, max(worked, default=0))}"
-    passed = ""  # what all passes, at the highest level
-    for level in worked[:-1]:
-        exits = _upward(trace, dom, levels, build, level)
-        if len(exits) > 1:
-            names = [name if count == 1 else f"{name} ({count}×)" for name, count in Counter(exits).items()]
-            to = f" to {_space(levels, level)}" if passed else ""
-            return f"no single exit: several exits lead back up{to}: {', '.join(names)}"
-        if not exits and not passed:
-            return f"nothing leads back up to {_space(levels, level)}"
-        if levels.spatial[level] in small:
-            return f"what lies below {_space(levels, level)} is too small a part"
-        passed = passed or exits[0]
-    return (
-        f"nothing of {_space(levels, worked[0])} goes round the low resolutions: all passes {passed}, and kept from "
-        "the step before it would repeat that step's output"
-    )
-
-
-def _space(levels: Levels, positions: int) -> str:
-    return shape(levels.spatial.get(positions, ())) or "one resolution"
-
-
-def _worked(trace: Trace, dom: Dominance, levels: Levels, build: Builder) -> set[int]:
-    """Levels at which something multiplies and modules return maps: those of filters padded by functions are none."""
-    made = {spec.node.meta["index"] for call in trace.calls if call.path for spec in build.tensors(call.output)}
-    returned = {levels.positions(dom.nodes[n]) or 0 for n in made if dom.live[n] and dom.dep[n]}
-    return returned & set(levels.worked)
-
-
-def _upward(trace: Trace, dom: Dominance, levels: Levels, build: Builder, top: int) -> list[str]:
-    """What takes lower resolutions and gives the highest: the outermost such module calls, then bare operators."""
-
-    def of(nodes: list[int]) -> set[int]:
-        """Positions of those that depend on the sample; gates of one pixel and unknown ones left out."""
-        found = {levels.positions(dom.nodes[n]) or 0 for n in nodes if dom.dep[n] and dom.live[n]}
-        return {p for p in found if math.prod(levels.spatial.get(p, (1,))) > 1}
-
-    def lifts(call: ModuleCall) -> bool:
-        taken, given = (of([s.node.meta["index"] for s in build.tensors(v)]) for v in (call.inputs, call.output))
-        return given == {top} and bool(taken) and max(taken) < top
-
-    names: dict[int, str] = {}
-    inside: set[int] = set()
-    below: set[int] = set()  # nodes below the top, and patches of tokens unfolded on their way to the top's shape
-    for call in trace.calls[1:]:
-        if call.path and call.first not in inside and lifts(call):
-            names[call.first] = call.path
-            inside.update(range(call.first, call.last))
-    space = levels.spatial[top]
-    for n, node in enumerate(dom.nodes):
-        here = of([n])
-        rises = here == {top} and any(u in below for u in dom.sources[n])
-        folded = tuple(node.meta.get("shape", ()))[-len(space) :] != space  # channels in the batch, space to channels
-        if (here and max(here) < top) or (rises and folded):
-            below.add(n)
-        elif rises and n not in inside:
-            names[n] = _origin(dom, build, n)
-    return [name for _, name in sorted(names.items())]
-
-
-def _origin(dom: Dominance, build: Builder, n: int) -> str:
-    """The name of node n; of an operator that only views what a module returns, that module's too."""
-    source, operator = n, build.name(n)
-    while not build.returned(source):
-        values = math.prod(dom.nodes[source].meta.get("shape", ()))
-        carrying = [u for u in dom.sources[source] if dom.dep[u]]
-        if len(carrying) != 1 or math.prod(dom.nodes[carrying[0]].meta.get("shape", ())) < values:
-            return operator
-        source = carrying[0]
-    return operator if source == n else f"{operator}, of {build.name(source)}"
-
+__all__ = ["Search", "listed", "of_fingerprint"]
 
 SMALLEST, LARGEST = 0.20, 0.97
 _TRIES = 12
@@ -118,6 +29,12 @@ _TRIES = 12
 def listed(regions: Iterable[Region]) -> dict[str, str]:
     """Regions as lines of an error."""
     return {f"region {k}": region.line for k, region in enumerate(regions)}
+
+
+def of_fingerprint(chain: Iterable[Region], fingerprint: str) -> Region | None:
+    """The region of a chain, or the paper's cut of one, that has this fingerprint; None if there is none."""
+    regions = (edge for outer in chain for edge in (outer, outer.inner) if edge is not None)
+    return next((region for region in regions if region.fingerprint == fingerprint), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,92 +46,99 @@ class _Candidate:
     positions: int
 
 
-class Finder:
-    """The search of one trace."""
+class Search:
+    """The search of one trace.
+
+    Attributes:
+        facts: what it looks up.
+        rejected: lines about what is no region.
+        small: resolutions of the levels below which the region is too small.
+    """
 
     def __init__(self, trace: Trace, unet: nn.Module) -> None:
-        self.trace = trace
-        self.dom = Dominance(trace)
-        self.levels = Levels(trace)
-        self.build = Builder(trace, unet, self.dom, self.levels)
+        self.facts = Facts(trace, unet)
         self.rejected: list[str] = []
-        self.small: set[tuple[int, ...]] = set()  # levels below which the region is too small
-        self._weighted = self._after_weights()
-        self._positions = np.array([self.levels.positions(node) or 0 for node in trace.nodes], dtype=np.int64)
+        self.small: set[tuple[int, ...]] = set()
         self._lows: dict[int, list[int]] = {}
         self._cuts: dict[Edge, Region | None] = {}
 
-    def _after_weights(self) -> list[bool]:
-        """Nodes that carry the sample through at least one weighted operator; a region's entry is one of them."""
-        found = [False] * len(self.trace.nodes)
-        for n, macs in enumerate(self.build.macs):
-            if self.dom.dep[n]:
-                found[n] = any(found[u] for u in self.dom.sources[n]) or macs > 0
-        return found
-
     def chain(self) -> tuple[Region, ...]:
-        """The region with the most MACs, then again and again the one with the most MACs that lies in it."""
-        found: list[tuple[_Candidate, Region]] = []
-        macs = self.dom.totals(self.build.macs)
-        for candidate in sorted(self._candidates(), key=lambda c: (-macs[c.exits[0]], -self.dom.size(c.exits[0]))):
-            around = found[-1][0] if found else None
-            if around and not self.dom.within(candidate.exits[0], around.exits[0]):
+        """The region with the most MACs, then again and again the one with the most MACs that lies in it.
+
+        Raises:
+            RegionNotFoundError: there is none.
+        """
+        chosen: list[tuple[_Candidate, Region]] = []
+        dominance = self.facts.dominance
+        macs = dominance.totals(self.facts.trace.macs)
+        for candidate in sorted(self._candidates(), key=lambda c: (-macs[c.exits[0]], -dominance.size(c.exits[0]))):
+            around = chosen[-1][0] if chosen else None
+            if around and not dominance.within(candidate.exits[0], around.exits[0]):
                 continue
             region = self._region(candidate)
             if region is None:
                 continue
             if SMALLEST <= region.macs_share <= LARGEST:
-                found.append((candidate, region))
+                chosen.append((candidate, region))
                 continue
             self.rejected.append(region.line)
             if region.macs_share < SMALLEST and self._holds_most(candidate, around):
                 self.small.add(region.resolution)
-        if not found:
+        if not chosen:
             raise self.not_found()
-        edges = sorted({candidate.positions for candidate, _ in found}, reverse=True)
-        levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in found]
+        edges = sorted({candidate.positions for candidate, _ in chosen}, reverse=True)
+        levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in chosen]
         return tuple(replace(region, inner=self._inner(region)) for region in levelled)
 
     def _candidates(self) -> Iterable[_Candidate]:
         """Exits grouped by their entry edges, where the exit is back at the entries' resolution."""
+        dominance, levels, nodes = self.facts.dominance, self.facts.levels, self.facts.trace.nodes
         groups: dict[tuple[Edge, ...], list[int]] = {}
-        for o, edges in self.dom.entries().items():
+        for o, edges in dominance.entries().items():
             groups.setdefault(tuple(sorted(edges)), []).append(o)
-        positions = {u: self.levels.positions(self.trace.nodes[u]) for u in {u for edges in groups for u, _ in edges}}
-        largest = max(self.levels.spatial, default=0)
-        lower = [(n, node) for n, node in enumerate(self.trace.nodes) if self.levels.shrinks(node, largest)]
+        weighted, positions = self._after_weights(), self.facts.positions.tolist()
+        largest = max(levels.spatial, default=0)
+        lower = [(n, node) for n, node in enumerate(nodes) if levels.shrinks(node, largest)]
         narrow: dict[int, list[int]] = {}  # positions of a level → where the work below it is
         for entries, exits in groups.items():
-            top = max((positions[u] or 0 for u, _ in entries), default=0)
-            if not top or not any(self._weighted[u] for u, _ in entries if positions[u] == top):
+            top = max((positions[u] for u, _ in entries), default=0)
+            if not top or not any(weighted[u] for u, _ in entries if positions[u] == top):
                 continue
-            widest = max(exits, key=self.dom.size)
-            if self.levels.positions(self.trace.nodes[widest]) != top:
+            widest = max(exits, key=dominance.size)
+            if positions[widest] != top:
                 continue
             if top not in narrow:
-                narrow[top] = self.dom.places(n for n, node in lower if self.levels.shrinks(node, top))
-            if self.dom.holds(widest, narrow[top]):
-                yield _Candidate(tuple(sorted(exits, key=self.dom.size, reverse=True)), entries, top)
+                narrow[top] = dominance.places(n for n, node in lower if levels.shrinks(node, top))
+            if dominance.holds(widest, narrow[top]):
+                yield _Candidate(tuple(sorted(exits, key=dominance.size, reverse=True)), entries, top)
+
+    def _after_weights(self) -> list[bool]:
+        """Nodes that carry the sample through at least one weighted operator; a region's entry is one of them."""
+        dominance = self.facts.dominance
+        after = [False] * len(self.facts.trace.nodes)
+        for n, macs in enumerate(self.facts.trace.macs):
+            if dominance.dep[n]:
+                after[n] = any(after[u] for u in dominance.sources[n]) or macs > 0
+        return after
 
     def _region(self, candidate: _Candidate) -> Region | None:
         """The candidate's region from the top-most of its exits that a module call returns."""
         for o in candidate.exits:
-            region = self.build.region(o, self.dom.members(o), level=0, cut="outer")
+            region = build(self.facts, o, self.facts.dominance.members(o), level=0, cut="outer")
             if region is not None:
                 return region
-        self.rejected.append(f"{self.build.name(candidate.exits[0])}: no module returns the exit")
+        self.rejected.append(f"{self.facts.name(candidate.exits[0])}: no module returns the exit")
         return None
 
     def _holds_most(self, candidate: _Candidate, around: _Candidate | None) -> bool:
         """Does it hold most of the work below its level? A small "U" of its own inside a block does not."""
-        top = candidate.positions
+        top, trace = candidate.positions, self.facts.trace
         if top not in self._lows:
-            low = [
-                macs if 0 < p < top else 0 for macs, p in zip(self.build.macs, self._positions.tolist(), strict=True)
-            ]
-            self._lows[top] = self.dom.totals(low)
+            positions = self.facts.positions.tolist()
+            low = [macs if 0 < p < top else 0 for macs, p in zip(trace.macs, positions, strict=True)]
+            self._lows[top] = self.facts.dominance.totals(low)
         totals = self._lows[top]
-        whole = around.exits[0] if around else len(self.trace.nodes)
+        whole = around.exits[0] if around else len(trace.nodes)
         return 2 * totals[candidate.exits[0]] > totals[whole]
 
     def _inner(self, outer: Region) -> Region | None:
@@ -222,38 +146,29 @@ class Finder:
 
         Its exit is the widest at the next lower resolution; its entry the first tensor there that all else comes from.
         """
-        top = self._positions[outer.entry.node]
-        inside = np.sort(self.dom.members(outer.exit.node))
-        inside = inside[self.dom.depends[inside]]
-        positions = self._positions[inside]
+        dominance, top = self.facts.dominance, self.facts.positions[outer.entry.node]
+        inside = np.sort(dominance.members(outer.exit.node))
+        inside = inside[dominance.depends[inside]]
+        positions = self.facts.positions[inside]
         edge = positions[positions < top].max(initial=0)
         there = inside[positions == edge].tolist() if edge else []
-        for o in sorted(there, key=self.dom.size, reverse=True)[:_TRIES]:
-            for d in list(islice((n for n in there if self.dom.within(n, o)), _TRIES)):
+        for o in sorted(there, key=dominance.size, reverse=True)[:_TRIES]:
+            for d in list(islice((n for n in there if dominance.within(n, o)), _TRIES)):
                 if (d, o) not in self._cuts:  # many regions have one cut
-                    self._cuts[d, o] = self.between(d, o, level=0, cut="paper") if d != o else None
+                    self._cuts[d, o] = between(self.facts, d, o, level=0, cut="paper") if d != o else None
                 region = self._cuts[d, o]
                 if region is not None:
                     return replace(region, level=outer.level)
         return None
 
-    def between(self, source: int, target: int, *, level: int, cut: str) -> Region | None:
-        """What depends on `source` and reaches the output only through `target`, if nothing else enters."""
-        inside = self.dom.between(source, target)
-        if target not in inside or {u for u, _ in self.dom.crossing(self.dom.mask(inside))[0]} != {source}:
-            return None
-        return self.build.region(target, inside, level=level, cut=cut)
-
-    def _resolutions(self) -> str:
-        return ", ".join(dict.fromkeys(map(shape, self.levels.spatial.values()))) or "none"
-
     def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
         """What was looked for and what is there; `wider` regions may be had, but not by default."""
+        trace, levels = self.facts.trace, self.facts.levels
         seen: dict[str, object] = {
-            "model": self.trace.model,
-            "sample": shape(self.trace.inputs[self.trace.sample].meta["shape"]),
-            "resolutions": self._resolutions(),
-            "why": reason(self.trace, self.dom, self.levels, self.build, self.small),
+            "model": trace.model,
+            "sample": shape(trace.inputs[trace.sample].meta["shape"]),
+            "resolutions": ", ".join(dict.fromkeys(map(shape, levels.spatial.values()))) or "none",
+            "why": _reason(self.facts, self.small),
         }
         for k, line in enumerate(self.rejected):
             seen[f"rejected {k}"] = line
@@ -274,7 +189,87 @@ class Finder:
         )
 
 
-def of_fingerprint(chain: Iterable[Region], fingerprint: str) -> Region | None:
-    """The region of a chain, or the paper's cut of one, that has this fingerprint; None if there is none."""
-    found = (edge for outer in chain for edge in (outer, outer.inner) if edge is not None)
-    return next((region for region in found if region.fingerprint == fingerprint), None)
+# -- why there is none ----------------------------------------------------------------------------------------------
+
+
+def _reason(facts: Facts, small: set[tuple[int, ...]]) -> str:
+    """What stands in the way of a region: no lower resolution, several ways back up or none, its size, or no skip.
+
+    The highest level speaks first. Where one way leads back up to it and nothing goes round that way, a region may be
+    of a lower level, so the next one is asked.
+    """
+    worked, spatial = sorted(_worked(facts), reverse=True), facts.levels.spatial
+    if len(worked) < 2:
+        return f"no resolution change: every layer works at {_space(facts, max(worked, default=0))}"
+    passed = ""  # what all passes, at the highest level
+    for level in worked[:-1]:
+        exits = _upward(facts, level)
+        if len(exits) > 1:
+            names = [name if count == 1 else f"{name} ({count}×)" for name, count in Counter(exits).items()]
+            to = f" to {_space(facts, level)}" if passed else ""
+            return f"no single exit: several exits lead back up{to}: {', '.join(names)}"
+        if not exits and not passed:
+            return f"nothing leads back up to {_space(facts, level)}"
+        if spatial[level] in small:
+            return f"what lies below {_space(facts, level)} is too small a part"
+        passed = passed or exits[0]
+    return (
+        f"nothing of {_space(facts, worked[0])} goes round the low resolutions: all passes {passed}, and kept from "
+        "the step before it would repeat that step's output"
+    )
+
+
+def _space(facts: Facts, positions: int) -> str:
+    return shape(facts.levels.spatial.get(positions, ())) or "one resolution"
+
+
+def _worked(facts: Facts) -> set[int]:
+    """Levels at which something multiplies and modules return maps: those of filters padded by functions are none."""
+    dominance = facts.dominance
+    nodes = {n for call in facts.trace.calls if call.path for n in nodes_of(call.output)}
+    returned = {int(facts.positions[n]) for n in nodes if dominance.live[n] and dominance.dep[n]}
+    return returned & set(facts.levels.worked)
+
+
+def _upward(facts: Facts, top: int) -> list[str]:
+    """What takes lower resolutions and gives the highest: the outermost such module calls, then bare operators."""
+    dominance, spatial, positions = facts.dominance, facts.levels.spatial, facts.positions.tolist()
+
+    def levels_of(nodes: list[int]) -> set[int]:
+        """Positions of those that depend on the sample; gates of one pixel and unknown ones left out."""
+        levels = {positions[n] for n in nodes if dominance.dep[n] and dominance.live[n]}
+        return {p for p in levels if math.prod(spatial.get(p, (1,))) > 1}
+
+    def lifts(call: ModuleCall) -> bool:
+        below, above = levels_of(nodes_of(call.inputs)), levels_of(nodes_of(call.output))
+        return above == {top} and bool(below) and max(below) < top
+
+    names: dict[int, str] = {}
+    inside: set[int] = set()
+    below: set[int] = set()  # nodes below the top, and patches of tokens unfolded on their way to the top's shape
+    for call in facts.trace.calls[1:]:
+        if call.path and call.first not in inside and lifts(call):
+            names[call.first] = call.path
+            inside.update(range(call.first, call.last))
+    space = spatial[top]
+    for n, node in enumerate(facts.trace.nodes):
+        here = levels_of([n])
+        rises = here == {top} and any(u in below for u in dominance.sources[n])
+        folded = tuple(node.meta.get("shape", ()))[-len(space) :] != space  # channels in the batch, space to channels
+        if (here and max(here) < top) or (rises and folded):
+            below.add(n)
+        elif rises and n not in inside:
+            names[n] = _origin(facts, n)
+    return [name for _, name in sorted(names.items())]
+
+
+def _origin(facts: Facts, n: int) -> str:
+    """The name of node n; of an operator that only views what a module returns, that module's too."""
+    source, operator, nodes = n, facts.name(n), facts.trace.nodes
+    while source not in facts.producers:
+        values = math.prod(nodes[source].meta.get("shape", ()))
+        carrying = [u for u in facts.dominance.sources[source] if facts.dominance.dep[u]]
+        if len(carrying) != 1 or math.prod(nodes[carrying[0]].meta.get("shape", ())) < values:
+            return operator
+        source = carrying[0]
+    return operator if source == n else f"{operator}, of {facts.name(source)}"

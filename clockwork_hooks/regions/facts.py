@@ -1,0 +1,149 @@
+"""What the search for regions looks up in one trace: dominance, levels, embeddings, and what calls take and return."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+from torch import nn
+
+from clockwork_hooks._tree import leaves
+from clockwork_hooks.graph.bindings import TensorSpec
+from clockwork_hooks.graph.operators import operator_name
+from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.graph.tracing import Trace, module_paths
+from clockwork_hooks.regions.cut import SkippedCall
+from clockwork_hooks.regions.dominance import Dominance, Mask
+from clockwork_hooks.regions.embeddings import Embeddings
+from clockwork_hooks.regions.levels import Levels
+
+__all__ = ["Facts", "Leaf", "index_of", "nodes_of"]
+
+Leaf = tuple[ModuleCall, int, TensorSpec]  # a call, and the k-th leaf of what it takes or returns
+
+
+def index_of(spec: TensorSpec) -> int:
+    """The index of the node that holds a recorded tensor."""
+    return int(spec.node.meta["index"])
+
+
+def nodes_of(value: object) -> list[int]:
+    """The nodes that hold the recorded tensors of a call's inputs or output."""
+    return [index_of(leaf) for _, leaf in leaves(value) if isinstance(leaf, TensorSpec)]
+
+
+class Facts:
+    """Tables of one trace. What is asked for every region is looked up once: regions can be many.
+
+    Attributes:
+        trace: what was recorded.
+        dominance, levels, embeddings: of the trace.
+        macs, positions, worked_at: one value a node; positions of its tensor, 0 where the shape tells none, and of the
+            level that it works at.
+        operator, input: is the node an operator, is it an input? Likewise.
+        total_macs, total_parameters: of the UNet.
+        residuals: paths of the inputs that are only added to feature maps.
+        root: the call of the UNet itself.
+        calls: path of a module → its calls.
+        takers, givers: node → where calls take it in, and where they return it.
+        producers: node → the calls of registered modules that return it, the outermost first.
+        writers: storage → the nodes that write to it in place.
+        stand_ins: (call, how many calls of its module come before) → the skipped call, once one was made that is the
+            same in every region.
+    """
+
+    def __init__(self, trace: Trace, unet: nn.Module) -> None:
+        self.trace = trace
+        self.dominance, self.levels = Dominance(trace), Levels(trace)
+        self.embeddings = Embeddings(trace, self.dominance)
+        self.residuals = self.dominance.residuals(trace.inputs)
+        self.total_macs = sum(trace.macs)
+        self.total_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        named = module_paths(unet)
+        self._modules = {named[id(module)]: module for module in unet.modules() if id(module) in named}
+        self._parameters: dict[str, dict[int, int]] = {}
+        self.stand_ins: dict[tuple[int, int], SkippedCall] = {}
+        self._read_nodes()
+        self._read_calls()
+
+    def _read_nodes(self) -> None:
+        nodes = self.trace.nodes
+        self.macs = np.array(self.trace.macs, dtype=np.int64)
+        self.positions = np.array([self.levels.positions(node) or 0 for node in nodes], dtype=np.int64)
+        self.worked_at = np.array(self.levels.at, dtype=np.int64)
+        self.operator: Mask = np.array([node.op == "call_function" for node in nodes])
+        self.input: Mask = np.array([node.op == "placeholder" for node in nodes])
+        self.writers: dict[object, list[int]] = {}
+        for n, node in enumerate(nodes):
+            if "was" in node.meta and node.meta.get("storage") is not None:
+                self.writers.setdefault(node.meta["storage"], []).append(n)
+
+    def _read_calls(self) -> None:
+        calls = self.trace.calls
+        self.root = next(call for call in calls if call.path is not None)
+        self.calls: dict[str, list[ModuleCall]] = {}
+        self.takers: dict[int, list[Leaf]] = {}
+        self.givers: dict[int, list[Leaf]] = {}
+        for call in calls:
+            if call.path is not None:
+                self.calls.setdefault(call.path, []).append(call)
+            for value, table in ((call.inputs, self.takers), (call.output, self.givers)):
+                for k, (_, leaf) in enumerate(leaves(value)):
+                    if isinstance(leaf, TensorSpec):
+                        table.setdefault(index_of(leaf), []).append((call, k, leaf))
+        registered = ((n, [call for call, *_ in givers if call.path]) for n, givers in self.givers.items())
+        self.producers = {n: producers for n, producers in registered if producers}
+        self._firsts, self._lasts = (np.array([getattr(call, end) for call in calls]) for end in ("first", "last"))
+        self._registered = np.array([bool(call.path) for call in calls])
+        self._conditions: dict[bool | None, list[tuple[ModuleCall, int]]] = {True: [], False: [], None: []}
+        for n, givers in self.givers.items():
+            if self.dominance.live[n] and not self.dominance.dep[n]:
+                self._conditions[self.embeddings.is_time(n)] += [(call, n) for call, *_ in givers]
+
+    def name(self, n: int) -> str:
+        """What to call node n: the innermost module that returns it, else its operator and where it ran."""
+        node = self.trace.nodes[n]
+        if n in self.producers:
+            return str(self.producers[n][-1].path)
+        if node.op != "call_function":
+            return str(node.name)
+        return f"{operator_name(node)} in {node.meta['module'] or 'the root'}"
+
+    def skippable(self, inside: Mask) -> list[ModuleCall]:
+        """Outermost registered calls with all their live operators inside, one at least depending on the sample."""
+        counts = self.operator & self.dominance.lives
+        outside = np.concatenate([[0], np.cumsum(counts & ~inside)])
+        carrying = np.concatenate([[0], np.cumsum(counts & inside & self.dominance.depends)])
+        whole = outside[self._lasts] == outside[self._firsts]
+        whole &= carrying[self._lasts] > carrying[self._firsts]
+        chosen, indices, k = list[ModuleCall](), np.flatnonzero(self._registered & whole), 0
+        starts = self._firsts[indices].tolist()  # calls are in order of their beginning
+        while k < len(starts):
+            chosen.append(self.trace.calls[indices[k]])
+            k = bisect_left(starts, chosen[-1].last, k + 1)
+        return chosen
+
+    def from_conditions(self, *, time: bool) -> list[tuple[ModuleCall, int]]:
+        """(call, node) of what calls return that comes from the time alone, or from other conditions."""
+        return self._conditions[time]
+
+    def parameters(self, calls: list[ModuleCall]) -> int:
+        """How many parameters the modules of these calls have; one that several share counts once."""
+        sizes: dict[int, int] = {}
+        for path in {str(call.path) for call in calls}:
+            if path not in self._parameters:
+                module = self._modules.get(path)
+                self._parameters[path] = {id(p): p.numel() for p in module.parameters()} if module is not None else {}
+            sizes |= self._parameters[path]
+        return sum(sizes.values())
+
+    def macs_by_level(self, run: Mask) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+        """(spatial shape, MACs on the way down, MACs on the way up) of these nodes, widest first."""
+        nodes = np.flatnonzero(run & (self.macs > 0))
+        at = self.worked_at[nodes]
+        turn = nodes[at == at[at > 0].min()].max() if at.any() else 0  # the last one of the lowest level
+        rows = []
+        for p in sorted(set(at.tolist()), reverse=True):
+            down, up = (int(self.macs[nodes[(at == p) & arm]].sum()) for arm in (nodes <= turn, nodes > turn))
+            rows.append((self.levels.spatial.get(p, ()), down, up))
+        return tuple(rows)
