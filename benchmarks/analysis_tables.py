@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import clockwork_hooks as ch
-from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks._numbers import percent
+from clockwork_hooks.reports.tables import Table, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/analysis_demo.json"

@@ -33,13 +33,14 @@ import clockwork_hooks as ch
 from benchmarks.fidelity_bench import Bench, Judged
 from benchmarks.fidelity_plan import Sampler
 from benchmarks.harness import environment, say
+from clockwork_hooks._numbers import percent
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.demo.evaluate import held_out_prompts, reference_statistics
 from clockwork_hooks.demo.model import load_demo
 from clockwork_hooks.demo.recipe import Recipe
 from clockwork_hooks.metrics import Frechet, Paired
-from clockwork_hooks.reports.tables import percent, table
+from clockwork_hooks.reports.tables import table
 
 IDENTITY, AFFINE, EXIT, ENTRY, BEFORE = "identity", "affine", "exit", "exit+entry", "exit+entry+before"
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones

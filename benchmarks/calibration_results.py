@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, interval, markdown
-from clockwork_hooks.reports.tables import macs, percent, table
+from clockwork_hooks._numbers import macs, percent
+from clockwork_hooks.reports.tables import table
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "calibration.json"

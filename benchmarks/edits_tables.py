@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.analysis_demo import shrink
 from benchmarks.analysis_tables import filled
+from clockwork_hooks._numbers import macs, percent
 from clockwork_hooks.demo.edits import EditRow, Gap, SceneEdits
-from clockwork_hooks.reports.tables import Table, macs, percent, table
+from clockwork_hooks.reports.tables import Table, table
 
 ROOT = Path(__file__).parents[1]
 LEAST, POINTS, LAYOUT = 0.30, 0.01, 0.05  # the target: MACs saved, attributes lost, layout error added

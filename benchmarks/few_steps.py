@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 import clockwork_hooks as ch
+from clockwork_hooks._numbers import percent
 from clockwork_hooks.demo import attribute_accuracy, load_demo
 from clockwork_hooks.demo.recipe import Recipe
 from clockwork_hooks.demo.run import ADAPTOR
 from clockwork_hooks.metrics import psnr
-from clockwork_hooks.reports.tables import percent, table
+from clockwork_hooks.reports.tables import table
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "few_steps.json", ROOT / "docs" / "limits.md"

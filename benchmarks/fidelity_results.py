@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.fidelity_plan import GROUPS, Group, Row, Sampler
 from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN
+from clockwork_hooks._numbers import percent
 from clockwork_hooks.analysis.evaluation import Score
-from clockwork_hooks.reports.tables import percent
 
 LEAST = 0.32  # of the MACs are to be saved
 

@@ -15,7 +15,8 @@ from benchmarks.fidelity_plan import MODES_SEEDS, Sampler
 from benchmarks.fidelity_plots import PLOTS, plot
 from benchmarks.fidelity_results import Results, claims, difference, in_words
 from benchmarks.fidelity_tables import IDENTITY, MODES, OURS, PLAIN, SCORES, TABLES
-from clockwork_hooks.reports.tables import Table, macs, percent, table
+from clockwork_hooks._numbers import macs, percent
+from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["main", "render"]
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import leaves, map_leaves, tensors
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.engine.attach import check_unet, wrap
@@ -38,7 +39,6 @@ from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ import torch
 from typer.main import get_command
 
 from clockwork_hooks import __version__
+from clockwork_hooks._numbers import count, duration, flops, macs, percent, quantity, shape
 from clockwork_hooks.cli import app, main
 from clockwork_hooks.cli.budget import LIMITS
 from clockwork_hooks.cli.options import as_option
-from clockwork_hooks.reports.tables import count, duration, flops, macs, percent, quantity, shape, table
+from clockwork_hooks.reports.tables import table
 from tests.schemas import follows_its_schema, schema
 from tests.small_unet import Tiny
 

@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 import clockwork_hooks as ch
+from clockwork_hooks._numbers import macs
 from clockwork_hooks.cli import main
 from clockwork_hooks.cli.budget import check_budget, read_budget
 from clockwork_hooks.models import load_model
 from clockwork_hooks.reports import progress
 from clockwork_hooks.reports.page import page
-from clockwork_hooks.reports.tables import macs, table
+from clockwork_hooks.reports.tables import table
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 

@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import clockwork_hooks as ch
+from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.engine import passes
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.regions.cut import SkippedCall, Slot
 from clockwork_hooks.regions.find import choose, regions_of
-from clockwork_hooks.reports.tables import shape
 from tests.snapshot import snapshot
 from tests.zoo import REFUSED, ZOO, Case, RefusedCase, ZooCase, random_unet, table
 from tests.zoo.proof import map_tensors, same

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.layers import fit
 from clockwork_hooks.adaptors.learned import LearnedAdaptor
 from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions import reference
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.errors import AdaptorError
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["ResBlock", "conv", "cropped", "down", "fit", "norm", "padded", "up", "vector", "vector_width", "zero"]
 

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.layers import fit, vector, vector_width
 from clockwork_hooks.adaptors.saved import SavedAdaptor
 from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions import reference
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["LearnedAdaptor"]
 

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clockwork_hooks import adaptors
+from clockwork_hooks._numbers import shape
 from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError
-from clockwork_hooks.reports.tables import shape, table
+from clockwork_hooks.reports.tables import table
 
 __all__ = ["SavedAdaptor"]
 

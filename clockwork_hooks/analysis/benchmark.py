@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from clockwork_hooks._numbers import count, percent, shape
 from clockwork_hooks._tree import tensors
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
@@ -28,7 +29,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, count, percent, shape, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import check_clock
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._numbers import percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
@@ -34,7 +35,7 @@ from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from clockwork_hooks._numbers import count, percent
 from clockwork_hooks.analysis.candidates import Adaptors, candidates
 from clockwork_hooks.analysis.follow import Ages, follow
 from clockwork_hooks.analysis.sampling import Generate, Runs, check_clocks, check_runs, first_call
@@ -18,7 +19,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, count, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:

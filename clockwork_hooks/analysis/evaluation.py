@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
@@ -26,7 +27,7 @@ from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.choice import Choice
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
+from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from rich.console import Console

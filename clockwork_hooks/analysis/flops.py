@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
@@ -40,7 +41,7 @@ from clockwork_hooks.regions.find import skipped_nodes
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, count, flops, macs, percent, shape, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.reports.u_drawing import Diagram
 from clockwork_hooks.schedule import Schedule
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.bindings import TensorSpec
@@ -23,7 +24,6 @@ from clockwork_hooks.regions.dominance import Dominance
 from clockwork_hooks.regions.find import regions_of
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["FeatureMap", "choose_maps", "find_maps", "leaf_of", "region_name"]
 

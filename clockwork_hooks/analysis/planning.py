@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from clockwork_hooks._numbers import count, percent
 from clockwork_hooks.adaptors.resolve import AdaptorLike
 from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
 from clockwork_hooks.analysis.follow import Series, follow
@@ -26,7 +27,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, count, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:

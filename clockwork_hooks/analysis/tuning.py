@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._numbers import percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
@@ -28,7 +29,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
-from clockwork_hooks.reports.tables import Table, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:

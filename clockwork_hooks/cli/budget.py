@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from clockwork_hooks._numbers import percent, quantity
 from clockwork_hooks.analysis.flops import FlopsReport
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.reports.tables import Table, percent, quantity, table
+from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["BudgetCheck", "check_budget", "read_budget"]
 

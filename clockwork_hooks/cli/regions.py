@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from clockwork_hooks._numbers import macs, percent, shape
 from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.delivery import deliver
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, macs, percent, shape, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.reports.u_drawing import Diagram
 
 __all__ = ["RegionList", "regions"]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks.analysis.timing import measured
 from clockwork_hooks.demo.captions import ANY, parse
 from clockwork_hooks.demo.classifier import AttributeClassifier, score
@@ -27,7 +28,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.tracing import trace
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:

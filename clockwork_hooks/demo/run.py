@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.analysis.timing import device_name, timed
 from clockwork_hooks.demo.captions import parse
@@ -26,7 +27,7 @@ from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.reports.plots import Bitmap
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, count, duration, macs, percent, table
+from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:

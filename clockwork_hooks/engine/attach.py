@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion
@@ -25,7 +26,6 @@ from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.keep import check_keep
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:

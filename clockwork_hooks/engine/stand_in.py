@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, IdentityAdaptor, needs_of
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 
 __all__ = [
     "call",

@@ -7,8 +7,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from clockwork_hooks._numbers import macs, percent, quantity
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, macs, percent, quantity, table
+from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["Counts", "RunReport", "Stats", "TrajectoryStats"]
 

@@ -14,12 +14,12 @@ from typing import Any, TypedDict
 
 from torch import nn
 
+from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search, listed, of_fingerprint
-from clockwork_hooks.reports.tables import percent, shape
 
 __all__ = ["Choice", "ChoiceOptions", "region_or_choice", "split_options"]
 

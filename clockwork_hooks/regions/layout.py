@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.regions.region import Boundary
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["Layout"]
 

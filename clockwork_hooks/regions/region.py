@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from clockwork_hooks._numbers import macs, quantity, shape
 from clockwork_hooks.regions.cut import CutPlan, SkippedCall
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, macs, quantity, shape, table
+from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from clockwork_hooks.reports.u_drawing import Diagram

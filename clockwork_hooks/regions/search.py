@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 from torch import nn
 
+from clockwork_hooks._numbers import shape
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
@@ -18,7 +19,6 @@ from clockwork_hooks.regions.build import between, build
 from clockwork_hooks.regions.dominance import Edge
 from clockwork_hooks.regions.facts import Facts, nodes_of
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.reports.tables import shape
 
 __all__ = ["Search", "listed", "of_fingerprint"]
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from clockwork_hooks._numbers import macs, percent, shape
 from clockwork_hooks.errors import ArgumentError, need
-from clockwork_hooks.reports.tables import macs, percent, shape
 
 __all__ = ["WIDTH", "Block", "Box", "Diagram", "Drawing", "Line", "Skip", "Word", "save", "svg"]
 

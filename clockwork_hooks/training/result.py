@@ -11,11 +11,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
+from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, count, duration, percent, table
+from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

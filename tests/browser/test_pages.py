@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import clockwork_hooks as ch
+from clockwork_hooks._numbers import flops, macs
 from clockwork_hooks.cli.regions import RegionList
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.models import load_model
 from clockwork_hooks.regions.blocks import diagram_of
 from clockwork_hooks.regions.find import regions_of
-from clockwork_hooks.reports.tables import flops, macs
 from tests.test_rendering import REAL
 
 pytestmark = pytest.mark.browser

@@ -15,10 +15,10 @@ from benchmarks.fidelity_plan import Sampler
 from benchmarks.fidelity_results import Results
 from benchmarks.fidelity_tables import SHIPS
 from benchmarks.performance_results import Latencies, verdicts
+from clockwork_hooks._numbers import flops, macs, percent, shape
 from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.models import load_model
-from clockwork_hooks.reports.tables import flops, macs, percent, shape
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)

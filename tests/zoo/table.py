@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import clockwork_hooks as ch
+from clockwork_hooks._numbers import quantity, shape
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.regions.cut import Slot
-from clockwork_hooks.reports.tables import quantity, shape
 from tests.zoo import REFUSED, ZOO, RefusedCase, ZooCase
 from tests.zoo.proof import nan_proof
 from tests.zoo.real import REAL, Real
