@@ -16,14 +16,41 @@ from clockwork_hooks.cli import (  # each registers its commands
     edit,
     explain,
     flops,
+    play,
     regions,
 )
 from clockwork_hooks.cli.app import app
 from clockwork_hooks.cli.options import as_option
 
-__all__ = ["analyses", "app", "bench", "demo", "distill", "doctor", "edit", "explain", "flops", "main", "regions"]
+__all__ = [
+    "analyses",
+    "app",
+    "bench",
+    "demo",
+    "distill",
+    "doctor",
+    "edit",
+    "explain",
+    "flops",
+    "main",
+    "play",
+    "regions",
+]
 
-ORDER = ("demo", "edit", "flops", "regions", "bench", "perturb", "drift", "plan", "distill", "doctor", "explain")
+ORDER = (
+    "demo",
+    "play",
+    "edit",
+    "flops",
+    "regions",
+    "bench",
+    "perturb",
+    "drift",
+    "plan",
+    "distill",
+    "doctor",
+    "explain",
+)
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 

@@ -34,6 +34,7 @@ app = typer.Typer(
     "does to time and pictures. Start with `clockwork-hooks demo`; each command's --help has examples.",
     epilog=epilog(
         "demo   (a picture and a table, from the model that ships)",
+        "play   (the same on a page, where the steps are clicked)",
         "flops sd15 --guidance   (MACs and FLOPs, by level, operator and module)",
         "regions sdxl   (what can be skipped)",
         "bench my_package.unet:build --out bench.html   (time and MACs on this machine)",
