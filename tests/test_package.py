@@ -174,7 +174,7 @@ print(*(name for name in sys.modules if name.startswith("clockwork_hooks.")))
     assert {"engine", "regions", "schedule"} <= own
     assert not own & {"analysis", "cli", "demo", "diffusers", "editing", "metrics", "models", "training"}
     reports = {name.removeprefix("clockwork_hooks.reports") for name in called if ".reports" in name}
-    assert reports <= {"", ".report", ".tables"}, "what draws and sets pages waits until it is asked for"
+    assert reports <= {"", ".report"}, "what draws, sets tables and pages waits until it is asked for"
     assert "clockwork_hooks.regions.blocks" not in called
     assert not [name for name in wrapping if name.startswith(("torch._dynamo", "torch._inductor"))]
     light = {"clockwork_hooks", "torch", "numpy", *sys.stdlib_module_names}  # torch has loaded numpy

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clockwork_hooks._numbers import macs, percent, quantity
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, table
+
+if TYPE_CHECKING:
+    from clockwork_hooks.reports.tables import Table
 
 __all__ = ["Counts", "RunReport", "Stats", "TrajectoryStats"]
 
@@ -206,6 +208,8 @@ class RunReport(Report):
 
     def table(self) -> Table:
         """The same as a table: rich prints it."""
+        from clockwork_hooks.reports.tables import table
+
         return table(f"Clockwork on {self.model}", ("", "what ran"), self.rows())
 
     def data(self) -> dict[str, Any]:

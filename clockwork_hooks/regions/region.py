@@ -11,9 +11,9 @@ import torch
 from clockwork_hooks._numbers import macs, quantity, shape
 from clockwork_hooks.regions.cut import CutPlan, SkippedCall
 from clockwork_hooks.reports.report import Report
-from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
+    from clockwork_hooks.reports.tables import Table
     from clockwork_hooks.reports.u_drawing import Diagram
 
 __all__ = ["Boundary", "Region", "Side"]
@@ -145,10 +145,10 @@ class Region(Report):
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what an adaptor is given beside the exit, as traced: "entry", "time", "text"; what there is."""
-        found = {name: port.shape for name, port in self.cut_plan.ports.items()}
-        if found.pop("mask", None):  # the tokens are averaged where they are picked up
-            found["text"] = (found["text"][0], found["text"][2])
-        return found
+        shapes = {name: port.shape for name, port in self.cut_plan.ports.items()}
+        if shapes.pop("mask", None):  # the tokens are averaged where they are picked up
+            shapes["text"] = (shapes["text"][0], shapes["text"][2])
+        return shapes
 
     @property
     def line(self) -> str:
@@ -194,10 +194,14 @@ class Region(Report):
 
     def table(self) -> Table:
         """What it is, in two columns."""
+        from clockwork_hooks.reports.tables import table
+
         return table(f"Region of {self.model}", ("", "value"), self.rows())
 
     def tables(self) -> tuple[Table, ...]:
         """What it is, and its MACs by level."""
+        from clockwork_hooks.reports.tables import table
+
         rows = [(shape(space) or "no level", macs(down), macs(up)) for space, down, up in self.by_level]
         notes = ("Of the skipped calls, at the traced batch, attention products counted.",)
         return self.table(), table("By level", ("level", ">on the way down", ">on the way up"), rows, notes=notes)
@@ -206,7 +210,7 @@ class Region(Report):
         """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
         from clockwork_hooks.reports.u_drawing import Block, Diagram
 
-        kept = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
+        rest = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
         arms = [
             Block(f"{arm}, {shape(space) or 'no level'}", k + 1, arm, own, True, 1, 0, 0)
             for arm, order in _ARMS
@@ -214,10 +218,10 @@ class Region(Report):
             if (own := both[order < 0]) or (order > 0 and k + 1 == len(self.by_level))
         ]
         levels = (self.resolution, *(space for space, _, _ in self.by_level))
-        return (Diagram(self.model, levels, (kept, *arms), (), self),)
+        return (Diagram(self.model, levels, (rest, *arms), (), self),)
 
     def data(self) -> dict[str, Any]:
-        """All that is known; counts in units."""
+        """All fields; counts in units."""
 
         def edge(one: Boundary) -> dict[str, Any]:
             return {"path": one.path, "call": one.call, "shape": one.shape, "dtype": one.dtype}
