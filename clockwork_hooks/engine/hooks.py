@@ -274,6 +274,7 @@ class Installed:
                 missed()
                 self._front(unet, serve)
 
+        self._closed = False
         self._hook = unet.register_forward_pre_hook(RootHook(owner, look), prepend=True)
         self._front(unet, serve)
         self.run_eagerly(unet)
@@ -395,11 +396,11 @@ class Installed:
 
     @property
     def closed(self) -> bool:
-        """Has everything been taken back for good?"""
+        """Has everything been taken back, and nothing been attached since?"""
         return self._closed
 
     def close(self) -> None:
-        """Take everything back for good; idempotent."""
+        """Take everything back, until `attach`; idempotent."""
         with self._lock:
             self._closed = True
             self.remove()

@@ -21,8 +21,9 @@ from clockwork_hooks.clock.timeline import Position, Timeline
 from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, Observer
+from clockwork_hooks.engine.hooks import RootHook
 from clockwork_hooks.engine.stats import RunReport, Stats
-from clockwork_hooks.errors import ArgumentError, whole
+from clockwork_hooks.errors import ArgumentError, WrapError, whole
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -138,6 +139,24 @@ class ClockworkWrapper:
         if bool(on) is not self._engine.enabled:
             self._engine.enabled = bool(on)
             self._engine.states.forget()
+
+    @contextlib.contextmanager
+    def serving(self, on: bool = True) -> Iterator[None]:
+        """Within it, calls are served, or not; unlike with `enabled`, nothing is forgotten.
+
+        For a UNet that others call too, in the middle of a run: `with cw.serving(False):` around the run, and
+        `with cw.serving():` around the calls that are Clockwork's.
+        """
+        before, self._engine.enabled = self._engine.enabled, on
+        try:
+            yield
+        finally:
+            self._engine.enabled = before
+
+    @property
+    def attached(self) -> bool:
+        """Is Clockwork on the UNet: from `wrap` or `attach()` until `remove()`, or an error of its own?"""
+        return not self._engine.installed.closed
 
     @property
     def position(self) -> Position | None:
@@ -297,6 +316,26 @@ class ClockworkWrapper:
             dict(stats.regions),
             self._engine.uncounted,
         )
+
+    def attach(self) -> ClockworkWrapper:
+        """Put Clockwork on again after `remove()`: what was recorded of the UNet's calls is still known. Idempotent.
+
+        Returns:
+            The wrapper itself.
+
+        Raises:
+            WrapError: the UNet has got another wrapper meanwhile.
+        """
+        if not self.attached:
+            others = [hook.owner for hook in self.unet._forward_pre_hooks.values() if isinstance(hook, RootHook)]
+            if others:
+                raise WrapError(
+                    "a UNet is wrapped once, and this one has got another wrapper",
+                    seen={"unet": type(self.unet).__name__, "wrapper": repr(others[0])},
+                    do="call remove() on that one first",
+                )
+            self._engine.attach(self, self._give_up)
+        return self
 
     def remove(self) -> None:
         """Take Clockwork off: every module is what it was before `wrap`. Idempotent; works in the middle of a call."""

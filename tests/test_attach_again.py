@@ -1,0 +1,80 @@
+"""A wrapper that is taken off and put on again, and one that serves only some of a UNet's calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from tests.small_unet import Tiny
+from tests.snapshot import snapshot
+
+
+def sample(unet: Tiny, steps: int = 6) -> Tensor:
+    x = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in torch.linspace(900, 0, steps):
+            x = x - 0.1 * unet(x, t)
+    return x
+
+
+def test_on_and_off_and_on_again() -> None:
+    unet = Tiny().eval()
+    before, plain = snapshot(unet), sample(unet)
+    cw = ch.wrap(unet, clock=2)
+    expected = sample(unet)
+    assert not torch.equal(expected, plain)
+    for _ in range(2):
+        assert cw.attached
+        cw.remove()
+        assert not cw.attached
+        assert snapshot(unet) == before
+        assert torch.equal(sample(unet), plain)
+        assert cw.attach() is cw.attach() is cw
+        cw.stats.clear()
+        assert torch.equal(sample(unet), expected)
+        assert dict(cw.stats.reasons) == {"first step": 1, "scheduled": 2}  # nothing is recorded again
+    cw.remove()
+    assert snapshot(unet) == before
+
+
+def test_modules_exchanged_while_it_was_off_are_noticed() -> None:
+    unet = Tiny().eval()
+    cw = ch.wrap(unet, clock=2)
+    sample(unet)
+    cw.remove()
+    name, old = next((n, m) for n, m in unet.named_modules() if isinstance(m, torch.nn.Conv2d))
+    torch.manual_seed(1)
+    unet.set_submodule(name, torch.nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, padding=old.padding))
+    with ch.wrap(unet, clock=2):
+        expected = sample(unet)
+    with cw.attach():
+        assert torch.equal(sample(unet), expected)
+
+
+def test_another_wrapper_that_came_meanwhile_stays() -> None:
+    unet = Tiny().eval()
+    cw = ch.wrap(unet, clock=2)
+    cw.remove()
+    with ch.wrap(unet, clock=3), pytest.raises(ch.WrapError, match="has got another wrapper"):
+        cw.attach()
+    cw.attach().remove()
+
+
+def test_only_some_calls_are_served() -> None:
+    """Another loop calls the same UNet in between: it gets plain passes, and ours go on as if it were not there."""
+    unet = Tiny().eval()
+    plain = sample(unet)
+    with ch.wrap(unet, clock=2) as cw:
+        expected = sample(unet)
+        cw.stats.clear()
+        x = y = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), cw.serving(False):
+            for t in torch.linspace(900, 0, 6):
+                with cw.serving():
+                    x = x - 0.1 * unet(x, t)
+                y = y - 0.1 * unet(y, t)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
+    assert torch.equal(x, expected)
+    assert torch.equal(y, plain)
