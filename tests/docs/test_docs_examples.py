@@ -21,7 +21,7 @@ from tests.small_unet import Tiny
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-ELSEWHERE = {"regions.md", "index.md"}  # test_docs_regions.py; the README's
+ELSEWHERE = {"regions.md", "index.md"}  # test_docs_regions.py; test_readme.py
 
 
 def blocks(path: Path) -> list[str]:
@@ -92,11 +92,6 @@ def test_the_blocks_of_a_page_run(
         exec(re.sub(*FEWER[page], block) if page in FEWER else block, space)
         if shown:
             assert capsys.readouterr().out.rstrip() == shown.rstrip()
-
-
-def test_the_start_shows_the_five_lines_of_the_readme() -> None:
-    """They are run by test_readme.py."""
-    assert blocks(DOCS / "index.md") == blocks(ROOT / "README.md")[:1]
 
 
 KINDS = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]

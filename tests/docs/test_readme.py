@@ -1,4 +1,4 @@
-"""The README's numbers against a rerun, and its code blocks run."""
+"""Numbers of the README and the pages it leads to against a rerun, and their first code blocks run."""
 
 import json
 import re
@@ -19,14 +19,18 @@ from clockwork_hooks._numbers import flops, macs, percent, shape
 from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.models import load_model
+from tests.pipelines.parts import text_to_image
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+ROOT = Path(__file__).parents[2]
+PATHS = ("README.md", "docs/index.md", "docs/reports.md", "docs/training.md")
+TEXT = {path: (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
+BLOCKS = {path: re.findall(r"```python\n(.*?)```", text, re.S) for path, text in TEXT.items()}
+TABLES = dict(zip(("speed table", "demo table", "flops table", "quality table"), PATHS, strict=True))
 
 
 def rows(marker: str) -> dict[str, list[str]]:
     """The cells of the table after a comment, by the first one."""
-    lines = README.split(f"<!-- {marker}", 1)[1].split("-->", 1)[1].strip().split("\n\n")[0].splitlines()
+    lines = TEXT[TABLES[marker]].split(f"<!-- {marker}", 1)[1].split("-->", 1)[1].strip().split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     return {first: rest for first, *rest in cells}
 
@@ -64,7 +68,7 @@ def test_cost_of_the_demo() -> None:
 
 def test_quality_of_the_demo() -> None:
     """The README's rows are those of the JSON, and what its text says about them is so."""
-    measured = json.loads((Path(__file__).parents[2] / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
+    measured = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
     results = Results(measured)
     keys = {label: f"losses-8/{label}" for label in ("plain", "plain, 6 steps", "plain, 5 steps", "identity")}
     keys["the paper's adaptor and loss"] = "losses-8/ResNet, feature"
@@ -81,7 +85,7 @@ def test_quality_of_the_demo() -> None:
     means = [score.mean for score in distances if score]
     assert means == sorted(means)
     tried = {key: results.score(key, "Fréchet") for key in results.trained_at(Sampler())}
-    assert f"Of the {len(tried)} trained settings that we\ntried at 8 steps, one draws level" in README
+    assert f"Of the {len(tried)} trained settings that we\ntried at 8 steps, one draws level" in TEXT[PATHS[3]]
     assert [key for key, score in tried.items() if score and score.mean <= means[0]] == [keys["the best of all tried"]]
     for row, better in (("steps-4/trained", False), ("longer-4/width 64", True)):
         gap = results.difference(row, "losses-8/plain, 3 steps", "Fréchet")
@@ -89,10 +93,12 @@ def test_quality_of_the_demo() -> None:
 
 
 def test_times_on_a_gpu() -> None:
-    data = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu_latency.json").read_text(encoding="utf-8"))
+    data = json.loads((ROOT / "benchmarks/results/gpu_latency.json").read_text(encoding="utf-8"))
     told, measured = rows("speed table"), {one.what: one.measured for one in verdicts(Latencies(data))}
-    assert len(told) == 6
+    assert len(told) == 5
     assert {what: [measured[what]] for what in told} == told
+    for what in told:  # like with like: both sides in the same mode
+        assert re.search(r"(captured|compiled)\b.*against plain \1$", what), what
 
 
 def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
@@ -108,16 +114,39 @@ def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
 
     before = dict(vars(tiny_unet))
     space = SimpleNamespace(unet=tiny_unet, pipe=pipe, prompt="a circle")
-    exec(BLOCKS[0], vars(space))
+    exec(BLOCKS["docs/index.md"][0], vars(space))
     assert "4 full, 4 with the adaptor" in capsys.readouterr().out
     assert vars(tiny_unet) == before
 
 
 def test_a_unet_and_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(BLOCKS[1], {"__name__": "readme"})
+    exec(BLOCKS["README.md"][1], {"__name__": "readme"})
     printed = capsys.readouterr().out
-    assert "4 full, 4 with the adaptor" in printed
+    assert re.search(r"passes +(5 full, 3|4 full, 4) with the adaptor", printed), (
+        printed
+    )  # of the first run, one is recorded
     assert "exit up" in printed
+
+
+def test_a_pipeline_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny pipeline and a CPU: in few steps, without CUDA graphs, and for a saving that so small a UNet allows."""
+    pipe = text_to_image()
+    before = dict(vars(pipe.unet))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(type(pipe), "to", lambda self, *_: self)
+    block = (
+        re.sub(r"cw\.compile.*", "", BLOCKS["README.md"][0])
+        .replace(": 20}", ": 6}")
+        .replace("saving=0.4", "saving=0.2")
+    )
+    exec(block, {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert re.search(r"[1-9]\d* with the adaptor", printed), printed
+    assert list((tmp_path / "tuned").rglob("*.safetensors"))
+    assert vars(pipe.unet) == before
 
 
 @pytest.fixture
