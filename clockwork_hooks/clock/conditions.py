@@ -18,7 +18,7 @@ import types
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from clockwork_hooks._tree import version
 
-__all__ = ["Conditions", "Seen"]
+__all__ = ["FORM", "Conditions", "Given", "Seen"]
 
 _LARGEST_COPY = 1 << 22  # elements
 _MOST_PARTS = 4096
@@ -40,9 +40,6 @@ class Conditions:
     Args:
         values: every input but the sample and the time, in order.
 
-    Attributes:
-        nbytes: memory that the copies take.
-
     Example:
         >>> conditions = Conditions([torch.ones(3), {"words": frozenset({"a"})}])
         >>> conditions.same([torch.ones(3), {"words": frozenset({"a"})}])
@@ -51,26 +48,44 @@ class Conditions:
         False
     """
 
-    __slots__ = ("_parts", "nbytes")
+    __slots__ = ("_values",)
 
     def __init__(self, values: Sequence[Any]) -> None:
-        self._parts = [_remember(part) for part in _parts(values)]
-        self.nbytes: int = sum(part.bits.nbytes for part in self._parts if isinstance(part, _Copy))
+        self._values = [[_remember(part) for part in parts] for parts in _parts(values)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the copies take."""
+        return sum(part.bits.nbytes for parts in self._values for part in parts if isinstance(part, _Copy))
 
     def same(self, values: Sequence[Any]) -> bool:
         """Are these the same conditions? Never waits for a device: there, new objects are other conditions."""
-        parts = _parts(values)
-        return len(parts) == len(self._parts) and all(map(_same, self._parts, parts))
+        now = _parts(values)
+        return len(now) == len(self._values) and all(map(_all_same, self._values, now))
 
     def equal(self, values: Sequence[Any]) -> bool:
         """Like `same`, but new objects on a device are compared by value, which waits for it."""
-        parts = _parts(values)
-        if len(parts) != len(self._parts):
+        now = _parts(values)
+        if len(now) != len(self._values) or any(len(a) != len(b) for a, b in zip(self._values, now, strict=True)):
             return False
-        differ = [pair for pair in zip(self._parts, parts, strict=True) if not _same(*pair)]
+        pairs = (pair for both in zip(self._values, now, strict=True) for pair in zip(*both, strict=True))
+        differ = [pair for pair in pairs if not _same(*pair)]
         return all(_comparable(*pair) for pair in differ) and all(
             torch.equal(_bits(before.tensor), _bits(now)) for before, now in differ
         )
+
+    def differing(self, values: Sequence[Any]) -> list[int]:
+        """Which of these values are not the same ones; all of them where their number is another one."""
+        now = _parts(values)
+        if len(now) != len(self._values):
+            return list(range(len(now)))
+        return [k for k, both in enumerate(zip(self._values, now, strict=True)) if not _all_same(*both)]
+
+    def forget(self, places: Iterable[int]) -> None:
+        """The values at these places turned out to be the time in another form: only `FORM` is the same from now on."""
+        for k in places:
+            if k < len(self._values):
+                self._values[k] = [FORM]
 
 
 class Seen:
@@ -91,7 +106,7 @@ class Seen:
 
     def broken(self, values: Sequence[Any]) -> bool:
         """Is one of these another object, in a place where the first two steps shared theirs?"""
-        places = zip(values, self._objects, strict=False)
+        places = zip(map(_object, values), self._objects, strict=False)
         return self.steps > 2 and any(objects and all(one() is not v for one in objects) for v, objects in places)
 
     def renewed(self, values: Sequence[Any]) -> bool:
@@ -99,7 +114,7 @@ class Seen:
         if len(self._objects) < len(values):
             self._objects += [[] for _ in values[len(self._objects) :]]
         renewed = False
-        for k, (value, objects) in enumerate(zip(values, self._objects, strict=False)):
+        for k, (value, objects) in enumerate(zip(map(_object, values), self._objects, strict=False)):
             if objects is None or (objects and objects[-1]() is value) or any(one() is value for one in objects):
                 continue
             if self.steps == 2 or not _referable(value):
@@ -152,19 +167,49 @@ class _Unknown:
     """A part that cannot be compared, and is never the same."""
 
 
+# stands for an input that is the time in another form
+FORM = _Value(type(None), "the time in another form")
+
+
+class Given:
+    """An object as it was given to a call, though the call may have written to it since."""
+
+    __slots__ = ("parts", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.parts = value, [_remember(part) for part in _parts_of(value)]
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """The value itself, where nobody can write to it or a tensor's own counter tells."""
+        return value if isinstance(value, torch.Tensor) or type(value) in _VALUES else cls(value)
+
+
+def _object(value: Any) -> Any:
+    return value.value if type(value) is Given else value
+
+
 class _TooManyPartsError(Exception):
     """To compare them in every call would take longer than what it saves."""
 
 
-def _parts(values: Sequence[Any]) -> list[Any]:
-    """Tensors, and what tells everything else, in a fixed order."""
+def _parts(values: Sequence[Any]) -> list[list[Any]]:
+    """Of each value: tensors, and what tells everything else, in a fixed order."""
+    parts: list[list[Any]] = []
+    for value in values:
+        if type(value) is torch.Tensor and not value.__dict__:
+            parts.append([value])  # nearly always
+        elif type(value) is Given:
+            parts.append(value.parts)
+        else:
+            parts.append(_parts_of(value))
+    return parts if sum(map(len, parts)) <= _MOST_PARTS else [[_Unknown()]]
+
+
+def _parts_of(value: Any) -> list[Any]:
     parts: list[Any] = []
     try:
-        for value in values:
-            if type(value) is torch.Tensor and not value.__dict__:
-                parts.append(value)  # nearly always
-            else:
-                _take_apart(value, parts, ())
+        _take_apart(value, parts, ())
     except _TooManyPartsError:
         return [_Unknown()]
     return parts
@@ -337,6 +382,10 @@ def _remember(part: Any) -> Any:
     if isinstance(part, torch.Tensor):
         return _Copy(part) if _copied(part) else _Original(part)
     return part
+
+
+def _all_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    return len(before) == len(now) and all(map(_same, before, now))
 
 
 def _same(before: Any, now: Any) -> bool:

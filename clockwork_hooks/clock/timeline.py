@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 
 from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.clock.conditions import Conditions, Seen
+from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
 from clockwork_hooks.clock.evidence import Jumps, Strides
+from clockwork_hooks.clock.forms import TimeForms, may_be_form
 from clockwork_hooks.clock.times import Place
 
 __all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
@@ -85,7 +86,8 @@ class Branch:
 
     Attributes:
         number: in order of appearance in the trajectory, from 1.
-        names: as the caller named it, outermost first; none where the conditions tell.
+        names: as the caller named it, outermost first; none where the conditions tell. The last may be the key that
+            `wrap(branch=...)` gives.
         conditions: every input but sample and time.
         seen: the objects that they were.
         step: the last step with a call.
@@ -95,7 +97,7 @@ class Branch:
     """
 
     number: int
-    names: tuple[str, ...]
+    names: tuple[Hashable, ...]
     conditions: Conditions
     seen: Seen = field(default_factory=Seen)
     step: int = 0
@@ -163,6 +165,7 @@ class Position:
         call: where its own exit is remembered.
         before: the same call of the step before; None if there is none.
         doubt: why that one may not serve; None where it may.
+        changed: paths of the inputs by which the branch is a new one, of those that tell it from the one most alike.
     """
 
     trajectory: int
@@ -172,6 +175,7 @@ class Position:
     call: Call
     before: Call | None = None
     doubt: str | None = None
+    changed: tuple[str, ...] = ()
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
@@ -241,7 +245,7 @@ class Timeline:
         self.trajectory = 0
         self._others = others
         self.declared_steps = self.steps = steps
-        self._jumps = Jumps(trusted=trusted)
+        self._jumps, self._forms = Jumps(trusted=trusted), TimeForms()
         self.reset()
 
     def reset(self) -> None:
@@ -264,6 +268,7 @@ class Timeline:
         self._doubt: str | None = None
         self._calls = self._seen = self._compared = 0
         self._things: dict[int, Any] = {}
+        self._forms.begin()
 
     def declare(self, mark: Place | None = None, *, start: Place | None = None) -> None:
         """A new step begins now, whatever the time input says; from here on the caller declares all steps.
@@ -285,6 +290,9 @@ class Timeline:
         conditions: Sequence[Any],
         *,
         has_time: bool = True,
+        paths: Sequence[str] = (),
+        unread: Collection[str] = (),
+        key: Hashable = None,
     ) -> Position:
         """Place a call.
 
@@ -293,6 +301,9 @@ class Timeline:
             place: where it stands in its list, if it comes from one.
             conditions: every input but the sample and the time.
             has_time: does the UNet have a time input at all?
+            paths: of the conditions.
+            unread: those that no operator of the recorded call has read.
+            key: of the branch, where the caller knows it.
         """
         if self.declared:
             self._check_declared(time)
@@ -305,13 +316,14 @@ class Timeline:
         if self._calls > _MOST_CALLS:
             self.branches.clear()
             return self.nowhere(reasons.CROWDED)
-        branch = self._branch(conditions)
+        given, conditions = conditions, self._without_forms(time, paths, conditions, unread)
+        branch, changed = self._branch(conditions, key)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
         if conditions and branch.seen.renewed(conditions) and not branch.names:
             if self._calls == 1:
                 self._begin_again(time, place)
-                return self.at(time, place, conditions, has_time=has_time)
+                return self.at(time, place, given, has_time=has_time, paths=paths, unread=unread, key=key)
             self._doubt = reasons.RENEWED  # calls of this step have been counted already
         here = self.mark if self.declared else place
         call, ordinal = Call(here.index - self._start.index if here and self._start else 0), len(branch.calls)
@@ -327,7 +339,12 @@ class Timeline:
         alone = self._alone(here, conditions)
         if self.step > 1 and not doubt:
             doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
-        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt)
+        names = tuple(paths[k] for k in changed if k < len(paths))
+        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names)
+
+    def may_have_forms(self, conditions: Sequence[Any]) -> bool:
+        """Is one of these a number, so that it matters whether it goes with the time?"""
+        return any(may_be_form(value, unread=False) for value in conditions)
 
     def nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
@@ -428,19 +445,34 @@ class Timeline:
 
     # -- branches ------------------------------------------------------------------------------------------------
 
-    def _branch(self, conditions: Sequence[Any]) -> Branch:
-        """The branch of these names and conditions; a new one if there was none in this step and the one before."""
-        names = tuple(self.names)
+    def _without_forms(
+        self, time: float | None, paths: Sequence[str], conditions: Sequence[Any], unread: Collection[str]
+    ) -> Sequence[Any]:
+        """The conditions with `FORM` in the place of what is the time in another form; the branches know none of it."""
+        forms = self._forms.among(time, paths, conditions, unread)
+        if not forms:
+            return conditions
+        for branch in self.branches:
+            branch.conditions.forget(forms)
+        return [FORM if k in forms else value for k, value in enumerate(conditions)]
+
+    def _branch(self, conditions: Sequence[Any], key: Hashable) -> tuple[Branch, Sequence[int]]:
+        """The branch of these names and conditions; a new one if there was none in this step and the one before.
+
+        With it: where a new one's conditions differ from those of the branch most alike.
+        """
+        names = (*self.names, *(() if key is None else (key,)))
         alike = [branch for branch in self.branches if branch.names == names]
         for branch in alike:
             if branch.conditions.same(conditions):
-                return branch
+                return branch, ()
         again = self._renewed(alike, conditions) if names else self._equal(alike, conditions)
         if again is not None:
-            return again
+            return again, ()
+        differing = [branch.conditions.differing(conditions) for branch in alike if self.step > 1]
         self._seen += 1
         self.branches.append(Branch(self._seen, names, Conditions(conditions)))
-        return self.branches[-1]
+        return self.branches[-1], min(differing, key=len, default=())
 
     def _renewed(self, alike: Sequence[Branch], conditions: Sequence[Any]) -> Branch | None:
         """A name may stand for embeddings made anew in each step; not where its calls have kept theirs, or differ."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
             )
 
 
+def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
+    """The paths to ignore; raise `ArgumentError` if there are others than texts."""
+    paths = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if not all(isinstance(path, str) and path for path in paths):
+        raise ArgumentError(
+            "ignore= names arguments by dotted paths",
+            seen={"ignore": repr(ignore)[:80]},
+            do='pass ignore=("transformer_options.sigmas",)',
+        )
+    return paths
+
+
 def _wrapper(unet: nn.Module) -> object | None:
     """What is attached to the UNet: a wrapper, or `distill` while it records."""
     return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
@@ -171,6 +183,8 @@ def wrap(
     check_finite: bool = False,
     keep_graph: bool = False,
     keep: Iterable[str] | str = (),
+    ignore: Iterable[str] | str = (),
+    branch: Callable[[Mapping[str, Any]], Hashable] | None = None,
     **options: Unpack[ChoiceOptions],
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
@@ -200,6 +214,11 @@ def wrap(
             who train through the sampler; the memory of both steps is held. Otherwise it is detached.
         keep: dotted paths of modules that run on adaptor passes too, with all that they need, as others look at them:
             ["mid_block"]. The rest of the region is skipped.
+        ignore: dotted paths of arguments that tell nothing, for who knows that nothing in the region depends on them:
+            ("transformer_options.sigmas",), ("guidance",). What is there is no condition, and its shape and type are no
+            part of the input signature.
+        branch: gives each call a key from its arguments by name, as `with cw.branch(key):` around it does, beside it:
+            lambda args: args["transformer_options"]["cond_or_uncond"][0].
         **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
 
     Returns:
@@ -252,13 +271,20 @@ def wrap(
     clock = 2 if clock is None else clock
     check_clock(clock)
     kept = check_keep(unet, keep)
+    told: dict[str, Any] = {"time": time, "check_finite": check_finite, "ignore": _check_ignore(ignore), "branch": branch}
+    if branch is not None and not callable(branch):
+        raise ArgumentError(
+            "branch= is called with the arguments of each call",
+            seen={"branch": repr(branch)[:80]},
+            do='pass a function, or write `with cw.branch("uncond"):` around the call',
+        )
     if clocks is not None:
         chain = _chain(unet, clocks, adaptor, cut)
         for clocked in chain:
             clocked.keep = kept
         if all(clocked.clock == 1 for clocked in chain):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-        return ClockworkWrapper(unet, Engine(unet, chain, time=time, check_finite=check_finite))
+        return ClockworkWrapper(unet, Engine(unet, chain, **told))
     if isinstance(adaptor, Mapping):
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
@@ -278,7 +304,7 @@ def wrap(
     alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor, keep=kept)
     if region is not None:
         alone.region = region
-    engine = Engine(unet, [alone], time=time, check_finite=check_finite, keep_graph=keep_graph)
+    engine = Engine(unet, [alone], keep_graph=keep_graph, **told)
     return ClockworkWrapper(unet, engine)
 
 

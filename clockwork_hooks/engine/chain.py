@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,7 +158,8 @@ class Signature:
         proved: has an adaptor pass run to its end, so that those are known?
         differed: so many passes, one after another, called their modules in another way than the recorded ones.
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
-        places: (leaf of the time, leaves that tell the branch), once `place` has looked.
+        ignored: says of a path whether the user wants nothing to be told by it.
+        places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
     """
 
     full_macs: int
@@ -171,17 +172,27 @@ class Signature:
     proved: bool = False
     differed: int = 0
     uncounted: tuple[str, ...] = ()
-    places: tuple[int | None, tuple[int, ...]] | None = None
+    ignored: Callable[[str], bool] = lambda path: False
+    places: tuple[int | None, tuple[int, ...], tuple[str, ...]] | None = None
 
-    def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...]]:
-        """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals."""
+    def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
+        """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals.
+
+        Nor do those tell one that the user ignores.
+        """
         if self.places is None:
             paths = list(arguments.paths)
             residuals = self.regions[0].region.residuals if self.regions else ()
             apart = {self.sample, self.time, *residuals}
-            conditions = tuple(k for k, path in enumerate(paths) if path not in apart)
-            self.places = paths.index(self.time) if self.time in paths else None, conditions
+            conditions = tuple(k for k, path in enumerate(paths) if path not in apart and not self.ignored(path))
+            at = paths.index(self.time) if self.time in paths else None
+            self.places = at, conditions, tuple(paths[k] for k in conditions)
         return self.places
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Paths of the tensors among the arguments that no operator of the recorded call has read."""
+        return self.regions[0].region.unread if self.regions else ()
 
     @property
     def copies(self) -> frozenset[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clockwork_hooks._tree import address, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.conditions import Given
 from clockwork_hooks.clock.loops import State, States
 from clockwork_hooks.clock.timeline import Kept, Position, Timeline
 from clockwork_hooks.clock.weights import Weights
@@ -33,7 +34,7 @@ from clockwork_hooks.engine.notices import NoAdaptorPass, Watchers
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.undo import Before
-from clockwork_hooks.errors import WrapError
+from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
@@ -145,6 +146,8 @@ class Engine:
         time: name of the time input, None to find it.
         check_finite: look for NaN and infinity in what an adaptor returns (waits for the device once a pass).
         keep_graph: under autograd, a kept exit stays in the graph of the call that made it.
+        ignore: dotted paths of arguments that tell nothing.
+        branch: gives the key of a call's branch from its arguments by name.
 
     Attributes:
         enabled: off, the UNet runs as if nothing were attached.
@@ -164,8 +167,10 @@ class Engine:
         time: str | None = None,
         check_finite: bool = False,
         keep_graph: bool = False,
+        ignore: Sequence[str] = (),
+        branch: Callable[[Mapping[str, Any]], Hashable] | None = None,
     ) -> None:
-        self.unet, self.chain, self.time = unet, chain, time
+        self.unet, self.chain, self.time, self.branch = unet, chain, time, branch
         self.check_finite, self.keep_graph = check_finite, keep_graph
         self.enabled, self.looks, self.teaches, self.records_first = True, False, False, False
         self.observers: list[Observer] = []
@@ -180,7 +185,7 @@ class Engine:
         self._recordings: Counter[tuple[Any, ...]] = Counter()
         self._census = Census(unet)
         self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
-        self._binder = Binder(unet.forward)
+        self._binder = Binder(unet.forward, ignore)
         self._failed: Callable[[BaseException], None] = lambda error: None
 
     def attach(self, owner: object, failed: Callable[[BaseException], None] | None = None) -> None:
@@ -276,16 +281,35 @@ class Engine:
         self._count_plain(state.timeline.nowhere(reason), reason, call.key[0])
         return output
 
-    def _place(self, state: State, call: UNetCall, signature: Signature) -> Position:
-        """Which step, branch and trajectory the call belongs to, and the weights that it runs with."""
-        timeline, leaves = state.timeline, call.arguments.flat
-        at, conditions = signature.place(call.arguments)
+    def _place(
+        self, state: State, call: UNetCall, signature: Signature, given: Sequence[Any] | None = None
+    ) -> Position:
+        """Which step, branch and trajectory the call belongs to, and the weights that it runs with.
+
+        Args:
+            state: of the loop.
+            call: the call.
+            signature: of the call.
+            given: the arguments' leaves before the call, where it has run already and may have written to them.
+        """
+        timeline, leaves = state.timeline, call.arguments.flat if given is None else given
+        at, conditions, paths = signature.place(call.arguments)
         time = None if at is None else leaves[at]
         if self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
-        asked = at is not None and (not timeline.declared or timeline.opened)  # else the time does not matter
+        values = [leaves[k] for k in conditions]
+        # of declared steps the time does not matter but to what may be the time in another form
+        asked = at is not None and (not timeline.declared or timeline.opened or timeline.may_have_forms(values))
         number, entry = state.clock.read(time) if asked else (None, None)
-        place = timeline.at(number, entry, [leaves[k] for k in conditions], has_time=signature.time is not None)
+        place = timeline.at(
+            number,
+            entry,
+            values,
+            has_time=signature.time is not None,
+            paths=paths,
+            unread=signature.unread,
+            key=None if self.branch is None else _key(self.branch, call.arguments),
+        )
         place.split(len(signature.regions))
         call.weights = self.weights.state()
         return place
@@ -446,7 +470,7 @@ class Engine:
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         if not self.records_first:  # who records trajectories wants to see them, not to save
-            self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step)
+            self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step, place.changed)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
@@ -542,6 +566,7 @@ class Engine:
         """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
         for observer in self.observers:
             observer.before(call)
+        given = [Given.of(leaf) for leaf in call.arguments.flat]
         recorder = Recorder(self.unet, call.arguments, module_paths(self.unet))
         exits = tuple(clocked.likely_exits for clocked in self.chain)
         recorder.start(call.args, call.kwargs, frame=sys._getframe(), keep=True, exits=exits)
@@ -555,7 +580,7 @@ class Engine:
         trace = finish(recorder, self.unet, call.arguments, time=self.time)
         call.signature = self._learn(call, trace)
         if call.place is None:
-            call.place = self._place(state, call, call.signature)  # after it: lazy weights appear in the call
+            call.place = self._place(state, call, call.signature, given)  # after it: lazy weights appear in the call
         call.place.split(len(call.signature.regions))
         for use, memory in zip(
             call.signature.regions, call.place.calls, strict=False
@@ -587,7 +612,8 @@ class Engine:
         if self._signatures and not self._census.holds(self.unet):
             self.forget()
         self._census = Census(self.unet)
-        signature.key = call.key
+        signature.key, signature.ignored = call.key, self._binder.ignores
+        _check_ignored(signature, self._binder)
         self._signatures[call.key] = signature
         self._recordings[call.key] += 1
         return signature
@@ -652,6 +678,31 @@ class Engine:
         timeline = self.states.current().timeline
         timeline.reset()
         self._count_plain(timeline.nowhere(reasons.COMPILED), reasons.COMPILED, None)
+
+
+def _check_ignored(signature: Signature, binder: Binder) -> None:
+    """Raise `ArgumentError` if the sample or the time is ignored."""
+    for what, path in (("sample", signature.sample), ("time", signature.time)):
+        if path is not None and binder.ignores(path):
+            raise ArgumentError(
+                "sample and time are no conditions: there is nothing to ignore",
+                seen={"ignore": ", ".join(binder.ignored), what: path},
+                do="leave it out of ignore=",
+            )
+
+
+def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) -> Hashable:
+    """What the user's function says of a call: the key of its branch."""
+    key = branch(arguments.values)
+    try:
+        hash(key)
+    except TypeError as error:
+        raise ArgumentError(
+            "branch= gives each call a key that can be hashed: a text, a number, a tuple of those",
+            seen={"got": type(key).__name__},
+            do='return "cond" or "uncond"',
+        ) from error
+    return key
 
 
 def _fake(arguments: Arguments) -> bool:

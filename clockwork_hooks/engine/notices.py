@@ -36,15 +36,18 @@ class NoAdaptorPass:
     def __init__(self) -> None:
         self._warned, self._steps, self._at = False, 0, (0, 0)
         self._doubted: Counter[str] = Counter()
+        self._changed: Counter[str] = Counter()
 
-    def count(self, reason: str | None, trajectory: int, step: int) -> None:
-        """One pass has run; `reason` says why it was full."""
+    def count(self, reason: str | None, trajectory: int, step: int, changed: Iterable[str] = ()) -> None:
+        """One pass has run; `reason` says why it was full, `changed` which of its arguments made it a new branch."""
         if self._warned:
             return
         if reason in (None, reasons.MOVED, reasons.LONGEST):  # nothing stands in the way of an adaptor pass
             self._steps = 0
             self._doubted.clear()
+            self._changed.clear()
             return
+        self._changed.update(changed)
         if trajectory == 0 or self._at != (trajectory, step):
             self._at, self._steps = (trajectory, step), self._steps + 1
             if reason not in _QUIET:
@@ -55,12 +58,20 @@ class NoAdaptorPass:
         if self._steps >= _PATIENCE.get(leading, _STEPS):
             self._warned = True
             cause, remedy = reasons.REASONS[leading]
+            paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
+            seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
             _warn(
                 f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
-                f"saved\n  most are full because: {leading}\n  cause: {cause}\n"
-                f"What to do: {remedy.removeprefix('nothing; or ')}",
+                f"saved\n  most are full because: {leading}\n  cause: {cause}\n{seen}"
+                f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
                 NoEffectWarning,
             )
+
+
+def _ignoring(paths: Iterable[str]) -> str:
+    """What to write where nothing within the region depends on these arguments."""
+    names = "".join(f'"{path}", ' for path in paths).rstrip()
+    return f"; or, if nothing in the region depends on it: ch.wrap(unet, ignore=({names}))" if names else ""
 
 
 class Watchers:

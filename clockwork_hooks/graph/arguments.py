@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Arguments:
     Args:
         names: of the parameters, defaults left out; `*args` and `**kwargs` by their own names.
         given: their values.
+        ignored: says of a path that value, shape and type of what is there do not matter to the signature.
 
     Attributes:
         names, given: as given.
@@ -36,12 +37,20 @@ class Arguments:
 
     __slots__ = ("device", "flat", "given", "names", "paths", "signature")
 
-    def __init__(self, names: Sequence[str], given: Sequence[Any]) -> None:
+    def __init__(
+        self, names: Sequence[str], given: Sequence[Any], ignored: Callable[[str], bool] | None = None
+    ) -> None:
         paths: list[str] = []
         flat: list[Any] = []
         parts: list[Any] = []
         first: torch.device | None = None
         for name, value in zip(names, given, strict=True):
+            if ignored is not None and ignored(name):
+                for path, leaf in leaves(value, name):
+                    paths.append(path)
+                    flat.append(leaf)
+                    parts.append(path)
+                continue
             if isinstance(value, Tensor):
                 device = value.device
                 parts += (name, _sizes(value) if value.is_nested else value.shape, value.dtype, device)
@@ -55,7 +64,9 @@ class Arguments:
                 for path, leaf in leaves(value):
                     paths.append(f"{name}.{path}" if path else name)
                     flat.append(leaf)
-                    if isinstance(leaf, Tensor):
+                    if ignored is not None and ignored(paths[-1]):
+                        parts.append(path)
+                    elif isinstance(leaf, Tensor):
                         parts += (path, _sizes(leaf) if leaf.is_nested else leaf.shape, leaf.dtype, leaf.device)
                         first = first or leaf.device
                     else:
@@ -83,9 +94,15 @@ class Arguments:
 
 
 class Binder:
-    """Names the arguments of a module's calls; worked out once per call form, parameter names stay in `forms`."""
+    """Names the arguments of a module's calls; worked out once per call form, parameter names stay in `forms`.
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    Args:
+        forward: of the module.
+        ignored: dotted paths of what is not to matter, with all below them.
+    """
+
+    def __init__(self, forward: Callable[..., Any], ignored: Collection[str] = ()) -> None:
+        self.ignored = tuple(ignored)
         try:
             self._parameters: inspect.Signature | None = inspect.signature(forward)
         except (TypeError, ValueError):
@@ -94,7 +111,12 @@ class Binder:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Name one call's arguments."""
-        return Arguments(self.names(len(args), tuple(kwargs)), (*args, *kwargs.values()))
+        ignored = self.ignores if self.ignored else None
+        return Arguments(self.names(len(args), tuple(kwargs)), (*args, *kwargs.values()), ignored)
+
+    def ignores(self, path: str) -> bool:
+        """Is what is at this path not to matter?"""
+        return any(path == one or path.startswith(f"{one}.") for one in self.ignored)
 
     def names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
         """The names for so many positional arguments and these keywords; `forms` has those that were asked for."""

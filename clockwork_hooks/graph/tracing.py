@@ -98,6 +98,13 @@ class Trace:
         others = {self.sample, *self.times[:1]}
         return tuple(path for path, node in self.inputs.items() if path not in others and "shape" in node.meta)
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Paths of the tensor inputs that no operator reads, nor the output holds."""
+        read = {source for node in self.nodes for source in (*node.all_input_nodes, *node.meta.get("after", ()))}
+        read |= {node.meta["was"] for node in self.nodes if "was" in node.meta} | set(self.outputs)
+        return tuple(path for path, node in self.inputs.items() if "dtype" in node.meta and node not in read)
+
     def ancestors(self, call: ModuleCall) -> Iterator[ModuleCall]:
         """The calls around `call`, innermost first, without the call itself."""
         while call.parent >= 0:

@@ -64,6 +64,7 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         cut_plan=cut_plan,
         signature=facts.trace.signature,
         residuals=facts.residuals,
+        unread=facts.trace.unread,
     )
 
 

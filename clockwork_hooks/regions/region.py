@@ -98,6 +98,7 @@ class Region(Report):
         times: paths of the inputs that may be the time, best first.
         residuals: paths of the inputs that are only added to feature maps, as a ControlNet's outputs are: like the
             sample, they change in every step and tell no branch.
+        unread: paths of the tensor inputs that no operator of the traced call has read.
         full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
         macs: those of the skipped calls.
         macs_share: their share of a full pass.
@@ -132,6 +133,7 @@ class Region(Report):
     cut_plan: CutPlan = field(repr=False)
     signature: tuple[Any, ...] = field(repr=False, compare=False)
     residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    unread: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
 
     def __hash__(self) -> int:
