@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import version
+from clockwork_hooks.graph.arguments import is_number
 
 __all__ = ["FORM", "Conditions", "Given", "Seen"]
 
@@ -182,11 +183,16 @@ class Given:
     @classmethod
     def of(cls, value: Any) -> Any:
         """The value itself, where nobody can write to it or a tensor's own counter tells."""
-        return value if isinstance(value, torch.Tensor) or type(value) in _VALUES else cls(value)
+        plain = isinstance(value, torch.Tensor) or type(value) in _VALUES or is_number(value)
+        return value if plain else cls(value)
 
 
 def _object(value: Any) -> Any:
     return value.value if type(value) is Given else value
+
+
+class _NoOrderError(Exception):
+    """The members of a set are told apart by their addresses only."""
 
 
 class _TooManyPartsError(Exception):
@@ -306,10 +312,23 @@ def _items(held: Any) -> tuple[Any, ...]:
 
 
 def _set(value: Any) -> Sequence[Any] | None:
-    """In an order that does not depend on addresses; only plain values have one."""
-    if not all(type(one) in _VALUES for one in value):
+    """In an order that does not depend on addresses; plain values have one, and tuples and sets of those."""
+    try:
+        return sorted(value, key=_rank)
+    except _NoOrderError:
         return None
-    return sorted(value, key=lambda one: (type(one).__name__, repr(one)))
+
+
+def _rank(value: Any) -> tuple[str, str]:
+    """By which the members of a set are sorted."""
+    kind = type(value)
+    if kind in _VALUES:
+        return kind.__name__, repr(value)
+    if kind is tuple:
+        return kind.__name__, repr(list(map(_rank, value)))
+    if kind is frozenset:
+        return kind.__name__, repr(sorted(map(_rank, value)))
+    raise _NoOrderError
 
 
 def _function(value: types.FunctionType) -> Sequence[Any]:

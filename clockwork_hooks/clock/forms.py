@@ -7,8 +7,9 @@ steers. Whatever departs from this once is a condition for the rest of the traje
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from clockwork_hooks._tree import version
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.evidence import Strides
 from clockwork_hooks.graph.arguments import is_number
 
 __all__ = ["TimeForms", "may_be_form"]
 
 _LARGEST = 1024  # elements
-_UNREAD_MOVES = 1  # nothing that is kept was computed from it
-_READ_MOVES = 3  # a number: as many as the strides that plain times are believed after
 
 
 @dataclass(slots=True)
@@ -33,25 +34,27 @@ class _Input:
         time: of the last call.
         value: in the last call.
         original: the tensor that it was read from, and how often that was written to.
-        moves: times at which it had another value, as it should.
+        believed: is it the time in another form, as far as was seen?
         direction: does it rise or fall where the time rises?
+        strides: of a number.
         tells: it does not go with the time, so it is a condition.
     """
 
     time: float | None
     value: Any
-    original: tuple[Any, int]
-    moves: int = 0
+    original: tuple[weakref.ref[torch.Tensor] | None, int]
+    believed: bool = False
     direction: int = 0
+    strides: Strides = field(default_factory=Strides)
     tells: bool = False
 
 
 class TimeForms:
     """Finds the inputs that go with the time, in one trajectory.
 
-    A number (or a floating tensor of one value) has to rise or to fall in step with the time, three times in a row
-    before it is believed. A small tensor that no operator of the recorded call has read has only to change with it,
-    once: no feature was computed from it.
+    A number (or a floating tensor of one value) has to rise or to fall with the time, and is believed as plain times
+    are: after three equal strides, or five that follow a trend. One that no operator of the recorded call has read is
+    believed at once, and may take any strides: no feature was computed from it.
 
     Example:
         >>> forms = TimeForms()
@@ -92,17 +95,16 @@ class TimeForms:
             return False
         if before.tells:
             return False
-        same = isinstance(value, torch.Tensor) and before.original == (id(value), version(value)) and version(value) >= 0
-        now = before.value if same else _read(value)
+        now = before.value if _untouched(value, *before.original) else _read(value)
         before.tells = not _follows(before, time, now, unread)
         before.time, before.value, before.original = time, now, _original(value)
-        return not before.tells and before.moves >= (_UNREAD_MOVES if unread else _READ_MOVES)
+        return before.believed and not before.tells
 
 
 def may_be_form(value: Any, *, unread: bool) -> bool:
-    """Is it a number, or a small tensor that may hold one?"""
+    """Is it a number, or a small tensor that may hold one, perhaps once for each row?"""
     if not isinstance(value, torch.Tensor):
-        return is_number(value)
+        return is_number(value) and getattr(getattr(value, "dtype", None), "kind", "f") in "iuf"  # numpy has others
     plain = type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
     if not plain or isinstance(value, FakeTensor) or value.is_nested or not 0 < value.numel() <= _LARGEST:
         return False
@@ -115,17 +117,13 @@ def _follows(before: _Input, time: float | None, now: Any, unread: bool) -> bool
         return False
     if time == before.time:
         return bool(now == before.value)
-    if now == before.value:
-        return False
-    before.moves += 1
-    if unread:
-        return True
-    if not isinstance(now, float) or not isinstance(before.value, float):
+    if now == before.value or not isinstance(now, float) or not isinstance(before.value, float):
         return False
     direction = 1 if (now > before.value) == (time > before.time) else -1
-    steady = before.direction in (0, direction)
-    before.direction = direction
-    return steady
+    steady, before.direction = before.direction in (0, direction), direction
+    doubt = before.strides.doubt(abs(now - before.value))
+    before.believed = unread or doubt is None
+    return steady and (unread or doubt != reasons.STRIDE)
 
 
 def _read(value: Any) -> Any:
@@ -136,5 +134,12 @@ def _read(value: Any) -> Any:
     return float(elements[0]) if len(set(elements)) == 1 and not isinstance(elements[0], complex) else elements
 
 
-def _original(value: Any) -> tuple[Any, int]:
-    return (id(value), version(value)) if isinstance(value, torch.Tensor) else (None, 0)
+def _original(value: Any) -> tuple[weakref.ref[torch.Tensor] | None, int]:
+    return (weakref.ref(value), version(value)) if isinstance(value, torch.Tensor) else (None, 0)
+
+
+def _untouched(value: Any, original: weakref.ref[torch.Tensor] | None, written: int) -> bool:
+    """Is it the same tensor on a device, which was not written to? One in main memory is read again: that is free."""
+    if original is None or original() is not value or value.is_cpu:
+        return False
+    return written == version(value) >= 0

@@ -271,7 +271,12 @@ def wrap(
     clock = 2 if clock is None else clock
     check_clock(clock)
     kept = check_keep(unet, keep)
-    told: dict[str, Any] = {"time": time, "check_finite": check_finite, "ignore": _check_ignore(ignore), "branch": branch}
+    told: dict[str, Any] = {
+        "time": time,
+        "check_finite": check_finite,
+        "ignore": _check_ignore(ignore),
+        "branch": branch,
+    }
     if branch is not None and not callable(branch):
         raise ArgumentError(
             "branch= is called with the arguments of each call",

@@ -294,7 +294,7 @@ class Engine:
         """
         timeline, leaves = state.timeline, call.arguments.flat if given is None else given
         at, conditions, paths = signature.place(call.arguments)
-        time = None if at is None else leaves[at]
+        time = None if at is None else call.arguments.flat[at]
         if self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
         values = [leaves[k] for k in conditions]

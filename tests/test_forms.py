@@ -1,0 +1,271 @@
+"""Arguments that tell nothing: the time in another form, what no operator reads, what the user ignores or names."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import clockwork_hooks as ch
+from clockwork_hooks.clock.forms import TimeForms
+from clockwork_hooks.errors import ArgumentError, NoEffectWarning
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+TIMES = torch.linspace(900, 100, 9)
+
+
+class Steered(Tiny):
+    """Takes options as ComfyUI's UNet does: they steer branches in the region and outside of it.
+
+    Of the options: `number` is multiplied into the region and into the head and decides which way the region goes,
+    `tensor` is read in the region from the time 400 on, in no earlier call.
+    """
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, options: Any = None, **more: Any) -> Tensor:
+        options = options or {}
+        options["block"] = ("input", len(options))  # as ComfyUI's does: it writes to what it was given
+        number, tensor = options.get("number", 0.0), options.get("tensor")
+        h = self.stem(x) + self.emb(torch.as_tensor(t).reshape(-1, 1) / 100).sin()[:, :, None, None]
+        z = self.down(h)
+        if c is not None:
+            z = z + self.side(c)[:, :, None, None]
+        if number > 0.55:
+            z = z * 1.5
+        if tensor is not None and t < 400:
+            z = z + tensor.mean()
+        z = self.up(self.body(self.act(z)) * (1 + number))
+        return self.head(torch.cat([h, z], 1) * (1 + number if number < 0.35 else 1))
+
+
+def with_time(step: int, branch: int, call: int) -> float:
+    return (step + 1) / 10
+
+
+def constant(step: int, branch: int, call: int) -> float:
+    return 0.25
+
+
+def by_branch(step: int, branch: int, call: int) -> float:
+    return 0.2 + branch / 2
+
+
+def one_jump(step: int, branch: int, call: int) -> float:
+    return 0.3 if step < 6 else 0.8
+
+
+def anyhow(step: int, branch: int, call: int) -> float:
+    return (call * 0.61803398875) % 1
+
+
+VALUES: dict[str, Callable[[int, int, int], float]] = {
+    one.__name__: one for one in (with_time, constant, by_branch, one_jump, anyhow)
+}
+NO_CONDITION = ("with_time", "constant")
+
+
+def run(
+    number: str | None, tensor: str | None, *, branches: int, embeddings: bool, order: list[bool], own: bool
+) -> tuple[str, ch.ClockworkWrapper]:
+    """A trajectory of eight steps that always asks for the adaptor, checked call by call."""
+    unet = Steered()
+    judge, random = Judge(unet), torch.Generator().manual_seed(0)
+    conditions = [torch.randn(1, 3, generator=random) for _ in range(branches)] if embeddings else [None] * branches
+    kept: dict[str, Any] = {}
+    before: dict[tuple[int, str], float] = {}
+    calls, times = 0, TIMES.clone()
+    with torch.no_grad(), ch.wrap(unet, schedule=lambda step: True) as cw:
+        for step in range(len(times) - 1):
+            turn = range(branches) if not order[step] else reversed(range(branches))
+            for branch in turn:
+                calls += 1
+                told = {
+                    "number": VALUES[number](step, branch, calls) if number else None,
+                    "tensor": VALUES[tensor](step, branch, calls) if tensor else None,
+                }
+                told = {name: value for name, value in told.items() if value is not None}
+                matters = {"number": number != "with_time", "tensor": tensor != "with_time" and times[step] < 400}
+                if any(matters[name] and before.get((branch, name), told[name]) != told[name] for name in told):
+                    judge.forget(branch)
+                before |= {(branch, name): value for name, value in told.items()}
+                options = kept if own else {}
+                options.pop("block", None)
+                options.update(told)
+                if "tensor" in told:
+                    options["tensor"] = torch.full((2,), told["tensor"])
+                judge.call(
+                    torch.randn(1, 2, 8, 8, generator=random),
+                    times[step],
+                    conditions[branch],
+                    options,
+                    step=step,
+                    branch=branch,
+                )
+                options.pop("block", None)
+    return judge.made, cw
+
+
+PATTERNS = st.sampled_from([None, *VALUES])
+
+
+@settings(
+    max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(PATTERNS, PATTERNS, st.integers(1, 2), st.booleans(), st.lists(st.booleans(), min_size=8, max_size=8))
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.errors.NoEffectWarning")
+def test_options_steer_branches_in_the_region_and_outside(
+    number: str | None, tensor: str | None, branches: int, own: bool, order: list[bool]
+) -> None:
+    made, _ = run(number, tensor, branches=branches, embeddings=True, order=order, own=own)
+    event(f"adaptor passes: {made.count('A')}")
+
+
+@pytest.mark.parametrize(
+    ("number", "tensor", "passes"),
+    [
+        (None, "with_time", "FAAAAAAA"),  # sigmas: no operator has read them
+        ("with_time", None, "FFFAAAAA"),  # a percentage: believed after three equal strides
+        ("with_time", "with_time", "FFFAAAAA"),
+        ("constant", "constant", "FAAAAAAA"),
+        (None, "one_jump", "FAAAAAFA"),
+        ("one_jump", None, "FAAAAAFA"),
+        ("anyhow", None, "FFFFFFFF"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.errors.NoEffectWarning")
+def test_what_goes_with_the_time_is_no_condition(number: str | None, tensor: str | None, passes: str) -> None:
+    assert run(number, tensor, branches=1, embeddings=True, order=[False] * 8, own=False)[0] == passes
+
+
+@pytest.mark.parametrize("pattern", ["by_branch", "anyhow"])
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.errors.NoEffectWarning")
+def test_what_alone_tells_the_branches_is_a_condition(pattern: str) -> None:
+    """Without an embedding, in an order that changes: the judge would see one branch's feature in the other."""
+    for number, tensor in ((pattern, None), (None, pattern)):
+        order = [False, True, True, False, True, False, False, True]
+        made, _ = run(number, tensor, branches=2, embeddings=False, order=order, own=False)
+        assert made.count("A") == (14 if pattern == "by_branch" else 0), made
+
+
+def test_a_form_that_departs_from_the_time_is_a_condition_again() -> None:
+    forms, values = TimeForms(), [0, 1, 2, 3, 4, 4, 6]
+    assert [0 in forms.among(900.0 - k, ["n"], [value]) for k, value in enumerate(values)] == [
+        *(False, False, False, True, True),
+        *(False, False),
+    ]
+    forms.begin()
+    assert [0 in forms.among(9.0, ["u"], [torch.ones(2) * k], ["u"]) for k in range(3)] == [False] * 3
+    forms.begin()
+    unread = [0 in forms.among(9.0 - k // 2, ["u"], [torch.full((2, 3), k // 2)], ["u"]) for k in range(6)]
+    assert unread == [False, False, True, True, True, True]
+    forms.begin()  # it is no number
+    assert not any(forms.among(9.0 - k, ["u"], [torch.tensor([1.0, k])], ["u"]) for k in range(6))
+
+
+# -- what the user says ---------------------------------------------------------------------------------------------
+
+
+def loop(cw: Any, make: Callable[[int], dict[str, Any]]) -> str:
+    made, x, times = "", torch.zeros(1, 2, 8, 8), TIMES.clone()
+    with torch.no_grad():
+        for k in range(8):
+            was = cw.stats.adaptor_passes
+            cw(x, times[k], **make(k))
+            made += "FA"[cw.stats.adaptor_passes - was]
+    return made
+
+
+def test_a_text_that_changes_in_each_step_is_named_and_ignored() -> None:
+    def make(k: int) -> dict[str, Any]:
+        return {"options": {"uuids": [f"{k}"], "tensor": torch.ones(k + 1)}}
+
+    with ch.wrap(Steered()) as cw, pytest.warns(NoEffectWarning, match=r'ignore=\("options.uuids.0"'):
+        assert loop(cw, lambda k: {"options": {"uuids": [f"{k} {object()}".__hash__() * 0.5]}}) == "FFFFFFFF"
+    with ch.wrap(Steered(), ignore=("options.uuids", "options.tensor")) as cw:
+        assert loop(cw, make) == "FAFAFAFA"
+        assert cw.stats.reasons == {"first step": 1, "scheduled": 3}
+
+
+def test_ignored_by_the_name_of_a_parameter() -> None:
+    with ch.wrap(Tiny(), ignore="c") as cw, torch.no_grad():
+        for k, t in enumerate(TIMES.clone()[:8]):
+            cw(torch.zeros(1, 2, 8, 8), t, torch.full((1, 3), k % 3 / 2))
+    assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (4, 4)
+
+
+@pytest.mark.parametrize("path", ["x", "t"])
+def test_sample_and_time_cannot_be_ignored(path: str) -> None:
+    unet = Tiny()
+    cw = ch.wrap(unet, ignore=(path,))
+    with pytest.raises(ArgumentError, match="leave it out of ignore="):
+        cw(torch.zeros(1, 2, 8, 8), 900.0)
+    assert "forward" not in vars(unet)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"ignore": (1,)}, "dotted paths"), ({"branch": "a"}, "branch= is")])
+def test_options_that_are_none(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ArgumentError, match=error):
+        ch.wrap(Tiny(), **options)
+
+
+@torch.no_grad()
+def test_a_key_names_the_branch() -> None:
+    """The embeddings are made anew with other values in each step, and the order changes."""
+    unet, random = Tiny(), torch.Generator().manual_seed(0)
+    judge = Judge(unet)
+    with ch.wrap(unet, schedule=lambda step: True, branch=lambda args: args["kind"]):
+        for step, t in enumerate(TIMES.clone()[:8]):
+            for branch in ("cond", "uncond")[:: -1 if step % 3 else 1]:
+                c = torch.randn(1, 3, generator=random)
+                judge.call(torch.zeros(1, 2, 8, 8), t, c, kind=branch, step=step, branch=branch)
+    assert judge.made == "FF" + "A" * 14
+
+
+def test_a_key_has_to_be_hashable() -> None:
+    with ch.wrap(Tiny(), branch=lambda args: [1]) as cw, pytest.raises(ArgumentError, match="can be hashed"):
+        cw(torch.zeros(1, 2, 8, 8), 900.0)
+
+
+@torch.no_grad()
+def test_a_dictionary_that_the_model_writes_to_is_compared_as_it_was_given() -> None:
+    """Within an object, which is no container of arguments: the first call is recorded, and writes to it."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.seen: dict[str, int] = {"calls": 0}
+
+        def __call__(self) -> None:
+            self.seen["calls"] += 1
+
+    class Writes(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            more["holder"]()
+            return super().forward(x, t, c)
+
+    with ch.wrap(Writes()) as cw:
+        assert loop(cw, lambda k: {"holder": Holder()}) == "FAFAFAFA"
+
+
+class Regional:
+    def __init__(self, mask: Tensor) -> None:
+        self.mask, self.scale = mask, lambda x: x * 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Regional(torch.ones(2, 2)),
+        lambda: {"f": lambda x: x + 1, "names": frozenset({"a", "b"}), "times": [900, 800, 700]},
+        lambda: {"pairs": frozenset({("a", 1), ("b", 2)}), "sets": {frozenset({1}), frozenset({2})}},
+    ],
+    ids=["object", "lambda, frozenset, list", "sets of tuples"],
+)
+def test_new_objects_with_the_same_content_are_the_same_condition(make: Callable[[], Any]) -> None:
+    with ch.wrap(Tiny()) as cw:
+        assert loop(cw, lambda k: {"more": make()}) == "FAFAFAFA"
