@@ -140,6 +140,6 @@ def _original(value: Any) -> tuple[weakref.ref[torch.Tensor] | None, int]:
 
 def _untouched(value: Any, original: weakref.ref[torch.Tensor] | None, written: int) -> bool:
     """Is it the same tensor on a device, which was not written to? One in main memory is read again: that is free."""
-    if original is None or original() is not value or value.is_cpu:
+    if original is None or not isinstance(value, torch.Tensor) or value.is_cpu or original() is not value:
         return False
     return written == version(value) >= 0
