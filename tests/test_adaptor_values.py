@@ -109,7 +109,6 @@ def test_the_same_error_everywhere(use: Callable[[nn.Module, Any], str], value: 
         use(made(), value)
 
 
-@pytest.mark.xfail(strict=True, reason="fingerprints name no operator: two regions that differ by a scaling look alike")
 def test_a_saved_adaptor_says_which_region(tmp_path: Path) -> None:
     """Where none is chosen, it is the one that the adaptor was made for: in counts and benchmarks as in `wrap`."""
     unet = made()

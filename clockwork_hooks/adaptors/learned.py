@@ -219,7 +219,8 @@ class LearnedAdaptor(SavedAdaptor):
             raise AdaptorError(
                 "an adaptor serves the region that it was made for",
                 seen={"adaptor": type(self).__name__, "region": region.line, **differences},
-                do="pass the region it was made for (region=ch.find_region(unet, …)), or train one for this region",
+                do="pass the region it was made for (region=ch.find_region(unet, …)), or train one for this region"
+                + reference.advice(self.region),
             )
 
     @property

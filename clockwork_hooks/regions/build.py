@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -60,7 +58,7 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         times=facts.trace.times,
         full_macs=facts.total_macs or 1,
         **costs,
-        fingerprint=_fingerprint(facts, entries, leaving, cut_plan),
+        fingerprint=facts.fingerprints.of(entry_nodes, exit, inside),
         cut_plan=cut_plan,
         signature=facts.trace.signature,
         residuals=facts.residuals,
@@ -165,16 +163,6 @@ def _side(facts: Facts, n: int) -> Side:
         kind = "time"
     path = facts.name(n) if n in facts.producers else str(node.meta["module"])
     return Side(kind, inputs, path, node.meta.get("shape", ()), node.meta.get("dtype", torch.float32), n)
-
-
-def _fingerprint(facts: Facts, entries: tuple[Boundary, ...], exit: Boundary, cut_plan: CutPlan) -> str:
-    def port(boundary: Boundary) -> list[Any]:
-        node = facts.trace.nodes[boundary.node]  # an operator has another name in another mode: its scope has not
-        path = boundary.path if boundary.paths else f"in {node.meta['module']}"
-        return [path, boundary.call, facts.levels.channels(node)]
-
-    parts = [[port(e) for e in entries], port(exit), [[c.path, c.ordinal] for c in cut_plan.skipped]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # -- what a pass looks up -------------------------------------------------------------------------------------------

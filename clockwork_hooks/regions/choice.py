@@ -17,6 +17,7 @@ from torch import nn
 from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
 from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search, listed, of_fingerprint
@@ -161,13 +162,16 @@ class Choice:
         if self.entry is not None and self.exit is not None:
             return by_ends(search.facts, self.entry, self.exit)
         regions = search.chain()
-        if self.fingerprint is not None and (same := of_fingerprint(regions, self.fingerprint)) is not None:
-            return same
+        if self.fingerprint is not None:
+            same = of_fingerprint(regions, self.fingerprint, level=self.level, cut=self.cut)
+            if same is not None:
+                return same
         if self.strict:
             raise RegionNotFoundError(
                 "the region is the one that was found before, of this very architecture",
                 seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
-                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...)",
+                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...); so "
+                f"too if an earlier version made it, whose fingerprints do not begin with {PREFIX}",
             )
         level = 1 if self.level is self.resolution is self.share is None else self.level
         fitting = [region for region in regions if level in (None, region.level)]

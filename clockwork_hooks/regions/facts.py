@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 
 import numpy as np
@@ -15,6 +16,7 @@ from clockwork_hooks.graph.tracing import Trace, module_paths
 from clockwork_hooks.regions.cut import SkippedCall
 from clockwork_hooks.regions.dominance import Dominance, Mask
 from clockwork_hooks.regions.embeddings import Embeddings
+from clockwork_hooks.regions.fingerprint import Fingerprints
 from clockwork_hooks.regions.levels import Levels
 
 __all__ = ["Facts", "Leaf", "index_of", "nodes_of"]
@@ -65,6 +67,11 @@ class Facts:
         self.stand_ins: dict[tuple[int, int], SkippedCall] = {}
         self._read_nodes()
         self._read_calls()
+
+    @functools.cached_property
+    def fingerprints(self) -> Fingerprints:
+        """What tells the trace's regions apart, and is the same in every code of the network."""
+        return Fingerprints(self.trace, self.dominance, self.levels)
 
     def _read_nodes(self) -> None:
         nodes = self.trace.nodes

@@ -108,7 +108,7 @@ def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
     search = Search(trace, unet)
     if region.cut != "hand":
         with contextlib.suppress(RegionNotFoundError):
-            return of_fingerprint(search.chain(), region.fingerprint)
+            return of_fingerprint(search.chain(), region.fingerprint, level=region.level, cut=region.cut)
         return None
     skipped = [call.path for call in region.skipped]
     for by, named in ((by_ends, (region.entry.path, region.exit.path)), (by_modules, (skipped,))):

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from clockwork_hooks.errors import AdaptorError
+from clockwork_hooks.regions.fingerprint import is_portable
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Boundary, Region
 
-__all__ = ["describe", "differences", "options"]
+__all__ = ["advice", "describe", "differences", "options"]
 
 
 def describe(region: Region) -> dict[str, Any]:
-    """The region as JSON can hold it: its fingerprint, and what the fingerprint is made of in words."""
+    """The region as JSON can hold it: its fingerprint, and in words where it lies in this UNet."""
     return {
         "fingerprint": region.fingerprint,
         "model": region.model,
@@ -29,10 +30,13 @@ def describe(region: Region) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:
     """What tells the region from the saved one, name → "saved, here"; empty where they are the same.
 
-    The class name is told only where something else differs: a subclass has the same regions.
+    Their fingerprints tell, whatever the modules are called. Those of earlier versions were made of names, so these are
+    compared. The class name is told only where something else differs: a subclass has the same regions.
     """
     here = describe(region)
     if saved.get("fingerprint") == here["fingerprint"]:
+        return {}
+    if not is_portable(saved.get("fingerprint")) and _names(saved) == _names(here):
         return {}
     found: dict[str, str] = {}
     for name in ("model", "level", "cut"):
@@ -53,6 +57,13 @@ def differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:
     return found or {"fingerprint": f"{saved.get('fingerprint')} → {here['fingerprint']}"}
 
 
+def advice(saved: Mapping[str, Any] | None) -> str:
+    """What else to do about a file of an earlier version, whose fingerprint tells names; "" for any other."""
+    if not saved or is_portable(saved.get("fingerprint")):
+        return ""
+    return "; the file is of an earlier version and knows its region by names: where these are others, make one anew"
+
+
 def options(saved: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of `Choice` that find the region again; none where the adaptor knows of no region.
 
@@ -66,6 +77,17 @@ def options(saved: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"entry": saved["entry"]["path"], "exit": saved["exit"]["path"]}
     known = {"level": saved.get("level", 1), "cut": saved.get("cut", "outer")}
     return {**known, "fingerprint": saved.get("fingerprint")}
+
+
+def _names(region: Mapping[str, Any]) -> Any:
+    """What the fingerprints of earlier versions were made of: an operator has another name in another mode."""
+
+    def port(value: Any) -> Any:
+        path = str((value or {}).get("path"))
+        return {**(value or {}), "path": path[path.find(" in ") :] if " in " in path else path}
+
+    ports = port(region.get("exit")), *map(port, region.get("entries") or ())
+    return ports, list(region.get("skipped") or ())
 
 
 def _port(boundary: Boundary) -> dict[str, Any]:

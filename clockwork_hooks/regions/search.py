@@ -31,10 +31,16 @@ def listed(regions: Iterable[Region]) -> dict[str, str]:
     return {f"region {k}": region.line for k, region in enumerate(regions)}
 
 
-def of_fingerprint(chain: Iterable[Region], fingerprint: str) -> Region | None:
-    """The region of a chain, or the paper's cut of one, that has this fingerprint; None if there is none."""
-    regions = (edge for outer in chain for edge in (outer, outer.inner) if edge is not None)
-    return next((region for region in regions if region.fingerprint == fingerprint), None)
+def of_fingerprint(
+    chain: Iterable[Region], fingerprint: str, *, level: int | None = None, cut: str = "outer"
+) -> Region | None:
+    """The region of a chain, or the paper's cut of one, that has this fingerprint; None if there is none.
+
+    Of several, which are then cut at the same values, the one of this level and cut.
+    """
+    edges = (edge for outer in chain for edge in (outer, outer.inner) if edge is not None)
+    alike = [edge for edge in edges if edge.fingerprint == fingerprint]
+    return max(alike, key=lambda edge: (edge.cut == cut) + (edge.level == level), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,278 @@
+"""The fingerprint of a region: what it is made of and where it lies, whatever its modules are called.
+
+Two codes of one network (diffusers, LDM and ComfyUI, refiners) name and nest their modules in their own ways, and write
+an attention or a split in their own words; what they share is the graph of their products. So a fingerprint is made of:
+
+- the skeleton: the convolutions inside, with the shapes of their weights, and which of them read which. Where there are
+  none, the linear layers. What is laid beside a weight (LoRA) is left out.
+- the ports: where each entry and the exit lie, told by the products that they come from, by how many convolutions come
+  before them, and by the operators in between. Of two regions that differ by a scaling, one has one operator more.
+
+No shape of an activation counts, as batch and size do not, and no constant, as the time may be one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name
+from clockwork_hooks.graph.tracing import Trace
+from clockwork_hooks.regions.dominance import Dominance, Mask
+from clockwork_hooks.regions.levels import Levels
+
+__all__ = ["PREFIX", "Fingerprints", "is_portable"]
+
+PREFIX = "graph-"  # those of earlier versions have none: they were made of the modules' names
+_SAME = {  # one operator by several names, among them those of whole operators and of what they come down to
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "rsub": "sub",
+    "negative": "neg",
+    "clip": "clamp",
+    "relu6": "hardtanh",
+    "selu": "elu",
+    "square": "pow",
+    "absolute": "abs",
+}
+_SCALES = frozenset({"aten::mul", "aten::div", "aten::dropout", "aten::native_dropout", *VIEWS})
+
+
+def is_portable(fingerprint: object) -> bool:
+    """Does it tell a region by its graph? Those of earlier versions told it by the names of its modules."""
+    return str(fingerprint).startswith(PREFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """An operator that multiplies by a weight.
+
+    Attributes:
+        node: its index.
+        label: its kind, its weight's shape, its stride.
+        out: its output channels.
+    """
+
+    node: int
+    label: tuple[Any, ...]
+    out: int
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.label[0] != "linear"
+
+
+class Fingerprints:
+    """Makes the fingerprints of one trace's regions. Sets of products are numbers, a bit for each product.
+
+    Args:
+        trace: the trace.
+        dom: which nodes carry the sample.
+        levels: channels and positions of the nodes.
+    """
+
+    def __init__(self, trace: Trace, dom: Dominance, levels: Levels) -> None:
+        self._nodes, self._levels = trace.nodes, levels
+        self._dep, self._live, self._sources, self._users = dom.dep, dom.live, dom.sources, dom.users
+        self.products: list[_Product] = []
+        self._left_out: set[int] = set()
+        count = len(trace.nodes)
+        self._number = [-1] * count  # of the node's product
+        self._near = [0] * count  # products that a node comes from, with none in between
+        self._before = [0] * count  # convolutions that come before it
+        self._behind = [0] * count  # and behind how many products of these it lies at least
+        self._near_convolutions = [0] * count
+        for n in range(count):
+            if dom.dep[n]:
+                self._visit(n)
+
+    def _visit(self, n: int) -> None:
+        carrying = [u for u in self._sources[n] if self._dep[u]]
+        for u in carrying:
+            self._near[n] |= self._near[u]
+            self._before[n] |= self._before[u]
+            self._near_convolutions[n] |= self._near_convolutions[u]
+        self._behind[n] = min((self._behind[u] for u in carrying), default=0)
+        product = self._product(n, carrying)
+        if product is None:
+            return
+        if (second := self._beside(n, product)) is not None:
+            self._left_out |= {n, second}
+        if n in self._left_out:
+            self._near[n] = self._near_convolutions[n] = 0
+            return
+        bit = 1 << len(self.products)
+        self._number[n] = len(self.products)
+        self.products.append(product)
+        self._near[n], self._behind[n] = bit, self._behind[n] + 1
+        if product.is_convolution:
+            self._near_convolutions[n], self._behind[n] = bit, 0
+            self._before[n] |= bit
+
+    # -- products ------------------------------------------------------------------------------------------------
+
+    def _product(self, n: int, carrying: Sequence[int]) -> _Product | None:
+        node = self._nodes[n]
+        name, shape = qualified_name(node.target), node.meta.get("shape", ())
+        if node.op != "call_function" or not carrying:
+            return None
+        if name in CONVOLUTIONS:
+            weight = _weight(node.args[1]) if len(node.args) > 1 else None
+            kernel = weight[2:] if weight else ()
+            if not weight or len(shape) <= len(kernel):
+                return None
+            out = int(shape[-len(kernel) - 1])
+            if all(size == 1 for size in kernel):
+                return _Product(n, ("linear", *sorted(weight[:2])), out)
+            return _Product(n, ("up" if _transposes(node, name) else "conv", weight, _stride(node)), out)
+        if not shape or not (kind(node) == "linear" or name in _MATRICES or name in BLOCKS or _is_custom(name)):
+            return None
+        weights = [weight for source in node.all_input_nodes if len(weight := _own_weight(source)) > 1]
+        sizes = weights[0] if weights else (shape[-1], self._nodes[carrying[0]].meta.get("shape", shape)[-1])
+        return _Product(n, ("linear", *sorted(sizes)), int(shape[-1]))
+
+    def _beside(self, n: int, product: _Product) -> int | None:
+        """The second of two products that lay a low rank beside a weight, as LoRA does, where this is the first."""
+        users = [v for v in self._users[n] if self._live[v]]
+        while len(users) == 1 and qualified_name(self._nodes[users[0]].target) in _SCALES:
+            users = [v for v in self._users[users[0]] if self._live[v]]
+        second = self._product(users[0], [n]) if len(users) == 1 else None
+        narrow = second is not None and product.out < min(second.out, max(_shape(product)))
+        return second.node if second is not None and narrow and not second.is_convolution else None
+
+    # -- of one region -------------------------------------------------------------------------------------------
+
+    def of(self, entries: Iterable[int], exit: int, inside: Mask) -> str:
+        """The fingerprint of the region with these entries and this exit.
+
+        Args:
+            entries: nodes that flow in and depend on the sample.
+            exit: the node that flows out.
+            inside: its nodes.
+        """
+        within = inside[self._at]
+        bones = within & self._convolves
+        codes = np.sort(self._codes[0][bones] if bones.any() else self._codes[1][within])
+        return PREFIX + _digest(sorted(self._port(n) for n in entries), self._port(exit), codes.tolist())
+
+    @functools.cached_property
+    def _at(self) -> NDArray[np.int64]:
+        return np.array([product.node for product in self.products], dtype=np.int64)
+
+    @functools.cached_property
+    def _convolves(self) -> Mask:
+        return np.array([product.is_convolution for product in self.products], dtype=np.bool_)
+
+    @functools.cached_property
+    def _codes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """A number for each product and what it reads: the convolutions before it, or all products."""
+        codes = []
+        for near in (self._near_convolutions, self._near):
+            reads = [functools.reduce(operator.or_, (near[u] for u in self._sources[n]), 0) for n in self._at.tolist()]
+            told = (_digest(p.label, self._widths(read)) for p, read in zip(self.products, reads, strict=True))
+            codes.append(np.array([int(code, 16) for code in told], dtype=np.uint64))
+        return codes[0], codes[1]
+
+    def _widths(self, products: int) -> list[tuple[str, int]]:
+        """Kind and output channels of each; their inputs are not told, so that another stem changes nothing."""
+        return sorted((self.products[k].label[0], self.products[k].out) for k in _bits(products))
+
+    def _port(self, n: int) -> tuple[Any, ...]:
+        """Where a node lies."""
+        start, operators = self._tail(n)
+        before, behind = self._before[n].bit_count(), self._behind[n]
+        channels = self._levels.channels(self._nodes[n]) or 0
+        return channels, self._widths(self._near[n]), before, behind, self._scale(start, n), operators
+
+    def _tail(self, n: int) -> tuple[int, list[str]]:
+        """Where the operators begin that lead to this node one after another, and their names."""
+        names = []
+        while self._number[n] < 0:
+            carrying = {u for u in self._sources[n] if self._dep[u]}
+            if len(carrying) != 1:
+                break
+            name = _pointwise(self._nodes[n])
+            if name:
+                names.append(name)
+            n = carrying.pop()
+        return n, names
+
+    def _scale(self, start: int, end: int) -> str:
+        """Is there another resolution after these operators? One pixel more or less, at an odd size, is none."""
+        one, other = (self._levels.positions(self._nodes[n]) or 0 for n in (start, end))
+        if not one or not other or 2 * one < 3 * other < 4.5 * one:
+            return ""
+        return "up" if other > one else "down"
+
+
+_MATRICES = frozenset({"aten::mm", "aten::addmm", "aten::_addmm_activation"})  # heads make batches of products
+
+
+def _is_custom(name: str) -> bool:
+    """A product that is not torch's own, as of quantised layers, whose weights are no tensors of the graph."""
+    space, _, base = name.partition("::")
+    return space != "aten" and bool(base) and ("linear" in base or "mm" in base)
+
+
+def _own_weight(node: Any) -> tuple[int, ...]:
+    """The shape of the parameter that this is, perhaps transposed, cast or expanded; () where it is none."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and qualified_name(node.target) in VIEWS:
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) and node.op == "get_attr" else ()
+
+
+def _weight(node: Any) -> tuple[int, ...]:
+    """The shape of a convolution's weight, also of one that is worked out."""
+    return _own_weight(node) or (tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) else ())
+
+
+def _shape(product: _Product) -> tuple[int, ...]:
+    return product.label[1][:2] if product.is_convolution else product.label[1:]
+
+
+def _transposes(node: fx.Node, name: str) -> bool:
+    transposes = CONVOLUTIONS[name]
+    return bool(node.args[6]) if transposes is None and len(node.args) > 6 else bool(transposes)
+
+
+def _stride(node: fx.Node) -> tuple[int, ...]:
+    """A convolution's stride; one number where it is the same along all axes."""
+    stride: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
+    numbers = stride if isinstance(stride, (tuple, list)) else (stride,)
+    numbers = tuple(number for number in numbers if isinstance(number, int))
+    return numbers[:1] if len(set(numbers)) == 1 else numbers
+
+
+def _pointwise(node: fx.Node) -> str:
+    """The operator's name, where it changes values; "" for views, copies, casts, dropout and what resamples."""
+    if kind(node) == "norm":
+        return "norm"
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return ""
+    name = qualified_name(node.target).rpartition("::")[2]
+    if name in ("mul", "div") and any(type(value) in (int, float) and value == 1 for value in node.args[1:]):
+        return ""  # diffusers' resnets divide by a factor that nearly always is one
+    return "" if name in ("copy", "fill", "clone", "_to_copy", "where") or "dropout" in name else _SAME.get(name, name)
+
+
+def _bits(number: int) -> Iterable[int]:
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low
+
+
+def _digest(*value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
