@@ -71,7 +71,7 @@ class _Product:
 
     @property
     def is_convolution(self) -> bool:
-        return self.label[0] != "linear"
+        return bool(self.label[0] != "linear")
 
 
 class Fingerprints:
