@@ -33,7 +33,7 @@ from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
 from clockwork_hooks.graph.bindings import TensorSpec
-from clockwork_hooks.graph.macs import operator_name
+from clockwork_hooks.graph.operators import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.levels import Levels

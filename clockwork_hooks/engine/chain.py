@@ -27,7 +27,6 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments
-from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.operators import kind, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
@@ -214,12 +213,11 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         ArgumentError: a clock is no multiple of the one around it.
         AdaptorError: an adaptor was made for another region.
     """
-    costs = [node_macs(node) for node in trace.nodes]
     uncounted = tuple(dict.fromkeys(operator_name(node) for node in trace.nodes if kind(node) == "unknown"))
     located = [(clocked, *clocked.find(trace, unet)) for clocked in chain]
     missing = next((why for _, region, why in located if region is None), None)
     if missing is not None:
-        return Signature(sum(costs), trace.time, trace.sample, why=missing, uncounted=uncounted)
+        return Signature(trace.full_macs, trace.time, trace.sample, why=missing, uncounted=uncounted)
     placed = [(clocked, region) for clocked, region, _ in located if region is not None]
     placed.sort(key=lambda pair: -pair[1].macs)
     if any(clocked.region is None for clocked in chain):
@@ -236,10 +234,10 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         clocked.region = clocked.region or region
     plans = _plans(trace, [region for _, region in placed])
     uses = tuple(
-        RegionUse(region, plan, sum(costs) - sum(costs[n] for n in skipped_nodes(trace, region)), name=clocked.name)
+        RegionUse(region, plan, trace.full_macs - region.macs, name=clocked.name)
         for (clocked, region), plan in zip(placed, plans, strict=True)
     )
-    return Signature(sum(costs), trace.time, trace.sample, uses, uncounted=uncounted)
+    return Signature(trace.full_macs, trace.time, trace.sample, uses, uncounted=uncounted)
 
 
 def _check_nesting(trace: Trace, placed: Sequence[tuple[ClockedRegion, Region]]) -> None:

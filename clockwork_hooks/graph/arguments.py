@@ -24,27 +24,27 @@ class Arguments:
 
     Args:
         names: of the parameters, defaults left out; `*args` and `**kwargs` by their own names.
-        given: their values.
+        passed: their values.
         ignored: says of a path that value, shape and type of what is there do not matter to the signature.
 
     Attributes:
-        names, given: as given.
+        names, passed: the parameters and their values, in the order of the call.
         paths: dotted paths of all leaves: "sample", "added_cond_kwargs.time_ids", "args.0"; equal where signatures are.
         flat: the leaves.
         signature: hashable; equal for two calls that differ in tensor values and numbers only.
         device: of the first tensor.
     """
 
-    __slots__ = ("device", "flat", "given", "names", "paths", "signature")
+    __slots__ = ("device", "flat", "names", "passed", "paths", "signature")
 
     def __init__(
-        self, names: Sequence[str], given: Sequence[Any], ignored: Callable[[str], bool] | None = None
+        self, names: Sequence[str], passed: Sequence[Any], ignored: Callable[[str], bool] | None = None
     ) -> None:
         paths: list[str] = []
         flat: list[Any] = []
         parts: list[Any] = []
         first: torch.device | None = None
-        for name, value in zip(names, given, strict=True):
+        for name, value in zip(names, passed, strict=True):
             if ignored is not None and ignored(name):
                 for path, leaf in leaves(value, name):
                     paths.append(path)
@@ -74,15 +74,15 @@ class Arguments:
                 continue
             paths.append(name)
             flat.append(value)
-        self.names, self.given, self.device = names, given, first
+        self.names, self.passed, self.device = names, passed, first
         self.paths: Sequence[str] = paths
         self.flat: Sequence[Any] = flat
         self.signature: tuple[Any, ...] = tuple(parts)
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """Parameter name → value as given."""
-        return dict(zip(self.names, self.given, strict=True))
+        """Parameter name → value."""
+        return dict(zip(self.names, self.passed, strict=True))
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """(dotted path, leaf) of all arguments."""
@@ -90,7 +90,7 @@ class Arguments:
 
     def get(self, path: str) -> Any:
         """The leaf at a dotted path; None where it was not passed."""
-        return next((leaf for found, leaf in self.leaves() if found == path), None)
+        return next((leaf for own, leaf in self.leaves() if own == path), None)
 
 
 class Binder:
@@ -128,8 +128,8 @@ class Binder:
             elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 names.append(parameter.name)
         names += [f"argument[{k}]" for k in range(len(names), positional)]
-        made = self.forms[(positional, *keywords)] = (*names[:positional], *keywords)
-        return made
+        form = self.forms[(positional, *keywords)] = (*names[:positional], *keywords)
+        return form
 
 
 def _sizes(nested: torch.Tensor) -> tuple[Any, ...]:

@@ -191,10 +191,10 @@ class Bindings:
 
     def reveal(self, tensor: torch.Tensor, first: int, taken: Any) -> None:
         """Unseen code made its values, out of what its call took and all since the node of index `first`."""
-        made = self.node(tensor)
-        known = {leaf.node for _, leaf in leaves(taken) if isinstance(leaf, TensorSpec)} | set(self.nodes[first:])
-        now = self.add("call_function", _ALIAS, (made,))
-        now.meta["after"] = tuple(sorted(known - {made, now}, key=lambda node: int(node.meta["index"])))
+        source = self.node(tensor)
+        inside = {leaf.node for _, leaf in leaves(taken) if isinstance(leaf, TensorSpec)} | set(self.nodes[first:])
+        now = self.add("call_function", _ALIAS, (source,))
+        now.meta["after"] = tuple(sorted(inside - {source, now}, key=lambda node: int(node.meta["index"])))
         self._blank.discard(self.storage(tensor))
         self.bind(tensor, now)
 
@@ -212,9 +212,9 @@ class Bindings:
 
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """Its own node, that of an equal view, a weight's, a new view of what owns its storage, or a constant."""
-        known = self._tensors.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
+        entry = self._tensors.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
         storage = self.storage(tensor)
         same = self._views.get(storage, {}).get(_view(tensor))
         if same is not None:

@@ -129,14 +129,14 @@ class LikelyExits:
 
     def _keep(self, source: fx.Node, merge: fx.Node) -> None:
         """Keep the last module outputs on the ways to this source of a merge."""
-        ways, seen, found = [source], {source}, 0
-        while ways and found < _NEAREST and len(seen) < _FAR:
+        ways, seen, reached = [source], {source}, 0
+        while ways and reached < _NEAREST and len(seen) < _FAR:
             ways.sort(key=lambda node: int(node.meta["index"]))
             node = ways.pop()
             index = node.meta["index"]
             tensor = self._recent[index]() if index in self._recent else None
             if tensor is not None:
-                found += 1
+                reached += 1
                 self._add(index, tensor, merge)
             more = [one for one in _sources(node) if one not in seen and self._depth_of(one) == self._depth]
             seen.update(more)

@@ -29,7 +29,6 @@ from clockwork_hooks.graph.operators import (
     MATMULS,
     NORMS,
     Handle,
-    Kind,
     handle_of,
     is_attention,
     kind,
@@ -37,7 +36,7 @@ from clockwork_hooks.graph.operators import (
     qualified_name,
 )
 
-__all__ = ["Kind", "is_attention", "kind", "node_macs", "operator_name"]
+__all__ = ["node_macs"]
 
 Shape = tuple[int, ...]
 
@@ -105,16 +104,16 @@ def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None
     own = handle_of(node)
     if own is not None:
         return _counted(node, own)
-    found = kind(node)
-    if found == "none" or found == "unknown" or (found == "norm" and norms is None):
+    operator_kind = kind(node)
+    if operator_kind == "none" or operator_kind == "unknown" or (operator_kind == "norm" and norms is None):
         return 0
-    if found == "convolution":
+    if operator_kind == "convolution":
         return _convolution(node)
-    if found == "linear" and qualified_name(node.target) in LINEARS:
+    if operator_kind == "linear" and qualified_name(node.target) in LINEARS:
         return _linear(node)
-    if found == "attention":
+    if operator_kind == "attention":
         return _attention(node, attention)
-    if found == "norm":
+    if operator_kind == "norm":
         return _norm(node)
     if not attention and is_attention(node):
         return 0
@@ -143,34 +142,34 @@ def _counted(node: fx.Node, count: Handle) -> int:
 
 
 def _convolution(node: fx.Node) -> int:
-    given = _arguments(node)
-    x, weight, out = _shape(node, given[0]), _shape(node, given[1]), _out(node)
+    arguments = _arguments(node)
+    x, weight, out = _shape(node, arguments[0]), _shape(node, arguments[1]), _out(node)
     if len(x) < len(weight):  # unbatched
         x, out = (1, *x), (1, *out)
     transposed = CONVOLUTIONS[qualified_name(node.target)]
     if transposed is None:
-        transposed = bool(given[6])
+        transposed = bool(arguments[6])
     return int(_fvcore("conv_flop_count")(x, weight, out, transposed=transposed))
 
 
 def _linear(node: fx.Node) -> int:
-    given = _arguments(node)
-    x, weight = _shape(node, given[0]), _shape(node, given[1])
+    arguments = _arguments(node)
+    x, weight = _shape(node, arguments[0]), _shape(node, arguments[1])
     return int(_fvcore("linear_flop_jit")([_Value(x), _Value((1, *weight)[-2:])], []))
 
 
 def _matmul(node: fx.Node) -> int:
-    name, given = qualified_name(node.target), _arguments(node)
+    name, arguments = qualified_name(node.target), _arguments(node)
     if name == "aten::einsum":
-        return _einsum(given[0], [_shape(node, operand) for operand in given[1]], given[2])
+        return _einsum(arguments[0], [_shape(node, operand) for operand in arguments[1]], arguments[2])
     if name == "aten::inner":
-        a = _shape(node, given[0])
+        a = _shape(node, arguments[0])
         return math.prod((*_out(node), *a[-1:]))
     if name == "aten::tensordot":
-        a = _shape(node, given[0])
-        return math.prod((*_out(node), *(a[axis] for axis in given[2])))
+        a = _shape(node, arguments[0])
+        return math.prod((*_out(node), *(a[axis] for axis in arguments[2])))
     left, right = MATMULS[name]
-    a, b = _shape(node, given[left]), _shape(node, given[right])
+    a, b = _shape(node, arguments[left]), _shape(node, arguments[right])
     a, b = (a if len(a) > 1 else (1, *a)), (b if len(b) > 1 else (*b, 1))  # a vector is a row or a column
     pairs = itertools.zip_longest(reversed(a[:-2]), reversed(b[:-2]), fillvalue=1)
     batch = math.prod(max(pair) for pair in pairs)  # batch axes broadcast
@@ -190,14 +189,14 @@ def _einsum(equation: str, shapes: Sequence[Shape], path: Sequence[int] | None) 
         axes = max(axes, free if dots else 0)
         operands.append(dict(zip([*before, *map(str, range(free, 0, -1)), *after], shape, strict=True)))
     letters = out.replace(".", "") if "->" in equation else [x for x in terms if x.isalpha() and terms.count(x) == 1]
-    kept = {*letters, *map(str, range(1, axes + 1))}
+    labels = {*letters, *map(str, range(1, axes + 1))}
     macs = 0
     while len(operands) > 1:
         pair = (0, len(operands) - 1 if len(operands) < len(shapes) else 1)
         if path is not None:
             pair, path = (path[0], path[1]), path[2:]
         b, a = (operands.pop(k) for k in sorted(pair, reverse=True))
-        later = kept.union(*operands)
+        later = labels.union(*operands)
         sizes = {label: max(a.get(label, 1), b.get(label, 1)) for label in {*a, *b}}
         summed = {label for label in a if a[label] != 1 and b.get(label, 1) != 1} - later
         if summed:
@@ -207,15 +206,15 @@ def _einsum(equation: str, shapes: Sequence[Shape], path: Sequence[int] | None) 
 
 
 def _attention(node: fx.Node, products: bool) -> int:
-    name, given = qualified_name(node.target), _arguments(node)
+    name, arguments = qualified_name(node.target), _arguments(node)
     if name in BLOCKS:
-        return _block(node, given, products, encoder=name.endswith("fwd"))
+        return _block(node, arguments, products, encoder=name.endswith("fwd"))
     if not products:
         return 0
-    q, k, v = (_shape(node, value) for value in given[:3])
+    q, k, v = (_shape(node, value) for value in arguments[:3])
     if name not in LENGTH_FIRST:
         return math.prod(_out(node)[:-1]) * k[-2] * (q[-1] + v[-1])
-    if len(q) != 4 or given[3 if "flash" in name else 4] is not None:
+    if len(q) != 4 or arguments[3 if "flash" in name else 4] is not None:
         raise CountError(
             "attention over packed sequences of different lengths cannot be counted from shapes",
             seen={"operator": operator_name(node), "query": q},
@@ -224,25 +223,25 @@ def _attention(node: fx.Node, products: bool) -> int:
     return math.prod(q[:-1]) * k[1] * (q[-1] + v[-1])
 
 
-def _block(node: fx.Node, given: Sequence[Any], products: bool, *, encoder: bool) -> int:
+def _block(node: fx.Node, arguments: Sequence[Any], products: bool, *, encoder: bool) -> int:
     """`nn.MultiheadAttention` or `nn.TransformerEncoderLayer` as one operator, as torch runs them in evaluation."""
-    q, k, v = [_shape(node, given[0])] * 3 if encoder else [_shape(node, value) for value in given[:3]]
+    q, k, v = [_shape(node, arguments[0])] * 3 if encoder else [_shape(node, value) for value in arguments[:3]]
     rows, width = math.prod(q[:-1]), q[-1]
     macs = (2 * rows + math.prod(k[:-1]) + math.prod(v[:-1])) * width**2  # projections of query, output, key, value
     if encoder:
-        macs += rows * sum(math.prod(_shape(node, given[weight])) for weight in (14, 16))
+        macs += rows * sum(math.prod(_shape(node, arguments[weight])) for weight in (14, 16))
     return macs + 2 * rows * k[-2] * width if products else macs
 
 
 def _norm(node: fx.Node) -> int:
     weight, training = NORMS[qualified_name(node.target)]
-    given = _arguments(node)
+    arguments = _arguments(node)
     values = [_Value(None) for _ in range(6)]
-    values[0] = _Value((1, math.prod(_shape(node, given[0]))))  # the handle refuses more than five axes
-    values[1] = _Value(None if given[weight] is None else (1,))
+    values[0] = _Value((1, math.prod(_shape(node, arguments[0]))))  # the handle refuses more than five axes
+    values[1] = _Value(None if arguments[weight] is None else (1,))
     if training is None:
         return int(_fvcore("norm_flop_counter")(1)(values, []))
-    values[5] = _Value(None, bool(training >= 0 and given[training]))
+    values[5] = _Value(None, bool(training >= 0 and arguments[training]))
     return int(_fvcore("batchnorm_flop_jit")(values, []))
 
 

@@ -263,8 +263,8 @@ class Recorder(TorchDispatchMode):
         call = self._stack.pop()
         around = self._stack[-1] if self._stack else None
         for tensor in tensors(output):
-            made = None if is_lazy(tensor) else self.bindings.node(tensor)
-            if made is not None and made.meta["index"] >= call.first and self._hidden(tensor, made):
+            node = None if is_lazy(tensor) else self.bindings.node(tensor)
+            if node is not None and node.meta["index"] >= call.first and self._hidden(tensor, node):
                 self.bindings.reveal(tensor, call.first, call.inputs)
         self.bindings.within(around.index if around else 0, around.scope if around else "")
         if any(tensor.is_nested for tensor in tensors(output)):
@@ -301,8 +301,8 @@ class Recorder(TorchDispatchMode):
         bindings = self.bindings
         node = bindings.add("call_function", func, bindings.lift(args), bindings.lift(kwargs))
         if bindings.numbers and func in _FACTORIES:
-            given = [value for value in args if is_number(value)]
-            node.meta["after"] = tuple(source for number, source in bindings.numbers if number in given)
+            numbers = [value for value in args if is_number(value)]
+            node.meta["after"] = tuple(source for number, source in bindings.numbers if number in numbers)
         for tensor in written:
             bindings.write(tensor, node)
         if isinstance(out, torch.Tensor):

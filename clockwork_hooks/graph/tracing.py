@@ -113,11 +113,11 @@ class Trace:
 
     def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
         """The nodes whose values depend on those of `starts`, these included."""
-        found = set(starts)
+        reached = set(starts)
         for node in self.nodes:
-            if node not in found and any(source in found for source in sources(node)):
-                found.add(node)
-        return found
+            if node not in reached and any(source in reached for source in sources(node)):
+                reached.add(node)
+        return reached
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.inputs[self.sample].meta["shape"]))

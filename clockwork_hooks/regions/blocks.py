@@ -97,14 +97,14 @@ class View:
 
         What is small and holds no convolution (a time embedding, a position embedding) goes with its neighbour.
         """
-        found, total = list(self.whole()), sum(self.macs)
-        for k, block in enumerate(found):
+        blocks, total = list(self.whole()), sum(self.macs)
+        for k, block in enumerate(blocks):
             small = block.macs < _LEAST * total and not any(
                 map(self.spatial.__contains__, range(block.first, block.last))
             )
-            after = found[k + 1] if k + 1 < len(found) else None
+            after = blocks[k + 1] if k + 1 < len(blocks) else None
             if small and after and (after.level, after.skipped) == (block.level, block.skipped):
-                found[k + 1] = replace(after, macs=after.macs + block.macs, first=block.first)
+                blocks[k + 1] = replace(after, macs=after.macs + block.macs, first=block.first)
             else:
                 yield block
 
@@ -167,7 +167,7 @@ class View:
 
 def _merged(blocks: list[Block]) -> list[Block]:
     """Neighbours of a crowded arm are drawn as one, those with the most of their path in common first."""
-    made: list[Block] = []
+    drawn: list[Block] = []
     for _, group in groupby(blocks, key=lambda block: (block.level, block.arm)):
         cell = list(group)
         while len(cell) > _MOST:
@@ -180,8 +180,8 @@ def _merged(blocks: list[Block]) -> list[Block]:
             cell[k : k + 2] = [
                 replace(a, name=name, macs=a.macs + b.macs, calls=a.calls + b.calls, first=a.first, last=b.last)
             ]
-        made += cell
-    return made
+        drawn += cell
+    return drawn
 
 
 def _pairs(cell: list[Block]) -> Iterator[tuple[int, tuple[Block, Block]]]:

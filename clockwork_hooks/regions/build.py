@@ -56,7 +56,7 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         leftover=tuple(sorted(left.items())),
         sample=facts.trace.sample,
         times=facts.trace.times,
-        full_macs=facts.total_macs or 1,
+        full_macs=facts.trace.full_macs or 1,
         **costs,
         fingerprint=facts.fingerprints.of(entry_nodes, exit, inside),
         cut_plan=cut_plan,
@@ -131,7 +131,7 @@ def _costs(facts: Facts, skipping: _Skipping) -> dict[str, Any]:
     macs, parameters = int(facts.macs[skipping.nodes].sum()), facts.parameters(skipping.calls)
     return {
         "macs": macs,
-        "macs_share": macs / (facts.total_macs or 1),
+        "macs_share": macs / (facts.trace.full_macs or 1),
         "parameters": parameters,
         "parameter_share": parameters / (facts.total_parameters or 1),
         "by_level": facts.macs_by_level(skipping.nodes),

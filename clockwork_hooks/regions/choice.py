@@ -126,15 +126,15 @@ class Choice:
                 do="pass both: dotted paths of the modules whose outputs flow in and out",
             )
         ways = {name: getattr(self, name) for name in ("level", "resolution", "modules", "entry")}
-        given = {name: value for name, value in ways.items() if value is not None}
-        if {"modules", "entry"} & set(given):
-            given |= {"share": self.share} if self.share is not None else {}
-            given |= {"cut": self.cut} if self.cut != "outer" else {}
-        if len(given) > 1:
+        chosen = {name: value for name, value in ways.items() if value is not None}
+        if {"modules", "entry"} & set(chosen):
+            chosen |= {"share": self.share} if self.share is not None else {}
+            chosen |= {"cut": self.cut} if self.cut != "outer" else {}
+        if len(chosen) > 1:
             raise ArgumentError(
                 "a region is chosen in one way: level=, resolution=, modules=, or entry= and exit=; share= and cut= go "
                 "with the first two",
-                seen=given,
+                seen=chosen,
                 do="pass one of these",
             )
 
@@ -192,10 +192,10 @@ class Choice:
             if pairs[-1][0].resolution in search.small:
                 raise search.not_found(regions)
             return pairs[-1][1]
-        found = [edge for _, edge in pairs if edge.macs_share >= self.share]
-        if not found:
+        fitting = [edge for _, edge in pairs if edge.macs_share >= self.share]
+        if not fitting:
             raise _none_such(regions, "share", percent(self.share), [percent(edge.macs_share) for _, edge in pairs])
-        return found[-1]
+        return fitting[-1]
 
     def _has_resolution(self, region: Region) -> bool:
         if self.resolution is None or isinstance(self.resolution, tuple):
@@ -238,21 +238,21 @@ def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any])
             do="pass region=ch.find_region(unet, *args, level=1), or how to choose it: region=ch.Choice(level=1)",
         )
     if choice != Choice():
-        given = {name: value for name, value in options.items() if value is not None}
+        beside = {name: value for name, value in options.items() if value is not None}
         said = region.line if isinstance(region, Region) else region
-        raise ArgumentError("region= is the choice itself", seen={"region": said, **given}, do="pass region= alone")
+        raise ArgumentError("region= is the choice itself", seen={"region": said, **beside}, do="pass region= alone")
     return region
 
 
 def _check_names(names: list[str], *, strict: bool) -> None:
     """Raise `ArgumentError` for the first name that an option nearly has; `strict`: for any name."""
-    known = list(ChoiceOptions.__annotations__)
+    options = list(ChoiceOptions.__annotations__)
     for name in names:
-        near = get_close_matches(name, known, n=1, cutoff=0.6 if strict else 0.75)
+        near = get_close_matches(name, options, n=1, cutoff=0.6 if strict else 0.75)
         if near or strict:
             raise ArgumentError(
                 "a region is chosen by options of known names",
-                seen={"no such option": name, "options": ", ".join(known)},
+                seen={"no such option": name, "options": ", ".join(options)},
                 do=f"pass {near[0]}=" if near else "pass one of these",
             )
 

@@ -51,8 +51,8 @@ class SkippedCall:
     @property
     def exit(self) -> tuple[int, Slot | None]:
         """Which leaf of the output is the exit, and its slot; (-1, None) if none is."""
-        found = enumerate(leaf for _, leaf in leaves(self.output))
-        return next(((k, leaf) for k, leaf in found if isinstance(leaf, Slot) and leaf.exit), (-1, None))
+        outputs = enumerate(leaf for _, leaf in leaves(self.output))
+        return next(((k, leaf) for k, leaf in outputs if isinstance(leaf, Slot) and leaf.exit), (-1, None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,8 @@ class Dominance:
         count = len(self.nodes)
         self.sources = [[node.meta["index"] for node in sources(node)] for node in self.nodes]
         self.users: list[list[int]] = [[] for _ in range(count)]
-        for v, found in enumerate(self.sources):
-            for u in found:
+        for v, taken in enumerate(self.sources):
+            for u in taken:
                 self.users[u].append(v)
         self.dep = [False] * count
         self._mark_dep(trace.inputs[trace.sample])
@@ -50,8 +50,8 @@ class Dominance:
         self._first, self._last = self._intervals()
         self._tree = np.array(sorted(np.flatnonzero(self.live).tolist(), key=self._first.__getitem__), dtype=np.int64)
         self.depends, self.lives = np.array(self.dep), np.array(self.live)
-        self._source = np.array([u for found in self.sources for u in found], dtype=np.int64)
-        self._user = np.repeat(np.arange(count), [len(found) for found in self.sources])
+        self._source = np.array([u for taken in self.sources for u in taken], dtype=np.int64)
+        self._user = np.repeat(np.arange(count), [len(taken) for taken in self.sources])
         self._loaded = np.array([node.op == "get_attr" for node in self.nodes])
         self._entries: dict[int, list[Edge]] | None = None
 
@@ -72,8 +72,8 @@ class Dominance:
         """Is node n added to what the network has made of the sample so far, element by element?"""
         others = [node for node in sources(user) if node.meta["index"] != n]
         alike = all(node.meta.get("shape") == self.nodes[n].meta["shape"] for node in (user, *others))
-        made = all(self.dep[node.meta["index"]] and node not in inputs for node in others)
-        return user.target in _ADDITIONS and bool(others) and alike and made
+        carrying = all(self.dep[node.meta["index"]] and node not in inputs for node in others)
+        return user.target in _ADDITIONS and bool(others) and alike and carrying
 
     def _mark_dep(self, sample: fx.Node) -> None:
         self.dep[sample.meta["index"]] = True
@@ -129,11 +129,11 @@ class Dominance:
 
     def totals(self, values: Sequence[int]) -> list[int]:
         """For every node o the sum over P(o) of one value a node."""
-        found = [*values, 0]
+        sums = [*values, 0]
         for n in range(len(self.nodes)):
             if self.live[n]:
-                found[self.parent[n]] += found[n]  # a post-dominator comes later, so found[n] is complete
-        return found
+                sums[self.parent[n]] += sums[n]  # a post-dominator comes later, so sums[n] is complete
+        return sums
 
     def members(self, o: int) -> NDArray[np.int64]:
         """P(o)."""
@@ -141,9 +141,9 @@ class Dominance:
 
     def mask(self, nodes: Iterable[int]) -> Mask:
         """A set of nodes as one value a node."""
-        found = np.zeros(len(self.nodes), dtype=np.bool_)
-        found[nodes if isinstance(nodes, np.ndarray) else list(nodes)] = True
-        return found
+        mask = np.zeros(len(self.nodes), dtype=np.bool_)
+        mask[nodes if isinstance(nodes, np.ndarray) else list(nodes)] = True
+        return mask
 
     def places(self, nodes: Iterable[int]) -> list[int]:
         """Where these nodes are in the tree, for `holds`."""
@@ -164,18 +164,18 @@ class Dominance:
 
     def _led(self, seeds: set[int], target: int) -> set[int]:
         """The seeds, and what depends on them in P(target)."""
-        found = set(seeds)
+        dependent = set(seeds)
         for v in range(min(seeds) + 1, target + 1):
-            if self.dep[v] and self.within(v, target) and any(u in found for u in self.sources[v]):
-                found.add(v)
-        return found
+            if self.dep[v] and self.within(v, target) and any(u in dependent for u in self.sources[v]):
+                dependent.add(v)
+        return dependent
 
-    def _served(self, found: set[int], target: int) -> set[int]:
+    def _served(self, nodes: set[int], target: int) -> set[int]:
         """With what does not depend on the sample and serves these alone."""
         for n in range(target - 1, -1, -1):
-            if not self.dep[n] and self.within(n, target) and all(v in found for v in self.users[n] if self.live[v]):
-                found.add(n)
-        return found
+            if not self.dep[n] and self.within(n, target) and all(v in nodes for v in self.users[n] if self.live[v]):
+                nodes.add(n)
+        return nodes
 
     def entries(self) -> dict[int, list[Edge]]:
         """For every node o that depends on the sample: the edges into P(o) that do, too.
@@ -184,7 +184,7 @@ class Dominance:
         """
         if self._entries is not None:
             return self._entries
-        found = self._entries = {}
+        entries = self._entries = {}
         for v in range(len(self.nodes)):
             if not (self.live[v] and self.dep[v]):
                 continue
@@ -192,9 +192,9 @@ class Dominance:
                 if self.dep[u]:
                     o = v
                     while o != self.parent[u]:
-                        found.setdefault(o, []).append((u, v))
+                        entries.setdefault(o, []).append((u, v))
                         o = self.parent[o]
-        return found
+        return entries
 
     def crossing(self, inside: Mask) -> tuple[list[Edge], list[int]]:
         """Edges into a set of nodes: those that carry the sample, and the other nodes that feed it."""

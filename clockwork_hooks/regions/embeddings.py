@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from clockwork_hooks.graph.macs import kind, operator_name
-from clockwork_hooks.graph.operators import BLOCKS, VIEWS, qualified_name
+from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.dominance import Dominance
 from clockwork_hooks.regions.region import Side
@@ -47,8 +46,8 @@ class Embeddings:
 
     def is_time(self, n: int) -> bool | None:
         """Does node n's value come from the time? None where it comes from no input but the sample."""
-        found = self.inputs(n)
-        return bool(set(found) & set(self._trace.times[:1])) if found else None
+        paths = self.inputs(n)
+        return bool(set(paths) & set(self._trace.times[:1])) if paths else None
 
     def time(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
         """Nodes that hold the time's embedding, best first.
@@ -59,8 +58,8 @@ class Embeddings:
                 embedding is made inside the region, it is one of these.
         """
         fed = [side.node for side in sides if side.kind == "time"]
-        found = self._vectors(fed) or self._made_inside(returned) or self._tokens(fed)
-        return found or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
+        nodes = self._vectors(fed) or self._made_inside(returned) or self._tokens(fed)
+        return nodes or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
 
     def text(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
         """Nodes that hold the text's embedding, or that of another condition: pooled vectors first, then tokens.
@@ -69,8 +68,8 @@ class Embeddings:
         are nodes made from conditions other than the time.
         """
         fed = [side.node for side in sides if side.kind == "context"]
-        given = {path for side in sides for path in side.inputs} - set(self._trace.times[:1])
-        inputs = [node.meta["index"] for path, node in self._trace.inputs.items() if path in given]
+        conditions = {path for side in sides for path in side.inputs} - set(self._trace.times[:1])
+        inputs = [node.meta["index"] for path, node in self._trace.inputs.items() if path in conditions]
         vectors, tokens = self._vectors(fed) + self._vectors(inputs), self._tokens(fed) + self._tokens(inputs)
         return vectors or tokens or self._made_inside(returned)
 

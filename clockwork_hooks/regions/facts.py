@@ -43,7 +43,7 @@ class Facts:
         macs, positions, worked_at: one value a node; positions of its tensor, 0 where the shape tells none, and of the
             level that it works at.
         operator, input: is the node an operator, is it an input? Likewise.
-        total_macs, total_parameters: of the UNet.
+        total_parameters: of the UNet.
         residuals: paths of the inputs that are only added to feature maps.
         root: the call of the UNet itself.
         calls: path of a module → its calls.
@@ -59,7 +59,6 @@ class Facts:
         self.dominance, self.levels = Dominance(trace), Levels(trace)
         self.embeddings = Embeddings(trace, self.dominance)
         self.residuals = self.dominance.residuals(trace.inputs)
-        self.total_macs = sum(trace.macs)
         self.total_parameters = sum(parameter.numel() for parameter in unet.parameters())
         named = module_paths(unet)
         self._modules = {named[id(module)]: module for module in unet.modules() if id(module) in named}

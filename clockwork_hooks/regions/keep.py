@@ -25,10 +25,10 @@ def check_keep(unet: nn.Module, keep: object) -> tuple[str, ...]:
             seen={"keep": repr(keep)[:80]},
             do='pass keep=["mid_block"]',
         )
-    known = {path for path in module_paths(unet).values() if path}
+    paths = {path for path in module_paths(unet).values() if path}
     for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=3)
+        if name not in paths:
+            near = get_close_matches(name, paths, n=3)
             raise ArgumentError(
                 "keep= names modules that run on every pass, by their dotted paths",
                 seen={"keep": name, "modules with such names": ", ".join(near) or "none"},

@@ -14,9 +14,9 @@ from clockwork_hooks.regions.region import Region
 __all__ = ["by_ends", "by_modules", "near"]
 
 
-def near(path: str, known: Iterable[str]) -> str:
-    """The known paths most like a wrong one, for an error."""
-    return ", ".join(difflib.get_close_matches(path, list(dict.fromkeys(known)), n=5, cutoff=0.4)) or "none"
+def near(path: str, paths: Iterable[str]) -> str:
+    """The paths most like a wrong one, for an error."""
+    return ", ".join(difflib.get_close_matches(path, list(dict.fromkeys(paths)), n=5, cutoff=0.4)) or "none"
 
 
 # -- by its two ends ------------------------------------------------------------------------------------------------
@@ -61,10 +61,10 @@ def _output_of(facts: Facts, path: str, role: str) -> int:
             nodes = nodes_of(call.output)
             if len(nodes) == 1 and facts.dominance.dep[nodes[0]]:
                 return nodes[0]
-    known = [call.path for call in facts.trace.calls if call.path and len(nodes_of(call.output)) == 1]
+    modules = [call.path for call in facts.trace.calls if call.path and len(nodes_of(call.output)) == 1]
     raise ArgumentError(
         f"the {role} is a called module that returns one tensor depending on the sample",
-        seen={role: path, "near it": near(path, known), "such modules": ", ".join(dict.fromkeys(known[:40]))},
+        seen={role: path, "near it": near(path, modules), "such modules": ", ".join(dict.fromkeys(modules[:40]))},
         do="pass one of these dotted paths",
     )
 
@@ -114,19 +114,19 @@ def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
 
 def _expanded(facts: Facts, name: str) -> list[str]:
     """The paths that one name stands for."""
-    known = list(dict.fromkeys(call.path for call in facts.trace.calls if call.path))
+    called = list(dict.fromkeys(call.path for call in facts.trace.calls if call.path))
     first, colon, last = name.partition(":")
     for path in (first, last) if colon else (first,):
-        if path not in known:
-            inside = [other for other in known if other.startswith(f"{path}.")]
+        if path not in called:
+            inside = [other for other in called if other.startswith(f"{path}.")]
             raise ArgumentError(
                 "modules= names modules that the UNet calls",
-                seen={"not called": path, "near it": ", ".join(inside[:5]) or near(path, known)},
+                seen={"not called": path, "near it": ", ".join(inside[:5]) or near(path, called)},
                 do="pass dotted paths as in named_modules(); a list of modules is not called, its modules are",
             )
     if not colon:
         return [first]
-    siblings = [path for path in known if path.rpartition(".")[0] == first.rpartition(".")[0]]
+    siblings = [path for path in called if path.rpartition(".")[0] == first.rpartition(".")[0]]
     if last not in siblings or siblings.index(first) > siblings.index(last):
         raise ArgumentError(
             "a range goes from a module to one beside it that is called later",
@@ -160,11 +160,11 @@ def _exit(facts: Facts, calls: list[ModuleCall], carrying: set[int]) -> int:
 
 def _unnamed(facts: Facts, named: set[int], run: set[int]) -> list[str]:
     """The outermost skipped calls with MACs and nothing named inside."""
-    found: list[str] = []
+    unnamed: list[str] = []
     until = 0
     for call in facts.trace.calls:
         nodes = _operators(facts, call)
         if call.path and call.first >= until and nodes and nodes <= run and not nodes & named:
-            found += [call.path] if any(facts.trace.macs[n] for n in nodes) else []
+            unnamed += [call.path] if any(facts.trace.macs[n] for n in nodes) else []
             until = call.last
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(unnamed))

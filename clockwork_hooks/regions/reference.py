@@ -38,23 +38,23 @@ def differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:
         return {}
     if not is_portable(saved.get("fingerprint")) and _names(saved) == _names(here):
         return {}
-    found: dict[str, str] = {}
+    differing: dict[str, str] = {}
     for name in ("model", "level", "cut"):
         if saved.get(name) != here[name]:
-            found[name] = f"{saved.get(name)} → {here[name]}"
+            differing[name] = f"{saved.get(name)} → {here[name]}"
     for name in ("entry", "exit"):
         for part in ("path", "call", "channels"):
             was, now = (saved.get(name) or {}).get(part), here[name][part]
             if was != now:
-                found[f"{name} {part}"] = f"{was} → {now}"
+                differing[f"{name} {part}"] = f"{was} → {now}"
     for name, was, now in (
         ("entries", [str(e.get("path")) for e in saved.get("entries", ())], [e["path"] for e in here["entries"]]),
         ("skipped calls", list(saved.get("skipped", ())), here["skipped"]),
     ):
-        told = [("only saved", [x for x in was if x not in now]), ("only here", [x for x in now if x not in was])]
-        if any(some for _, some in told):
-            found[name] = "; ".join(f"{word}: {_few(some)}" for word, some in told if some)
-    return found or {"fingerprint": f"{saved.get('fingerprint')} → {here['fingerprint']}"}
+        lists = [("only saved", [x for x in was if x not in now]), ("only here", [x for x in now if x not in was])]
+        if any(some for _, some in lists):
+            differing[name] = "; ".join(f"{word}: {_few(some)}" for word, some in lists if some)
+    return differing or {"fingerprint": f"{saved.get('fingerprint')} → {here['fingerprint']}"}
 
 
 def advice(saved: Mapping[str, Any] | None) -> str:
@@ -75,8 +75,8 @@ def options(saved: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"modules": list(dict.fromkeys(call.partition(" (call")[0] for call in saved["skipped"]))}
     if saved.get("cut") == "hand":
         return {"entry": saved["entry"]["path"], "exit": saved["exit"]["path"]}
-    known = {"level": saved.get("level", 1), "cut": saved.get("cut", "outer")}
-    return {**known, "fingerprint": saved.get("fingerprint")}
+    where = {"level": saved.get("level", 1), "cut": saved.get("cut", "outer")}
+    return {**where, "fingerprint": saved.get("fingerprint")}
 
 
 def _names(region: Mapping[str, Any]) -> Any:
