@@ -1,6 +1,6 @@
-"""The tables, verdicts and plots of docs/performance.md from benchmarks/results/: `python -m benchmarks.performance`.
+"""Tables, verdicts and plots of docs/performance.md and docs/performance_tables.md: `python -m benchmarks.performance`.
 
-The page is written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from the JSON.
+The pages are written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clockwork_hooks.reports.tables import table
 __all__ = ["PARTS", "filled", "main"]
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "performance_tables.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 Data = dict[str, dict[str, Any]]
@@ -284,10 +284,11 @@ def _short(text: str) -> str:
 
 
 def main() -> int:
-    """Write the page and the plots."""
+    """Write the pages and the plots."""
     data = read()
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
-    for path in (PAGE, *plot(data)):
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), data), encoding="utf-8")
+    for path in (*PAGES, *plot(data)):
         print(path)
     return 0
 
