@@ -1,6 +1,7 @@
 """Tables, verdicts and plots of docs/performance.md and docs/performance_tables.md: `python -m benchmarks.performance`.
 
-The pages are written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from benchmarks/results/.
+The pages are written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from the JSON
+in benchmarks/results/.
 """
 
 from __future__ import annotations
