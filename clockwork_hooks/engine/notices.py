@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import types
 import warnings
@@ -89,11 +90,12 @@ class Watchers:
             self._warned = True
             lines = [f"  {path}: {what}" for path, what in list(found.items())[:8]]
             more = [f"  and {len(found) - 8} more"] if len(found) > 8 else []
-            first = next(iter(found))
+            tops = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+            names = json.dumps(tops)  # all of them: a controller that counts needs every layer that it counts
             _warn(
                 "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
                 + "\n".join([*lines, *more])
-                + f'\nWhat to do: if it needs every step, wrap(..., keep=["{first}"]) keeps them running; see '
+                + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; see "
                 "docs/beside.md",
                 SkippedModuleWarning,
             )
