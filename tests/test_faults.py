@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.clock import times
+from clockwork_hooks.engine import engine
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -119,6 +120,51 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ours", [True, False], ids=["an error of ours", "a fault of ours"])
+def test_a_later_signature_that_cannot_be_analysed_is_full_and_the_others_are_served(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, plain = Tiny(), Tiny()
+    timeline = torch.linspace(900, 100, 6)
+
+    def loop(size: int) -> str:
+        passes = ""
+        for t in timeline:
+            x = torch.randn(1, 2, size, size)
+            full, made = plain(x, t), unet(x, t)
+            passes += "F" if torch.equal(made, full) else "A"
+        return passes
+
+    with torch.no_grad(), ch.wrap(unet) as cw:
+        assert loop(8) == "FAFAFA"
+        found = engine.finish
+
+        def fails(recorder: Any, model: nn.Module, arguments: Any, **options: Any) -> Any:
+            if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[-1] == 16 for leaf in arguments.flat):
+                raise ch.TraceError("torn", seen={"x": 16}, do="mend it") if ours else IndexError("torn")
+            return found(recorder, model, arguments, **options)
+
+        monkeypatch.setattr(engine, "finish", fails)
+        said = "could not be analysed(.|\n)*torn(.|\n)*What to do: " + ("mend it" if ours else "report it")
+        with pytest.warns(ch.NoEffectWarning, match=said):
+            assert loop(16) == "FFFFFF"
+        assert loop(16) == "FFFFFF"  # told once
+        assert loop(8) == "FAFAFA"
+        assert cw.stats.reasons["these inputs could not be analysed"] == 12
+        assert loop(12) == "FAFAFA"  # and another one still is
+
+
+def test_a_first_call_that_cannot_be_analysed_says_so_and_leaves_the_unet_unwrapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unet = Tiny()
+    monkeypatch.setattr(engine, "finish", lambda *args, **options: {}[0])
+    with torch.no_grad(), ch.wrap(unet):
+        with pytest.raises(KeyError):
+            unet(torch.randn(1, 2, 8, 8), 900.0)
+        assert "forward" not in vars(unet)
+
+
 def test_a_declared_step_that_fails() -> None:
     """The trajectory is over; the next declaration begins another."""
     judge, trip = Judge(Tiny()), True

@@ -43,6 +43,7 @@ TRANSFORMED = "within a transform of torch.func"
 REPEATED = "within torch.utils.checkpoint or a backward pass"
 UNTOLD = "this version of torch does not say whether the call is transformed or run again"
 EMPTY = "the batch is empty"
+UNANALYSED = "these inputs could not be analysed"
 TEACHER = "a teacher runs in full"
 REPLACED = "something put an older forward of the UNet back"
 OTHER_REGION = "the chosen region is another one for these inputs"
@@ -149,6 +150,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "another library took its own hook off the UNet and put back the forward that it had found; the call ran past "
         "the wrapper, which has attached itself again",
         "nothing; once. Where it comes again and again, wrap the UNet after the other library's hooks are on",
+    ),
+    UNANALYSED: (
+        "the first call of this input signature was recorded, and finding the region in it failed: a warning said how",
+        "nothing; calls of other input signatures are served",
     ),
     EMPTY: ("a sample without rows has nothing to save, and tells nothing of the UNet", "nothing"),
     TEACHER: ("training and calibration record what the UNet itself computes", "nothing"),

@@ -30,7 +30,7 @@ from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
 from clockwork_hooks.engine.hooks import Census, Installed
-from clockwork_hooks.engine.notices import NoAdaptorPass, Watchers
+from clockwork_hooks.engine.notices import NoAdaptorPass, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.undo import Before
@@ -183,6 +183,7 @@ class Engine:
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
+        self._unanalysed: set[tuple[Any, ...]] = set()  # keys of calls in whose recording something failed
         self._census = Census(unet)
         self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
         self._binder = Binder(unet.forward, ignore)
@@ -249,6 +250,8 @@ class Engine:
             return self._run_apart(state, call, reason)
         if call.key not in self._signatures and _empty(call.arguments):
             return self._run_apart(state, call, reasons.EMPTY)
+        if call.key in self._unanalysed:
+            return self._run_apart(state, call, reasons.UNANALYSED)
         call.signature = self._signature(call)
         if call.signature is None:
             return self._record(state, call)
@@ -577,8 +580,13 @@ class Engine:
             raise
         likely = recorder.likely_exits(graph=self.keep_graph)
         recorder.stop(output)
-        trace = finish(recorder, self.unet, call.arguments, time=self.time)
-        call.signature = self._learn(call, trace)
+        known = bool(self._signatures)
+        try:
+            call.signature = self._learn(call, finish(recorder, self.unet, call.arguments, time=self.time))
+        except Exception as error:
+            if not known:  # the first call says what is wrong, and leaves the UNet unwrapped
+                raise
+            return self._leave_unanalysed(state, call, error, output)
         if call.place is None:
             call.place = self._place(state, call, call.signature, given)  # after it: lazy weights appear in the call
         call.place.split(len(call.signature.regions))
@@ -597,6 +605,16 @@ class Engine:
         self._count(call.place, outcome, macs)
         for observer in self.observers:
             observer.after(call, outcome)
+        return output
+
+    def _leave_unanalysed(self, state: State, call: UNetCall, error: Exception, output: Any) -> Any:
+        """Calls of this signature are full from now on; those of others are served as before."""
+        self._signatures.pop(call.key, None)
+        if not self._unanalysed:
+            warn_of_failure(error)
+        self._unanalysed.add(call.key)
+        state.timeline.reset()
+        self._count_plain(state.timeline.nowhere(reasons.UNANALYSED), reasons.UNANALYSED, call.key[0])
         return output
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
@@ -642,6 +660,7 @@ class Engine:
     def forget(self) -> None:
         """What was recorded does not hold any more: the next call of each signature is recorded, and patched, anew."""
         self._signatures.clear()
+        self._unanalysed.clear()
         self._adopts = False
         self.installed.renew(self._modules())
         if self.static is not None:

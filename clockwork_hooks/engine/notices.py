@@ -14,15 +14,15 @@ from typing import Any
 from torch import nn
 
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.errors import NoEffectWarning, SkippedModuleWarning
+from clockwork_hooks.errors import ClockworkError, NoEffectWarning, SkippedModuleWarning
 
-__all__ = ["NoAdaptorPass", "Watchers", "watchers"]
+__all__ = ["NoAdaptorPass", "Watchers", "warn_of_failure", "watchers"]
 
 # Nothing is amiss where passes are full for these.
 _QUIET = frozenset(
     {
         *(reasons.FIRST, reasons.SCHEDULED, reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
-        *(reasons.COMPILED, reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE),
+        *(reasons.COMPILED, reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE, reasons.UNANALYSED),
     }
 )
 _STEPS, _DOUBTED = 6, 3
@@ -99,6 +99,18 @@ class Watchers:
                 "docs/beside.md",
                 SkippedModuleWarning,
             )
+
+
+def warn_of_failure(error: Exception) -> None:
+    """The recorded call of a later input signature could not be analysed: its calls are full."""
+    _warn(
+        "calls of one input signature could not be analysed: they are full passes, and others are served as before\n"
+        f"  error: {type(error).__name__}: {error}"
+        + (
+            "" if isinstance(error, ClockworkError) else "\nWhat to do: report it, with the UNet and the input's shapes"
+        ),
+        NoEffectWarning,
+    )
 
 
 def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
