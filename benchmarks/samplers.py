@@ -369,7 +369,11 @@ def measure(unet: Any, sampler: Sampler) -> Row:
     for way in ("plain", "pipeline", "declared"):
         seen: list[str] = []
         pipe = SimpleNamespace(unet=unet, scheduler=sampler.scheduler())
-        with wrap_pipeline(pipe, clock=CLOCK) if way == "pipeline" else ch.wrap(unet, clock=CLOCK) as cw:
+        with (
+            wrap_pipeline(pipe, schedule=ch.Schedule.every(CLOCK))
+            if way == "pipeline"
+            else ch.wrap(unet, clock=CLOCK) as cw
+        ):
             model = as_model(unet, seen, cw.wrappers["unet"] if way == "pipeline" else cw)
             sampler.run(sampler.told(model, cw.step) if way == "declared" else model, pipe.scheduler)
         found[way] = grouped(seen, sampler.evaluations)

@@ -52,6 +52,7 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
         DistillError,
         ModelNotFoundError,
         NoEffectWarning,
+        OtherStepsWarning,
         RegionNotFoundError,
         SkippedModuleWarning,
         TraceError,
@@ -90,6 +91,7 @@ __all__ = [
     "IdentityAdaptor",
     "ModelNotFoundError",
     "NoEffectWarning",
+    "OtherStepsWarning",
     "Plan",
     "Region",
     "RegionNotFoundError",
@@ -146,7 +148,7 @@ _HOME = {
         "errors": (
             "AdaptorError AmbiguousInputError ArgumentError ClockworkError CompileError CountError DemoError "
             "DistillError ModelNotFoundError NoEffectWarning RegionNotFoundError "
-            "SkippedModuleWarning TraceError WrapError"
+            "OtherStepsWarning SkippedModuleWarning TraceError WrapError"
         ),
         "analysis.evaluation": "Evaluation Variant evaluate",
         "analysis.flops": "FlopsReport flops_report",

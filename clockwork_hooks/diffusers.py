@@ -16,14 +16,17 @@ from torch import nn
 
 from clockwork_hooks._tree import address, held
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.stand_in import made_for
 from clockwork_hooks.engine.stats import RunReport
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
+from clockwork_hooks.schedule import Schedule
 
 __all__ = ["PipelineReport", "SchedulerSteps", "WrappedPipeline", "begins_step", "steps_from", "wrap_pipeline"]
 
@@ -46,7 +49,9 @@ def wrap_pipeline(
         pipe: a diffusers pipeline, or any object whose attributes are UNets, schedulers or pipelines (a base model
             and its refiner).
         adaptor: as for `wrap`; a mapping gives each UNet its own, by name.
-        clock: one full step every `clock` steps, 2 unless said.
+        clock: one full step every `clock` steps: `Schedule.spread(clock)`, which runs as many full steps as
+            `Schedule.every(clock)` and places them where they matter, as the scheduler tells how many steps there are.
+            Neither this nor schedule=: what a saved adaptor was made for, else 2.
         unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet".
         options: of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.
 
@@ -89,7 +94,7 @@ def wrap_pipeline(
     try:
         for name in chosen:
             own = {key: _own(value, name) for key, value in given.items()}
-            wrappers[name] = wrap(found[name], clock=clock, **own)
+            wrappers[name] = wrap(found[name], **_when(clock, own))
             wrappers[name].read_steps(SchedulerSteps(lambda: _schedulers(pipe)))
     except BaseException:
         for wrapper in wrappers.values():
@@ -159,6 +164,14 @@ class PipelineReport(Report):
     def data(self) -> dict[str, Any]:
         """Name → all fields of the UNet's report."""
         return {"unets": {name: report.data() for name, report in self.unets.items()}}
+
+
+def _when(clock: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `wrap`, with what a clock means where the number of steps is known."""
+    decided = any(options.get(name) is not None for name in ("schedule", "clocks", "plan"))
+    if decided or clock == 1 or (clock is None and made_for(resolve_adaptor(options["adaptor"]))[0]):
+        return {**options, "clock": clock}
+    return {**options, "schedule": Schedule.spread(2 if clock is None else clock)}
 
 
 def _own(value: Any, name: str) -> Any:
@@ -244,6 +257,8 @@ class SchedulerSteps:
             timeline.steps = timeline.declared_steps or steps_from(scheduler, place.index)
         elif jump:
             timeline.way, timeline.mark = jump, place
+            if jump < 0:  # inversion: the list's end is not its own
+                timeline.steps = timeline.declared_steps
             if begins_step(scheduler):
                 timeline.declare(place)
 
@@ -294,16 +309,16 @@ def steps_from(scheduler: Any, index: int = 0) -> int:
         >>> len(scheduler.timesteps), steps_from(scheduler), steps_from(scheduler, 6)
         (15, 8, 5)
     """
-    count = len(scheduler.timesteps) - index
+    count: int = len(scheduler.timesteps) - index
     if getattr(scheduler, "state_in_first_order", None) is not None:  # two evaluations a step, but one in the last
         return -(-count // 2)
-    orders = getattr(scheduler, "order_list", None)
+    orders: list[int] | None = getattr(scheduler, "order_list", None)
     if orders:
-        return sum(order == 1 for order in orders[index:])
+        return sum(order == 1 for order in orders[index:]) + int(orders[index] != 1)  # it may be entered within a step
     warm_up = getattr(scheduler, "prk_timesteps", None)
     if warm_up is not None and index == 0:
-        return int(count - len(warm_up) * 3 // 4 if len(warm_up) else max(count - 1, 1))
-    return int(count)
+        return count - len(warm_up) * 3 // 4 if len(warm_up) else max(count - 1, 1)
+    return count
 
 
 def _listed(scheduler: Any, time: torch.Tensor) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "DistillError",
     "ModelNotFoundError",
     "NoEffectWarning",
+    "OtherStepsWarning",
     "RegionNotFoundError",
     "SkippedModuleWarning",
     "TraceError",
@@ -199,6 +200,10 @@ class NoEffectWarning(UserWarning):
 
 class SkippedModuleWarning(UserWarning):
     """A hook, or an attention processor with state, of other code is on a module that adaptor passes skip."""
+
+
+class OtherStepsWarning(UserWarning):
+    """An adaptor runs at other steps, or in another number of steps, than it was made for."""
 
 
 def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:

@@ -114,9 +114,11 @@ class Schedule:
     def spread(cls, clock: int, *, first_full: int = 2, last_full: int = 1) -> Schedule:
         """As many full steps as `every(clock)` has, in other places: the first ones, the last one, the others between.
 
-        It costs what `every(clock)` costs: ⌈steps / clock⌉ full passes. A cached feature is worst at the second step
-        and at the last, so these are full, and the adaptor's steps lie between them in runs of nearly equal length,
-        the longer ones late. Where the number of steps is not known it is `every(clock)`.
+        It costs what `every(clock)` costs: ⌈steps / clock⌉ full passes. A cached feature does most harm at the second
+        step, so the first steps are full and the last one is, and the adaptor's steps lie between them in runs of
+        nearly equal length, the longer ones late. It is `every(clock)` where the number of steps is not known, and
+        where that is so small that no full step would lie between, or a run would be longer than `clock`: too old
+        features do more harm than early ones.
 
         Args:
             clock: of `every(clock)`.
@@ -128,9 +130,9 @@ class Schedule:
         Example:
             >>> for steps in (4, 8, 12):
             ...     print(Schedule.spread(2).preview(steps), "|", Schedule.every(2).preview(steps))
-            F F A A | F A F A
+            F A F A | F A F A
             F F A A F A A F | F A F A F A F A
-            F F A F A A F A A F A F | F A F A F A F A F A F A
+            F F A F A F A A F A A F | F A F A F A F A F A F A
         """
         check_clock(clock)
         whole("first_full", first_full, least=1)
@@ -361,12 +363,12 @@ class _Spread:
 def _spread(rule: _Spread, steps: int) -> frozenset[int]:
     """The adaptor steps of `spread`, of so many."""
     full = -(-steps // rule.clock)
-    first = min(rule.first, full)
-    last = min(rule.last, full - first)
-    inner = full - first - last  # full steps between, with a run of adaptor steps before and after each
-    adapted, at, step = steps - full, list[int](), first + 1
+    inner = full - rule.first - rule.last  # full steps between, with a run of adaptor steps before and after each
+    if inner < 1 or -(-(steps - full) // (inner + 1)) > rule.clock:
+        return frozenset(step for step in range(2, steps + 1) if rule(step))
+    at, step = list[int](), rule.first + 1
     for k in range(inner + 1):
-        length = (adapted + k) // (inner + 1)  # these sum to `adapted`, the shorter ones first
+        length = (steps - full + k) // (inner + 1)  # these sum to all adaptor steps, the shorter runs first
         at += range(step, step + length)
         step += length + 1
     return frozenset(at)

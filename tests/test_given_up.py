@@ -36,7 +36,9 @@ class Runs:
         self.times: Any = TIMES if way in ("in one block", "declared") else torch.tensor(TIMES)
         if way == "pipeline":  # a loop over the list that its scheduler has
             scheduler = SimpleNamespace(timesteps=self.times, set_timesteps=None)
-            self.handle: Any = wrap_pipeline(SimpleNamespace(model=self.judge.unet, scheduler=scheduler))
+            self.handle: Any = wrap_pipeline(
+                SimpleNamespace(model=self.judge.unet, scheduler=scheduler), schedule=ch.Schedule.every(2)
+            )
             self.cw = self.handle.wrappers["model"]
         else:
             self.handle = self.cw = ch.wrap(self.judge.unet)

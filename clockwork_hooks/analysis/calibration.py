@@ -280,7 +280,7 @@ def calibrate(
     adaptor = solver.adaptor()
     adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
     adaptor.facts = {
-        "calibrated for": "any schedule" if steps is None else str(steps),
+        "schedule": None if steps is None else str(steps),
         "kind": solver.name,
         "steps": sums.last_step,
         "guidance": guidance,

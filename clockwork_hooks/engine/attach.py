@@ -197,7 +197,8 @@ def wrap(
         unet: any UNet: called once or more per denoising step, with a sample and a time.
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
-        clock: one full pass every `clock` steps, 2 unless said; 1 switches Clockwork off.
+        clock: one full pass every `clock` steps; 1 switches Clockwork off. Neither this nor a schedule: what a saved
+            adaptor was calibrated or trained for, else 2.
         schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
             (numbered from 1), or step -> bool.
         region: a `Region` from `find_region`, found for this UNet at any batch, size and device; or a `Choice`, looked
@@ -235,6 +236,8 @@ def wrap(
     Warns:
         NoEffectWarning: the clock is 1; or (once, at a call) six steps had no adaptor pass that the schedule asks
             for.
+        OtherStepsWarning: a saved adaptor was made for another schedule, or (once, at a call) for another number of
+            steps.
         SkippedModuleWarning: (once, at a call) a hook of other code is on a module that adaptor passes skip.
 
     Example:
@@ -268,8 +271,8 @@ def wrap(
     check_alone("schedule", schedule, {"clock": clock})
     if plan is not None:
         region, schedule, adaptor = plan_parts(plan)
-    clock = 2 if clock is None else clock
-    check_clock(clock)
+    if clock is not None:
+        check_clock(clock)
     kept = check_keep(unet, keep)
     told: dict[str, Any] = {
         "time": time,
@@ -300,8 +303,12 @@ def wrap(
         check_region(region, unet)
     if schedule is None and clock == 1:
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-    steps = Schedule.every(clock) if schedule is None else Schedule.of(schedule)
     used = resolve_adaptor(adaptor)
+    steps = None if schedule is None else Schedule.of(schedule)
+    if steps is None:
+        own = stand_in.made_for(used)[0] if clock is None else None
+        steps = own or Schedule.every(2 if clock is None else clock)
+    stand_in.check_schedule(used, steps)
     if region is not None:
         stand_in.check_region(used, region)
     elif choice == Choice():

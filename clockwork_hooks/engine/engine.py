@@ -30,7 +30,7 @@ from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
 from clockwork_hooks.engine.hooks import Census, Installed
-from clockwork_hooks.engine.notices import NoAdaptorPass, Watchers, warn_of_failure
+from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.undo import Before
@@ -180,6 +180,7 @@ class Engine:
         self.active = Active()
         self.installed = Installed(self)
         self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
+        self._other_steps = [OtherSteps(type(one.adaptor).__name__, stand_in.made_for(one.adaptor)[1]) for one in chain]
         self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
@@ -260,6 +261,8 @@ class Engine:
             self.forget()
             return self._record(state, call)
         call.decision = self.decide(state, call, call.signature, call.place)
+        if call.decision.reason is None:
+            self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps)
         for observer in self.observers:
             observer.before(call)
         outcome = self._run(state, call, call.signature, call.place)

@@ -1,4 +1,4 @@
-"""What a user is told once: that no pass is an adaptor pass, and that somebody looks at modules that those skip."""
+"""What a user is told once: no adaptor pass, another number of steps, somebody who looks at skipped modules."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.errors import ClockworkError, NoEffectWarning, SkippedModuleWarning
+from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
 
-__all__ = ["NoAdaptorPass", "Watchers", "warn_of_failure", "watchers"]
+__all__ = ["NoAdaptorPass", "OtherSteps", "Watchers", "warn_of_failure", "watchers"]
 
 # Nothing is amiss where passes are full for these.
 _QUIET = frozenset(
@@ -73,6 +73,30 @@ def _ignoring(paths: Iterable[str]) -> str:
     """What to write where nothing within the region depends on these arguments."""
     names = "".join(f'"{path}", ' for path in paths).rstrip()
     return f"; or, if nothing in the region depends on it: ch.wrap(unet, ignore=({names}))" if names else ""
+
+
+class OtherSteps:
+    """Warns once where a run has another number of steps than the adaptor was made for.
+
+    Args:
+        adaptor: its class, for the message.
+        counts: numbers of steps that it was made for; none where it does not say.
+    """
+
+    def __init__(self, adaptor: str, counts: Collection[int]) -> None:
+        self._adaptor, self._counts = adaptor, counts
+
+    def look(self, step: int, steps: int | None) -> None:
+        """A pass at this step of a run of so many steps; None where that is not known."""
+        if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
+            return
+        made, self._counts = self._counts, ()
+        _warn(
+            f"an adaptor is best in the number of steps that it was made for: {self._adaptor} was made for "
+            f"{' or '.join(map(str, made))} steps, and this run has {steps or f'{step} or more'}\n"
+            "What to do: calibrate or train one with this number of steps",
+            OtherStepsWarning,
+        )
 
 
 class Watchers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,22 @@ from torch import nn
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, IdentityAdaptor, needs_of
-from clockwork_hooks.errors import AdaptorError
+from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole
 from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.schedule import Schedule
 
 __all__ = [
     "call",
     "check",
     "check_region",
+    "check_schedule",
     "count_and_call",
     "fits",
     "inputs",
     "looks",
+    "made_for",
     "owned",
     "place",
     "region_options",
@@ -73,6 +77,41 @@ def count_and_call(adaptor: Adaptor, given: AdaptorInputs) -> tuple[Any, int]:
 def region_options(adaptor: Adaptor) -> dict[str, Any]:
     """The options of `Choice` that find the region an adaptor was made for; none where it knows of no region."""
     return dict(getattr(adaptor, "region_options", None) or {})
+
+
+def made_for(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
+    """The schedule, and the numbers of steps, that a saved, trained or calibrated adaptor says it was made for.
+
+    None where it is for any schedule or for several; no number where it names no schedule.
+    """
+    facts = getattr(adaptor, "facts", None)
+    if not isinstance(facts, dict):
+        return None, ()
+    try:
+        schedule = Schedule.parse(str(facts.get("schedule")))
+    except ArgumentError:
+        return None, ()
+    steps = facts.get("steps")
+    counts = steps if isinstance(steps, (list, tuple)) else [steps]
+    return schedule, tuple(int(count) for count in counts if isinstance(count, int) and is_whole(count, 1))
+
+
+def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
+    """Warn of a schedule whose adaptor steps are not those that the adaptor was made for."""
+    made, counts = made_for(adaptor)
+    if made is None or made == schedule or None not in (made.threshold, schedule.threshold):
+        return
+    steps = next(iter(counts), 0)
+    alike = steps and None is made.threshold is schedule.threshold
+    if not (alike and made.adaptor_steps(steps) == schedule.adaptor_steps(steps)):
+        warnings.warn(
+            f"an adaptor is best at the steps that it was made for: {type(adaptor).__name__} was made for {made}"
+            + (f" of {steps} steps" if steps else "")
+            + f", and runs at {schedule}\nWhat to do: leave schedule= and clock= out, or calibrate or train one for "
+            "this schedule",
+            OtherStepsWarning,
+            stacklevel=3,
+        )
 
 
 def check_region(adaptor: Adaptor, region: Region) -> None:

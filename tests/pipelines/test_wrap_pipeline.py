@@ -280,11 +280,31 @@ def test_who_declares_steps_is_not_overruled() -> None:
         replay(pipe.model, "up", every(2, evaluations, branches=2), lambda: loop(pipe, steps=8))
         for evaluations in ([2] * 4, [1] * 8)
     )
-    with wrap_pipeline(pipe) as cw:
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)) as cw:
         inner = cw.wrappers["model"]
         assert torch.equal(loop(pipe, steps=8, declare=lambda k: inner.step() if k % 2 == 0 else None), pairs)
         cw.reset()
         assert torch.equal(loop(pipe, steps=8), singles)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(4, "FAFA"), (6, "FAFAFA"), (7, "FFAFAAF"), (8, "FFAAFAAF"), (20, "FFAFAFAFAFAFAFAAFAAF")],
+)
+def test_a_clock_is_spread_over_the_schedulers_steps(steps: int, expected: str) -> None:
+    """As many full steps as the plain clock has; the first two and the last are among them."""
+    pipe = holder("DDIMScheduler")
+    with wrap_pipeline(pipe, clock=2) as cw:
+        loop(pipe, steps=steps)
+        stats = cw.wrappers["model"].stats
+        assert (stats.full_passes, stats.adaptor_passes) == (2 * expected.count("F"), 2 * expected.count("A"))
+    passes = [(letter, branch) for letter in expected for branch in (0, 1)]
+    plain = replay(pipe.model, "up", passes, lambda: loop(pipe, steps=steps))
+    with wrap_pipeline(pipe, clock=2):
+        assert torch.equal(loop(pipe, steps=steps), plain)
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)):
+        assert steps < 7 or not torch.equal(loop(pipe, steps=steps), plain)
 
 
 # -- several UNets ------------------------------------------------------------------------------------------------

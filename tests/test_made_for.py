@@ -1,0 +1,74 @@
+"""A saved adaptor brings the schedule that it was made for, and says when it runs at other steps."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clockwork_hooks as ch
+from clockwork_hooks import Schedule
+from tests.small_unet import Tiny
+
+
+def sampler(unet: torch.nn.Module, steps: int) -> Any:
+    def generate(count: int) -> torch.Tensor:
+        x = torch.randn(count, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+        for k in range(steps):
+            x = x - 0.1 * unet(x, 900 * (steps - k) / steps)
+        return x
+
+    return generate
+
+
+@pytest.fixture
+def unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+def adaptor(unet: torch.nn.Module, **schedule: Any) -> ch.CalibratedAdaptor:
+    return ch.calibrate(unet, sampler(unet, 8), [4], kind="affine", **schedule)
+
+
+def test_the_schedule_comes_with_the_adaptor(unet: torch.nn.Module, tmp_path: Path) -> None:
+    adaptor(unet, schedule={3, 4, 6, 7}).save_pretrained(tmp_path)
+    with ch.wrap(unet, tmp_path) as cw, torch.no_grad(), cw.trajectory(steps=8):
+        assert cw.schedule == Schedule.at({3, 4, 6, 7})
+        sampler(unet, 8)(4)
+        assert cw.stats.adaptor_passes == 4
+    with ch.wrap(unet, adaptor(unet)) as cw:
+        assert cw.schedule == Schedule.every(2)  # it was made for any
+    with ch.wrap(unet, adaptor(unet, clock=2), schedule={2, 4, 6, 8}) as cw:
+        assert cw.schedule == Schedule.at({2, 4, 6, 8})  # the same steps, in other words
+
+
+@pytest.mark.parametrize("options", [{"clock": 2}, {"schedule": {3, 4}}, {"schedule": Schedule.adaptive(0.1)}])
+def test_another_schedule_is_told(unet: torch.nn.Module, options: dict[str, Any]) -> None:
+    made = adaptor(unet, schedule={3, 4, 6, 7})
+    with pytest.warns(ch.OtherStepsWarning, match=r"made for at\(\[3, 4, 6, 7\]\) of 8 steps") as caught:
+        ch.wrap(unet, made, **options).remove()
+    assert caught[0].filename == __file__
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:a calibrated adaptor was asked for a position outside")
+@pytest.mark.parametrize(("declared", "steps"), [(12, 12), (None, 9), (4, 4)])
+def test_another_number_of_steps_is_told_once(unet: torch.nn.Module, declared: int | None, steps: int) -> None:
+    made = adaptor(unet, schedule=Schedule.every(2, first_full=2))
+    with ch.wrap(unet, made) as cw:
+        with pytest.warns(ch.OtherStepsWarning, match="made for 8 steps"), cw.trajectory(steps=declared):
+            sampler(unet, steps)(4)
+        with warnings.catch_warnings(), cw.trajectory(steps=declared):
+            warnings.simplefilter("error", ch.OtherStepsWarning)
+            sampler(unet, steps)(4)
+
+
+@torch.no_grad()
+def test_what_is_for_any_schedule_says_nothing(unet: torch.nn.Module) -> None:
+    with ch.wrap(unet, adaptor(unet)) as cw, cw.trajectory(steps=12):
+        sampler(unet, 12)(4)
+        assert cw.stats.adaptor_passes == 6
