@@ -497,3 +497,60 @@ def test_several_clocks_are_not_compiled_yet() -> None:
 def test_clock_1_alone_changes_nothing() -> None:
     with pytest.warns(ch.NoEffectWarning):
         ch.wrap(Wide(), clocks={1: 1}).remove()
+
+
+class Remembers(nn.Module):
+    """The identity; remembers what flowed in, and what it is told flowed in when the cached exit was made."""
+
+    needs = frozenset({"entry_cached"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, entry: Any, exit_cached: Tensor, *, entry_cached: Any, **_: Any) -> Tensor:
+        self.pairs.append((entry.clone(), entry_cached.clone()))
+        return exit_cached
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")  # the hooks below are this test's
+@torch.no_grad()
+@pytest.mark.parametrize("model", [Recursive, Shared])
+def test_every_region_is_told_the_entry_that_came_with_its_exit(model: type[nn.Module]) -> None:
+    """Steps: full, outer, inner, outer, inner, outer, full, ...; each region's own entries, of the step before its own."""
+    unet = model().eval()
+    outer, inner = Remembers(), Remembers()
+    x = noise()
+    with ch.wrap(unet, {1: outer, 2: inner}, clocks={1: 2, 2: 6}) as cw:
+        with cw.trajectory():
+            unet(x, 950)  # the first call is recorded, and keeps no entries
+        ports = [region.cut_plan.ports["entry"] for region in cw.regions]
+        with cw.trajectory():
+            for t in TIMES:
+                unet(x, t)
+        assert (cw.stats.regions["level 1"], cw.stats.regions["level 2"]) == (6, 4), cw.report()
+    entries: dict[int, list[Tensor]] = {0: [], 1: []}
+    plain = copy.deepcopy(unet)
+
+    def see(which: int, port: Any, args: tuple[Any, ...], output: Any, calls: list[int]) -> None:
+        if calls[0] == port.ordinal:
+            value = args if port.side == "input" else output
+            leaf = value[port.leaf] if isinstance(value, tuple) else value
+            entries[which].append(leaf.clone())
+        calls[0] += 1
+
+    wanted = [(0, ports[0]), (1, ports[1])]
+    for which, port in wanted:
+        calls = [0]
+        plain.register_forward_pre_hook(lambda *_, calls=calls: calls.__setitem__(0, 0))
+        plain.get_submodule(port.path).register_forward_hook(
+            lambda module, args, output, which=which, port=port, calls=calls: see(which, port, args, output, calls)
+        )
+    for t in TIMES:  # the same sample in every step: entries depend on the time and on nothing that is skipped
+        plain(x, t)
+    own = {0: [(step, step - 1) for step in range(2, 13, 2)], 1: [(3, 1), (5, 3), (9, 7), (11, 9)]}
+    for which, adaptor in ((0, outer), (1, inner)):
+        assert len(adaptor.pairs) == len(own[which])
+        for (now, before), (step, last) in zip(adaptor.pairs, own[which], strict=True):
+            assert torch.equal(now, entries[which][step - 1])
+            assert torch.equal(before, entries[which][last - 1])

@@ -31,7 +31,7 @@ from clockwork_hooks.graph.operators import kind, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.choice import Choice
-from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, SkippedCall
+from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
 from clockwork_hooks.regions.find import match, skipped_nodes
 from clockwork_hooks.regions.keep import keeping
 from clockwork_hooks.regions.region import Region
@@ -232,7 +232,7 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
                 do="choose another region, or another schedule",
             )
         clocked.region = clocked.region or region
-    plans = _plans(trace, [region for _, region in placed])
+    plans = _plans(trace, [region for _, region in placed], [clocked.keeps_entry for clocked, _ in placed])
     uses = tuple(
         RegionUse(region, plan, trace.full_macs - region.macs, name=clocked.name)
         for (clocked, region), plan in zip(placed, plans, strict=True)
@@ -261,8 +261,11 @@ def _check_nesting(trace: Trace, placed: Sequence[tuple[ClockedRegion, Region]])
             )
 
 
-def _plans(trace: Trace, regions: list[Region]) -> list[CutPlan]:
-    """Each region's plan, with the calls of all patched modules counted, and where the others' exits appear."""
+def _plans(trace: Trace, regions: list[Region], keeps_entry: list[bool]) -> list[CutPlan]:
+    """Each region's plan, with the calls of all patched modules counted, and where the others' exits appear.
+
+    So do the entries of those that keep them.
+    """
     if len(regions) == 1:
         return [regions[0].cut_plan]
     patched = {path for region in regions for path in region.cut_plan.counts}
@@ -288,9 +291,21 @@ def _plans(trace: Trace, regions: list[Region]) -> list[CutPlan]:
             if other < index:
                 place = (exit.path, visible[exit.path, exit.ordinal])
                 around[place] = (*around.get(place, ()), (other, exit))
+        ports = dict(region.cut_plan.ports)
+        for other, keeps in enumerate(keeps_entry):
+            entry = regions[other].cut_plan.ports.get("entry")
+            if keeps and other != index and entry is not None:
+                visible_at = _visible(trace, entry, chosen) if other < index else -1  # an inner region emits nothing
+                ports[entry_of(other)] = replace(entry, visible=visible_at)
         others: dict[Kind, Exits] = {"full": whole, "adaptor": around}
-        plans.append(replace(region.cut_plan, counts=counts, index=index, others=others))
+        plans.append(replace(region.cut_plan, counts=counts, index=index, others=others, ports=ports))
     return plans
+
+
+def _visible(trace: Trace, port: Port, skipped: set[int]) -> int:
+    """Which of its module's calls a port is where those calls are skipped."""
+    before = (call for call in trace.calls if call.path == port.path and call.ordinal < port.ordinal)
+    return sum(_happens(trace, call, skipped) for call in before)
 
 
 def _happens(trace: Trace, call: ModuleCall, skipped: set[int]) -> bool:

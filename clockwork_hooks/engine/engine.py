@@ -38,7 +38,7 @@ from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
-from clockwork_hooks.regions.cut import CutPlan
+from clockwork_hooks.regions.cut import CutPlan, entry_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
@@ -461,7 +461,8 @@ class Engine:
 
     def _kept(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Kept:
         own = call.decision is not None and index == call.decision.region
-        kept = Kept(call.key, self._free(emitted.exit), emitted.version, call.weights, outcome.entry if own else None)
+        entry = outcome.entry if own else outcome.captured.get(entry_of(index))
+        kept = Kept(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         if call.time is not None and "position_cached" in needs_of(self.chain[index].adaptor):
             kept.position = stand_in.scalar(call.time, emitted.exit.device)
         before = call.decision.kept if call.decision is not None else None
@@ -498,7 +499,9 @@ class Engine:
             "full" if emit is None else "adaptor",
             emit,
             copies=call.signature.copies,
-            looks=self.looks or clocked.keeps_entry or (emit is not None and stand_in.looks(clocked.adaptor)),
+            looks=self.looks
+            or any(one.keeps_entry for one in self.chain)
+            or (emit is not None and stand_in.looks(clocked.adaptor)),
             keeps_entry=clocked.keeps_entry,
             blanks=use.blanks,
             judge=judge,

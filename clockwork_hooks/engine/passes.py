@@ -217,8 +217,8 @@ class Pass:
 
     def _pick(self, wanted: Wanted, value: Any) -> None:
         values = [leaf for _, leaf in leaves(value)]
-        for name, leaf in wanted:
-            self.captured[name] = values[leaf]
+        for name, leaf in wanted:  # another region's entry is kept for the next steps, as `entry` is
+            self.captured[name] = values[leaf].detach().clone() if name.startswith("entry ") else values[leaf]
 
     def _blank(self, path: str, k: int, move: Move) -> Any:
         """What a skipped call returns."""

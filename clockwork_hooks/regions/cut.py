@@ -10,7 +10,7 @@ import torch
 
 from clockwork_hooks._tree import Leaf, leaves
 
-__all__ = ["CutPlan", "ExitAt", "Exits", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot"]
+__all__ = ["CutPlan", "ExitAt", "Exits", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot", "entry_of"]
 
 Kind = Literal["full", "adaptor"]
 
@@ -76,13 +76,19 @@ class Port:
     dtype: torch.dtype
 
 
+def entry_of(index: int) -> str:
+    """The name by which a pass of another region picks up the entry of this one."""
+    return f"entry {index}"
+
+
 @dataclass(frozen=True, slots=True)
 class CutPlan:
     """Which calls are skipped, where the exit is, what is captured; for one region and one input signature.
 
     Attributes:
         skipped: the calls, in order; exactly one has the exit among its slots.
-        ports: boundary tensors to pick up, by name.
+        ports: boundary tensors to pick up, by name; of several regions with clocks, the entries of the others that
+            later steps look at too, as `entry_of(index)`.
         counts: path of each patched module → its number of calls in a full pass and in an adaptor pass.
         index: of several regions with clocks, which one this is; widest first.
         others: where the exits of the other regions appear: in a full pass all of them, in an adaptor pass those of
