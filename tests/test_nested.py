@@ -517,7 +517,7 @@ class Remembers(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("model", [Recursive, Shared])
 def test_every_region_is_told_the_entry_that_came_with_its_exit(model: type[nn.Module]) -> None:
-    """Steps: full, outer, inner, outer, inner, outer, full, ...; each region's own entries, of the step before its own."""
+    """Steps: full, outer, inner, outer, inner, outer, full, ...; each region's own, of the step before its own."""
     unet = model().eval()
     outer, inner = Remembers(), Remembers()
     x = noise()
