@@ -1,11 +1,8 @@
-"""A model from its name: a preset, a folder with a diffusers `config.json`, or `package.module:factory`.
+"""A model and its inputs from a name: a preset, a folder with a diffusers `config.json`, or `package.module:factory`.
 
-Architectures of well-known UNets, as diffusers configurations: shapes only, no weights.
-
-A preset is a name for a configuration and a native size. Nothing is counted by name: `flops` and `regions` treat a
+A preset is a name for a diffusers configuration and a native size: shapes only, no weights. Example inputs are made
+from the class and the configuration; only their shapes count. Nothing is counted by name: `flops` and `regions` treat a
 preset as they treat any other model.
-
-Example inputs for diffusers UNets, made up from their class and configuration: shapes are all that counts.
 """
 
 from __future__ import annotations

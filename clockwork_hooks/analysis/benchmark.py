@@ -1,7 +1,4 @@
-"""`bench`: what wrapping brings for a UNet on this machine: time a step, plain and at each clock, next to the MACs.
-
-What `bench` measured, and how it prints, draws and is kept.
-"""
+"""`bench`: the time of a step on this machine, plain and at each clock, next to the MACs; and its report."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""`evaluate`: the same pictures by several ways of running one UNet, judged against the plain ones.
+"""`evaluate`: the same pictures by several ways of running one UNet, judged against the plain ones; and its report.
 
-Every variant gets the same conditions and the same seeds, so the same noise; batches of all variants are interleaved,
-so whatever the machine does meanwhile hits them alike.
-
-What an evaluation found: scores with their spread over the seeds, costs, and how they print and are kept.
+Every variant gets the same conditions and the same seeds, so the same noise. Batches of all variants are interleaved,
+so whatever else the machine does meets them alike.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-"""What passes and trajectories cost, counted on the recorded graph: exact per operator, module and resolution level.
+"""`flops_report`: what passes and trajectories cost, counted on the recorded graph per operator, module and level.
 
 MACs are those of convolutions and matrix products, FLOPs are twice the MACs. Whether attention products are among them
 is an option that every rendering names: the paper leaves them out (338.61 GMACs for SD v1.5), a GPU does not
 (401.64 GMACs). A model on the meta device is counted without running anything; no number depends on a model's name.
-
-The result of a FLOP count: one object, several views, three renderings.
-
-The rows that a FLOP count is made of.
-
-The MACs of calls as they really run, whoever changed the model: a peer's cache, a patched block, another sampler.
+`counting` counts calls as they really run, whoever changed the model: a peer's cache, a patched block, another sampler.
 """
 
 from __future__ import annotations

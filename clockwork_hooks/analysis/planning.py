@@ -1,7 +1,4 @@
-"""What `plan` returns: what was considered, and the region, schedule and adaptor that were chosen.
-
-`plan`: which region, adaptor and steps, for a given error or saving; chosen by measuring.
-"""
+"""`plan`: choose the region, the steps and the adaptor for a given error or saving, by measuring; and its report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Look into the calls that a sampler makes: the first one's arguments, and every call's step.
-
-Runs of a sampler from the same noise, with full passes alone and with adaptor passes: error, saving, time.
-"""
+"""Runs of a user's sampler: its first call's arguments, the step of every call, and one noise with other passes."""
 
 from __future__ import annotations
 

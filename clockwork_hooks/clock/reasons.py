@@ -1,9 +1,8 @@
-"""Why a full pass was full: every reason that `cw.stats.reasons` counts, what causes it, and what to do about it.
+"""Every reason that `cw.stats.reasons` counts: what causes it, what to do about it, and which calls stand apart.
 
-Calls that stand apart from a sampling loop: compiled or traced, transformed, or run again by a backward pass.
-
-What a transform computes is of the UNet, not of an approximation that depends on the call before; and a call that is
-run again has to do what it did the first time. So both are full passes, and belong to no trajectory.
+Calls that are compiled, traced, transformed or run again by a backward pass stand apart from any sampling loop. What a
+transform computes is of the UNet, not of an approximation that depends on the call before, and a call that is run again
+has to do what it did the first time. So both are full passes, and belong to no trajectory.
 """
 
 from __future__ import annotations

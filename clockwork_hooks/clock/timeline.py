@@ -2,9 +2,8 @@
 
 The UNet's time input tells: a changed value is a new step, a value that runs backwards is a new trajectory. Every
 other input tells the branch, and the calls of one branch within a step are numbered: the k-th is served by the k-th
-of the step before. Where the answer is in doubt the position says why, and the wrapper takes a full pass.
-
-What is remembered of a guidance branch: its conditions, and what the region emitted in each of its calls.
+of the step before. Where the answer is in doubt the position says why, and the wrapper takes a full pass. Of each
+branch its conditions are remembered, and what the regions emitted in each of its calls.
 """
 
 from __future__ import annotations

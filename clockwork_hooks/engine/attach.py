@@ -1,7 +1,4 @@
-"""`wrap`: attach Clockwork to a UNet in place.
-
-What can be wrapped, and with what: rules that hold before the first call, each with the error that says so.
-"""
+"""`wrap`: check what can be wrapped, and with what, and attach Clockwork to a UNet in place."""
 
 from __future__ import annotations
 
