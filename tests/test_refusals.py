@@ -1,10 +1,12 @@
 """Refusals tell what stands in the way: dense skips, transformers whose tokens are folded and unfolded."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
@@ -105,6 +107,28 @@ def test_the_report_says_which_operators_no_count_has() -> None:
             said = [line for line in str(cw.report()).splitlines() if "lower bound" in line]
             assert [line[: len(lines[0])] if lines else line for line in said] == lines
             assert bool(cw.report().to_dict()["uncounted"]) == bool(lines)
+
+
+def test_every_printed_form_says_what_no_count_has() -> None:
+    """Also where a region that was found before is given, and nothing is recorded."""
+
+    class Fourier(Tiny):
+        def low(self, h: Tensor, t: Any) -> Tensor:
+            return torch.fft.ifft2(torch.fft.fft2(super().low(h, t))).real
+
+    unet, x, t = Fourier().eval(), noise(), torch.ones(2)
+    region = ch.find_region(unet, x, t)
+    with torch.no_grad(), ch.wrap(unet, region=region) as cw:
+        unet(x, t)
+        report = cw.report()
+    reports = [report, ch.flops_report(unet, x, t), ch.flops_report(unet, x, t, region=region)]
+    for form in [f(one) for one in reports for f in (str, lambda r: r.to_markdown(), lambda r: r.to_html())]:
+        assert re.search(r"not counted: _?fft_", form)
+        assert "ower bound" in form
+    assert all("fft_" in one.to_json() for one in reports)
+    assert re.search(r"lower bound +not counted: fft_fft2", str(region))
+    timed = ch.bench(unet, x, t, steps=2, rounds=1, clocks=(2,), console=Console(quiet=True))
+    assert "MACs are a lower bound; not counted: fft_fft2" in str(timed)
 
 
 class Guided(nn.Module):

@@ -303,9 +303,13 @@ def bench(
             "dtype": str(weight.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "notes": list(notes),
+            "notes": [*notes, *_missing(region)],
         },
     )
+
+
+def _missing(region: Region) -> list[str]:
+    return [f"MACs are a lower bound; not counted: {', '.join(region.uncounted)}."] if region.uncounted else []
 
 
 def twin(unet: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,6 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments
-from clockwork_hooks.graph.operators import kind, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.choice import Choice
@@ -91,7 +90,10 @@ class ClockedRegion:
     @property
     def likely_exits(self) -> frozenset[str]:
         """Paths of modules of which the one called last may return the exit, as far as something is known before."""
-        known = self.region.exit.paths if self.region is not None else ()
+        known = set(self.region.exit.paths) if self.region is not None else set()
+        saved = getattr(self.adaptor, "region", None)
+        if isinstance(saved, Mapping):  # a saved adaptor knows where its exit was
+            known.add(str((saved.get("exit") or {}).get("path")))
         return frozenset(known) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
 
 
@@ -202,7 +204,7 @@ class Signature:
 def single(region: Region, time: str | None) -> Signature:
     """What calls need of a region that was found for such a call: no trace is needed."""
     use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
-    return Signature(region.full_macs, time, region.sample, (use,))
+    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted)
 
 
 def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signature:
@@ -213,7 +215,7 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         ArgumentError: a clock is no multiple of the one around it.
         AdaptorError: an adaptor was made for another region.
     """
-    uncounted = tuple(dict.fromkeys(operator_name(node) for node in trace.nodes if kind(node) == "unknown"))
+    uncounted = trace.uncounted
     located = [(clocked, *clocked.find(trace, unet)) for clocked in chain]
     missing = next((why for _, region, why in located if region is None), None)
     if missing is not None:

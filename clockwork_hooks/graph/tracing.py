@@ -22,6 +22,7 @@ from clockwork_hooks.errors import AmbiguousInputError, TraceError
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.operators import kind, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
@@ -98,7 +99,12 @@ class Trace:
         others = {self.sample, *self.times[:1]}
         return tuple(path for path, node in self.inputs.items() if path not in others and "shape" in node.meta)
 
-    @property
+    @functools.cached_property
+    def uncounted(self) -> tuple[str, ...]:
+        """Names of the operators that may multiply and accumulate, and that nothing here can count."""
+        return tuple(dict.fromkeys(operator_name(node) for node in self.nodes if kind(node) == "unknown"))
+
+    @functools.cached_property
     def unread(self) -> tuple[str, ...]:
         """Paths of the tensor inputs that no operator reads, nor the output holds."""
         read = {source for node in self.nodes for source in (*node.all_input_nodes, *node.meta.get("after", ()))}

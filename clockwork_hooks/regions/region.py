@@ -99,6 +99,7 @@ class Region(Report):
         residuals: paths of the inputs that are only added to feature maps, as a ControlNet's outputs are: like the
             sample, they change in every step and tell no branch.
         unread: paths of the tensor inputs that no operator of the traced call has read.
+        uncounted: operators of the traced call that are in no count of MACs, which then are lower bounds.
         full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
         macs: those of the skipped calls.
         macs_share: their share of a full pass.
@@ -134,6 +135,7 @@ class Region(Report):
     signature: tuple[Any, ...] = field(repr=False, compare=False)
     residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
     unread: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    uncounted: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -188,6 +190,7 @@ class Region(Report):
             ("leftover operators", ", ".join(f"{count} {name}" for name, count in self.leftover) or "none"),
             ("MACs", f"{quantity(self.macs, 'MACs')} ({self.macs_share:.1%} of a pass, attention products counted)"),
             ("parameters", f"{self.parameters / 1e6:.2f} M ({self.parameter_share:.1%})"),
+            *([("lower bound", f"not counted: {', '.join(self.uncounted)}")] if self.uncounted else []),
             ("fingerprint", self.fingerprint),
         ]
 
