@@ -162,7 +162,7 @@ FREE = frozenset(
         _reshape_copy _reshape_from_tensor resize resize_as _resize_output roll rot90 row_stack rrelu rrelu_with_noise
         rrelu_with_noise_functional __rshift__ rsub _safe_softmax _sample_dirichlet _saturate_weight_to_fp16
         scalar_tensor scatter scatter_add scatter_reduce searchsorted segment_reduce select_scatter set _shape_as_tensor
-        slice_scatter smooth_l1_loss _softmax softmax operator_kind _spdiags special_digamma special_erf special_erfc
+        slice_scatter smooth_l1_loss _softmax softmax sort _spdiags special_digamma special_erf special_erfc
         special_erfinv special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln
         special_i0 special_log1p special_log_softmax special_logit special_logsumexp special_multigammaln special_ndtr
         special_polygamma special_psi special_round special_sinc special_softmax special_xlogy split_with_sizes_copy
