@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clock": {"_tree", "graph"},
     "adaptors": BASE | {"regions", "reports"},
     "engine": CORE,
+    "comfyui": CORE,
     "diffusers": CORE,
     "editing": CORE,
     "training": CORE,

@@ -1,0 +1,481 @@
+"""A ComfyUI node: a MODEL goes in, and a clone comes out whose low-resolution part runs on a slow clock.
+
+`examples/comfyui/` is the folder for `custom_nodes`. ComfyUI hands over what this file needs, so nothing of ComfyUI is
+imported, and the file can be read, type-checked and imported without it. Per sampling run: before the sampler begins,
+Clockwork is put on the diffusion model that all clones share; it serves the calls of this clone alone; after the run it
+is taken off. Whatever goes wrong with Clockwork itself costs full passes and one line in the log, never the picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from clockwork_hooks.adaptors.base import Adaptor
+from clockwork_hooks.adaptors.resolve import resolve_adaptor
+from clockwork_hooks.engine import stand_in
+from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.errors import ArgumentError, ClockworkError, NoEffectWarning, SkippedModuleWarning
+from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.schedule import Schedule, check_clock
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ClockworkNode", "Options", "evaluations_of"]
+
+log = logging.getLogger("clockwork_hooks")
+
+_KEY = "clockwork"  # of our wrappers in a model patcher
+_NOTHING_TOLD = ("transformer_options",)  # what is in there steers Python; the node names the calls itself
+
+
+# -- what the node's widgets say --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user chooses on the node; checked when the node runs, before any picture begins.
+
+    Attributes:
+        clock: one full step every `clock` steps; 1 leaves the model as it is.
+        start, end: of the sampling, from 0 to 1: outside of it every step is full. The clock begins to tick at `start`.
+        schedule: in the place of a clock: numbers of the steps that use the adaptor, "2, 4, 5", or what
+            `Schedule.parse` reads: "spread(2)", "every(3, first_full=2, last_full=1)", "adaptive(0.2)".
+        region: empty for the one below the highest resolution, or words: "level 2", "share 0.5", "resolution 32",
+            "cut paper"; several with commas.
+        adaptor: empty for the feature of the step before, or the folder of a calibrated or trained one.
+
+    Raises:
+        ArgumentError: a value is outside its rule.
+
+    Example:
+        >>> options = Options(clock=3, region="level 2, cut paper")
+        >>> options.choice.level, options.choice.cut
+        (2, 'paper')
+        >>> print(options.steps().preview(8))
+        F A A F A A F A
+    """
+
+    clock: int = 2
+    start: float = 0.0
+    end: float = 1.0
+    schedule: str = ""
+    region: str = ""
+    adaptor: str = ""
+
+    def __post_init__(self) -> None:
+        check_clock(self.clock)
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ArgumentError(
+                "start and end are shares of the sampling, from 0 to 1, start first",
+                seen={"start": self.start, "end": self.end},
+                do="set start below end",
+            )
+        _ = self.choice, self.steps()
+
+    @property
+    def choice(self) -> Choice:
+        """The region that the words mean."""
+        return Choice(**dict(map(_option, filter(None, map(str.strip, self.region.split(","))))))
+
+    @property
+    def does_nothing(self) -> bool:
+        """Is every step full, whatever the model?"""
+        return self.steps().never_skips
+
+    def steps(self, first: int = 1) -> Schedule:
+        """Which steps use the adaptor, where the clock begins to tick at this one."""
+        text = self.schedule.strip()
+        if not text:
+            return Schedule.every(self.clock, start=first)
+        numbers = text.replace(",", " ").split()
+        return Schedule.at(map(int, numbers)) if all(map(str.isdecimal, numbers)) else Schedule.parse(text)
+
+    def load_adaptor(self) -> Adaptor:
+        """The adaptor of the folder, or the identity.
+
+        Raises:
+            AdaptorError: there is none that can be loaded.
+        """
+        return resolve_adaptor(self.adaptor.strip() or None)
+
+
+_WORDS: dict[str, Callable[[str], Any]] = {
+    "level": int,
+    "share": float,
+    "resolution": int,
+    "cut": str,
+    "entry": str,
+    "exit": str,
+    "modules": str,
+}
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """("level", 2) from "level 2"."""
+    name, _, value = text.replace("=", " ").partition(" ")
+    try:
+        return name, _WORDS[name](value.strip())
+    except (KeyError, ValueError) as error:
+        raise ArgumentError(
+            "a region is chosen by words: " + ", ".join(_WORDS),
+            seen={"region": repr(text)},
+            do='write "level 2", "share 0.5", or nothing for the region below the highest resolution',
+        ) from error
+
+
+# -- the evaluations of a step ----------
+
+# How often samplers evaluate the model in a step: in most, and in the last one where it ends at sigma 0.
+_TWO_AND_ONE = (
+    *("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp"),
+    *("dpmpp_sde", "dpmpp_sde_gpu", "seeds_2"),
+)
+_ONE = (
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "lms", "ddpm", "lcm", "ipndm", "ipndm_v"),
+    *("dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+    *("dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral"),
+    *("res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "sa_solver"),
+    *("unipc", "unipc_bh2", "uni_pc", "uni_pc_bh2", "ddim"),
+)
+
+
+def evaluations_of(sampler: str, sigmas: Sequence[float]) -> Iterator[int] | None:
+    """How often a sampler evaluates the model in each of its steps; None for one that is not known.
+
+    Args:
+        sampler: its name, as ComfyUI and k-diffusion have it.
+        sigmas: its noise levels, one more than steps.
+
+    Example:
+        >>> list(evaluations_of("heun", [14.6, 2.3, 0.6, 0.0]))
+        [2, 2, 1]
+        >>> list(evaluations_of("dpm_fast", [14.6, 2.3, 1.2, 0.6, 0.2, 0.0]))
+        [3, 2]
+        >>> evaluations_of("my_own", [1.0, 0.0]) is None
+        True
+    """
+    steps, ends = len(sigmas) - 1, bool(sigmas) and sigmas[-1] == 0
+    if sampler in _ONE:
+        return iter([1] * steps)
+    if sampler in _TWO_AND_ONE or sampler == "seeds_3":
+        most = 3 if sampler == "seeds_3" else 2
+        return iter([most] * (steps - ends) + [1] * ends)
+    if sampler == "heunpp2":
+        return iter([3] * (steps - 2 * ends) + [2, 1][-steps:] * ends)
+    if sampler == "sa_solver_pece":
+        return iter([1] + [2] * (steps - 1))
+    if sampler == "dpm_fast":
+        whole, rest = divmod(steps, 3)
+        return iter([3] * whole + [rest] if rest else [3] * (whole - 1) + [2, 1])
+    if sampler == "dpm_adaptive":
+        return iter(lambda: 3, None)  # as many as its tolerance asks for
+    return None
+
+
+def _name_of(sampler: Any) -> str:
+    """The name of a ComfyUI sampler object."""
+    function = getattr(sampler, "sampler_function", sampler)
+    name = str(getattr(function, "__name__", type(function).__name__))
+    return name.removeprefix("sample_").removesuffix("_function")
+
+
+# -- a sampling run ----------
+
+
+@dataclass(slots=True)
+class Run:
+    """One sampling run: which step and which evaluation of it the model is asked for, and what the calls are called.
+
+    Args:
+        options: of the node.
+        sampler: its name.
+        sigmas: noise levels, one more than steps; none where they are not known.
+        window: highest and lowest sigma of the steps that may use the adaptor.
+
+    Attributes:
+        step: number of the step, from 1; 0 before the first.
+        declared: are steps counted by the sampler's evaluations? Else the times of the calls tell.
+    """
+
+    options: Options
+    sampler: str
+    sigmas: Sequence[float]
+    window: tuple[float, float]
+    step: int = 0
+    declared: bool = True
+    _left: int = 0
+    _evaluation: int = 0
+    _calls: Counter[Any] = field(default_factory=Counter)
+    _evaluations: Iterator[int] | None = None
+    _schedule: Schedule | None = None
+    _steps: int | None = None
+    _inside: bool = True
+
+    def __post_init__(self) -> None:
+        self._evaluations = evaluations_of(self.sampler, self.sigmas)
+        self.declared = self._evaluations is not None
+        if self.declared and self.sampler != "dpm_adaptive":
+            self._steps = sum(1 for _ in evaluations_of(self.sampler, self.sigmas) or ())
+        inside = [k for k, sigma in enumerate(self.sigmas[:-1], 1) if self._within(sigma)]
+        self._schedule = self.options.steps(min(inside, default=1))
+
+    @property
+    def gated(self) -> bool:
+        """Are there steps that are full whatever the clock says?"""
+        return self.options.start > 0 or self.options.end < 1
+
+    @property
+    def _listed(self) -> bool:
+        """Does each step begin at the next of the noise levels?"""
+        return self._steps == len(self.sigmas) - 1
+
+    def _within(self, sigma: float) -> bool:
+        high, low = self.window
+        return not self.gated or low <= sigma <= high
+
+    def uses_adaptor(self, step: int) -> bool:
+        """The schedule of the run: the clock's, within start and end."""
+        if self._schedule is None or not self._schedule.skips(step, self._steps):
+            return False
+        if step == self.step or not self.gated:
+            return self._inside
+        return not (self._listed and step <= len(self.sigmas)) or self._within(self.sigmas[step - 1])
+
+    def evaluate(self, sigma: Callable[[], float]) -> bool:
+        """The sampler asks for one evaluation, at this sigma: does a step begin with it?"""
+        self._calls.clear()
+        self._evaluation += 1
+        begins = self.declared and self._left == 0
+        if begins:
+            self.step, self._evaluation = self.step + 1, 0
+            self._left = next(self._evaluations or iter(()), 1)
+        self._left -= self.declared
+        if self.gated and (begins or not self.declared):
+            self._inside = self._within(self.sigmas[self.step - 1] if self._listed else sigma())
+        return begins
+
+    def name(self, transformer_options: Any) -> str:
+        """What the next call of the model is called: unlike any other of its step, and the same in each step."""
+        told = transformer_options if isinstance(transformer_options, dict) else {}
+        window = getattr(told.get("context_window"), "index_list", told.get("context_window"))
+        of = (str(told.get("cond_or_uncond")), str(told.get("uuids")), str(window))
+        self._calls[of] += 1
+        return f"{self._evaluation} {' '.join(of)} {self._calls[of]}"
+
+
+class Clockwork:
+    """What the node puts into a clone: ComfyUI's wrappers around a run, an evaluation and a call of the model.
+
+    One object serves a clone and the clones made of it. It keeps what was learned of the model's calls, so that only
+    the first run with a size of picture records them.
+
+    Args:
+        options: of the node.
+        adaptor: stands in for the region.
+    """
+
+    def __init__(self, options: Options, adaptor: Adaptor | None = None) -> None:
+        self.options, self.adaptor = options, adaptor
+        self.wrapper: ClockworkWrapper | None = None
+        self._run: Run | None = None
+        self._told: set[str] = set()
+
+    def put_into(self, patcher: Any) -> Any:
+        """A clone of the model patcher that samples with Clockwork; the patcher itself stays as it is.
+
+        Args:
+            patcher: ComfyUI's `ModelPatcher`.
+        """
+        clone = patcher.clone()
+        wrappers = {"sampler_sample": self.sample, "predict_noise": self.predict_noise, "apply_model": self.apply_model}
+        for kind, around in wrappers.items():  # the names are those of comfy.patcher_extension.WrappersMP
+            clone.remove_wrappers_with_key(kind, _KEY)
+            clone.add_wrapper_with_key(kind, _KEY, around)
+        return clone
+
+    # -- ComfyUI's wrappers ----------------------------------------------------------------------------------------
+
+    def sample(
+        self, executor: Any, guider: Any, sigmas: Any, extra: Any, callback: Any, *rest: Any, **options: Any
+    ) -> Any:
+        """A sampler runs, its models are loaded: put Clockwork on the diffusion model, and take it off afterwards."""
+        patcher = guider.model_patcher
+        outer, wrapper = self._run, None
+        self._run = self._begin(patcher, executor.class_obj, sigmas)
+        try:
+            with warnings.catch_warnings():
+                for kind in (NoEffectWarning, SkippedModuleWarning):  # the line at the end says how many were skipped
+                    warnings.simplefilter("ignore", kind)
+                wrapper = self._attach(patcher.model.diffusion_model)
+                if wrapper is None:
+                    return executor(guider, sigmas, extra, callback, *rest, **options)
+                with wrapper.trajectory(), wrapper.serving(False):  # other clones call the same model
+                    return executor(guider, sigmas, extra, self._checked(callback), *rest, **options)
+        finally:
+            self._run = outer
+            if wrapper is not None and outer is None:
+                self._tell(wrapper)
+                wrapper.remove()
+
+    def predict_noise(self, executor: Any, x: Any, timestep: Any, *rest: Any, **options: Any) -> Any:
+        """The sampler asks for one evaluation of the model: perhaps a step begins."""
+        run, wrapper = self._run, self.wrapper
+        if run is not None and run.evaluate(lambda: float(timestep.max())) and wrapper is not None:
+            wrapper.step()
+        return executor(x, timestep, *rest, **options)
+
+    def apply_model(self, executor: Any, *args: Any, **options: Any) -> Any:
+        """One call of the model, of this clone: let Clockwork serve it; in full, if it cannot."""
+        run, wrapper = self._run, self.wrapper
+        if run is None or wrapper is None or not wrapper.attached:
+            return executor(*args, **options)
+        told = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
+        try:
+            with wrapper.branch(run.name(told)), wrapper.serving():
+                return executor(*args, **options)
+        except Exception as error:
+            if wrapper.attached and not _is_ours(error):  # the model's own error, or an interrupt
+                raise
+            wrapper.remove()
+            self._log_once(f"every step is full: {error}")
+            return executor(*args, **options)
+
+    # -- the model --------------------------------------------------------------------------------------------------
+
+    def _begin(self, patcher: Any, sampler: Any, sigmas: Any) -> Run:
+        sampling = patcher.get_model_object("model_sampling")
+        high, low = (float(sampling.percent_to_sigma(share)) for share in (self.options.start, self.options.end))
+        return Run(self.options, _name_of(sampler), [float(sigma) for sigma in sigmas.tolist()], (high, low))
+
+    def _attach(self, unet: nn.Module) -> ClockworkWrapper | None:
+        """Put Clockwork on the diffusion model; None, with one line in the log, where it cannot be."""
+        try:
+            if self.wrapper is not None and self.wrapper.unet is not unet:  # another checkpoint in the same clone
+                self.wrapper.remove()
+                self.wrapper = None
+            if self.wrapper is None:
+                steps = self.options.steps()
+                self.wrapper = wrap(
+                    unet,
+                    self.adaptor,
+                    schedule=Schedule(self._uses_adaptor, str(steps), steps.threshold, steps.longest),
+                    region=self.options.choice,
+                    ignore=_NOTHING_TOLD,
+                )
+            elif not self.wrapper.attached:
+                self.wrapper.attach()
+            self.wrapper.stats.clear()
+        except Exception as error:
+            self._log_once(f"every step is full: {error}")
+            return None
+        return self.wrapper
+
+    def _checked(self, callback: Any) -> Any:
+        """ComfyUI's callback, once a step; where it comes at other evaluations than foretold, the times tell steps."""
+        run, wrapper = self._run, self.wrapper
+
+        def checked(step: int, *rest: Any) -> Any:
+            if run is not None and wrapper is not None and run.declared and run.step != step + 1:
+                run.declared = False
+                wrapper.reset()
+                self._log_once(f"{run.sampler} evaluates the model in another way than foretold: times tell its steps")
+            return callback(step, *rest)
+
+        return None if callback is None else checked
+
+    def _uses_adaptor(self, step: int) -> bool:
+        return self._run is not None and self._run.uses_adaptor(step)
+
+    def _tell(self, wrapper: ClockworkWrapper) -> None:
+        stats = wrapper.stats
+        why = "" if stats.adaptor_passes else "; full because: " + ", ".join(stats.reasons)
+        if stats.full_passes:
+            log.info(
+                "Clockwork: %d full, %d adaptor passes, %.0f%% of the MACs saved%s",
+                stats.full_passes,
+                stats.adaptor_passes,
+                100 * stats.saving,
+                why,
+            )
+
+    def _log_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            log.warning("Clockwork: %s", line)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Is it an error of Clockwork, or has an adaptor raised it?"""
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return isinstance(error, ClockworkError) or stand_in.call.__code__ in codes
+
+
+# -- the node ----------
+
+
+class ClockworkNode:
+    """The node, as ComfyUI asks for it."""
+
+    CATEGORY = "model_patches/unet"
+    DESCRIPTION = (
+        "Runs the low-resolution part of the UNet only every few steps (Clockwork Diffusion, arXiv 2312.08128)."
+    )
+    FUNCTION = "apply"
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("A clone of the model that samples with Clockwork.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The node's widgets."""
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model to sample with; it stays as it is."}),
+                "clock": ("INT", {"default": 2, "min": 1, "max": 16, "tooltip": "One full step every so many steps."}),
+                "start_percent": ("FLOAT", {"default": 0.0, **percent, "tooltip": "Before it every step is full."}),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "After it every step is full."}),
+            },
+            "optional": {
+                "schedule": (
+                    "STRING",
+                    {"default": "", "tooltip": "In place of the clock: spread(2), or steps: 2, 4, 6"},
+                ),
+                "region": ("STRING", {"default": "", "tooltip": "What to skip: level 2, share 0.5, resolution 32"}),
+                "adaptor": ("STRING", {"default": "", "tooltip": "Folder of a calibrated or trained adaptor."}),
+            },
+        }
+
+    def apply(
+        self,
+        model: Any,
+        clock: int = 2,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        schedule: str = "",
+        region: str = "",
+        adaptor: str = "",
+    ) -> tuple[Any]:
+        """A clone of the model with Clockwork in it.
+
+        Args:
+            model: ComfyUI's `ModelPatcher`.
+            clock, start_percent, end_percent, schedule, region, adaptor: see `Options`.
+
+        Raises:
+            ArgumentError: a value is outside its rule.
+            AdaptorError: the adaptor cannot be loaded.
+        """
+        options = Options(clock, start_percent, end_percent, schedule, region, adaptor)
+        loaded = options.load_adaptor()
+        return (model if options.does_nothing else Clockwork(options, loaded).put_into(model),)
+
+
+NODE_CLASS_MAPPINGS = {"ClockworkHooks": ClockworkNode}
+NODE_DISPLAY_NAME_MAPPINGS = {"ClockworkHooks": "Clockwork (faster UNet)"}

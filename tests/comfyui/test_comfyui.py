@@ -1,0 +1,274 @@
+"""The node samples what an independent hook on a plain clone gives, bit for bit, and leaves everything else alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from clockwork_hooks.comfyui import NODE_CLASS_MAPPINGS, Clockwork, ClockworkNode, Options, evaluations_of
+from tests.comfyui.reference import Reference
+from tests.comfyui.situations import REAL, SITUATIONS, Case
+from tests.snapshot import snapshot
+
+if "COMFYUI_PATH" in os.environ:
+    from tests.comfyui import real as client
+else:
+    from tests.comfyui import stand_in as client  # type: ignore[no-redef]
+
+real_comfyui = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning:torch", "ignore::UserWarning:comfy"
+)
+
+
+def handle(patcher: Any) -> Clockwork:
+    """The node's object in a clone."""
+    found: Clockwork = patcher.wrappers["sampler_sample"]["clockwork"][0].__self__
+    return found
+
+
+def apply(patcher: Any, **options: Any) -> Any:
+    return ClockworkNode().apply(patcher, **options)[0]
+
+
+def expected(case: Case, adapted: Callable[[int], bool] = lambda step: step % 2 == 1) -> tuple[Tensor, str]:
+    """What the hook on a plain clone samples, and its passes."""
+    plain = case.patcher.clone()
+    reference = Reference(plain.model.diffusion_model, client.EXIT, case.evaluations, adapted, case.frozen)
+    plain.add_wrapper_with_key("predict_noise", "reference", reference.evaluation)
+    try:
+        made = client.sample(case.after(plain), **case.options)
+    finally:
+        reference.remove()
+    return made, reference.letters
+
+
+@pytest.mark.parametrize("name", [*SITUATIONS, *(pytest.param(name, marks=real_comfyui) for name in REAL)])
+def test_situation(name: str) -> None:
+    case = (SITUATIONS | REAL)[name](client)
+    before, plain = (
+        snapshot(case.patcher.model.diffusion_model),
+        client.sample(case.after(case.patcher), **case.options),
+    )
+    wanted, letters = expected(case)
+    assert case.letters in (None, letters)
+    assert not torch.equal(wanted, plain)
+    patcher = case.after(apply(case.patcher))
+    for _ in range(2):
+        assert torch.equal(client.sample(patcher, **case.options), wanted)
+        stats = handle(patcher).wrapper.stats
+        assert not case.counted or (stats.full_passes, stats.adaptor_passes) == (
+            letters.count("F"),
+            letters.count("A"),
+        ), stats.reasons
+    assert torch.equal(client.sample(case.after(case.patcher), **case.options), plain)
+    assert snapshot(case.patcher.model.diffusion_model).keys() == before.keys()
+    assert "forward" not in vars(case.patcher.model.diffusion_model)
+
+
+# -- the node's options ----------
+
+
+@pytest.mark.parametrize(
+    ("options", "letters"),
+    [
+        ({"clock": 3}, "FAAFAA"),
+        ({"schedule": "2, 4"}, "FAFAFF"),
+        ({"schedule": "every(2, first_full=2)"}, "FFAFAF"),
+        ({"schedule": "spread(2)"}, "FFAAAF"),
+        ({"start_percent": 0.3}, None),
+        ({"end_percent": 0.5}, None),
+    ],
+)
+def test_schedules(options: dict[str, Any], letters: str | None) -> None:
+    patcher = client.model()
+    sampling = patcher.get_model_object("model_sampling")
+    made = apply(patcher, **options)
+    levels: list[float] = []
+    made.add_wrapper_with_key(
+        "predict_noise", "look", lambda executor, x, t, *rest: (levels.append(float(t[0])), executor(x, t, *rest))[1]
+    )
+    pictures = client.sample(made)
+    if letters is None:  # the clock ticks from the first step between start and end
+        high, low = (
+            sampling.percent_to_sigma(options.get(name, k)) for k, name in enumerate(("start_percent", "end_percent"))
+        )
+        inside = [k for k, level in enumerate(levels) if low <= level <= high]
+        assert 0 < len(inside) < 6
+        letters = "".join("FA"[k in inside and (k - inside[0]) % 2] for k in range(6))
+        assert "A" in letters
+    wanted, seen = expected(Case(patcher), lambda step: letters[step] == "A")
+    assert seen == letters
+    assert torch.equal(pictures, wanted)
+
+
+def test_an_adaptive_schedule_decides_as_it_runs() -> None:
+    made = apply(client.model(), schedule="adaptive(0.5, longest=2)")
+    client.sample(made)
+    assert any("threshold" in reason or "longest" in reason for reason in handle(made).wrapper.stats.reasons)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clock": 0},
+        {"schedule": "sometimes"},
+        {"schedule": "1, 2"},
+        {"region": "the middle"},
+        {"region": "level x"},
+        {"region": "share 3"},
+        {"start_percent": 0.6, "end_percent": 0.5},
+    ],
+)
+def test_a_wrong_option_is_an_error_of_the_node(options: dict[str, Any]) -> None:
+    with pytest.raises(ch.ArgumentError):
+        apply(client.model(), **options)
+    with pytest.raises(ch.AdaptorError):
+        apply(client.model(), adaptor="/no/such/folder")
+
+
+def test_clock_1_is_the_model_itself() -> None:
+    patcher = client.model()
+    assert apply(patcher, clock=1) is patcher
+
+
+def test_an_adaptor_from_a_folder(tmp_path: Any) -> None:
+    """A calibrated one, solved for on the same network."""
+    patcher = client.model()
+    unet = patcher.model.diffusion_model
+
+    def loop(text: Tensor) -> Tensor:
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(int(1000 * text[0, 0, 0])))
+        with torch.no_grad():
+            for t in torch.linspace(900, 50, 6):
+                x = x - 0.1 * unet(x, t.expand(1), context=text, transformer_options={})
+        return x
+
+    found = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], clock=2)
+    found.save_pretrained(tmp_path)
+    made, plain = apply(patcher, adaptor=str(tmp_path)), apply(patcher)
+    assert not torch.equal(client.sample(made), client.sample(plain))
+    assert type(handle(made).wrapper.adaptor).__name__ == type(found).__name__
+    assert handle(made).wrapper.stats.adaptor_passes == 3
+
+
+# -- what must not happen ----------
+
+
+def test_no_region_costs_full_passes_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    patcher = client.model()
+    plain, made = client.sample(patcher), apply(patcher, region="share 0.99")
+    with caplog.at_level(logging.INFO, "clockwork_hooks"):
+        for _ in range(2):
+            assert torch.equal(client.sample(made), plain)
+    assert [record.message for record in caplog.records if "every step is full" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+def test_an_adaptor_that_fails_does_not_end_the_picture(caplog: pytest.LogCaptureFixture) -> None:
+    patcher = client.model()
+
+    def broken(entry: Any, exit_cached: Tensor, **_: Any) -> Tensor:
+        raise ValueError("no")
+
+    plain, made = client.sample(patcher), Clockwork(Options(), broken).put_into(patcher)
+    assert torch.equal(client.sample(made), plain)
+    assert "every step is full: no" in caplog.text
+
+
+def test_an_interrupt_is_passed_on_and_leaves_nothing() -> None:
+    patcher = client.model()
+    unet, made = patcher.model.diffusion_model, apply(patcher)
+    before, wanted = client.sample(patcher), client.sample(made)
+
+    class Interrupted(BaseException):
+        pass
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        client.sample(made, callback=stop)
+    assert "forward" not in vars(unet)
+    assert torch.equal(client.sample(patcher), before)
+    assert torch.equal(client.sample(made), wanted)
+
+
+def test_the_models_own_error_is_passed_on() -> None:
+    made = apply(client.model())
+
+    def broken(h: Tensor, skip: Tensor, _: Any) -> Any:
+        raise RuntimeError("of a patch")
+
+    made.set_model_output_block_patch(broken)
+    with pytest.raises(RuntimeError, match="of a patch"):
+        client.sample(made)
+    assert "forward" not in vars(made.model.diffusion_model)
+
+
+def test_other_calls_are_left_alone_in_the_middle_of_a_run() -> None:
+    """A callback calls the model that all clones share; two nodes with other clocks take turns."""
+    patcher = client.model()
+    two, three = apply(patcher), apply(patcher, clock=3)
+    wanted, seen = {2: client.sample(two), 3: client.sample(three)}, list[Tensor]()
+    x, text = torch.ones(1, 4, 16, 16), client.cond(1)[0][0]
+
+    def call(step: int, *_: Any) -> None:
+        with torch.no_grad():
+            seen.append(patcher.model.diffusion_model(x, torch.ones(1), context=text, transformer_options={}))
+
+    call(0)
+    assert torch.equal(client.sample(two, callback=call), wanted[2])
+    assert torch.equal(client.sample(three, callback=call), wanted[3])
+    assert torch.equal(client.sample(two), wanted[2])
+    assert len(seen) == 13
+    assert all(torch.equal(one, seen[0]) for one in seen)
+
+
+def test_a_second_node_replaces_the_first() -> None:
+    patcher = client.model()
+    assert torch.equal(client.sample(apply(apply(patcher, clock=3), clock=2)), client.sample(apply(patcher)))
+
+
+def test_another_size_and_back() -> None:
+    made = apply(client.model())
+    small, large = client.sample(made), client.sample(made, size=24)
+    assert torch.equal(client.sample(made), small)
+    assert torch.equal(client.sample(made, size=24), large)
+    assert handle(made).wrapper.stats.adaptor_passes == 3
+
+
+def test_a_sampler_that_breaks_the_foretold_pattern_is_told_by_its_times(caplog: pytest.LogCaptureFixture) -> None:
+    run = handle(apply(client.model()))
+    assert evaluations_of("somebodys_own", [3.0, 2.0, 0.0]) is None
+    with caplog.at_level(logging.WARNING, "clockwork_hooks"):
+        made = apply(client.model())
+        calls: list[int] = []
+        client.sample(made, sampler="heun", callback=lambda step, *_: calls.append(step))
+    assert calls == list(range(6))
+    assert not caplog.records
+    assert run.wrapper is None
+
+
+# -- the node as ComfyUI sees it ----------
+
+
+def test_the_node_is_one() -> None:
+    (kind,) = NODE_CLASS_MAPPINGS.values()
+    inputs = kind.INPUT_TYPES()
+    assert kind.RETURN_TYPES == ("MODEL",)
+    assert inputs["required"]["model"][0] == "MODEL"
+    names = [*inputs["required"], *inputs["optional"]]
+    made = {
+        name: inputs[group][name][1].get("default") for group in inputs for name in inputs[group] if name != "model"
+    }
+    assert getattr(kind(), kind.FUNCTION)(client.model(), **made)
+    assert set(names) - {"model"} == set(made)
