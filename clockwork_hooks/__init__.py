@@ -60,8 +60,7 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
     )
     from clockwork_hooks.graph.tracing import Trace, trace
     from clockwork_hooks.regions.blocks import diagram
-    from clockwork_hooks.regions.choice import Choice
-    from clockwork_hooks.regions.find import find_region, find_regions
+    from clockwork_hooks.regions.find import Choice, find_region, find_regions
     from clockwork_hooks.regions.region import Boundary, Region, Side
     from clockwork_hooks.reports.u_drawing import Diagram
     from clockwork_hooks.schedule import Schedule
@@ -142,7 +141,6 @@ _HOME = {
         "engine.attach": "wrap",
         "analysis.benchmark": "Benchmark bench",
         "regions.blocks": "diagram",
-        "regions.choice": "Choice",
         "regions.region": "Boundary Region Side",
         "reports.u_drawing": "Diagram",
         "errors": (
@@ -153,7 +151,7 @@ _HOME = {
         "analysis.evaluation": "Evaluation Variant evaluate",
         "analysis.flops": "FlopsReport flops_report",
         "graph.tracing": "Trace trace",
-        "regions.find": "find_region find_regions",
+        "regions.find": "Choice find_region find_regions",
         "schedule": "Schedule",
         "engine.stats": "RunReport Stats",
         "training": "DistillResult Student TrainingOptions distill",

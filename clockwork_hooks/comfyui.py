@@ -24,7 +24,7 @@ from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, ClockworkError, NoEffectWarning, SkippedModuleWarning
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.schedule import Schedule, check_clock
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ClockworkNode", "Options", "evaluations_of"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import clockwork_hooks as ch
 from clockwork_hooks.engine.hooks import Forward, Installed
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from tests.small_unet import SKIPPED, Tiny
 from tests.snapshot import snapshot
 

@@ -21,7 +21,7 @@ from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, whole
 from clockwork_hooks.graph.tracing import record
-from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
+from clockwork_hooks.regions.find import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar

@@ -22,7 +22,7 @@ from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import Metric, Paired
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, table

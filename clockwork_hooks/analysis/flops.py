@@ -31,8 +31,7 @@ from clockwork_hooks.graph.operators import handles as counted_by
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
-from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
-from clockwork_hooks.regions.find import skipped_nodes
+from clockwork_hooks.regions.find import Choice, region_or_choice, skipped_nodes, split_options
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report

@@ -18,7 +18,7 @@ from clockwork_hooks.analysis.follow import Series, follow
 from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, threshold_for
 from clockwork_hooks.errors import ArgumentError, share, whole
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots

@@ -20,7 +20,7 @@ from clockwork_hooks.engine.hooks import RootHook
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph.tracing import module_paths
-from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
+from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.keep import check_keep
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule, check_clock

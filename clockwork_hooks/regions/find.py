@@ -1,25 +1,289 @@
-"""Find the low-resolution regions of a UNet from its graph alone: no block names, no class list.
+"""Find the regions of a UNet from its graph alone: all of them, or the one that a `Choice` asks for.
 
 A region is everything whose every path to the output passes one tensor, its exit, and that works below the
 resolution of the tensors that enter it. Regions nest: below the highest level, below the next, and so on
 (Clockwork Diffusion, arXiv 2312.08128, Sec. 4.1 and Fig. 8, splits SD v1.5 by hand at one of these places).
+
+Whatever takes `region=` takes a `Region` or a `Choice`; the options of a choice may also be passed one by one, as
+`share=0.9`. `split_options` and `region_or_choice` are how they all do it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, TypedDict
 
 from torch import nn
 
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
+from clockwork_hooks._numbers import percent, shape
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
 from clockwork_hooks.graph.tracing import Trace, record
-from clockwork_hooks.regions.choice import Choice, region_or_choice, split_options
+from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Search, of_fingerprint
+from clockwork_hooks.regions.search import Search, listed, of_fingerprint
 
-__all__ = ["choose", "find_region", "find_regions", "match", "regions_of", "skipped_nodes"]
+__all__ = [
+    "Choice",
+    "ChoiceOptions",
+    "choose",
+    "find_region",
+    "find_regions",
+    "match",
+    "region_or_choice",
+    "regions_of",
+    "skipped_nodes",
+    "split_options",
+]
+
+
+class ChoiceOptions(TypedDict, total=False):
+    """The options of a `Choice` that functions also take one by one."""
+
+    level: int | None
+    resolution: int | tuple[int, ...] | None
+    share: float | None
+    modules: Iterable[str] | str | None
+    entry: str | None
+    exit: str | None
+    cut: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which region to skip; without options the one below the highest level.
+
+    `wrap`, `find_region`, `flops_report`, `bench` and `distill` take it as `region=`, in the place of a `Region` that
+    was found before; each of them takes these options one by one, too.
+
+    Attributes:
+        level: the region below this level; 1 is the highest resolution ("stage 1" of the paper), 2 the next.
+        resolution: the region whose edge has this spatial shape: (32, 32), or 32 for all axes.
+        share: the narrowest region that skips at least this share of the MACs, 0 to 1, at any level; with `level` or
+            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its depths.
+        modules: dotted paths of the modules to skip, all their calls; "blocks.4:blocks.20" is a whole range. For
+            UNets whose middle has no lower resolution, and for transformers.
+        entry: dotted path of the module whose output enters; with `exit`.
+        exit: dotted path of the module whose output leaves; every path from the entry to the UNet's output must
+            pass it.
+        cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
+            running, so r_in comes after the first and r_out before the second.
+        fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
+        strict: of a fingerprint: where it is not there, nothing is.
+
+    Raises:
+        ArgumentError: an option is outside its rule, or several ways to choose are mixed.
+
+    Example:
+        >>> import clockwork_hooks as ch
+        >>> from clockwork_hooks.models import load_model
+        >>> unet, args, kwargs = load_model("sd15")  # on the meta device: no weights
+        >>> region = ch.find_region(unet, *args, region=ch.Choice(resolution=32, cut="paper"), **kwargs)
+        >>> f"{region.macs_share:.1%} of MACs, {region.exit.path}"
+        '58.0% of MACs, up_blocks.2.attentions.2'
+
+    Source: arXiv 2312.08128, Sec. 4.1; Fig. 8 for the paper's own cut of SD v1.5.
+    """
+
+    level: int | None = None
+    resolution: int | tuple[int, ...] | None = None
+    share: float | None = None
+    modules: Iterable[str] | str | None = None
+    entry: str | None = None
+    exit: str | None = None
+    cut: str = "outer"
+    fingerprint: str | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules, str):
+            object.__setattr__(self, "modules", (self.modules,))
+        elif self.modules is not None:
+            object.__setattr__(self, "modules", tuple(self.modules) if isinstance(self.modules, Iterable) else ())
+        self._check_values()
+        self._check_together()
+
+    def _check_values(self) -> None:
+        if self.cut not in ("outer", "paper"):
+            raise ArgumentError("a cut is 'outer' or 'paper'", seen={"cut": repr(self.cut)}, do="pass one of these")
+        if self.level is not None and not is_whole(self.level, 1):
+            raise ArgumentError("a level is an int of at least 1", seen={"level": repr(self.level)}, do="pass level=1")
+        axes = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+        if self.resolution is not None and not (axes and all(is_whole(axis, 1) for axis in axes)):
+            raise ArgumentError(
+                "a resolution is one edge, or the spatial shape as a tuple",
+                seen={"resolution": repr(self.resolution)},
+                do="pass resolution=32 or resolution=(32, 32)",
+            )
+        if self.share is not None and not (isinstance(self.share, float) and 0 < self.share < 1):
+            raise ArgumentError(
+                "a share is a fraction of a full pass's MACs, between 0 and 1",
+                seen={"share": repr(self.share)},
+                do="pass {share}",
+                arguments={"share": 0.5},
+            )
+        modules = self.modules
+        if modules is not None and not (modules and all(isinstance(path, str) for path in modules)):
+            raise ArgumentError(
+                "modules= lists the dotted paths of the modules to skip",
+                seen={"modules": repr(modules)},
+                do='pass modules=["blocks.4", "blocks.5"]',
+            )
+
+    def _check_together(self) -> None:
+        if (self.entry is None) != (self.exit is None):
+            raise ArgumentError(
+                "a region named by hand has an entry and an exit",
+                seen={"entry": self.entry, "exit": self.exit},
+                do="pass both: dotted paths of the modules whose outputs flow in and out",
+            )
+        ways = {name: getattr(self, name) for name in ("level", "resolution", "modules", "entry")}
+        chosen = {name: value for name, value in ways.items() if value is not None}
+        if {"modules", "entry"} & set(chosen):
+            chosen |= {"share": self.share} if self.share is not None else {}
+            chosen |= {"cut": self.cut} if self.cut != "outer" else {}
+        if len(chosen) > 1:
+            raise ArgumentError(
+                "a region is chosen in one way: level=, resolution=, modules=, or entry= and exit=; share= and cut= go "
+                "with the first two",
+                seen=chosen,
+                do="pass one of these",
+            )
+
+    @property
+    def is_default(self) -> bool:
+        """Does it ask for no region by name? Only where the edge lies may be said."""
+        return replace(self, cut="outer") == Choice()
+
+    @property
+    def exits(self) -> frozenset[str]:
+        """Paths of the modules whose last call returns the exit, where the choice tells."""
+        named = [self.exit] if self.exit is not None else [path.rpartition(":")[2] for path in self.modules or ()]
+        return frozenset(named)
+
+    def find(self, trace: Trace, unet: nn.Module) -> Region:
+        """The region in this trace.
+
+        Raises:
+            RegionNotFoundError: there is none like that; lists those there are.
+            ArgumentError: a path names no module of this UNet.
+        """
+        search = Search(trace, unet)
+        if self.modules is not None:
+            return by_modules(search.facts, self.modules)
+        if self.entry is not None and self.exit is not None:
+            return by_ends(search.facts, self.entry, self.exit)
+        regions = search.chain()
+        if self.fingerprint is not None:
+            same = of_fingerprint(regions, self.fingerprint, level=self.level, cut=self.cut)
+            if same is not None:
+                return same
+        if self.strict:
+            raise RegionNotFoundError(
+                "the region is the one that was found before, of this very architecture",
+                seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
+                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...); so "
+                f"too if an earlier version made it, whose fingerprints do not begin with {PREFIX}",
+            )
+        level = 1 if self.level is self.resolution is self.share is None else self.level
+        fitting = [region for region in regions if level in (None, region.level)]
+        if not fitting:
+            raise _none_such(regions, "level", level, [region.level for region in regions])
+        pairs = [(r, edge) for r in fitting if (edge := r if self.cut == "outer" else r.inner) is not None]
+        if not pairs:
+            raise RegionNotFoundError(
+                "the paper's cut lies between the region's downsampler and its upsampler",
+                seen={"region": fitting[-1].line},
+                do='pass cut="outer"',
+            )
+        there: list[object] = [shape(edge.resolution) for _, edge in pairs]
+        pairs = [(region, edge) for region, edge in pairs if self._has_resolution(edge)]
+        if not pairs:
+            raise _none_such(regions, "resolution", self.resolution, there)
+        if self.share is None:
+            if pairs[-1][0].resolution in search.small:
+                raise search.not_found(regions)
+            return pairs[-1][1]
+        fitting = [edge for _, edge in pairs if edge.macs_share >= self.share]
+        if not fitting:
+            raise _none_such(regions, "share", percent(self.share), [percent(edge.macs_share) for _, edge in pairs])
+        return fitting[-1]
+
+    def _has_resolution(self, region: Region) -> bool:
+        if self.resolution is None or isinstance(self.resolution, tuple):
+            return self.resolution in (None, region.resolution)
+        return set(region.resolution) == {self.resolution}
+
+
+def split_options(unet: nn.Module, kwargs: Mapping[str, Any]) -> tuple[ChoiceOptions, dict[str, Any]]:
+    """Tell the options of a choice from the arguments of the UNet's call.
+
+    Args:
+        unet: whose call it is.
+        kwargs: both together.
+
+    Raises:
+        ArgumentError: the UNet takes no such argument, and an option has nearly that name.
+    """
+    options: Any = {name: value for name, value in kwargs.items() if name in ChoiceOptions.__annotations__}
+    rest = {name: value for name, value in kwargs.items() if name not in options}
+    taken = inspect.signature(unet.forward).parameters if isinstance(unet, nn.Module) else {}
+    if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        _check_names([name for name in rest if name not in taken], strict=False)
+    return options, rest
+
+
+def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any]) -> Region | Choice:
+    """What `region=` and the options beside it ask for.
+
+    Raises:
+        ArgumentError: there is no such option, an option is outside its rule, or `region` and options are both given.
+    """
+    _check_names([name for name in options if name not in ChoiceOptions.__annotations__], strict=True)
+    choice = Choice(**options)
+    if region is None:
+        return choice
+    if not isinstance(region, (Region, Choice)):
+        raise ArgumentError(
+            "a region comes from find_region or find_regions",
+            seen={"region": type(region).__name__},
+            do="pass region=ch.find_region(unet, *args, level=1), or how to choose it: region=ch.Choice(level=1)",
+        )
+    if choice != Choice():
+        beside = {name: value for name, value in options.items() if value is not None}
+        said = region.line if isinstance(region, Region) else region
+        raise ArgumentError("region= is the choice itself", seen={"region": said, **beside}, do="pass region= alone")
+    return region
+
+
+def _check_names(names: list[str], *, strict: bool) -> None:
+    """Raise `ArgumentError` for the first name that an option nearly has; `strict`: for any name."""
+    options = list(ChoiceOptions.__annotations__)
+    for name in names:
+        near = get_close_matches(name, options, n=1, cutoff=0.6 if strict else 0.75)
+        if near or strict:
+            raise ArgumentError(
+                "a region is chosen by options of known names",
+                seen={"no such option": name, "options": ", ".join(options)},
+                do=f"pass {near[0]}=" if near else "pass one of these",
+            )
+
+
+def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: list[object]) -> RegionNotFoundError:
+    values = list(dict.fromkeys(there))
+    return RegionNotFoundError(
+        f"there is no region of this {name}",
+        seen={name: wanted, f"{name}s with a region": values, **listed(regions)},
+        do=f"pass {'a smaller share' if name == 'share' else f'one of these {name}s'}, or name modules: {{modules}}",
+        arguments={"modules": ...},
+    )
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
 
 
 def find_regions(unet: nn.Module, /, *args: Any, **kwargs: Any) -> tuple[Region, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clockwork_hooks._version import versions
 from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.errors import DistillError
-from clockwork_hooks.regions.choice import Choice, ChoiceOptions, region_or_choice
+from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.training import checkpoint

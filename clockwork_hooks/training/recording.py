@@ -25,7 +25,7 @@ from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Emit, Outcome, Pass
 from clockwork_hooks.errors import DistillError, Enough, RegionNotFoundError
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.trajectory import Needs, RecordedCall, Trajectory, steps_of

@@ -14,7 +14,7 @@ from torch import nn
 from clockwork_hooks.adaptors.resolve import is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
-from clockwork_hooks.regions.choice import Choice
+from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule, check_clock
 from clockwork_hooks.training import checkpoint
