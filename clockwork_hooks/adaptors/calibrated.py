@@ -103,13 +103,13 @@ class Positions:
         """(n, 5) float32; a straight piece a row: its first time, log-SNR and its slope there, place and its slope."""
         levels = [_single(self.log_snr(time)) for time in self.times]
         places = [self.place(time) for time in self.times]
-        made = [(-_ENDLESS, levels[0], 0.0, float(len(self.knots)), 0.0)]
+        pieces = [(-_ENDLESS, levels[0], 0.0, float(len(self.knots)), 0.0)]
         for k, time in enumerate(self.times):
             after = min(k + 1, len(self.times) - 1)
             width = self.times[after] - time or 1.0
             slope = (places[after] - places[k]) / width if places[after] < len(self.knots) > places[k] else 0.0
-            made.append((time, levels[k], (levels[after] - levels[k]) / width, places[k], slope))
-        return torch.tensor(made, dtype=torch.float32)
+            pieces.append((time, levels[k], (levels[after] - levels[k]) / width, places[k], slope))
+        return torch.tensor(pieces, dtype=torch.float32)
 
 
 class CalibratedAdaptor(LearnedAdaptor):
@@ -186,7 +186,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             reads: some of "exit", "entry", "entry_cached", in this order.
         """
         grid = torch.zeros(0, 5) if positions is None else positions.rows()
-        made = cls(
+        adaptor = cls(
             form=form,
             knots=len(knots),
             points=len(grid),
@@ -196,16 +196,16 @@ class CalibratedAdaptor(LearnedAdaptor):
             entry=Layout.of_boundary(region.entry) if "entry" in reads else None,
         )
         with torch.no_grad():
-            made.grid.copy_(grid)
-            if made.basis is not None and basis is not None:
-                made.basis.copy_(basis)
+            adaptor.grid.copy_(grid)
+            if adaptor.basis is not None and basis is not None:
+                adaptor.basis.copy_(basis)
             for k, knot in enumerate(knots):
                 if positions is not None and knot.position is not None and knot.before is not None:
                     here, before = (torch.tensor(positions.log_snr(_single(t))) for t in (knot.position, knot.before))
-                    made.table[k, 2 * made.exit.channels] = here - before
-                made.put(k, knot)
-        made.region = reference.describe(region)
-        return made.eval()
+                    adaptor.table[k, 2 * adaptor.exit.channels] = here - before
+                adaptor.put(k, knot)
+        adaptor.region = reference.describe(region)
+        return adaptor.eval()
 
     @torch.no_grad()
     def put(self, k: int, knot: Knot) -> None:
@@ -221,9 +221,9 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibratedAdaptor:
         """Move it. Its numbers stay float32: log-SNR and strides would not survive float16; rows are cast when read."""
-        kept = {name: tensor.data for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        tensors = {name: tensor.data for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
+        for name, tensor in tensors.items():
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
                 moved.data = tensor.float().to(moved.device)
@@ -261,13 +261,13 @@ class CalibratedAdaptor(LearnedAdaptor):
         sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
         low, high, bias = (one.to(exit_cached.dtype).reshape(sizes) for one in (low, high, bias * stretch))
         if self.form == "linear":
-            made = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis) + bias
+            exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis) + bias
         else:
             gain = gain.mul(stretch).add(1.0).to(exit_cached.dtype).reshape(sizes)
-            made = torch.addcmul(bias, exit_cached, gain)
+            exit = torch.addcmul(bias, exit_cached, gain)
             if self.basis is not None:
-                made = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=made)
-        return made.clamp(low, high).to(exit_cached.dtype)
+                exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=exit)
+        return exit.clamp(low, high).to(exit_cached.dtype)
 
     def _product(
         self,

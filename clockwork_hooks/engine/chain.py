@@ -75,25 +75,25 @@ class ClockedRegion:
         Raises:
             RegionNotFoundError: nothing can be skipped, and never could.
         """
-        known = self.wanted if isinstance(self.wanted, Region) else self.region
-        region = match(trace, unet, known) if known is not None else None
+        before = self.wanted if isinstance(self.wanted, Region) else self.region
+        region = match(trace, unet, before) if before is not None else None
         if isinstance(self.wanted, Region) or region is not None:
             return None if region is None else keeping(trace, unet, region, self.keep), reasons.OTHER_REGION
         try:
             return keeping(trace, unet, self.wanted.find(trace, unet), self.keep), ""
         except RegionNotFoundError:
-            if known is None:
+            if before is None:
                 raise
             return None, reasons.NO_REGION
 
     @property
     def likely_exits(self) -> frozenset[str]:
         """Paths of modules of which the one called last may return the exit, as far as something is known before."""
-        known = set(self.region.exit.paths) if self.region is not None else set()
+        paths = set(self.region.exit.paths) if self.region is not None else set()
         saved = getattr(self.adaptor, "region", None)
         if isinstance(saved, Mapping):  # a saved adaptor knows where its exit was
-            known.add(str((saved.get("exit") or {}).get("path")))
-        return frozenset(known) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
+            paths.add(str((saved.get("exit") or {}).get("path")))
+        return frozenset(paths) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
 
 
 class Homes:

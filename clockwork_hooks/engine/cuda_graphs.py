@@ -280,15 +280,15 @@ def _weights(root: nn.Module) -> list[torch.Tensor]:
 
 def _looks(root: nn.Module) -> list[Any]:
     """Whatever a module's Python could decide by: its attributes, and what its lists and dictionaries hold."""
-    found: list[Any] = []
+    values: list[Any] = []
     for module in root.modules():
         for value in vars(module).values():
-            found.append(value)
+            values.append(value)
             if isinstance(value, dict):
-                found += value.values()
+                values += value.values()
             elif isinstance(value, (list, tuple)):
-                found += value
-    return found
+                values += value
+    return values
 
 
 def _constant(value: Any, depth: int = 0) -> Hashable:

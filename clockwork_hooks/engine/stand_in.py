@@ -59,18 +59,20 @@ def inputs(
     )
 
 
-def call(adaptor: Adaptor, given: AdaptorInputs) -> Any:
+def call(adaptor: Adaptor, arguments: AdaptorInputs) -> Any:
     """Call the adaptor with what it takes: the four of `Adaptor`, and what its `needs` name."""
-    more = {name: getattr(given, name) for name in needs_of(adaptor)}
-    return adaptor(given.entry, given.exit_cached, time=given.time, text=given.text, **more)
+    more = {name: getattr(arguments, name) for name in needs_of(adaptor)}
+    return adaptor(arguments.entry, arguments.exit_cached, time=arguments.time, text=arguments.text, **more)
 
 
-def count_and_call(adaptor: Adaptor, given: AdaptorInputs) -> tuple[Any, int]:
+def count_and_call(adaptor: Adaptor, arguments: AdaptorInputs) -> tuple[Any, int]:
     """`call`, recorded: also the MACs that the adaptor took."""
     module = adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
-    options = {"time": given.time, "text": given.text} | {name: getattr(given, name) for name in needs_of(adaptor)}
-    with recording(module, (given.entry, given.exit_cached), options) as recorder:
-        exit = call(module, given)
+    options = {"time": arguments.time, "text": arguments.text} | {
+        name: getattr(arguments, name) for name in needs_of(adaptor)
+    }
+    with recording(module, (arguments.entry, arguments.exit_cached), options) as recorder:
+        exit = call(module, arguments)
     return exit, sum(map(node_macs, recorder.bindings.nodes))
 
 
@@ -98,14 +100,14 @@ def made_for(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
 
 def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
     """Warn of a schedule whose adaptor steps are not those that the adaptor was made for."""
-    made, counts = made_for(adaptor)
-    if made is None or made == schedule or None not in (made.threshold, schedule.threshold):
+    own, counts = made_for(adaptor)
+    if own is None or own == schedule or None not in (own.threshold, schedule.threshold):
         return
     steps = next(iter(counts), 0)
-    alike = steps and None is made.threshold is schedule.threshold
-    if not (alike and made.adaptor_steps(steps) == schedule.adaptor_steps(steps)):
+    alike = steps and None is own.threshold is schedule.threshold
+    if not (alike and own.adaptor_steps(steps) == schedule.adaptor_steps(steps)):
         warnings.warn(
-            f"an adaptor is best at the steps that it was made for: {type(adaptor).__name__} was made for {made}"
+            f"an adaptor is best at the steps that it was made for: {type(adaptor).__name__} was made for {own}"
             + (f" of {steps} steps" if steps else "")
             + f", and runs at {schedule}\nWhat to do: leave schedule= and clock= out, or calibrate or train one for "
             "this schedule",

@@ -92,34 +92,34 @@ class Stats(Counts):
             region: which one an adaptor pass skipped, where there are several.
         """
         with self._lock:
-            found = self.trajectories[-1] if trajectory and self.trajectories else None
-            if found is None or found.number != trajectory:
-                found = self._of(trajectory)
-            found.steps = step
+            counts = self.trajectories[-1] if trajectory and self.trajectories else None
+            if counts is None or counts.number != trajectory:
+                counts = self._of(trajectory)
+            counts.steps = step
             if reason is None:
                 self.adaptor_passes += 1
-                found.adaptor_passes += 1
+                counts.adaptor_passes += 1
                 if region:
                     self.regions[region] += 1
-                    found.regions[region] += 1
+                    counts.regions[region] += 1
             else:
                 self.full_passes += 1
-                found.full_passes += 1
+                counts.full_passes += 1
                 self.reasons[reason] += 1
-                found.reasons[reason] += 1
+                counts.reasons[reason] += 1
             self.macs_run += run
             self.macs_plain += plain
-            found.macs_run += run
-            found.macs_plain += plain
+            counts.macs_run += run
+            counts.macs_plain += plain
 
     def _of(self, trajectory: int) -> TrajectoryStats:
         """Counts of this trajectory: another thread's may have begun meanwhile; of none, counts that nobody sees."""
-        found = next((known for known in self.trajectories if known.number == trajectory), None)
-        if found is None:
-            found = TrajectoryStats(number=trajectory)
+        own = next((counts for counts in self.trajectories if counts.number == trajectory), None)
+        if own is None:
+            own = TrajectoryStats(number=trajectory)
             if trajectory:
-                self.trajectories.append(found)
-        return found
+                self.trajectories.append(own)
+        return own
 
     def clear(self) -> None:
         """Start counting anew."""
