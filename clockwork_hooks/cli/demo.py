@@ -41,7 +41,7 @@ def demo(
     ] = "clockwork-demo",
     format: FormatOption = Format.table,
 ) -> None:
-    """Draw the same scenes with the plain UNet, the identity and the trained adaptor: cost, likeness, a picture."""
+    """Draw the same scenes plain, with DeepCache's setting, the identity, and an adaptor that is calibrated live."""
     from clockwork_hooks.demo.run import demo as run
     from clockwork_hooks.training.pipeline import read_prompts
 

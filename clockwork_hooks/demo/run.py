@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
+from torch.nn import functional
 
 from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
+from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.timing import device_name, timed
-from clockwork_hooks.demo.captions import parse
+from clockwork_hooks.demo.captions import decode, parse, write_captions
 from clockwork_hooks.demo.classifier import attribute_accuracy
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
+from clockwork_hooks.demo.scenes import draw_split
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import DemoError, need, whole
 from clockwork_hooks.metrics import psnr
-from clockwork_hooks.regions.find import find_region
+from clockwork_hooks.regions.find import find_regions
 from clockwork_hooks.reports.plots import Bitmap
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
@@ -32,16 +34,20 @@ from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
     from PIL import Image
-    from rich.console import Console
+
+    from clockwork_hooks.adaptors import CalibratedAdaptor
+    from clockwork_hooks.regions.region import Region
 
 __all__ = ["DemoResult", "Row", "demo", "draw_grid"]
 
 ROUNDS = 2
-PLAIN, IDENTITY, TRAINED = "plain", "identity", "trained"
+PLAIN, DEEPCACHE, IDENTITY, CALIBRATED = "plain", "DeepCache's setting", "identity", "calibrated"
+CAPTIONS = 16  # training captions that the adaptor is calibrated with
 ADAPTOR = WEIGHTS / "adaptor"
-SIDE, GAP, MARGIN, CAPTION, HEAD = 144, 6, 24, 46, 74
-COLUMNS = {2: 4}  # pictures of a prompt → prompts in a line
-INK, FAINT, EDGE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
+SHOWN = 4  # prompts in the picture
+SIDE, GAP, MARGIN, CAPTION, HEAD = 256, 12, 24, 30, 98
+DETAIL = (16, 32)  # of a picture's pixels, rows and columns
+INK, FAINT, EDGE, MARK, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (220, 38, 38), (255, 255, 255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Row:
     """One way of sampling, measured over all prompts.
 
     Attributes:
-        name: "plain", "identity" or "trained": what stands in for the region.
+        name: "plain", "DeepCache's setting", "identity" or "calibrated".
         macs_per_image: of the UNet: convolutions and matrix products, attention products and both guidance branches
             counted.
         seconds_per_image: wall time of sampling, the better of two interleaved rounds.
@@ -57,7 +63,7 @@ class Row:
         psnr: mean over the pictures, to the plain pictures from the same noise, in dB; None for plain itself.
         accuracy: share of the captioned attributes that a classifier finds in the pictures, 0 to 1.
         full_passes: calls of the whole UNet in one round.
-        adaptor_passes: calls in which the cached feature, or a trained adaptor, stood in for its low-resolution part.
+        adaptor_passes: calls in which the cached feature, or the calibrated adaptor, stood in for the region.
     """
 
     name: str
@@ -78,8 +84,7 @@ class DemoResult(Report):
         rows: plain first.
         images: name of the row → pictures (B, 3, 64, 64) in [0, 1].
         region: one line about what Clockwork skips.
-        settings: prompts, steps, clock, seed, guidance, machine, versions, command; and why there is no trained
-            adaptor, where there is none.
+        settings: prompts, steps, clock, seed, guidance, schedules, calibration, machine, versions, command.
         folder: holds grid.png, report.html, report.md and report.json.
     """
 
@@ -108,17 +113,26 @@ class DemoResult(Report):
             for row in self.rows
         ]
         settings = self.settings
-        notes = (
-            f"{count(len(settings['prompts']), 'prompt')}, {count(settings['steps'], 'DPM++ step')}, "
-            f"clock {settings['clock']}, "
-            f"guidance {settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention "
-            "products and both guidance branches counted.",
-            "What stands in for the skipped part: identity, its output of the step before; trained, a small network "
-            "that ships. Attributes right: the colours, shapes, sizes and places of the captions that a classifier "
-            "finds. Time: the better of two rounds; other work on this machine changes it, and not the MACs.",
+        made = settings["calibration"]
+        notes: tuple[str, ...] = (
+            f"{count(len(settings['prompts']), 'prompt')}, {count(settings['steps'], 'DPM++ step')}, guidance "
+            f"{settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention products "
+            "and both guidance branches counted.",
+            f"DeepCache's setting: the part below is skipped in every step that is no multiple of {settings['clock']} "
+            f"from the first on ({settings['every']}), and its output of the step before is used as it is. Identity: "
+            f"the same in as many steps, with the first two and the last one full ({settings['spread']}). Calibrated: "
+            "at these steps, corrected by a linear adaptor."
+            if settings["clock"] > 1
+            else "Clock 1: every step is full.",
+            f"Calibrated just now: {made['kind']}, from {made['captions']} captions that are not drawn here, in "
+            f"{made['seconds']:.1f} s. No training."
+            if made
+            else "",
+            "Attributes right: the colours, shapes, sizes and places of the captions that a classifier finds. Time: "
+            "the better of two rounds; other work on this machine changes it, and not the MACs.",
             f"Skipped on adaptor passes: {self.region}.",
-            *filter(None, [settings["untrained"]]),
         )
+        notes = tuple(filter(None, notes))
         return table("The demo model, plain and with Clockwork", columns, cells, notes=notes)
 
     def data(self) -> dict[str, Any]:
@@ -147,8 +161,9 @@ def demo(
 ) -> DemoResult:
     """Sample the prompts with the plain UNet and with Clockwork, and write a picture and a report.
 
-    Clockwork runs with the identity adaptor, and with the trained one that ships, if it was trained for these steps
-    and this clock.
+    Three ways to skip the widest region: DeepCache's setting, which is every step between two of the clock's; the
+    identity at as many steps in better places (`Schedule.spread`); and an adaptor for these steps, which is calibrated
+    here and now.
 
     Args:
         prompts: captions of scenes; none for the 16 that ship with the demo.
@@ -182,52 +197,67 @@ def demo(
     model = load_demo()
     hidden = model.encode_prompts(texts)  # an unknown word is told before anything is measured
     parse(texts)
-    region = find_region(
-        model.unet, torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1), encoder_hidden_states=hidden
-    )
-    adaptors, untrained = _adaptors(steps, clock)
-    times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in adaptors}}
+    call = torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1)
+    region = find_regions(model.unet, *call, encoder_hidden_states=hidden)[0]
+    plain, spread = Schedule.every(clock), Schedule.at(Schedule.spread(clock).adaptor_steps(steps))
+    times: dict[str, list[float]] = {}
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
+    made: CalibratedAdaptor | None = None
     with ProgressBar(console) as bar:
-        task = bar.add_task("sampling", total=len(times) * ROUNDS * steps)
+        skips = spread.bounds(steps)[0] < steps
+        task = bar.add_task("calibrating", total=steps * (3 + 4 * ROUNDS if skips else 1 + 3 * ROUNDS))
 
-        def sample(name: str) -> None:
+        def tick(what: str) -> Callable[[int, int, Tensor], None]:
             def advance(number: int, t: int, latents: Tensor) -> None:
-                bar.update(task, advance=1, description=f"{name}, step {number + 1} of {steps}")
+                bar.update(task, advance=1, description=f"{what}, step {number + 1} of {steps}")
 
-            def run() -> None:
-                images[name] = model.sample(texts, steps=steps, seed=seed, callback=advance)
+            return advance
 
-            times[name].append(timed(run, str(model.device)))
+        model.sample(texts[:1], steps=steps, callback=tick("warming up"))  # first calls are slower
+        if skips:
+            made = _calibrated(model, steps, spread, region, tick("calibrating"))
+        ways: dict[str, tuple[Any, Schedule] | None] = {PLAIN: None, DEEPCACHE: (None, plain), IDENTITY: (None, spread)}
+        ways |= {CALIBRATED: (made, spread)} if made is not None else {}
+        for name in list(ways) * ROUNDS:
 
-        model.sample(texts[:1], steps=1)  # first calls are slower
-        for _ in range(ROUNDS):
-            sample(PLAIN)
-            for name, adaptor in adaptors.items():
-                with wrap(model.unet, adaptor, region=region, schedule=Schedule.every(clock)) as cw, cw.trajectory():
-                    sample(name)
-                counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
-                counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
+            def sample(name: str = name) -> None:
+                images[name] = model.sample(texts, steps=steps, seed=seed, callback=tick(name))
+
+            way = ways[name]
+            if way is None:
+                times.setdefault(name, []).append(timed(sample, str(model.device)))
+                continue
+            with wrap(model.unet, way[0], region=region, schedule=way[1]) as cw, cw.trajectory():
+                times.setdefault(name, []).append(timed(sample, str(model.device)))
+            counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
+            counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
     rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
-    settings = _settings(texts, steps, clock, seed) | {"untrained": untrained}
+    settings = _settings(texts, steps, clock, seed)
+    settings |= {"every": plain.preview(steps), "spread": spread.preview(steps), "calibration": None}
+    if made is not None:
+        report = made.report
+        settings["calibration"] = {"kind": report.kind, "captions": CAPTIONS, "seconds": report.seconds}
     result = DemoResult(rows, images, region.line, settings, folder)
     _write(result)
     return result
 
 
-def _adaptors(steps: int, clock: int) -> tuple[dict[str, Any], str]:
-    """What stands in for the region, by name, and why the trained adaptor is not among them."""
-    adaptors: dict[str, Any] = {IDENTITY: None}
-    if not (ADAPTOR / "config.json").exists():
-        return adaptors, "No trained adaptor ships with this version."
-    from clockwork_hooks.adaptors import LearnedAdaptor
-
-    trained = LearnedAdaptor.from_pretrained(ADAPTOR).float()
-    facts = trained.facts
-    if (facts.get("steps"), facts.get("schedule")) != (steps, str(Schedule.every(clock))):
-        return adaptors, f"The adaptor that ships was trained for {facts.get('steps')} steps, {facts.get('schedule')}."
-    return {**adaptors, TRAINED: trained}, ""
+def _calibrated(
+    model: DemoModel, steps: int, schedule: Schedule, region: Region, callback: Callable[[int, int, Tensor], None]
+) -> CalibratedAdaptor:
+    """An adaptor for these steps, from captions of the training set."""
+    captions = decode(write_captions(draw_split(CAPTIONS, 11, test=False), 11))
+    return calibrate(
+        model.unet,
+        lambda batch: model.sample(batch, steps=steps, seed=1_000_000, callback=callback),
+        [captions],
+        guidance=GUIDANCE,
+        schedule=schedule,
+        region=region,
+        log_snr=model.scheduler(),
+        console=Console(quiet=True),
+    )
 
 
 def _row(
@@ -299,45 +329,64 @@ def _write(result: DemoResult) -> None:
 
 
 def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, Tensor]) -> Image.Image:
-    """One cell a prompt: its pictures side by side, the caption below.
+    """A line a prompt: its pictures side by side, enlarged, each with a detail below it; the first four prompts.
+
+    The detail is where the pictures of the rows differ most from the first row's.
 
     Args:
         prompts: B of them.
-        rows: the UNets that drew them, from left to right: each has name, macs_per_image, seconds_per_image, accuracy.
+        rows: the UNets that drew them, from left to right: each has name, macs_per_image, seconds_per_image, accuracy
+            and psnr.
         images: name of the row → its pictures (B, 3, H, W) in [0, 1].
-
-    Returns:
-        An RGB picture; as wide as three or four cells, or fewer for fewer prompts.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = min(COLUMNS.get(len(rows), 3), len(prompts))
-    width = len(rows) * SIDE + (len(rows) - 1) * GAP
-    height = SIDE + CAPTION
-    lines = -(-len(prompts) // columns)
-    head, small = ImageFont.load_default(20), ImageFont.load_default(12)
-    legend = "     ".join(_words(row) for row in rows)
-    total = max(columns * (width + MARGIN) + MARGIN, math.ceil(small.getlength(legend)) + 2 * MARGIN)
-    page = Image.new("RGB", (total, HEAD + lines * (height + MARGIN)), PAPER)
+    head, text, small = (ImageFont.load_default(size) for size in (20, 14, 12))
+    zoom = SIDE * DETAIL[0] // DETAIL[1]
+    height, shown = CAPTION + SIDE + GAP // 2 + zoom + MARGIN, prompts[:SHOWN]
+    page = Image.new("RGB", (2 * MARGIN + len(rows) * (SIDE + GAP) - GAP, HEAD + len(shown) * height), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, 14), f"Each prompt: {' | '.join(row.name for row in rows)}", INK, font=head)
-    draw.text((MARGIN, 44), legend, FAINT, font=small)
-    for k, prompt in enumerate(prompts):
-        left = MARGIN + k % columns * (width + MARGIN)
-        top = HEAD + k // columns * (height + MARGIN)
-        for j, row in enumerate(rows):
-            picture = _picture(images[row.name][k]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            at = (left + j * (SIDE + GAP), top)
-            page.paste(picture, at)
+    for column, row in enumerate(rows):
+        left = MARGIN + column * (SIDE + GAP)
+        draw.text((left, 12), row.name, INK, font=head)
+        for k, words in enumerate(_words(row, rows[0])):
+            draw.text((left, 40 + 17 * k), words, FAINT, font=small)
+    for line, prompt in enumerate(shown):
+        top = HEAD + line * height
+        draw.text((MARGIN, top + 6), prompt, INK, font=text)
+        y, x = _detail([images[row.name][line] for row in rows])
+        for column, row in enumerate(rows):
+            at = (MARGIN + column * (SIDE + GAP), top + CAPTION)
+            below = (at[0], at[1] + SIDE + GAP // 2)
+            picture = _picture(images[row.name][line])
+            factor = SIDE / picture.width
+            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), at)
+            detail = picture.crop((x, y, x + DETAIL[1], y + DETAIL[0]))
+            page.paste(detail.resize((SIDE, zoom), Image.Resampling.NEAREST), below)
             draw.rectangle((*at, at[0] + SIDE - 1, at[1] + SIDE - 1), outline=EDGE)
-        caption = "\n".join(textwrap.wrap(prompt, width // 6)[:3])
-        draw.multiline_text((left, top + SIDE + 5), caption, INK, font=small, spacing=2)
+            edge = [at[0] + x * factor, at[1] + y * factor]
+            draw.rectangle((*edge, edge[0] + DETAIL[1] * factor - 1, edge[1] + DETAIL[0] * factor - 1), outline=MARK)
+            draw.rectangle((*below, below[0] + SIDE - 1, below[1] + zoom - 1), outline=MARK)
     return page
 
 
-def _words(row: Any) -> str:
-    cost = f"{macs(row.macs_per_image)}, {duration(row.seconds_per_image)} an image"
-    return f"{row.name}: {cost}, {row.accuracy:.1%} of attributes right"
+def _detail(pictures: Sequence[Tensor]) -> tuple[int, int]:
+    """Top and left of the window in which the pictures differ most from the first one."""
+    off = sum((picture - pictures[0]).square().sum(0) for picture in pictures)
+    windows = functional.avg_pool2d(torch.as_tensor(off).float()[None, None], DETAIL, stride=1)[0, 0]
+    return divmod(int(windows.argmax()), windows.shape[1])
+
+
+def _words(row: Any, plain: Any) -> list[str]:
+    """What a row costs and is worth, in three lines."""
+    saved = "" if row is plain else f", {percent(1 - row.macs_per_image / plain.macs_per_image)} fewer"
+    psnr = getattr(row, "psnr", None)
+    near = "" if psnr is None else f"{psnr:.1f} dB to plain, "
+    return [
+        f"{macs(row.macs_per_image)}{saved}",
+        f"{duration(row.seconds_per_image)} an image",
+        f"{near}{row.accuracy:.1%} right",
+    ]
 
 
 def _picture(image: Tensor) -> Image.Image:

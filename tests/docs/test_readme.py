@@ -16,8 +16,6 @@ from benchmarks.fidelity_results import Results
 from benchmarks.fidelity_tables import SHIPS
 from benchmarks.performance_results import Latencies, verdicts
 from clockwork_hooks._numbers import flops, macs, percent, shape
-from clockwork_hooks.adaptors import LearnedAdaptor
-from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.models import load_model
 from tests.pipelines.parts import text_to_image
 
@@ -55,15 +53,16 @@ def test_cost_of_the_demo() -> None:
     unet = new_unet().to("meta").eval()
     inputs = [torch.empty(2, *LATENT_SHAPE, device="meta"), torch.empty((), device="meta")]
     hidden = torch.empty(2, 18, 128, device="meta")
-    report = ch.flops_report(unet, *inputs, steps=8, encoder_hidden_states=hidden)
+    region = ch.find_regions(unet, *inputs, encoder_hidden_states=hidden)[0]
     table = rows("demo table")
-    assert table["plain"][0] == macs(report.full_trajectory_macs)
-    assert table["identity"][:2] == [macs(report.trajectory_macs), percent(report.saved_share)]
-    unet, sample, hidden = new_unet().eval(), torch.zeros(2, *LATENT_SHAPE), torch.zeros(2, 18, 128)
-    with ch.wrap(unet, LearnedAdaptor.from_pretrained(WEIGHTS / "adaptor").float(), clock=2) as cw, torch.no_grad():
-        for t in torch.arange(1000, 992, -1):
-            unet(sample, t, encoder_hidden_states=hidden)
-    assert table["trained"][:2] == [macs(cw.stats.macs_run), percent(1 - cw.stats.macs_run / cw.stats.macs_plain)]
+    for name, schedule in (("DeepCache's setting", ch.Schedule.every(2)), ("identity", ch.Schedule.spread(2))):
+        report = ch.flops_report(unet, *inputs, steps=8, clock=schedule, region=region, encoder_hidden_states=hidden)
+        assert table["plain"][0] == macs(report.full_trajectory_macs)
+        assert table[name][:2] == [macs(report.trajectory_macs), percent(report.saved_share)]
+    exit, entry = region.exit.shape, region.entry.shape
+    own = 4 * exit[1] * (exit[1] + 2 * entry[1]) * exit[2] * exit[3] * exit[0]  # exit+entry+before, at four steps
+    assert table["calibrated"][0] == macs(report.trajectory_macs + own)
+    assert table["calibrated"][1] == percent(1 - (report.trajectory_macs + own) / report.full_trajectory_macs)
 
 
 def test_quality_of_the_demo() -> None:
