@@ -89,18 +89,20 @@ def wrap_pipeline(
     """
     found = _unets(pipe)
     chosen = _chosen(pipe, found, unets)
+    handle = WrappedPipeline(pipe, {})
     wrappers: dict[str, ClockworkWrapper] = {}
     given = {"adaptor": adaptor, **options}
     try:
         for name in chosen:
             own = {key: _own(value, name) for key, value in given.items()}
             wrappers[name] = wrap(found[name], **_when(clock, own))
-            wrappers[name].read_steps(SchedulerSteps(lambda: _schedulers(pipe)))
+            wrappers[name].read_steps(SchedulerSteps(handle.schedulers))
     except BaseException:
         for wrapper in wrappers.values():
             wrapper.remove()
         raise
-    return WrappedPipeline(pipe, wrappers)
+    handle.wrappers.update(wrappers)
+    return handle
 
 
 class WrappedPipeline:
@@ -114,6 +116,76 @@ class WrappedPipeline:
     def __init__(self, pipe: Any, wrappers: Mapping[str, ClockworkWrapper]) -> None:
         self.pipe = pipe
         self.wrappers = dict(wrappers)
+        self._others: list[Any] = []
+
+    @property
+    def enabled(self) -> bool:
+        """Off: every UNet runs as if it were not wrapped, and what was cached is forgotten. May be set in every step."""
+        return any(wrapper.enabled for wrapper in self.wrappers.values())
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        for wrapper in self.wrappers.values():
+            wrapper.enabled = on
+
+    def schedulers(self) -> Iterator[Any]:
+        """Those whose times the UNets may be called with, as they are now."""
+        for pipe in (self.pipe, *self._others):
+            yield from _schedulers(pipe)
+
+    def follow(self, *pipes: Any) -> WrappedPipeline:
+        """Read the schedulers of other pipelines too that call the same UNets: image to image, inpainting, `from_pipe`.
+
+        Such pipelines run wrapped UNets as soon as those are wrapped; where they have schedulers of their own, this
+        tells their steps.
+
+        Args:
+            pipes: pipelines that share a wrapped UNet with this one.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            ArgumentError: one shares none.
+
+        Example:
+            >>> cw = wrap_pipeline(pipe, clock=2).follow(
+            ...     StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+            ... )  # doctest: +SKIP
+        """
+        wrapped = {id(wrapper.unet) for wrapper in self.wrappers.values()}
+        for pipe in pipes:
+            own = _unets(pipe)
+            if not wrapped & {id(unet) for unet in own.values()}:
+                raise ArgumentError(
+                    "a pipeline that is followed shares a wrapped UNet",
+                    seen={
+                        "pipeline": type(pipe).__name__,
+                        "its UNets": ", ".join(own) or "none",
+                        "wrapped": repr(self),
+                    },
+                    do="wrap it by itself: wrap_pipeline(other)",
+                )
+        self._others += [pipe for pipe in pipes if not any(pipe is one for one in (self.pipe, *self._others))]
+        return self
+
+    def compile(
+        self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None
+    ) -> WrappedPipeline:
+        """Run every UNet as two static graphs from now on; see `ClockworkWrapper.compile`.
+
+        Args:
+            mode, backend, options: as there.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            ArgumentError: what `ClockworkWrapper.compile` says.
+        """
+        for wrapper in self.wrappers.values():
+            wrapper.compile(mode, backend=backend, options=options)
+        return self
 
     def report(self) -> PipelineReport:
         """What ran in each UNet, what was saved, why each full pass was full."""
@@ -265,9 +337,19 @@ class SchedulerSteps:
     def _scheduler(self, time: torch.Tensor) -> Any:
         """The scheduler in whose list of times this one stands; the last one is looked at first."""
         last, schedulers = self._last, list(self._schedulers())  # another thread may exchange `_last`
-        if not (_listed(last, time) and any(last is scheduler for scheduler in schedulers)):
-            last = self._last = next((scheduler for scheduler in schedulers if _listed(scheduler, time)), None)
-        return last
+        if _listed(last, time) and any(last is scheduler for scheduler in schedulers):
+            return last
+        found = next((scheduler for scheduler in schedulers if _listed(scheduler, time)), None)
+        if found is None and _listed(last, time) and _one_evaluation(last):
+            return last  # exchanged in the middle of a run, whose loop goes on with the old one's times
+        self._last = found
+        return found
+
+
+def _one_evaluation(scheduler: Any) -> bool:
+    """Does it evaluate the UNet once a step, so that its state need not be asked?"""
+    several = hasattr(scheduler, "state_in_first_order") or hasattr(scheduler, "prk_timesteps")
+    return not (several or getattr(scheduler, "order_list", None))
 
 
 def begins_step(scheduler: Any) -> bool:

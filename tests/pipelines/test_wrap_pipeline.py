@@ -123,8 +123,8 @@ def test_aborted_runs_and_other_lengths_leave_nothing(pipe: Any) -> None:
         pipe.scheduler = before
 
 
-def test_a_scheduler_exchanged_in_the_middle_begins_a_trajectory(pipe: Any) -> None:
-    """The loop goes on with the old one's times, which are nobody's now: left to what they tell."""
+def test_a_run_goes_on_though_its_scheduler_is_exchanged_in_the_middle(pipe: Any) -> None:
+    """The loop goes on with the old one's times, which name its steps as before."""
     before = pipe.scheduler
 
     def swap(pipe: Any, step: int, t: Any, kwargs: Any) -> Any:
@@ -145,9 +145,61 @@ def test_a_scheduler_exchanged_in_the_middle_begins_a_trajectory(pipe: Any) -> N
         handle.remove()
         pipe.scheduler = before
         again = run(pipe)
-    assert "".join(seen) == "FAFFFA"  # within a list, the third call shows that it is walked along
+    assert "".join(seen) == "FAFAFA"
     with wrap_pipeline(pipe):
         assert torch.equal(run(pipe), again)
+
+
+# -- pipelines that share a UNet ----------------------------------------------------------------------------------
+
+
+def test_pipelines_that_share_the_unet_are_followed(pipe: Any) -> None:
+    """Image to image begins within its own scheduler's list, of a solver with two evaluations a step."""
+    other = parts.text_to_image(
+        "StableDiffusionImg2ImgPipeline", scheduler=parts.scheduler("HeunDiscreteScheduler", steps_offset=1)
+    )
+    other.unet = pipe.unet
+    options = {**EDIT, "image": parts.picture(size=16), "strength": 0.7}
+
+    def edit() -> Tensor:
+        made: Tensor = other(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
+        return made
+
+    passes = every(2, [2, 2, 2, 1])
+    expected, wanted = (
+        replay(pipe.unet, EXIT, passes, edit),
+        replay(pipe.unet, EXIT, every(2, [1] * 6), lambda: run(pipe)),
+    )
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)) as cw:
+        assert cw.follow(other) is cw.follow(other, pipe) is cw
+        for _ in range(2):
+            assert torch.equal(edit(), expected)
+            assert torch.equal(run(pipe), wanted)
+        assert set(cw.wrappers["unet"].stats.reasons) == {"first step", "scheduled"}
+        with pytest.raises(ch.ArgumentError, match="shares a wrapped UNet"):
+            cw.follow(parts.text_to_image())
+
+
+def test_on_and_off(pipe: Any) -> None:
+    plain = run(pipe)
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)) as cw:
+        clocked = run(pipe)
+        assert cw.enabled
+        cw.enabled = False
+        assert not cw.enabled
+        assert torch.equal(run(pipe), plain)
+        cw.enabled = True
+        assert torch.equal(run(pipe), clocked)
+
+
+def test_all_unets_are_compiled(pipe: Any) -> None:
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)) as cw:
+        eager = run(pipe)
+        assert cw.compile(backend="eager") is cw
+        assert torch.equal(run(pipe), eager)
+        assert torch.equal(run(pipe), eager)
+        with pytest.raises(ch.ArgumentError, match="a mode is one of"):
+            cw.compile("no such mode")
 
 
 # -- own loops ----------------------------------------------------------------------------------------------------
