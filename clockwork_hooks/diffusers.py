@@ -120,7 +120,7 @@ class WrappedPipeline:
 
     @property
     def enabled(self) -> bool:
-        """Off: every UNet runs as if it were not wrapped, and what was cached is forgotten. May be set in every step."""
+        """Off: every UNet runs as if it were not wrapped, and what was cached is forgotten. May be set at any step."""
         return any(wrapper.enabled for wrapper in self.wrappers.values())
 
     @enabled.setter
