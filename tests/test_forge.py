@@ -1,0 +1,161 @@
+"""The extension for Forge and A1111, called as these call it; on Forge's own UNet where FORGE_PATH names a checkout."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.comfyui import stand_in as comfy
+from tests.pipelines.oracle import every, replay
+from tests.snapshot import snapshot
+from tests.zoo.third_party import stand_ins
+
+SCRIPT = Path(__file__).parents[1] / "examples/forge/scripts/clockwork.py"
+CALLBACKS: list[Callable[[Any], None]] = []
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """The extension's script, in a web UI of which there is no more than it imports."""
+    names: dict[str, dict[str, Any]] = {
+        "gradio": {},
+        "modules": {"__path__": []},
+        "modules.scripts": {"Script": object, "AlwaysVisible": object()},
+        "modules.script_callbacks": {
+            "on_cfg_denoiser": CALLBACKS.append,
+            "remove_current_script_callbacks": CALLBACKS.clear,
+        },
+    }
+    with stand_ins(names):
+        spec = importlib.util.spec_from_file_location("examples_forge_clockwork", SCRIPT)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def forge_unet() -> tuple[nn.Module, str]:
+    """Forge's UNet, tiny, and the path of its exit; or a stand-in."""
+    folder = os.environ.get("FORGE_PATH")
+    if folder is None:
+        return comfy.UNet().eval().requires_grad_(False), "up"
+    sys.path[:0] = [path for path in (folder, f"{folder}/packages_3rdparty") if path not in sys.path]
+    argv, sys.argv = sys.argv, ["webui", "--always-cpu"]
+    try:
+        with stand_ins({"sentencepiece": {"SentencePieceProcessor": object}}):
+            unets = importlib.import_module("backend.nn.unet")
+    finally:
+        sys.argv = argv
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = unets.IntegratedUNet2DConditionModel(
+            in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1, 1], channel_mult=(1, 2), num_heads=4,
+            transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, context_dim=16,
+            use_spatial_transformer=True,
+        ).eval()  # fmt: skip
+        for parameter in unet.parameters():
+            parameter.requires_grad_(False).normal_(std=0.08 if parameter.ndim > 1 else 0.1)
+    return unet, "output_blocks.1.2.conv"
+
+
+class WebUI:
+    """What calls the script: a run of txt2img."""
+
+    def __init__(self, unet: nn.Module, script: Any, *, forge: bool) -> None:
+        inner = SimpleNamespace(diffusion_model=unet)
+        objects = SimpleNamespace(unet=SimpleNamespace(model=inner)) if forge else None
+        self.sd_model = SimpleNamespace(model=inner, forge_objects=objects)
+        self.unet, self.script = unet, script
+
+    @torch.no_grad()
+    def sample(self, function: Any, clock: int, start: float = 0.0, *, steps: int = 6, stop: int = -1) -> Tensor:
+        p = SimpleNamespace(sd_model=self.sd_model, steps=steps, sampler=SimpleNamespace(funcname=function.__name__))
+        self.script.process_before_every_sampling(p, clock, start, x=None, noise=None, c=None, uc=None)
+        sigmas = torch.cat([torch.logspace(1.16, -1.5, steps), torch.zeros(1)])
+        text, nothing = comfy.cond(1)[0][0], comfy.cond(2)[0][0]
+        count = itertools.count()
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            for callback in list(CALLBACKS):
+                callback(SimpleNamespace(sampling_step=0, total_sampling_steps=steps))
+            if next(count) == stop:
+                raise InterruptedError
+            told = {"cond_or_uncond": [1, 0], "sigmas": sigma.clone(), "cond_mark": torch.ones(2)}
+            both = self.unet(
+                torch.cat([x, x]) / (sigma**2 + 1).sqrt(), comfy.Sampling().timestep(sigma.expand(2)).float(),
+                context=torch.cat([nothing, text]), control=None, transformer_options=told,
+            )  # fmt: skip
+            noise = both[:1] + 5 * (both[1:] - both[:1])
+            return x - sigma * noise
+
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * sigmas[0]
+        made: Tensor = function(denoise, x, sigmas, lambda _: None)
+        self.script.postprocess(p, None, clock, start)
+        return made
+
+
+HEUN = [2, 2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("forge", [True, False])
+@pytest.mark.parametrize(
+    ("function", "evaluations"), [(comfy.sample_euler, [1] * 6), (comfy.sample_heun, HEUN), (comfy.sample_dpm_2, HEUN)]
+)
+def test_pictures_are_those_of_a_hook(script: Any, forge: bool, function: Any, evaluations: list[int]) -> None:
+    unet, exit = forge_unet()
+    webui = WebUI(unet, script.Clockwork(), forge=forge)
+    before, plain = snapshot(unet), webui.sample(function, 1)
+    wanted = replay(unet, exit, every(2, evaluations), lambda: webui.sample(function, 1))
+    assert not torch.equal(wanted, plain)
+    for _ in range(2):
+        assert torch.equal(webui.sample(function, 2), wanted)
+    assert snapshot(unet) == before
+    assert torch.equal(webui.sample(function, 1), plain)
+    assert CALLBACKS == []
+
+
+def test_the_second_slider(script: Any) -> None:
+    unet, exit = forge_unet()
+    webui = WebUI(unet, script.Clockwork(), forge=True)
+    run = lambda: webui.sample(comfy.sample_euler, 1)  # noqa: E731
+    wanted = replay(unet, exit, [(kind, 0) for kind in "FFFFAF"], run)
+    assert torch.equal(webui.sample(comfy.sample_euler, 2, 0.5), wanted)
+
+
+def test_a_run_that_is_given_up_leaves_the_next_one_alone(script: Any) -> None:
+    unet, _ = forge_unet()
+    webui = WebUI(unet, script.Clockwork(), forge=True)
+    wanted, plain = webui.sample(comfy.sample_euler, 2), webui.sample(comfy.sample_euler, 1)
+    with pytest.raises(InterruptedError):
+        webui.sample(comfy.sample_euler, 2, stop=3)
+    assert torch.equal(webui.sample(comfy.sample_euler, 1), plain)
+    assert torch.equal(webui.sample(comfy.sample_euler, 2), wanted)
+
+
+def test_a_model_without_a_region_is_sampled_in_full(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x: Tensor, timesteps: Any = None, context: Any = None, **_: Any) -> Tensor:
+            made: Tensor = self.two(self.one(x) + context.mean() + timesteps.mean() / 1000)
+            return made
+
+    webui = WebUI(Flat().eval(), script.Clockwork(), forge=False)
+    plain = webui.sample(comfy.sample_euler, 1)
+    assert torch.equal(webui.sample(comfy.sample_euler, 2), plain)
+    assert "Clockwork: every step is full" in capsys.readouterr().out
+    assert torch.equal(webui.sample(comfy.sample_euler, 2), plain)
