@@ -297,7 +297,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(sd15: ZooCase, tmp_path: Path, mon
     assert "library_name: clockwork_hooks" in (hub / "README.md").read_text(encoding="utf-8")
     asked = []
     fetch = lambda name, **options: asked.append((name, options)) or str(hub)  # noqa: E731
-    monkeypatch.setattr("clockwork_hooks.adaptors.saved.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     loaded = LearnedAdaptor.from_pretrained("someone/adaptor", revision="main")
     assert loaded.facts == FACTS
     assert all(map(torch.equal, loaded.state_dict().values(), adaptor.state_dict().values()))

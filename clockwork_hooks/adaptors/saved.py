@@ -14,8 +14,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
+import huggingface_hub
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import ModelCard
 from safetensors import SafetensorError, safe_open
@@ -196,7 +197,7 @@ def _folder(name: str | os.PathLike[str], **hub: Any) -> Path:
     try:
         if str(name).count("/") != 1:
             raise ValueError("a repository's id is user/name")
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **hub))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **hub))
     except (HFValidationError, OSError, ValueError) as error:  # not found, no network, offline: all of them OSErrors
         raise AdaptorError(
             f"{_WHAT}, or the id of such a repository on the Hugging Face Hub",

@@ -25,7 +25,7 @@ class State:
 
     Attributes:
         timeline: steps, branches and their features.
-        clock: reads the time input.
+        reader: reads the time input.
         running: the calls under way, innermost last; None for a call within a call.
         decided: where the schedule decides at run time, ((trajectory, step), why it is full or None) of the last step
             that was decided.
@@ -33,7 +33,7 @@ class State:
     """
 
     timeline: Timeline
-    clock: TimeReader = field(default_factory=TimeReader)
+    reader: TimeReader = field(default_factory=TimeReader)
     running: list[Any] = field(default_factory=list)
     decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
     thread: int = 0

@@ -111,7 +111,7 @@ class Captured(Compiled):
         self._state: Hashable = None
         self._weights: list[torch.Tensor] = []
         self._places: list[int] = []
-        self._looks: list[Any] = []
+        self._values: list[Any] = []
         self._storages: list[Any] = []
         self._freed: list[Any] = []
         self._watched = False
@@ -234,12 +234,14 @@ class Captured(Compiled):
     def _look(self) -> bool:
         """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
         roots = self._roots()
-        looks = [part for root in roots for part in _looks(root)]
+        values = [part for root in roots for part in _values(root)]
         for clocked in self.engine.chain:
-            looks += [] if clocked.adaptor in roots else getattr(clocked.adaptor, "__dict__", {}).values()
+            values += [] if clocked.adaptor in roots else getattr(clocked.adaptor, "__dict__", {}).values()
         weights = [tensor for root in roots for tensor in _weights(root)]
         places = [tensor.data_ptr() for tensor in weights]
-        same = places == self._places and len(looks) == len(self._looks) and all(map(operator.is_, looks, self._looks))
+        same = (
+            places == self._places and len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+        )
         if not same and self._graphs:
             torch.cuda.current_stream(weights[0].device).synchronize()  # one may be running, on what it was made from
             self._graphs.clear()
@@ -250,7 +252,7 @@ class Captured(Compiled):
             dropped = True
         else:
             dropped = False
-        self._weights, self._places, self._looks = weights, places, looks
+        self._weights, self._places, self._values = weights, places, values
         if not (same and self._watched) or self._freed:
             self._watch()
         return dropped
@@ -278,7 +280,7 @@ def _weights(root: nn.Module) -> list[torch.Tensor]:
     return [*root.parameters(), *root.buffers()]
 
 
-def _looks(root: nn.Module) -> list[Any]:
+def _values(root: nn.Module) -> list[Any]:
     """Whatever a module's Python could decide by: its attributes, and what its lists and dictionaries hold."""
     values: list[Any] = []
     for module in root.modules():

@@ -306,7 +306,7 @@ class Engine:
         values = [leaves[k] for k in conditions]
         # of declared steps the time does not matter but to what may be the time in another form
         asked = at is not None and (not timeline.declared or timeline.opened or timeline.may_have_forms(values))
-        number, entry = state.clock.read(time) if asked else (None, None)
+        number, entry = state.reader.read(time) if asked else (None, None)
         place = timeline.at(
             number,
             entry,

@@ -61,17 +61,13 @@ def inputs(
 
 def call(adaptor: Adaptor, arguments: AdaptorInputs) -> Any:
     """Call the adaptor with what it takes: the four of `Adaptor`, and what its `needs` name."""
-    more = {name: getattr(arguments, name) for name in needs_of(adaptor)}
-    return adaptor(arguments.entry, arguments.exit_cached, time=arguments.time, text=arguments.text, **more)
+    return adaptor(arguments.entry, arguments.exit_cached, **_keywords(adaptor, arguments))
 
 
 def count_and_call(adaptor: Adaptor, arguments: AdaptorInputs) -> tuple[Any, int]:
     """`call`, recorded: also the MACs that the adaptor took."""
     module = adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
-    options = {"time": arguments.time, "text": arguments.text} | {
-        name: getattr(arguments, name) for name in needs_of(adaptor)
-    }
-    with recording(module, (arguments.entry, arguments.exit_cached), options) as recorder:
+    with recording(module, (arguments.entry, arguments.exit_cached), _keywords(adaptor, arguments)) as recorder:
         exit = call(module, arguments)
     return exit, sum(map(node_macs, recorder.bindings.nodes))
 
@@ -213,6 +209,10 @@ def scalar(value: Any, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(-1)[0].to(device, torch.float32)
     return torch.full((), float(value), device=device)  # a kernel: nothing to wait for
+
+
+def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("time", "text", *needs_of(adaptor))}
 
 
 class _Function(nn.Module):

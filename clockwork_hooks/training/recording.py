@@ -309,7 +309,7 @@ class TrajectoryRecorder:
 
     def _time(self, call: UNetCall) -> float | None:
         """The call's time as a number; None where it has none, or several."""
-        return None if call.time is None else self.engine.states.current().clock.read(call.time)[0]
+        return None if call.time is None else self.engine.states.current().reader.read(call.time)[0]
 
     def _with_sample(
         self, call: UNetCall, replace: Callable[[float], Tensor]
