@@ -25,6 +25,12 @@ def build():
     return unet, sampler(unet), [1]
 
 
+def build_two():
+    """With a batch to calibrate on, and one to judge on."""
+    unet = made()
+    return unet, sampler(unet), [1, 1]
+
+
 def run(capsys, *words):
     code = main(list(words))
     captured = capsys.readouterr()
@@ -63,6 +69,43 @@ def test_a_factory_is_analysed(capsys, tmp_path, words, files):
             with cw.trajectory():  # its times are plain numbers
                 generate(conditions[0], 0)
         assert cw.stats.trajectories[-1].adaptor_passes == len(data["chosen"]["steps"])
+
+
+def test_a_sampler_is_tuned(capsys, tmp_path):
+    """The folder is all that `wrap` needs: region, adaptor and steps."""
+    out = tmp_path / "tuned"
+    code, printed, err = run(capsys, "tune", "tests.test_analysis_cli:build_two", "--saving", "0.2", "--out", str(out))
+    assert code == 0, err
+    assert "(chosen)" in printed
+    assert f'wrap(unet, "{out}")' in err
+    data = json.loads((out / "tuning.json").read_text(encoding="utf-8"))
+    follows_its_schema(data)
+    unet, generate, conditions = build_two()
+    with wrap(unet, out) as cw, cw.trajectory(), torch.no_grad():
+        generate(conditions[0], 0)
+        generate(conditions[0], 0)
+    assert cw.schedule.adaptor_steps(data["steps"]) == tuple(data["chosen"]["steps"])
+
+
+def test_an_interrupt_says_what_is_kept(capsys, tmp_path, monkeypatch):
+    from clockwork_hooks.analysis import tuning
+
+    measured = tuning._Tuner.tried
+    count = iter(range(100))
+
+    def tried(self, *args):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return measured(self, *args)
+
+    monkeypatch.setattr(tuning._Tuner, "tried", tried)
+    out = tmp_path / "tuned"
+    words = ["tests.test_analysis_cli:build_two", "--saving", "0.2", "--out", str(out)]
+    code, _, err = run(capsys, "tune", *words)
+    assert code == 130
+    assert "no adaptor yet" in err
+    assert f"The 2 schedules that were tried are in {out / 'trials.json'}" in err
+    assert len(json.loads((out / "trials.json").read_text())) == 2
 
 
 def test_the_demo_model_is_the_default(capsys, tmp_path):

@@ -175,7 +175,7 @@ def test_arguments_in_errors_are_written_as_options(name, value, option):
     assert as_option(name, value) == option
 
 
-@pytest.mark.parametrize("words", [["flops", "ddpm-cifar10"], ["plan"], ["demo"], ["distill", "demo"]])
+@pytest.mark.parametrize("words", [["flops", "ddpm-cifar10"], ["plan"], ["demo"], ["tune"], ["distill", "demo"]])
 def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, tmp_path, words):
     (tmp_path / "taken").write_text("")
     for out in (tmp_path / "taken", tmp_path / "taken" / "new"):

@@ -6,12 +6,13 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from clockwork_hooks._numbers import percent
@@ -34,12 +35,13 @@ from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
+    from rich.progress import TaskID
 
 __all__ = ["Trial", "Tuning", "spaced", "tune"]
 
 _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
+QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
 
 
@@ -169,6 +171,7 @@ def tune(
     log_snr: Any = None,
     regions: Sequence[Region] | None = None,
     folder: str | Path | None = None,
+    on_trial: Callable[[Trial], object] | None = None,
     console: Console | None = None,
 ) -> ClockworkWrapper:
     """Calibrate, choose the steps, and wrap: `cw = ch.tune(pipe, prompts, saving=0.4)`.
@@ -188,6 +191,7 @@ def tune(
         log_snr: as in `calibrate`; of a pipeline, its scheduler.
         regions: to try; None for the default one and the widest.
         folder: where the result is kept, and looked for.
+        on_trial: called with every trial as it ends, for who wants to see them before the last one.
         console: where the progress bar goes; None for standard error.
 
     Returns:
@@ -235,7 +239,7 @@ def tune(
         adaptor.tuning = tuning
         region = choose(first_call(unet, generate, batches[0], 0), unet, **adaptor.region_options)
         return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
-    tuner = _Tuner(unet, generate, batches, guidance, log_snr)
+    tuner = _Tuner(unet, generate, batches, guidance, log_snr, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
     before = tuner.pictures(shown or generate)
     cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
@@ -255,21 +259,35 @@ class _Tuner:
     """Calibrates on most batches, judges on the others."""
 
     def __init__(
-        self, unet: nn.Module, generate: Generate, batches: list[Any], guidance: float | None, log_snr: Any
+        self,
+        unet: nn.Module,
+        generate: Generate,
+        batches: list[Any],
+        guidance: float | None,
+        log_snr: Any,
+        on_trial: Callable[[Trial], object],
     ) -> None:
+        self.on_trial = on_trial
         held = max(len(batches) // _HELD_OUT, 1)
         self.unet, self.generate, self.fitted = unet, generate, batches[:-held]
         self.options = {"guidance": guidance, "log_snr": log_snr}
         self.runs = Runs(unet, generate, [(batch, 1) for batch in batches[-held:]])
 
-    def calibrated(self, region: Region, steps: Sequence[int] | None, console: Any) -> CalibratedAdaptor:
+    def calibrated(
+        self, region: Region, steps: Sequence[int] | None, bar: ProgressBar, task: TaskID
+    ) -> CalibratedAdaptor:
         """For these steps; None for all."""
         seeds = iter(range(2, 1 << 30))
         schedule = None if steps is None else Schedule.at(steps)
+
+        def generate(batch: Any) -> Tensor:
+            made = self.generate(batch, next(seeds))
+            bar.advance(task)
+            return made
+
         return calibrate(
-            self.unet, lambda batch: self.generate(batch, next(seeds)), self.fitted, region=region, schedule=schedule,
-            console=console, **self.options,
-        )  # fmt: skip
+            self.unet, generate, self.fitted, region=region, schedule=schedule, console=QUIET, **self.options
+        )
 
     def tried(self, region: Region, rule: str, steps: tuple[int, ...], adaptor: CalibratedAdaptor | None) -> Trial:
         """Run it on what is held out."""
@@ -277,7 +295,9 @@ class _Tuner:
         candidate = Candidate(name, region, adaptor or IdentityAdaptor(), adaptor)
         outcome: Outcome = self.runs.outcome(candidate, Schedule.at(steps))
         kind = "identity" if adaptor is None else str(adaptor.facts["kind"])
-        return Trial(name, rule, steps, outcome.saved, outcome.error, kind)
+        trial = Trial(name, rule, steps, outcome.saved, outcome.error, kind)
+        self.on_trial(trial)
+        return trial
 
     @torch.no_grad()
     def pictures(self, generate: Generate) -> Tensor | None:
@@ -295,15 +315,22 @@ class _Tuner:
         known = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
         trials: list[tuple[Trial, Region]] = []
         with ProgressBar(console) as bar:
+            regions = list(dict.fromkeys(known))
             task = bar.add_task("tune", total=None)
-            for region in dict.fromkeys(known):
+            calibrating = max(len(self.fitted), 1)  # a batch is one run of the sampler, whatever it is for
+            for k, region in enumerate(regions):
                 bar.update(task, description=f"calibrate {region_name(region)}")
-                adaptor = self.calibrated(region, None, console)
+                adaptor = self.calibrated(region, None, bar, task)
                 count = int(adaptor.facts["steps"])
                 own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
-                for rule, steps in spaced(count, saving, region.macs_share - own):
+                rules = spaced(count, saving, region.macs_share - own)
+                if k == 0:
+                    trying = len(regions) * len(rules) + 2
+                    bar.update(task, total=(len(regions) + 2) * calibrating + trying * len(self.runs.runs))
+                for rule, steps in rules:
                     bar.update(task, description=f"try {rule}")
                     trials.append((self.tried(region, rule, steps, adaptor), region))
+                    bar.advance(task, len(self.runs.runs))
             trials = [(one, region) for one, region in trials if one.saved >= saving]
             if not trials:
                 most = max(region.macs_share for region in known)
@@ -314,7 +341,7 @@ class _Tuner:
                 )
             best, region = min(trials, key=lambda pair: pair[0].error)
             bar.update(task, description="calibrate for these steps")
-            adaptor = self.calibrated(region, best.steps, console)
+            adaptor = self.calibrated(region, best.steps, bar, task)
             last = self.tried(region, f"{best.rule}, calibrated for it", best.steps, adaptor)
             identity = self.tried(region, best.rule, best.steps, None)
         everything = (*(one for one, _ in trials), last)

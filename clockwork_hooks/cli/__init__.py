@@ -18,6 +18,7 @@ from clockwork_hooks.cli import (  # each registers its commands
     flops,
     play,
     regions,
+    tune,
 )
 from clockwork_hooks.cli.app import app
 from clockwork_hooks.cli.options import as_option
@@ -35,6 +36,7 @@ __all__ = [
     "main",
     "play",
     "regions",
+    "tune",
 ]
 
 ORDER = (
@@ -47,6 +49,7 @@ ORDER = (
     "perturb",
     "drift",
     "plan",
+    "tune",
     "distill",
     "doctor",
     "explain",

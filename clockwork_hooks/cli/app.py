@@ -38,6 +38,7 @@ app = typer.Typer(
         "flops sd15 --guidance   (MACs and FLOPs, by level, operator and module)",
         "regions sdxl   (what can be skipped)",
         "bench my_package.unet:build --out bench.html   (time and MACs on this machine)",
+        "tune --saving 0.4   (an adaptor without training, and its steps)",
         "plan my_package.sampler:build --max-error 0.05   (which steps may use the adaptor)",
         "distill examples/distill_demo.toml   (train an adaptor)",
         "--install-completion   (completion in your shell)",
