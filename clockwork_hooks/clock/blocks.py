@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from asyncio import _get_running_loop
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -78,8 +77,10 @@ class Blocks:
 
 def current_task() -> Any:
     """The asyncio task that runs in this thread."""
-    loop = _get_running_loop()  # `current_task` alone raises where there is none, which takes microseconds
-    return None if loop is None else asyncio.current_task(loop)
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop is running
+        return None
 
 
 def _function(frame: FrameType) -> FrameType:

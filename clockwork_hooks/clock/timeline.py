@@ -26,9 +26,9 @@ from clockwork_hooks.clock.times import Place
 __all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
 
 
-@dataclass(slots=True)  # frozen would take microseconds at every call
+@dataclass(slots=True)  # frozen would take 1 µs more at every call, of some 300
 class Kept:
-    """What the region emitted in a call; never changed.
+    """What the region emitted in a call; never changed once it is kept.
 
     Attributes:
         key: input signature and modes of the call.

@@ -153,7 +153,7 @@ class Signature:
         full_macs: of a full pass.
         time, sample: paths of these inputs.
         regions: widest first; empty where these inputs have none, and `why` says so.
-        key: one object for all its calls, so that comparing two takes no time.
+        key: one object for all its calls: comparing two is one `is`.
         written: which tensors among the arguments, in the order of `Before`, such calls write to.
         proved: has an adaptor pass run to its end, so that those are known?
         differed: so many passes, one after another, called their modules in another way than the recorded ones.

@@ -78,8 +78,8 @@ class Drawing:
     shapes: list[Box | Line | Word] = field(default_factory=list)
 
 
-def svg(page: Drawing) -> str:
-    """The page as SVG text; colours follow the reader's light or dark mode."""
+def svg(drawing: Drawing) -> str:
+    """The drawing as SVG text; colours follow the reader's light or dark mode."""
     rules = [
         [f".{kind}{{fill:{pair[mode][0]};stroke:{pair[mode][1]}}}" for kind, pair in COLOURS.items()] for mode in (0, 1)
     ]
@@ -88,65 +88,65 @@ def svg(page: Drawing) -> str:
         + f"@media screen and (prefers-color-scheme:dark){{.ch-u{{background:{PAPER[1]}}}"
         + "".join(f".ch-u {r}" for r in rules[1]) + "}"
     )  # fmt: skip
-    body = "\n".join(map(_svg_of, page.shapes))
+    body = "\n".join(map(_svg_of, drawing.shapes))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="ch-u" viewBox="0 0 {WIDTH:g} {page.height:g}" role="img" '
-        f'width="100%" style="max-width:{WIDTH:g}px">\n<title>{escape(page.title)}</title>\n<style>{style}</style>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="ch-u" viewBox="0 0 {WIDTH:g} {drawing.height:g}" role="img" '
+        f'width="100%" style="max-width:{WIDTH:g}px">\n<title>{escape(drawing.title)}</title>\n<style>{style}</style>\n'
         '<defs><marker id="ch-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path class="flow" d="M0 0L8 4L0 8" /></marker></defs>\n'
         f"{body}\n</svg>\n"
     )
 
 
-def _svg_of(shape: Box | Line | Word) -> str:
-    if isinstance(shape, Box):
-        title = f"<title>{escape(shape.title)}</title>" if shape.title else ""
+def _svg_of(item: Box | Line | Word) -> str:
+    if isinstance(item, Box):
+        title = f"<title>{escape(item.title)}</title>" if item.title else ""
         return (
-            f'<rect class="{shape.kind}" x="{shape.x:.1f}" y="{shape.y:.1f}" width="{shape.width:.1f}" '
-            f'height="{shape.height:.1f}" rx="3">{title}</rect>'
+            f'<rect class="{item.kind}" x="{item.x:.1f}" y="{item.y:.1f}" width="{item.width:.1f}" '
+            f'height="{item.height:.1f}" rx="3">{title}</rect>'
         )
-    if isinstance(shape, Line):
-        points = [f"{x:.1f} {y:.1f}" for x, y in shape.points]
+    if isinstance(item, Line):
+        points = [f"{x:.1f} {y:.1f}" for x, y in item.points]
         path = f"M{points[0]}Q{points[1]} {points[2]}" if len(points) == 3 else f"M{'L'.join(points)}"
-        arrow = ' marker-end="url(#ch-arrow)"' if shape.arrow else ""
-        return f'<path class="{shape.kind}" d="{path}"{arrow} />'
-    bold = ' font-weight="600"' if shape.bold else ""
-    turn = f' transform="rotate(-90 {shape.x:.1f} {shape.y:.1f})"' if shape.upright else ""
+        arrow = ' marker-end="url(#ch-arrow)"' if item.arrow else ""
+        return f'<path class="{item.kind}" d="{path}"{arrow} />'
+    bold = ' font-weight="600"' if item.bold else ""
+    turn = f' transform="rotate(-90 {item.x:.1f} {item.y:.1f})"' if item.upright else ""
     return (
-        f'<text class="{shape.kind}" x="{shape.x:.1f}" y="{shape.y:.1f}" text-anchor="{shape.anchor}" '
-        f'font-size="{shape.size:g}"{bold}{turn}>{escape(shape.text)}</text>'
+        f'<text class="{item.kind}" x="{item.x:.1f}" y="{item.y:.1f}" text-anchor="{item.anchor}" '
+        f'font-size="{item.size:g}"{bold}{turn}>{escape(item.text)}</text>'
     )
 
 
-def save(page: Drawing, path: str | Path) -> None:
-    """Write the page to an .svg or a .png file.
+def save(drawing: Drawing, path: str | Path) -> None:
+    """Write the drawing to an .svg or a .png file.
 
     Raises:
         ArgumentError: another ending, or a PNG where matplotlib is missing.
     """
     target = Path(path)
     if target.suffix == ".svg":
-        target.write_text(svg(page), encoding="utf-8")
+        target.write_text(svg(drawing), encoding="utf-8")
     elif target.suffix == ".png":
-        _png(page, target)
+        _png(drawing, target)
     else:
         raise ArgumentError(
             "a diagram is written as SVG or PNG", seen={"file": target}, do="end the name with .svg or .png"
         )
 
 
-def _png(page: Drawing, target: Path) -> None:
+def _png(drawing: Drawing, target: Path) -> None:
     need("a diagram's PNG is drawn by matplotlib, its SVG needs none", "matplotlib", install="clockwork-hooks[plot]")
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, Rectangle
     from matplotlib.path import Path as Curve
 
-    figure = Figure(figsize=(WIDTH / 96, page.height / 96), dpi=192)
+    figure = Figure(figsize=(WIDTH / 96, drawing.height / 96), dpi=192)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(page.height, 0))
+    axes.set(xlim=(0, WIDTH), ylim=(drawing.height, 0))
     axes.axis("off")
     aligned: dict[str, Any] = {"start": "left", "middle": "center", "end": "right"}
-    for item in page.shapes:
+    for item in drawing.shapes:
         fill, line = COLOURS[item.kind][0]
         if isinstance(item, Box):
             look = {"facecolor": fill, "edgecolor": line, "linewidth": 0.8}
@@ -265,16 +265,16 @@ class Diagram:
 
 def draw(diagram: Diagram) -> Drawing:
     """Lay out the U: a row for each level, the way down on the left, the way up on the right."""
-    page = Drawing(f"{diagram.model} as a U: blocks sized by MACs, the region that adaptor passes skip shaded")
+    drawing = Drawing(f"{diagram.model} as a U: blocks sized by MACs, the region that adaptor passes skip shaded")
     places = _place(diagram)
-    page.height = TOP + len(diagram.levels) * (ROW + GAP) + 62
-    page.shapes += _shade(diagram, places)
+    drawing.height = TOP + len(diagram.levels) * (ROW + GAP) + 62
+    drawing.shapes += _shade(diagram, places)
     lines = [*_flow(diagram, places), *_arcs(diagram, places)]
-    page.shapes += lines
-    page.shapes += _boxes(diagram, places)
-    page.shapes += _marks(diagram, places, lines)
-    page.shapes += _words(diagram, page.height)
-    return page
+    drawing.shapes += lines
+    drawing.shapes += _boxes(diagram, places)
+    drawing.shapes += _marks(diagram, places, lines)
+    drawing.shapes += _words(diagram, drawing.height)
+    return drawing
 
 
 def _row(level: int) -> float:
