@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import clockwork_hooks as ch
@@ -154,6 +156,246 @@ def test_samplers_of_k_diffusion_that_declare(name: str) -> None:
 
             getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
             assert loop.judge.made == 3 * "FFAA" + "FFA"
+
+
+# what each step's evaluations are at clock 2, in the sampler's own words: the last step goes to sigma 0
+BY_NAME = {
+    "sample_euler": "F A F A F A F A",
+    "sample_heun": "FF AA FF AA FF AA FF A",
+    "sample_dpm_2": "FF AA FF AA FF AA FF A",
+    "sample_dpm_2_ancestral": "FF AA FF AA FF AA FF A",
+    "sample_lms": "F A F A F A F A",
+    "sample_dpmpp_2s_ancestral": "FF AA FF AA FF AA FF A",
+    "sample_dpmpp_sde": "FF AA FF AA FF AA FF A",
+    "sample_dpmpp_2m": "F A F A F A F A",
+    "sample_dpmpp_2m_sde": "F A F A F A F A",
+    "sample_dpmpp_3m_sde": "F A F A F A F A",
+    "sample_dpm_fast": "FFF AAA FF",
+}
+
+
+class Counted:
+    """A UNet's calls, judged by the sampler's own steps: each evaluation is told which step it is of."""
+
+    def __init__(self, steps: tuple[int, ...], branches: int) -> None:
+        self.judge, self.branches = Judge(Tiny()), branches
+        self.cw = ch.wrap(self.judge.unet)
+        self.of = [step for step, count in enumerate(steps) for _ in range(count)]
+        self.conditions = [torch.randn(1, 3), torch.randn(1, 3)][:branches]
+        self.evaluation = -1
+
+    def begin(self) -> None:
+        self.judge.begin()
+        self.judge.made, self.evaluation = "", -1
+
+    def __call__(self, sample: Tensor, time: Any) -> Tensor:
+        self.evaluation += 1
+        step = self.of[self.evaluation]
+        calls = [self.judge.call(sample, time, c, step=step, branch=k) for k, c in enumerate(self.conditions)]
+        return sum(calls)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("churn", [0.0, 3.0])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_sampler_by_its_name(name: str, branches: int, churn: float) -> None:
+    """k-diffusion's own code, twice in one block: `cw.sampler(name, sigmas)` knows its steps."""
+    sampling, passes = k_sampling(), BY_NAME[name]
+    counted = Counted(tuple(map(len, passes.split())), branches)
+    sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
+    options: dict[str, Any] = {"s_churn": churn} if name in ("sample_heun", "sample_dpm_2") else {}
+    if churn and not options:
+        pytest.skip("it has no churn")
+    denoise = lambda x, sigma: x - sigma[:, None, None, None] * counted(x, sigma).tanh()  # noqa: E731
+    with counted.cw as cw, cw.sampler(name, sigmas):
+        for _ in range(2):
+            counted.begin()
+            x = torch.randn(2, 2, 8, 8) * sigmas[0]
+            if name == "sample_dpm_fast":
+                sampling.sample_dpm_fast(denoise, x, 0.03, 14.6, 8, disable=True)
+            else:
+                getattr(sampling, name)(denoise, x, sigmas, disable=True, **options)
+            assert counted.judge.made == "".join(letter * branches for letter in passes.replace(" ", ""))
+
+
+def comfy_heun_plus(counted: Counted, sigmas: Tensor) -> None:
+    """Times as ComfyUI's heunpp2 and seeds_3 take them."""
+    for k in range(len(sigmas) - 1):
+        rest = len(sigmas) - 1 - k
+        for j in range(min(rest, 3)):
+            counted(torch.randn(1, 2, 8, 8), sigmas[k + j] * torch.ones(1))
+
+
+def comfy_seeds(counted: Counted, sigmas: Tensor) -> None:
+    for now, then in itertools.pairwise(sigmas):
+        for part in (0.0, 1 / 3, 2 / 3)[: 3 if then else 1]:
+            counted(torch.randn(1, 2, 8, 8), now + part * (then - now) * torch.ones(1))
+
+
+def nvlabs(counted: Counted, sigmas: Tensor) -> None:
+    """EDM's sampler with churn: the first time of a step is computed, the second is an entry of the list."""
+    for now, then in itertools.pairwise(sigmas):
+        counted(torch.randn(1, 2, 8, 8), torch.as_tensor(now + 0.2 * now))
+        if then:
+            counted(torch.randn(1, 2, 8, 8), then)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "run", "passes"),
+    [
+        ("heunpp2", comfy_heun_plus, "FFF AAA FFF AA F"),
+        ("seeds_3", comfy_seeds, "FFF AAA FFF AAA F"),
+        ("edm", nvlabs, "FF AA FF AA F"),
+        ("karras_ve", nvlabs, "FF AA FF AA F"),
+    ],
+)
+@pytest.mark.parametrize("branches", [1, 2])
+def test_steps_of_other_samplers(name: str, run: Callable[..., None], passes: str, branches: int) -> None:
+    counted = Counted(tuple(map(len, passes.split())), branches)
+    sigmas = torch.tensor([14.0, 9.0, 5.0, 2.0, 0.4, 0.0])
+    with counted.cw as cw, cw.sampler(name, sigmas):
+        run(counted, sigmas)
+    assert counted.judge.made == "".join(letter * branches for letter in passes.replace(" ", ""))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "passes"), [("midpoint", "FF AA FF AA"), ("rk4", "FFFF AAAA FFFF AAAA")])
+def test_steps_of_torchdiffeq(method: str, passes: str) -> None:
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    counted, times = Counted(tuple(map(len, passes.split())), 1), torch.linspace(1, 0, 5)
+    with counted.cw as cw, cw.sampler(method, times):
+        torchdiffeq.odeint(lambda t, x: counted(x, t).tanh(), torch.randn(1, 2, 8, 8), times, method=method)
+    assert counted.judge.made == passes.replace(" ", "")
+
+
+ORDERS = st.sampled_from([[0, 1], [0, 1], [0, 1], [0]])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(orders=st.lists(ORDERS, min_size=16, max_size=16), shared=st.booleans())
+def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], shared: bool) -> None:
+    """Heun's evaluations share their times: where calls cannot be counted, nothing is taken for another step's.
+
+    The branch without the prompt comes and goes, as within a guidance interval; the order stays.
+    """
+    random, counted = torch.Generator().manual_seed(0), Counted((2,) * 8, 2)
+    sigmas = torch.linspace(14, 1, 9)
+    with counted.cw as cw, cw.sampler("heun", sigmas):
+        for k in range(8):
+            for j in range(2):
+                sigma = sigmas[k + j] + (0 if shared else 0.1 * j)
+                for branch in orders[2 * k + j]:
+                    x = torch.randn(1, 2, 8, 8, generator=random)
+                    counted.judge.call(x, sigma.clone(), counted.conditions[branch], step=k, branch=branch)
+    event(f"adaptor passes: {counted.judge.made.count('A')}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "edm"])
+def test_times_that_run_up_and_down_are_told_what_to_write(name: str) -> None:
+    sampling, unet = k_sampling(), Tiny()
+    sigmas = karras(8).float() if name == "edm" else sampling.get_sigmas_karras(8, 0.03, 14.6)
+    denoise = lambda x, sigma: x - sigma[:, None, None, None] * unet(x, sigma).tanh()  # noqa: E731
+
+    def churn() -> None:
+        for sigma in (sigma for k in range(8) for sigma in (sigmas[k] * 1.2, sigmas[k + 1])):
+            unet(torch.randn(2, 2, 8, 8), sigma)
+
+    run = getattr(sampling, f"sample_{name}", None)
+    x = torch.randn(2, 2, 8, 8) * 14
+    with ch.wrap(unet), pytest.warns(ch.NoEffectWarning, match="cw.sampler"):
+        churn() if run is None else run(denoise, x, sigmas, disable=True)
+
+
+@pytest.mark.parametrize(("name", "sigmas", "error"), [("dpmp_sde", [2, 1], "dpmpp_sde"), ("euler", [1], "next")])
+def test_a_sampler_that_nobody_knows(name: str, sigmas: list[int], error: str) -> None:
+    with ch.wrap(Tiny()) as cw, pytest.raises(ch.ArgumentError, match=error):
+        cw.sampler(name, sigmas)
+
+
+# -- times partly entries of a list and partly computed -----------------------------------------------------------
+
+
+def edm_times(sigmas: Tensor, k: int) -> list[Tensor]:
+    """NVlabs' sampler without churn: its first time of a step is computed nevertheless."""
+    return [torch.as_tensor(sigmas[k] + 0 * sigmas[k]), sigmas[k + 1]]
+
+
+def midpoint_times(sigmas: Tensor, k: int) -> list[Tensor]:
+    return [sigmas[k], sigmas[k] + (sigmas[k + 1] - sigmas[k]) / 2]
+
+
+def rk4_times(sigmas: Tensor, k: int) -> list[Tensor]:
+    """Torchdiffeq's rule of 3/8."""
+    now, then = sigmas[k], sigmas[k + 1]
+    return [now, now + (then - now) / 3, now + (then - now) * 2 / 3, then]
+
+
+MIXED = {one.__name__: one for one in (edm_times, midpoint_times, rk4_times)}
+
+
+def karras(steps: int) -> Tensor:
+    return torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
+@pytest.mark.parametrize(
+    ("times", "shares"), [("edm_times", (0.33, 0.4)), ("midpoint_times", (0.35, 0.45)), ("rk4_times", (0.2, 0.25))]
+)
+def test_times_partly_in_a_list(times: str, shares: tuple[float, float], within: bool) -> None:
+    loop = Loop(declared=False, within=within)
+    with loop.cw:
+        for _ in range(2):
+            loop.restart()
+            sigmas = karras(18)
+            with loop.run():
+                for time in (time for k in range(18) for time in MIXED[times](sigmas, k)):
+                    loop(torch.randn(1, 2, 8, 8), time)
+            assert loop.judge.share >= shares[within], loop.judge.made
+
+
+RUNS = st.tuples(st.sampled_from(sorted(MIXED)), st.integers(0, 12), st.integers(6, 26), st.integers(1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(runs=st.lists(RUNS, min_size=1, max_size=4), alone=st.sampled_from([None, 0.31, 0.9]))
+def test_mixed_runs_that_are_given_up(runs: list[Any], alone: float | None) -> None:
+    """Each is given up somewhere, and the next begins where it did not stop; between them may be a single call."""
+    random, loop, sigmas = torch.Generator().manual_seed(0), Loop(declared=False), karras(18)
+    conditions, at = [torch.randn(1, 3), torch.randn(1, 3)], -1.0
+
+    def call(time: Tensor, branches: int) -> None:
+        value = float(time)
+        if value != loop.last:
+            loop.step, loop.last = loop.step + 1, value
+        for branch in range(branches):
+            x = torch.randn(1, 2, 8, 8, generator=random)
+            loop.judge.call(x, time, conditions[branch], step=loop.step, branch=branch)
+
+    with loop.cw:
+        for kind, first, calls, branches in runs:
+            times = [time for k in range(first, 18) for time in MIXED[kind](sigmas, k)]
+            if at >= 0 and float(times[0]) <= at:  # it would go on just where the last one stopped
+                continue
+            loop.judge.begin()
+            for time in times[:calls]:
+                call(time, branches)
+            at = float(times[:calls][-1])
+            if alone is not None:
+                loop.judge.begin()
+                loop.last = None
+                call(torch.tensor(at * alone, dtype=torch.float64), 1)
+                at *= alone
+            loop.last = None
+    event(f"adaptor passes: {min(loop.judge.made.count('A'), 10)}")
 
 
 # -- samplers written by hand -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from threading import get_ident
 from typing import Any
 
 from clockwork_hooks.clock.blocks import Block, Blocks, current_task
+from clockwork_hooks.clock.samplers import SamplerSteps
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import TimeReader
 
@@ -30,6 +31,7 @@ class State:
         decided: where the schedule decides at run time, ((trajectory, step), why it is full or None) of the last step
             that was decided.
         thread: which one used it last.
+        sampler: tells which calls begin a step, where the loop's sampler is declared.
     """
 
     timeline: Timeline
@@ -37,6 +39,7 @@ class State:
     running: list[Any] = field(default_factory=list)
     decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
     thread: int = 0
+    sampler: SamplerSteps | None = None
 
 
 class _Local(threading.local):
@@ -152,10 +155,19 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         name: blocks of one name that are open at the same time are of the same run; None for a run of its own.
         unet: what `__call__` calls.
         steps: of the run; None where that is not known.
+        sampler: tells which calls begin a step; None where times or declarations do.
     """
 
-    def __init__(self, states: States, name: str | None, unet: Callable[..., Any], steps: int | None = None) -> None:
+    def __init__(
+        self,
+        states: States,
+        name: str | None,
+        unet: Callable[..., Any],
+        steps: int | None = None,
+        sampler: SamplerSteps | None = None,
+    ) -> None:
         self.name, self.steps, self._states, self._unet = name, steps, states, unet
+        self._sampler = sampler
         self._state: State | None = None
         self._block: Block | None = None
 
@@ -184,7 +196,9 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
         self._block = self._state = None
 
     def _begun(self) -> State:
-        self._state = self._state or self._states.of_trajectory(self.name, self.steps)
+        if self._state is None:
+            self._state = self._states.of_trajectory(self.name, self.steps)
+            self._state.sampler = self._sampler or self._state.sampler
         return self._state
 
 

@@ -77,7 +77,8 @@ REASONS: dict[str, tuple[str, str]] = {
     EVIDENCE: (
         "plain times are believed after three equal strides, or five that follow a trend, and entries in the middle of "
         "a list after two: before that they may be drawn at random, as in score distillation",
-        "`with cw.trajectory():` around each run; or take its times from one tensor, `for t in timesteps`",
+        "`with cw.trajectory():` around each run; or take its times from one tensor, `for t in timesteps`; for a "
+        'sampler that evaluates between its steps, `with cw.sampler("dpm_2_ancestral", sigmas):` with its own name',
     ),
     STRIDE: (
         "plain times came at one stride or trend, and now at another: perhaps a restart",

@@ -21,6 +21,7 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
 from clockwork_hooks.clock.evidence import Jumps, Strides
 from clockwork_hooks.clock.forms import TimeForms, may_be_form
+from clockwork_hooks.clock.mixed import MixedTimes
 from clockwork_hooks.clock.times import Place
 
 __all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
@@ -165,6 +166,7 @@ class Position:
         before: the same call of the step before; None if there is none.
         doubt: why that one may not serve; None where it may.
         changed: paths of the inputs by which the branch is a new one, of those that tell it from the one most alike.
+        restarts: trajectories of a step or two that began by their times, one after another.
     """
 
     trajectory: int
@@ -175,6 +177,7 @@ class Position:
     before: Call | None = None
     doubt: str | None = None
     changed: tuple[str, ...] = ()
+    restarts: int = 0
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
@@ -244,14 +247,15 @@ class Timeline:
         self.trajectory = 0
         self._others = others
         self.declared_steps = self.steps = steps
-        self._jumps, self._forms = Jumps(trusted=trusted), TimeForms()
+        self._jumps, self._mixed, self._forms = Jumps(trusted=trusted), MixedTimes(), TimeForms()
         self.reset()
 
     def reset(self) -> None:
         """The next call begins a trajectory; what was kept is let go."""
         self._forget()
         self._jumps.leave()
-        self._way_before = 0
+        self._mixed.leave()
+        self._way_before = self._restarts = 0
 
     def _forget(self) -> None:
         self.step, self.declared, self.opened = 0, False, False
@@ -339,7 +343,8 @@ class Timeline:
         if self.step > 1 and not doubt:
             doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
         names = tuple(paths[k] for k in changed if k < len(paths))
-        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names)
+        self._restarts = 0 if self.step > 2 else self._restarts
+        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts)
 
     def may_have_forms(self, conditions: Sequence[Any]) -> bool:
         """Is one of these a number, so that it matters whether it goes with the time?"""
@@ -372,7 +377,12 @@ class Timeline:
 
     def _tick(self, time: float, place: Place | None) -> None:
         """Find out whether the step goes on, the next one begins, or the next trajectory."""
-        if self._time is None:
+        # of a list with computed times between its entries, and in a run that is declared, places tell nothing
+        before, mixed = self._mixed.believed, self._mixed.fits(time, place) or (self.trusted and self._mixed.both)
+        if mixed:
+            place = None
+            self._jumps.stay(None)
+        if self._time is None or (mixed and not before and not self.trusted):  # of the step before calls may be missing
             self._begin(time, place)
             return
         change, jump = time - self._time, self._jumps.to(place)
@@ -384,12 +394,13 @@ class Timeline:
         # one trajectory takes its list's entries in turn; another list is another trajectory's
         regular = self._jumps.regular(jump, second=self.step == 1)
         if change == 0 or backwards or not regular or (self._farthest and stride > _FAR * self._farthest):
+            self._restarts += bool(change)
             self._begin(time, place, way_before=self._direction)
             return
         if not jump and self._way_before not in (0, direction) and self.step == 1:
             self._begin(time, place)  # its first step was another one's last
             return
-        doubt = self._jumps.doubt(place) if jump and place else self._strides.doubt(stride)
+        doubt = self._jumps.doubt(place) if jump and place else None if mixed else self._strides.doubt(stride)
         self._jumps.stay(place)
         self._time, self._direction, self._farthest = time, direction, max(self._farthest, stride)
         self._advance()

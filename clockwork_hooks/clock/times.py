@@ -24,11 +24,13 @@ class Place:
         times: the list; the weak reference keeps its address from being used for another one.
         index: which entry.
         outermost: is it the first or the last one?
+        values: what is in the list.
     """
 
     times: Any
     index: int
     outermost: bool = field(default=False, compare=False)
+    values: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class TimeReader:
             copy = self._copy(value, storage, trusted=listed)
             if listed and copy.varied:
                 index = int(value.storage_offset())
-                place = Place(copy.storage, index, index in (0, size - 1))
+                place = Place(copy.storage, index, index in (0, size - 1), copy.values)
             if not value.is_cpu:
                 value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
         if not one and not bool((value == value.flatten()[0]).all()):

@@ -301,7 +301,9 @@ class Engine:
         timeline, leaves = state.timeline, call.arguments.flat if given is None else given
         at, conditions, paths = signature.place(call.arguments)
         time = None if at is None else call.arguments.flat[at]
-        if self.step_reader is not None and signature.time is not None:
+        if state.sampler is not None and at is not None:
+            _declare(timeline, state.sampler.begins(state.clock.read(time)[0]))
+        elif self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
         values = [leaves[k] for k in conditions]
         # of declared steps the time does not matter but to what may be the time in another form
@@ -317,6 +319,8 @@ class Engine:
             key=None if self.branch is None else _key(self.branch, call.arguments),
         )
         place.split(len(signature.regions))
+        if state.sampler is not None:
+            state.sampler.placed((place.branch.names, place.branch.number))
         call.weights = self.weights.state()
         return place
 
@@ -477,7 +481,7 @@ class Engine:
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         if not self.records_first:  # who records trajectories wants to see them, not to save
-            self._no_adaptor_pass.count(outcome.reason, place.trajectory, place.step, place.changed)
+            self._no_adaptor_pass.count(outcome.reason, place)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
@@ -714,6 +718,14 @@ def _check_ignored(signature: Signature, binder: Binder) -> None:
                 seen={"ignore": ", ".join(binder.ignored), what: path},
                 do="leave it out of ignore=",
             )
+
+
+def _declare(timeline: Timeline, begun: str | None) -> None:
+    """Tell the timeline what begins with the next call: a "run", a "step", or neither."""
+    if begun == "run":
+        timeline.reset()
+    if begun is not None:
+        timeline.declare()
 
 
 def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) -> Hashable:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
 
 __all__ = ["NoAdaptorPass", "OtherSteps", "Watchers", "warn_of_failure", "watchers"]
@@ -26,6 +27,13 @@ _QUIET = frozenset(
     }
 )
 _STEPS, _DOUBTED = 6, 3
+_RESTARTS = 12
+_UP_AND_DOWN = (
+    "times run up and down, so that call after call seems to begin a trajectory: a sampler that evaluates between its "
+    "steps or adds noise before each, as dpm_2_ancestral, dpmpp_2s_ancestral, EDM with churn and KarrasVe do",
+    'if the calls are of one run, `with cw.sampler("dpm_2_ancestral", sigmas):` around it, with its sampler\'s name '
+    '("edm" for EDM, "karras_ve"); or `with cw.step():` around the evaluations of each step, as for RePaint',
+)
 _PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
 # Libraries whose hooks and forwards move or compute what the module itself does, and look at nothing.
 _HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
@@ -35,38 +43,45 @@ class NoAdaptorPass:
     """Counts denoising steps without an adaptor pass, and warns once: of the leading reason, and what to do."""
 
     def __init__(self) -> None:
-        self._warned, self._steps, self._at = False, 0, (0, 0)
+        self._warned, self._steps, self._calls, self._at = False, 0, 0, (0, 0)
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
-    def count(self, reason: str | None, trajectory: int, step: int, changed: Iterable[str] = ()) -> None:
-        """One pass has run; `reason` says why it was full, `changed` which of its arguments made it a new branch."""
+    def count(self, reason: str | None, place: Position) -> None:
+        """One pass has run; `reason` says why it was full."""
         if self._warned:
             return
         if reason in (None, reasons.MOVED, reasons.LONGEST):  # nothing stands in the way of an adaptor pass
-            self._steps = 0
+            self._steps = self._calls = 0
             self._doubted.clear()
             self._changed.clear()
             return
-        self._changed.update(changed)
-        if trajectory == 0 or self._at != (trajectory, step):
-            self._at, self._steps = (trajectory, step), self._steps + 1
+        self._calls += 1
+        self._changed.update(place.changed)
+        if place.trajectory == 0 or self._at != (place.trajectory, place.step):
+            self._at, self._steps = (place.trajectory, place.step), self._steps + 1
             if reason not in _QUIET:
                 self._doubted[reason] += 1
-        if self._steps < _STEPS or self._doubted.total() < _DOUBTED:
-            return
-        leading = self._doubted.most_common(1)[0][0]
-        if self._steps >= _PATIENCE.get(leading, _STEPS):
-            self._warned = True
-            cause, remedy = reasons.REASONS[leading]
-            paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
-            seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
-            _warn(
-                f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
-                f"saved\n  most are full because: {leading}\n  cause: {cause}\n{seen}"
-                f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
-                NoEffectWarning,
-            )
+        if place.restarts >= _RESTARTS and self._calls >= _RESTARTS:
+            self._warn(reason or reasons.FIRST, place)
+        elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
+            leading = self._doubted.most_common(1)[0][0]
+            if self._steps >= _PATIENCE.get(leading, _STEPS):
+                self._warn(leading, place)
+
+    def _warn(self, leading: str, place: Position) -> None:
+        self._warned = True
+        cause, remedy = reasons.REASONS[leading]
+        if place.restarts >= _DOUBTED and leading in (reasons.FIRST, reasons.EVIDENCE):
+            cause, remedy = _UP_AND_DOWN
+        paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
+        seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
+        _warn(
+            f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
+            f"saved\n  most are full because: {leading}\n  cause: {cause}\n{seen}"
+            f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
+            NoEffectWarning,
+        )
 
 
 def _ignoring(paths: Iterable[str]) -> str:

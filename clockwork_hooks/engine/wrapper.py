@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.clock.loops import BranchBlock, TrajectoryBlock
+from clockwork_hooks.clock.samplers import SAMPLERS, SamplerSteps, find_sampler
 from clockwork_hooks.clock.timeline import Position, Timeline
 from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
@@ -223,6 +225,46 @@ class ClockworkWrapper:
         if steps is not None:
             whole("steps", steps, least=1, example=20)
         return TrajectoryBlock(self._engine.states, name, self, steps)
+
+    def sampler(self, name: str, sigmas: Iterable[Any]) -> TrajectoryBlock:
+        """One run of a sampler that is known by its name: what calls begin a step is told by its evaluations.
+
+        For solvers that evaluate between the times of their steps, or raise the noise before each: then all evaluations
+        of a step are full, or all are the adaptor's, and the k-th uses the feature of the k-th of the step before. The
+        number of calls of an evaluation (guidance branches, tiles) stays the same within the block.
+
+        Args:
+            name: as k-diffusion and ComfyUI call it: "heun", "dpm_2_ancestral", "dpmpp_sde", ...; "edm" and "karras_ve"
+                for Heun's steps with noise added before each, "midpoint" and "rk4" for torchdiffeq's.
+            sigmas: the sampler's own, with the zero at their end if they have one; of torchdiffeq the times.
+
+        Returns:
+            The block, as `trajectory` does.
+
+        Raises:
+            ArgumentError: the sampler is not known, or there are fewer than two sigmas.
+
+        Example:
+            >>> def picture(sampling, cw, denoise, x, sigmas):
+            ...     with cw.sampler("dpmpp_sde", sigmas):
+            ...         return sampling.sample_dpmpp_sde(denoise, x, sigmas)
+        """
+        known = find_sampler(name) if isinstance(name, str) else None
+        if known is None:
+            near = get_close_matches(str(name), SAMPLERS, n=3)
+            raise ArgumentError(
+                "a sampler is known by its name in k-diffusion or ComfyUI",
+                seen={"name": repr(name), "names": ", ".join(SAMPLERS)},
+                do=f'pass "{near[0]}"' if near else "write `with cw.step():` around the evaluations of each step",
+            )
+        numbers = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
+        if len(numbers) < 2:
+            raise ArgumentError(
+                "a step goes from one sigma to the next", seen={"sigmas": numbers}, do="pass the sampler's whole list"
+            )
+        counts = known.steps(numbers)
+        steps = SamplerSteps(counts, shares=known.shares)
+        return TrajectoryBlock(self._engine.states, None, self, len(counts), steps)
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
