@@ -321,6 +321,8 @@ class Engine:
         place.split(len(signature.regions))
         if state.sampler is not None:
             state.sampler.placed((place.branch.names, place.branch.number))
+        if call.trains or all(clocked.schedule.never_skips for clocked in self.chain):
+            place.restarts = 0  # nobody expects these to be a run
         call.weights = self.weights.state()
         return place
 
