@@ -79,6 +79,8 @@ class MixedTimes:
     def _within(self, place: Place, way: int) -> tuple[float, ...]:
         """Where the computed times stand between this entry and the one next to it: 0 to 1."""
         values = place.values
+        if not self._computed:
+            return ()
         if values is None or not 0 <= place.index + way < len(values):
             return (float("inf"),) * len(self._computed)
         first, second = float(values[place.index]), float(values[place.index + way])
