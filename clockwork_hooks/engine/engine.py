@@ -302,7 +302,7 @@ class Engine:
         at, conditions, paths = signature.place(call.arguments)
         time = None if at is None else call.arguments.flat[at]
         if state.sampler is not None and at is not None:
-            _declare(timeline, state.sampler.begins(state.clock.read(time)[0]))
+            _declare(timeline, state.sampler.begins(state.reader.read(time)[0]))
         elif self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
         values = [leaves[k] for k in conditions]
