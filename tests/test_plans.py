@@ -10,7 +10,8 @@ from torch import nn
 import clockwork_hooks as ch
 from clockwork_hooks.analysis import sampling
 from clockwork_hooks.analysis.candidates import candidates
-from clockwork_hooks.analysis.schedule_search import adaptive_steps, threshold_for
+from clockwork_hooks.analysis.schedule_search import adaptive_steps, rule_of_thumb, threshold_for
+from tests import test_calibration as calibration
 from tests.small_unet import Tiny
 from tests.test_analysis import TIMES, made, sampler
 
@@ -341,3 +342,56 @@ def test_the_json_of_a_drift_has_every_candidate():
     with torch.no_grad():
         trace = ch.trace(unet, torch.zeros(1, 2, 16, 16), 0.5)
     assert [one.name for one in candidates(trace, unet, None, [None, Mixed()])][-1] == names[0]
+
+
+# -- calibrated adaptors, and rules of thumb ---------------------------------------------------------------------------
+
+
+def test_sensitivities_are_measured_with_the_calibrated_adaptor_in_place():
+    """What is affine in the cached exit costs nothing with the adaptor."""
+    unet = calibration.Blocks(**calibration.WORLDS["affine"])
+    generate, batches = calibration.sampler(unet), [(4, 2.0), (4, 2.0)]
+    options = {"min_saving": 0.3, "clocks": (2,), "probes": 3, "guidance": 2.0}
+    region = ch.find_region(unet, torch.zeros(8, 2, 8, 8), 1.0, torch.zeros(8, 3))
+    plan = ch.plan(unet, generate, batches, adaptor=["identity", "calibrated"], regions=[region], **options)
+    assert plan.chosen.region.endswith("calibrated")
+    assert isinstance(plan.adaptor, ch.CalibratedAdaptor)
+    assert plan.adaptor.facts["schedule"] == str(plan.schedule)  # calibrated once more, for these steps
+    worst = max(o.measured for o in plan.options if o.region.endswith("calibrated") and o.measured is not None)
+    best = min(o.measured for o in plan.options if o.region.endswith("MACs") and o.measured is not None)
+    assert worst < 0.02 * best
+    assert plan.held_out < 0.02 * best
+    assert plan.rule in str(plan)
+    with ch.wrap(unet, plan=plan) as cw, torch.no_grad(), cw.trajectory():
+        generate(batches[0], 0)
+        generate(batches[0], 0)
+    again = ch.Plan.from_json(plan.to_json(), adaptor=plan.adaptor)
+    assert (again, again.rule) == (plan, plan.rule)
+
+
+def test_rules_of_thumb_are_among_what_is_measured():
+    unet = made()
+    plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2,), probes=2)
+    kinds = {option.kind: option.steps for option in plan.options if option.kind.startswith("rule")}
+    assert kinds == {
+        "rule spread(2)": (3, 4, 6, 7),
+        "rule every(2, first_full=2, last_full=1)": (3, 5, 7),
+    }
+    assert all(option.measured is not None for option in plan.options if option.kind.startswith("rule"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "steps", "said"),
+    [
+        ({2, 4, 6, 8}, 8, "every(2)"),
+        ({3, 4, 6, 7}, 8, "spread(2)"),
+        ({3, 4, 5, 7, 8}, 9, "every(4, first_full=2, last_full=1)"),
+        ({2}, 2, "every(2)"),
+        ({2, 3, 5, 8, 12}, 12, "nearly"),
+    ],
+)
+def test_steps_amount_to_a_rule_of_thumb(chosen, steps, said):
+    rule = rule_of_thumb(chosen, steps)
+    assert rule.startswith(said)
+    if not rule.startswith("nearly"):
+        assert set(ch.Schedule.parse(rule).adaptor_steps(steps)) == chosen

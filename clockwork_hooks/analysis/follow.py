@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ class _Before:
     exit: Tensor
     made: list[Tensor]  # after no adaptor step, after one, two, ...
     entries: list[Tensor]  # of this step, of the one before, ...
+    time: Tensor | None  # the UNet's raw time, ()
 
 
 class _Follower:
@@ -120,10 +122,10 @@ class _Follower:
         """Sum up what was seen."""
         run, self.active.run = self.active.run, None
         if run is not None and run.complete():
-            self.add(self._watch, run)
+            self.add(self._watch, run, call.time)
 
-    def add(self, watch: Watch, run: Pass) -> None:
-        """One call, of which the pass has seen the boundary."""
+    def add(self, watch: Watch, run: Pass, position: Any) -> None:
+        """One call, of which the pass has seen the boundary, at this time."""
         exit, entry = run.exit, run.entry
         assert exit is not None  # the pass is complete
         known = self.last.get(watch.branch)
@@ -134,23 +136,25 @@ class _Follower:
         if known is not None and here and watch.usable:
             captured = run.captured if entry is None else {**run.captured, "entry": entry}
             for age, cached in enumerate(known.made[: self.longest], 1):
-                made.append(self._adapt(captured, cached))
+                made.append(self._adapt(captured, cached, known, position))
                 self._sum("error", watch.step, age, (made[-1].float() - exit.float()).square(), exit.float().square())
             for age, past in enumerate(known.entries[: self.longest], 1):
                 self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
             entries += known.entries
-        self.last[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest])
+        time = None if position is None else stand_in.scalar(position, exit.device)
+        self.last[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest], time)
 
-    def _adapt(self, captured: dict[str, Tensor], cached: Tensor) -> Tensor:
+    def _adapt(self, captured: dict[str, Tensor], cached: Tensor, before: _Before, position: Any) -> Tensor:
+        """What the adaptor makes of a cached exit; `before` is the step that it comes from, or was adapted in."""
         adaptor = self.candidate.adaptor
         if not self.placed and isinstance(self.candidate.given, str):  # it is ours to move
             stand_in.place(adaptor, cached)
         self.placed = True
         where = {"region": self.candidate.region, "adaptor": adaptor}
         with torch.no_grad():
-            return stand_in.check(
-                stand_in.call(adaptor, stand_in.inputs(captured, cached)), cached, finite=False, where=where
-            )
+            entry_cached = next(iter(before.entries), None)
+            inputs = stand_in.inputs(captured, cached, entry_cached, before.time, position)
+            return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
 
     def _compare(self, step: int, exit: Tensor, known: _Before) -> None:
         now, then = exit.float(), known.exit.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,16 +10,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
 from torch import nn
 
 from clockwork_hooks._numbers import count, percent
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike
+from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
 from clockwork_hooks.analysis.follow import Series, follow
+from clockwork_hooks.analysis.maps import region_name
 from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
-from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, threshold_for
+from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.errors import ArgumentError, share, whole
-from clockwork_hooks.regions.find import Choice
+from clockwork_hooks.regions.find import Choice, choose, regions_of
 from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
@@ -26,9 +31,6 @@ from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +47,7 @@ class Option:
 
     Attributes:
         region: name of the region, and of the adaptor unless it is the identity.
-        kind: "planned", "clock N", or "adaptive".
+        kind: "planned", "clock N", "rule" and the schedule of a rule of thumb, or "adaptive".
         steps: adaptor steps, from 2; none of an adaptive schedule, whose steps are known when they run.
         saved: share of a trajectory's MACs that do not run, attention products and the adaptor counted.
         predicted: relative L2 error of the result, from sensitivities; None for an adaptive schedule.
@@ -125,6 +127,11 @@ class Plan(Report):
         """The adaptor at exactly the chosen steps."""
         return self.chosen.schedule
 
+    @property
+    def rule(self) -> str:
+        """The rule of thumb that the chosen steps amount to: "spread(2)", "nearly every(3, first_full=2): ..."."""
+        return rule_of_thumb(self.chosen.steps, self.steps)
+
     def pareto(self) -> tuple[Option, ...]:
         """The measured options that no other one beats in both saving and error, by saving."""
         known = [option for option in self.options if option.measured is not None]
@@ -156,7 +163,8 @@ class Plan(Report):
         ]
         notes = (
             f"{self.model}, {count(self.steps, 'step')}: {chosen.region}, adaptor at "
-            f"{', '.join(map(str, chosen.steps))}. Pareto: no other option saves more at so small an error.",
+            f"{', '.join(map(str, chosen.steps))}, which is {self.rule}. Pareto: no other option saves more at "
+            "so small an error.",
             "Relative L2 error of the result. Saved: share of a trajectory's MACs, attention products counted"
             + ("; and of the milliseconds spent in the UNet, from medians of its passes." if timed else "."),
             f"The chosen option: predicted {percent(chosen.predicted) or '–'}, measured {percent(chosen.measured)}, "
@@ -202,8 +210,6 @@ class Plan(Report):
         return plots(self._pareto())
 
     def _pareto(self) -> Plot:
-        pass
-
         return Plot(lambda: pareto(self), "Error of the result against what is saved, by region and kind of schedule")
 
 
@@ -212,6 +218,8 @@ def _option(data: dict[str, Any]) -> Option:
 
 
 _SLACK = 1e-9
+_FEW = 3  # are judged on what is held out
+CALIBRATED = "calibrated"  # as an adaptor
 
 
 def plan(
@@ -224,6 +232,8 @@ def plan(
     weigh: Weigh = "MACs",
     regions: Iterable[Region] | None = None,
     adaptor: Adaptors = None,
+    guidance: float | None = None,
+    log_snr: Any = None,
     clocks: Sequence[int] = (2, 3, 4),
     adaptive: bool = False,
     longest: int | None = None,
@@ -237,11 +247,16 @@ def plan(
 
     Of every candidate, a region with an adaptor, it is measured what the adaptor is off by along the trajectory, and
     what one adaptor step alone does to the result. From these follow the sets of adaptor steps of least predicted
-    error. Uniform clocks, and the sets that save as much as each of them, are then run end to end; so is the set that
-    the budget asks for. The one with the least measured error (or the largest saving) wins.
+    error. Uniform clocks, rules of thumb (`Schedule.spread`, and "first two full, last full"), and the sets that save
+    as much as each clock, are then run end to end; so is the set that the budget asks for. Of the best three for a
+    saving the one wins that is best on what was not planned with; for an error, the one with the largest saving.
 
     Args:
-        unet, generate, conditions, regions, adaptor, seeds, console: as in `measure_drift`.
+        unet, generate, conditions, regions, seeds, console: as in `measure_drift`.
+        adaptor: as there; or "calibrated", alone or in the list: `calibrate` solves for an adaptor for each of
+            `regions` (None: the default one and the widest), so that sensitivities are those with the adaptor in
+            place. The one that is chosen is calibrated once more, for its own steps.
+        guidance, log_snr: as in `calibrate`.
         max_error: relative L2 error of the result that is allowed: the largest saving within it is chosen.
         min_saving: share of a trajectory's MACs (or ms) that must be saved: the least error is chosen. One of the two.
         weigh: "MACs"; or "ms": savings are of the time spent in the UNet, medians over passes on its own device.
@@ -273,10 +288,17 @@ def plan(
     batches = check_runs(generate, conditions, seeds)
     others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
     check_clocks(clocks)
-    found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
+    several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
+    given = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
+    solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})
+    regions = None if regions is None else tuple(regions)
+    trace = first_call(unet, generate, batches[0], seeds[0])
+    found = candidates(trace, unet, regions, given) if given or not several else ()
+    if len(given) < len(several):
+        found += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
     longest = longest or 2 * max(clocks)
-    each = probes + len(clocks) * (3 if adaptive else 2)
+    each = probes + len(clocks) * (5 if adaptive else 4)
     with ProgressBar(console) as bar:
         task = bar.add_task("planning", total=len(runs.runs) + len(found) * each)
         steps, series = follow(runs, found, longest, lambda: bar.advance(task))
@@ -287,15 +309,22 @@ def plan(
         planner = _Planner(runs, {one.name: one for one in found}, steps, weigh, longest, tell)
         for one in found:
             planner.clocks(one, clocks)
+            planner.rules(one, clocks)
             planner.probe(one, series[one.name], probes)
             planner.frontier(one, series[one.name], adaptive=adaptive)
-        best = planner.within(max_error) if max_error is not None else planner.saving(float(min_saving or 0))
-    chosen = planner.candidates[best.region]
-    fresh = Runs(unet, generate, [(batch, seed) for seed in held_out_seeds for batch in others])
+        fresh = Runs(unet, generate, [(batch, seed) for seed in held_out_seeds for batch in others])
+        best = [planner.within(max_error)] if max_error is not None else planner.saving(float(min_saving or 0))
+        tell("what is held out")
+        errors = [fresh.outcome(planner.candidates[one.region], one.schedule).error for one in best]
+    error, best_option = min(zip(errors, best, strict=True), key=lambda pair: pair[0])
+    chosen = planner.candidates[best_option.region]
+    if chosen in solver.made:
+        chosen = solver.again(chosen, best_option.steps)
+        error = fresh.outcome(chosen, best_option.schedule).error
     region = chosen.region
     return Plan(
-        chosen=best,
-        held_out=fresh.outcome(chosen, best.schedule).error,
+        chosen=best_option,
+        held_out=error,
         options=planner.everything,
         steps=steps,
         weigh=weigh,
@@ -307,6 +336,36 @@ def plan(
         adaptor=chosen.given,
         found=region,
     )
+
+
+@dataclass(slots=True)
+class _Calibrating:
+    """Solves for candidates' adaptors, from the conditions that are planned with and noise of its own."""
+
+    unet: nn.Module
+    generate: Generate
+    batches: Sequence[Any]
+    options: Mapping[str, Any]
+    made: list[Candidate] = field(default_factory=list)
+
+    def candidates(self, regions: Iterable[Region]) -> tuple[Candidate, ...]:
+        """One for each region, calibrated at all steps."""
+        for region in dict.fromkeys(regions):
+            adaptor = self._solve(region, None)
+            self.made.append(Candidate(f"{region_name(region)}, calibrated", region, adaptor, adaptor))
+        return tuple(self.made)
+
+    def again(self, one: Candidate, steps: Sequence[int]) -> Candidate:
+        """The same, calibrated for these steps alone."""
+        adaptor = self._solve(one.region, Schedule.at(steps))
+        return replace(one, adaptor=adaptor, given=adaptor)
+
+    def _solve(self, region: Region, schedule: Schedule | None) -> CalibratedAdaptor:
+        seeds = itertools.count(2_000_003)
+        return calibrate(
+            self.unet, lambda batch: self.generate(batch, next(seeds)), self.batches, region=region, schedule=schedule,
+            console=Console(quiet=True), **self.options,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -348,6 +407,18 @@ class _Planner:
             option = self._option(one.name, f"clock {clock}", chosen, None)
             self.options.append(replace(option, measured=made.error, saved=made.saved))
 
+    def rules(self, one: Candidate, clocks: Sequence[int]) -> None:
+        """Measure rules of thumb that are no uniform clock: spread, and the first two and the last full."""
+        for clock in clocks if one.name in self.shares else ():
+            for schedule in (Schedule.spread(clock), Schedule.every(clock, first_full=2, last_full=1)):
+                steps = schedule.adaptor_steps(self.steps)
+                if not steps or any((o.region, o.steps) == (one.name, steps) for o in self.options):
+                    continue
+                self.tell(f"{one.name}, {schedule}")
+                outcome = self.runs.outcome(one, Schedule.at(steps))
+                option = self._option(one.name, f"rule {schedule}", steps, None)
+                self.options.append(replace(option, measured=outcome.error, saved=outcome.saved))
+
     def probe(self, one: Candidate, series: Series, probes: int) -> None:
         """Measure single adaptor steps, and choose the sets of 1, 2, ... steps."""
         weights = {}
@@ -370,7 +441,8 @@ class _Planner:
 
     def frontier(self, one: Candidate, series: Series, *, adaptive: bool) -> None:
         """Measure what saves as much as each clock: the planned set, and an adaptive schedule if asked for."""
-        counts = sorted({len(option.steps) for option in self.options if option.region == one.name})
+        uniform = [option for option in self.options if option.kind.startswith("clock")]
+        counts = sorted({len(option.steps) for option in uniform if option.region == one.name})
         for option in self.sets[one.name]:
             if len(option.steps) in counts:
                 self.measured(option)
@@ -415,8 +487,8 @@ class _Planner:
         """What may be chosen: all but the adaptive ones."""
         return [option for option in self.options if option.threshold is None]
 
-    def saving(self, wanted: float) -> Option:
-        """The least measured error at this saving or more."""
+    def saving(self, wanted: float) -> list[Option]:
+        """The three of least measured error at this saving or more, the best first; each set of steps once."""
         for sets in self.sets.values():
             reaching = [option for option in sets if option.gain(self.weigh) >= wanted - _SLACK]
             if reaching:
@@ -430,7 +502,8 @@ class _Planner:
                 seen={"min_saving": percent(wanted), "most that can be saved": percent(most)},
                 do="ask for less, or pass wider regions",
             )
-        return min(enough, key=lambda option: option.error)
+        least = sorted(enough, key=lambda option: option.error)
+        return list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
 
     def within(self, allowed: float) -> Option:
         """The largest saving within this measured error."""
@@ -485,7 +558,12 @@ def pareto(plan: Plan) -> Figure:
 
     figure = Figure(figsize=(6.4, 5.0), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    kinds = {"planned": ("o", "planned"), "clock": ("x", "uniform clocks"), "adaptive": ("^", "adaptive")}
+    kinds = {
+        "planned": ("o", "planned"),
+        "clock": ("x", "uniform clocks"),
+        "adaptive": ("^", "adaptive"),
+        "rule": ("+", "rules of thumb"),
+    }
     for k, name in enumerate(dict.fromkeys(option.region for option in plan.options)):
         for kind, (marker, words) in kinds.items():
             mine = [o for o in plan.options if o.region == name and o.kind.split()[0] == kind]

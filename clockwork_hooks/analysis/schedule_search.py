@@ -8,11 +8,13 @@ adaptor step at a time, where a probe was made, and interpolated between.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Sensitivity", "adaptive_steps", "probe_steps", "threshold_for"]
+from clockwork_hooks.schedule import Schedule
+
+__all__ = ["Sensitivity", "adaptive_steps", "probe_steps", "rule_of_thumb", "threshold_for"]
 
 
 def probe_steps(steps: int, probes: int) -> tuple[int, ...]:
@@ -54,6 +56,37 @@ def threshold_for(entries: Sequence[Sequence[float | None]], count: int, longest
     """The smallest threshold with which so many steps or more use the adaptor; None if none does."""
     values = sorted({value for age in entries for value in age if value is not None and 0 < value < math.inf})
     return next((v for v in values if len(adaptive_steps(entries, v, longest)) >= count), None)
+
+
+def rule_of_thumb(chosen: Iterable[int], steps: int) -> str:
+    """The simple schedule that adaptor steps amount to, as text; the nearest one, where none has these very steps.
+
+    Example:
+        >>> rule_of_thumb({3, 4, 6, 7}, 8)
+        'spread(2)'
+        >>> rule_of_thumb({3, 5, 7}, 8)
+        'every(2, first_full=2)'
+        >>> rule_of_thumb({3, 4, 6, 8}, 8)
+        'nearly spread(2): 2 steps differ'
+    """
+    wanted = set(chosen)
+    rules = [
+        *(Schedule.every(clock) for clock in range(2, steps + 1)),
+        *(Schedule.spread(clock) for clock in range(2, steps + 1)),
+        *(
+            Schedule.every(clock, first_full=first, last_full=last)
+            for last in range(3)
+            for first in range(1, max(steps - 1, 2))
+            for clock in range(2, steps + 1)
+        ),
+    ]
+    off = [(len(wanted ^ set(rule.adaptor_steps(steps))), number) for number, rule in enumerate(rules)]
+    if not off:
+        return "every step is full"
+    differing, number = min(off)
+    if not differing:
+        return str(rules[number])
+    return f"nearly {rules[number]}: {differing} {'step differs' if differing == 1 else 'steps differ'}"
 
 
 @dataclass(frozen=True, slots=True)

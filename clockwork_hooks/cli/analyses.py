@@ -126,7 +126,17 @@ def plan(
         typer.Option(help="Share of a trajectory's MACs that must be saved. One of the two.", show_default=False),
     ] = None,
     weigh: Annotated[Unit, typer.Option(help="Savings are of MACs, or of the time spent in the UNet.")] = Unit.macs,
-    adaptor: Adaptors = None,
+    adaptor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adaptor",
+            help="identity; calibrated, which is solved for here; or the folder of a saved adaptor; repeatable.",
+            show_default="identity",
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of classifier-free guidance.", show_default="none")
+    ] = None,
     clock: Clocks = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Measure adaptive schedules too.")] = False,
     probes: Annotated[int, typer.Option(help="Steps at which one adaptor step alone is measured.", min=1)] = 8,
@@ -139,7 +149,7 @@ def plan(
 
     loaded = load_sampler(model, steps, batch)
     options: dict[str, Any] = {"max_error": max_error, "min_saving": min_saving, "weigh": weigh.value}
-    options |= {"probes": probes, "adaptive": adaptive, "adaptor": adaptor or None}
+    options |= {"probes": probes, "adaptive": adaptive, "adaptor": adaptor or None, "guidance": guidance_scale}
     options |= {"clocks": tuple(clock or CLOCKS), "seeds": tuple(seed or SEEDS)}
     result = make(*loaded, **options)
     deliver(result, format, "plan", out)
