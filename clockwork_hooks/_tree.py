@@ -31,17 +31,17 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         >>> list(leaves({"a": (1, None), "b": "x"}))
         [('a.0', 1), ('a.1', None), ('b', 'x')]
     """
-    found: list[tuple[str, Any]] = []
-    _collect(value, path, found)
-    return iter(found)
+    pairs: list[tuple[str, Any]] = []
+    _collect(value, path, pairs)
+    return iter(pairs)
 
 
-def _collect(value: Any, path: str, found: list[tuple[str, Any]]) -> None:
+def _collect(value: Any, path: str, pairs: list[tuple[str, Any]]) -> None:
     if isinstance(value, torch.Tensor) or not _is_container(value):
-        found.append((path, value))
+        pairs.append((path, value))
         return
     for key, item in _items(value):
-        _collect(item, f"{path}.{key}" if path else str(key), found)
+        _collect(item, f"{path}.{key}" if path else str(key), pairs)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -65,13 +65,13 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     mapped = {key: map_leaves(fn, item) for key, item in _items(value)}
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return mapped
-    made = copy.copy(value)
+    copied = copy.copy(value)
     for key, item in mapped.items():
         if isinstance(value, Mapping):
-            made[key] = item
+            copied[key] = item
         else:
-            object.__setattr__(made, key, item)
-    return made
+            object.__setattr__(copied, key, item)
+    return copied
 
 
 def _is_container(value: Any) -> bool:

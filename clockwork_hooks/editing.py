@@ -316,8 +316,8 @@ class Injection:
 
     def check(self, unet: nn.Module) -> None:
         """Raise `ArgumentError` if a path is no module's."""
-        known = set(module_paths(unet).values())
-        missing = [path for path in (*self.features, *self.attention) if path not in known]
+        paths = set(module_paths(unet).values())
+        missing = [path for path in (*self.features, *self.attention) if path not in paths]
         if missing:
             raise ArgumentError(
                 "an injection names modules of the UNet",

@@ -282,14 +282,14 @@ def need(what: str, *packages: str, install: str, error: type[ClockworkError] = 
     Example:
         >>> need("reports are tables", "rich", install="rich")
     """
-    found: dict[str, ImportError] = {}
+    missing: dict[str, ImportError] = {}
     for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as problem:
-            found[f"import {name}"] = problem
-    if found:
-        raise error(what, seen=found, do=f'pip install "{install}"') from next(iter(found.values()))
+            missing[f"import {name}"] = problem
+    if missing:
+        raise error(what, seen=missing, do=f'pip install "{install}"') from next(iter(missing.values()))
 
 
 class Enough(BaseException):

@@ -433,14 +433,16 @@ def load_model(
         >>> sum(parameter.numel() for parameter in unet.parameters())
         35746307
     """
-    made = _load(name, size=size, batch=batch, frames=frames, device=device, small=tiny)
+    loaded = _load(name, size=size, batch=batch, frames=frames, device=device, small=tiny)
     if dtype is None:
-        return made
+        return loaded
 
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return LoadedModel(nn.Module.to(made.unet, dtype=dtype), map_leaves(cast, made.args), map_leaves(cast, made.kwargs))
+    return LoadedModel(
+        nn.Module.to(loaded.unet, dtype=dtype), map_leaves(cast, loaded.args), map_leaves(cast, loaded.kwargs)
+    )
 
 
 def _load(name: str, *, size: tuple[int, ...] | None, batch: int, frames: int, device: str, small: bool) -> LoadedModel:
@@ -508,21 +510,21 @@ def _config_of(unet: nn.Module) -> Mapping[str, Any]:
 
 
 def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
-    found = find_factory(module, factory)
+    build = find_factory(module, factory)
     with torch.device(options["device"]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*which is a no-op.*")  # weights loaded into a meta model
-        made = found()
-    unet, *inputs = made if isinstance(made, tuple) else (made,)
+        returned = build()
+    unet, *inputs = returned if isinstance(returned, tuple) else (returned,)
     if not isinstance(unet, nn.Module) or len(inputs) > 2:
         raise ModelNotFoundError(
             "a factory returns a model, (model, args) or (model, args, kwargs)",
-            seen={"factory": f"{module}:{factory}", "returned": type(made).__name__},
+            seen={"factory": f"{module}:{factory}", "returned": type(returned).__name__},
             do="return the UNet itself first",
         )
     if inputs and callable(inputs[0]) and not isinstance(inputs[0], torch.Tensor):
         raise ModelNotFoundError(
             "a factory of a model returns it with the arguments of one call: (model, args, kwargs)",
-            seen={"factory": f"{module}:{factory}", "returned": ", ".join(type(part).__name__ for part in made)},
+            seen={"factory": f"{module}:{factory}", "returned": ", ".join(type(part).__name__ for part in returned)},
             do="name another one: what this one returns, (unet, generate, conditions), is for drift, perturb and plan",
         )
     if not inputs:
@@ -533,10 +535,10 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
                 do=f"return (model, args, kwargs) from the factory, as in {_RETURN}",
             )
         inputs = list(example_inputs(type(unet).__name__, _config_of(unet), **options))
-    elif given := {name: options[name] for name, none in _NATIVE.items() if options[name] != none}:
+    elif unused := {name: options[name] for name, none in _NATIVE.items() if options[name] != none}:
         raise ArgumentError(
             "size, batch and frames are for inputs that are made here; this factory returns its own",
-            seen={"factory": f"{module}:{factory}", **given},
+            seen={"factory": f"{module}:{factory}", **unused},
             do="leave them out, and return inputs of that shape from the factory",
         )
     args, kwargs = inputs[0], dict(inputs[1]) if len(inputs) > 1 else {}
@@ -549,9 +551,9 @@ def find_factory(module: str, factory: str) -> Any:
     """The function or class that `module:factory` names, the current directory included."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in factory.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise ModelNotFoundError(
             "package.module:factory names a function that Python can import from here",
@@ -562,8 +564,8 @@ def find_factory(module: str, factory: str) -> Any:
         ) from error
     finally:
         sys.path.remove(str(Path.cwd()))
-    if not callable(found):
+    if not callable(target):
         raise ModelNotFoundError(
             "a factory can be called", seen={"factory": f"{module}:{factory}"}, do="name a function or a class"
         )
-    return found
+    return target

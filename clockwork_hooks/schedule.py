@@ -177,15 +177,15 @@ class Schedule:
         Raises:
             ArgumentError: a step is no int, or below 2 (the first step is always full).
         """
-        given = list(steps) if isinstance(steps, Iterable) else [steps]
-        wrong = [step for step in given if not is_whole(step, 2)]
+        numbers = list(steps) if isinstance(steps, Iterable) else [steps]
+        wrong = [step for step in numbers if not is_whole(step, 2)]
         if wrong or not isinstance(steps, Iterable):
             raise ArgumentError(
                 "adaptor steps are a set of ints of at least 2: the first step of a trajectory is always full",
                 seen={"steps": repr(steps), "outside the rule": wrong or "no set"},
                 do="number the steps from 1, as in {2, 4, 6, 8}",
             )
-        return cls(_Among(frozenset(given)), f"at({sorted(set(given))})")
+        return cls(_Among(frozenset(numbers)), f"at({sorted(set(numbers))})")
 
     @classmethod
     def where(cls, uses_adaptor: Callable[[int], bool]) -> Schedule:

@@ -249,17 +249,19 @@ class Learner:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
-        given = stand_in.inputs(captured, cached.to(self.dtype))
-        given = given._replace(entry=cast(given.entry), time=cast(given.time), text=cast(given.text))
+        arguments = stand_in.inputs(captured, cached.to(self.dtype))
+        arguments = arguments._replace(
+            entry=cast(arguments.entry), time=cast(arguments.time), text=cast(arguments.text)
+        )
         with torch.autocast(cached.device.type, enabled=False), self.accelerator.autocast():  # ours, not the sampler's
-            made: Tensor = stand_in.call(model, given)
-        if made.shape != cached.shape:
+            exit: Tensor = stand_in.call(model, arguments)
+        if exit.shape != cached.shape:
             raise AdaptorError(
                 "an adaptor returns a tensor like the region's exit",
-                seen={"adaptor": self.name, "exit": tuple(cached.shape), "returned": tuple(made.shape)},
+                seen={"adaptor": self.name, "exit": tuple(cached.shape), "returned": tuple(exit.shape)},
                 do="make the adaptor's output fit Region.exit",
             )
-        return made.to(cached.dtype)
+        return exit.to(cached.dtype)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -50,8 +50,8 @@ class Copies:
             return tensor
         with torch.inference_mode(False):
             where = self._where or tensor.device
-            made = tensor.detach()
-            return made.clone() if where == made.device else made.to(where)
+            detached = tensor.detach()
+            return detached.clone() if where == detached.device else detached.to(where)
 
     def share(self, leaf: Any) -> Any:
         """A copy made once a trajectory: conditions are the same objects at every step."""

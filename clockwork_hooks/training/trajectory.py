@@ -119,14 +119,14 @@ class Trajectory:
 
         Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1 (the steps with C(t) = 1).
         """
-        found: list[list[StepCalls]] = []
+        chains: list[list[StepCalls]] = []
         before: StepCalls | None = None
         for now in self.steps:
             if now.adapted(schedule):
                 goes_on = before is not None and now.step == before.step + 1 and before.adapted(schedule)
-                found.append([*found.pop(), now] if goes_on else [now])
+                chains.append([*chains.pop(), now] if goes_on else [now])
             before = now
-        return [tuple(chain) for chain in found]
+        return [tuple(chain) for chain in chains]
 
     @property
     def rows(self) -> int:
