@@ -160,10 +160,10 @@ def test_quartiles_lie_among_the_runs():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_tiny_one(name):
     unet, args, kwargs = load_model(name, tiny=True)
-    made = ch.flops_report(unet, *args, **kwargs)
-    assert made.region is not None
-    assert made.full_macs < 20e9
-    assert made.parameters < 150e6  # deepfloyd-if: projections of its text
+    report = ch.flops_report(unet, *args, **kwargs)
+    assert report.region is not None
+    assert report.full_macs < 20e9
+    assert report.parameters < 150e6  # deepfloyd-if: projections of its text
 
 
 def test_the_command(capsys, tmp_path):

@@ -49,10 +49,10 @@ def sampler(unet, times=TIMES, rate=0.3, size=8):
 
     def generate(batch, seed=0):
         count, guidance = batch
-        made = torch.Generator().manual_seed(seed)
-        small = torch.randn(count, 2, *[size // 2] * unet.rank, generator=made)
+        generator = torch.Generator().manual_seed(seed)
+        small = torch.randn(count, 2, *[size // 2] * unet.rank, generator=generator)
         x = nn.functional.interpolate(small, scale_factor=2.0, mode="nearest")
-        c = torch.randn(2 * count, 3, generator=made)
+        c = torch.randn(2 * count, 3, generator=generator)
         for t in times:
             u, told = unet(torch.cat([x, x]), t, c).chunk(2)
             x = x - rate * (u + guidance * (told - u))
@@ -101,8 +101,8 @@ def test_a_linear_world_is_sampled_as_without_clockwork(world, rank):
 
 
 def pairs(count=400, channels=4, entry=3, seed=0):
-    made = torch.Generator().manual_seed(seed)
-    return [torch.randn(count, width, generator=made) for width in (channels, channels, entry, entry)]
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, width, generator=generator) for width in (channels, channels, entry, entry)]
 
 
 def test_weights_are_least_squares():
@@ -159,9 +159,9 @@ def test_the_ridge_is_chosen_on_what_is_held_out(monkeypatch):
     def ridge(count):
         fit, held = (NormalEquations.empty(Shape(12, 0), torch.device("cpu")) for _ in range(2))
         for sums, rows, seed in ((fit, count, 1), (held, 4000, 2)):
-            made = torch.Generator().manual_seed(seed)
-            cached = torch.randn(rows, 12, generator=made)
-            exit = 0.9 * cached + torch.randn(rows, 12, generator=made)
+            generator = torch.Generator().manual_seed(seed)
+            cached = torch.randn(rows, 12, generator=generator)
+            exit = 0.9 * cached + torch.randn(rows, 12, generator=generator)
             sums.add(cached, exit, None, None)
         place = calibration.Place(2, 1.0, 2.0, fit, held)
         solver = object.__new__(calibration.Solver)
@@ -282,9 +282,11 @@ def two_calls(unet, times=TIMES):
 
     def generate(batch, seed=0):
         count, guidance = batch
-        made = torch.Generator().manual_seed(seed)
-        x = nn.functional.interpolate(torch.randn(count, 2, 4, 4, generator=made), scale_factor=2.0, mode="nearest")
-        c = torch.randn(2 * count, 3, generator=made)
+        generator = torch.Generator().manual_seed(seed)
+        x = nn.functional.interpolate(
+            torch.randn(count, 2, 4, 4, generator=generator), scale_factor=2.0, mode="nearest"
+        )
+        c = torch.randn(2 * count, 3, generator=generator)
         for t in times:
             u, told = unet(x, t, c[:count]), unet(x, t, c[count:])
             x = x - 0.3 * (u + guidance * (told - u))

@@ -48,8 +48,8 @@ def test_skips_go_from_the_way_down_to_the_way_up(drawn):
 def test_sd15_has_the_skips_that_its_code_has():
     """UNet2DConditionModel: conv_in and every resnet, attention and downsampler output above the bottleneck."""
     case = ZOO["sd15"]()
-    made = ch.diagram(case.model, *case.args, **case.kwargs)
-    sources = [made.blocks[skip.source] for skip in made.skips]
+    diagram = ch.diagram(case.model, *case.args, **case.kwargs)
+    sources = [diagram.blocks[skip.source] for skip in diagram.skips]
     assert [sum(block.level == level for block in sources) for level in range(3)] == [3, 3, 3]
     assert {block.name for block in sources if block.level == 0} == {
         "conv_in", "down_blocks.0.attentions.0", "down_blocks.0.attentions.1"
@@ -149,7 +149,9 @@ def test_without_a_region():
     """A stack of convolutions at one resolution: one row, one arm, and a word that nothing is skipped."""
     import torch
 
-    made = ch.diagram(torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))), torch.zeros(1, 4, 8, 8))
-    assert isinstance(made, Diagram)
-    assert (made.levels, made.region, made.skips) == (((8, 8),), None, ())
-    assert "No region" in made.to_svg()
+    diagram = ch.diagram(
+        torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))), torch.zeros(1, 4, 8, 8)
+    )
+    assert isinstance(diagram, Diagram)
+    assert (diagram.levels, diagram.region, diagram.skips) == (((8, 8),), None, ())
+    assert "No region" in diagram.to_svg()

@@ -83,7 +83,7 @@ def test_both_directions_are_those_of_diffusers(unet, predicts):
 )
 def test_the_cost_is_the_papers_to_the_mac(unet, batch, clock, inversion_clock, steps):
     source, hidden = things(batch)
-    made = edit(
+    result = edit(
         unet,
         scheduler(),
         source,
@@ -97,21 +97,21 @@ def test_the_cost_is_the_papers_to_the_mac(unet, batch, clock, inversion_clock, 
     )
     report = ch.flops_report(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0])
     counts = {"inversion_steps": steps[0], "steps": steps[1], "clock": clock, "inversion_clock": inversion_clock}
-    assert made.macs == edit_macs(report.full_macs, report.adaptor_pass_macs, **counts)
-    assert made.macs_plain == report.full_macs * (steps[0] + 3 * steps[1])
-    assert made.passes.full_passes == -(-steps[1] // clock)
-    assert made.inversion.passes.full_passes == -(-steps[0] // inversion_clock)
+    assert result.macs == edit_macs(report.full_macs, report.adaptor_pass_macs, **counts)
+    assert result.macs_plain == report.full_macs * (steps[0] + 3 * steps[1])
+    assert result.passes.full_passes == -(-steps[1] // clock)
+    assert result.inversion.passes.full_passes == -(-steps[0] // inversion_clock)
 
 
 def test_the_cost_of_schedules_is_their_sum(unet):
     source, hidden = things()
     schedules = {"schedule": ch.Schedule.every(2, warmup=3), "inversion_schedule": {2, 3, 6}}
     options = {"target": hidden[1], "negative": hidden[2], "inversion_steps": 6, "steps": 8}
-    made = edit(unet, scheduler(), source, hidden[0], **options, **schedules)
+    result = edit(unet, scheduler(), source, hidden[0], **options, **schedules)
     report = ch.flops_report(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0])
     want = edit_macs(report.full_macs, report.adaptor_pass_macs, inversion_steps=6, steps=8, **schedules)
-    assert made.macs == want
-    assert (made.inversion.passes.full_passes, made.passes.full_passes) == (3, 5)  # F F F A F A F A back
+    assert result.macs == want
+    assert (result.inversion.passes.full_passes, result.passes.full_passes) == (3, 5)  # F F F A F A F A back
 
 
 # -- injection -----------------------------------------------------------------------------------------------------
@@ -177,11 +177,11 @@ def test_an_edit_is_what_one_writes_by_hand(unet, injection, clock):
 
 def test_where_to_inject_is_found_in_the_graph(unet):
     source, hidden = things()
-    found = find_injection(ch.trace(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0]))
-    assert found.features == ("up_blocks.1.resnets.1",)
-    assert len(found.attention) == 2 * 3  # one after the feature at its level, two at the highest; none of the text's
-    assert {path.rpartition(".")[2] for path in found.attention} == {"to_q", "to_k"}
-    assert all(".attn1." in path for path in found.attention)
+    injection = find_injection(ch.trace(unet, source, torch.tensor(5), encoder_hidden_states=hidden[0]))
+    assert injection.features == ("up_blocks.1.resnets.1",)
+    assert len(injection.attention) == 2 * 3  # one after the feature at its level, two at the highest; no text's
+    assert {path.rpartition(".")[2] for path in injection.attention} == {"to_q", "to_k"}
+    assert all(".attn1." in path for path in injection.attention)
     plain = torch.nn.Conv2d(4, 4, 3, padding=1)
     with pytest.raises(ch.ArgumentError, match="takes in a skip"):
         find_injection(ch.trace(plain, source))
@@ -221,10 +221,10 @@ def test_stable_diffusions_are_injected_where_plug_and_play_does(options, attent
     unet = tiny(**options)
     source, _ = things(2)
     old, new, away = (conditions(unet, 2, seed) for seed in range(3))
-    found = find_injection(ch.trace(unet, source, torch.tensor(5), **old), until_features=0.5, until_attention=0.25)
-    assert found.features == ("up_blocks.1.resnets.1",)  # of the second block of the way up, the second
-    assert len(found.attention) == 2 * attentions  # queries and keys, from that block's second attention on
-    assert found.attention[0] == "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+    injection = find_injection(ch.trace(unet, source, torch.tensor(5), **old), until_features=0.5, until_attention=0.25)
+    assert injection.features == ("up_blocks.1.resnets.1",)  # of the second block of the way up, the second
+    assert len(injection.attention) == 2 * attentions  # queries and keys, from that block's second attention on
+    assert injection.attention[0] == "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
     same = []
 
     def see(module, args):  # what comes after the feature: are source's and target's rows equal?
@@ -234,7 +234,7 @@ def test_stable_diffusions_are_injected_where_plug_and_play_does(options, attent
     way = invert(unet, scheduler(), source, old, steps=4, clock=2)
     ways = {"target": new, "negative": away, "steps": 8, "guidance": 3.0, "clock": 2}
     handle = unet.up_blocks[1].attentions[1].register_forward_pre_hook(see)
-    injected = edit(unet, scheduler(), way, injection=found, **ways)
+    injected = edit(unet, scheduler(), way, injection=injection, **ways)
     handle.remove()
     assert same == [True, True, False, False]  # full passes at steps 0, 2, 4 and 6 of 8
     free = edit(unet, scheduler(), way, injection=Injection(), **ways)
@@ -274,10 +274,10 @@ def test_a_red_circle_becomes_a_blue_square_where_it_was():
     options = {"target": wanted, "negative": told, "steps": 20, "guidance": 3.0}
     moved = {}
     for name, injection in (("kept", find_injection(trace, until_features=0.3)), ("free", Injection())):
-        made = edit(demo.unet, demo.scheduler("ddim"), inversion, injection=injection, **options)
-        image = to_images(made.latents)
+        result = edit(demo.unet, demo.scheduler("ddim"), inversion, injection=injection, **options)
+        image = to_images(result.latents)
         assert attribute_accuracy(demo.classifier, image, [new]).total == 1.0
-        assert made.saving > 0.35
+        assert result.saving > 0.35
         moved[name], _, lost = layout_error(picture, image)
         assert not lost
     assert 2 * moved["kept"] < moved["free"]

@@ -92,9 +92,9 @@ def test_without_a_mask_the_tokens_come() -> None:
 
 def test_projected_text_comes_projected() -> None:
     unet = conditional(encoder_hid_dim=12)
-    given = torch.randn(2, 7, 12)
-    projected = unet.encoder_hid_proj(given)
-    assert torch.equal(spied(unet, IMAGE, encoder_hidden_states=given).text, projected)
+    noise = torch.randn(2, 7, 12)
+    projected = unet.encoder_hid_proj(noise)
+    assert torch.equal(spied(unet, IMAGE, encoder_hidden_states=noise).text, projected)
 
 
 def test_the_pooled_text_of_sdxl() -> None:

@@ -212,8 +212,8 @@ def test_a_list_of_times_is_read_once() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_waits_are_counted_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync_count, "LOOPS", {"bare": sync_count.bare_loop})
-    made = json.loads(sync_count.run("cpu", tmp_path, steps=2, seed=0).read_text())
-    assert made["values read"] == [
+    data = json.loads(sync_count.run("cpu", tmp_path, steps=2, seed=0).read_text())
+    assert data["values read"] == [
         {"loop": "bare", "steps": 2, "plain": 0, "wrapped": 1, "ours": 1, "adaptor_passes": 1}
     ]
-    assert made["environment"]["seed"] == 0
+    assert data["environment"]["seed"] == 0

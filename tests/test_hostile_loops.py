@@ -209,8 +209,8 @@ def self_conditioning(judge: Judge, cw: Any, random: torch.Generator) -> None:
     x, known = noise(random), torch.zeros(1, 3)
     for k, t in enumerate(TIMES, 1):
         with cw.branch("self"):
-            made = judge.call(x, t, known, step=k)
-        x, known = x - 0.1 * made, made.mean((2, 3)) @ torch.ones(2, 3)
+            output = judge.call(x, t, known, step=k)
+        x, known = x - 0.1 * output, output.mean((2, 3)) @ torch.ones(2, 3)
 
 
 def self_attention_guidance(judge: Judge, cw: Any, random: torch.Generator) -> None:
@@ -218,8 +218,8 @@ def self_attention_guidance(judge: Judge, cw: Any, random: torch.Generator) -> N
     c, none, x = text(random), text(random), noise(random)
     for k, t in enumerate(TIMES, 1):
         judge.call(x, t, c, step=k, branch="text")
-        made = judge.call(x, t, none, step=k, branch="none")
-        x = x - 0.1 * judge.call(x - made.mean(), t, none, step=k, branch="none")
+        output = judge.call(x, t, none, step=k, branch="none")
+        x = x - 0.1 * judge.call(x - output.mean(), t, none, step=k, branch="none")
 
 
 def autoguidance(judge: Judge, cw: Any, random: torch.Generator) -> None:

@@ -404,8 +404,8 @@ def test_a_pass_that_was_answered_without_the_region_is_not_run_again() -> None:
         for k, t in enumerate(TIMES):
             unet.answers = k in (2, 3)
             x = torch.zeros(1, 2, 8, 8)
-            made = unet(x, t)
-            assert not unet.answers or bool((made == 1).all())
+            output = unet(x, t)
+            assert not unet.answers or bool((output == 1).all())
         assert unet.count == len(TIMES)
         assert cw.stats.adaptor_passes == 2
         for k, t in enumerate(TIMES):  # as often as it likes: what was recorded still holds
@@ -483,10 +483,10 @@ def test_exchanged_modules_are_recorded_anew(name: str, step: int, compiled: boo
             exit = None
             for k, t in enumerate(TIMES):
                 x = torch.randn(2, 2, 8, 8)
-                made = unet(x, t)
+                output = unet(x, t)
                 if repeat:
                     right, exit = reference(plain, x, t, exit=exit if k % 2 else None)
-                    assert torch.equal(made, right)
+                    assert torch.equal(output, right)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
         assert not cw.stats.reasons["calls differed from the traced ones"]
     assert all("forward" not in vars(module) for module in unet.modules())

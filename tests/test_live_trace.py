@@ -43,14 +43,14 @@ def ticked(model: nn.Module, expected: list[Any], **kwargs: Any) -> list[Any]:
     """A rollout at clock 2: full steps equal the plain ones to the bit, adaptor steps do not; the model is restored."""
     before, state = snapshot(model), torch.get_rng_state()
     with ch.wrap(model, clock=2) as cw:
-        made = rollout(model, **kwargs)
+        output = rollout(model, **kwargs)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
-    assert [same(a, b) for a, b in zip(made, expected, strict=True)] == [True, False, True, False]
+    assert [same(a, b) for a, b in zip(output, expected, strict=True)] == [True, False, True, False]
     assert torch.equal(torch.get_rng_state(), state)
     assert snapshot(model) == before
     assert_clean()
     assert same(rollout(model), expected)
-    return made
+    return output
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def test_every_bend_in_a_real_loop(kind: type[Tiny]) -> None:
     model = kind()
     before, expected = snapshot(model), rollout(model)
     with ch.wrap(model) as cw:
-        made = rollout(model)
-        found = ch.find_region(kind(), noise(), 9.0)
+        output = rollout(model)
+        region = ch.find_region(kind(), noise(), 9.0)
         assert cw.region is not None
-        assert (cw.region.fingerprint, cw.region.macs) == (found.fingerprint, found.macs)
+        assert (cw.region.fingerprint, cw.region.macs) == (region.fingerprint, region.macs)
         assert cw.stats.reasons == {"first step": 1, "scheduled": 1}  # the exit was kept: no pass is "traced"
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
     assert snapshot(model) == before
     assert same(rollout(model), expected)
 
@@ -208,12 +208,12 @@ def test_a_unet_within_a_wrapped_unet_is_recorded_twice_at_once() -> None:
     model = Outer()
     before, expected = snapshot(model), rollout(model)
     with ch.wrap(model) as outer, ch.wrap(model.inner) as inner:
-        made = rollout(model)
+        output = rollout(model)
         assert inner.region is not None
         assert outer.region is not None
         assert inner.region.fingerprint == ch.find_region(Tiny(32), noise(2, 32, 8, 8), 9.0).fingerprint
         assert outer.region.fingerprint == ch.find_region(Outer(), noise(), 9.0).fingerprint
-        assert same(made[0], expected[0])
+        assert same(output[0], expected[0])
     assert snapshot(model) == before
     assert same(rollout(model), expected)
     assert_clean()
@@ -231,8 +231,8 @@ def test_two_wrappers_that_share_modules_never_give_a_wrong_full_step() -> None:
     model = Refiner()
     expected = rollout(model)
     with ch.wrap(model), ch.wrap(model.first):
-        made = rollout(model)
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+        output = rollout(model)
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
     assert same(rollout(model), expected)
     assert_clean()
 
@@ -354,13 +354,13 @@ def test_offload_hooks_after_wrap(
         assert same(rollout(model), reference)
         cw.reset()
     undo = offload(model)
-    made = rollout(model)
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
-    assert same(made, reference), cw.report()
+    output = rollout(model)
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
+    assert same(output, reference), cw.report()
     for end in (undo, cw.remove) if order == "undo first" else (cw.remove, undo):
         end()
-        made = rollout(model)
-        assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+        output = rollout(model)
+        assert [same(output[k], expected[k]) for k in FULL] == [True, True]
     assert same(rollout(model), expected)
     assert not [v for module in model.modules() for v in vars(module).values() if isinstance(v, Forward)]
 
@@ -460,9 +460,9 @@ def test_an_error_in_a_recorded_call_leaves_nothing() -> None:
         with pytest.raises(ValueError, match="inside"):
             model(noise(), 9.0)
         assert_clean()
-        made = rollout(model)
+        output = rollout(model)
         assert cw.stats.adaptor_passes == 2
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
     assert snapshot(model) == before
 
 
@@ -478,12 +478,12 @@ def test_after_an_interrupt_the_next_call_works() -> None:
     before = snapshot(model)
     with ch.wrap(model) as cw:
         interrupted(model)
-        made = rollout(model)
+        output = rollout(model)
         assert cw.stats.adaptor_passes == 2, cw.report()
         assert_clean()
         interrupted(model)  # in a call that is not recorded
         assert_clean()
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
     assert snapshot(model) == before
     assert same(rollout(model), expected)
 
@@ -534,9 +534,9 @@ def test_nested_recordings_that_were_interrupted() -> None:
         with pytest.raises(KeyboardInterrupt):
             model(noise(), 9.0)
         assert_clean()
-        made = rollout(model)
+        output = rollout(model)
         assert_clean()
-    assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+    assert [same(output[k], expected[k]) for k in FULL] == [True, True]
 
 
 # -- threads ------------------------------------------------------------------------------------------------------

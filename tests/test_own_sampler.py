@@ -70,8 +70,8 @@ def build():
 
 def test_robustness():
     net, generate, conditions = build()
-    found = ch.measure_robustness(net, generate, conditions, maps=["first", "bottleneck 16"], starts=(1, STEPS))
-    assert all(first > last > 0 for first, last in found.distances.values())
+    robustness = ch.measure_robustness(net, generate, conditions, maps=["first", "bottleneck 16"], starts=(1, STEPS))
+    assert all(first > last > 0 for first, last in robustness.distances.values())
 
 
 def test_steps_that_are_full_whatever_the_schedule_says_are_not_planned():
@@ -104,9 +104,9 @@ def test_the_command_line_takes_it(capsys, tmp_path, monkeypatch):
     assert main([*words, "--weigh", "ms", "--adaptor", "identity", "--out", str(tmp_path)]) == 0, (
         capsys.readouterr().err
     )
-    found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert found["weigh"] == "ms"
-    assert {option["kind"] for option in found["options"]} == {"planned", "clock 2", "adaptive"}
+    data = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert data["weigh"] == "ms"
+    assert {option["kind"] for option in data["options"]} == {"planned", "clock 2", "adaptive"}
     assert main(["drift", "tests.test_own_sampler:build", "--adaptor", "no/such/folder", "--out", str(tmp_path)]) == 2
     assert "no/such/folder" in capsys.readouterr().err
     with pytest.raises(ch.ArgumentError):

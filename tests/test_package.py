@@ -168,8 +168,8 @@ with torch.no_grad(), ch.wrap(UNet(), clock=2) as cw:
 assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 1), cw.region.line
 print(*(name for name in sys.modules if name.startswith("clockwork_hooks.")))
 """
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    imported, wrapping, called = (line.split() for line in made.stdout.splitlines())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    imported, wrapping, called = (line.split() for line in process.stdout.splitlines())
     assert imported == ["clockwork_hooks._version"]
     own = {name.split(".")[1] for name in wrapping if name.startswith("clockwork_hooks.")}
     assert {"engine", "regions", "schedule"} <= own

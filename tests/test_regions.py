@@ -471,10 +471,10 @@ def test_blocks_of_a_transformer_by_hand() -> None:
 
 
 def test_by_hand_in_a_unet_is_the_found_region() -> None:
-    found = ch.find_region(Deep(), noise(), T)
+    region = ch.find_region(Deep(), noise(), T)
     by_hand = ch.find_region(Deep(), noise(), T, entry="stem", exit="up")
-    assert by_hand.fingerprint == found.fingerprint
-    assert by_hand.skipped == found.skipped
+    assert by_hand.fingerprint == region.fingerprint
+    assert by_hand.skipped == region.skipped
 
 
 def test_by_hand_names_what_else_enters_or_can_be_named() -> None:

@@ -172,16 +172,16 @@ def test_a_copy_is_independent() -> None:
     with ch.wrap(unet) as cw:
         cw(torch.randn(1, 2, 8, 8), 900)
         cw(torch.randn(1, 2, 8, 8), 800)
-        made = copy.deepcopy(unet)
-        for parameter in made.parameters():
+        copied = copy.deepcopy(unet)
+        for parameter in copied.parameters():
             parameter.mul_(0.5)
         before, x = cw.stats.full_passes, torch.randn(1, 2, 8, 8)
         expected = Tiny()
         for parameter in expected.parameters():
             parameter.mul_(0.5)
-        assert torch.equal(made(x, 700), expected(x, 700))
+        assert torch.equal(copied(x, 700), expected(x, 700))
         assert cw.stats.full_passes == before
-        with ch.wrap(made) as other:
+        with ch.wrap(copied) as other:
             assert torch.equal(last(picture(other, 8, 0)), last(picture(ch.wrap(expected), 8, 0)))
         assert torch.equal(last(picture(cw, 8, 0)), alone(8, 0))
 

@@ -37,9 +37,9 @@ def replay(model: nn.Module, *args: Any, **kwargs: Any) -> ch.Trace:
     given = [arguments.get(node.meta["input"]) for node in traced.nodes if "input" in node.meta]
     assert not [node for node in traced.nodes if node.meta.get("constant")]
     with torch.no_grad():
-        made = fx.Interpreter(fx.GraphModule(model, traced.graph)).run(*given)
+        output = fx.Interpreter(fx.GraphModule(model, traced.graph)).run(*given)
         expected = [leaf for _, leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
-    assert same(list(made), expected)
+    assert same(list(output), expected)
     return traced
 
 

@@ -37,8 +37,8 @@ def test_the_demo_works_out_of_the_box(
     words = ["distill", config, "--out", "made", "--buffer-gb", "1.5"]
     assert main([*words, *(word for text in QUICK for word in ("--set", text))]) == 0
     assert "guided-output" in capsys.readouterr().out
-    told = json.loads((tmp_path / "made/training.json").read_text())
-    assert (told["trajectories"], told["steps"], told["settings"]["buffer_gb"]) == (1, [4], 1.5)
+    data = json.loads((tmp_path / "made/training.json").read_text())
+    assert (data["trajectories"], data["steps"], data["settings"]["buffer_gb"]) == (1, [4], 1.5)
     adaptor = ch.adaptors.ResNetAdaptor.from_pretrained(tmp_path / "made")
     assert adaptor.facts["sampler"] == "dpm++"
 

@@ -95,8 +95,8 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path) -> None:
     losses = []
     for folder in (killed, tmp_path / "whole"):
         command = [sys.executable, program, folder, "0"]
-        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        losses.append(json.loads(made.stdout))
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        losses.append(json.loads(process.stdout))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 32
 
@@ -142,8 +142,8 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
     two = [*launch, str(program), "2", "8", str(tmp_path / "two")]
     one = [sys.executable, str(program), "4", "4", str(tmp_path / "one")]
     for command in (two, one):
-        made = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert made.returncode == 0, made.stderr
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
     single, first, second = (json.loads((tmp_path / name).read_text()) for name in ("one0", "two0", "two1"))
     assert first == second
     assert {name: len(losses) for name, losses in single.items()} == {"a": 8, "b": 12}

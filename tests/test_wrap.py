@@ -528,11 +528,11 @@ def test_stats_and_report() -> None:
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
         assert dict(cw.stats.reasons) == {"first step": 2, "scheduled": 1}
         report = cw.report()
-    found = json.loads(report.to_json())
-    assert found["reasons"] == {"first step": 2, "scheduled": 1}
-    assert (found["full_passes"], found["adaptor_passes"]) == (3, 3)
-    assert found["macs_run"] == cw.stats.macs_run < found["macs_plain"] == cw.stats.macs_plain
-    assert found["saving"] == cw.stats.saving == 1 - found["macs_run"] / found["macs_plain"]
+    data = json.loads(report.to_json())
+    assert data["reasons"] == {"first step": 2, "scheduled": 1}
+    assert (data["full_passes"], data["adaptor_passes"]) == (3, 3)
+    assert data["macs_run"] == cw.stats.macs_run < data["macs_plain"] == cw.stats.macs_plain
+    assert data["saving"] == cw.stats.saving == 1 - data["macs_run"] / data["macs_plain"]
     title, _, head, rule, *rows = report.to_markdown().splitlines()
     assert title == "**Clockwork on Tiny**"
     assert all(row.count("|") == 3 for row in (head, rule, *rows))

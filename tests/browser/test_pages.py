@@ -35,8 +35,8 @@ def counted():
 def listed():
     unet, args, kwargs = load_model("sd15")
     trace = record(unet, args, kwargs)
-    found = regions_of(trace, unet)
-    return RegionList(found, found[2], diagram_of(trace, found[2]))
+    regions = regions_of(trace, unet)
+    return RegionList(regions, regions[2], diagram_of(trace, regions[2]))
 
 
 def timed():

@@ -26,14 +26,14 @@ def images(scenes: Scenes) -> Tensor:
 
 
 def judge(model: DemoModel, images: Tensor, scenes: Scenes) -> tuple[float, float]:
-    found = score(model.classifier.read(images), scenes.attributes)
-    return found.total, found.unreadable
+    scores = score(model.classifier.read(images), scenes.attributes)
+    return scores.total, scores.unreadable
 
 
 def test_held_out_scenes_are_read(model: DemoModel, images: Tensor, scenes: Scenes) -> None:
-    found = score(model.classifier.read(images), scenes.attributes)
-    assert found.total >= 0.98
-    assert min(found.by_attribute.values()) >= 0.97
+    scores = score(model.classifier.read(images), scenes.attributes)
+    assert scores.total >= 0.98
+    assert min(scores.by_attribute.values()) >= 0.97
 
 
 @pytest.mark.parametrize("mild", ["noise", "blur"])
@@ -71,12 +71,12 @@ def test_the_wrong_prompt_scores_low(model: DemoModel, images: Tensor, scenes: S
 def test_score_counts_what_was_asked() -> None:
     wanted = np.array([[0, 0, -1, 1, 2, 0, 6, 8, 2]])  # a lone object, its place left open
     seen = np.array([[0, 0, 5, 1, 3, UNREADABLE, 6, 8, 2]])
-    found = score(seen, wanted)
-    assert found.asked == 5
-    assert found.total == pytest.approx(3 / 5)
-    assert found.unreadable == pytest.approx(1 / 5)
-    assert found.perfect == 0.0
-    assert found.by_attribute == {"background": 1.0, "count": 1.0, "shape_1": 1.0, "colour_1": 0.0, "size_1": 0.0}
+    scores = score(seen, wanted)
+    assert scores.asked == 5
+    assert scores.total == pytest.approx(3 / 5)
+    assert scores.unreadable == pytest.approx(1 / 5)
+    assert scores.perfect == 0.0
+    assert scores.by_attribute == {"background": 1.0, "count": 1.0, "shape_1": 1.0, "colour_1": 0.0, "size_1": 0.0}
     assert score(wanted, wanted).perfect == 1.0
 
 
@@ -110,10 +110,10 @@ def test_attributes_as_a_metric(model: DemoModel, images: Tensor, scenes: Scenes
     metric = Attributes(model.classifier)
     halves = (slice(0, 128), slice(128, None))
     rows = torch.cat([metric.observe(images[half], None, prompts[half]) for half in halves]).double()
-    found = attribute_accuracy(model.classifier, images, prompts)
+    accuracy = attribute_accuracy(model.classifier, images, prompts)
     assert metric.score(rows) == {
-        "attributes right": pytest.approx(100 * found.total),
-        "pictures all right": pytest.approx(100 * found.perfect),
+        "attributes right": pytest.approx(100 * accuracy.total),
+        "pictures all right": pytest.approx(100 * accuracy.perfect),
     }
     torch.testing.assert_close(metric.observe(images, None, parse(prompts)).double(), rows)
     assert metric.score(metric.observe(images.roll(1, 0), None, prompts).double())["attributes right"] < 50

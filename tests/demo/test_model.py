@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 
 def test_eight_steps_show_what_the_prompts_ask_for(model: DemoModel, run: Run) -> None:
-    found = attribute_accuracy(model.classifier, run.images, DEMO_PROMPTS)
-    assert found.total >= 0.9
+    accuracy = attribute_accuracy(model.classifier, run.images, DEMO_PROMPTS)
+    assert accuracy.total >= 0.9
     assert float(run.images.min()) >= 0.0
     assert float(run.images.max()) <= 1.0
 

@@ -52,12 +52,12 @@ def test_the_script_runs_in_miniature(tmp_path):
     out = tmp_path / "results.json"
     sizes = ["--steps", "2", "--prompts", "1", "--out", str(out), "--figures", str(tmp_path)]
     analysis_demo.main(["plan-50", "compare-50", *sizes])
-    found = json.loads(out.read_text(encoding="utf-8"))
-    rows = {row["schedule"]: row["error"] for row in found["compare-50"]["rows"]}
-    assert rows["at([2])"] == rows["every(2)"] == pytest.approx(found["plan-50"]["held_out"])  # there is one choice
-    analysis_tables.draw(found, tmp_path)
+    data = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["schedule"]: row["error"] for row in data["compare-50"]["rows"]}
+    assert rows["at([2])"] == rows["every(2)"] == pytest.approx(data["plan-50"]["held_out"])  # there is one choice
+    analysis_tables.draw(data, tmp_path)
     assert (tmp_path / "analysis-plan-50.png").stat().st_size > 5000
-    assert "planned at no more MACs" in analysis_tables.tables(found)["plan"]
+    assert "planned at no more MACs" in analysis_tables.tables(data)["plan"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 @pytest.mark.slow
 def test_two_processes_on_a_cpu(tmp_path: Path) -> None:
     assert distill_throughput.main(["--out", str(tmp_path), "--tiny", "--device", "cpu", "--trajectories", "2"]) == 0
-    told = json.loads((tmp_path / "distill_throughput.json").read_text())
-    assert set(told["runs"]) == {"demo-1", "demo-2", "sd15-1", "sd15-2"}
-    assert set(told["speed_up"]) == {"demo, 2 processes", "sd15, 2 processes"}
-    for run in told["runs"].values():
+    data = json.loads((tmp_path / "distill_throughput.json").read_text())
+    assert set(data["runs"]) == {"demo-1", "demo-2", "sd15-1", "sd15-2"}
+    assert set(data["speed_up"]) == {"demo, 2 processes", "sd15, 2 processes"}
+    for run in data["runs"].values():
         assert (run["prompts"], run["trajectories"]) == (2 * run["processes"], 2 * run["processes"])
         assert run["prompts_per_second"] > 0
         assert 0 < run["recording_seconds"] < run["seconds"]

@@ -76,11 +76,11 @@ def test_what_the_design_names_is_there() -> None:
 
 def test_the_limits_are_those_that_were_measured() -> None:
     """`python -m benchmarks.few_steps` renders the JSON; its sentences say what the rows say."""
-    found = json.loads(few_steps.RESULT.read_text(encoding="utf-8"))
-    assert f"<!-- few steps -->\n{few_steps.markdown(found)}<!-- /few steps -->" in (DOCS / "limits.md").read_text(
+    data = json.loads(few_steps.RESULT.read_text(encoding="utf-8"))
+    assert f"<!-- few steps -->\n{few_steps.markdown(data)}<!-- /few steps -->" in (DOCS / "limits.md").read_text(
         "utf-8"
     )
-    by = {(row["sampler"], row["steps"], row["kind"]): row for row in found["rows"]}
+    by = {(row["sampler"], row["steps"], row["kind"]): row for row in data["rows"]}
     for (sampler, steps, kind), row in by.items():
         if kind == "identity":
             assert row["psnr"] < by[sampler, steps, "fewer"]["psnr"]
