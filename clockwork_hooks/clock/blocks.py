@@ -65,14 +65,14 @@ class Blocks:
         It may where this thread or task opened one in a function that is not on the stack: a generator that somebody
         else steps now, or a function that opened it for others and is over.
         """
-        found: list[Block] = []
+        inside: list[Block] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            found += reversed(self._by_frame.get(id(frame), ()))
+            inside += reversed(self._by_frame.get(id(frame), ()))
             frame = frame.f_back
         context = get_ident(), current_task()
-        others = [block for blocks in list(self._by_frame.values()) for block in list(blocks) if block not in found]
-        return found[::-1], any(block.context == context for block in others)
+        others = [block for blocks in list(self._by_frame.values()) for block in list(blocks) if block not in inside]
+        return inside[::-1], any(block.context == context for block in others)
 
 
 def current_task() -> Any:

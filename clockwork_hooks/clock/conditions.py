@@ -274,14 +274,14 @@ def _held(value: Any) -> Sequence[Any] | None:
 @functools.lru_cache(maxsize=1024)
 def _slots(cls: Any) -> tuple[str, ...]:
     """Names of the attributes that instances hold outside of their `__dict__`, as `getattr` takes them."""
-    found: list[str] = []
+    slots: list[str] = []
     for base in cls.__mro__:
         names = vars(base).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else tuple(names):
             if name not in ("__dict__", "__weakref__"):
                 private = name.startswith("__") and not name.endswith("__")
-                found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    return tuple(found)
+                slots.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(slots)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -96,9 +96,9 @@ def _counts(parameter: Any) -> bool:
         return False
 
 
-def _spread(found: list[Any], count: int) -> list[Any]:
+def _spread(values: list[Any], count: int) -> list[Any]:
     """So many of them, evenly, the last one among them."""
-    return found if len(found) <= count else [found[(k + 1) * len(found) // count - 1] for k in range(count)]
+    return values if len(values) <= count else [values[(k + 1) * len(values) // count - 1] for k in range(count)]
 
 
 def _switches(layer: Any) -> tuple[Hashable, ...]:

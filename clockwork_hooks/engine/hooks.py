@@ -228,13 +228,13 @@ class Census:
 
 
 def _walk(unet: nn.Module) -> list[nn.Module]:
-    """The modules in a fixed order; `modules()`, a generator for each level, takes ten times as long."""
-    found, rest = [], [unet]
+    """The modules in a fixed order, one that is shared as often as it is held (`modules()` lists it once)."""
+    modules, rest = [], [unet]
     while rest:
         module = rest.pop()
-        found.append(module)
+        modules.append(module)
         rest += [child for child in module._modules.values() if child is not None]
-    return found
+    return modules
 
 
 class Installed:

@@ -105,10 +105,10 @@ class OtherSteps:
         """A pass at this step of a run of so many steps; None where that is not known."""
         if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
             return
-        made, self._counts = self._counts, ()
+        counts, self._counts = self._counts, ()
         _warn(
             f"an adaptor is best in the number of steps that it was made for: {self._adaptor} was made for "
-            f"{' or '.join(map(str, made))} steps, and this run has {steps or f'{step} or more'}\n"
+            f"{' or '.join(map(str, counts))} steps, and this run has {steps or f'{step} or more'}\n"
             "What to do: calibrate or train one with this number of steps",
             OtherStepsWarning,
         )
@@ -124,12 +124,12 @@ class Watchers:
         """Look at the modules with skipped calls, and at all inside them, but for those that are kept."""
         if self._warned:
             return
-        found = watchers(unet, paths, tuple(keep))
-        if found:
+        watching = watchers(unet, paths, tuple(keep))
+        if watching:
             self._warned = True
-            lines = [f"  {path}: {what}" for path, what in list(found.items())[:8]]
-            more = [f"  and {len(found) - 8} more"] if len(found) > 8 else []
-            tops = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+            lines = [f"  {path}: {what}" for path, what in list(watching.items())[:8]]
+            more = [f"  and {len(watching) - 8} more"] if len(watching) > 8 else []
+            tops = [path for path in watching if not any(path.startswith(f"{other}.") for other in watching)]
             names = json.dumps(tops)  # all of them: a controller that counts needs every layer that it counts
             _warn(
                 "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
@@ -155,7 +155,7 @@ def warn_of_failure(error: Exception) -> None:
 def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
     """Modules at and below these paths that code of others looks at: path → what it is."""
     modules = dict(unet.named_modules())
-    found: dict[str, str] = {}
+    watching: dict[str, str] = {}
     for top in paths:
         if top not in modules:
             continue
@@ -165,8 +165,8 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
                 continue
             what = _watcher(module)
             if what:
-                found[path] = what
-    return found
+                watching[path] = what
+    return watching
 
 
 def _watcher(module: nn.Module) -> str | None:

@@ -181,8 +181,8 @@ class Fingerprints:
         codes = []
         for near in (self._near_convolutions, self._near):
             reads = [functools.reduce(operator.or_, (near[u] for u in self._sources[n]), 0) for n in self._at.tolist()]
-            told = (_digest(p.label, self._widths(read)) for p, read in zip(self.products, reads, strict=True))
-            codes.append(np.array([int(code, 16) for code in told], dtype=np.uint64))
+            digests = (_digest(p.label, self._widths(read)) for p, read in zip(self.products, reads, strict=True))
+            codes.append(np.array([int(code, 16) for code in digests], dtype=np.uint64))
         return codes[0], codes[1]
 
     def _widths(self, products: int) -> list[tuple[str, int]]:
