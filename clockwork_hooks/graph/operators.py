@@ -55,22 +55,13 @@ CONVOLUTIONS: dict[str, bool | None] = {
         ),
         True,
     ),
-    **dict.fromkeys(
-        _names("convolution _convolution convolution_overrideable"),
-        None,
-    ),
+    **dict.fromkeys(_names("convolution _convolution convolution_overrideable"), None),
 }
 LINEARS = frozenset(_names("linear mkldnn_linear mkldnn::_linear_pointwise _weight_int8pack_mm"))
 # operator → positions of its two matrices
 MATMULS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(
-        _names("matmul linalg_matmul mm bmm mv dot vdot _int_mm _scaled_mm _scaled_mm_v2"),
-        (0, 1),
-    ),
-    **dict.fromkeys(
-        _names("addmm _addmm_activation addmv baddbmm addbmm"),
-        (1, 2),
-    ),
+    **dict.fromkeys(_names("matmul linalg_matmul mm bmm mv dot vdot _int_mm _scaled_mm _scaled_mm_v2"), (0, 1)),
+    **dict.fromkeys(_names("addmm _addmm_activation addmv baddbmm addbmm"), (1, 2)),
 }
 SUMS = frozenset(_names("einsum inner tensordot"))
 # attention over (batch, heads, length, width), over (batch, length, heads, width), with its projections
@@ -88,14 +79,8 @@ LENGTH_FIRST = frozenset(_names("_flash_attention_forward _efficient_attention_f
 BLOCKS = frozenset(_names("_native_multi_head_attention _transformer_encoder_layer_fwd"))
 # operator → position of its weight, position of its flag `training` (batch norms; -1: never)
 NORMS: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(
-        _names("group_norm layer_norm native_layer_norm rms_norm _fused_rms_norm"),
-        (2, None),
-    ),
-    **dict.fromkeys(
-        _names("native_group_norm instance_norm"),
-        (1, None),
-    ),
+    **dict.fromkeys(_names("group_norm layer_norm native_layer_norm rms_norm _fused_rms_norm"), (2, None)),
+    **dict.fromkeys(_names("native_group_norm instance_norm"), (1, None)),
     **dict.fromkeys(
         _names(
             """
@@ -105,10 +90,7 @@ NORMS: dict[str, tuple[int, int | None]] = {
         ),
         (1, 5),
     ),
-    **dict.fromkeys(
-        _names("_native_batch_norm_legit_no_training _batch_norm_no_update"),
-        (1, -1),
-    ),
+    **dict.fromkeys(_names("_native_batch_norm_legit_no_training _batch_norm_no_update"), (1, -1)),
 }
 # multiply and accumulate nothing, though neither tag nor schema says so
 FREE = frozenset(
