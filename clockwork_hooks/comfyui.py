@@ -20,6 +20,7 @@ from torch import nn
 
 from clockwork_hooks.adaptors.base import Adaptor
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
+from clockwork_hooks.clock.samplers import find_sampler
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
@@ -27,7 +28,7 @@ from clockwork_hooks.errors import ArgumentError, ClockworkError, NoEffectWarnin
 from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.schedule import Schedule, check_clock
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ClockworkNode", "Options", "evaluations_of"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ClockworkNode", "Options", "Run", "evaluations_of"]
 
 log = logging.getLogger("clockwork_hooks")
 
@@ -132,18 +133,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 # -- the evaluations of a step ----------
 
-# How often samplers evaluate the model in a step: in most, and in the last one where it ends at sigma 0.
-_TWO_AND_ONE = (
-    *("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp"),
-    *("dpmpp_sde", "dpmpp_sde_gpu", "seeds_2"),
-)
-_ONE = (
-    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "lms", "ddpm", "lcm", "ipndm", "ipndm_v"),
-    *("dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
-    *("dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral"),
-    *("res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "sa_solver"),
-    *("unipc", "unipc_bh2", "uni_pc", "uni_pc_bh2", "ddim"),
-)
+_NAMES = {"unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # of functions that are called otherwise than their samplers
 
 
 def evaluations_of(sampler: str, sigmas: Sequence[float]) -> Iterator[int] | None:
@@ -161,22 +151,12 @@ def evaluations_of(sampler: str, sigmas: Sequence[float]) -> Iterator[int] | Non
         >>> evaluations_of("my_own", [1.0, 0.0]) is None
         True
     """
-    steps, ends = len(sigmas) - 1, bool(sigmas) and sigmas[-1] == 0
-    if sampler in _ONE:
-        return iter([1] * steps)
-    if sampler in _TWO_AND_ONE or sampler == "seeds_3":
-        most = 3 if sampler == "seeds_3" else 2
-        return iter([most] * (steps - ends) + [1] * ends)
-    if sampler == "heunpp2":
-        return iter([3] * (steps - 2 * ends) + [2, 1][-steps:] * ends)
-    if sampler == "sa_solver_pece":
-        return iter([1] + [2] * (steps - 1))
-    if sampler == "dpm_fast":
-        whole, rest = divmod(steps, 3)
-        return iter([3] * whole + [rest] if rest else [3] * (whole - 1) + [2, 1])
     if sampler == "dpm_adaptive":
         return iter(lambda: 3, None)  # as many as its tolerance asks for
-    return None
+    if sampler == "sa_solver_pece":  # the second is at the same sigma
+        return iter([1, *[2] * (len(sigmas) - 2)])
+    known = find_sampler(_NAMES.get(sampler, sampler))
+    return None if known is None else iter(known.steps(sigmas))
 
 
 def _name_of(sampler: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import clockwork_hooks as ch
-from clockwork_hooks.comfyui import NODE_CLASS_MAPPINGS, Clockwork, ClockworkNode, Options, evaluations_of
+from clockwork_hooks.comfyui import NODE_CLASS_MAPPINGS, Clockwork, ClockworkNode, Options, Run, evaluations_of
 from tests.comfyui.reference import Reference
 from tests.comfyui.situations import REAL, SITUATIONS, Case
 from tests.snapshot import snapshot
@@ -71,6 +72,58 @@ def test_situation(name: str) -> None:
     assert torch.equal(client.sample(case.after(case.patcher), **case.options), plain)
     assert snapshot(case.patcher.model.diffusion_model).keys() == before.keys()
     assert "forward" not in vars(case.patcher.model.diffusion_model)
+
+
+SAMPLERS = (
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "dpm_2", "lms"),
+    *("dpm_2_ancestral", "dpm_fast", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu"),
+    *("dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+    *("dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "er_sde"),
+    *("res_multistep_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation"),
+    *(
+        "gradient_estimation_cfg_pp",
+        "seeds_2",
+        "seeds_3",
+        "sa_solver",
+        "sa_solver_pece",
+        "ddim",
+        "uni_pc",
+        "uni_pc_bh2",
+    ),
+)
+
+
+@real_comfyui
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_all_samplers_of_comfyui(sampler: str) -> None:
+    """A step begins with the evaluation right before the sampler's callback: so the plain run tells its steps."""
+    patcher, begins, count = client.model(), list[int](), [0]
+    plain = patcher.clone()
+
+    def evaluation(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return executor(*args, **kwargs)
+
+    plain.add_wrapper_with_key("predict_noise", "count", evaluation)
+    client.sample(plain, sampler, callback=lambda *_: begins.append(count[0] - 1))
+    evaluations = [then - now for now, then in itertools.pairwise([*begins, count[0]])]
+    wanted, letters = expected(Case(patcher, {"sampler": sampler}, evaluations))
+    made = apply(patcher)
+    for _ in range(2):
+        assert torch.equal(client.sample(made, sampler), wanted)
+    stats = handle(made).wrapper.stats
+    assert (stats.full_passes, stats.adaptor_passes) == (letters.count("F"), letters.count("A")), stats.reasons
+
+
+@real_comfyui
+def test_the_adaptive_sampler_has_three_evaluations_a_step() -> None:
+    made = apply(client.model())
+    first = client.sample(made, "dpm_adaptive")
+    assert torch.equal(client.sample(made, "dpm_adaptive"), first)
+    stats = handle(made).wrapper.stats
+    assert stats.adaptor_passes % 3 == 0
+    assert stats.full_passes % 3 == 0
+    assert 0 <= stats.full_passes - stats.adaptor_passes <= 3
 
 
 # -- the node's options ----------
@@ -219,18 +272,33 @@ def test_other_calls_are_left_alone_in_the_middle_of_a_run() -> None:
     patcher = client.model()
     two, three = apply(patcher), apply(patcher, clock=3)
     wanted, seen = {2: client.sample(two), 3: client.sample(three)}, list[Tensor]()
-    x, text = torch.ones(1, 4, 16, 16), client.cond(1)[0][0]
+    text = client.cond(1)[0][0]
 
     def call(step: int, *_: Any) -> None:
+        x = torch.full((1, 4, 16, 16), step + 1.0)
         with torch.no_grad():
             seen.append(patcher.model.diffusion_model(x, torch.ones(1), context=text, transformer_options={}))
 
-    call(0)
+    for step in range(6):
+        call(step)
     assert torch.equal(client.sample(two, callback=call), wanted[2])
     assert torch.equal(client.sample(three, callback=call), wanted[3])
     assert torch.equal(client.sample(two), wanted[2])
-    assert len(seen) == 13
-    assert all(torch.equal(one, seen[0]) for one in seen)
+    assert len(seen) == 18
+    assert all(torch.equal(one, seen[k % 6]) for k, one in enumerate(seen))
+
+
+def test_each_call_of_a_step_has_a_name_of_its_own() -> None:
+    """Heun's second evaluation has other names than its first; the next step has those of the step before."""
+    run = Run(Options(), "heun", [9.0, 4.0, 1.0, 0.0], (1e9, 0.0))
+    told = [{"cond_or_uncond": [0], "uuids": ["a"]}, {"cond_or_uncond": [1], "uuids": ["b"]}]
+    names = []
+    for _ in range(4):
+        run.evaluate(lambda: 0.0)
+        names.append([run.name(one) for one in (*told, told[0])])
+    assert run.step == 2
+    assert len({*names[0], *names[1]}) == 6
+    assert names[2:] == names[:2]
 
 
 def test_a_second_node_replaces_the_first() -> None:

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,43 @@ def blocks(path: Path) -> list[str]:
 
 def pipeline_names() -> dict[str, Any]:
     return {"ch": ch, "pipe": parts.text_to_image(), "prompt": "a cat"}
+
+
+def integration_names() -> dict[str, Any]:
+    """A UNet under each client's names, and loops that call it."""
+    unet, schedulers = parts.plain_unet(), parts.scheduler()
+    x = torch.zeros(1, 3, 16, 16)
+
+    def loop(*_: Any, **__: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([unet(x, t).sample for t in (900.0, 600.0, 300.0)])
+
+    class Pipeline:
+        def __init__(self) -> None:
+            self.unet, self.scheduler = unet, schedulers
+
+        __call__ = loop
+
+    policy = SimpleNamespace(
+        diffusion=SimpleNamespace(unet=SimpleNamespace(_orig_mod=Tiny())), select_action=lambda observation: None
+    )
+    return {
+        "ch": ch,
+        "pipeline": SimpleNamespace(unet=unet),
+        "denoise": loop,
+        "text_to_image": Pipeline(),
+        "image_to_image": Pipeline(),
+        "policy": policy,
+        "observation": None,
+        "volumes": unet,
+        "inferer": SimpleNamespace(sample=loop),
+        "noise": x,
+        "scheduler": schedulers,
+        "net": SimpleNamespace(model=unet),
+        "t_steps": [80.0, 10.0, 0.0],
+        "edm_sampler": loop,
+        "latents": x,
+    }
 
 
 def sampler_names() -> dict[str, Any]:
@@ -65,6 +103,7 @@ def training_names() -> dict[str, Any]:
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "analysis.md": analysis_names,
     "editing.md": editing_names,
+    "integrations.md": integration_names,
     "pipelines.md": pipeline_names,
     "samplers.md": sampler_names,
     "performance.md": compiler_names,
