@@ -100,6 +100,63 @@ def test_a_linear_world_is_sampled_as_without_clockwork(world, rank):
     torch.testing.assert_close(made, plain, atol=2e-4, rtol=1e-3)
 
 
+class Blurred(nn.Module):
+    """At the k-th time, its input convolved k times with one kernel: each output is a convolution of the last one."""
+
+    def __init__(self, rank):
+        super().__init__()
+        made = torch.Generator().manual_seed(3)
+        self.kernel = 0.2 * torch.randn(4, 4, *[3] * rank, generator=made)
+        self.convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[rank - 1]
+
+    def forward(self, z, t):
+        for _ in range(TIMES.index(int(t)) + 1):
+            z = self.convolve(z, self.kernel, padding=1)
+        return z
+
+
+class Neighbours(Blocks):
+    """What the region emits depends on the positions around, and on no entry."""
+
+    def __init__(self, rank=2):
+        super().__init__(rank=rank)
+        self.last = Blurred(rank)
+
+    def forward(self, x, t, c):
+        h = self.stem(x)
+        side = self.side(c).sin().reshape(len(x), 12, *[1] * self.rank)
+        space = torch.linspace(0, 3, x.shape[-1] // 2)
+        z = side * (self.down(0 * h) + torch.cos(side * space))
+        z = self.up(nn.functional.interpolate(z, scale_factor=2.0, mode="nearest"))
+        return self.head(torch.cat([h, self.last(z, t)], 1))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_kernel_is_recovered(rank):
+    """With it the sampler does as without Clockwork; with a matrix alone it does not."""
+    unet = Neighbours(rank)
+    generate = sampler(unet)
+    made = {
+        kind: calibrate(unet, generate, [(24, 2.0)], guidance=2.0, clock=2, kind=kind, ridge=1e-10)
+        for kind in ("exit", "kernel")
+    }
+    assert made["kernel"].report.kinds["kernel"].left < 1e-2 < made["exit"].report.kinds["exit"].left / 5
+    error = {}
+    with torch.no_grad():
+        plain = generate((8, 2.0), seed=7)
+        for kind, adaptor in made.items():
+            with ch.wrap(unet, adaptor, clock=2) as cw:
+                generate((8, 2.0), seed=6)  # the very first call is traced
+                with cw.trajectory():
+                    error[kind] = float((generate((8, 2.0), seed=7) - plain).norm() / plain.norm())
+    assert error["kernel"] < 0.05 * error["exit"]
+    row = made["kernel"]._split(made["kernel"].table[0], None)[-1]
+    weights = row[4 * made["kernel"].reads :].reshape(-1, 4, 4)  # of what is around: the true kernel's, but its middle
+    kernel = unet.last.kernel.flatten(2)
+    expected = torch.cat([kernel[..., : 3**rank // 2], kernel[..., 3**rank // 2 + 1 :]], 2).permute(2, 1, 0)
+    torch.testing.assert_close(weights, expected, atol=0.02, rtol=0.05)
+
+
 def pairs(count=400, channels=4, entry=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(count, width, generator=generator) for width in (channels, channels, entry, entry)]
@@ -374,7 +431,7 @@ def test_a_linear_world_stays_one_when_fitted_again():
 # -- files, reports, other ways to run ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "low rank"])
+@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "kernel", "low rank"])
 def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
     unet = Blocks(mix=1.0)
     generate = sampler(unet)
@@ -391,7 +448,7 @@ def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "low rank"])
+@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "kernel", "low rank"])
 def test_it_compiles_once_for_all_positions(kind):
     unet = Blocks(mix=1.0)
     generate = sampler(unet, [torch.tensor(t) for t in TIMES])

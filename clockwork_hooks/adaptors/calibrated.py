@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.layers import fit
@@ -23,9 +24,9 @@ from clockwork_hooks.regions import reference
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
 
-__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions"]
+__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions", "around_of", "like_exit"]
 
-FORMS = ("affine", "linear", "low rank")
+FORMS = ("affine", "linear", "kernel", "low rank")
 _ENDLESS = 3e38  # a bound that bounds nothing: the identity's
 _LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
 _PIECES = 16  # straight ones between two calibrated positions
@@ -40,9 +41,10 @@ class Knot:
         before: that of the step before.
         low, high: (C,) bounds of the exit.
         bias: (C,).
-        gain: (C,), how much of the cached exit is added to it; of the linear form None.
-        matrix: (p, C) of the linear form, (p, rank) of the low-rank one; what is read, in order: the cached exit; the
-            entry less the entry that came with the cached exit; and that one. Or the entry alone, in place of both.
+        gain: (C,), how much of the cached exit is added to it; of the linear and the kernel form None.
+        matrix: (p, C) of the linear and the kernel form, (p, rank) of the low-rank one; what is read, in order: the
+            cached exit; the entry less the entry that came with the cached exit; and that one. Or the entry alone, in
+            place of both. Of the kernel form, then the cached exit at each of the positions around (`around_of`).
     """
 
     position: float | None
@@ -122,7 +124,8 @@ class CalibratedAdaptor(LearnedAdaptor):
     into CUDA graphs.
 
     Args:
-        form: "affine" (gain and bias), "linear" (one matrix), or "low rank" (gain, bias, and a matrix of two factors).
+        form: "affine" (gain and bias), "linear" (one matrix), "kernel" (a matrix, and a convolution of the cached exit
+            with 3 positions an axis), or "low rank" (gain, bias, and a matrix of two factors).
         knots: number of calibrated positions.
         points: rows of the grid that places a position among them; 0 where one knot serves all positions.
         rank: of the factors.
@@ -153,9 +156,17 @@ class CalibratedAdaptor(LearnedAdaptor):
         self.report: Any = None
         self.tuning: Any = None
         channels = self.exit.channels
-        gain = 0 if form == "linear" else channels
-        matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}[form]
-        self._widths = (channels, channels, 1, channels, gain, matrix)  # of what a row of the table holds, in order
+        gain = 0 if form in ("linear", "kernel") else channels
+        matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}
+        matrix["kernel"] = (self.reads + (3**self.exit.rank - 1) * channels) * channels
+        self._widths = (
+            channels,
+            channels,
+            1,
+            channels,
+            gain,
+            matrix[form],
+        )  # of what a row of the table holds, in order
         table = torch.zeros(knots + 1, sum(self._widths))  # the last row is the identity
         table[:, :channels], table[:, channels : 2 * channels], table[:, 2 * channels] = -_ENDLESS, _ENDLESS, 1.0
         self.table = nn.Parameter(table, requires_grad=False)
@@ -260,8 +271,11 @@ class CalibratedAdaptor(LearnedAdaptor):
             )
         sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
         low, high, bias = (one.to(exit_cached.dtype).reshape(sizes) for one in (low, high, bias * stretch))
-        if self.form == "linear":
-            exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis) + bias
+        if self.form in ("linear", "kernel"):
+            own = self.reads * self.exit.channels
+            exit = self._product(entry, exit_cached, entry_cached, matrix[:own], stretch, axis) + bias
+            if self.form == "kernel":
+                exit = exit + self._convolution(exit_cached, matrix[own:] * stretch)
         else:
             gain = gain.mul(stretch).add(1.0).to(exit_cached.dtype).reshape(sizes)
             exit = torch.addcmul(bias, exit_cached, gain)
@@ -304,6 +318,16 @@ class CalibratedAdaptor(LearnedAdaptor):
         for factor in factors[:-1]:
             x = x @ factor
         return torch.addmm(start.reshape(-1, start.shape[-1]), x, factors[-1]).reshape(start.shape).movedim(-1, axis)
+
+    def _convolution(self, cached: Tensor, around: Tensor) -> Tensor:
+        """What the positions around add: a convolution whose middle is zero."""
+        x, channels = self.exit.to_map(cached), self.exit.channels
+        weights = around.reshape(-1, channels, channels)
+        before, after = weights.chunk(2)
+        kernel = torch.cat([before, torch.zeros_like(weights[:1]), after]).permute(2, 1, 0)
+        kernel = kernel.reshape(channels, channels, *(3,) * self.exit.rank).to(x.dtype)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.exit.rank - 1]
+        return self.exit.from_map(convolve(x, kernel, padding=1))
 
     def _like_exit(self, entry: Tensor | None, cached: Tensor) -> Tensor:
         """An entry, laid out as the exit is."""
@@ -395,6 +419,20 @@ class _Lookout:
 
     def __reduce__(self) -> tuple[type[_Lookout], tuple[()]]:
         return _Lookout, ()
+
+
+def around_of(x: Tensor) -> Tensor:
+    """(B, (3ⁿ - 1)·C, *space): a map (B, C, *space) at the positions around each one, zero beyond the edge."""
+    axes = x.ndim - 2
+    padded = functional.pad(x, (1, 1) * axes)
+    shifts = [at for at in itertools.product(range(3), repeat=axes) if at != (1,) * axes]
+    parts = []
+    for shift in shifts:
+        part = padded
+        for axis, start in enumerate(shift, 2):
+            part = part.narrow(axis, start, x.shape[axis])
+        parts.append(part)
+    return torch.cat(parts, 1)
 
 
 def like_exit(entry: Tensor, layout: Layout, cached: Tensor, exit: Layout) -> Tensor:

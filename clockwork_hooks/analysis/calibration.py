@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._numbers import percent
-from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, like_exit
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock.loops import TrajectoryBlock
@@ -214,7 +214,9 @@ def calibrate(
             any schedule.
         region: from `find_region`; None for the one below the highest level.
         kind: "gain", "affine" (a gain and a bias for each channel, which cost nothing), "exit", "exit+entry",
-            "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "low rank"; or "auto".
+            "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "kernel" (the same, and
+            a 3×3 convolution of the cached exit; dear to solve where channels are many), "low rank"; or "auto", which
+            tries all but the kernel.
         ridge: relative to the diagonal; None to have it chosen.
         log_snr: raw time → log-SNR, or a diffusers scheduler; None takes it from `generate.scheduler`, else uses the
             time itself. Weights between two calibrated positions are interpolated in it.
@@ -262,7 +264,7 @@ def calibrate(
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
     levels = _log_snr(log_snr, generate)
-    sums = Sums(chosen, steps or _ALL, guidance, unconditional)
+    sums = Sums(chosen, steps or _ALL, guidance, unconditional, kernel=kind == "kernel")
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
         run_all(unet, generate, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
@@ -275,7 +277,7 @@ def calibrate(
         solver = Solver(chosen, sums, kind, ridge, levels)
         if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
             bar.update(task, total=2 * len(batches))
-            student = Refit(solver, Sums(chosen, steps, guidance, unconditional))
+            student = Refit(solver, Sums(chosen, steps, guidance, unconditional, kernel=kind == "kernel"))
             run_all(unet, generate, batches, student, student, lambda: bar.advance(task), teaches=False)
     adaptor = solver.adaptor()
     adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
@@ -380,23 +382,25 @@ class Pair:
     exit: Tensor
     entry: Tensor | None
     before: Tensor | None
+    around: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
+        return self.cached, self.exit, self.entry, self.before, self.around
 
     def combined(self, other: Pair, scale: float) -> Pair:
         """This branch, and `scale` times the other's difference to it."""
-        ours, others = (
-            (self.cached, self.exit, self.entry, self.before),
-            (other.cached, other.exit, other.entry, other.before),
-        )
-        mixed = (a if a is None or b is None else a + scale * (b - a) for a, b in zip(ours, others, strict=True))
-        return Pair(*mixed)  # type: ignore[arg-type]
+        both = zip(self.tensors, other.tensors, strict=True)
+        return Pair(*(a if a is None or b is None else a + scale * (b - a) for a, b in both))  # type: ignore[arg-type]
 
     def rows(self, part: slice) -> Pair:
         """A part of the samples."""
-        return Pair(*(x if x is None else x[part] for x in (self.cached, self.exit, self.entry, self.before)))  # type: ignore[arg-type]
+        return Pair(*(x if x is None else x[part] for x in self.tensors))  # type: ignore[arg-type]
 
     def positions(self, part: slice) -> Pair:
         """A part of the positions."""
-        return Pair(*(x if x is None else x[:, part] for x in (self.cached, self.exit, self.entry, self.before)))  # type: ignore[arg-type]
+        return Pair(*(x if x is None else x[:, part] for x in self.tensors))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -420,6 +424,7 @@ class Sums:
         schedule: which steps.
         guidance: scale of the guided combination; None to do without.
         unconditional: which branch is the first of the combination.
+        kernel: the cached exit around each position is a feature too.
         places: position → sums.
         times: all times seen.
         samples: rows of a step, at most.
@@ -431,6 +436,7 @@ class Sums:
     schedule: Schedule
     guidance: float | None
     unconditional: str
+    kernel: bool = False
     places: dict[float | None, Place] = field(default_factory=dict)
     times: set[float] = field(default_factory=set)
     samples: int = 0
@@ -443,7 +449,8 @@ class Sums:
     def __post_init__(self) -> None:
         self.exit = Layout.of_boundary(self.region.exit)
         self.entry = Layout.of_boundary(self.region.entry) if "entry" in self.region.inputs else None
-        self.shape = Shape(self.exit.channels, self.entry.channels if self.entry else 0)
+        around = (3**self.exit.rank - 1) * self.exit.channels if self.kernel else 0
+        self.shape = Shape(self.exit.channels, self.entry.channels if self.entry else 0, around)
 
     def forget(self) -> None:
         """A trajectory is over."""
@@ -482,7 +489,8 @@ class Sums:
         entries: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.entry is not None and outcome.entry is not None and kept.entry is not None:
             entries = (self._entry(outcome.entry, emitted.exit), self._entry(kept.entry, kept.exit))
-        pair = Pair(self._rows(kept.exit), self._rows(emitted.exit), *entries)
+        around = around_of(self.exit.to_map(kept.exit).float()).flatten(2).movedim(1, -1) if self.kernel else None
+        pair = Pair(self._rows(kept.exit), self._rows(emitted.exit), *entries, around)
         self.samples = max(self.samples, len(pair.exit))
         if self.guidance is None:
             self._add(place, pair)
@@ -520,8 +528,7 @@ class Sums:
             self.held_out, held = "positions", max(pair.exit.shape[1] // _HELD_OUT, 1)
             parts = pair.positions(slice(0, -held)), pair.positions(slice(-held, None))
         for sums, part in zip((place.fit, place.held), parts, strict=True):
-            entries = (x if x is None else x.flatten(0, 1) for x in (part.entry, part.before))
-            sums.add(part.cached.flatten(0, 1), part.exit.flatten(0, 1), *entries)
+            sums.add(*(x if x is None else x.flatten(0, 1) for x in part.tensors))  # type: ignore[arg-type]
 
     def _rows(self, x: Tensor) -> Tensor:
         """An exit as (B, positions, C), float32."""
@@ -649,8 +656,8 @@ class Solver:
         exit = self.region.exit
         positions = math.prod(exit.shape) // self.sums.shape.exit
         reads = self.sums.shape.exit + self.sums.shape.entry * (len(kind.reads) - 1)
-        if kind.form == "linear":
-            return positions * reads * self.sums.shape.exit
+        if kind.form in ("linear", "kernel"):
+            return positions * (reads + self.sums.shape.around) * self.sums.shape.exit
         return positions * self.rank * (reads + self.sums.shape.exit) if kind.form == "low rank" else 0
 
     def _choose(self) -> tuple[str, str]:
@@ -696,7 +703,7 @@ class Solver:
         kind, whole = KINDS[self.name], place.fit + place.held
         own, weights = torch.arange(whole.shape.exit, device=whole.gram.device), whole.solve(kind, ridge)
         gain, inner = None, None
-        if kind.form == "linear":
+        if kind.form in ("linear", "kernel"):
             inner = self._as_read(weights[1:], kind)
         elif basis is None:
             gain = weights[1:][own, own]

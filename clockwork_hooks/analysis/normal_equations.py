@@ -1,6 +1,7 @@
 """Linear least squares from sums: what is seen goes into normal equations, from which any kind of map is solved for.
 
-Features are, in order: 1; the cached exit; the entry less the one that came with the cached exit; and that one. The
+Features are, in order: 1; the cached exit; the entry less the one that came with the cached exit; that one; and, for
+kernels alone, the cached exit at the positions around. The
 target is the exit less the cached one, so weights of zero are the identity. All sums are float64.
 """
 
@@ -24,7 +25,7 @@ class Kind:
 
     Attributes:
         form: of `CalibratedAdaptor`.
-        reads: what the matrix reads.
+        reads: what the matrix reads; a kernel also reads the cached exit around each position.
         gain_only: one number for all channels.
     """
 
@@ -39,21 +40,23 @@ KINDS = {
     "exit": Kind("linear"),
     "exit+entry": Kind("linear", ("exit", "entry")),
     "exit+entry+before": Kind("linear", ("exit", "entry", "entry_cached")),
+    "kernel": Kind("kernel", ("exit", "entry", "entry_cached")),
     "low rank": Kind("low rank", ("exit", "entry", "entry_cached")),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Channels of the exit, and of the entry (0 for none)."""
+    """Channels of the exit, of the entry (0 for none), and of the positions around the exit's (0 but for kernels)."""
 
     exit: int
     entry: int
+    around: int = 0
 
     @property
     def features(self) -> int:
         """How many there are."""
-        return 1 + self.exit + 2 * self.entry
+        return 1 + self.exit + 2 * self.entry + self.around
 
     def change(self, reads: Sequence[str], like: Tensor) -> Tensor:
         """(features that are read, all features): what is read, as sums of all features; 1 included."""
@@ -94,8 +97,15 @@ class NormalEquations:
         cross, square = zeros.new_zeros(shape.features, shape.exit), zeros.new_zeros(shape.exit)
         return cls(shape, zeros, cross, square, zeros.new_zeros(()), endless, -endless)
 
-    def add(self, cached: Tensor, exit: Tensor, entry: Tensor | None, before: Tensor | None) -> None:
-        """Add positions: (n, C) exits, cached and true; (n, E) entries, now and with the cached exit."""
+    def add(
+        self,
+        cached: Tensor,
+        exit: Tensor,
+        entry: Tensor | None,
+        before: Tensor | None,
+        around: Tensor | None = None,
+    ) -> None:
+        """Add positions: (n, C) exits, cached and true; (n, E) entries, now and with the cached exit; (n, A) around."""
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
             was, now = (x[rows].to(self.gram.device).double() for x in (cached, exit))
@@ -103,6 +113,8 @@ class NormalEquations:
             if entry is not None and before is not None:
                 here, there = (x[rows].to(self.gram.device).double() for x in (entry, before))
                 columns += [here - there, there]
+            if around is not None:
+                columns.append(around[rows].to(self.gram.device).double())
             features, target = torch.cat(columns, 1), now - was
             self.gram.addmm_(features.T, features)
             self.cross.addmm_(features.T, target)
