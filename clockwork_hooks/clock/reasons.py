@@ -63,7 +63,7 @@ REASONS: dict[str, tuple[str, str]] = {
     TRACED: (
         "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "
         "compares with, was not among the tensors kept alive",
-        "nothing; once per signature. `region=` found up front saves it",
+        "nothing; once per signature. `cw.prepare(*example)` before the first run saves it",
     ),
     TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),
     NO_TIME: (

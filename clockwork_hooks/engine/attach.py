@@ -6,7 +6,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from clockwork_hooks.engine.hooks import RootHook
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
 from clockwork_hooks.graph.tracing import module_paths
-from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
+from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice, saved_choice
 from clockwork_hooks.regions.keep import check_keep
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule, check_clock
@@ -173,7 +174,7 @@ def wrap(
     *,
     clock: int | None = None,
     schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
-    region: Region | Choice | None = None,
+    region: Region | Choice | str | Path | None = None,
     clocks: Mapping[int | tuple[int, ...] | Region, int] | None = None,
     plan: Any = None,
     time: str | None = None,
@@ -191,7 +192,8 @@ def wrap(
     pass every `clock` denoising steps, and the adaptor in between.
 
     Args:
-        unet: any UNet: called once or more per denoising step, with a sample and a time.
+        unet: any UNet: called once or more per denoising step, with a sample and a time. Of the output of
+            `torch.compile` the UNet itself is wrapped and compiled anew, as by `cw.compile()`; both serve.
         adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
             or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
         clock: one full pass every `clock` steps; 1 switches Clockwork off. Neither this nor a schedule: what a saved
@@ -199,8 +201,9 @@ def wrap(
         schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
             (numbered from 1), or step -> bool.
         region: a `Region` from `find_region`, found for this UNet at any batch, size and device; or a `Choice`, looked
-            for at the first call: `ch.Choice(share=0.9)`. None for the one that the adaptor was made for, or else the
-            one below the highest level.
+            for at the first call: `ch.Choice(share=0.9)`; or the JSON file of one, that `cw.region.save("region.json")`
+            wrote in an earlier run: then that one and no other. None for the one that the adaptor was made for, or
+            else the one below the highest level.
         clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
             the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
             the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
@@ -223,7 +226,7 @@ def wrap(
         The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
 
     Raises:
-        WrapError: `unet` is no module, is wrapped already, by DeepCache too, or is the output of `torch.compile`.
+        WrapError: `unet` is no module, or is wrapped already, by DeepCache too.
         ArgumentError: an option is outside its rule, or two options decide the same.
         AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
             made for another region.
@@ -257,6 +260,8 @@ def wrap(
 
     Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
     """
+    optimized = unet if isinstance(unet, nn.Module) and "_orig_mod" in unet._modules else None
+    unet = unet if optimized is None else cast(nn.Module, optimized._modules["_orig_mod"])
     check_unet(unet)
     when: dict[str, object] = {"clock": clock, "schedule": schedule}
     _check_names(options)
@@ -289,12 +294,12 @@ def wrap(
             clocked.keep = kept
         if all(clocked.clock == 1 for clocked in chain):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-        return ClockworkWrapper(unet, Engine(unet, chain, **told))
+        return _answering(ClockworkWrapper(unet, Engine(unet, chain, **told)), optimized)
     if isinstance(adaptor, Mapping):
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
         )
-    wanted = region_or_choice(region, options)
+    wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, options)
     choice, region = (wanted, None) if isinstance(wanted, Choice) else (Choice(), wanted)
     if region is not None:
         check_region(region, unet)
@@ -314,7 +319,19 @@ def wrap(
     if region is not None:
         alone.region = region
     engine = Engine(unet, [alone], keep_graph=keep_graph, **told)
-    return ClockworkWrapper(unet, engine)
+    return _answering(ClockworkWrapper(unet, engine), optimized)
+
+
+def _answering(cw: ClockworkWrapper, optimized: nn.Module | None) -> ClockworkWrapper:
+    """The wrapper of a UNet that `torch.compile` was called on: it compiles by itself, and serves its output too."""
+    if optimized is not None:
+        try:
+            cw.compile()
+        except BaseException:
+            cw.remove()
+            raise
+        cw.answer_for(optimized)
+    return cw
 
 
 def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -> list[ClockedRegion]:

@@ -8,10 +8,11 @@ Source: arXiv 2312.08128, Sec. 4.1.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -489,6 +490,26 @@ class Engine:
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
             kind = f"full: {outcome.reason}" if outcome.reason else f"adaptor {outcome.skipped}".strip()
             log.debug("trajectory %d, step %d, branch %s, call %d: %s", *where, kind)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record such a call ahead, apart from any run, in the modes in which it may come."""
+        state = self.states.current()
+        try:
+            calls = list(self._calls_ahead(args, kwargs))
+            state.running.append(calls[0])  # what the recording calls is the UNet's own
+            trace = record(self.unet, args, kwargs, time=self.time)
+            for call in calls:
+                if call.key not in self._signatures:
+                    with torch.inference_mode(call.key[4]):
+                        self._learn(call, trace)
+        finally:
+            state.running.clear()
+
+    def _calls_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[UNetCall]:
+        """The call as it would be with gradients as they are now, without, and in inference mode."""
+        for mode in (contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()):
+            with mode:
+                yield self._open(self.unet.forward, args, kwargs)
 
     # -- passes --------------------------------------------------------------------------------------------------
 

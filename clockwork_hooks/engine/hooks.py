@@ -250,6 +250,8 @@ class Installed:
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
         self._hook: Any = None
+        self._optimized: nn.Module | None = None
+        self._its_forward: Any = None
 
     # -- the UNet itself -----------------------------------------------------------------------------------------
 
@@ -275,9 +277,18 @@ class Installed:
                 self._front(unet, serve)
 
         self._closed = False
+        if self._optimized is not None:
+            self.answer_for(self._optimized, unet)
         self._hook = unet.register_forward_pre_hook(RootHook(owner, look), prepend=True)
         self._front(unet, serve)
         self.run_eagerly(unet)
+
+    def answer_for(self, optimized: nn.Module, unet: nn.Module) -> None:
+        """Let the output of `torch.compile` call the UNet that it was made of, as it is: whoever holds it is served."""
+        with self._lock:
+            if self._its_forward is None:
+                self._optimized, self._its_forward = optimized, vars(optimized)["forward"]
+                vars(optimized)["forward"] = unet.__call__
 
     def _front(self, unet: nn.Module, serve: Serve) -> None:
         with self._lock:
@@ -414,6 +425,8 @@ class Installed:
             if self._hook is not None:
                 self._hook.remove()
                 self._hook = None
+            if self._optimized is not None and self._its_forward is not None:
+                vars(self._optimized)["forward"], self._its_forward = self._its_forward, None
             while self._forwards:
                 self._forwards.popitem()[1].remove()
             while self._fronts:

@@ -175,6 +175,10 @@ class ClockworkWrapper:
         run = self._engine.active.run
         return None if run is None else run.kind
 
+    def answer_for(self, optimized: nn.Module) -> None:
+        """While attached, the output of `torch.compile` for this UNet calls it as it is."""
+        self._engine.installed.answer_for(optimized, self.unet)
+
     def read_steps(self, reader: Callable[[Timeline, Any], None] | None) -> None:
         """Let a reader declare the steps that a scheduler tells; before each call it gets the timeline and the time."""
         self._engine.step_reader = reader
@@ -339,6 +343,40 @@ class ClockworkWrapper:
         Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
         """
         self._engine.static = static_calls(self._engine, mode, backend, options)
+        return self
+
+    def prepare(self, *args: Any, **kwargs: Any) -> ClockworkWrapper:
+        """Record a call like this one ahead, so that the first run is like all later ones: no pass is "traced" in it.
+
+        Such a call is one of the same arguments, shapes, dtypes and devices; values do not matter. It runs once, with
+        the random state, parameters and buffers left as they are, and is no step of any run. Call it again for each
+        batch or resolution that will come. The modes of autocast and training are those of this call.
+
+        Args:
+            *args: as the sampler will call the UNet.
+            **kwargs: likewise.
+
+        Returns:
+            The wrapper itself.
+
+        Raises:
+            WrapError: the wrapper is not attached.
+            TraceError: the call cannot be recorded.
+            RegionNotFoundError: nothing can be skipped.
+
+        Example:
+            >>> import torch
+            >>> from clockwork_hooks.models import load_model
+            >>> unet, args, kwargs = load_model("ddpm-cifar10", device="cpu")  # doctest: +SKIP
+            >>> cw = wrap(unet).prepare(*args, **kwargs)  # doctest: +SKIP
+        """
+        if not self.attached:
+            raise WrapError(
+                "a call is recorded while the wrapper is attached",
+                seen={"unet": type(self.unet).__name__},
+                do="call attach() first",
+            )
+        self._engine.prepare(args, kwargs)
         return self
 
     def report(self) -> RunReport:
