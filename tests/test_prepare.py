@@ -99,17 +99,18 @@ def test_the_output_of_torch_compile_is_wrapped() -> None:
         judge.unet = call
         judge.begin()
         for step, t in enumerate(TIMES.clone()[:4]):
-            judge.call(torch.randn(1, 2, 8, 8, generator=random), t, step=step)
+            judge.call(torch.randn(1, 2, 16, 16, generator=random), t, step=step)
     assert judge.made == "FAFA" * 3
     cw.remove()
     assert vars(compiled)["forward"] is own
     assert "forward" not in vars(unet)
-    x = torch.randn(1, 2, 8, 8, generator=random)
+    x = torch.randn(1, 2, 16, 16, generator=random)
     assert torch.equal(compiled(x, TIMES[0]), plain(x, TIMES[0]))
     cw.attach()
     assert vars(compiled)["forward"] is not own
     cw.remove()
     assert vars(compiled)["forward"] is own
+    torch._dynamo.reset()
 
 
 def test_the_output_of_torch_compile_with_several_clocks() -> None:
