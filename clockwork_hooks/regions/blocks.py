@@ -79,14 +79,14 @@ class View:
 
     def __init__(self, trace: Trace, region: Region | None) -> None:
         self.trace = trace
-        self.dom, self.levels = Dominance(trace), Levels(trace)
+        self.dominance, self.levels = Dominance(trace), Levels(trace)
         self.skipped = skipped_nodes(trace, region) if region is not None else set[int]()
         self.macs = trace.macs
         self.spatial = {n for n, node in enumerate(trace.nodes) if self.macs[n] and is_spatial(node)}
         self.order = self.levels.worked or [0]  # a transformer's layers name no level: one, of no size, holds them all
         self.rank = {p: k for k, p in enumerate(self.order)}
         self.at = [p if p in self.rank else self.order[0] for p in self.levels.at]  # a time embedding stands at the top
-        carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dom.dep[n]]
+        carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dominance.dep[n]]
         self.turn = max(
             (n for n in carrying if self.at[n] == self.at[min(carrying, key=self.at.__getitem__)]), default=0
         )
@@ -141,12 +141,12 @@ class View:
         seen: set[Skip] = set()
         floor = len(self.order) - 1
         for v in range(self.turn + 1, len(self.trace.nodes)):
-            if not (self.dom.dep[v] and self.dom.live[v]):
+            if not (self.dominance.dep[v] and self.dominance.live[v]):
                 continue
             target = next((k for k, block in enumerate(blocks) if block.last > v), None)
-            for u in self.dom.sources[v]:
+            for u in self.dominance.sources[v]:
                 source = self._made_by(u, owner)
-                if target is None or source is None or u > self.turn or not self.dom.dep[u]:
+                if target is None or source is None or u > self.turn or not self.dominance.dep[u]:
                     continue
                 skip = Skip(source, target)
                 crosses = (blocks[source].arm, blocks[target].arm) == ("down", "up")
@@ -157,7 +157,7 @@ class View:
     def _made_by(self, n: int, owner: dict[int, int]) -> int | None:
         """The block that node n is an output of; sums and copies that parents make in between are followed back."""
         while n not in owner:
-            carrying = [u for u in self.dom.sources[n] if self.dom.dep[u]]
+            carrying = [u for u in self.dominance.sources[n] if self.dominance.dep[u]]
             if not carrying:
                 return None
             n = carrying[0]

@@ -31,8 +31,8 @@ _PASSED = VIEWS | _CAT | _KEPT | _NORMED | {"getitem"}
 class Embeddings:
     """The time and the text of one trace."""
 
-    def __init__(self, trace: Trace, dom: Dominance) -> None:
-        self._trace, self._dom = trace, dom
+    def __init__(self, trace: Trace, dominance: Dominance) -> None:
+        self._trace, self._dominance = trace, dominance
         self._reached = {
             path: {n.meta["index"] for n in trace.reachable([node])}
             for path, node in trace.inputs.items()
@@ -94,7 +94,7 @@ class Embeddings:
 
     def _made_inside(self, returned: Iterable[int]) -> list[int]:
         """Vectors that modules make on the way; the most used first: an embedding is shared, a projection is not."""
-        return sorted(self._vectors(returned), key=lambda n: (-len(self._dom.users[n]), -n))
+        return sorted(self._vectors(returned), key=lambda n: (-len(self._dominance.users[n]), -n))
 
     def _rank(self, n: int) -> int:
         """Number of axes, those of size one at the end left out; 0 where nothing has a width."""
@@ -137,7 +137,7 @@ class Embeddings:
                 seen.add(index)
                 if _reads_features(user) and at in user.all_input_nodes[:2]:
                     return True
-                passed = _PASSED if self._dom.dep[index] else _PASSED | _MIXED
+                passed = _PASSED if self._dominance.dep[index] else _PASSED | _MIXED
                 name = qualified_name(user.target) if user.op == "call_function" else ""
                 if (last == width and name in passed) or (last > width and name in _CAT):
                     ways.append(user)

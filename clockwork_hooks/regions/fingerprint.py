@@ -79,13 +79,14 @@ class Fingerprints:
 
     Args:
         trace: the trace.
-        dom: which nodes carry the sample.
+        dominance: which nodes carry the sample.
         levels: channels and positions of the nodes.
     """
 
-    def __init__(self, trace: Trace, dom: Dominance, levels: Levels) -> None:
+    def __init__(self, trace: Trace, dominance: Dominance, levels: Levels) -> None:
         self._nodes, self._levels = trace.nodes, levels
-        self._dep, self._live, self._sources, self._users = dom.dep, dom.live, dom.sources, dom.users
+        self._dep, self._live = dominance.dep, dominance.live
+        self._sources, self._users = dominance.sources, dominance.users
         self.products: list[_Product] = []
         self._left_out: set[int] = set()
         count = len(trace.nodes)
@@ -95,7 +96,7 @@ class Fingerprints:
         self._behind = [0] * count  # and behind how many products of these it lies at least
         self._near_convolutions = [0] * count
         for n in range(count):
-            if dom.dep[n]:
+            if dominance.dep[n]:
                 self._visit(n)
 
     def _visit(self, n: int) -> None:

@@ -49,10 +49,10 @@ def by_ends(facts: Facts, entry: str, exit: str) -> Region:
 
 def _round(facts: Facts, source: int, target: int) -> list[str]:
     """What comes from the source and reaches the output without the target, up to where the target is made."""
-    trace, dom = facts.trace, facts.dominance
+    trace, dominance = facts.trace, facts.dominance
     reached = trace.reachable([trace.nodes[source]])
-    between = [n for n in range(source + 1, target) if trace.nodes[n] in reached and dom.live[n]]
-    return list(dict.fromkeys(facts.name(n) for n in between if not dom.within(n, target)))
+    between = [n for n in range(source + 1, target) if trace.nodes[n] in reached and dominance.live[n]]
+    return list(dict.fromkeys(facts.name(n) for n in between if not dominance.within(n, target)))
 
 
 def _output_of(facts: Facts, path: str, role: str) -> int:
@@ -84,17 +84,17 @@ def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
         RegionNotFoundError: there are several exits, a module in between is not named, or a named one also serves
             what is not skipped.
     """
-    trace, dom = facts.trace, facts.dominance
+    trace, dominance = facts.trace, facts.dominance
     paths = [path for name in modules for path in _expanded(facts, name)]
     calls = [call for call in trace.calls if call.path in set(paths)]
     named = {n for call in calls for n in _operators(facts, call)}
-    carrying = {n for n in named if dom.dep[n]}
+    carrying = {n for n in named if dominance.dep[n]}
     if not carrying:
         raise RegionNotFoundError(
             "a region depends on the sample", seen={"modules": ", ".join(paths)}, do="name modules that see the sample"
         )
     target = _exit(facts, calls, carrying)
-    region = build(facts, target, dom.around(carrying, target), level=0, cut="hand")
+    region = build(facts, target, dominance.around(carrying, target), level=0, cut="hand")
     skipped = {(call.path, call.ordinal) for call in region.skipped} if region else set()
     run = {n for call in trace.calls if (call.path, call.ordinal) in skipped for n in _operators(facts, call)}
     if region is None or not named <= run:
@@ -145,12 +145,14 @@ def _operators(facts: Facts, call: ModuleCall) -> set[int]:
 def _exit(facts: Facts, calls: list[ModuleCall], carrying: set[int]) -> int:
     """The one tensor among the outputs of the named calls that everything from them passes."""
     outputs = [n for call in calls for n in nodes_of(call.output)]
-    dom = facts.dominance
+    dominance = facts.dominance
     for o in sorted(set(outputs), reverse=True):
-        if dom.dep[o] and all(dom.within(n, o) for n in carrying):
+        if dominance.dep[o] and all(dominance.within(n, o) for n in carrying):
             return o
-    last = max((o for o in outputs if dom.dep[o] and dom.live[o]), default=max(carrying))
-    outside = [c.path or "" for c in calls if any(not dom.within(n, last) for n in _operators(facts, c) & carrying)]
+    last = max((o for o in outputs if dominance.dep[o] and dominance.live[o]), default=max(carrying))
+    outside = [
+        c.path or "" for c in calls if any(not dominance.within(n, last) for n in _operators(facts, c) & carrying)
+    ]
     raise RegionNotFoundError(
         "a region leaves through one tensor, which one of its modules returns and every path from the others passes",
         seen={"last output": facts.name(last), "goes round it": ", ".join(dict.fromkeys(outside)) or "nothing"},
