@@ -26,6 +26,7 @@ if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at 
         Adaptor,
         CalibratedAdaptor,
         IdentityAdaptor,
+        ResidualAdaptor,
         ResNetAdaptor,
         ScaledResNetAdaptor,
         UNetAdaptor,
@@ -95,6 +96,7 @@ __all__ = [
     "Region",
     "RegionNotFoundError",
     "ResNetAdaptor",
+    "ResidualAdaptor",
     "Robustness",
     "RunReport",
     "ScaledResNetAdaptor",
@@ -132,7 +134,9 @@ __all__ = [
 _HOME = {
     name: home
     for home, names in {
-        "adaptors": "Adaptor CalibratedAdaptor IdentityAdaptor ResNetAdaptor ScaledResNetAdaptor UNetAdaptor",
+        "adaptors": (
+            "Adaptor CalibratedAdaptor IdentityAdaptor ResNetAdaptor ResidualAdaptor ScaledResNetAdaptor UNetAdaptor"
+        ),
         "analysis.calibration": "Calibration calibrate",
         "analysis.drift": "Drift measure_drift",
         "analysis.planning": "Plan plan",

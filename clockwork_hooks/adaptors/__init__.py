@@ -22,6 +22,7 @@ __all__ = [
     "IdentityAdaptor",
     "LearnedAdaptor",
     "ResNetAdaptor",
+    "ResidualAdaptor",
     "ScaledResNetAdaptor",
     "UNetAdaptor",
 ]
@@ -30,6 +31,7 @@ HOMES = {  # class → the module that it is imported from when it is first aske
     "CalibratedAdaptor": "calibrated",
     "LearnedAdaptor": "learned",
     "ResNetAdaptor": "resnet",
+    "ResidualAdaptor": "residual",
     "ScaledResNetAdaptor": "resnet",
     "UNetAdaptor": "unet",
 }

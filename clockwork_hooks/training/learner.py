@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clockwork_hooks.adaptors.base import Adaptor
+from clockwork_hooks.adaptors.base import Adaptor, needs_of
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
@@ -82,9 +82,21 @@ class Learner:
         """The schedule for the trajectory of that number."""
         return self.schedules[number % len(self.schedules)]
 
-    def act(self, entry: Tensor | None, exit_cached: Tensor, *, time: Tensor | None, text: Tensor | None) -> Tensor:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the adaptor is called with beside the entry, the cached exit, time and text."""
+        return frozenset(needs_of(self.module))
+
+    def actor(self) -> Callable[..., Tensor]:
         """The adaptor as the student's trajectories use it."""
-        return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached)
+
+        def act(
+            entry: Tensor | None, exit_cached: Tensor, *, time: Tensor | None, text: Tensor | None, **before: Any
+        ) -> Tensor:
+            return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached, **before)
+
+        act.needs = self.needs  # type: ignore[attr-defined]
+        return act
 
     def learn(
         self, chain: tuple[StepCalls, ...], of: Trajectory, schedule: Schedule, recorder: TrajectoryRecorder
@@ -123,7 +135,7 @@ class Learner:
         for chain in trajectory.chains(schedule):
             emitted: dict[int, Tensor] = {}
             for step in chain:
-                outcome = self._outcome(step, trajectory.rows, schedule, recorder, emitted, lambda _, cached: cached)
+                outcome = self._outcome(step, trajectory.rows, schedule, recorder, emitted, _identity)
                 error, norm = self.loss(outcome)[1].tolist()
                 before = self.identity.get(step.step, (0.0, 0.0))
                 self.identity[step.step] = before[0] + error, before[1] + norm
@@ -211,7 +223,7 @@ class Learner:
         schedule: Schedule,
         recorder: TrajectoryRecorder,
         emitted: dict[int, Tensor],
-        predict: Callable[[Mapping[str, Tensor | None], Tensor], Tensor] | None = None,
+        predict: Callable[..., Tensor] | None = None,
     ) -> Outcome:
         """What the loss looks at, with the adaptor's predictions, or with those of `predict`."""
         predict = predict or partial(self._predict, self.model)
@@ -226,8 +238,14 @@ class Learner:
             assert call.source is not None  # that is what adapted means
             cached = emitted.get(id(call.source), call.source.exit)
 
-            def emit(captured: Mapping[str, Tensor | None], cached: Any = cached) -> Tensor:
-                predictions.append(predict(captured, cached))
+            before = {
+                "entry_cached": call.source.captured.get("entry"),
+                "position": call.time,
+                "position_cached": _scalar(call.source.time, cached),
+            }
+
+            def emit(captured: Mapping[str, Tensor | None], cached: Any = cached, before: Any = before) -> Tensor:
+                predictions.append(predict(captured, cached, **before))
                 return predictions[-1]
 
             if self.loss.needs_output or not call.captured:
@@ -245,11 +263,20 @@ class Learner:
             weights=self._weights(step, widest),
         )
 
-    def _predict(self, model: Adaptor, captured: Mapping[str, Tensor | None], cached: Tensor) -> Tensor:
+    def _predict(
+        self,
+        model: Adaptor,
+        captured: Mapping[str, Tensor | None],
+        cached: Tensor,
+        *,
+        entry_cached: Tensor | None = None,
+        position: Any = None,
+        position_cached: Tensor | None = None,
+    ) -> Tensor:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
-        arguments = stand_in.inputs(captured, cached.to(self.dtype))
+        arguments = stand_in.inputs(captured, cached.to(self.dtype), cast(entry_cached), position_cached, position)
         arguments = arguments._replace(
             entry=cast(arguments.entry), time=cast(arguments.time), text=cast(arguments.text)
         )
@@ -310,6 +337,14 @@ class Learner:
         if self.accelerator.scaler is not None and "scaler" in numbers:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         self._good = self._snapshot()
+
+
+def _identity(captured: Mapping[str, Tensor | None], cached: Tensor, **before: Any) -> Tensor:
+    return cached
+
+
+def _scalar(time: float | None, like: Tensor | None) -> Tensor | None:
+    return None if time is None or like is None else torch.full((), time, device=like.device)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class Trainer:
             trajectory = self.recorder.record(
                 generate,
                 batch,
-                student=(acting.act, schedule) if self.mode == "on_policy" else None,
+                student=(acting.actor(), schedule) if self.mode == "on_policy" else None,
                 needs=self._needs(group),
                 replace=replace,
                 device=self.buffer.device,
@@ -163,6 +163,7 @@ class Trainer:
         schedules = [schedule for learner in learning for schedule in learner.schedules]
         outputs = any(learner.loss.needs_output for learner in learning)
         captured = any(not learner.loss.needs_output for learner in learning)
+        before = any("entry_cached" in learner.needs for learner in learning)
 
         def needs(step: int) -> Needs:
             adapted = any(not schedule.is_full(step) for schedule in schedules)
@@ -170,7 +171,7 @@ class Trainer:
             graphs = self.options.graphs
             return Needs(
                 exit=adapted or feeds,
-                captured=adapted and captured and not graphs,
+                captured=(adapted and captured and not graphs) or (before and (adapted or feeds)),
                 arguments=adapted and (outputs or graphs),
                 output=adapted and outputs,
             )
