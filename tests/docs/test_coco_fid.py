@@ -59,6 +59,21 @@ def test_one_caption_a_picture_in_order(data: Path) -> None:
     assert [tuple(batch.shape) for batch in batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
 
 
+def test_a_tuned_row_is_tuned_on_captions_that_are_not_judged(data: Path) -> None:
+    pipe = pipeline()
+    coco, captions = coco_fid.Coco.read(data / "captions.json", data / "val", 4).split(2)
+    assert (coco.captions, captions) == (CAPTIONS[:2], CAPTIONS[2:])
+    with pytest.raises(ch.ArgumentError, match="not judged"):
+        coco.split(1)
+    sampler = {"steps": 4, "size": 32}
+    variant = coco_fid.tuned(pipe, captions, 0.1, **sampler)
+    assert isinstance(variant["adaptor"], ch.CalibratedAdaptor)
+    assert "forward" not in vars(pipe.unet)
+    found = coco_fid.coco_fid(pipe, coco, {"tuned": variant}, feature=Extractor(), batch=2, **sampler)
+    assert found["tuned"].macs_per_image <= 0.9 * found["plain"].macs_per_image
+    assert found["tuned"].adaptor_passes == len(variant["schedule"].adaptor_steps(4))
+
+
 def test_plain_and_clockwork(data: Path) -> None:
     """FID by hand for plain: our extractor on the pipeline's own pictures."""
     pipe, coco = pipeline(), coco_fid.Coco.read(data / "captions.json", data / "val", 4)
