@@ -180,6 +180,11 @@ BETWEEN = VIEWS.union(
         """
     )
 )
+# names of what convolves, pools or interpolates: their operands' axes are batch, channels and space
+SPATIAL = re.compile(
+    r"_?(conv\d?d?|convolution|conv_transpose\dd|\w*_convolution|\w+_conv\w*|\w*pool\dd\w*|upsample_\w+|"
+    r"pixel_(un)?shuffle|convolution_overrideable)$"
+)
 
 
 Handle = Callable[[tuple[Any, ...], Any], int]  # (arguments with shapes for tensors, shape of the output) → MACs
@@ -282,12 +287,6 @@ def qualified_name(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-_SPATIAL = re.compile(
-    r"_?(conv\d?d?|convolution|conv_transpose\dd|\w*_convolution|\w+_conv\w*|\w*pool\dd\w*|upsample_\w+|"
-    r"pixel_(un)?shuffle|convolution_overrideable)$"
-)
-
-
 def is_spatial(node: fx.Node) -> bool:
     """Is this a convolution, pooling or interpolation? Then its operands' axes are batch, channels and space."""
     return node.op == "call_function" and _is_spatial(node.target)
@@ -295,7 +294,7 @@ def is_spatial(node: fx.Node) -> bool:
 
 @functools.cache
 def _is_spatial(target: Any) -> bool:
-    return _SPATIAL.match(qualified_name(target).removeprefix("aten::")) is not None
+    return SPATIAL.match(qualified_name(target).removeprefix("aten::")) is not None
 
 
 def kind(node: fx.Node) -> Kind:
