@@ -269,3 +269,43 @@ class Regional:
 def test_new_objects_with_the_same_content_are_the_same_condition(make: Callable[[], Any]) -> None:
     with ch.wrap(Tiny()) as cw:
         assert loop(cw, lambda k: {"more": make()}) == "FAFAFAFA"
+
+
+# -- prompts that take turns ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cycle", "passes"), [("ab", "FFAAFFAA"), ("abc", "FFFAAAFF"), ("aab", "FAFFAAFA"), ("a", "FAFAFAFA")]
+)
+def test_prompts_that_take_turns(cycle: str, passes: str) -> None:
+    """[a|b]: each prompt is served from its own step before, and has a clock of its own."""
+    judge, random, turns = Judge(Tiny()), torch.Generator().manual_seed(0), dict.fromkeys("abc", 0)
+    prompts, times = {name: torch.randn(1, 3, generator=random) for name in "abc"}, TIMES.clone()
+    with ch.wrap(judge.unet, reuse="same condition") as cw:
+        for run in range(2):
+            judge.begin()
+            for k in range(8):
+                name = cycle[k % len(cycle)]
+                turns[name] += 1
+                x = torch.randn(1, 2, 8, 8, generator=random)
+                judge.call(x, times[k], prompts[name], step=turns[name], branch=name)
+            turns = dict.fromkeys("abc", 0)
+            assert judge.made == passes * (run + 1)
+            assert cw.stats.trajectories[-1].steps == 8
+
+
+@torch.no_grad()
+def test_a_prompt_that_was_away_for_long_is_full() -> None:
+    judge, times, order = Judge(Tiny()), torch.linspace(900, 100, 20), "abbbabbbba"
+    prompts = {"a": torch.zeros(1, 3), "b": torch.ones(1, 3)}
+    with ch.wrap(judge.unet, schedule=lambda step: True, reuse="same condition"):
+        for k, name in enumerate(order):
+            step = 99 if k == 9 else order[: k + 1].count(name)  # five steps after its last one
+            judge.call(torch.randn(1, 2, 8, 8), times[k], prompts[name], step=step, branch=name)
+    assert judge.made == "FFAAAAAAAF"
+
+
+def test_reuse_is_one_of_two() -> None:
+    with pytest.raises(ArgumentError, match="same condition"):
+        ch.wrap(Tiny(), reuse="always")

@@ -56,8 +56,8 @@ class States:
     see every other call of a loop: the timelines look at each other for that.
     """
 
-    def __init__(self) -> None:
-        self.blocks = Blocks()
+    def __init__(self, oldest: int = 1) -> None:
+        self.blocks, self._oldest = Blocks(), oldest
         self._local = _Local()
         self._tasks: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
         self._named: weakref.WeakValueDictionary[str, State] = weakref.WeakValueDictionary()
@@ -116,10 +116,14 @@ class States:
             return state
 
     def _make(self, *, trusted: bool = False, steps: int | None = None) -> State:
-        state = State(Timeline(self._numbers, trusted=trusted, others=self._timelines, steps=steps))
+        state = State(self._timeline(trusted=trusted, steps=steps))
         with self._lock:
             self._all.add(state)
         return state
+
+    def _timeline(self, *, trusted: bool, steps: int | None, names: Sequence[str] = ()) -> Timeline:
+        others, oldest = self._timelines, self._oldest
+        return Timeline(self._numbers, trusted=trusted, others=others, names=names, steps=steps, oldest=oldest)
 
     def _timelines(self) -> Sequence[Timeline]:
         return () if len(self._all) < 2 else [state.timeline for state in self]
@@ -138,13 +142,7 @@ class States:
         """Every loop, in whatever thread, begins a new trajectory with its next call; what was kept is let go."""
         for state in self:  # a call under way goes on with the old one: what it keeps is let go with it
             old = state.timeline
-            state.timeline = Timeline(
-                self._numbers,
-                trusted=old.trusted,
-                others=self._timelines,
-                names=old.names,
-                steps=old.declared_steps,
-            )
+            state.timeline = self._timeline(trusted=old.trusted, names=old.names, steps=old.declared_steps)
 
 
 class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):

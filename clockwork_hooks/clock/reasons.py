@@ -101,7 +101,8 @@ REASONS: dict[str, tuple[str, str]] = {
     NEW: (
         "a branch that had no call in the step before: guidance begins, a branch paused, embeddings changed or were "
         "made anew on a device",
-        "hand over the same embedding objects each step, or `with cw.branch(name):`",
+        "hand over the same embedding objects each step, or `with cw.branch(name):`; prompts that take turns: "
+        '`ch.wrap(unet, reuse="same condition")`',
     ),
     RENEWED: (
         "they were the same objects in the steps before: perhaps the next run, with the same prompt",

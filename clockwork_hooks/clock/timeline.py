@@ -167,6 +167,8 @@ class Position:
         doubt: why that one may not serve; None where it may.
         changed: paths of the inputs by which the branch is a new one, of those that tell it from the one most alike.
         restarts: trajectories of a step or two that began by their times, one after another.
+        turn: the step that the schedule is asked about: of the trajectory; where branches that pause are remembered, of
+            the branch alone.
     """
 
     trajectory: int
@@ -178,6 +180,7 @@ class Position:
     doubt: str | None = None
     changed: tuple[str, ...] = ()
     restarts: int = 0
+    turn: int = 1
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
@@ -205,7 +208,7 @@ class Position:
     @property
     def scheduled(self) -> str:
         """Why a full step is full. In a first step doubts count: a call that cannot be placed never gets beyond it."""
-        return reasons.SCHEDULED if self.step > 1 else self.doubt or reasons.FIRST
+        return reasons.SCHEDULED if self.turn > 1 else self.doubt or reasons.FIRST
 
 
 class Timeline:
@@ -217,6 +220,8 @@ class Timeline:
         others: gives the timelines of the same wrapper, this one among them; none where there is no other.
         names: names of branches that the caller has opened, outermost first.
         steps: of each of its trajectories, where the caller says.
+        oldest: a branch is remembered for so many steps, and its own steps are what the schedule counts; 1 for the step
+            right after it alone.
 
     Attributes:
         numbers, trusted, names: as given.
@@ -240,7 +245,9 @@ class Timeline:
         others: Callable[[], Sequence[Timeline]] | None = None,
         names: Sequence[str] = (),
         steps: int | None = None,
+        oldest: int = 1,
     ) -> None:
+        self._oldest = oldest
         self.numbers = itertools.count(1) if numbers is None else numbers
         self.trusted, self.unsure = trusted, False
         self.names: list[str] = list(names)
@@ -344,7 +351,8 @@ class Timeline:
             doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
         names = tuple(paths[k] for k in changed if k < len(paths))
         self._restarts = 0 if self.step > 2 else self._restarts
-        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts)
+        turn = self.step if self._oldest == 1 else branch.seen.steps
+        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts, turn)
 
     def may_have_forms(self, conditions: Sequence[Any]) -> bool:
         """Is one of these a number, so that it matters whether it goes with the time?"""
@@ -353,7 +361,8 @@ class Timeline:
     def nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
         number = self.trajectory if self.step else 0
-        return Position(number, max(self.step, 1), Branch(0, (), Conditions(())), 0, Call(), None, doubt)
+        step = max(self.step, 1)
+        return Position(number, step, Branch(0, (), Conditions(())), 0, Call(), None, doubt, turn=step)
 
     def _alone(self, place: Place | None, conditions: Sequence[Any]) -> bool:
         """Has it used a list of times or a tensor before that no other timeline uses? Then no call is another's."""
@@ -449,7 +458,7 @@ class Timeline:
         self._doubt = reasons.CROWDED if self._calls > _MOST_CALLS else None
         self._calls = 0
         if len(self.branches) != 1 or self.branches[0].step != self.step:
-            self.branches = [branch for branch in self.branches if branch.step == self.step]
+            self.branches = [branch for branch in self.branches if branch.step > self.step - self._oldest]
         self.trajectory = self.trajectory if self.step else next(self.numbers)
         self.step += 1
 

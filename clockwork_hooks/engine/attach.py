@@ -147,6 +147,9 @@ def _check_names(options: Mapping[str, Any]) -> None:
             )
 
 
+_OLDEST = {"step before": 1, "same condition": 4}
+
+
 def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
     """The paths to ignore; raise `ArgumentError` if there are others than texts."""
     paths = (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -183,6 +186,7 @@ def wrap(
     keep: Iterable[str] | str = (),
     ignore: Iterable[str] | str = (),
     branch: Callable[[Mapping[str, Any]], Hashable] | None = None,
+    reuse: str = "step before",
     **options: Unpack[ChoiceOptions],
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
@@ -220,6 +224,8 @@ def wrap(
             part of the input signature.
         branch: gives each call a key from its arguments by name, as `with cw.branch(key):` around it does, beside it:
             lambda args: args["transformer_options"]["cond_or_uncond"][0].
+        reuse: "step before", or "same condition" for prompts that take turns, as in [cat|dog]: a feature then serves
+            the next step of its own conditions, up to four steps later, and the schedule counts the steps of each.
         **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
 
     Returns:
@@ -276,7 +282,14 @@ def wrap(
     if clock is not None:
         check_clock(clock)
     kept = check_keep(unet, keep)
+    if reuse not in _OLDEST:
+        raise ArgumentError(
+            "a feature is reused in the step after its own, or in the next step of the same condition",
+            seen={"reuse": repr(reuse)},
+            do='pass reuse="step before" or reuse="same condition"',
+        )
     told: dict[str, Any] = {
+        "oldest": _OLDEST[reuse],
         "time": time,
         "check_finite": check_finite,
         "ignore": _check_ignore(ignore),

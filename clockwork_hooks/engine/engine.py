@@ -149,6 +149,7 @@ class Engine:
         keep_graph: under autograd, a kept exit stays in the graph of the call that made it.
         ignore: dotted paths of arguments that tell nothing.
         branch: gives the key of a call's branch from its arguments by name.
+        oldest: a branch is served from its own step before, which may be so many steps back.
 
     Attributes:
         enabled: off, the UNet runs as if nothing were attached.
@@ -170,6 +171,7 @@ class Engine:
         keep_graph: bool = False,
         ignore: Sequence[str] = (),
         branch: Callable[[Mapping[str, Any]], Hashable] | None = None,
+        oldest: int = 1,
     ) -> None:
         self.unet, self.chain, self.time, self.branch = unet, chain, time, branch
         self.check_finite, self.keep_graph = check_finite, keep_graph
@@ -182,7 +184,7 @@ class Engine:
         self.installed = Installed(self)
         self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
         self._other_steps = [OtherSteps(type(one.adaptor).__name__, stand_in.made_for(one.adaptor)[1]) for one in chain]
-        self.stats, self.states, self.weights = Stats(), States(), Weights(unet)
+        self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
         self._unanalysed: set[tuple[Any, ...]] = set()  # keys of calls in whose recording something failed
@@ -332,9 +334,9 @@ class Engine:
         if not signature.regions:
             return Decision(signature.why)
         steps = state.timeline.steps
-        due = (index for index, clocked in enumerate(self.chain) if clocked.schedule.skips(place.step, steps))
+        due = (index for index, clocked in enumerate(self.chain) if clocked.schedule.skips(place.turn, steps))
         region = next(due, None)  # the widest whose clock does not strike
-        if place.step <= 1 or region is None:
+        if place.turn <= 1 or region is None:
             return Decision(place.scheduled)
         reason = place.doubt or (reasons.TRAINING if call.trains else None)
         memory = place.befores[region]
@@ -566,7 +568,7 @@ class Engine:
 
     def _idle(self, state: State, place: Position) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
-        return not (self.looks or self.static is not None or self.skips_at(place.step + 1, state.timeline.steps))
+        return not (self.looks or self.static is not None or self.skips_at(place.turn + 1, state.timeline.steps))
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
         """The exit to keep: without the graph that it comes from, unless gradients shall flow into the step before."""
@@ -631,7 +633,7 @@ class Engine:
                 exit = exit.clone() if use.copies else exit
                 memory.kept = Kept(call.key, self._free(exit), version(exit), call.weights)
                 use.homes.add(memory.kept.exit)
-        due = self.skips_at(call.place.step, state.timeline.steps)
+        due = self.skips_at(call.place.turn, state.timeline.steps)
         reason = reasons.TRACED if due else call.place.scheduled
         macs = call.signature.full_macs
         outcome = Outcome(output, watched=False, macs=macs, reason=reason)
