@@ -24,24 +24,29 @@ class Leaf:
     __slots__ = ()
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "", whole: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Any]]:
     """(dotted path, leaf) in a fixed order; everything that is no container is a leaf, None too.
+
+    Args:
+        value: to walk.
+        path: of the value itself.
+        whole: says of a path that what is there is one leaf, whatever it holds.
 
     Example:
         >>> list(leaves({"a": (1, None), "b": "x"}))
         [('a.0', 1), ('a.1', None), ('b', 'x')]
     """
     pairs: list[tuple[str, Any]] = []
-    _collect(value, path, pairs)
+    _collect(value, path, pairs, whole)
     return iter(pairs)
 
 
-def _collect(value: Any, path: str, pairs: list[tuple[str, Any]]) -> None:
-    if isinstance(value, torch.Tensor) or not _is_container(value):
+def _collect(value: Any, path: str, pairs: list[tuple[str, Any]], whole: Callable[[str], bool] | None) -> None:
+    if isinstance(value, torch.Tensor) or not _is_container(value) or (whole is not None and whole(path)):
         pairs.append((path, value))
         return
     for key, item in _items(value):
-        _collect(item, f"{path}.{key}" if path else str(key), pairs)
+        _collect(item, f"{path}.{key}" if path else str(key), pairs, whole)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -192,6 +192,25 @@ def test_a_text_that_changes_in_each_step_is_named_and_ignored() -> None:
         assert cw.stats.reasons == {"first step": 1, "scheduled": 3}
 
 
+class Noting(Tiny):
+    """A client hands over a dictionary in which it takes notes: it holds more at every call."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        notes = more["options"]["notes"]
+        notes[str(len(notes))] = x.mean()
+        return super().forward(x, t, c)
+
+
+@pytest.mark.parametrize("path", ["options", "options.notes"])
+def test_what_is_ignored_may_hold_more_at_every_call(path: str) -> None:
+    unet, notes, x = Noting(), {"7": torch.ones(1)}, torch.randn(1, 2, 16, 16)
+    with ch.wrap(unet, ignore=path) as cw, torch.no_grad():
+        for t in torch.linspace(900, 0, 6):
+            unet(x, t, options={"notes": notes})
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3), cw.report()
+        assert set(cw.stats.reasons) == {"first step", "scheduled"}
+
+
 def test_ignored_by_the_name_of_a_parameter() -> None:
     with ch.wrap(Tiny(), ignore="c") as cw, torch.no_grad():
         for k, t in enumerate(TIMES.clone()[:8]):

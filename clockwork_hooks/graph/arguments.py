@@ -25,7 +25,7 @@ class Arguments:
     Args:
         names: of the parameters, defaults left out; `*args` and `**kwargs` by their own names.
         passed: their values.
-        ignored: says of a path that value, shape and type of what is there do not matter to the signature.
+        ignored: says of a path that what is there does not matter to the signature, whatever it is or holds.
 
     Attributes:
         names, passed: the parameters and their values, in the order of the call.
@@ -46,10 +46,9 @@ class Arguments:
         first: torch.device | None = None
         for name, value in zip(names, passed, strict=True):
             if ignored is not None and ignored(name):
-                for path, leaf in leaves(value, name):
-                    paths.append(path)
-                    flat.append(leaf)
-                    parts.append(path)
+                parts.append(name)
+                paths.append(name)
+                flat.append(value)
                 continue
             if isinstance(value, Tensor):
                 device = value.device
@@ -61,8 +60,9 @@ class Arguments:
                 parts += (name, type(value))
             else:
                 parts.append(name)
-                for path, leaf in leaves(value):
-                    paths.append(f"{name}.{path}" if path else name)
+                for whole, leaf in leaves(value, name, ignored):
+                    path = whole[len(name) + 1 :]
+                    paths.append(whole)
                     flat.append(leaf)
                     if ignored is not None and ignored(paths[-1]):
                         parts.append(path)

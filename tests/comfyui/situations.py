@@ -247,8 +247,8 @@ def control_for_a_part_of_the_sampling(client: Any) -> Case:
 
 @real_only
 def a_lora_of_one_prompt(client: Any) -> Case:
-    """Weights change between the calls of a step; letters: each call sees other weights than the one before."""
-    return Case(client.model(), {"positive": client.hooked(client.cond(1))}, letters=None)
+    """Weights change between the calls of a step; those of a branch are the same in every step."""
+    return Case(client.model(), {"positive": client.hooked(client.cond(1))}, letters="FFAA" * 3)
 
 
 @real_only
