@@ -34,7 +34,7 @@ from clockwork_hooks.regions.find import choose, match
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule, check_clock
 
@@ -86,7 +86,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration(Report):
+class Calibration(FieldReport):
     """What `calibrate` measured, and why it chose what it chose.
 
     Attributes:
@@ -154,30 +154,6 @@ class Calibration(Report):
         ]
         heads = (">step", ">time", ">log-SNR", ">identity", ">error", ">ridge", "fitted")
         return self.table(), table("Steps", heads, rows)
-
-    def data(self) -> dict[str, Any]:
-        """All fields."""
-        made: dict[str, Any] = {name: getattr(self, name) for name in Calibration.__slots__}
-        made["kinds"] = {name: _fields(one) for name, one in self.kinds.items()}
-        made["steps"] = [_fields(one) for one in self.steps]
-        return made
-
-    @classmethod
-    def from_json(cls, text: str) -> Calibration:
-        """What `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is no calibration.
-        """
-        with reading(cls, text) as data:
-            del data["schema"]
-            data["kinds"] = {name: KindResult(**one) for name, one in data["kinds"].items()}
-            data["steps"] = tuple(StepResult(**one) for one in data["steps"])
-            return cls(**data)
-
-
-def _fields(one: KindResult | StepResult) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in type(one).__slots__}
 
 
 def calibrate(

@@ -18,7 +18,7 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
@@ -32,7 +32,7 @@ __all__ = ["Drift", "measure_drift"]
 
 
 @dataclass(frozen=True, slots=True)
-class Drift(Report):
+class Drift(FieldReport):
     """How regions' exits change over a trajectory. A step is None where there is nothing to compare it with.
 
     A candidate is a region with its adaptor; the name says which adaptor, unless it is the identity.
@@ -115,26 +115,6 @@ class Drift(Report):
         )
         return table("Drift", heads, rows, notes=notes)
 
-    def data(self) -> dict[str, Any]:
-        """All fields."""
-        return {name: getattr(self, name) for name in Drift.__slots__}
-
-    @classmethod
-    def from_json(cls, text: str) -> Drift:
-        """What `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is no drift.
-        """
-        with reading(cls, text) as data:
-            del data["schema"]
-            for key in ("changes", "cosines"):
-                data[key] = {name: tuple(values) for name, values in data[key].items()}
-            for key in ("errors", "entries"):
-                data[key] = {name: tuple(map(tuple, ages)) for name, ages in data[key].items()}
-            effects = {name: {int(c): e for c, e in known.items()} for name, known in data["effects"].items()}
-            return cls(**{**data, "effects": effects, "seeds": tuple(data["seeds"])})
-
     def plot(self, path: str | Path) -> None:
         """Heat maps, candidates by steps (PNG, SVG or PDF; needs matplotlib)."""
         self._heat_map().save(path)
@@ -144,8 +124,6 @@ class Drift(Report):
         return plots(self._heat_map())
 
     def _heat_map(self) -> Plot:
-        pass
-
         return Plot(lambda: heat_map(self), "Relative change of each region's exit at each step, and errors by clock")
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Option", "Plan", "Weigh", "plan"]
 
 Weigh = Literal["MACs", "ms"]
-_NAMES = ("held_out", "steps", "weigh", "choice", "fingerprint", "model", "adaptor_name", "adaptor_folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Report):
+class Plan(FieldReport):
     """Region, schedule and adaptor for one sampler and number of steps; `wrap(unet, plan=plan)` takes it.
 
     Attributes:
@@ -174,11 +173,6 @@ class Plan(Report):
         heads = ("", "schedule", "region", ">adaptor steps", *saved, ">predicted", ">measured")
         return table("Plan", heads, rows, notes=notes)
 
-    def data(self) -> dict[str, Any]:
-        """Everything but the adaptor."""
-        options = [asdict(option) for option in self.options]
-        return {"chosen": asdict(self.chosen), "options": options} | {name: getattr(self, name) for name in _NAMES}
-
     @classmethod
     def from_json(cls, text: str, *, adaptor: AdaptorLike = None) -> Plan:
         """What `to_json` wrote.
@@ -190,9 +184,7 @@ class Plan(Report):
         Raises:
             ArgumentError: the text is no plan, or lacks its adaptor.
         """
-        with reading(cls, text) as data:
-            known = {name: data[name] for name in _NAMES}
-            made = cls(chosen=_option(data["chosen"]), options=tuple(map(_option, data["options"])), **known)
+        made = super(Plan, cls).from_json(text)
         if adaptor is None and made.adaptor_folder is None and made.adaptor_name != "identity":
             raise ArgumentError(
                 "a plan is used with the adaptor that it was made with",
@@ -211,10 +203,6 @@ class Plan(Report):
 
     def _pareto(self) -> Plot:
         return Plot(lambda: pareto(self), "Error of the result against what is saved, by region and kind of schedule")
-
-
-def _option(data: dict[str, Any]) -> Option:
-    return Option(**{**data, "steps": tuple(data["steps"])})
 
 
 _SLACK = 1e-9

@@ -24,7 +24,7 @@ from clockwork_hooks.errors import ArgumentError, is_whole, share
 from clockwork_hooks.regions.find import choose
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Statistics = Literal["channel", "map"]
 
 
 @dataclass(frozen=True, slots=True)
-class Robustness(Report):
+class Robustness(FieldReport):
     """L2 distance of the final result for every (map, first disturbed step).
 
     Attributes:
@@ -76,33 +76,6 @@ class Robustness(Report):
             f"from step k of {self.steps} on, α = {self.alpha:g}, statistics per {self.statistics}.",
         )
         return table("Robustness", ("map", "module", *(f">k={k}" for k in self.starts)), rows, notes=notes)
-
-    def data(self) -> dict[str, Any]:
-        """All fields but the pictures."""
-        maps = [{name: getattr(one, name) for name in FeatureMap.__slots__} for one in self.maps]
-        names = ["starts", "steps", "alpha", "statistics", "distances", "norm", "samples", "seeds"]
-        return {"maps": maps, **{n: getattr(self, n) for n in names}}
-
-    @classmethod
-    def from_json(cls, text: str) -> Robustness:
-        """What `to_json` wrote; pictures are not in it.
-
-        Raises:
-            ArgumentError: the text is no robustness.
-        """
-        with reading(cls, text) as data:
-            maps = tuple(
-                FeatureMap(**{**one, "shape": tuple(one["shape"]), "resolution": tuple(one["resolution"])})
-                for one in data["maps"]
-            )
-            names = ["steps", "alpha", "statistics", "norm", "samples"]
-            return cls(
-                maps=maps,
-                distances={name: tuple(values) for name, values in data["distances"].items()},
-                starts=tuple(data["starts"]),
-                seeds=tuple(data["seeds"]),
-                **{n: data[n] for n in names},
-            )
 
     def plot(self, path: str | Path) -> None:
         """Curves of distance over start, a line a map (PNG, SVG or PDF; needs matplotlib). Source: Figs. 12 and 13."""

@@ -29,7 +29,7 @@ from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import Report, reading
+from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning(Report):
+class Tuning(FieldReport):
     """What `tune` tried, and what it chose.
 
     Attributes:
@@ -118,24 +118,6 @@ class Tuning(Report):
             return ()
         return plots(Plot(lambda: before_after(shown, self.chosen), "Pictures before and after, from the same noise"))
 
-    def data(self) -> dict[str, Any]:
-        """All fields but the pictures."""
-        made: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "saving", "seconds")}
-        made |= {"chosen": _fields(self.chosen), "identity": _fields(self.identity)}
-        return {**made, "trials": [_fields(one) for one in self.trials]}
-
-    @classmethod
-    def from_json(cls, text: str) -> Tuning:
-        """What `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is no tuning.
-        """
-        with reading(cls, text) as data:
-            del data["schema"]
-            data |= {name: _trial(data[name]) for name in ("chosen", "identity")}
-            return cls(**{**data, "trials": tuple(map(_trial, data["trials"]))})
-
 
 def before_after(pictures: Tensor, chosen: Trial) -> Figure:
     """Two rows of pictures: plain, and with the adaptor at its steps."""
@@ -150,14 +132,6 @@ def before_after(pictures: Tensor, chosen: Trial) -> Figure:
             cell.set_axis_off()
         axes[0].set_title(title, fontsize=9, loc="left")
     return figure
-
-
-def _fields(one: Trial) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in Trial.__slots__}
-
-
-def _trial(data: Mapping[str, Any]) -> Trial:
-    return Trial(**{**data, "steps": tuple(data["steps"])})
 
 
 def tune(

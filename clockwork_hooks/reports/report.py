@@ -6,20 +6,23 @@ How a page and a picture are made is imported when one is asked for: a wrapped U
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Union, get_args, get_origin, get_type_hints
 
 from clockwork_hooks.errors import ArgumentError
 
 if TYPE_CHECKING:
     import rich.console
+    from typing_extensions import Self
 
     from clockwork_hooks.reports.tables import Table
 
-__all__ = ["Picture", "Report", "plain", "reading"]
+__all__ = ["FieldReport", "Picture", "Report", "plain", "reading"]
 
 TEXTS = (".json", ".md", ".html")
 PICTURES = (".svg", ".png")
@@ -161,6 +164,67 @@ class Report:
 
     def __str__(self) -> str:
         return self.to_markdown()
+
+
+class FieldReport(Report):
+    """A report that is a dataclass, whose data are its fields, but for those that are not compared.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Steps(FieldReport):
+        ...     SCHEMA = "steps/1"
+        ...     at: tuple[int, ...]
+        ...     errors: Mapping[int, float | None]
+        >>> steps = Steps((3, 5), {2: 0.5, 3: None})
+        >>> Steps.from_json(steps.to_json()) == steps
+        True
+    """
+
+    __slots__ = ()
+
+    def data(self) -> dict[str, Any]:
+        """All fields, but for those that are not compared: what was drawn, and objects of this session."""
+        return {one.name: _as_data(getattr(self, one.name)) for one in _compared(type(self))}
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is no such report.
+        """
+        with reading(cls, text) as data:
+            del data["schema"]
+            return _as_type(cls, data)  # type: ignore[no-any-return]
+
+
+def _compared(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [one for one in dataclasses.fields(kind) if one.compare]
+
+
+def _as_data(value: Any) -> Any:
+    """Dataclasses as mappings, within tuples and mappings too."""
+    if dataclasses.is_dataclass(value):
+        return {one.name: _as_data(getattr(value, one.name)) for one in _compared(value)}
+    if isinstance(value, Mapping):
+        return {key: _as_data(one) for key, one in value.items()}
+    return [_as_data(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _as_type(hint: Any, value: Any) -> Any:
+    """What JSON holds as its type hint has it: dataclasses, tuples, mappings with keys that are numbers."""
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{name: _as_type(hints[name], one) for name, one in value.items()})  # type: ignore[operator]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return None if value is None else _as_type(next(one for one in inner if one is not type(None)), value)
+    if origin is tuple:
+        return tuple(_as_type(inner[0], one) for one in value)  # all of ours are of one type
+    if origin is not None and isinstance(value, Mapping):
+        return {inner[0](key): _as_type(inner[1], one) for key, one in value.items()}
+    return value
 
 
 @contextlib.contextmanager
