@@ -278,6 +278,7 @@ def test_a_region_whose_entry_nobody_sees_is_refused():
         unet(samples()[0], 900)
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 def test_an_entry_that_comes_too_late_costs_a_full_pass():
     unet = Late()
     cw = traced(unet, Schedule.adaptive(9.0, longest=9))

@@ -73,7 +73,7 @@ def test_a_loaded_adaptor_goes_where_the_exit_is(sd15: ZooCase, tmp_path: Path) 
     ch.ResNetAdaptor.for_region(region_of(sd15)).save_pretrained(tmp_path)
     unet = ZOO["sd15"]().model.to(torch.bfloat16)
     text = sd15.kwargs["encoder_hidden_states"].bfloat16()
-    with torch.inference_mode(), ch.wrap(unet, tmp_path) as cw:
+    with torch.inference_mode(), ch.wrap(unet, tmp_path) as cw, cw.trajectory():
         for t in (900, 600):
             cw(sd15.args[0].bfloat16(), torch.tensor(t), encoder_hidden_states=text)
         assert cw.stats.adaptor_passes == 1

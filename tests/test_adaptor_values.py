@@ -25,7 +25,7 @@ def pictures(unet: nn.Module) -> Callable[[Any, int], Tensor]:
 
 
 def wrapped(unet: nn.Module, adaptor: Any) -> str:
-    with torch.no_grad(), ch.wrap(unet, adaptor) as cw:
+    with torch.no_grad(), ch.wrap(unet, adaptor) as cw, cw.trajectory():
         for t in TIMES:
             unet(ARGS[0], t)
         assert cw.stats.adaptor_passes == 2

@@ -43,7 +43,7 @@ def rollout(case: ZooCase, adaptor: Any, *, steps: int = 2, **options: Any) -> l
     """Outputs of some steps, every second one with the adaptor."""
     name = next((n for n in ("timestep", "time", "timesteps") if n in case.kwargs), None)
     made = []
-    with torch.no_grad(), ch.wrap(case.model, adaptor, **options) as cw:
+    with torch.no_grad(), ch.wrap(case.model, adaptor, **options) as cw, cw.trajectory():
         for t in (900, 600, 300, 1)[:steps]:
             args, kwargs = list(case.args), dict(case.kwargs)
             for k, value in enumerate(args[1:2], 1):
@@ -293,12 +293,12 @@ def test_a_region_of_another_layout(tokens: bool) -> None:
     with torch.no_grad():
         for same in (True, False):
             made = adaptor if same else alive(adaptor)
-            with ch.wrap(unet, made, region=region) as cw:
+            with ch.wrap(unet, made, region=region) as cw, cw.trajectory():
                 sample = torch.randn(2, 3, 8, 12)
                 cw(sample, 900)
                 out = cw(sample, 600)
                 assert cw.stats.adaptor_passes == 1
-            with ch.wrap(unet, region=region) as cw:
+            with ch.wrap(unet, region=region) as cw, cw.trajectory():
                 cw(sample, 900)
                 assert torch.equal(cw(sample, 600), out) is same
 

@@ -287,7 +287,7 @@ def test_effects_are_those_of_the_clock():
     drift = ch.measure_drift(unet, sampler(unet), [2], clocks=(3,))
     with torch.no_grad():
         plain = sampler(unet)(2, 0)
-        with ch.wrap(unet, clock=3) as cw:
+        with ch.wrap(unet, clock=3) as cw, cw.trajectory():
             other = sampler(unet)(2, 0)
     want = ((other - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).mean()
     name = next(name for name, line in drift.regions.items() if line == cw.region.line)
@@ -363,7 +363,7 @@ def test_a_plan_is_what_wrap_runs(tmp_path):
     assert again == plan
     results = []
     for given in (plan, again):
-        with torch.no_grad(), ch.wrap(unet, plan=given) as cw:
+        with torch.no_grad(), ch.wrap(unet, plan=given) as cw, cw.trajectory():
             sampler(unet)(1, 0)  # traces
             cw.stats.clear()
             results.append(sampler(unet)(1, 0))

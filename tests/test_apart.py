@@ -37,7 +37,7 @@ def tensors(value: Any) -> list[Tensor]:
 def test_a_transform_is_of_the_unet_itself(name: str, first: bool) -> None:
     """As of a likelihood's divergence at each step; the loop around it goes on, and nothing in it is stale."""
     judge, transform = Judge(Tiny()), TRANSFORMS[name]
-    with ch.wrap(judge.unet) as cw:
+    with ch.wrap(judge.unet) as cw, cw.trajectory():
         for k, t in enumerate((900.0, 800.0, 700.0, 600.0), 1):
             if k > 2 or first:
                 pairs = zip(tensors(transform(judge.unet, t)), tensors(transform(judge.plain, t)), strict=True)
@@ -102,7 +102,7 @@ def test_a_call_that_is_run_again_gives_the_same_both_times(sample: Any, trainin
 
 def test_sampling_after_such_a_call_is_a_trajectory_of_its_own() -> None:
     judge = Judge(Tiny())
-    with ch.wrap(judge.unet) as cw, torch.no_grad():
+    with ch.wrap(judge.unet) as cw, cw.trajectory(), torch.no_grad():
         for k, t in enumerate((900, 800, 700, 600), 1):
             if k == 3:
                 with torch.enable_grad():

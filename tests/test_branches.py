@@ -418,6 +418,7 @@ def test_conditions_on_a_device(as_on_a_device: list[int]) -> None:
     assert len(as_on_a_device) == 2
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 def test_comparing_is_given_up(as_on_a_device: list[int]) -> None:
     """Embeddings with other values in each step: full passes, and no waiting after the second of them."""

@@ -89,12 +89,12 @@ def test_a_linear_world_is_sampled_as_without_clockwork(world, rank):
     generate = sampler(unet)
     adaptor = calibrate(unet, generate, [(8, 2.0)], guidance=2.0, clock=2, kind=world, ridge=1e-9)
     plain = generate((8, 2.0), seed=7)
-    with ch.wrap(unet, adaptor, clock=2) as cw:
+    with ch.wrap(unet, adaptor, clock=2) as cw, cw.trajectory():
         generate((8, 2.0), seed=6)  # the very first call is traced
         before = cw.stats.adaptor_passes
         made = generate((8, 2.0), seed=7)
     assert cw.stats.adaptor_passes - before == 3
-    with ch.wrap(unet, clock=2):
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         identity = generate((8, 2.0), seed=7)
     assert (identity - plain).abs().max() > 1e-2
     torch.testing.assert_close(made, plain, atol=2e-4, rtol=1e-3)
@@ -319,6 +319,7 @@ def test_schedulers_tell_log_snr():
 # -- what is seen -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_no_features_are_held_longer_than_a_step():
     unet, alive, most = Blocks(mix=1.0), [], 0
     generate = sampler(unet)
@@ -411,7 +412,7 @@ def test_chained_steps_are_fitted_on_what_the_student_reaches():
     errors = []
     plain = generate((128, 2.0), seed=3)
     for adaptor in (teacher, student):
-        with ch.wrap(unet, adaptor, schedule=options["schedule"]):
+        with ch.wrap(unet, adaptor, schedule=options["schedule"]) as cw, cw.trajectory():
             generate((128, 2.0), seed=2)
             errors.append(float((generate((128, 2.0), seed=3) - plain).norm()))
     assert errors[1] < 0.95 * errors[0]
@@ -546,6 +547,6 @@ def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
 
     unet = Blocks()
     generate = sampler(unet, [lift(t) for t in TIMES])
-    with torch.no_grad(), ch.wrap(unet, Told(), schedule={3, 4, 6}):
+    with torch.no_grad(), ch.wrap(unet, Told(), schedule={3, 4, 6}) as cw, cw.trajectory():
         generate((2, 2.0))
     assert seen == [(TIMES[2], TIMES[1]), (TIMES[3], TIMES[2]), (TIMES[5], TIMES[4])]

@@ -121,7 +121,7 @@ def test_every_way_of_choosing(options: dict[str, Any], ends: tuple[str, str]) -
     proven(model, x, T, region=region)
     live = ch.find_region(model, x, 900, **options)
     assert ch.flops_report(model, x, T, **options).region == region
-    with torch.no_grad(), ch.wrap(model, **options) as cw:
+    with torch.no_grad(), ch.wrap(model, **options) as cw, cw.trajectory():
         assert cw.region is None
         for t in (900, 800):
             model(x, t)
@@ -136,7 +136,7 @@ def test_every_way_of_choosing(options: dict[str, Any], ends: tuple[str, str]) -
 def test_a_chosen_region_stays_the_same_at_other_sizes() -> None:
     """32×32 is the edge of the region at one size; at another size it is the same modules that are skipped."""
     model = Wide()
-    with ch.wrap(model, resolution=8) as cw:
+    with ch.wrap(model, resolution=8) as cw, cw.trajectory():
         for size in (16, 32):
             for t in (900, 800):
                 model(noise(1, 3, size, size), t)
@@ -246,12 +246,13 @@ def test_the_middle_of_a_transformer(build: Any, modules: list[str], skipped: li
     assert (region.level, region.cut, region.exit.path.startswith(skipped[-1])) == (0, "hand", True)
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 def test_a_transformer_is_clocked_with_no_example_inputs() -> None:
     """The blocks named run every other step, at any batch; MACs and calls are what is left."""
     model, args, kwargs = dit()
     ran: list[str] = []
-    with ch.wrap(model, modules=["transformer_blocks.1:transformer_blocks.3"]) as cw:
+    with ch.wrap(model, modules=["transformer_blocks.1:transformer_blocks.3"]) as cw, cw.trajectory():
         for path, module in model.named_modules():
             if path.startswith("transformer_blocks.") and path.count(".") == 1:
                 module.register_forward_hook(lambda *_, path=path: ran.append(path[-1]))
@@ -276,7 +277,7 @@ def test_an_exit_known_by_name_is_kept_as_it_left_the_region() -> None:
             return super().join(h, low.mul_(0.5))
 
     model = Writes()
-    with ch.wrap(model, modules="up") as cw:
+    with ch.wrap(model, modules="up") as cw, cw.trajectory():
         for _ in range(2):
             first, second = (model(noise(), t) for t in (900.0, 899.0))
             assert torch.equal(first, second)  # the time has no way round the exit

@@ -96,7 +96,7 @@ class Halve(nn.Module):
 
 
 def rollout(case: Case, unet: nn.Module, *, compiled: bool, adaptor: Any = None, **options: Any) -> list[Tensor]:
-    with ch.wrap(unet, adaptor, clock=2) as cw:
+    with ch.wrap(unet, adaptor, clock=2) as cw, cw.trajectory():
         if compiled:
             cw.compile(backend=options.pop("backend", "eager"))
         outputs = [case.call(unet, k, **options) for k in range(len(TIMES))]
@@ -120,7 +120,7 @@ def test_two_graphs_and_the_same_numbers(name: str, adaptor: str | None) -> None
     expected = rollout(case, unet, compiled=False, adaptor=chosen)
     before = snapshot(unet)
     counters.clear()
-    with ch.wrap(unet, chosen, clock=2) as cw:
+    with ch.wrap(unet, chosen, clock=2) as cw, cw.trajectory():
         cw.compile(backend="eager")
         got = [case.call(unet, k) for k in range(len(TIMES))]
         assert counters["stats"]["unique_graphs"] == 2
@@ -197,7 +197,7 @@ def test_what_cannot_be_one_graph_says_so_and_leaves_the_wrapper_alive() -> None
     unet = Peeks()
     before = snapshot(unet)
     case = Case(Peeks, 2)
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(backend="eager")
         case.call(unet, 0)
         case.call(unet, 1)
@@ -245,7 +245,7 @@ def test_an_adaptor_whose_output_no_longer_fits_is_told() -> None:
             return self.head(torch.cat([h, h + self.up(self.body(self.act(self.down(h))))], 1))
 
     unet, adaptor, case = Adds(), Shrinks(), CASES["tiny"]
-    with ch.wrap(unet, adaptor, clock=2) as cw:
+    with ch.wrap(unet, adaptor, clock=2) as cw, cw.trajectory():
         cw.compile(backend="eager")
         for k in range(4):
             case.call(unet, k)
@@ -268,7 +268,7 @@ def test_gradients_through_checkpoints(training: bool) -> None:
     grads = []
     for compiled in (False, True):
         case, unet = CASES["tiny"], Saves().train(training)
-        with ch.wrap(unet, clock=2) as cw, torch.enable_grad():
+        with ch.wrap(unet, clock=2) as cw, cw.trajectory(), torch.enable_grad():
             if compiled:
                 cw.compile(backend="aot_eager")
             for _ in range(2):
@@ -343,7 +343,7 @@ def test_captured_passes_are_replayed(name: str, adaptor: str | None, cuda: Fake
     chosen = Halve() if adaptor else None
     expected = rollout(case, unet, compiled=False, adaptor=chosen)
     before = snapshot(unet)
-    with ch.wrap(unet, chosen, clock=2) as cw:
+    with ch.wrap(unet, chosen, clock=2) as cw, cw.trajectory():
         cw.compile(mode="cudagraphs")
         for _ in range(2):
             got = [case.call(unet, k) for k in range(len(TIMES))]
@@ -364,9 +364,9 @@ def test_captured_branches_keep_their_own_exits(cuda: FakeCuda) -> None:
         torch.manual_seed(0)
         return [unet(torch.randn(2, 2, 16, 16), t, c) for t in TIMES for c in conditions]
 
-    with ch.wrap(unet, clock=3):
+    with ch.wrap(unet, clock=3) as cw, cw.trajectory():
         expected = run()
-    with ch.wrap(unet, clock=3) as cw:
+    with ch.wrap(unet, clock=3) as cw, cw.trajectory():
         cw.compile(mode="cudagraphs")
         for _ in range(3):
             torch.testing.assert_close(run(), expected)
@@ -390,7 +390,7 @@ def test_captured_outputs_are_the_callers_own(cuda: FakeCuda) -> None:
 def test_captured_times_are_inputs(time: Any, cuda: FakeCuda) -> None:
     case, unet = CASES["tiny"], Tiny()
     expected = rollout(case, unet, compiled=False, time=time)
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(mode="cudagraphs")
         for _ in range(2):
             torch.testing.assert_close([case.call(unet, k, time=time) for k in range(len(TIMES))], expected)
@@ -422,7 +422,7 @@ def test_a_capture_follows_what_changes_between_trajectories(change: Callable[[T
     case, unet, plain = CASES["tiny"], Tiny(), Tiny()
     change(plain)
     expected = rollout(case, plain, compiled=False)
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(mode="cudagraphs")
         for _ in range(2):
             [case.call(unet, k) for k in range(len(TIMES))]
@@ -501,14 +501,15 @@ def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
     assert cuda.captures < 12
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("mode", ["cudagraphs", None])
 def test_a_hook_that_writes_to_the_exit(mode: str | None, cuda: FakeCuda) -> None:
     case, unet, plain = CASES["tiny"], Tiny(), Tiny()
     for one in (unet, plain):
         one.up.register_forward_hook(lambda module, args, output: output.add_(1))
-    with ch.wrap(plain, clock=2):
+    with ch.wrap(plain, clock=2) as cw, cw.trajectory():
         expected = [[case.call(plain, k) for k in range(len(TIMES))] for _ in range(3)][-1]
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(mode=mode, **({} if mode else {"backend": "eager"}))
         got = [[case.call(unet, k) for k in range(len(TIMES))] for _ in range(3)][-1]
         assert cw.stats.adaptor_passes >= 6
@@ -532,7 +533,7 @@ def test_a_capture_that_fails_says_so(cuda: FakeCuda) -> None:
 
     unet, case = Peeks(), CASES["tiny"]
     before = snapshot(unet)
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(mode="cudagraphs")
         case.call(unet, 0), case.call(unet, 1)
         with pytest.raises(ch.CompileError, match="neither waits"):
@@ -558,7 +559,7 @@ OUTSIDE = "within torch.compile, torch.export or torch.jit"
 def test_compiled_in_place_while_wrapped(first: int) -> None:
     """It is set aside at the first call, which is full, and put back by `remove()`."""
     judge = Judge(Tiny())
-    with ch.wrap(judge.unet) as cw:
+    with ch.wrap(judge.unet) as cw, cw.trajectory():
         for k, t in enumerate(range(900, 0, -100)):
             if k == first:
                 judge.unet.compile(backend="eager")
@@ -572,7 +573,7 @@ def test_compiled_in_place_while_wrapped(first: int) -> None:
 def test_compiled_from_outside() -> None:
     """What was made of a wrapped UNet by `torch.compile` is full, and told what to do instead."""
     judge = Judge(Tiny())
-    with ch.wrap(judge.unet) as cw:
+    with ch.wrap(judge.unet) as cw, cw.trajectory():
         compiled, judge.unet = judge.unet, torch.compile(judge.unet, backend="eager")  # type: ignore[assignment]
         for k, t in enumerate((900, 800, 700), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
@@ -596,7 +597,7 @@ def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:
         "export": lambda: torch.export.export(unet, (x, t)).module(),
         "make_fx": lambda: make_fx(unet)(x, t),
     }
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         unet(x, torch.tensor([900.0]))
         made = makers[how]()
         assert cw.stats.reasons[OUTSIDE] == 1

@@ -199,11 +199,11 @@ LONG = {"scale-shift", "residual list"}  # seconds of dynamo each
 def test_two_graphs_and_the_same_numbers(name: str, backend: str) -> None:
     unet, call = made(name)
     before, plain = snapshot(unet), trajectory(unet, call)
-    with ch.wrap(unet, clock=2):
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         expected = trajectory(unet, call)
     assert not torch.equal(expected[1], plain[1])
     counters.clear()
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         cw.compile(backend=backend)
         first = trajectory(unet, call)
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -37,7 +37,7 @@ def test_a_replica_of_data_parallel_is_refused() -> None:
     unet, x = Tiny(), torch.randn(1, 2, 8, 8)
     with torch.no_grad():
         plain = replica(unet)(x, 900.0)
-        with ch.wrap(unet) as cw:
+        with ch.wrap(unet) as cw, cw.trajectory():
             unet(x, 900.0)
             with pytest.raises(ch.WrapError, match="the one object that was wrapped") as e:
                 replica(unet)(x, 800.0)

@@ -216,6 +216,7 @@ def conditions(unet, batch, seed):
     return states | {"added_cond_kwargs": added}
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize(("options", "attentions"), [(SD_LIKE, 2 + 3 + 3), (SDXL_LIKE, 2)], ids=["SD", "SDXL"])
 def test_stable_diffusions_are_injected_where_plug_and_play_does(options, attentions):
     unet = tiny(**options)

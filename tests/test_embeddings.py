@@ -51,7 +51,7 @@ class Spy:
 def spied(unet: nn.Module, x: Tensor, t: Any = "", **kwargs: Any) -> Spy:
     """What the adaptor gets at the second step."""
     spy = Spy()
-    with torch.no_grad(), ch.wrap(unet, spy, region=ch.find_region(unet, x, 900, **kwargs)) as cw:
+    with torch.no_grad(), ch.wrap(unet, spy, region=ch.find_region(unet, x, 900, **kwargs)) as cw, cw.trajectory():
         cw(x, 900, **kwargs)
         cw(x, 600, **kwargs)
         assert cw.stats.adaptor_passes == 1

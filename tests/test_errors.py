@@ -202,7 +202,7 @@ def test_an_error_at_the_first_call_leaves_the_unet_unwrapped(
 
 def test_the_time_can_be_named() -> None:
     unet, fps = TwoTimes(), torch.ones(1)
-    with torch.no_grad(), ch.wrap(unet, time="pace") as cw:
+    with torch.no_grad(), ch.wrap(unet, time="pace") as cw, cw.trajectory():
         for k in range(4):
             unet(sample(), fps, torch.full((1,), 9.0 - k))
     assert cw.stats.adaptor_passes == 2
@@ -210,7 +210,11 @@ def test_the_time_can_be_named() -> None:
 
 def test_a_region_found_for_other_inputs_is_found_again() -> None:
     unet = Tiny()
-    with torch.no_grad(), ch.wrap(unet, region=ch.find_region(unet, torch.randn(3, 2, 16, 16), 5)) as cw:
+    with (
+        torch.no_grad(),
+        ch.wrap(unet, region=ch.find_region(unet, torch.randn(3, 2, 16, 16), 5)) as cw,
+        cw.trajectory(),
+    ):
         for t in (900, 800, 700, 600):
             unet(sample(), t)
     assert cw.stats.adaptor_passes == 2

@@ -28,7 +28,7 @@ def run(call: Any, times: Any, pair: Any = (None,)) -> None:
 
 
 def test_stats_of_each_trajectory() -> None:
-    with ch.wrap(Tiny(), clock=4) as cw:
+    with ch.wrap(Tiny(), clock=4) as cw, cw.trajectory():
         run(cw, (900, 800, 700, 600, 500, 400))
         run(cw, (900, 800))
         run(cw, (850, 840, 830), torch.randn(2, 1, 3))
@@ -52,7 +52,7 @@ def test_stats_of_each_trajectory() -> None:
 
 def test_the_log_says_for_every_call_what_ran_and_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "clockwork_hooks")
-    with ch.wrap(Tiny()) as cw:
+    with ch.wrap(Tiny()) as cw, cw.trajectory():
         run(cw, (900, 800), torch.randn(2, 1, 3))
         with cw.branch("late"):
             run(cw, (700,))
@@ -69,7 +69,7 @@ def test_the_log_says_for_every_call_what_ran_and_why(caplog: pytest.LogCaptureF
 
 
 def test_the_report() -> None:
-    with ch.wrap(Tiny()) as cw:
+    with ch.wrap(Tiny()) as cw, cw.trajectory():
         run(cw, (900, 800, 700), torch.randn(2, 1, 3))
         report = cw.report()
         text = str(report)
@@ -96,21 +96,21 @@ def test_the_cache_is_what_the_report_says() -> None:
     """8×8×8 float32 a call of the step before, and the copies of three numbers of the conditions."""
     with ch.wrap(Tiny()) as cw:
         one, size = 8 * 8 * 8 * 4, 3 * 4
-        run(cw, (900, 800), torch.randn(2, 1, 3))
+        run(cw, torch.tensor([900, 800]), torch.randn(2, 1, 3))
         assert cw.report().cache == {f"trajectory 1, branch {k}": one + size for k in (1, 2)}
         assert len(kept(cw)) == 2
         c = torch.randn(1, 3)
         with cw.trajectory():
-            run(cw, (900, 800, 700), [c] * 4)  # four tiles
+            run(cw, torch.tensor([900, 800, 700]), [c] * 4)  # four tiles
             assert cw.report().cache == {"trajectory 2, branch 1": 4 * one + size}
             assert len(kept(cw)) == 4
         assert cw.report().cache == {}
         assert kept(cw) == []
-        run(cw, (900, 800))
+        run(cw, torch.tensor([900, 800]))
         assert list(cw.report().cache.values()) == [one]
         cw.reset()
         assert kept(cw) == []
-        run(cw, (900, 800))
+        run(cw, torch.tensor([900, 800]))
     assert cw.report().cache == {}
     assert kept(cw) == []
 

@@ -36,6 +36,7 @@ FAULTS: list[Callable[[], BaseException]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("make", FAULTS, ids=["error", "interrupt", "CUDA OOM", "OOM", "exit"])
 @pytest.mark.parametrize("where", ["full pass", "adaptor pass", "adaptor", "head", "between calls"])
@@ -50,9 +51,9 @@ def test_the_next_call_starts_clean(where: str, make: Callable[[], BaseException
     step = 2 if "adaptor" in where else 3
     judge = Judge(unet, Tiny())
     cw = ch.wrap(unet, adaptor)
-    times = list(range(900, 0, -100))
-    for t in times[: step - 1]:
-        judge.call(torch.randn(1, 2, 8, 8), t, step=times.index(t) + 1)
+    times = torch.arange(900, 0, -100)
+    for k, t in enumerate(times[: step - 1], 1):
+        judge.call(torch.randn(1, 2, 8, 8), t, step=k)
     error = make()
     with contextlib.suppress(type(error)):
         if where == "between calls":
@@ -68,7 +69,7 @@ def test_the_next_call_starts_clean(where: str, make: Callable[[], BaseException
         cw.reset()
     judge.begin()
     judge.made = ""
-    for k, t in enumerate(times[step:], 1):
+    for k, t in enumerate(times[step:].clone(), 1):  # a list of its own, as every run of a scheduler has
         judge.call(torch.randn(1, 2, 8, 8), t, step=k)
     assert judge.made == "FAFAFAFAF"[: len(times) - step]
     cw.remove()
@@ -104,7 +105,7 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
     judge, error = Judge(Tiny()), make()
     # a private name: no time that a user passes can raise at will
     part, name = {"analysis": (ch.Choice, "find"), "time": (times, "is_number")}[where]
-    with ch.wrap(judge.unet) as cw:
+    with ch.wrap(judge.unet) as cw, cw.trajectory():
         for step, t in enumerate((900, 800) if where == "time" else (), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)
         with monkeypatch.context() as patch:

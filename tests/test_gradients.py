@@ -69,7 +69,7 @@ def test_clock_1_leaves_every_gradient_as_it_is(training: bool) -> None:
 
 def test_a_unet_that_trains_runs_full() -> None:
     unet = double().train()
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         for t in TIMES:
             unet(noise(), t).sum().backward()
         assert cw.stats.adaptor_passes == 0
@@ -98,7 +98,7 @@ def test_an_adaptor_pass_against_finite_differences(unet: Tiny, keep_graph: bool
     """With respect to the second step's sample (through the entry) and the adaptor's weights."""
     adaptor = Linear()
     first = noise()
-    with ch.wrap(unet, adaptor, keep_graph=keep_graph) as cw:
+    with ch.wrap(unet, adaptor, keep_graph=keep_graph) as cw, cw.trajectory():
 
         def second(x: Tensor, *weights: Tensor) -> Tensor:  # gradcheck moves the parameters themselves
             return rollout(unet, cw, [first, x])
@@ -113,7 +113,7 @@ def test_into_the_step_before_only_where_it_is_asked_for(unet: Tiny, clock: int)
     count = clock  # F A, F A A
     adaptor = Linear()
     for keep_graph in (True, False):
-        with ch.wrap(unet, adaptor, clock=clock, keep_graph=keep_graph) as cw:
+        with ch.wrap(unet, adaptor, clock=clock, keep_graph=keep_graph) as cw, cw.trajectory():
 
             def run(*xs: Tensor) -> Tensor:
                 return rollout(unet, cw, list(xs))
@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_the_same_trajectory_by_hand(unet: Tiny) -> None
     adaptor, by_hand, plain = Linear(), Linear(), copy.deepcopy(unet)
     by_hand.load_state_dict(adaptor.state_dict())
     xs = [noise().requires_grad_() for _ in range(2)]
-    with ch.wrap(unet, adaptor) as cw:
+    with ch.wrap(unet, adaptor) as cw, cw.trajectory():
         rollout(unet, cw, xs).sum().backward()
     _, exit = reference(plain, xs[0], TIMES[0])
     x = xs[1].detach().requires_grad_()
@@ -148,7 +148,7 @@ def test_an_adaptor_learns_through_the_sampler(unet: Tiny) -> None:
     adaptor, plain = Linear(), copy.deepcopy(unet)
     optimizer, losses = torch.optim.Adam(adaptor.parameters(), lr=0.02), []
     xs = [noise(4, 2, 4, 4) for _ in range(2)]
-    with ch.wrap(unet, adaptor) as cw:
+    with ch.wrap(unet, adaptor) as cw, cw.trajectory():
         for _ in range(30):
             loss = (rollout(unet, cw, xs) - plain(xs[1], TIMES[1])).square().mean()
             optimizer.zero_grad()
@@ -168,7 +168,7 @@ def test_an_exit_whose_graph_was_lost_costs_a_pass(unet: Tiny) -> None:
             return self.head(torch.cat([h, z.mul_(0.5)], 1))
 
     model = Writes().double()
-    with ch.wrap(model, keep_graph=True) as cw:
+    with ch.wrap(model, keep_graph=True) as cw, cw.trajectory():
         for expected in (0, 1):
             xs = [noise().requires_grad_() for _ in range(2)]
             rollout(model, cw, xs).sum().backward()

@@ -315,6 +315,7 @@ LOOPS: dict[Loop, tuple[int, int]] = {  # adaptor passes at least: as it is, and
 }
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
 @pytest.mark.parametrize("schedule", ["clock 2", "always"])

@@ -143,7 +143,7 @@ def test_a_time_of_any_form_ticks(form: str, how: str) -> None:
 
     times = (9.0, 8.0, 7.0, 6.0)
     expected = outputs(call, times)
-    with ch.wrap(model) as cw:
+    with ch.wrap(model) as cw, cw.trajectory():
         made = outputs(call, times)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
     assert [same(a, b) for a, b in zip(made, expected, strict=True)] == [True, False, True, False]
@@ -198,19 +198,19 @@ def test_an_ambiguous_time_is_asked_for() -> None:
         _ = traced.time
     assert 'wrap(unet, time="fps")' in str(caught.value)
     before = outputs(lambda t: model(noise(), one, t), (two,))
-    with ch.wrap(model), pytest.raises(ch.AmbiguousInputError):
+    with ch.wrap(model) as cw, cw.trajectory(), pytest.raises(ch.AmbiguousInputError):
         model(noise(), one, two)
     assert same(outputs(lambda t: model(noise(), one, t), (two,)), before)  # left unwrapped, and working
-    with ch.wrap(model, time="bucket") as cw:
+    with ch.wrap(model, time="bucket") as cw, cw.trajectory():
         outputs(lambda t: model(noise(), one, torch.full((2,), t)), (9.0, 8.0, 7.0, 6.0))
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
-    with ch.wrap(model, time="nowhere"), pytest.raises(ch.ArgumentError, match="fps, bucket"):
+    with ch.wrap(model, time="nowhere") as cw, cw.trajectory(), pytest.raises(ch.ArgumentError, match="fps, bucket"):
         model(noise(), one, two)
     region = ch.find_region(model, noise(), one, two)
     assert region.times == ("fps", "bucket")
-    with ch.wrap(model, region=region), pytest.raises(ch.AmbiguousInputError):
+    with ch.wrap(model, region=region) as cw, cw.trajectory(), pytest.raises(ch.AmbiguousInputError):
         model(noise(), one, two)
-    with ch.wrap(model, region=region, time="bucket") as cw:
+    with ch.wrap(model, region=region, time="bucket") as cw, cw.trajectory():
         outputs(lambda t: model(noise(), one, torch.full((2,), t)), (9.0, 8.0))
         assert cw.stats.adaptor_passes == 1
 
@@ -226,12 +226,13 @@ class Labelled(Tiny):
         return super().forward(x, frames.mean(1)) + self.classes(y).mean()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 def test_a_class_label_is_no_time() -> None:
     """With a time for each frame, guidance in two calls would look like two steps: the label falls from 10 to 3."""
     model, labels = Labelled(), [torch.full((2,), k) for k in (10, 3)]
     assert ch.trace(model, noise(), torch.ones(2, 4), labels[0]).times == ()
     judge = Judge(model, path="up")
-    with ch.wrap(model) as cw, torch.no_grad():
+    with ch.wrap(model) as cw, cw.trajectory(), torch.no_grad():
         for step, t in enumerate((9.0, 8.0, 7.0, 6.0), 1):
             for branch, label in enumerate(labels):
                 judge.call(noise(), torch.full((2, 4), t), label, step=step, branch=branch)
@@ -256,7 +257,7 @@ def test_a_time_by_embedding_is_told_by_its_name(told: str) -> None:
             return super().forward(x, torch.ones(2, 4), k)
 
     model = Steps()
-    with ch.wrap(model, time="k" if told == "time=" else None) as cw, torch.no_grad():
+    with ch.wrap(model, time="k" if told == "time=" else None) as cw, cw.trajectory(), torch.no_grad():
         for k in (4, 3, 2, 1):
             model(noise(), **{"timestep" if told == "name" else "k": torch.full((2,), k)})
         assert cw.stats.adaptor_passes == (0 if told == "nothing" else 2)

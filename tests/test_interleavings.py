@@ -217,11 +217,13 @@ PROGRAMS = st.lists(st.one_of(STARTS, STEPS, STEPS, STEPS, CHANGES), min_size=2,
 SCHEDULES = {"clock 2": ch.Schedule.every(2), "clock 4": ch.Schedule.every(4), "always": lambda step: True}
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @settings(
     max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 500)),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @given(begin=STARTS, actions=PROGRAMS, schedule=st.sampled_from(sorted(SCHEDULES)))
 @torch.no_grad()
 def test_nothing_stale_in_any_program(begin: Any, actions: list[Any], schedule: str) -> None:
@@ -238,6 +240,7 @@ def test_nothing_stale_in_any_program(begin: Any, actions: list[Any], schedule: 
     assert "forward" not in vars(program.unet.down)
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("kind", ["list", "same list", "int", "karras", "rows", "declared"])
@@ -253,6 +256,8 @@ def test_programs_use_the_adaptor(kind: str, within: bool) -> None:
     program.close()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["drawn", "picked"])
 def test_times_at_random_are_full(kind: str) -> None:

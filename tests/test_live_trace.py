@@ -27,22 +27,23 @@ from tests.test_trace import CALLERS, WRITERS, Custom, assert_clean
 from tests.zoo import ZOO, ZooCase, random_unet
 from tests.zoo.proof import same
 
-TIMES = (9.0, 8.0, 7.0, 6.0)
+NUMBERS = (9.0, 8.0, 7.0, 6.0)
+TIMES = torch.tensor(NUMBERS)  # as a scheduler has them
 # a rule that kept the first outputs of each size lost these UNets' exits
 LATE = ("kandinsky22", "cascade_b", "monai2d", "monai_unet", "x_unet", "x_unet_plain", "squeeze_excite", "token_unet")
 BUILDS = [*(ZOO[name] for name in LATE), *(partial(random_unet, seed) for seed in (17, 40, 43))]
 FULL = (0, 2)
 
 
-def rollout(model: nn.Module, **kwargs: Any) -> list[Any]:
+def rollout(model: nn.Module, times: Any = TIMES, **kwargs: Any) -> list[Any]:
     """Four steps on moving samples, the first of them recorded when the model is wrapped."""
-    return outputs(lambda t: model(noise() + 0.1 * t, t, **kwargs), TIMES)
+    return outputs(lambda t: model(noise() + 0.1 * t, t, **kwargs), times)
 
 
 def ticked(model: nn.Module, expected: list[Any], **kwargs: Any) -> list[Any]:
     """A rollout at clock 2: full steps equal the plain ones to the bit, adaptor steps do not; the model is restored."""
     before, state = snapshot(model), torch.get_rng_state()
-    with ch.wrap(model, clock=2) as cw:
+    with ch.wrap(model, clock=2) as cw, cw.trajectory():
         output = rollout(model, **kwargs)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
     assert [same(a, b) for a, b in zip(output, expected, strict=True)] == [True, False, True, False]
@@ -67,7 +68,7 @@ def reference() -> list[Any]:
 def test_every_bend_in_a_real_loop(kind: type[Tiny]) -> None:
     model = kind()
     before, expected = snapshot(model), rollout(model)
-    with ch.wrap(model) as cw:
+    with ch.wrap(model) as cw, cw.trajectory():
         output = rollout(model)
         region = ch.find_region(kind(), noise(), 9.0)
         assert cw.region is not None
@@ -145,7 +146,7 @@ class TokensAfter(Tiny):
 
 @pytest.mark.parametrize("kind", [Raises, GatedAfter, Interpolated, MergedWithin, TokensAfter])
 def test_the_first_call_keeps_the_exit(kind: type[Tiny]) -> None:
-    with torch.no_grad(), ch.wrap(kind()) as cw:
+    with torch.no_grad(), ch.wrap(kind()) as cw, cw.trajectory():
         for t in (9.0, 8.0, 7.0, 6.0):
             cw(noise(), t)
         assert (cw.stats.reasons, cw.stats.adaptor_passes) == ({"first step": 1, "scheduled": 1}, 2)
@@ -174,7 +175,7 @@ def test_a_lazy_model_and_one_that_grows_are_recorded_in_their_first_call() -> N
     lazy = Tiny()
     lazy.body = nn.LazyConv2d(32, 3, 1, 1)
     for model in (Grows(), lazy):
-        with ch.wrap(model) as cw:
+        with ch.wrap(model) as cw, cw.trajectory():
             made = rollout(model)
             assert cw.stats.adaptor_passes == 2, cw.report()
         expected = rollout(model)
@@ -221,8 +222,8 @@ def test_a_unet_within_a_wrapped_unet_is_recorded_twice_at_once() -> None:
 
 def test_a_unet_within_a_wrapped_unet_is_skipped() -> None:
     model = Outer()
-    with ch.wrap(model) as outer, ch.wrap(model.inner) as inner:
-        rollout(model)
+    with ch.wrap(model) as outer, outer.trajectory(), ch.wrap(model.inner) as inner, inner.trajectory():
+        rollout(model, NUMBERS)  # of which the inner one is given every other
         assert (outer.stats.full_passes, outer.stats.adaptor_passes) == (2, 2)
         assert (inner.stats.full_passes, inner.stats.adaptor_passes) == (1, 1)
 
@@ -260,7 +261,7 @@ def test_modes_of_the_caller() -> None:
         model = Tiny().eval()
         with mode():
             expected = [model(noise() + 0.1 * t, t) for t in TIMES]
-            with ch.wrap(model) as cw:
+            with ch.wrap(model) as cw, cw.trajectory():
                 made = [model(noise() + 0.1 * t, t) for t in TIMES]
                 assert cw.stats.adaptor_passes == 2, cw.report()
             assert [torch.equal(made[k], expected[k]) for k in FULL] == [True, True]
@@ -328,7 +329,7 @@ def test_offload_hooks_before_wrap(offload: Callable[[nn.Module], Callable[[], N
     undo = offload(model)
     kept = [(type(module._hf_hook), id(module._hf_hook)) for module in model.modules() if hasattr(module, "_hf_hook")]
     kinds = {name: (type(p), p.device.type) for name, p in model.named_parameters()}
-    with ch.wrap(model) as cw:
+    with ch.wrap(model) as cw, cw.trajectory():
         assert same(rollout(model), reference), cw.report()
     assert {name: (type(p), p.device.type) for name, p in model.named_parameters()} == kinds
     assert [(type(m._hf_hook), id(m._hf_hook)) for m in model.modules() if hasattr(m, "_hf_hook")] == kept
@@ -389,6 +390,7 @@ def test_a_lora_unet() -> None:
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_a_recorded_call_holds_no_activations() -> None:
     """During the call only a few likely exits live longer; after it one exit; after remove() none."""
 
@@ -451,11 +453,12 @@ class Breaks(Tiny):
             raise self.box.pop()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_an_error_in_a_recorded_call_leaves_nothing() -> None:
     model = Breaks()
     expected = rollout(model)
     before = snapshot(model)
-    with ch.wrap(model) as cw:
+    with ch.wrap(model) as cw, cw.trajectory():
         model.box.append(ValueError("inside"))
         with pytest.raises(ValueError, match="inside"):
             model(noise(), 9.0)
@@ -472,11 +475,12 @@ def interrupted(model: Breaks) -> None:
         model(noise(), 9.0)
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_after_an_interrupt_the_next_call_works() -> None:
     model = Breaks()
     expected = rollout(model)
     before = snapshot(model)
-    with ch.wrap(model) as cw:
+    with ch.wrap(model) as cw, cw.trajectory():
         interrupted(model)
         output = rollout(model)
         assert cw.stats.adaptor_passes == 2, cw.report()
@@ -505,6 +509,7 @@ def test_an_interrupt_leaves_nothing_at_once() -> None:
         assert_clean()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_an_interrupted_recorder_leaves_other_modes_on() -> None:
     class Counts(TorchDispatchMode):
         count = 0
@@ -516,7 +521,7 @@ def test_an_interrupted_recorder_leaves_other_modes_on() -> None:
     model = Breaks()
     with Counts() as plain, torch.no_grad():
         model(noise(), 9.0)
-    with ch.wrap(model):
+    with ch.wrap(model) as cw, cw.trajectory():
         interrupted(model)
         with Counts() as below, Counts() as mode, torch.no_grad():
             model(noise(), 9.0)
@@ -525,6 +530,7 @@ def test_an_interrupted_recorder_leaves_other_modes_on() -> None:
     assert_clean()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_nested_recordings_that_were_interrupted() -> None:
     model = Refiner()
     model.first = Breaks()
@@ -583,6 +589,7 @@ def test_two_threads_record_at_once(shared: bool, reference: list[Any]) -> None:
     assert all("forward" not in vars(module) for model in models for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_a_thread_that_dies_in_a_recorded_call_blocks_nobody(reference: list[Any]) -> None:
     model = Breaks()
     cw = ch.wrap(model)
@@ -632,7 +639,7 @@ def test_tokens_are_not_taken_for_the_bottleneck() -> None:
         16, down_block_types=blocks, up_block_types=ups, layers_per_block=1, cross_attention_dim=16, **widths
     ).eval()
     text = torch.randn(1, 7, 16)
-    with torch.no_grad(), ch.wrap(unet) as cw:
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory():
         for t in (900, 600, 300, 0):
             unet(torch.randn(1, 4, 16, 16), t, encoder_hidden_states=text)
     assert dict(cw.stats.reasons) == {"first step": 1, "scheduled": 1}

@@ -147,7 +147,7 @@ def built(request: pytest.FixtureRequest) -> tuple[nn.Module, Hand]:
 def test_identity_rollouts(built: tuple[nn.Module, Hand], clocks: tuple[int, int]) -> None:
     """Every output of two trajectories, the traced one included; each kind of pass as often as the clocks say."""
     model, hand = built
-    with ch.wrap(model, clocks={1: clocks[0], 2: clocks[1]}) as cw:
+    with ch.wrap(model, clocks={1: clocks[0], 2: clocks[1]}) as cw, cw.trajectory():
         for _ in range(2):
             rollout = Rollout(hand, list(clocks))
             for t in TIMES:
@@ -187,7 +187,7 @@ def test_three_levels() -> None:
     hand = Hand(model, [("levels", 0), ("levels.next", 0), ("levels.next.next", 0)])
     regions = [ch.find_region(model, noise(), 5, modules=path) for path, _ in hand.exits]
     clocks = {regions[1]: 4, regions[2]: 12, regions[0]: 2}
-    with ch.wrap(model, clocks=clocks) as cw:
+    with ch.wrap(model, clocks=clocks) as cw, cw.trajectory():
         rollout = Rollout(hand, [2, 4, 12])
         for t in TIMES:
             assert torch.equal(model(noise(), t), rollout(noise(), t))
@@ -217,7 +217,7 @@ def test_each_region_has_its_adaptor() -> None:
     adaptors = {1: Mixes(8, 8), 2: Mixes(32, 32)}
     entries = {0: "enter", 1: "enter2"}
     emitted: list[Any] = [None, None]
-    with ch.wrap(model, adaptors, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, adaptors, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         for step, t in enumerate(TIMES, 1):
             x, skip = torch.randn(1, 3, 16, 16), due(step, [2, 4])
             made = None
@@ -245,14 +245,14 @@ def test_diffusers_with_the_paper_s_cut_and_resolutions() -> None:
     model = UNet2DModel(32, block_out_channels=(8, 16, 32), norm_num_groups=8, layers_per_block=1, **blocks)
     enliven(model)
     for options in ({"clocks": {(32, 32): 2, (16, 16): 4}}, {"clocks": {1: 2, 2: 4}, "cut": "paper"}):
-        with ch.wrap(model, **options) as cw:
+        with ch.wrap(model, **options) as cw, cw.trajectory():
             for _ in range(2):
                 for t in TIMES[:8]:
                     model(torch.randn(1, 3, 32, 32), t)
             exits = [(region.exit.paths[-1], region.exit.call) for region in cw.regions]
             assert [region.level for region in cw.regions] == [1, 2]
         hand = Hand(model, exits)
-        with ch.wrap(model, **options) as cw:
+        with ch.wrap(model, **options) as cw, cw.trajectory():
             for t in TIMES[:1]:  # traced: whether it keeps both exits is not the question here
                 model(torch.randn(1, 3, 32, 32), t)
             cw.reset()
@@ -278,7 +278,7 @@ def test_what_is_skipped_does_not_run_and_macs_reported_are_macs_run() -> None:
     outer = {"down", "enter2", "body", "leave2", "merge", "up"} | inner
     # embed is called by the parent on the way into the region
     every = {path for path, module in model.named_modules() if path and not list(module.children())}
-    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         for step, t in enumerate(TIMES, 1):
             ran.clear()
             before = cw.stats.macs_run
@@ -294,7 +294,7 @@ def test_what_is_skipped_does_not_run_and_macs_reported_are_macs_run() -> None:
 @torch.no_grad()
 def test_reports_name_the_passes() -> None:
     model = Wide()
-    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         assert "not known before the first call" in str(cw.report())
         for t in TIMES[:8]:
             model(noise(), t)
@@ -315,9 +315,9 @@ def test_reports_name_the_passes() -> None:
 @torch.no_grad()
 def test_one_region_is_as_with_clock() -> None:
     model = Wide()
-    with ch.wrap(model, clocks={2: 3}) as cw:
+    with ch.wrap(model, clocks={2: 3}) as cw, cw.trajectory():
         nested = [model(noise(), t) for t in TIMES]
-    with ch.wrap(model, clock=3, level=2) as single:
+    with ch.wrap(model, clock=3, level=2) as single, single.trajectory():
         assert all(torch.equal(model(noise(), t), out) for t, out in zip(TIMES, nested, strict=True))
     assert cw.stats.macs_run == single.stats.macs_run
     assert cw.stats.regions == {"level 2": 8}
@@ -341,7 +341,7 @@ def test_branches_doubts_and_restarts(seed: int) -> None:
     model = Conditioned()
     hand = Hand(model, [("up", 0), ("up2", 0)])
     conditions = [torch.randn(1, 3, 16, 16) for _ in range(2)]
-    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         model(noise(1, 3, 16, 16), 5, conditions[0])
         cw.reset()
         rollouts = [Rollout(hand, [2, 4]) for _ in range(2)]
@@ -362,6 +362,7 @@ def test_branches_doubts_and_restarts(seed: int) -> None:
     assert cw.stats.reasons["conditions are new in this step"] > 0
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("path", ["up", "up2"])
 def test_an_exit_that_a_hook_writes_to_serves_nobody(path: str) -> None:
@@ -372,7 +373,7 @@ def test_an_exit_that_a_hook_writes_to_serves_nobody(path: str) -> None:
             output.mul_(0.5)
 
     model, reason = Wide(), "the kept feature was written to"
-    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         for t in TIMES[:4]:
             model(noise(), t)
         model.get_submodule(path).register_forward_hook(halve)
@@ -394,7 +395,7 @@ def test_another_batch_in_between() -> None:
     """A change of signature is a full pass, and what the inner region had emitted before is not used after it."""
     model = Wide()
     hand = Hand(model, [("up", 0), ("up2", 0)])
-    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw:
+    with ch.wrap(model, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         for batch in (1, 2):
             model(noise(batch, 3, 16, 16), 5)
             cw.reset()

@@ -181,7 +181,7 @@ def test_conditions_of_any_layout(name: str, again: bool) -> None:
     with torch.no_grad():
         times = [torch.tensor([0.9 - k / 10]).expand(2) for k in range(4)]
         expected = [unet(x, t, c) for t in times]
-        with ch.wrap(unet) as cw:
+        with ch.wrap(unet) as cw, cw.trajectory():
             outputs = [unet(x, t, make() if again else c) for t in times]
             assert torch.equal(outputs[0], expected[0])
             assert torch.equal(outputs[2], expected[2])
@@ -192,7 +192,7 @@ def test_conditions_of_any_layout(name: str, again: bool) -> None:
 
 def test_a_sample_and_a_time_that_are_expanded() -> None:
     unet, x = Tiny(), noise(1, 3, 16, 16).expand(2, 3, 16, 16)
-    with torch.no_grad(), ch.wrap(unet) as cw:
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory():
         for k in range(4):
             unet(x, torch.tensor(0.9 - k / 10).expand(2))
         assert cw.stats.adaptor_passes == 2
@@ -233,6 +233,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_a_unet_returns(name: str) -> None:
     t = torch.tensor([3.0, 3.0])
@@ -242,7 +243,7 @@ def test_what_a_unet_returns(name: str) -> None:
     with torch.no_grad():
         expected, exits = unet(noise(), t), []
         unet.up.register_forward_hook(lambda module, args, output: exits.append(output))
-        with ch.wrap(unet, lambda entry, exit, **sides: exits[0]) as cw:
+        with ch.wrap(unet, lambda entry, exit, **sides: exits[0]) as cw, cw.trajectory():
             outputs = [unet(noise(), t - k / 10) for k in range(2)]
             assert (cw.region.entry.path, cw.region.exit.path) == ("stem", "up")
             assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (1, 1)
@@ -297,7 +298,7 @@ def test_an_empty_batch() -> None:
         expected = unet(x, t)
         report = ch.flops_report(unet, x, t)
         assert (report.full_macs, report.region) == (0, None)
-        with ch.wrap(unet) as cw:
+        with ch.wrap(unet) as cw, cw.trajectory():
             for _ in range(2):
                 for k in range(4):
                     unet(noise(), torch.full((2,), 0.9 - k / 10))
@@ -440,11 +441,11 @@ def test_a_region_found_and_one_of_a_live_call_are_the_same() -> None:
     unet, x, t = Video().eval(), torch.randn(1, 3, 4, 16, 16), torch.tensor(0.9)
     with torch.no_grad():
         region = ch.find_region(unet, x, t)
-        with ch.wrap(unet) as cw:
+        with ch.wrap(unet) as cw, cw.trajectory():
             unet(x, t)
             assert cw.region is not None
             assert cw.region.fingerprint == region.fingerprint
-        with ch.wrap(unet, region=region) as cw:
+        with ch.wrap(unet, region=region) as cw, cw.trajectory():
             for k in range(4):
                 unet(torch.randn(1, 3, 4, 24, 24), torch.tensor(0.9 - k / 10))
             assert cw.stats.adaptor_passes == 2

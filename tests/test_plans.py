@@ -252,7 +252,10 @@ def test_the_simulated_steps_are_those_of_a_run(threshold, longest):
     with torch.no_grad():
         region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), TIMES[0])
         counts = [0]
-        with ch.wrap(unet, region=region, schedule=ch.Schedule.adaptive(threshold, longest=longest)) as cw:
+        with (
+            ch.wrap(unet, region=region, schedule=ch.Schedule.adaptive(threshold, longest=longest)) as cw,
+            cw.trajectory(),
+        ):
 
             def count(*_):
                 counts.append(cw.stats.adaptor_passes)

@@ -42,6 +42,7 @@ def sampled() -> tuple[str, ch.ClockworkWrapper]:
     return judge.made, cw
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @pytest.mark.parametrize("name", FLAGS)
 def test_without_a_flag_every_pass_is_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(f"torch._C.{name}")

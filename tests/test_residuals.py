@@ -64,7 +64,7 @@ def test_new_ones_in_every_step_leave_the_schedule_alone(given: bool) -> None:
         exit = exits[text] if k // 2 in (1, 3) else None
         output, exits[text] = reference(unet, x.clone(), t, texts[text], exit=exit, **added)
         expected.append(output)
-    with ch.wrap(unet, region=region) as cw:
+    with ch.wrap(unet, region=region) as cw, cw.trajectory():
         made = [unet(x, t, texts[text], **added) for t, text, x, added in calls]
         assert cw.stats.adaptor_passes == 4, cw.report()
     assert all(map(torch.equal, made, expected))
@@ -73,7 +73,7 @@ def test_new_ones_in_every_step_leave_the_schedule_alone(given: bool) -> None:
 @torch.no_grad()
 def test_where_they_begin_and_end_a_pass_is_full() -> None:
     unet = Steered()
-    with ch.wrap(unet, schedule=lambda step: True) as cw:
+    with ch.wrap(unet, schedule=lambda step: True) as cw, cw.trajectory():
         for t in range(900, 0, -100):
             unet(noise(1, 2, 8, 8), t, **(maps() if 400 <= t < 800 else {}))
     assert cw.stats.reasons["inputs or modes changed since the step before"] == 1  # where they end
@@ -84,7 +84,7 @@ def test_where_they_begin_and_end_a_pass_is_full() -> None:
 def test_new_conditions_are_still_new() -> None:
     """A picture put beside the sample tells a branch: another one is not served by the features of the first."""
     unet = Steered()
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         for t in (900, 800, 700, 600):
             unet(noise(1, 2, 8, 8), t, by=noise(1, 1, 8, 8))
     assert cw.stats.adaptor_passes == 0

@@ -45,7 +45,7 @@ def test_hooks_that_come_and_go_do_not_stop_the_clock() -> None:
     unet = Tiny()
     for path in ("up", "body"):
         add_hook_to_module(unet.get_submodule(path), ModelHook())
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         descend(unet)
         for change in (remove_hook_from_module, lambda module: add_hook_to_module(module, ModelHook())):
             for path in ("up", "body"):
@@ -82,7 +82,7 @@ def test_a_copy_of_a_wrapped_unet_is_plain_and_on_its_own(accelerated: bool) -> 
             parameter.zero_()
     assert not any(output.any() for output in descend(twin))
     assert cw.stats.full_passes + cw.stats.adaptor_passes == passes
-    with ch.wrap(twin) as other:  # it can be wrapped: it is not
+    with ch.wrap(twin) as other, other.trajectory():  # it can be wrapped: it is not
         descend(twin)
         assert other.stats.adaptor_passes == 2
     cw.remove()
@@ -256,6 +256,7 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)), deadline=None)
 @given(actions=ACTIONS)
 def test_the_restore_law(actions: list[tuple[Any, ...]]) -> None:
@@ -268,6 +269,7 @@ def test_the_restore_law(actions: list[tuple[Any, ...]]) -> None:
         pair.remove()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("error", [Trip, KeyboardInterrupt])
 @pytest.mark.parametrize("calls", [0, 1, 2])
 def test_removed_in_the_middle_of_a_call(error: type[BaseException], calls: int) -> None:
@@ -275,7 +277,7 @@ def test_removed_in_the_middle_of_a_call(error: type[BaseException], calls: int)
     pair = Pair()
 
     def interrupted() -> None:
-        with ch.wrap(pair.unet, schedule={3, 4}):
+        with ch.wrap(pair.unet, schedule={3, 4}) as cw, cw.trajectory():
             descend(pair.unet, (900, 800, 700)[:calls])
             TRIP["head"] = error
             descend(pair.unet, (600,))
@@ -292,6 +294,7 @@ def test_removed_in_the_middle_of_a_call(error: type[BaseException], calls: int)
     pair.check()
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 def test_removed_between_the_skipped_calls_of_an_adaptor_pass() -> None:
     pair = Pair()
     cw = ch.wrap(pair.unet, schedule=lambda step: True)
@@ -330,7 +333,7 @@ def test_compiled_in_place_is_compiled_again() -> None:
     for module in (unet, unet.up):
         module._compiled_call_impl = module._call_impl  # as Module.compile() does, without its imports
     before = snapshot(unet)
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         descend(unet)
         assert cw.stats.adaptor_passes == 2
         assert unet._compiled_call_impl is None

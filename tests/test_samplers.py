@@ -451,6 +451,7 @@ def torchdiffeq_midpoint(loop: Loop) -> None:
     torchdiffeq.odeint(field, torch.randn(2, 2, 8, 8), torch.linspace(1, 0, 9), method="midpoint")
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
 @pytest.mark.parametrize(
@@ -553,6 +554,7 @@ def test_times_of_rows_are_full() -> None:
     assert not cw.stats.trajectories
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 def test_duplicates_among_the_times() -> None:
     """Karras' sigmas as rounded times: where two steps share a time, whose features are whose is not known."""

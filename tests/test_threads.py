@@ -194,7 +194,7 @@ def test_saved_while_wrapped(tmp_path: Path) -> None:
     blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(8, block_out_channels=(8, 32), norm_num_groups=8, layers_per_block=1, **blocks).eval()
     keys, x = list(unet.state_dict()), torch.randn(1, 3, 8, 8)
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         for t in (900, 800, 700):
             unet(x, t)
         assert list(unet.state_dict()) == keys == list(cw.state_dict())
@@ -212,7 +212,7 @@ def test_saved_while_wrapped(tmp_path: Path) -> None:
         torch.testing.assert_close(made(x, 500).sample, unet(x, 500).sample)
         if made is not pickled:  # there, a skipped module's forward is its class's, bound to it
             assert not any("forward" in vars(module) for module in made.modules())
-        with ch.wrap(made) as cw:
+        with ch.wrap(made) as cw, cw.trajectory():
             for t in (900, 800):
                 made(x, t)
         assert cw.stats.adaptor_passes == 1

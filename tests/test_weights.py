@@ -87,6 +87,7 @@ def test_adaptors_of_peft_switched_in_the_middle() -> None:
         assert cw.stats.reasons[REASON] == len(changes)
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 def test_adapters_that_are_switched_back() -> None:
     """On at full steps and off at the others: a state that comes back is not that of the step in between."""
@@ -97,7 +98,7 @@ def test_adapters_that_are_switched_back() -> None:
 
     unet = Tiny()
     unet.head, unet.peft_config = Adapted(16, 2, 3, padding=1), {"style": None}
-    with ch.wrap(unet, clock=2) as cw:
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         for k, t in enumerate(torch.arange(900, 100, -100), 1):
             unet.head._disable_adapters = k % 2 == 0
             unet(torch.randn(1, 2, 8, 8), t)

@@ -53,7 +53,7 @@ class WritesTheExit(Tiny):
 def test_an_exit_that_is_written_to_is_kept_as_it_left_the_region(late: bool) -> None:
     unet = WritesTheExit(late)
     plain = copy.deepcopy(unet)
-    with ch.wrap(unet, clock=3) as cw:
+    with ch.wrap(unet, clock=3) as cw, cw.trajectory():
         for _ in range(3):
             exit, outputs = None, []
             for t, x in zip((900, 800, 700, 600), torch.randn(4, 1, 2, 8, 8), strict=True):
@@ -75,7 +75,7 @@ def test_a_pass_that_keeps_no_exit_leaves_none_behind() -> None:
 
     unet = Tiny()
     plain = copy.deepcopy(unet)
-    with ch.wrap(unet, schedule={2, 4}) as cw:
+    with ch.wrap(unet, schedule={2, 4}) as cw, cw.trajectory():
         for t in (900, 800, 700, 600):
             x = torch.randn(1, 2, 8, 8)
             handle = unet.up.register_forward_hook(spoil) if t == 700 else None
@@ -86,6 +86,7 @@ def test_a_pass_that_keeps_no_exit_leaves_none_behind() -> None:
     assert cw.stats.reasons == {"first step": 1, "scheduled": 1, "the kept feature was written to": 1}
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["in the pass", "after the pass"])
 def test_an_exit_that_somebody_else_writes_to_is_not_used(where: str) -> None:
@@ -99,7 +100,7 @@ def test_an_exit_that_somebody_else_writes_to_is_not_used(where: str) -> None:
         if where == "in the pass":
             output.mul_(0.5)
 
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         for t in (900, 800):
             unet(torch.randn(1, 2, 8, 8), t)
         for model in (unet, plain):
@@ -110,6 +111,7 @@ def test_an_exit_that_somebody_else_writes_to_is_not_used(where: str) -> None:
     assert cw.stats.adaptor_passes == 1
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("clocks", [None, {1: 2}])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_writes_that_begin_after_the_trace(mode: Any, clocks: dict[int, int] | None) -> None:
@@ -117,7 +119,7 @@ def test_writes_that_begin_after_the_trace(mode: Any, clocks: dict[int, int] | N
     unet, exits = WritesTheExit(late=True, on=False), []
     unet.up.register_forward_hook(lambda module, args, output: exits.append(output))
     judge = Judge(unet)
-    with mode(), ch.wrap(unet, clocks=clocks) as cw:
+    with mode(), ch.wrap(unet, clocks=clocks) as cw, cw.trajectory():
         for step, t in enumerate(range(900, 0, -100), 1):
             unet.on = judge.plain.on = step > 4  # type: ignore[assignment]
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)
@@ -323,7 +325,7 @@ def test_where_the_first_exit_cannot_be_kept_one_pass_more_is_full() -> None:
             return self.head(torch.cat([h, z * self.gate(z)], 1))
 
     unet = LetsGo()
-    with torch.no_grad(), ch.wrap(unet) as cw:
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory():
         for batch in (1, 1, 2, 2):
             for t in (900, 800, 700, 600):
                 unet(torch.randn(batch, 2, 8, 8), t)
@@ -369,11 +371,12 @@ class Varies(Tiny):
         return self.head(torch.cat([h, self.up(z)], 1))
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 def test_calls_that_differ_cost_no_pass() -> None:
     """A full pass tells that there is nothing to try."""
     unet = Varies()
     expected = [unet(torch.full((1, 2, 8, 8), 0.1), t) for t in range(900, 100, -100)]
-    with torch.no_grad(), ch.wrap(unet, clock=2) as cw:
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw, cw.trajectory():
         outputs = [unet(torch.full((1, 2, 8, 8), 0.1), t) for t in range(900, 100, -100)]
         assert cw.stats.reasons == {"first step": 1, "scheduled": 3, "calls differed from the traced ones": 3}
         full, rest = cw.stats.macs_plain // 8, cw.stats.macs_plain // 8 - cw.region.macs
@@ -389,7 +392,7 @@ def test_calls_that_differ_from_the_traced_ones() -> None:
     unet.register_forward_hook(lambda module, args, output: (seen.append(output), 2 * output)[1])
     expected = steps(unet)
     plain, seen[:] = list(seen), []
-    with ch.wrap(unet, schedule=lambda step: True) as cw:
+    with ch.wrap(unet, schedule=lambda step: True) as cw, cw.trajectory():
         outputs = steps(unet)
         assert cw.stats.reasons["calls differed from the traced ones"] == 2  # and the step after it had nothing to use
         assert torch.equal(outputs[2], expected[2])
@@ -433,7 +436,7 @@ def test_an_output_that_does_not_fit(wrong: Callable[[Tensor], Any], seen: str) 
     unet = Tiny()
     expected, heads = steps(unet), []
     unet.head.register_forward_hook(lambda module, args, output: heads.append(output))
-    with ch.wrap(unet, lambda entry, exit_cached, *, time, text: wrong(exit_cached)) as cw:
+    with ch.wrap(unet, lambda entry, exit_cached, *, time, text: wrong(exit_cached)) as cw, cw.trajectory():
         steps(unet, [900])
         heads.clear()
         with pytest.raises(ch.AdaptorError) as caught:
@@ -473,14 +476,14 @@ def steps_plain(unet: Tiny, t: int) -> Tensor:
 def test_check_finite(value: float) -> None:
     unet = Tiny()
     broken: Any = lambda entry, exit_cached, **_: exit_cached * value  # noqa: E731
-    with ch.wrap(unet, broken):
+    with ch.wrap(unet, broken) as cw, cw.trajectory():
         assert not torch.isfinite(steps(unet)[1]).all()
-    with ch.wrap(unet, broken, check_finite=True) as cw:
+    with ch.wrap(unet, broken, check_finite=True) as cw, cw.trajectory():
         with pytest.raises(ch.AdaptorError) as caught:
             steps(unet)
         assert caught.value.seen["step"] == 2
         assert caught.value.seen["region"] == cw.region.line
-    with ch.wrap(unet, check_finite=True) as cw:
+    with ch.wrap(unet, check_finite=True) as cw, cw.trajectory():
         steps(unet)
         assert cw.stats.adaptor_passes == 2
 
@@ -501,7 +504,7 @@ def test_a_conv_adaptor_is_called_once_a_pass_and_its_macs_count() -> None:
     module = Counts()
     for adaptor in (module, lambda entry, exit_cached, *, time, text: module(entry, exit_cached, time=time, text=text)):
         unet = Tiny()
-        with ch.wrap(unet, adaptor, clock=4) as cw:
+        with ch.wrap(unet, adaptor, clock=4) as cw, cw.trajectory():
             steps(unet, [900])
             full = cw.stats.macs_run
             steps(unet, [800])
@@ -520,7 +523,7 @@ def test_a_conv_adaptor_is_called_once_a_pass_and_its_macs_count() -> None:
 
 def test_stats_and_report() -> None:
     unet = Tiny()
-    with ch.wrap(unet, clock=4) as cw:
+    with ch.wrap(unet, clock=4) as cw, cw.trajectory():
         assert cw.region is None
         assert "not known before the first call" in str(cw.report())
         steps(unet, [900, 800, 700, 600, 500])

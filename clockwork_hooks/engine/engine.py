@@ -619,7 +619,7 @@ class Engine:
         try:
             call.signature = self._learn(call, finish(recorder, self.unet, call.arguments, time=self.time))
         except Exception as error:
-            if not known:  # the first call says what is wrong, and leaves the UNet unwrapped
+            if not known or isinstance(error, Warning):  # the first call says so, and leaves the UNet unwrapped
                 raise
             return self._leave_unanalysed(state, call, error, output)
         if call.place is None:

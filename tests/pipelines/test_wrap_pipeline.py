@@ -275,6 +275,7 @@ def test_a_preview_between_two_evaluations_of_a_step(after: int) -> None:
         assert judge.made == {1: "FF" + "FFAAFFAAF", 2: "FFA" + "F" + "FFFFAAF"}[after]
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 def test_windows_whose_number_changes() -> None:
     """Four in one step and three others in the next: the scheduler tells the steps, and nothing of their calls."""
@@ -298,7 +299,7 @@ def test_another_loop_on_the_unet_in_between_is_placed_by_its_own_times() -> Non
     def preview(k: int) -> None:
         if k == 3:
             start = cw.wrappers["model"].stats.adaptor_passes
-            for t in (30.0, 20.0, 10.0):
+            for t in torch.tensor([30.0, 20.0, 10.0]):
                 pipe.model(x, t)
             kinds.append(cw.wrappers["model"].stats.adaptor_passes - start)
 
@@ -317,8 +318,9 @@ def test_times_that_are_no_views_of_the_list_are_left_to_inference() -> None:
     pipe = holder("DDIMScheduler")
     with wrap_pipeline(pipe) as cw:
         pipe.scheduler.set_timesteps(6)
-        for t in pipe.scheduler.timesteps.tolist():
-            pipe.model(torch.randn(1, 2, 8, 8), t)
+        with cw.wrappers["model"].trajectory():
+            for t in pipe.scheduler.timesteps.tolist():
+                pipe.model(torch.randn(1, 2, 8, 8), t)
         for t in reversed(range(6)):  # and views in the other direction: inversion
             pipe.model(torch.randn(1, 2, 8, 8), pipe.scheduler.timesteps[t])
         assert cw.wrappers["model"].stats.adaptor_passes == 6, cw.report()
