@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import io
 import threading
 from collections.abc import Iterator
@@ -231,3 +232,48 @@ def test_weights_loaded(how: str) -> None:
             unet.load_state_dict(other.state_dict())
         with ch.wrap(other) as expected:
             assert torch.equal(last(picture(cw, 8, 0)), last(picture(expected, 8, 0)))
+
+
+def test_threads_tasks_and_runs_that_end_leave_nothing() -> None:
+    """A server that starts a thread for each request; idle workers of a pool keep the features of one step each."""
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(one) is Tensor and one.shape == (1, 8, 8, 8) for one in gc.get_objects())
+
+    def in_threads(count: int) -> None:
+        for k in range(count):
+            thread = threading.Thread(target=lambda k=k: last(picture(cw, 4 + k % 2, k)))
+            thread.start()
+            thread.join(60)
+
+    async def task(k: int) -> None:
+        loop = picture(cw, 4, k)
+        next(loop)
+        await asyncio.sleep(0)
+        last(loop)
+
+    async def in_tasks(count: int) -> None:
+        await asyncio.gather(*(task(k) for k in range(count)))
+
+    def in_runs(count: int) -> None:
+        for k in range(count):
+            with cw.trajectory(f"client {k}") as run:
+                next(picture(run, 4, k))  # given up after one call
+
+    with ch.wrap(Tiny()) as cw:
+        states = cw._engine.states
+        last(picture(cw, 4, 0))
+        before, here = kept(), len(list(states))
+        for _ in range(2):
+            in_threads(20)
+            asyncio.run(in_tasks(20))
+            in_runs(20)
+            assert kept() <= before
+            assert len(list(states)) == here
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda k: last(picture(cw, 4, k)), range(40)))
+            assert kept() <= before + 4 * 2 * 2  # two branches a worker, of the last step and of the one before
+            assert len(list(states)) <= here + 4
+        assert kept() <= before
+        assert len(list(states)) == here
