@@ -343,6 +343,7 @@ def karras(steps: int) -> Tensor:
     return torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("within", [False, True], ids=["as it is", "within trajectory"])
 @pytest.mark.parametrize(
