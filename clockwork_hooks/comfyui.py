@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -446,7 +446,8 @@ class ClockworkNode:
 
         Args:
             model: ComfyUI's `ModelPatcher`.
-            clock, start_percent, end_percent, schedule, region, adaptor: see `Options`.
+            clock, start_percent, end_percent, schedule, region, adaptor: see `Options`; without a schedule, an adaptor
+                brings the one that it was made for.
 
         Raises:
             ArgumentError: a value is outside its rule.
@@ -454,6 +455,9 @@ class ClockworkNode:
         """
         options = Options(clock, start_percent, end_percent, schedule, region, adaptor)
         loaded = options.load_adaptor()
+        own, _ = stand_in.made_for(loaded)
+        if own is not None and not schedule.strip():
+            options = replace(options, schedule=str(own))
         return (model if options.does_nothing else Clockwork(options, loaded).put_into(model),)
 
 

@@ -116,6 +116,16 @@ def test_all_samplers_of_comfyui(sampler: str) -> None:
 
 
 @real_comfyui
+def test_beside_torch_compile_every_step_is_full(caplog: pytest.LogCaptureFixture) -> None:
+    patcher = client.model()
+    plain, made = client.sample(patcher), apply(patcher)
+    client.load("comfy_api.torch_helpers.torch_compile").set_torch_compile_wrapper(made, backend="eager")
+    with caplog.at_level(logging.INFO, "clockwork_hooks"):
+        assert torch.equal(client.sample(made), plain)
+    assert "6 full, 0 adaptor passes" in caplog.text
+
+
+@real_comfyui
 def test_the_adaptive_sampler_has_three_evaluations_a_step() -> None:
     made = apply(client.model())
     first = client.sample(made, "dpm_adaptive")
@@ -204,12 +214,14 @@ def test_an_adaptor_from_a_folder(tmp_path: Any) -> None:
                 x = x - 0.1 * unet(x, t.expand(1), context=text, transformer_options={})
         return x
 
-    found = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], clock=2)
+    found = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], schedule=ch.Schedule.at({2, 3, 5}))
     found.save_pretrained(tmp_path)
     made, plain = apply(patcher, adaptor=str(tmp_path)), apply(patcher)
     assert not torch.equal(client.sample(made), client.sample(plain))
     assert type(handle(made).wrapper.adaptor).__name__ == type(found).__name__
     assert handle(made).wrapper.stats.adaptor_passes == 3
+    assert str(handle(made).wrapper.schedule) == "at([2, 3, 5])"  # its own
+    assert str(handle(apply(patcher, adaptor=str(tmp_path), schedule="2")).options.steps()) == "at([2])"
 
 
 # -- what must not happen ----------
