@@ -277,6 +277,12 @@ class Schedule:
         return tuple(step for step in range(1, steps + 1) if self.skips(step, steps))
 
     @property
+    def counts_from_end(self) -> bool:
+        """Does it depend on the number of steps of a trajectory?"""
+        rule = self.uses_adaptor
+        return isinstance(rule, _Spread) or (isinstance(rule, _Ticks) and rule.last > 0)
+
+    @property
     def never_skips(self) -> bool:
         """Is every step full, and is that certain from how it was built? A function may change its mind."""
         rule = self.uses_adaptor

@@ -72,3 +72,19 @@ def test_what_is_for_any_schedule_says_nothing(unet: torch.nn.Module) -> None:
     with ch.wrap(unet, adaptor(unet)) as cw, cw.trajectory(steps=12):
         sampler(unet, 12)(4)
         assert cw.stats.adaptor_passes == 6
+
+
+def test_a_schedule_that_counts_from_the_end_is_calibrated_for_the_steps_that_it_means(unet: torch.nn.Module) -> None:
+    for schedule, steps in (
+        (Schedule.spread(2), [3, 4, 6, 7]),
+        (Schedule.every(2, last_full=1), [2, 4, 6]),
+    ):
+        made = adaptor(unet, schedule=schedule)
+        assert [step.step for step in made.report.steps] == steps
+        with ch.wrap(unet, made) as cw:
+            assert cw.schedule == Schedule.at(steps)
+
+
+def test_training_asks_for_steps_that_are_named(unet: torch.nn.Module) -> None:
+    with pytest.raises(ch.ArgumentError, match=r"adaptor_steps\(8\)"):
+        ch.distill(unet, "resnet", lambda batch: sampler(unet, 8)(len(batch)), prompts=[4], schedule="spread(2)")

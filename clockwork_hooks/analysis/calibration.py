@@ -240,10 +240,14 @@ def calibrate(
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
     levels = _log_snr(log_snr, generate)
-    sums = Sums(chosen, steps or _ALL, guidance, unconditional, kernel=kind == "kernel")
+    later = steps is not None and steps.counts_from_end  # which steps it means is known after the first run
+    sums = Sums(chosen, _ALL if steps is None or later else steps, guidance, unconditional, kernel=kind == "kernel")
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
         run_all(unet, generate, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
+        if steps is not None and later:
+            steps = Schedule.at(steps.adaptor_steps(sums.last_step))
+            sums.places = {time: place for time, place in sums.places.items() if steps.skips(place.step)}
         if not sums.places:
             raise ArgumentError(
                 "a calibrated step is one that the sampler takes, from its second on",

@@ -227,6 +227,12 @@ def _schedules(clock: Any, schedule: Any) -> list[Schedule]:
     if schedule is not None:
         one = Schedule.of(schedule)
         one.known_beforehand("what an adaptor is trained for")
+        if one.counts_from_end:
+            raise ArgumentError(
+                "an adaptor is trained for steps that are named: how many a trajectory has is not known before",
+                seen={"schedule": one},
+                do=f'for 8 steps pass schedule=Schedule.at(Schedule.parse("{one}").adaptor_steps(8))',
+            )
         return [one]
     clocks = list(clock) if isinstance(clock, Sequence) else [clock]
     for one in clocks:
