@@ -184,14 +184,14 @@ class Plan(FieldReport):
         Raises:
             ArgumentError: the text is no plan, or lacks its adaptor.
         """
-        made = super(Plan, cls).from_json(text)
-        if adaptor is None and made.adaptor_folder is None and made.adaptor_name != "identity":
+        plan = super(Plan, cls).from_json(text)
+        if adaptor is None and plan.adaptor_folder is None and plan.adaptor_name != "identity":
             raise ArgumentError(
                 "a plan is used with the adaptor that it was made with",
-                seen={"adaptor of the plan": made.adaptor_name, "given": "none"},
+                seen={"adaptor of the plan": plan.adaptor_name, "given": "none"},
                 do="pass Plan.from_json(text, adaptor=...)",
             )
-        return replace(made, adaptor=made.adaptor_folder if adaptor is None else adaptor)
+        return replace(plan, adaptor=plan.adaptor_folder if adaptor is None else adaptor)
 
     def plot(self, path: str | Path) -> None:
         """Error against saving: planned schedules, clocks, adaptive ones (PNG, SVG or PDF; needs matplotlib)."""
@@ -277,12 +277,12 @@ def plan(
     others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
     check_clocks(clocks)
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
-    given = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
+    ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})
     regions = None if regions is None else tuple(regions)
     trace = first_call(unet, generate, batches[0], seeds[0])
-    found = candidates(trace, unet, regions, given) if given or not several else ()
-    if len(given) < len(several):
+    found = candidates(trace, unet, regions, ready) if ready or not several else ()
+    if len(ready) < len(several):
         found += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
     longest = longest or 2 * max(clocks)
@@ -306,7 +306,7 @@ def plan(
         errors = [fresh.outcome(planner.candidates[one.region], one.schedule).error for one in best]
     error, best_option = min(zip(errors, best, strict=True), key=lambda pair: pair[0])
     chosen = planner.candidates[best_option.region]
-    if chosen in solver.made:
+    if chosen in solver.solved:
         chosen = solver.again(chosen, best_option.steps)
         error = fresh.outcome(chosen, best_option.schedule).error
     region = chosen.region
@@ -334,14 +334,14 @@ class _Calibrating:
     generate: Generate
     batches: Sequence[Any]
     options: Mapping[str, Any]
-    made: list[Candidate] = field(default_factory=list)
+    solved: list[Candidate] = field(default_factory=list)
 
     def candidates(self, regions: Iterable[Region]) -> tuple[Candidate, ...]:
         """One for each region, calibrated at all steps."""
         for region in dict.fromkeys(regions):
             adaptor = self._solve(region, None)
-            self.made.append(Candidate(f"{region_name(region)}, calibrated", region, adaptor, adaptor))
-        return tuple(self.made)
+            self.solved.append(Candidate(f"{region_name(region)}, calibrated", region, adaptor, adaptor))
+        return tuple(self.solved)
 
     def again(self, one: Candidate, steps: Sequence[int]) -> Candidate:
         """The same, calibrated for these steps alone."""
@@ -387,13 +387,13 @@ class _Planner:
         for clock in clocks:
             self.tell(f"{one.name}, clock {clock}")
             schedule = Schedule.every(clock)
-            made = self.runs.outcome(one, schedule)
-            if not made.adaptor_passes:  # one step
+            outcome = self.runs.outcome(one, schedule)
+            if not outcome.adaptor_passes:  # one step
                 continue
-            self.shares.setdefault(one.name, _shares(made, self.steps))
+            self.shares.setdefault(one.name, _shares(outcome, self.steps))
             chosen = tuple(s for s in range(1, self.steps + 1) if not schedule.is_full(s))
             option = self._option(one.name, f"clock {clock}", chosen, None)
-            self.options.append(replace(option, measured=made.error, saved=made.saved))
+            self.options.append(replace(option, measured=outcome.error, saved=outcome.saved))
 
     def rules(self, one: Candidate, clocks: Sequence[int]) -> None:
         """Measure rules of thumb that are no uniform clock: spread, and the first two and the last full."""
@@ -517,10 +517,10 @@ class _Planner:
         return max(good, key=lambda option: (option.gain(self.weigh), -option.error))
 
 
-def _shares(made: Outcome, steps: int) -> tuple[float, float | None]:
+def _shares(outcome: Outcome, steps: int) -> tuple[float, float | None]:
     """What one adaptor step saves of a trajectory: of its MACs, and of its milliseconds if they were measured."""
-    timed = None if made.ms is None else (1 - made.ms[1] / made.ms[0]) / steps
-    return made.saved * made.calls / made.adaptor_passes / steps, timed
+    timed = None if outcome.ms is None else (1 - outcome.ms[1] / outcome.ms[0]) / steps
+    return outcome.saved * outcome.calls / outcome.adaptor_passes / steps, timed
 
 
 def _check(max_error: object, min_saving: object, weigh: object, probes: object, longest: object) -> None:

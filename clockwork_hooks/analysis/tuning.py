@@ -206,10 +206,10 @@ def tune(
             seen={"conditions": len(batches)},
             do="pass a dozen prompts, or two batches",
         )
-    kept = None if folder is None else Path(folder) / _key(pipe, unet, options, saving)
-    if kept is not None and (kept / _FILE).exists():
-        adaptor = CalibratedAdaptor.from_pretrained(kept)
-        tuning = Tuning.from_json((kept / _FILE).read_text(encoding="utf-8"))
+    home = None if folder is None else Path(folder) / _key(pipe, unet, options, saving)
+    if home is not None and (home / _FILE).exists():
+        adaptor = CalibratedAdaptor.from_pretrained(home)
+        tuning = Tuning.from_json((home / _FILE).read_text(encoding="utf-8"))
         adaptor.tuning = tuning
         region = choose(first_call(unet, generate, batches[0], 0), unet, **adaptor.region_options)
         return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
@@ -221,11 +221,11 @@ def tune(
     if before is not None and after is not None:
         tuning = replace(tuning, pictures=torch.stack((before, after)))
     adaptor.tuning = tuning
-    if kept is not None:
-        adaptor.save_pretrained(kept)
-        tuning.save(kept / _FILE)
+    if home is not None:
+        adaptor.save_pretrained(home)
+        tuning.save(home / _FILE)
         for figure in tuning.figures():
-            figure.save(kept / "before-after.png")
+            figure.save(home / "before-after.png")
     return cw
 
 
@@ -255,9 +255,9 @@ class _Tuner:
         schedule = None if steps is None else Schedule.at(steps)
 
         def generate(batch: Any) -> Tensor:
-            made = self.generate(batch, next(seeds))
+            output = self.generate(batch, next(seeds))
             bar.advance(task)
-            return made
+            return output
 
         return calibrate(
             self.unet, generate, self.fitted, region=region, schedule=schedule, console=QUIET, **self.options
@@ -286,10 +286,10 @@ class _Tuner:
     ) -> tuple[CalibratedAdaptor, Region, Tuning]:
         """The best adaptor, its region, and all that was tried."""
         trace = first_call(self.unet, self.generate, *self.runs.runs[0])  # what is tried then needs no trace
-        known = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
+        wanted = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
         trials: list[tuple[Trial, Region]] = []
         with ProgressBar(console) as bar:
-            regions = list(dict.fromkeys(known))
+            regions = list(dict.fromkeys(wanted))
             task = bar.add_task("tune", total=None)
             calibrating = max(len(self.fitted), 1)  # a batch is one run of the sampler, whatever it is for
             for k, region in enumerate(regions):
@@ -307,7 +307,7 @@ class _Tuner:
                     bar.advance(task, len(self.runs.runs))
             trials = [(one, region) for one, region in trials if one.saved >= saving]
             if not trials:
-                most = max(region.macs_share for region in known)
+                most = max(region.macs_share for region in wanted)
                 raise ArgumentError(
                     "a saving is one that some schedule reaches",
                     seen={"saving": percent(saving), "share of the widest region": percent(most)},
@@ -339,16 +339,16 @@ def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int
         clock 3, first 3 full (4, 5, 7, 8)
         clock 5, first 3 and last 1 full (4, 5, 6, 7)
     """
-    made: dict[tuple[int, ...], str] = {}
+    rules: dict[tuple[int, ...], str] = {}
     for first in _FIRST:
         for last in _LAST:
             for clock in range(2, steps + 2):
                 at = tuple(s for s in range(first + 1, steps + 1 - last) if (s - first) % clock)
                 if share * len(at) / steps > saving:
                     ends = [f"first {first}"] * (first > 1) + [f"last {last}"] * (last > 0)
-                    made.setdefault(at, f"clock {clock}" + (f", {' and '.join(ends)} full" if ends else ""))
+                    rules.setdefault(at, f"clock {clock}" + (f", {' and '.join(ends)} full" if ends else ""))
                     break
-    return [(rule, at) for at, rule in made.items()]
+    return [(rule, at) for at, rule in rules.items()]
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -368,8 +368,8 @@ def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
 def _pipeline(pipe: Any, options: Mapping[str, Any], form: str) -> Generate:
     def generate(batch: Any, seed: int) -> Tensor:
         noise = torch.Generator("cpu").manual_seed(seed)
-        made = pipe(batch, generator=noise, output_type=form, **options)
-        latents: Tensor = made[0] if isinstance(made, tuple) else made.images
+        output = pipe(batch, generator=noise, output_type=form, **options)
+        latents: Tensor = output[0] if isinstance(output, tuple) else output.images
         return latents
 
     return generate
