@@ -246,8 +246,10 @@ def test_a_key_names_the_branch() -> None:
     assert judge.made == "FF" + "A" * 14
 
 
-def test_a_key_has_to_be_hashable() -> None:
-    with ch.wrap(Tiny(), branch=lambda args: [1]) as cw, pytest.raises(ArgumentError, match="can be hashed"):
+@pytest.mark.parametrize("key", [[1], torch.zeros(1), ("cond", torch.zeros(2))], ids=["list", "tensor", "of tensors"])
+def test_a_key_has_to_be_hashable(key: Any) -> None:
+    """A tensor can be, but it is equal to itself whatever was written to it since the step before."""
+    with ch.wrap(Tiny(), branch=lambda args: key) as cw, pytest.raises(ArgumentError, match="can be hashed"):
         cw(torch.zeros(1, 2, 8, 8), 900.0)
 
 
@@ -269,6 +271,26 @@ def test_a_dictionary_that_the_model_writes_to_is_compared_as_it_was_given() -> 
 
     with ch.wrap(Writes()) as cw:
         assert loop(cw, lambda k: {"holder": Holder()}) == "FAFAFAFA"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_that_the_model_writes_to_is_compared_as_it_was_given(mode: Callable[[], Any]) -> None:
+    """The recorded call leaves in it just what the next call is given."""
+
+    class Counts(Tiny):
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            assert c is not None
+            output = super().forward(x, t, c)
+            c.add_(1)
+            return output
+
+    with mode():
+        judge, count, times = Judge(Counts()), torch.zeros(1, 3), TIMES.clone()
+        with ch.wrap(judge.unet, schedule=lambda step: True):
+            for step, t in enumerate(times[:4]):
+                x, c = torch.randn(1, 2, 8, 8), count.clone()
+                output = judge.unet(x, t, count)
+                assert torch.equal(output, judge.plain(x, t, c)), f"step {step} is served with other conditions"
 
 
 class Regional:

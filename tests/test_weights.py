@@ -177,3 +177,20 @@ def test_some_of_many() -> None:
     with torch.no_grad():
         many[-1].bias.add_(1)
     assert seen.state() != after
+
+
+@torch.no_grad()
+def test_weights_of_modules_that_were_exchanged() -> None:
+    """What is watched from then on is what the UNet consists of."""
+    unet, made = Tiny(), ""
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        for trajectory in range(2):
+            for k, t in enumerate(torch.arange(900, 100, -100)):
+                if trajectory == 1 and k == 4:
+                    loaded(unet)
+                before = cw.stats.adaptor_passes
+                unet(torch.randn(1, 2, 8, 8), t)
+                made += "A" if cw.stats.adaptor_passes > before else "F"
+            for name, module in list(unet.named_children()):
+                setattr(unet, name, copy.deepcopy(module))
+    assert made == "FAAAAAAA" + "FAAAFAAA"

@@ -175,16 +175,23 @@ FORM = _Value(type(None), "the time in another form")
 class Given:
     """An object as it was given to a call, though the call may have written to it since."""
 
-    __slots__ = ("parts", "value")
+    __slots__ = ("_version", "parts", "value")
 
     def __init__(self, value: Any) -> None:
         self.value, self.parts = value, [_remember(part) for part in _parts_of(value)]
+        self._version = version(value) if isinstance(value, torch.Tensor) else -1
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """The value itself, where nobody can write to it or a tensor's own counter tells."""
-        plain = isinstance(value, torch.Tensor) or type(value) in _VALUES or is_number(value)
-        return value if plain else cls(value)
+        """The value itself, where nobody can write to it."""
+        return value if type(value) in _VALUES or is_number(value) else cls(value)
+
+    @property
+    def now(self) -> Any:
+        """After the call: the tensor itself, if the call has not written to it; else what it was."""
+        unwritten = isinstance(self.value, torch.Tensor) and version(self.value) == self._version
+        same = unwritten and (self._version >= 0 or _all_same(self.parts, _parts_of(self.value)))
+        return self.value if same else self
 
 
 def _object(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from clockwork_hooks._tree import address, version
+from clockwork_hooks._tree import address, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Given
@@ -623,7 +623,9 @@ class Engine:
                 raise
             return self._leave_unanalysed(state, call, error, output)
         if call.place is None:
-            call.place = self._place(state, call, call.signature, given)  # after it: lazy weights appear in the call
+            before = [one.now if isinstance(one, Given) else one for one in given]
+            call.place = self._place(state, call, call.signature, before)  # after it: lazy weights appear in the call
+        call.weights = self.weights.state()  # also where modules that were exchanged have begun it anew
         call.place.split(len(call.signature.regions))
         for use, memory in zip(
             call.signature.regions, call.place.calls, strict=False
@@ -697,6 +699,7 @@ class Engine:
         self._signatures.clear()
         self._unanalysed.clear()
         self._adopts = False
+        self.weights = Weights(self.unet)  # those of modules that are gone tell nothing
         self.installed.renew(self._modules())
         if self.static is not None:
             self.static.forget()
@@ -757,12 +760,14 @@ def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) 
     """What the user's function says of a call: the key of its branch."""
     key = branch(arguments.values)
     try:
+        if tensors(key):  # one is equal to itself, whatever is written to it
+            raise TypeError
         hash(key)
     except TypeError as error:
         raise ArgumentError(
             "branch= gives each call a key that can be hashed: a text, a number, a tuple of those",
             seen={"got": type(key).__name__},
-            do='return "cond" or "uncond"',
+            do='return "cond" or "uncond"; of a tensor what it holds: int(args["label"])',
         ) from error
     return key
 
