@@ -53,6 +53,23 @@ def test_modules_exchanged_while_it_was_off_are_noticed() -> None:
         assert torch.equal(sample(unet), expected)
 
 
+def test_a_wrapper_inside_that_came_meanwhile_stays() -> None:
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Tiny()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            out: Tensor = self.inner(x, t)
+            return out
+
+    unet = Outer().eval()
+    cw = ch.wrap(unet)
+    cw.remove()
+    with ch.wrap(unet.inner), pytest.raises(ch.WrapError, match="has got another wrapper"):
+        cw.attach()
+
+
 def test_another_wrapper_that_came_meanwhile_stays() -> None:
     unet = Tiny().eval()
     cw = ch.wrap(unet, clock=2)

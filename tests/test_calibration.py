@@ -550,3 +550,16 @@ def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
     with torch.no_grad(), ch.wrap(unet, Told(), schedule={3, 4, 6}) as cw, cw.trajectory():
         generate((2, 2.0))
     assert seen == [(TIMES[2], TIMES[1]), (TIMES[3], TIMES[2]), (TIMES[5], TIMES[4])]
+
+
+def test_a_region_is_named_as_wrap_takes_it(tmp_path):
+    unet = Blocks()
+    region = ch.find_region(unet, torch.randn(4, 2, 8, 8), 900.0, torch.randn(4, 3))
+    region.save(tmp_path / "region.json")
+    adaptors = [
+        calibrate(unet, sampler(unet), [(2, 1.5)], clock=2, region=one)
+        for one in (region, ch.Choice(level=1), str(tmp_path / "region.json"))
+    ]
+    assert len({adaptor.report.region for adaptor in adaptors}) == 1
+    with pytest.raises(ch.ArgumentError, match="comes from find_region"):
+        calibrate(unet, sampler(unet), [(2, 1.5)], region=1)

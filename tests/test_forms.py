@@ -218,6 +218,13 @@ def test_ignored_by_the_name_of_a_parameter() -> None:
     assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (4, 4)
 
 
+@torch.no_grad()
+def test_a_path_to_ignore_that_is_not_there_is_told() -> None:
+    with ch.wrap(Tiny(), ignore=("options.uuid",)) as cw, pytest.warns(NoEffectWarning) as warned:
+        loop(cw, lambda k: {"options": {"uuids": (k * 0.37) % 1}})
+    assert "options.uuids\n  ignore= names what is not among the arguments: options.uuid\n" in str(warned[0].message)
+
+
 @pytest.mark.parametrize("path", ["x", "t"])
 def test_sample_and_time_cannot_be_ignored(path: str) -> None:
     unet = Tiny()

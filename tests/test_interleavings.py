@@ -271,6 +271,22 @@ def test_times_at_random_are_full(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_a_loop_one_entry_behind_another() -> None:
+    """One list serves both; from the first's entry to the second's is a step back, in a list walked forwards so far."""
+    judge, times, sample = Judge(Tiny()), torch.arange(900.0, 0.0, -100.0), torch.zeros(1, 2, 8, 8)
+    with ch.wrap(judge.unet, schedule=lambda step: True):
+        for k, t in enumerate(times[:4]):
+            judge.call(sample, t, step=k, branch="first")
+        for k, t in enumerate(times[:3]):
+            judge.call(sample, t, step=k, branch="second")
+        judge.made = ""
+        for k in range(4, 8):  # at the list's end it may be a trajectory that goes backwards
+            judge.call(torch.randn(1, 2, 8, 8), times[k], step=k, branch="first")
+            judge.call(torch.randn(1, 2, 8, 8), times[k - 1], step=k - 1, branch="second")
+        assert judge.made == "F" * 8
+
+
+@torch.no_grad()
 def test_the_judge_can_tell() -> None:
     """It sees a stale feature where the wrapper is told that two loops were one."""
     program = Program(lambda step: True)

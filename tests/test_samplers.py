@@ -271,6 +271,35 @@ def test_steps_of_torchdiffeq(method: str, passes: str) -> None:
     assert counted.judge.made == passes.replace(" ", "")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("at", range(3, 8))
+def test_an_error_in_the_middle_of_a_step_of_a_sampler(at: int) -> None:
+    """The evaluation is tried again in the same block: what is left of its step is full, the first of the next too."""
+
+    class Fails(Tiny):
+        fails = False
+
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            self.fails, fails = False, self.fails
+            if fails:
+                raise MemoryError
+            return super().forward(x, t, c, **more)
+
+    unet, sigmas = Fails(), torch.tensor([9.0, 7.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    judge = Judge(unet)
+    with ch.wrap(unet, schedule=lambda step: True) as cw, cw.sampler("dpm_2", sigmas):
+        for evaluation in range(12):
+            k = evaluation // 2
+            time = (sigmas[k] * sigmas[k + 1]).sqrt() if evaluation % 2 else sigmas[k].clone()
+            if evaluation == at:
+                unet.fails = True
+                with pytest.raises(MemoryError):
+                    unet(torch.randn(1, 2, 8, 8), time)
+            judge.call(torch.randn(1, 2, 8, 8), time, step=k, branch=evaluation % 2)
+    full = (2 - at % 2) + 2  # the rest of its step, and the next one
+    assert judge.made == "FF" + "A" * (at - 2) + "F" * full + "A" * (12 - at - full)
+
+
 ORDERS = st.sampled_from([[0, 1], [0, 1], [0, 1], [0]])
 
 

@@ -14,6 +14,7 @@ import math
 import time as clocks
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.errors import ArgumentError
-from clockwork_hooks.regions.find import choose, match
+from clockwork_hooks.regions.find import Choice, match, region_or_choice, saved_choice
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
@@ -165,7 +166,7 @@ def calibrate(
     unconditional: Literal["first", "second"] = "first",
     schedule: Schedule | Iterable[int] | Callable[[int], bool] | None = None,
     clock: int | None = None,
-    region: Region | None = None,
+    region: Region | Choice | str | Path | None = None,
     kind: str = "auto",
     ridge: float | None = None,
     log_snr: Any = None,
@@ -188,7 +189,8 @@ def calibrate(
         unconditional: which half, or which of the two calls in a step, is the unconditional one.
         schedule, clock: which steps the adaptor is for, as `wrap` takes them. Neither: all from step 2, which serves
             any schedule.
-        region: from `find_region`; None for the one below the highest level.
+        region: as `wrap` takes it: from `find_region`, a `Choice`, or the file of an earlier run; None for the one
+            below the highest level.
         kind: "gain", "affine" (a gain and a bias for each channel, which cost nothing), "exit", "exit+entry",
             "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "kernel" (the same, and
             a 3×3 convolution of the cached exit; dear to solve where channels are many), "low rank"; or "auto", which
@@ -232,11 +234,12 @@ def calibrate(
     steps = _schedule(schedule, clock)
     _check(guidance, unconditional, kind, ridge)
     trace = first_call(unet, lambda batch, seed: generate(batch), batches[0], 0)
-    chosen = choose(trace, unet) if region is None else match(trace, unet, region)
+    wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, {})
+    chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(trace, unet, wanted)
     if chosen is None:
         raise ArgumentError(
             "the region is one of the UNet that generate(batch) calls",
-            seen={"region": region.line if region else None, "unet": type(unet).__name__},
+            seen={"region": wanted.line if isinstance(wanted, Region) else wanted, "unet": type(unet).__name__},
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
     levels = _log_snr(log_snr, generate)

@@ -67,7 +67,7 @@ class Jumps:
     """How a trajectory moves in its list of times: a sampler takes the entries in turn, from one end to the other.
 
     One that begins within the list, or leaves entries out, needs evidence, as entries may be drawn at random; but not
-    in a list that has been walked along before.
+    in a list that has been walked along before, that way.
 
     Args:
         trusted: the caller says that the calls are of one run, so that no evidence is asked for.
@@ -123,7 +123,7 @@ class Jumps:
         self._jump, self._place = jump, place
         neighbours = abs(jump) == 1
         if neighbours and self._count >= (2 if self._begins_outermost else 3):
-            self._walked = place.times
-        walked = self._walked is not None and self._walked == place.times
+            self._walked = (place.times, jump)
+        walked = self._walked == (place.times, jump)
         believed = self._begins_outermost or self._count >= 2 or walked
         return None if self.trusted or (neighbours and believed) or self._count >= 3 else reasons.EVIDENCE

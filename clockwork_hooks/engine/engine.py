@@ -669,6 +669,7 @@ class Engine:
         self._census = Census(self.unet)
         signature.key, signature.ignored = call.key, self._binder.ignores
         _check_ignored(signature, self._binder)
+        self._no_adaptor_pass.needless = self._binder.needless(call.arguments.paths)
         self._signatures[call.key] = signature
         self._recordings[call.key] += 1
         return signature
@@ -750,7 +751,7 @@ def _check_ignored(signature: Signature, binder: Binder) -> None:
 
 def _declare(timeline: Timeline, begun: str | None) -> None:
     """Tell the timeline what begins with the next call: a "run", a "step", or neither."""
-    if begun == "run":
+    if begun == "run" or (begun is None and not timeline.declared):  # after an error in the middle of a step
         timeline.reset()
     if begun is not None:
         timeline.declare()

@@ -40,9 +40,14 @@ _HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
 
 
 class NoAdaptorPass:
-    """Counts denoising steps without an adaptor pass, and warns once: of the leading reason, and what to do."""
+    """Counts denoising steps without an adaptor pass, and warns once: of the leading reason, and what to do.
+
+    Attributes:
+        needless: paths of `ignore=` that the last recorded call had no argument at.
+    """
 
     def __init__(self) -> None:
+        self.needless: tuple[str, ...] = ()
         self._warned, self._steps, self._calls, self._at = False, 0, 0, (0, 0)
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
@@ -76,6 +81,8 @@ class NoAdaptorPass:
             cause, remedy = _UP_AND_DOWN
         paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
         seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
+        if leading == reasons.NEW and self.needless:
+            seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
         _warn(
             f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
             f"saved\n  most are full because: {leading}\n  cause: {cause}\n{seen}"

@@ -404,10 +404,11 @@ class ClockworkWrapper:
             The wrapper itself.
 
         Raises:
-            WrapError: the UNet has got another wrapper meanwhile.
+            WrapError: the UNet, or a module inside of it, has got another wrapper meanwhile.
         """
         if not self.attached:
-            others = [hook.owner for hook in self.unet._forward_pre_hooks.values() if isinstance(hook, RootHook)]
+            hooks = (hook for module in self.unet.modules() for hook in module._forward_pre_hooks.values())
+            others = [hook.owner for hook in hooks if isinstance(hook, RootHook)]
             if others:
                 raise WrapError(
                     "a UNet is wrapped once, and this one has got another wrapper",

@@ -118,6 +118,11 @@ class Binder:
         """Is what is at this path not to matter?"""
         return any(path == one or path.startswith(f"{one}.") for one in self.ignored)
 
+    def needless(self, paths: Collection[str]) -> tuple[str, ...]:
+        """What is ignored and is not there, in a call of these paths."""
+        there = [f"{path}." for path in paths]
+        return tuple(one for one in self.ignored if not any(path.startswith(f"{one}.") for path in there))
+
     def names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
         """The names for so many positional arguments and these keywords; `forms` has those that were asked for."""
         names: list[str] = []
