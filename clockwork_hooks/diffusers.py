@@ -323,10 +323,13 @@ class SchedulerSteps:
         mark: Place | None = timeline.mark
         place = Place(held(time.untyped_storage()), int(time.storage_offset()))
         jump = place.index - mark.index if mark is not None and mark.times == place.times else None
-        if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1:
+        back = mark is not None and jump == -1 and not timeline.way and not _is_last(scheduler, mark)
+        if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1 or back:
             timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
             timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
             timeline.steps = timeline.declared_steps or steps_from(scheduler, place.index)
+            if back:  # perhaps another loop, one entry behind; if it goes on this way, an inversion
+                timeline.way, timeline.steps = -1, timeline.declared_steps
         elif jump:
             timeline.way, timeline.mark = jump, place
             if jump < 0:  # inversion: the list's end is not its own
@@ -344,6 +347,11 @@ class SchedulerSteps:
             return last  # exchanged in the middle of a run, whose loop goes on with the old one's times
         self._last = found
         return found
+
+
+def _is_last(scheduler: Any, mark: Place) -> bool:
+    """Is it the last entry of this scheduler's list, from which inversions begin?"""
+    return bool(mark.index - scheduler.timesteps.storage_offset() == len(scheduler.timesteps) - 1)
 
 
 def _one_evaluation(scheduler: Any) -> bool:

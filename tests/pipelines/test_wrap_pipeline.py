@@ -484,3 +484,22 @@ def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
         wrap_pipeline(SimpleNamespace(text=torch.nn.Linear(1, 1)))
     with pytest.raises(ch.ArgumentError, match="its UNets: unet\n  unets: decoder"):
         wrap_pipeline(pipe, unets=["decoder"])
+
+
+@torch.no_grad()
+def test_a_loop_one_entry_behind_another_is_no_inversion() -> None:
+    pipe, sample = holder("DDIMScheduler"), torch.randn(1, 2, 8, 8)
+    with wrap_pipeline(pipe, schedule=lambda step: True) as cw:
+        stats = cw.wrappers["model"].stats
+        pipe.scheduler.set_timesteps(12)
+        times = pipe.scheduler.timesteps
+        for k in (0, 1, 2, 3):
+            pipe.model(sample, times[k])
+        stats.clear()
+        for k in range(4, 11):
+            pipe.model(sample, times[k])
+            pipe.model(sample, times[k - 1])
+        assert stats.adaptor_passes == 1  # the very first of them
+        for k in range(8, 1, -1):  # the second step back, and on: an inversion
+            pipe.model(sample, times[k])
+        assert stats.adaptor_passes == 1 + 7
