@@ -140,7 +140,7 @@ K_EVALUATIONS = (
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", K_EVALUATIONS)
 def test_samplers_of_k_diffusion_that_declare(name: str) -> None:
-    """Two evaluations a step but for the last: the denoiser counts them, as docs/samplers.md shows it."""
+    """Two evaluations a step but for the last: the denoiser counts them."""
     sampling, loop = k_sampling(), Loop(declared=True)
     sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
     with loop.cw:
