@@ -393,11 +393,11 @@ def steps_from(scheduler: Any, index: int = 0) -> int:
     """How many denoising steps there are from this entry of a diffusers scheduler's list of times to its end.
 
     Example:
-        >>> from diffusers import HeunDiscreteScheduler
-        >>> scheduler = HeunDiscreteScheduler()
+        >>> from diffusers import PNDMScheduler
+        >>> scheduler = PNDMScheduler(skip_prk_steps=True)
         >>> scheduler.set_timesteps(8)
-        >>> len(scheduler.timesteps), steps_from(scheduler), steps_from(scheduler, 6)
-        (15, 8, 5)
+        >>> len(scheduler.timesteps), steps_from(scheduler)
+        (9, 8)
     """
     count: int = len(scheduler.timesteps) - index
     if getattr(scheduler, "state_in_first_order", None) is not None:  # two evaluations a step, but one in the last

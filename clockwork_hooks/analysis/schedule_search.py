@@ -67,7 +67,7 @@ def rule_of_thumb(chosen: Iterable[int], steps: int) -> str:
         >>> rule_of_thumb({3, 5, 7}, 8)
         'every(2, first_full=2)'
         >>> rule_of_thumb({3, 4, 6, 8}, 8)
-        'nearly spread(2): 2 steps differ'
+        'nearly every(5, first_full=2): 1 step differs'
     """
     wanted = set(chosen)
     rules = [

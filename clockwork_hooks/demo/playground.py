@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import threading
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from http import HTTPStatus
@@ -24,7 +25,7 @@ from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.errors import ArgumentError, ClockworkError, DemoError, is_whole, need
+from clockwork_hooks.errors import ArgumentError, ClockworkError, DemoError, OtherStepsWarning, is_whole, need
 from clockwork_hooks.metrics import psnr
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.regions.region import Region
@@ -102,7 +103,8 @@ class Playground:
         if adaptor not in ADAPTORS:
             raise ArgumentError("an adaptor of the playground", seen={"adaptor": adaptor}, do=f"one of {ADAPTORS}")
         schedule = Schedule.at(step for step in adaptor_steps if not isinstance(step, int) or step <= steps)
-        with self._one_at_a_time:
+        with self._one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("ignore", OtherStepsWarning)  # the note says it
             plain, seconds = self._draw_plain(prompt, steps, seed)
             stand_in, note = self._adaptor(adaptor, steps, schedule)
             drawn: list[Tensor] = []

@@ -275,7 +275,7 @@ def saved_choice(path: str | Path) -> Choice:
         raise ArgumentError(
             "a region is read from the JSON file that region.save wrote",
             seen={"region": path, "error": type(error).__name__},
-            do='save one: cw.region.save("region.json")',
+            do='pass ch.find_region(unet, ...), or the file of one that was saved: cw.region.save("region.json")',
         ) from error
     with reading(Region, text) as data:
         if data["cut"] == "hand" and len(data["entries"]) > 1:

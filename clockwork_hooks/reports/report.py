@@ -189,7 +189,7 @@ class FieldReport(Report):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote.
+        """What `to_json` wrote; what else the text holds is left out.
 
         Raises:
             ArgumentError: the text is no such report.
@@ -216,7 +216,7 @@ def _as_type(hint: Any, value: Any) -> Any:
     """What JSON holds as its type hint has it: dataclasses, tuples, mappings with keys that are numbers."""
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
-        return hint(**{name: _as_type(hints[name], one) for name, one in value.items()})  # type: ignore[operator]
+        return hint(**{name: _as_type(hints[name], one) for name, one in value.items() if name in hints})  # type: ignore[operator]
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return None if value is None else _as_type(next(one for one in inner if one is not type(None)), value)

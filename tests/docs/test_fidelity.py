@@ -19,6 +19,7 @@ RESULT = Path(fidelity.RESULT)
 KEYS = {f"{group.name}/{label}" for group in GROUPS for label in ("plain", *(row.label for row in group.rows))}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three adaptors trained and measured; a second run finds all there; one row taken out is the one done again."""

@@ -38,7 +38,7 @@ def test_there_are_two() -> None:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning"
 )  # of the kernel's sockets and loops
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["own_unet", pytest.param("plan_and_train", marks=pytest.mark.slow)])
 def test_a_notebook_says_what_it_is_kept_with(name: str, tmp_path: Path) -> None:
     """10 and 40 s of CPU time, imports included; on another machine numbers differ in their last digits."""
     script = [sys.executable, ROOT / "docs" / "run_notebooks.py", name, "--out", tmp_path]
