@@ -13,6 +13,7 @@ from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
+    from clockwork_hooks.adaptors.residual import ResidualAdaptor
     from clockwork_hooks.adaptors.resnet import ResNetAdaptor, ScaledResNetAdaptor
     from clockwork_hooks.adaptors.unet import UNetAdaptor
 

@@ -223,7 +223,7 @@ def wrap(
             ("transformer_options.sigmas",), ("guidance",). What is there is no condition, and its shape and type are no
             part of the input signature.
         branch: gives each call a key from its arguments by name, as `with cw.branch(key):` around it does, beside it:
-            lambda args: args["transformer_options"]["cond_or_uncond"][0].
+            lambda args: tuple(args["transformer_options"].get("cond_or_uncond", ())).
         reuse: "step before", or "same condition" for prompts that take turns, as in [cat|dog]: a feature then serves
             the next step of its own conditions, up to four steps later, and the schedule counts the steps of each.
         **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...

@@ -29,13 +29,19 @@ async function open(page) {
 }
 async function look() {
   for (const page of PAGES) {
-    const shown = await open(page), images = [...shown.querySelectorAll("article img")], wide = {};
+    const shown = await open(page), images = [...shown.querySelectorAll("article img")], wide = {}, wider = [];
+    const still = shown.head.appendChild(shown.createElement("style"));
+    still.textContent = "* { transition: none !important }";  // else the search box is still on its way to its place
+    const bare = () => [...shown.querySelectorAll("article table")].some(t => !t.closest(".md-typeset__scrollwrap"));
+    for (let k = 0; k < 50 && bare(); k++) await wait(20);  // the theme's script frames them, a while after loading
     for (const width of [1280, 390]) {
       document.getElementById("f").width = width;
       await wait(20);
       wide[width] = shown.documentElement.scrollWidth;
+      const beyond = [...shown.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > width);
+      if (wide[width] > width) wider.push(...beyond.slice(0, 5).map(e => `${e.tagName} ${e.className}`));
     }
-    told.push({page, wide, title: shown.querySelector("h1")?.textContent ?? "",
+    told.push({page, wide, wider, title: shown.querySelector("h1")?.textContent ?? "",
       blind: images.filter(i => !i.alt).map(i => i.src), broken: images.filter(i => !i.naturalWidth).map(i => i.src),
       paper: getComputedStyle(shown.body).backgroundColor});
   }
