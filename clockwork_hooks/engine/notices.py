@@ -141,8 +141,8 @@ class Watchers:
             _warn(
                 "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
                 + "\n".join([*lines, *more])
-                + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; see "
-                "docs/beside.md",
+                + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; "
+                "clockwork-hooks explain SkippedModuleWarning says more",
                 SkippedModuleWarning,
             )
 

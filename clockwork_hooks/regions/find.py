@@ -189,8 +189,9 @@ class Choice:
             raise RegionNotFoundError(
                 "the region is the one that was found before, of this very architecture",
                 seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
-                do="use it with the UNet that it was found for, or measure this one: ch.plan(unet, generate, ...); so "
-                f"too if an earlier version made it, whose fingerprints do not begin with {PREFIX}",
+                do="use it with the UNet that it was found for, or leave it out; for a plan, measure this UNet: "
+                "ch.plan(unet, generate, ...); so too if an earlier version made it, whose fingerprints do not begin "
+                f"with {PREFIX}",
             )
         level = 1 if self.level is self.resolution is self.share is None else self.level
         fitting = [region for region in regions if level in (None, region.level)]
