@@ -149,7 +149,7 @@ def test_two_hundred_trajectories_leave_nothing_behind() -> None:
             run(cw, times[: 3 + k % 2], list(pair))
         cw.reset()
         gc.collect()
-        objects = gc.get_objects()
+        objects = [one for one in gc.get_objects() if type(one) is not weakref.ref]  # of these, dead ones come and go
         return len(tensors(objects)), len(objects), sum(cw.report().cache.values())
 
     with ch.wrap(unet) as cw:
