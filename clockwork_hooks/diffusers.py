@@ -7,7 +7,7 @@ remember which one comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +37,9 @@ def wrap_pipeline(
     *,
     clock: int | None = None,
     unets: Iterable[str] | None = None,
+    ignore: Iterable[str] | str | Mapping[str, Any] = (),
+    branch: Callable[[Mapping[str, Any]], Hashable] | Mapping[str, Any] | None = None,
+    reuse: str | Mapping[str, str] = "step before",
     **options: Any,
 ) -> WrappedPipeline:
     """Wrap every UNet of a pipeline; a step of the schedule is a step of the pipeline's own solver.
@@ -53,7 +56,12 @@ def wrap_pipeline(
             `Schedule.every(clock)` and places them where they matter, as the scheduler tells how many steps there are.
             Neither this nor schedule=: what a saved adaptor was made for, else 2.
         unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet".
-        options: of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.
+        ignore: as for `wrap`: dotted paths of arguments of the UNet that tell nothing, such as
+            ("cross_attention_kwargs.scale",); a mapping gives each UNet its own, by name.
+        branch: as for `wrap`: gives each call a key from its arguments by name; or a mapping.
+        reuse: as for `wrap`: "same condition" for prompts that take turns; or a mapping. A clock is then
+            `Schedule.every(clock)`, as how many of the steps are a prompt's own is not known.
+        options: the others of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.
 
     Returns:
         A handle: a context manager with `report()`, `remove()` and `wrappers`.
@@ -91,10 +99,11 @@ def wrap_pipeline(
     chosen = _chosen(pipe, found, unets)
     handle = WrappedPipeline(pipe, {})
     wrappers: dict[str, ClockworkWrapper] = {}
-    given = {"adaptor": adaptor, **options}
+    given = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
     try:
         for name in chosen:
             own = {key: _own(value, name) for key, value in given.items()}
+            own = {key: value for key, value in own.items() if value is not None}  # what a mapping leaves out
             wrappers[name] = wrap(found[name], **_when(clock, own))
             wrappers[name].read_steps(SchedulerSteps(handle.schedulers))
     except BaseException:
@@ -241,7 +250,8 @@ class PipelineReport(Report):
 def _when(clock: int | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `wrap`, with what a clock means where the number of steps is known."""
     decided = any(options.get(name) is not None for name in ("schedule", "clocks", "plan"))
-    if decided or clock == 1 or (clock is None and made_for(resolve_adaptor(options["adaptor"]))[0]):
+    decided = decided or options.get("reuse", "step before") != "step before"
+    if decided or clock == 1 or (clock is None and made_for(resolve_adaptor(options.get("adaptor")))[0]):
         return {**options, "clock": clock}
     return {**options, "schedule": Schedule.spread(2 if clock is None else clock)}
 

@@ -470,6 +470,63 @@ def test_some_of_them_and_options_for_each() -> None:
         assert [str(w.schedule) for w in cw.wrappers.values()] == ["at([2, 3])", "at([2])"]
 
 
+class Turns:
+    """A pipeline whose prompts take turns, as [a|b] does, which hands its UNet a number that is new in each call."""
+
+    def __init__(self) -> None:
+        self.unet, self.scheduler = UNetOfMine(), parts.scheduler("DDIMScheduler")
+
+    @torch.no_grad()
+    def __call__(self, names: str) -> Tensor:
+        random = torch.Generator().manual_seed(0)
+        sample, texts = torch.randn(1, 2, 8, 8, generator=random), {"a": torch.zeros(1, 3), "b": torch.ones(1, 3)}
+        self.scheduler.set_timesteps(len(names))
+        for name, t in zip(names, self.scheduler.timesteps, strict=True):
+            noise = self.unet(sample, t, texts[name], number=torch.rand(1, generator=random).item())
+            sample = self.scheduler.step(noise, t, sample).prev_sample
+        return sample
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "passes"),
+    [
+        ("aaaa", {}, "FFFF"),
+        ("aaaa", {"ignore": "number"}, "FAFA"),
+        ("aaaa", {"ignore": {"unet": ["number"]}}, "FAFA"),
+        ("aaaa", {"ignore": {"other": ["number"]}}, "FFFF"),
+        ("abababab", {"ignore": "number", "reuse": "same condition"}, "FFAAFFAA"),
+        ("abababab", {"ignore": "number", "reuse": {"unet": "same condition"}, "clock": 2}, "FFAAFFAA"),
+        ("abab", {"ignore": ["number"]}, "FFFF"),
+    ],
+)
+def test_what_tells_nothing_and_prompts_that_take_turns(names: str, options: dict[str, Any], passes: str) -> None:
+    pipe = Turns()
+    with wrap_pipeline(pipe, **options) as cw:
+        drawn = pipe(names)
+        stats = cw.wrappers["unet"].stats
+        assert (stats.full_passes, stats.adaptor_passes) == (passes.count("F"), passes.count("A")), cw.report()
+    slots = list(zip(passes, names, strict=True))
+    assert torch.equal(drawn, replay(pipe.unet, "up", slots, lambda: pipe(names)))
+
+
+def test_a_key_for_each_call_of_a_pipeline() -> None:
+    """Texts that are the same, in branches that are not: the key tells, else their order does."""
+    keys: list[float] = []
+
+    def key(arguments: Any) -> str:
+        keys.append(float(arguments["c"].sum()))
+        return f"text {keys[-1]:.0f}"
+
+    pipe = holder("DDIMScheduler")
+    with torch.no_grad(), wrap_pipeline(pipe, schedule=ch.Schedule.every(2), branch=key) as cw:
+        drawn, states = loop(pipe, steps=4), cw.wrappers["model"]._engine.states
+        assert [branch.names for branch in states.current().timeline.branches] == [("text 0",), ("text 3",)]
+        assert cw.wrappers["model"].stats.adaptor_passes == 4
+    assert keys == [0.0, 3.0] * 4
+    with torch.no_grad():
+        assert torch.equal(drawn, replay(pipe.model, "up", every(2, [1] * 4, branches=2), lambda: loop(pipe, steps=4)))
+
+
 def test_all_or_none() -> None:
     """The refiner is wrapped already: the base is let go again."""
     both = BaseAndRefiner()
