@@ -155,8 +155,8 @@ def evaluations_of(sampler: str, sigmas: Sequence[float]) -> Iterator[int] | Non
         return iter(lambda: 3, None)  # as many as its tolerance asks for
     if sampler == "sa_solver_pece":  # the second is at the same sigma
         return iter([1, *[2] * (len(sigmas) - 2)])
-    known = find_sampler(_NAMES.get(sampler, sampler))
-    return None if known is None else iter(known.steps(sigmas))
+    evaluations = find_sampler(_NAMES.get(sampler, sampler))
+    return None if evaluations is None else iter(evaluations.steps(sigmas))
 
 
 def _name_of(sampler: Any) -> str:
@@ -243,9 +243,9 @@ class Run:
 
     def name(self, transformer_options: Any) -> str:
         """What the next call of the model is called: unlike any other of its step, and the same in each step."""
-        told = transformer_options if isinstance(transformer_options, dict) else {}
-        window = getattr(told.get("context_window"), "index_list", told.get("context_window"))
-        of = (str(told.get("cond_or_uncond")), str(told.get("uuids")), str(window))
+        options = transformer_options if isinstance(transformer_options, dict) else {}
+        window = getattr(options.get("context_window"), "index_list", options.get("context_window"))
+        of = (str(options.get("cond_or_uncond")), str(options.get("uuids")), str(window))
         self._calls[of] += 1
         return f"{self._evaluation} {' '.join(of)} {self._calls[of]}"
 
@@ -265,7 +265,7 @@ class Clockwork:
         self.options, self.adaptor = options, adaptor
         self.wrapper: ClockworkWrapper | None = None
         self._run: Run | None = None
-        self._told: set[str] = set()
+        self._messages: set[str] = set()
 
     def put_into(self, patcher: Any) -> Any:
         """A clone of the model patcher that samples with Clockwork; the patcher itself stays as it is.
@@ -316,9 +316,9 @@ class Clockwork:
         run, wrapper = self._run, self.wrapper
         if run is None or wrapper is None or not wrapper.attached:
             return executor(*args, **options)
-        told = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
+        model_options = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
         try:
-            with wrapper.branch(run.name(told)), wrapper.serving():
+            with wrapper.branch(run.name(model_options)), wrapper.serving():
                 return executor(*args, **options)
         except Exception as error:
             if wrapper.attached and not _is_ours(error):  # the model's own error, or an interrupt
@@ -386,8 +386,8 @@ class Clockwork:
             )
 
     def _log_once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+        if line not in self._messages:
+            self._messages.add(line)
             log.warning("Clockwork: %s", line)
 
 
@@ -455,7 +455,7 @@ class ClockworkNode:
         """
         options = Options(clock, start_percent, end_percent, schedule, region, adaptor)
         loaded = options.load_adaptor()
-        own, _ = stand_in.made_for(loaded)
+        own, _ = stand_in.schedule_of(loaded)
         if own is not None and not schedule.strip():
             options = replace(options, schedule=str(own))
         return (model if options.does_nothing else Clockwork(options, loaded).put_into(model),)

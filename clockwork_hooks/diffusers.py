@@ -20,7 +20,7 @@ from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.engine.stand_in import made_for
+from clockwork_hooks.engine.stand_in import schedule_of
 from clockwork_hooks.engine.stats import RunReport
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError
@@ -95,16 +95,16 @@ def wrap_pipeline(
 
     Source: arXiv 2312.08128, Sec. 4.3.
     """
-    found = _unets(pipe)
-    chosen = _chosen(pipe, found, unets)
+    models = _unets(pipe)
+    chosen = _chosen(pipe, models, unets)
     handle = WrappedPipeline(pipe, {})
     wrappers: dict[str, ClockworkWrapper] = {}
-    given = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
+    shared = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
     try:
         for name in chosen:
-            own = {key: _own(value, name) for key, value in given.items()}
+            own = {key: _own(value, name) for key, value in shared.items()}
             own = {key: value for key, value in own.items() if value is not None}  # what a mapping leaves out
-            wrappers[name] = wrap(found[name], **_when(clock, own))
+            wrappers[name] = wrap(models[name], **_when(clock, own))
             wrappers[name].read_steps(SchedulerSteps(handle.schedulers))
     except BaseException:
         for wrapper in wrappers.values():
@@ -251,7 +251,7 @@ def _when(clock: int | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `wrap`, with what a clock means where the number of steps is known."""
     decided = any(options.get(name) is not None for name in ("schedule", "clocks", "plan"))
     decided = decided or options.get("reuse", "step before") != "step before"
-    if decided or clock == 1 or (clock is None and made_for(resolve_adaptor(options.get("adaptor")))[0]):
+    if decided or clock == 1 or (clock is None and schedule_of(resolve_adaptor(options.get("adaptor")))[0]):
         return {**options, "clock": clock}
     return {**options, "schedule": Schedule.spread(2 if clock is None else clock)}
 
@@ -352,11 +352,11 @@ class SchedulerSteps:
         last, schedulers = self._last, list(self._schedulers())  # another thread may exchange `_last`
         if _listed(last, time) and any(last is scheduler for scheduler in schedulers):
             return last
-        found = next((scheduler for scheduler in schedulers if _listed(scheduler, time)), None)
-        if found is None and _listed(last, time) and _one_evaluation(last):
+        scheduler = next((scheduler for scheduler in schedulers if _listed(scheduler, time)), None)
+        if scheduler is None and _listed(last, time) and _one_evaluation(last):
             return last  # exchanged in the middle of a run, whose loop goes on with the old one's times
-        self._last = found
-        return found
+        self._last = scheduler
+        return scheduler
 
 
 def _is_last(scheduler: Any, mark: Place) -> bool:

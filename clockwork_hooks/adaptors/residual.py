@@ -67,10 +67,10 @@ class ResidualAdaptor(LearnedAdaptor):
         """
         start.check_region(region)
         channels = Layout.of_boundary(region.entry).channels if "entry" in region.inputs else start.exit.channels
-        made = cls.for_region(region, start=start.arguments, width=width or channels)
-        made.start.load_state_dict(start.state_dict())
-        made.facts = dict(start.facts)
-        return made
+        adaptor = cls.for_region(region, start=start.arguments, width=width or channels)
+        adaptor.start.load_state_dict(start.state_dict())
+        adaptor.facts = dict(start.facts)
+        return adaptor
 
     @classmethod
     def sized(cls, channels: int, *, start: Mapping[str, Any], width: int) -> dict[str, Any]:  # type: ignore[override]
@@ -89,8 +89,8 @@ class ResidualAdaptor(LearnedAdaptor):
         position_cached: Tensor | None = None,
     ) -> Tensor:
         """Return the exit; see `CalibratedAdaptor.forward`."""
-        known = {"entry_cached": entry_cached, "position": position, "position_cached": position_cached}
-        start = self.start(entry, exit_cached, **{name: known[name] for name in self.start.needs})
+        values = {"entry_cached": entry_cached, "position": position, "position_cached": position_cached}
+        start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs})
         both = None
         if self.entry is not None:
             if entry is None or entry_cached is None:

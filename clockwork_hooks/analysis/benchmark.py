@@ -267,7 +267,7 @@ def bench(
     with torch.no_grad():
         wanted = Choice(**region_options(used)) if wanted == Choice() else wanted
         region = wanted.find(record(unet, args, kwargs), unet) if isinstance(wanted, Choice) else wanted
-    found: dict[tuple[str, int], Timing] = {}
+    timings: dict[tuple[str, int], Timing] = {}
     ran: dict[tuple[str, int], ClockworkWrapper | None] = {}
     failed: dict[str, str] = {}
     with ProgressBar(console) as bar:
@@ -287,8 +287,8 @@ def bench(
                     raise
                 continue
             for side in sides:
-                found[mode, side.clock], ran[mode, side.clock] = times[clock_name(side.clock)], side.cw
-    if not found:
+                timings[mode, side.clock], ran[mode, side.clock] = times[clock_name(side.clock)], side.cw
+    if not timings:
         raise CompileError("at least one mode can be measured", seen=failed, do='add "eager" to modes')
     return Benchmark(
         model=type(unet).__name__,
@@ -296,7 +296,7 @@ def bench(
         region=region.line,
         adaptor="identity" if is_identity(adaptor) else type(used).__name__,
         steps=steps,
-        rows=tuple(_row(mode, clock, found, ran, steps) for mode, clock in found),
+        rows=tuple(_row(mode, clock, timings, ran, steps) for mode, clock in timings),
         failed=failed,
         settings={
             "device": device_name(device),
@@ -343,13 +343,13 @@ def _side(
 def _row(
     mode: str,
     clock: int,
-    found: Mapping[tuple[str, int], Timing],
+    timings: Mapping[tuple[str, int], Timing],
     ran: Mapping[tuple[str, int], ClockworkWrapper | None],
     steps: int,
 ) -> BenchRow:
-    timing, cw = found[mode, clock], ran[mode, clock]
+    timing, cw = timings[mode, clock], ran[mode, clock]
     last = cw.stats.trajectories[-1] if cw is not None and clock > 1 else None
-    eager = found.get(("eager", 1))
+    eager = timings.get(("eager", 1))
     return BenchRow(
         mode=mode,
         clock=clock,
@@ -360,19 +360,19 @@ def _row(
         full_passes=last.full_passes if last else steps,
         adaptor_passes=last.adaptor_passes if last else 0,
         macs_ratio=last.macs_run / last.macs_plain if last else 1.0,
-        speed_up=found[mode, 1].median / timing.median,
+        speed_up=timings[mode, 1].median / timing.median,
         speed_up_to_eager=eager.median / timing.median if eager else None,
     )
 
 
-def _several(name: str, given: Any) -> tuple[Any, ...]:
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ArgumentError(
             f"{name} are several, to measure side by side",
-            seen={name: repr(given)},
+            seen={name: repr(values)},
             do='pass clocks=(2, 4), modes=("eager", "compile")',
         )
-    return tuple(given)
+    return tuple(values)
 
 
 def _check(unet: Any, clocks: tuple[Any, ...], modes: tuple[str, ...], steps: Any, rounds: Any) -> None:

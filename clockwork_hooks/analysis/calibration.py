@@ -339,19 +339,19 @@ def _interpolated(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float],
     return at
 
 
-def _log_snr(given: Any, generate: Any) -> Callable[[float], float] | None:
+def _log_snr(source: Any, generate: Any) -> Callable[[float], float] | None:
     owner = getattr(generate, "__self__", generate)
-    scheduler = getattr(owner, "scheduler", None) if given is None else given
-    found = log_snr_of(scheduler)
-    if found is None and given is not None:
-        if not callable(given):
+    scheduler = getattr(owner, "scheduler", None) if source is None else source
+    log_snr = log_snr_of(scheduler)
+    if log_snr is None and source is not None:
+        if not callable(source):
             raise ArgumentError(
                 "log_snr is a function of the time, or a diffusers scheduler",
-                seen={"log_snr": type(given).__name__},
+                seen={"log_snr": type(source).__name__},
                 do="pass log_snr=lambda sigma: -2 * math.log(sigma)",
             )
-        return given  # type: ignore[no-any-return]
-    return found
+        return source  # type: ignore[no-any-return]
+    return log_snr
 
 
 # -- what is seen ---------------------------------------------------------------------------------------------------
@@ -462,18 +462,18 @@ class Sums:
 
     def add(self, call: UNetCall, outcome: Outcome, time: float | None, before: float | None) -> Place | None:
         """Add what a full pass emitted, and what an adaptor would have had to predict it from."""
-        emitted, kept = outcome.exits.get(0), call.decision.kept if call.decision else None
-        if emitted is None or kept is None or call.place is None:
+        emitted, feature = outcome.exits.get(0), call.decision.feature if call.decision else None
+        if emitted is None or feature is None or call.place is None:
             return None
         place = self.places.get(time)
         if place is None:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
             place = self.places[time] = Place(call.place.step, time, before, fit, held)
         entries: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.entry is not None and outcome.entry is not None and kept.entry is not None:
-            entries = (self._entry(outcome.entry, emitted.exit), self._entry(kept.entry, kept.exit))
-        around = around_of(self.exit.to_map(kept.exit).float()).flatten(2).movedim(1, -1) if self.kernel else None
-        pair = Pair(self._rows(kept.exit), self._rows(emitted.exit), *entries, around)
+        if self.entry is not None and outcome.entry is not None and feature.entry is not None:
+            entries = (self._entry(outcome.entry, emitted.exit), self._entry(feature.entry, feature.exit))
+        around = around_of(self.exit.to_map(feature.exit).float()).flatten(2).movedim(1, -1) if self.kernel else None
+        pair = Pair(self._rows(feature.exit), self._rows(emitted.exit), *entries, around)
         self.samples = max(self.samples, len(pair.exit))
         if self.guidance is None:
             self._add(place, pair)
@@ -608,8 +608,8 @@ class Solver:
         self.identity = [place.held.error(torch.zeros_like(place.held.cross)) for place in self.places]
         self.errors = {name: [self.best(place, KINDS[name]) for place in self.places] for name in names}
         self.kinds = {
-            name: KindResult(self._left(error for _, error in found), self._macs(KINDS[name]))
-            for name, found in self.errors.items()
+            name: KindResult(self._left(error for _, error in errors), self._macs(KINDS[name]))
+            for name, errors in self.errors.items()
         }
         self.name, self.why = self._choose() if kind == "auto" else (kind, f"{kind} was asked for.")
 
@@ -621,14 +621,14 @@ class Solver:
 
     def best(self, place: Place, kind: Kind) -> tuple[float, float]:
         """(ridge, held-out error²) of one position."""
-        found = []
+        errors = []
         for ridge in self.ridges:
             weights = place.fit.solve(kind, ridge)
             if kind.form == "low rank":
                 basis = shared_basis([place.fit.added(weights, ridge)], self.rank)
                 weights = place.fit.cut(weights, ridge, basis)
-            found.append((place.held.error(weights), ridge))
-        error, ridge = min(found)
+            errors.append((place.held.error(weights), ridge))
+        error, ridge = min(errors)
         return ridge, error
 
     def _left(self, errors: Iterable[float]) -> float:
@@ -758,11 +758,11 @@ class Refit:
         self.engine: Engine | None = None
         self._adapted: set[tuple[int, int]] = set()  # branches, and which of their calls, whose last pass was its own
 
-    def __call__(self, entry: Tensor | None, exit_cached: Tensor, **given: Any) -> Tensor:
+    def __call__(self, entry: Tensor | None, exit_cached: Tensor, **inputs: Any) -> Tensor:
         """Let the adaptor stand in."""
-        own = {name: given[name] for name in ("time", "text", *self.adaptor.needs)}
-        made: Tensor = self.adaptor.to(exit_cached.device)(entry, exit_cached, **own)
-        return made
+        own = {name: inputs[name] for name in ("time", "text", *self.adaptor.needs)}
+        output: Tensor = self.adaptor.to(exit_cached.device)(entry, exit_cached, **own)
+        return output
 
     def forget(self) -> None:
         """A trajectory is over."""

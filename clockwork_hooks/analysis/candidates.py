@@ -29,18 +29,18 @@ class Candidate:
         name: level, edge and share of the MACs; and the adaptor, unless it is the identity.
         region: the region, of a trace of the UNet.
         adaptor: stands in for it.
-        given: the adaptor as the caller named it; None for the identity.
+        argument: the adaptor as the caller named it; None for the identity.
     """
 
     name: str
     region: Region
     adaptor: Adaptor
-    given: AdaptorLike
+    argument: AdaptorLike
 
     @property
     def adaptor_name(self) -> str:
         """The adaptor's class, or "identity"."""
-        return "identity" if self.given is None else type(self.adaptor).__name__
+        return "identity" if self.argument is None else type(self.adaptor).__name__
 
 
 def candidates(
@@ -62,46 +62,46 @@ def candidates(
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     if not several:
         raise ArgumentError("something stands in for a region", seen={"adaptor": adaptor}, do="pass adaptor=None")
-    known = None if regions is None else _given(trace, unet, tuple(regions))
-    made: dict[str, Candidate] = {}
+    matches = None if regions is None else _matches(trace, unet, tuple(regions))
+    by_name: dict[str, Candidate] = {}
     for one in several:
-        given, used = None if is_identity(one) else one, resolve_adaptor(one)
-        for region in _regions(trace, unet, known, used, identity=given is None):
-            name = region_name(region) + ("" if given is None else f", {type(used).__name__}")
-            again = sum(key == name or key.startswith(f"{name} #") for key in made)
+        argument, used = None if is_identity(one) else one, resolve_adaptor(one)
+        for region in _regions(trace, unet, matches, used, identity=argument is None):
+            name = region_name(region) + ("" if argument is None else f", {type(used).__name__}")
+            again = sum(key == name or key.startswith(f"{name} #") for key in by_name)
             name = f"{name} #{again + 1}" if again else name
-            made[name] = Candidate(name, region, used, given)
-    return tuple(made.values())
+            by_name[name] = Candidate(name, region, used, argument)
+    return tuple(by_name.values())
 
 
-def _given(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
+def _matches(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
     if not chosen or not all(isinstance(region, Region) for region in chosen):
         raise ArgumentError(
             "candidates are regions of the UNet",
             seen={"regions": [type(region).__name__ for region in chosen] or "none"},
             do="pass some of ch.find_regions(unet, *args)",
         )
-    found = [match(trace, unet, region) for region in chosen]
-    if None in found:
+    matches = [match(trace, unet, region) for region in chosen]
+    if None in matches:
         raise ArgumentError(
             "candidates are regions of this UNet, as generate calls it",
-            seen={"not found": [r.line for r, f in zip(chosen, found, strict=True) if f is None]},
+            seen={"not found": [r.line for r, f in zip(chosen, matches, strict=True) if f is None]},
             do="pass some of ch.find_regions(unet, *args), found for this UNet",
         )
-    return tuple(region for region in found if region is not None)
+    return tuple(region for region in matches if region is not None)
 
 
 def _regions(
-    trace: Trace, unet: nn.Module, known: tuple[Region, ...] | None, adaptor: Adaptor, *, identity: bool
+    trace: Trace, unet: nn.Module, matches: tuple[Region, ...] | None, adaptor: Adaptor, *, identity: bool
 ) -> tuple[Region, ...]:
     if identity:
-        return known or regions_of(trace, unet)
-    if known is None:
+        return matches or regions_of(trace, unet)
+    if matches is None:
         region = choose(trace, unet, **stand_in.region_options(adaptor))
         stand_in.check_region(adaptor, region)
         return (region,)
     fitting, refused = [], None
-    for region in known:
+    for region in matches:
         try:
             stand_in.check_region(adaptor, region)
             fitting.append(region)

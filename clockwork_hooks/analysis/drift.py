@@ -86,8 +86,8 @@ class Drift(FieldReport):
                 seen={"clock": clock, "measured": f"2 to {len(self.errors[name]) + 1}"},
                 do="measure with clocks=(...) up to this one",
             )
-        found = ((s - 1) % clock for s in range(1, self.steps + 1))
-        return tuple(self.errors[name][age - 1][s] if age else None for s, age in enumerate(found))
+        ages = ((s - 1) % clock for s in range(1, self.steps + 1))
+        return tuple(self.errors[name][age - 1][s] if age else None for s, age in enumerate(ages))
 
     def table(self) -> Table:
         """A row a candidate: typical change and cosine, and for each clock the error at the exit and in the result."""
@@ -184,21 +184,21 @@ def measure_drift(
     """
     batches = check_runs(generate, conditions, seeds)
     check_clocks(clocks)
-    found = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
+    pairs = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches])
     effects: dict[str, dict[int, float]] = {}
     with ProgressBar(console) as bar:
-        task = bar.add_task("drift", total=len(runs.runs) + len(found) * len(clocks))
-        steps, series = follow(runs, found, max(clocks) - 1, lambda: bar.advance(task))
-        for one in found:
+        task = bar.add_task("drift", total=len(runs.runs) + len(pairs) * len(clocks))
+        steps, series = follow(runs, pairs, max(clocks) - 1, lambda: bar.advance(task))
+        for one in pairs:
             for clock in clocks:
                 bar.update(task, description=f"{one.name}, clock {clock}")
                 effects.setdefault(one.name, {})[clock] = runs.outcome(one, Schedule.every(clock)).error
                 bar.advance(task)
     return Drift(
-        regions={one.name: one.region.line for one in found},
-        shares={one.name: one.region.macs_share for one in found},
-        adaptors={one.name: one.adaptor_name for one in found},
+        regions={one.name: one.region.line for one in pairs},
+        shares={one.name: one.region.macs_share for one in pairs},
+        adaptors={one.name: one.adaptor_name for one in pairs},
         steps=steps,
         changes={name: one.changes for name, one in series.items()},
         cosines={name: one.cosines for name, one in series.items()},
@@ -212,8 +212,8 @@ def measure_drift(
 
 def _typical(values: Iterable[float | None]) -> float:
     """The median: the first steps may be off by many times what later ones are."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else 0.0
+    numbers = [value for value in values if value is not None]
+    return median(numbers) if numbers else 0.0
 
 
 def heat_map(drift: Drift) -> Figure:
@@ -232,8 +232,8 @@ def heat_map(drift: Drift) -> Figure:
     size = (min(14, 4.2 + 0.3 * drift.steps), 0.4 + len(panels) * (0.5 + 0.3 * len(names)))
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     cells = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    known = [value for _, rows in panels for row in rows for value in row if value] or [1.0]
-    scale = LogNorm(max(min(known), 1e-3 * max(known)), max(known), clip=True)
+    numbers = [value for _, rows in panels for row in rows for value in row if value] or [1.0]
+    scale = LogNorm(max(min(numbers), 1e-3 * max(numbers)), max(numbers), clip=True)
     extent = (0.5, drift.steps + 0.5, len(names), 0)
     for axes, (title, rows) in zip(cells, panels, strict=True):
         values = [[float("nan") if value is None else value for value in row] for row in rows]

@@ -240,8 +240,8 @@ def evaluate(
     batches, judges = list(conditions), list(metrics) or [Paired()]
     _check(batches, seeds, variants)
     tallies = [_Tally(PLAIN, Variant(), None)]
-    for name, given in variants.items():
-        variant = given if isinstance(given, Variant) else Variant(wrap=given)
+    for name, value in variants.items():
+        variant = value if isinstance(value, Variant) else Variant(wrap=value)
         tallies.append(_Tally(name, variant, None if variant.wrap is None else dict(variant.wrap)))
     with ProgressBar(console) as bar:
         task = bar.add_task("", total=len(seeds) * len(batches) * len(tallies))
@@ -260,8 +260,8 @@ def evaluate(
                     plain = images if plain is None else plain
                     bar.advance(task)
     better = {name: way for judge in judges for name, way in judge.better.items()}
-    found = tuple(_result(tally, judges, len(seeds)) for tally in tallies)
-    return Evaluation(found, better, _settings(found[0].images, seeds, unet))
+    results = tuple(_result(tally, judges, len(seeds)) for tally in tallies)
+    return Evaluation(results, better, _settings(results[0].images, seeds, unet))
 
 
 @torch.no_grad()

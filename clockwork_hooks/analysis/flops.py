@@ -234,14 +234,14 @@ class FlopsReport(Report):
         return tuple(sorted(rows, key=lambda row: -area.get(row.name, 0)))
 
     def _rows(self, name: Callable[[OperatorMacs], str]) -> tuple[MacsRow, ...]:
-        found: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {}
         for operator in self.operators:
-            sums = found.setdefault(name(operator), [0, 0, 0])
+            sums = by_name.setdefault(name(operator), [0, 0, 0])
             sums[0] += operator.macs
             sums[1] += 0 if operator.skipped else operator.macs
             sums[2] += 1
         with_region = self.region is not None
-        return tuple(MacsRow(key, full, kept if with_region else None, n) for key, (full, kept, n) in found.items())
+        return tuple(MacsRow(key, full, rest if with_region else None, n) for key, (full, rest, n) in by_name.items())
 
     # -- renderings ---------------------------------------------------------------------------------------------------
 
@@ -252,13 +252,13 @@ class FlopsReport(Report):
             ("By operator", "operator", self.by_operator()),
             ("By module", "module", self.by_module()),
         )
-        made = [self.table(), *(self._view(*view) for view in views)]
+        tables = [self.table(), *(self._view(*view) for view in views)]
         if self.uncounted:
             rows = [(item.operator, item.calls, ", ".join(item.modules[:3])) for item in self.uncounted]
             columns = ("operator", ">calls", "first modules")
             note = "These may multiply and accumulate; nothing here can count them, so all sums are lower bounds."
-            made.append(table("Not counted", columns, rows, notes=(note,)))
-        return tuple(made)
+            tables.append(table("Not counted", columns, rows, notes=(note,)))
+        return tuple(tables)
 
     def table(self) -> Table:
         """A full pass, an adaptor pass and the trajectory."""
@@ -444,8 +444,8 @@ def _count(
     counted: list[OperatorMacs] = []
     unknown: dict[str, list[str]] = {}
     for node in trace.nodes:
-        found = kind(node)
-        if found == "unknown":
+        operator_kind = kind(node)
+        if operator_kind == "unknown":
             unknown.setdefault(operator_name(node), []).append(node.meta["module"])
             continue
         here = node_macs(node, attention=attention, norms=norms)
@@ -453,7 +453,9 @@ def _count(
             continue
         index = node.meta["index"]
         space = levels.spatial.get(levels.at[index], ())
-        counted.append(OperatorMacs(operator_name(node), found, node.meta["module"], space, here, index in skipped))
+        counted.append(
+            OperatorMacs(operator_name(node), operator_kind, node.meta["module"], space, here, index in skipped)
+        )
     rows = (Uncounted(name, len(modules), tuple(dict.fromkeys(modules))) for name, modules in unknown.items())
     return tuple(counted), tuple(rows)
 
@@ -488,11 +490,11 @@ def _adaptor_macs(adaptor: Adaptor, region: Region, *, attention: bool, norms: s
             },
             do="build the adaptor for this region",
         ) from error
-    made = trace.outputs[0].meta["shape"] if trace.outputs else ()
-    if made != region.exit.shape:
+    sizes = trace.outputs[0].meta["shape"] if trace.outputs else ()
+    if sizes != region.exit.shape:
         raise AdaptorError(
             "an adaptor returns a tensor of the exit's shape",
-            seen={"exit": shape(region.exit.shape), "returned": shape(made)},
+            seen={"exit": shape(region.exit.shape), "returned": shape(sizes)},
             do="build the adaptor for this region",
         )
     return sum(node_macs(node, attention=attention, norms=norms) for node in trace.nodes)
@@ -524,9 +526,9 @@ def _boundary(region: Region, device: torch.device, adaptor: object) -> tuple[tu
     def zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(sizes, dtype=floating or dtype, device=device)
 
-    given = {name: zeros(sizes, region.cut_plan.ports[name].dtype) for name, sizes in region.inputs.items()}
+    tensors = {name: zeros(sizes, region.cut_plan.ports[name].dtype) for name, sizes in region.inputs.items()}
     exit = zeros(region.exit.shape, region.exit.dtype)
-    return (given.get("entry"), exit), {name: given.get(name) for name in ("time", "text")}
+    return (tensors.get("entry"), exit), {name: tensors.get(name) for name in ("time", "text")}
 
 
 @contextlib.contextmanager
@@ -547,28 +549,28 @@ def counting(unet: nn.Module) -> Iterator[list[int]]:
         >>> macs  # 16 positions of 3·3·3·8
         [3456]
     """
-    found: list[int] = []
-    running: list[Recorder] = []
+    macs: list[int] = []
+    recorders: list[Recorder] = []
     bind, paths = Binder(unet.forward), module_paths(unet)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = Recorder(unet, bind(args, kwargs), paths)
-        running.append(recorder)
+        recorders.append(recorder)
         recorder.start(args, kwargs, frame=sys._getframe(1))
 
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        recorder = running.pop()
+        recorder = recorders.pop()
         recorder.stop(output)
-        found.append(sum(map(node_macs, recorder.bindings.nodes)))
+        macs.append(sum(map(node_macs, recorder.bindings.nodes)))
 
     handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
         unet.register_forward_hook(end, with_kwargs=True),
     ]
     try:
-        yield found
+        yield macs
     finally:
-        for recorder in running:
+        for recorder in recorders:
             recorder.stop()
         for handle in handles:
             handle.remove()

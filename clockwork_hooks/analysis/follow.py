@@ -47,22 +47,22 @@ class Series:
 
 
 def follow(
-    runs: Runs, found: Sequence[Candidate], longest: int, tell: Callable[[], object]
+    runs: Runs, pairs: Sequence[Candidate], longest: int, tell: Callable[[], object]
 ) -> tuple[int, dict[str, Series]]:
     """Run all trajectories once with full passes; the results stay in `runs.plain`.
 
     Args:
         runs: the trajectories.
-        found: the candidates.
+        pairs: the candidates.
         longest: largest age.
         tell: called after each trajectory.
 
     Returns:
         Number of steps, and name → series.
     """
-    followers = [_Follower(runs.unet, one, longest) for one in found]
+    followers = [_Follower(runs.unet, one, longest) for one in pairs]
     steps, runs.plain = 0, []
-    with Watch(runs.unet, found[0].region) as watch, contextlib.ExitStack() as stack:
+    with Watch(runs.unet, pairs[0].region) as watch, contextlib.ExitStack() as stack:
         for follower in followers:
             stack.enter_context(follower.at(watch))
         for run in runs.runs:
@@ -72,7 +72,7 @@ def follow(
                 follower.last.clear()
             steps = max(steps, watch.step)
             tell()
-    return steps, {one.name: follower.series(steps) for one, follower in zip(found, followers, strict=True)}
+    return steps, {one.name: follower.series(steps) for one, follower in zip(pairs, followers, strict=True)}
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class _Before:
 
     step: int
     exit: Tensor
-    made: list[Tensor]  # after no adaptor step, after one, two, ...
+    adapted: list[Tensor]  # after no adaptor step, after one, two, ...
     entries: list[Tensor]  # of this step, of the one before, ...
     time: Tensor | None  # the UNet's raw time, ()
 
@@ -95,7 +95,7 @@ class _Follower:
         self.tracing: Pass | None = None
         self.last: dict[tuple[int, int], _Before] = {}
         self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
-        self.placed = candidate.given is None
+        self.placed = candidate.argument is None
 
     @contextlib.contextmanager
     def at(self, watch: Watch) -> Iterator[None]:
@@ -104,50 +104,52 @@ class _Follower:
         installed = Installed(self)
 
         try:
-            known = module_paths(self.unet)
-            installed.add(plan, {known[id(module)]: module for module in self.unet.modules()})
+            paths = module_paths(self.unet)
+            installed.add(plan, {paths[id(module)]: module for module in self.unet.modules()})
             self._watch = watch
             with watch.observed(self):
                 yield
         finally:
-            self.active.run = None
+            self.active.pass_ = None
             installed.remove()
 
     def before(self, call: UNetCall) -> None:
         """Look at the boundary in the call that is about to run."""
-        self.active.run = run = Pass(self.candidate.region.cut_plan, "full", copies=(0,), keeps_entry=True)
-        run.enter(call.args, call.kwargs)
+        self.active.pass_ = pass_ = Pass(self.candidate.region.cut_plan, "full", copies=(0,), keeps_entry=True)
+        pass_.enter(call.args, call.kwargs)
 
     def after(self, call: UNetCall, outcome: Outcome) -> None:
         """Sum up what was seen."""
-        run, self.active.run = self.active.run, None
-        if run is not None and run.complete():
-            self.add(self._watch, run, call.time)
+        pass_, self.active.pass_ = self.active.pass_, None
+        if pass_ is not None and pass_.complete():
+            self.add(self._watch, pass_, call.time)
 
-    def add(self, watch: Watch, run: Pass, position: Any) -> None:
+    def add(self, watch: Watch, pass_: Pass, position: Any) -> None:
         """One call, of which the pass has seen the boundary, at this time."""
-        exit, entry = run.exit, run.entry
+        exit, entry = pass_.exit, pass_.entry
         assert exit is not None  # the pass is complete
-        known = self.last.get(watch.branch)
-        here = known is not None and known.step == watch.step - 1 and known.exit.shape == exit.shape
-        made, entries = [exit], [] if entry is None else [entry]
-        if known is not None and here:
-            self._compare(watch.step, exit, known)
-        if known is not None and here and watch.usable:
-            captured = run.captured if entry is None else {**run.captured, "entry": entry}
-            for age, cached in enumerate(known.made[: self.longest], 1):
-                made.append(self._adapt(captured, cached, known, position))
-                self._sum("error", watch.step, age, (made[-1].float() - exit.float()).square(), exit.float().square())
-            for age, past in enumerate(known.entries[: self.longest], 1):
+        before = self.last.get(watch.branch)
+        here = before is not None and before.step == watch.step - 1 and before.exit.shape == exit.shape
+        adapted, entries = [exit], [] if entry is None else [entry]
+        if before is not None and here:
+            self._compare(watch.step, exit, before)
+        if before is not None and here and watch.usable:
+            captured = pass_.captured if entry is None else {**pass_.captured, "entry": entry}
+            for age, cached in enumerate(before.adapted[: self.longest], 1):
+                adapted.append(self._adapt(captured, cached, before, position))
+                self._sum(
+                    "error", watch.step, age, (adapted[-1].float() - exit.float()).square(), exit.float().square()
+                )
+            for age, past in enumerate(before.entries[: self.longest], 1):
                 self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
-            entries += known.entries
+            entries += before.entries
         time = None if position is None else stand_in.scalar(position, exit.device)
-        self.last[watch.branch] = _Before(watch.step, exit, made[: self.longest], entries[: self.longest], time)
+        self.last[watch.branch] = _Before(watch.step, exit, adapted[: self.longest], entries[: self.longest], time)
 
     def _adapt(self, captured: dict[str, Tensor], cached: Tensor, before: _Before, position: Any) -> Tensor:
         """What the adaptor makes of a cached exit; `before` is the step that it comes from, or was adapted in."""
         adaptor = self.candidate.adaptor
-        if not self.placed and isinstance(self.candidate.given, str):  # it is ours to move
+        if not self.placed and isinstance(self.candidate.argument, str):  # it is ours to move
             stand_in.place(adaptor, cached)
         self.placed = True
         where = {"region": self.candidate.region, "adaptor": adaptor}
@@ -156,8 +158,8 @@ class _Follower:
             inputs = stand_in.inputs(captured, cached, entry_cached, before.time, position)
             return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
 
-    def _compare(self, step: int, exit: Tensor, known: _Before) -> None:
-        now, then = exit.float(), known.exit.float()
+    def _compare(self, step: int, exit: Tensor, before: _Before) -> None:
+        now, then = exit.float(), before.exit.float()
         self._sum("change", step, 1, (now - then).square(), now.square())
         self._sum("cosine", step, 1, now * then, now.norm() * then.norm())
 

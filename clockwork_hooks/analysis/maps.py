@@ -55,8 +55,8 @@ class FeatureMap:
 
 def leaf_of(output: Any, k: int) -> Tensor | None:
     """The k-th leaf of what a module returned, if it is a tensor."""
-    found = [leaf for _, leaf in leaves(output)]
-    return found[k] if k < len(found) and isinstance(found[k], Tensor) else None
+    values = [leaf for _, leaf in leaves(output)]
+    return values[k] if k < len(values) and isinstance(values[k], Tensor) else None
 
 
 def find_maps(trace: Trace, unet: nn.Module) -> tuple[FeatureMap, ...]:
@@ -88,26 +88,26 @@ def region_name(region: Region) -> str:
     return f"level {region.level}{cut}, {region.macs_share:.1%} of MACs"
 
 
-def choose_maps(found: Sequence[FeatureMap], names: Iterable[str] | None) -> tuple[FeatureMap, ...]:
+def choose_maps(maps: Sequence[FeatureMap], names: Iterable[str] | None) -> tuple[FeatureMap, ...]:
     """Those of the maps that are named; all for None.
 
     Raises:
         ArgumentError: a name is no map's; lists those that are.
     """
     if names is None:
-        return tuple(found)
-    known = {one.name: one for one in found}
+        return tuple(maps)
+    by_name = {one.name: one for one in maps}
     wanted = [names] if isinstance(names, str) else list(names)
-    wrong = [name for name in wanted if name not in known]
+    wrong = [name for name in wanted if name not in by_name]
     if wrong or not wanted:
-        close = [match for name in wrong for match in get_close_matches(str(name), known, n=1)]
+        close = [match for name in wrong for match in get_close_matches(str(name), by_name, n=1)]
         raise ArgumentError(
             "maps are chosen by their names",
-            seen={"no such map": ", ".join(map(str, wrong)) or "none given", "maps": ", ".join(known)},
+            seen={"no such map": ", ".join(map(str, wrong)) or "none given", "maps": ", ".join(by_name)},
             do="pass {maps}",
-            arguments={"maps": close or list(known)[:1]},
+            arguments={"maps": close or list(by_name)[:1]},
         )
-    return tuple(known[name] for name in wanted)
+    return tuple(by_name[name] for name in wanted)
 
 
 class _Search:
@@ -118,20 +118,20 @@ class _Search:
         self.dom, self.levels = Dominance(trace), Levels(trace)
         # node → the innermost call that computes and returns it, and where among its outputs; a call that only hands it
         # on, as an `nn.Identity` on a shortcut does, is on one of its ways alone
-        self.made: dict[int, tuple[Any, int]] = {}
+        self.producers: dict[int, tuple[Any, int]] = {}
         for call in trace.calls:
             for k, (_, leaf) in enumerate(leaves(call.output)):
                 n = leaf.node.meta["index"] if isinstance(leaf, TensorSpec) else -1
                 if call.path and call.first <= n < call.last and self.dom.dep[n]:
-                    self.made[n] = (call, k)
-        self.at = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.made}
+                    self.producers[n] = (call, k)
+        self.at = {n: self.levels.positions(trace.nodes[n]) or 0 for n in self.producers}
         self.worked = self.levels.worked
 
     def maps(self) -> Iterator[FeatureMap]:
         if not self.worked:
             return
         bottom = self._bottleneck()
-        first = next((n for n in sorted(self.made) if is_spatial(self.trace.nodes[n])), None)
+        first = next((n for n in sorted(self.producers) if is_spatial(self.trace.nodes[n])), None)
         if first is not None:
             yield self._map("first", "first", first)
         for positions in self.worked[:-1]:
@@ -151,11 +151,11 @@ class _Search:
             if users:
                 change[u] += 1
                 change[max(users)] -= 1
-        found, now = [], 0
+        crossing, now = [], 0
         for n in range(count):
             now += change[n]
-            found.append(now)
-        return found
+            crossing.append(now)
+        return crossing
 
     def _bottleneck(self) -> int | None:
         """Of what whole blocks at the lowest level return, the last one that all skips go round."""
@@ -168,12 +168,14 @@ class _Search:
             for _, leaf in leaves(call.output)
             if isinstance(leaf, TensorSpec)
         }
-        low = [n for n in returned & self.made.keys() if self.at[n] == floor and self.dom.live[n]]
+        low = [n for n in returned & self.producers.keys() if self.at[n] == floor and self.dom.live[n]]
         return max(low, key=lambda n: (crossing[n], n), default=None)
 
     def _last_before(self, positions: int, bottom: int | None) -> int | None:
-        low = [n for n in self.made if self.at[n] == positions and self.dom.live[n] and (bottom is None or n < bottom)]
-        lower = [n for n in self.made if self.at[n] in self.worked and self.at[n] < positions]
+        low = [
+            n for n in self.producers if self.at[n] == positions and self.dom.live[n] and (bottom is None or n < bottom)
+        ]
+        lower = [n for n in self.producers if self.at[n] in self.worked and self.at[n] < positions]
         return max((n for n in low if not lower or n < min(lower)), default=None)
 
     def _exits(self) -> Iterator[FeatureMap]:
@@ -183,11 +185,11 @@ class _Search:
         except RegionNotFoundError:
             return
         for region in sorted({r.level: r for r in regions}.values(), key=lambda r: -r.level):
-            if region.exit.node in self.made:
+            if region.exit.node in self.producers:
                 yield self._map("up", "up", region.exit.node)
 
     def _map(self, word: str, kind: Kind, n: int) -> FeatureMap:
-        call, leaf = self.made[n]
+        call, leaf = self.producers[n]
         space = self.levels.resolution(self.trace.nodes[n]) or ()
         name = word if kind == "first" else f"{word} {shape(space)}"
         return FeatureMap(name, kind, str(call.path), call.ordinal, leaf, self.trace.nodes[n].meta["shape"], space)

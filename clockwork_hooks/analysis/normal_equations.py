@@ -168,9 +168,9 @@ class NormalEquations:
     def cut(self, weights: Tensor, ridge: float, basis: Tensor) -> Tensor:
         """Low-rank weights: of what is beyond gain and bias, what lies in the basis, (rank, C)."""
         gain = self._affine(ridge)
-        made = gain + (weights - gain) @ basis.T @ basis
-        made[0] = (self.cross[0] - self.gram[0, 1:] @ made[1:]) / self.gram[0, 0].clamp_min(1)
-        return made
+        low_rank = gain + (weights - gain) @ basis.T @ basis
+        low_rank[0] = (self.cross[0] - self.gram[0, 1:] @ low_rank[1:]) / self.gram[0, 0].clamp_min(1)
+        return low_rank
 
     def _gain(self, ridge: float) -> Tensor:
         own = 1 + torch.arange(self.shape.exit, device=self.gram.device)

@@ -98,7 +98,7 @@ class Plan(FieldReport):
         adaptor_name: "identity", or the adaptor's class.
         adaptor_folder: where a saved one was read from; None otherwise.
         adaptor: stands in for the region; None for the identity. Not in the JSON.
-        found: the region itself; None after `from_json`.
+        live_region: the region itself; None after `from_json`.
     """
 
     SCHEMA = "plan/1"
@@ -114,12 +114,12 @@ class Plan(FieldReport):
     adaptor_name: str = "identity"
     adaptor_folder: str | None = None
     adaptor: AdaptorLike = field(default=None, compare=False, repr=False)
-    found: Region | None = field(default=None, compare=False, repr=False)
+    live_region: Region | None = field(default=None, compare=False, repr=False)
 
     @property
     def region(self) -> Region | Choice:
         """The region; after `from_json`, how `wrap` finds it at the first call."""
-        return self.found or Choice(**self.choice, strict=True)
+        return self.live_region or Choice(**self.choice, strict=True)
 
     @property
     def schedule(self) -> Schedule:
@@ -133,12 +133,12 @@ class Plan(FieldReport):
 
     def pareto(self) -> tuple[Option, ...]:
         """The measured options that no other one beats in both saving and error, by saving."""
-        known = [option for option in self.options if option.measured is not None]
+        measured = [option for option in self.options if option.measured is not None]
         best = [
             one
-            for one in known
+            for one in measured
             if not any(
-                o.gain(self.weigh) >= one.gain(self.weigh) and o.error < one.error for o in known if o is not one
+                o.gain(self.weigh) >= one.gain(self.weigh) and o.error < one.error for o in measured if o is not one
             )
         ]
         return tuple(sorted(best, key=lambda option: option.gain(self.weigh)))
@@ -281,21 +281,21 @@ def plan(
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})
     regions = None if regions is None else tuple(regions)
     trace = first_call(unet, generate, batches[0], seeds[0])
-    found = candidates(trace, unet, regions, ready) if ready or not several else ()
+    pairs = candidates(trace, unet, regions, ready) if ready or not several else ()
     if len(ready) < len(several):
-        found += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))
+        pairs += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
     longest = longest or 2 * max(clocks)
     each = probes + len(clocks) * (5 if adaptive else 4)
     with ProgressBar(console) as bar:
-        task = bar.add_task("planning", total=len(runs.runs) + len(found) * each)
-        steps, series = follow(runs, found, longest, lambda: bar.advance(task))
+        task = bar.add_task("planning", total=len(runs.runs) + len(pairs) * each)
+        steps, series = follow(runs, pairs, longest, lambda: bar.advance(task))
 
         def tell(what: str) -> None:
             bar.update(task, advance=1, description=what)
 
-        planner = _Planner(runs, {one.name: one for one in found}, steps, weigh, longest, tell)
-        for one in found:
+        planner = _Planner(runs, {one.name: one for one in pairs}, steps, weigh, longest, tell)
+        for one in pairs:
             planner.clocks(one, clocks)
             planner.rules(one, clocks)
             planner.probe(one, series[one.name], probes)
@@ -320,9 +320,9 @@ def plan(
         fingerprint=region.fingerprint,
         model=region.model,
         adaptor_name=chosen.adaptor_name,
-        adaptor_folder=os.fspath(chosen.given) if isinstance(chosen.given, (str, os.PathLike)) else None,
-        adaptor=chosen.given,
-        found=region,
+        adaptor_folder=os.fspath(chosen.argument) if isinstance(chosen.argument, (str, os.PathLike)) else None,
+        adaptor=chosen.argument,
+        live_region=region,
     )
 
 
@@ -346,7 +346,7 @@ class _Calibrating:
     def again(self, one: Candidate, steps: Sequence[int]) -> Candidate:
         """The same, calibrated for these steps alone."""
         adaptor = self._solve(one.region, Schedule.at(steps))
-        return replace(one, adaptor=adaptor, given=adaptor)
+        return replace(one, adaptor=adaptor, argument=adaptor)
 
     def _solve(self, region: Region, schedule: Schedule | None) -> CalibratedAdaptor:
         seeds = itertools.count(2_000_003)
@@ -434,14 +434,14 @@ class _Planner:
         for option in self.sets[one.name]:
             if len(option.steps) in counts:
                 self.measured(option)
-        found = (threshold_for(series.entries, count, self.longest) for count in counts if adaptive)
-        for threshold in dict.fromkeys(value for value in found if value is not None):
+        thresholds = (threshold_for(series.entries, count, self.longest) for count in counts if adaptive)
+        for threshold in dict.fromkeys(value for value in thresholds if value is not None):
             self.tell(f"{one.name}, adaptive")
-            made = Option(one.name, "adaptive", (), 0.0, threshold=float(f"{threshold:.4g}"), longest=self.longest)
-            outcome = self.runs.outcome(one, made.schedule)
+            option = Option(one.name, "adaptive", (), 0.0, threshold=float(f"{threshold:.4g}"), longest=self.longest)
+            outcome = self.runs.outcome(one, option.schedule)
             steps, timed = self.steps * outcome.adaptor_passes / outcome.calls, self.shares[one.name][1]
             saved_ms = None if timed is None else timed * steps
-            self.options.append(replace(made, saved=outcome.saved, measured=outcome.error, saved_ms=saved_ms))
+            self.options.append(replace(option, saved=outcome.saved, measured=outcome.error, saved_ms=saved_ms))
 
     def _option(self, name: str, kind: str, chosen: tuple[int, ...], predicted: float | None) -> Option:
         share, timed = self.shares[name]
@@ -451,24 +451,24 @@ class _Planner:
     def measured(self, option: Option) -> Option:
         """The option with its error, measured once."""
         same = [o for o in self.options if (o.region, o.steps) == (option.region, option.steps)]
-        known = next((o for o in same if o.kind == "planned"), None)
-        if known is not None:
-            return known
+        planned = next((o for o in same if o.kind == "planned"), None)
+        if planned is not None:
+            return planned
         self.tell(f"{option.region}, {len(option.steps)} adaptor steps")
         if same:  # a clock has these very steps
-            made = replace(option, measured=same[0].measured, saved=same[0].saved)
+            measured = replace(option, measured=same[0].measured, saved=same[0].saved)
         else:
-            found = self.runs.outcome(self.candidates[option.region], option.schedule)
-            made = replace(option, measured=found.error, saved=found.saved)
-        self.options.append(made)
-        return made
+            outcome = self.runs.outcome(self.candidates[option.region], option.schedule)
+            measured = replace(option, measured=outcome.error, saved=outcome.saved)
+        self.options.append(measured)
+        return measured
 
     @property
     def everything(self) -> tuple[Option, ...]:
         """What was measured; and the planned sets of all other sizes, with the error that is predicted."""
-        known = {(option.region, option.steps) for option in self.options if option.kind == "planned"}
+        measured = {(option.region, option.steps) for option in self.options if option.kind == "planned"}
         sets = (option for sets in self.sets.values() for option in sets)
-        return (*self.options, *(option for option in sets if (option.region, option.steps) not in known))
+        return (*self.options, *(option for option in sets if (option.region, option.steps) not in measured))
 
     @property
     def fixed(self) -> list[Option]:
@@ -524,13 +524,13 @@ def _shares(outcome: Outcome, steps: int) -> tuple[float, float | None]:
 
 
 def _check(max_error: object, min_saving: object, weigh: object, probes: object, longest: object) -> None:
-    given = {"max_error": max_error, "min_saving": min_saving}
+    budgets = {"max_error": max_error, "min_saving": min_saving}
     if (max_error is None) == (min_saving is None):
-        either = dict.fromkeys(given)
+        either = dict.fromkeys(budgets)
         raise ArgumentError(
-            "a plan has one budget", seen=given, do="pass {max_error} or {min_saving}", arguments=either
+            "a plan has one budget", seen=budgets, do="pass {max_error} or {min_saving}", arguments=either
         )
-    for name, value in given.items():
+    for name, value in budgets.items():
         if value is not None:
             share(name, value, example=0.3, ends=False)
     if weigh not in ("MACs", "ms"):

@@ -176,9 +176,9 @@ def measure_robustness(
                 for (k, seed), before in zip(cells, plain, strict=True):
                     bar.update(task, description=f"{one.name}, from step {start}")
                     with watch.trajectory(), _disturbed(unet, one, start, watch, alpha, statistics, seeds[seed]):
-                        made = final(unet, generate, batches[k], seeds[seed])
-                    sums[one.name, start] += float((made.float() - before.float()).flatten(1).norm(dim=1).sum())
-                    pictures.setdefault((one.name, start), made[0].float().cpu())
+                        result = final(unet, generate, batches[k], seeds[seed])
+                    sums[one.name, start] += float((result.float() - before.float()).flatten(1).norm(dim=1).sum())
+                    pictures.setdefault((one.name, start), result[0].float().cpu())
                     bar.advance(task)
     samples = sum(map(len, plain))
     return Robustness(
@@ -223,13 +223,13 @@ def _disturbed(
         if counts["root"] != watch.calls:
             counts.update(root=watch.calls, call=0)
         ordinal, counts["call"] = counts["call"], counts["call"] + 1
-        found = leaf_of(output, one.leaf)
-        if ordinal != one.call or watch.step < start or found is None:
+        feature = leaf_of(output, one.leaf)
+        if ordinal != one.call or watch.step < start or feature is None:
             return None
-        generator = torch.Generator(found.device).manual_seed(1_000_003 * (seed + 1) + watch.calls)
-        noise = torch.randn(found.shape, generator=generator, device=found.device, dtype=torch.float32)
-        made = disturb(found.float(), alpha, statistics, noise).to(found.dtype)
-        return map_leaves(lambda leaf: made if leaf is found else leaf, output)
+        generator = torch.Generator(feature.device).manual_seed(1_000_003 * (seed + 1) + watch.calls)
+        noise = torch.randn(feature.shape, generator=generator, device=feature.device, dtype=torch.float32)
+        disturbed = disturb(feature.float(), alpha, statistics, noise).to(feature.dtype)
+        return map_leaves(lambda leaf: disturbed if leaf is feature else leaf, output)
 
     handle = unet.get_submodule(one.path).register_forward_hook(hook)
     try:
@@ -248,11 +248,11 @@ def _check(alpha: object, statistics: object) -> None:
         )
 
 
-def _starts(given: Iterable[int] | None, steps: int) -> tuple[int, ...]:
-    if given is None:
+def _starts(first_steps: Iterable[int] | None, steps: int) -> tuple[int, ...]:
+    if first_steps is None:
         stride = max(1, round(steps / 10))
         return tuple(range(1, steps + 1, stride))
-    starts: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
+    starts: tuple[Any, ...] = tuple(first_steps) if isinstance(first_steps, Iterable) else (first_steps,)
     wrong = [k for k in starts if not is_whole(k, 1, steps)]
     if wrong or not starts:
         raise ArgumentError(

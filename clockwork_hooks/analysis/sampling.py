@@ -71,8 +71,8 @@ def check_clocks(clocks: Sequence[int]) -> None:
     Raises:
         ArgumentError: one is not, or there is none.
     """
-    given = clocks if isinstance(clocks, Sequence) else ()
-    if not given or not all(is_whole(clock, 2) for clock in given):
+    values = clocks if isinstance(clocks, Sequence) else ()
+    if not values or not all(is_whole(clock, 2) for clock in values):
         raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 
 
@@ -109,15 +109,15 @@ def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
         ArgumentError: it returns something else.
     """
     with torch.no_grad():
-        made = generate(batch, seed)
-    if not isinstance(made, Tensor) or made.ndim < 2 or not made.is_floating_point():
-        seen = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+        result = generate(batch, seed)
+    if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
+        seen = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
         raise ArgumentError(
             "generate(batch, seed) returns one tensor of floats, samples first",
             seen={"returned": seen},
             do="return the pictures, or the last latents",
         )
-    return made.detach()
+    return result.detach()
 
 
 def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
@@ -126,14 +126,14 @@ def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Ten
     Raises:
         ArgumentError: it is not finite: errors could not be told.
     """
-    made = final(unet, generate, batch, seed)
-    if not bool(made.isfinite().all()):
+    result = final(unet, generate, batch, seed)
+    if not bool(result.isfinite().all()):
         raise ArgumentError(
             "results are finite numbers without adaptor passes",
-            seen={"seed": seed, "not finite": f"{int((~made.isfinite()).sum())} of {made.numel()} values"},
+            seen={"seed": seed, "not finite": f"{int((~result.isfinite()).sum())} of {result.numel()} values"},
             do="mend the sampler, or its dtype, first",
         )
-    return made
+    return result
 
 
 class Watch:
@@ -246,7 +246,7 @@ class Runs:
         """Run all trajectories with this adaptor on this schedule."""
         if not self.plain:
             self.plain = [reference(self.unet, self.generate, *run) for run in self.runs]
-        adaptor = candidate.given if isinstance(candidate.given, (str, os.PathLike)) else candidate.adaptor
+        adaptor = candidate.argument if isinstance(candidate.argument, (str, os.PathLike)) else candidate.adaptor
         errors = []
         with wrap(self.unet, adaptor, region=candidate.region, schedule=schedule) as cw:
             with self._times(cw) as times:
@@ -261,7 +261,7 @@ class Runs:
     @contextlib.contextmanager
     def _times(self, cw: ClockworkWrapper) -> Iterator[dict[bool, list[float]]]:
         """Milliseconds of every call, by whether it used the adaptor; the wrapper's own work is part of them."""
-        found: dict[bool, list[float]] = {False: [], True: []}
+        times: dict[bool, list[float]] = {False: [], True: []}
         begun = (0.0, 0)
         device = next((tensor.device for tensor in self.unet.parameters()), torch.device("cpu"))
 
@@ -270,22 +270,22 @@ class Runs:
             begun = (now(device), cw.stats.adaptor_passes)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            found[cw.stats.adaptor_passes > begun[1]].append(1000 * (now(device) - begun[0]))
+            times[cw.stats.adaptor_passes > begun[1]].append(1000 * (now(device) - begun[0]))
 
         if not self.timed:
-            yield found
+            yield times
             return
         handles = [self.unet.register_forward_pre_hook(before, prepend=True), self.unet.register_forward_hook(after)]
         try:
-            yield found
+            yield times
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def relative_error(made: Tensor, reference: Tensor) -> Tensor:
+def relative_error(result: Tensor, reference: Tensor) -> Tensor:
     """‖made - reference‖ / ‖reference‖ of each sample, (B,), on the CPU; infinite where it is no number."""
-    return relative_l2(made.float(), reference.float()).nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
+    return relative_l2(result.float(), reference.float()).nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
 
 
 def _typical(times: Sequence[float]) -> float:

@@ -43,13 +43,13 @@ def adaptive_steps(entries: Sequence[Sequence[float | None]], threshold: float, 
         >>> adaptive_steps([(None, 0.1, 0.1, 0.3, 0.1), (None, None, 0.2, 0.4, 0.3)], threshold=0.25, longest=2)
         (2, 3, 5)
     """
-    found, age = [], 0
+    steps, age = [], 0
     for step in range(2, len(entries[0]) + 1):
         moved = entries[age][step - 1] if age < min(longest, len(entries)) else None
         age = age + 1 if moved is not None and moved <= threshold else 0
         if age:
-            found.append(step)
-    return tuple(found)
+            steps.append(step)
+    return tuple(steps)
 
 
 def threshold_for(entries: Sequence[Sequence[float | None]], count: int, longest: int) -> float | None:
@@ -103,11 +103,11 @@ class Sensitivity:
 
     def weight(self, step: int) -> float:
         """At any step, on a logarithmic scale between the probes."""
-        known = sorted(self.weights)
-        if step <= known[0] or step >= known[-1]:
-            return self.weights[known[0] if step <= known[0] else known[-1]]
-        high = next(s for s in known if s >= step)
-        low = max(s for s in known if s <= step)
+        probes = sorted(self.weights)
+        if step <= probes[0] or step >= probes[-1]:
+            return self.weights[probes[0] if step <= probes[0] else probes[-1]]
+        high = next(s for s in probes if s >= step)
+        low = max(s for s in probes if s <= step)
         if high == low:
             return self.weights[high]
         share = (step - low) / (high - low)
@@ -138,9 +138,9 @@ class Sensitivity:
                     _keep(after, (age + 1, count + 1), (cost + more, (*chosen, step)))
             states = after
         least: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for (_, count), found in states.items():
+        for (_, count), state in states.items():
             if count:
-                _keep(least, count, found)
+                _keep(least, count, state)
         return [frozenset(least[count][1]) for count in sorted(least)]
 
     def _squared(self, step: int, age: int) -> float:
@@ -148,6 +148,6 @@ class Sensitivity:
         return math.inf if off is None else float(self.weight(step) * off) ** 2
 
 
-def _keep(table: dict[Any, tuple[float, tuple[int, ...]]], key: Any, found: tuple[float, tuple[int, ...]]) -> None:
-    if key not in table or found < table[key]:
-        table[key] = found
+def _keep(table: dict[Any, tuple[float, tuple[int, ...]]], key: Any, one: tuple[float, tuple[int, ...]]) -> None:
+    if key not in table or one < table[key]:
+        table[key] = one

@@ -63,7 +63,7 @@ def tune(
         batches = [prompts[at : at + batch] for at in range(0, len(prompts), batch)]
         scale, log_snr = scale or GUIDANCE, load_demo().scheduler()
     folder = Path(out)
-    with _kept(folder) as trials:
+    with _interruptible(folder) as trials:
         cw = find(
             sampler.unet, batches, generate=sampler.generate, saving=saving, guidance=scale, log_snr=log_snr,
             on_trial=trials.append,
@@ -76,7 +76,7 @@ def tune(
 
 
 @contextmanager
-def _kept(folder: Path) -> Iterator[list[Trial]]:
+def _interruptible(folder: Path) -> Iterator[list[Trial]]:
     """The trials that come; where they are interrupted, they are written, and what is kept is said."""
     trials: list[Trial] = []
     try:

@@ -28,7 +28,7 @@ from torch import nn
 from clockwork_hooks._tree import version
 from clockwork_hooks.graph.arguments import is_number
 
-__all__ = ["FORM", "Conditions", "Given", "Seen"]
+__all__ = ["FORM", "Conditions", "Seen", "Snapshot"]
 
 _LARGEST_COPY = 1 << 22  # elements
 _MOST_PARTS = 4096
@@ -172,7 +172,7 @@ class _Unknown:
 FORM = _Value(type(None), "the time in another form")
 
 
-class Given:
+class Snapshot:
     """An object as it was given to a call, though the call may have written to it since."""
 
     __slots__ = ("_version", "parts", "value")
@@ -195,7 +195,7 @@ class Given:
 
 
 def _object(value: Any) -> Any:
-    return value.value if type(value) is Given else value
+    return value.value if type(value) is Snapshot else value
 
 
 class _NoOrderError(Exception):
@@ -212,7 +212,7 @@ def _parts(values: Sequence[Any]) -> list[list[Any]]:
     for value in values:
         if type(value) is torch.Tensor and not value.__dict__:
             parts.append([value])  # nearly always
-        elif type(value) is Given:
+        elif type(value) is Snapshot:
             parts.append(value.parts)
         else:
             parts.append(_parts_of(value))

@@ -27,7 +27,7 @@ class State:
     Attributes:
         timeline: steps, branches and their features.
         reader: reads the time input.
-        running: the calls under way, innermost last; None for a call within a call.
+        calls: the calls under way, innermost last; None for a call within a call.
         decided: where the schedule decides at run time, ((trajectory, step), why it is full or None) of the last step
             that was decided.
         thread: which one used it last.
@@ -36,7 +36,7 @@ class State:
 
     timeline: Timeline
     reader: TimeReader = field(default_factory=TimeReader)
-    running: list[Any] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
     decided: tuple[tuple[int, int], str | None] = ((0, 0), None)
     thread: int = 0
     sampler: SamplerSteps | None = None
@@ -72,7 +72,7 @@ class States:
     def current(self) -> State:
         """The state of this call, made on first use."""
         extra = self._local.extra
-        if extra is not None and extra.running:
+        if extra is not None and extra.calls:
             return extra
         if not self.blocks:
             return self.thread_or_task()
@@ -81,11 +81,11 @@ class States:
         if state is None:
             state = self.thread_or_task()
             state.timeline.unsure = unsure
-        elif state.running and state.thread != get_ident():
+        elif state.calls and state.thread != get_ident():
             state.timeline.reset()  # calls of one trajectory at the same time have no order
             state = self._local.extra = self._local.extra or self._make()
             state.timeline.reset()
-        if not state.running:
+        if not state.calls:
             state.thread = get_ident()
         state.timeline.names[:] = [block.name for block in blocks if block.name is not None]
         return state

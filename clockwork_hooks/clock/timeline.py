@@ -24,11 +24,11 @@ from clockwork_hooks.clock.forms import TimeForms, may_be_form
 from clockwork_hooks.clock.mixed import MixedTimes
 from clockwork_hooks.clock.times import Place
 
-__all__ = ["Branch", "Call", "Kept", "Position", "Timeline"]
+__all__ = ["Branch", "Call", "Feature", "Position", "Timeline"]
 
 
 @dataclass(slots=True)  # frozen would take 1 µs more at every call, of some 300
-class Kept:
+class Feature:
     """What the region emitted in a call; never changed once it is kept.
 
     Attributes:
@@ -64,20 +64,20 @@ class Call:
 
     Attributes:
         offset: entries of the list of times from the step's first call to this one; 0 where there is no list.
-        kept: for the same call of the step after it; None if nothing may be used.
+        feature: for the same call of the step after it; None if nothing may be used.
         missing: why there is none.
         inner: the same for the regions inside of that one that have clocks of their own.
     """
 
     offset: int = 0
-    kept: Kept | None = None
+    feature: Feature | None = None
     missing: str = reasons.NOT_KEPT
     inner: tuple[Call, ...] = ()
 
-    def take(self) -> Kept | None:
+    def take(self) -> Feature | None:
         """What was kept, which is let go: it serves once."""
-        kept, self.kept = self.kept, None
-        return kept
+        feature, self.feature = self.feature, None
+        return feature
 
 
 @dataclass(slots=True, eq=False)
@@ -118,9 +118,9 @@ class Branch:
     def nbytes(self) -> int:
         """Memory that it holds: features, each storage once, and copies of conditions."""
         calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
-        kept = [call.kept.exit for call in calls if call.kept is not None]
-        kept += [call.kept.entry for call in calls if call.kept is not None and call.kept.entry is not None]
-        storages = map(torch.Tensor.untyped_storage, kept)
+        tensors = [call.feature.exit for call in calls if call.feature is not None]
+        tensors += [call.feature.entry for call in calls if call.feature is not None and call.feature.entry is not None]
+        storages = map(torch.Tensor.untyped_storage, tensors)
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def enter(self, step: int, *, declared: bool, placed: bool = False) -> None:
@@ -326,14 +326,14 @@ class Timeline:
         if self._calls > _MOST_CALLS:
             self.branches.clear()
             return self.nowhere(reasons.CROWDED)
-        given, conditions = conditions, self._without_forms(time, paths, conditions, unread)
+        originals, conditions = conditions, self._without_forms(time, paths, conditions, unread)
         branch, changed = self._branch(conditions, key)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
         if conditions and branch.seen.renewed(conditions) and not branch.names:
             if self._calls == 1:
                 self._begin_again(time, place)
-                return self.at(time, place, given, has_time=has_time, paths=paths, unread=unread, key=key)
+                return self.at(time, place, originals, has_time=has_time, paths=paths, unread=unread, key=key)
             self._doubt = reasons.RENEWED  # calls of this step have been counted already
         here = self.mark if self.declared else place
         call, ordinal = Call(here.index - self._start.index if here and self._start else 0), len(branch.calls)

@@ -252,8 +252,8 @@ class DemoModel:
         latents: Tensor = noise * solver.init_noise_sigma
         for number, t in enumerate(solver.timesteps):
             both = solver.scale_model_input(torch.cat([latents, latents]), t).to(hidden.dtype)
-            plain, told = run(both, t, encoder_hidden_states=hidden).sample.float().chunk(2)
-            latents = solver.step(plain + guidance * (told - plain), t, latents).prev_sample
+            plain, guided = run(both, t, encoder_hidden_states=hidden).sample.float().chunk(2)
+            latents = solver.step(plain + guidance * (guided - plain), t, latents).prev_sample
             if callback is not None:
                 callback(number, int(t), latents)
         return latents

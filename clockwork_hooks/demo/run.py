@@ -113,7 +113,7 @@ class DemoResult(Report):
             for row in self.rows
         ]
         settings = self.settings
-        made = settings["calibration"]
+        calibration = settings["calibration"]
         notes: tuple[str, ...] = (
             f"{count(len(settings['prompts']), 'prompt')}, {count(settings['steps'], 'DPM++ step')}, guidance "
             f"{settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention products "
@@ -124,9 +124,9 @@ class DemoResult(Report):
             "at these steps, corrected by a linear adaptor."
             if settings["clock"] > 1
             else "Clock 1: every step is full.",
-            f"Calibrated just now: {made['kind']}, from {made['captions']} captions that are not drawn here, in "
-            f"{made['seconds']:.1f} s. No training."
-            if made
+            f"Calibrated just now: {calibration['kind']}, from {calibration['captions']} captions that are not drawn "
+            f"here, in {calibration['seconds']:.1f} s. No training."
+            if calibration
             else "",
             "Attributes right: the colours, shapes, sizes and places of the captions that a classifier finds. Time: "
             "the better of two rounds; other work on this machine changes it, and not the MACs.",
@@ -203,7 +203,7 @@ def demo(
     times: dict[str, list[float]] = {}
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
-    made: CalibratedAdaptor | None = None
+    adaptor: CalibratedAdaptor | None = None
     with ProgressBar(console) as bar:
         skips = spread.bounds(steps)[0] < steps
         task = bar.add_task("calibrating", total=steps * (3 + 4 * ROUNDS if skips else 1 + 3 * ROUNDS))
@@ -216,9 +216,9 @@ def demo(
 
         model.sample(texts[:1], steps=steps, callback=tick("warming up"))  # first calls are slower
         if skips:
-            made = _calibrated(model, steps, spread, region, tick("calibrating"))
+            adaptor = _calibrated(model, steps, spread, region, tick("calibrating"))
         ways: dict[str, tuple[Any, Schedule] | None] = {PLAIN: None, DEEPCACHE: (None, plain), IDENTITY: (None, spread)}
-        ways |= {CALIBRATED: (made, spread)} if made is not None else {}
+        ways |= {CALIBRATED: (adaptor, spread)} if adaptor is not None else {}
         for name in list(ways) * ROUNDS:
 
             def sample(name: str = name) -> None:
@@ -235,8 +235,8 @@ def demo(
     rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
     settings = _settings(texts, steps, clock, seed)
     settings |= {"every": plain.preview(steps), "spread": spread.preview(steps), "calibration": None}
-    if made is not None:
-        report = made.report
+    if adaptor is not None:
+        report = adaptor.report
         settings["calibration"] = {"kind": report.kind, "captions": CAPTIONS, "seconds": report.seconds}
     result = DemoResult(rows, images, region.line, settings, folder)
     _write(result)

@@ -89,9 +89,9 @@ def check_region(region: Any, unet: nn.Module) -> None:
             seen={"region": type(region).__name__},
             do="pass region=ch.find_region(unet, *args, level=1)",
         )
-    known = set(module_paths(unet).values())
+    paths = set(module_paths(unet).values())
     needed = (*region.cut_plan.counts, *(port.path for port in region.cut_plan.ports.values()))
-    missing = [path for path in dict.fromkeys(needed) if path not in known]
+    missing = [path for path in dict.fromkeys(needed) if path not in paths]
     if missing:
         raise ArgumentError(
             "a region fits the UNet that it was found for",
@@ -113,10 +113,10 @@ _DECIDES = {
 
 def check_alone(name: str, value: object, others: Mapping[str, object]) -> None:
     """Raise `ArgumentError` if options are given that this one, where it is given, decides; None is not given."""
-    given = {other: repr(one)[:80] for other, one in others.items() if one is not None}
-    if value is not None and given:
+    seen = {other: repr(one)[:80] for other, one in others.items() if one is not None}
+    if value is not None and seen:
         raise ArgumentError(
-            _DECIDES[name], seen={name: repr(value)[:80], **given}, do=f"pass {name}= without {', '.join(given)}"
+            _DECIDES[name], seen={name: repr(value)[:80], **seen}, do=f"pass {name}= without {', '.join(seen)}"
         )
 
 
@@ -135,14 +135,14 @@ def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
 
 def _check_names(options: Mapping[str, Any]) -> None:
     """Raise `ArgumentError` if `wrap` has no such option, with the one that has nearly that name."""
-    known = [*inspect.signature(wrap).parameters, *ChoiceOptions.__annotations__]
-    known = [name for name in known if name not in ("unet", "options")]
+    names = [*inspect.signature(wrap).parameters, *ChoiceOptions.__annotations__]
+    names = [name for name in names if name not in ("unet", "options")]
     for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
             raise ArgumentError(
                 "wrap has options of known names",
-                seen={"no such option": name, "options": ", ".join(known)},
+                seen={"no such option": name, "options": ", ".join(names)},
                 do=f"pass {near[0]}=" if near else "pass some of these",
             )
 
@@ -281,14 +281,14 @@ def wrap(
         region, schedule, adaptor = plan_parts(plan)
     if clock is not None:
         check_clock(clock)
-    kept = check_keep(unet, keep)
+    keep_paths = check_keep(unet, keep)
     if reuse not in _OLDEST:
         raise ArgumentError(
             "a feature is reused in the step after its own, or in the next step of the same condition",
             seen={"reuse": repr(reuse)},
             do='pass reuse="step before" or reuse="same condition"',
         )
-    told: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "oldest": _OLDEST[reuse],
         "time": time,
         "check_finite": check_finite,
@@ -304,10 +304,10 @@ def wrap(
     if clocks is not None:
         chain = _chain(unet, clocks, adaptor, cut)
         for clocked in chain:
-            clocked.keep = kept
+            clocked.keep = keep_paths
         if all(clocked.clock == 1 for clocked in chain):
             warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-        return _answering(ClockworkWrapper(unet, Engine(unet, chain, **told)), optimized)
+        return _answering(ClockworkWrapper(unet, Engine(unet, chain, **shared)), optimized)
     if isinstance(adaptor, Mapping):
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
@@ -321,17 +321,17 @@ def wrap(
     used = resolve_adaptor(adaptor)
     steps = None if schedule is None else Schedule.of(schedule)
     if steps is None:
-        own = stand_in.made_for(used)[0] if clock is None else None
+        own = stand_in.schedule_of(used)[0] if clock is None else None
         steps = own or Schedule.every(2 if clock is None else clock)
     stand_in.check_schedule(used, steps)
     if region is not None:
         stand_in.check_region(used, region)
     elif choice == Choice():
         choice = Choice(**stand_in.region_options(used))
-    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor, keep=kept)
+    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor, keep=keep_paths)
     if region is not None:
         alone.region = region
-    engine = Engine(unet, [alone], keep_graph=keep_graph, **told)
+    engine = Engine(unet, [alone], keep_graph=keep_graph, **shared)
     return _answering(ClockworkWrapper(unet, engine), optimized)
 
 
@@ -356,7 +356,7 @@ def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -
     adaptors = adaptor if isinstance(adaptor, Mapping) else dict.fromkeys(clocks, adaptor)
     if unknown := [key for key in adaptors if key not in clocks]:
         raise ArgumentError("adaptors are for the regions of clocks=", seen={"others": unknown}, do="use the same keys")
-    made = []
+    chain = []
     for key, clock in clocks.items():
         check_clock(clock)
         if isinstance(key, Region):
@@ -369,5 +369,5 @@ def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -
             wanted, name = Choice(level=key, cut=cut), f"level {key}"
         used = resolve_adaptor(adaptors.get(key))
         movable = used is not adaptors.get(key)
-        made.append(ClockedRegion(wanted, Schedule.every(clock), used, movable, name, clock))
-    return made
+        chain.append(ClockedRegion(wanted, Schedule.every(clock), used, movable, name, clock))
+    return chain

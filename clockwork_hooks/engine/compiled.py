@@ -27,7 +27,7 @@ from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
 from clockwork_hooks.errors import CompileError
 
 if TYPE_CHECKING:
-    from clockwork_hooks.clock.timeline import Kept
+    from clockwork_hooks.clock.timeline import Feature
     from clockwork_hooks.engine.engine import Engine, UNetCall
 
 __all__ = ["Compiled", "Static"]
@@ -53,13 +53,13 @@ class Compiled:
         self._static: dict[tuple[Any, ...], Static] = {}
         self._lock = threading.Lock()
 
-    def ready(self, call: UNetCall, run: Pass) -> bool:
+    def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """The first adaptor pass of a signature runs as it is: its MACs are counted and its output is checked."""
         if call.signature is None:
             return False
-        return run.kind == "full" or call.signature.regions[run.plan.index].adaptor_macs is not None
+        return pass_.kind == "full" or call.signature.regions[pass_.plan.index].adaptor_macs is not None
 
-    def run(self, call: UNetCall, run: Pass, kept: Kept | None) -> Outcome:
+    def run(self, call: UNetCall, pass_: Pass, feature: Feature | None) -> Outcome:
         """Run a pass as its static callable does.
 
         Raises:
@@ -68,12 +68,12 @@ class Compiled:
         """
         args, kwargs = with_tensor_time(call)
         cached: Cached = (None, None, None)
-        if run.kind == "adaptor" and kept is not None:
-            cached = kept.exit, kept.entry, kept.position
-        outcome = self.launch(call, run, args, kwargs, cached)
-        exit, finite = outcome.exits.get(run.plan.index), self.engine.check_finite
+        if pass_.kind == "adaptor" and feature is not None:
+            cached = feature.exit, feature.entry, feature.position
+        outcome = self.launch(call, pass_, args, kwargs, cached)
+        exit, finite = outcome.exits.get(pass_.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
-            adaptor = self.engine.chain[run.plan.index].adaptor
+            adaptor = self.engine.chain[pass_.plan.index].adaptor
             where = {"step": call.place and call.place.step, "adaptor": adaptor}
             stand_in.check(exit.exit, cached[0], finite=finite, where=where)
         return outcome
@@ -84,14 +84,14 @@ class Compiled:
             self._static.clear()
 
     def launch(
-        self, call: UNetCall, run: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
+        self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
         """Compile the pass if need be, and run it."""
-        key = (call.key, run.plan.index, run.kind, frozenset(run.copies))
+        key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies))
         with self._lock:
             static = self._static.get(key)
             if static is None:
-                static = self._static[key] = torch.compile(self._make(call, run), fullgraph=True, **self.options)
+                static = self._static[key] = torch.compile(self._make(call, pass_), fullgraph=True, **self.options)
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -104,7 +104,7 @@ class Compiled:
                 raise
             raise CompileError(
                 "a compiled UNet is one graph, for full passes and for adaptor passes",
-                seen={"pass": run.kind, "error": str(error).strip().split("\n", 1)[0]},
+                seen={"pass": pass_.kind, "error": str(error).strip().split("\n", 1)[0]},
                 do='read the cause above; or call cw.compile(mode="cudagraphs"), which needs no graph of operators',
             ) from error
         finally:
@@ -113,11 +113,11 @@ class Compiled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
             entry = None if entry is None else entry.clone()
-        return outcome_of(run, output, exits, entry, complete=complete)
+        return outcome_of(pass_, output, exits, entry, complete=complete)
 
-    def _make(self, call: UNetCall, run: Pass) -> Static:
-        engine, adaptor, forward = self.engine, self.engine.chain[run.plan.index].adaptor, call.forward
-        kind = run.kind
+    def _make(self, call: UNetCall, pass_: Pass) -> Static:
+        engine, adaptor, forward = self.engine, self.engine.chain[pass_.plan.index].adaptor, call.forward
+        kind = pass_.kind
         position = time_leaf(call) if "position" in needs_of(adaptor) else None
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached) -> Any:
@@ -129,7 +129,7 @@ class Compiled:
                 adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, before, time))
                 return adapted if not isinstance(adapted, torch.Tensor) else stand_in.owned(adapted, exit)
 
-            traced = engine.tracing = run.like(adapt if kind == "adaptor" else None, traced=True)
+            traced = engine.tracing = pass_.like(adapt if kind == "adaptor" else None, traced=True)
             traced.enter(args, kwargs)
             output = forward(*args, **kwargs)
             engine.tracing = None
@@ -140,11 +140,11 @@ class Compiled:
 
 
 def outcome_of(
-    run: Pass, output: Any, exits: Mapping[int, torch.Tensor], entry: torch.Tensor | None, *, complete: bool
+    pass_: Pass, output: Any, exits: Mapping[int, torch.Tensor], entry: torch.Tensor | None, *, complete: bool
 ) -> Outcome:
     """The outcome of a pass that a static callable has run; whether its calls agreed was seen when it was made."""
     emitted = {region: Emitted(exit, version(exit)) for region, exit in exits.items()}
-    return Outcome(output, run.kind, emitted, frozenset(), complete, entry)
+    return Outcome(output, pass_.kind, emitted, frozenset(), complete, entry)
 
 
 def time_leaf(call: UNetCall) -> int | None:

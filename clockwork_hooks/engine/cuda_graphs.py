@@ -121,9 +121,9 @@ class Captured(Compiled):
         super().forget()
         self._graphs.clear()
 
-    def ready(self, call: UNetCall, run: Pass) -> bool:
+    def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """Is this pass one that a graph can stand for?"""
-        if not super().ready(call, run) or self._moves > _MOVES:
+        if not super().ready(call, pass_) or self._moves > _MOVES:
             return False
         if torch.is_grad_enabled():
             _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
@@ -131,7 +131,7 @@ class Captured(Compiled):
         return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(call.arguments.values))
 
     def launch(
-        self, call: UNetCall, run: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
+        self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
         """Replay the pass, captured first if need be."""
         flat = [leaf for _, leaf in leaves((args, kwargs, cached))]
@@ -142,7 +142,7 @@ class Captured(Compiled):
             if gone:
                 self._look()  # before any replay: what it would read may be gone
             self._follow()
-            key = (call.key, run.plan.index, run.kind, frozenset(run.copies), *map(_constant, constants))
+            key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies), *map(_constant, constants))
             graph = self._graphs.get(key)
             outcome = graph.replay(values, call, cached[0]) if graph is not None else None
             before, self._state = self._state, self._counters.state()
@@ -153,8 +153,8 @@ class Captured(Compiled):
                 return outcome
             if len(self._graphs) >= _GRAPHS:
                 _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
-                return self.engine.execute(call, run, None, eager=True)
-            graph = self._graphs[key] = self._capture(call, run, args, kwargs, cached, constants)
+                return self.engine.execute(call, pass_, None, eager=True)
+            graph = self._graphs[key] = self._capture(call, pass_, args, kwargs, cached, constants)
             return graph.replay(values, call, cached[0])
 
     def _capture(
@@ -216,13 +216,13 @@ class Captured(Compiled):
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
                 return stand_in.call(adaptor, stand_in.inputs(captured, exit, *cached[1:], time))
 
-        run = wanted.like(adapt)
-        run.enter(args, kwargs)
-        engine.active.run = run
+        pass_ = wanted.like(adapt)
+        pass_.enter(args, kwargs)
+        engine.active.pass_ = pass_
         try:
-            return run.outcome(call.forward(*args, **kwargs))
+            return pass_.outcome(call.forward(*args, **kwargs))
         finally:
-            engine.active.run = None
+            engine.active.pass_ = None
 
     def _follow(self) -> None:
         """Buffers are shared: a stream waits for the one that used them before."""

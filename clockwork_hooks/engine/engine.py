@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clockwork_hooks._tree import address, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.clock.conditions import Given
+from clockwork_hooks.clock.conditions import Snapshot
 from clockwork_hooks.clock.loops import State, States
-from clockwork_hooks.clock.timeline import Kept, Position, Timeline
+from clockwork_hooks.clock.timeline import Feature, Position, Timeline
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
@@ -56,12 +56,12 @@ class Decision:
     Attributes:
         reason: why it is full; None for an adaptor pass.
         region: of the chain, the one that the step may skip.
-        kept: what that region emitted one step before, where it may serve.
+        feature: what that region emitted one step before, where it may serve.
     """
 
     reason: str | None
     region: int = 0
-    kept: Kept | None = None
+    feature: Feature | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,11 +125,11 @@ class Observer(Protocol):
 class StaticCalls(Protocol):
     """Runs passes as static callables: compiled, or captured as CUDA graphs."""
 
-    def ready(self, call: UNetCall, run: Pass) -> bool:
+    def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """Is this a pass that one can stand for?"""
         ...
 
-    def run(self, call: UNetCall, run: Pass, kept: Kept | None) -> Outcome:
+    def run(self, call: UNetCall, pass_: Pass, feature: Feature | None) -> Outcome:
         """Run it."""
         ...
 
@@ -183,7 +183,9 @@ class Engine:
         self.active = Active()
         self.installed = Installed(self)
         self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
-        self._other_steps = [OtherSteps(type(one.adaptor).__name__, stand_in.made_for(one.adaptor)[1]) for one in chain]
+        self._other_steps = [
+            OtherSteps(type(one.adaptor).__name__, stand_in.schedule_of(one.adaptor)[1]) for one in chain
+        ]
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
@@ -211,7 +213,7 @@ class Engine:
     @property
     def uncounted(self) -> tuple[str, ...]:
         """Operators of the recorded calls that are in no count."""
-        return tuple(dict.fromkeys(name for known in self._signatures.values() for name in known.uncounted))
+        return tuple(dict.fromkeys(name for signature in self._signatures.values() for name in signature.uncounted))
 
     @property
     def schedule(self) -> Schedule:
@@ -233,12 +235,12 @@ class Engine:
             torch.compiler.disable(self._set_aside)()
             return forward(*args, **kwargs)
         state = self.states.current()
-        if state.running or not self.enabled:  # a call within a call belongs to that one
+        if state.calls or not self.enabled:  # a call within a call belongs to that one
             return forward(*args, **kwargs)
         call: UNetCall | None = None
         try:
             call = self._open(forward, args, kwargs)
-            state.running.append(call)
+            state.calls.append(call)
             return self._serve(state, call)
         except BaseException as error:
             state.timeline.reset()
@@ -246,7 +248,7 @@ class Engine:
                 self._failed(error)
             raise
         finally:
-            state.running.clear()
+            state.calls.clear()
 
     def _serve(self, state: State, call: UNetCall) -> Any:
         reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
@@ -291,7 +293,7 @@ class Engine:
         return output
 
     def _place(
-        self, state: State, call: UNetCall, signature: Signature, given: Sequence[Any] | None = None
+        self, state: State, call: UNetCall, signature: Signature, originals: Sequence[Any] | None = None
     ) -> Position:
         """Which step, branch and trajectory the call belongs to, and the weights that it runs with.
 
@@ -301,7 +303,7 @@ class Engine:
             signature: of the call.
             given: the arguments' leaves before the call, where it has run already and may have written to them.
         """
-        timeline, leaves = state.timeline, call.arguments.flat if given is None else given
+        timeline, leaves = state.timeline, call.arguments.flat if originals is None else originals
         at, conditions, paths = signature.place(call.arguments)
         time = None if at is None else call.arguments.flat[at]
         if state.sampler is not None and at is not None:
@@ -340,21 +342,21 @@ class Engine:
             return Decision(place.scheduled)
         reason = place.doubt or (reasons.TRAINING if call.trains else None)
         memory = place.befores[region]
-        if reason is None and (memory is None or memory.kept is None):
+        if reason is None and (memory is None or memory.feature is None):
             reason = reasons.NOT_KEPT if memory is None else memory.missing
-        if reason is not None or memory is None or memory.kept is None:
+        if reason is not None or memory is None or memory.feature is None:
             return Decision(reason, region)
-        reason = memory.kept.stale(call.key, call.weights)
-        if reason is None and memory.kept.entry is None and self.chain[region].keeps_entry:
+        reason = memory.feature.stale(call.key, call.weights)
+        if reason is None and memory.feature.entry is None and self.chain[region].keeps_entry:
             reason = reasons.TRACED if memory.missing == reasons.TRACED else reasons.UNSEEN
         schedule = self.chain[region].schedule
         if reason is None and schedule.threshold is not None:
             step, verdict = state.decided
             if step == (place.trajectory, place.step):
                 reason = verdict
-            elif memory.kept.age >= schedule.longest:
+            elif memory.feature.age >= schedule.longest:
                 reason = reasons.LONGEST
-        return Decision(reason, region, memory.kept)
+        return Decision(reason, region, memory.feature)
 
     def _run(self, state: State, call: UNetCall, signature: Signature, place: Position) -> Outcome:
         """Run the pass that was decided on; in full, if the UNet calls its modules in another way than the trace."""
@@ -367,14 +369,14 @@ class Engine:
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
-        run = self._pass(state, call, replace(decision, reason=reason))
-        if run.kind == "full":
-            outcome = self.execute(call, run, None)
+        pass_ = self._pass(state, call, replace(decision, reason=reason))
+        if pass_.kind == "full":
+            outcome = self.execute(call, pass_, None)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
         before = self._before(call, signature)
         try:
-            outcome = self.execute(call, run, decision.kept)
+            outcome = self.execute(call, pass_, decision.feature)
         except Exception:
             if self._census.holds(self.unet) or not before.restore():
                 raise
@@ -422,18 +424,18 @@ class Engine:
         full = replace(decision, reason=reasons.DIFFERED)
         return self.execute(call, self._pass(self.states.current(), call, full), None, eager=True)
 
-    def execute(self, call: UNetCall, run: Pass, kept: Kept | None, *, eager: bool = False) -> Outcome:
+    def execute(self, call: UNetCall, pass_: Pass, feature: Feature | None, *, eager: bool = False) -> Outcome:
         """Let the UNet run with a pass that its patched modules ask."""
-        if self.static is not None and not eager and self.static.ready(call, run):
-            return self.static.run(call, run, kept)
-        self.active.run = run
+        if self.static is not None and not eager and self.static.ready(call, pass_):
+            return self.static.run(call, pass_, feature)
+        self.active.pass_ = pass_
         try:
-            if run.looks:
-                run.enter(call.args, call.kwargs)
+            if pass_.looks:
+                pass_.enter(call.args, call.kwargs)
             output = call.run()
         finally:
-            self.active.run = None
-        return run.outcome(output)
+            self.active.pass_ = None
+        return pass_.outcome(output)
 
     def _remember(self, call: UNetCall, signature: Signature, place: Position, outcome: Outcome) -> None:
         """Keep what each region emitted for the step after this one, unless it may not be what it was."""
@@ -453,11 +455,11 @@ class Engine:
                     self._let_go(emitted.exit)
                     use.copies, copy = True, emitted.exit.clone()
                     emitted = Emitted(copy, version(copy))
-                memory.kept = self._kept(call, outcome, index, emitted)
+                memory.feature = self._feature(call, outcome, index, emitted)
                 if outcome.kind == "full":
-                    use.homes.add(memory.kept.exit)
+                    use.homes.add(memory.feature.exit)
             elif before is not None:  # inside of what was skipped: what it emitted before waits
-                memory.kept, memory.missing = before.take(), before.missing
+                memory.feature, memory.missing = before.take(), before.missing
 
     def _let_go(self, exit: torch.Tensor) -> None:
         """A module has put this exit where an earlier one lies: what was kept there, in any loop, is no more."""
@@ -465,24 +467,27 @@ class Engine:
         branches = [branch for state in self.states for branch in list(state.timeline.branches)]
         for call in (call for branch in branches for call in (*branch.before, *branch.calls)):
             for each in (call, *call.inner):
-                if each.kept is not None and address(each.kept.exit.untyped_storage()) == home:
-                    each.kept, each.missing = None, reasons.WRITTEN
+                if each.feature is not None and address(each.feature.exit.untyped_storage()) == home:
+                    each.feature, each.missing = None, reasons.WRITTEN
 
-    def _kept(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Kept:
+    def _feature(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Feature:
         own = call.decision is not None and index == call.decision.region
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
-        kept = Kept(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
+        feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         if call.time is not None and "position_cached" in needs_of(self.chain[index].adaptor):
-            kept.position = stand_in.scalar(call.time, emitted.exit.device)
-        before = call.decision.kept if call.decision is not None else None
+            feature.position = stand_in.scalar(call.time, emitted.exit.device)
+        before = call.decision.feature if call.decision is not None else None
         if (
             own
             and before is not None
             and outcome.kind == "adaptor"
             and self.chain[index].schedule.threshold is not None
         ):
-            kept.entry, kept.age = before.entry, before.age + 1  # compared with the last full pass, not the last step
-        return kept
+            feature.entry, feature.age = (
+                before.entry,
+                before.age + 1,
+            )  # compared with the last full pass, not the last step
+        return feature
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         if not self.records_first:  # who records trajectories wants to see them, not to save
@@ -498,14 +503,14 @@ class Engine:
         state = self.states.current()
         try:
             calls = list(self._calls_ahead(args, kwargs))
-            state.running.append(calls[0])  # what the recording calls is the UNet's own
+            state.calls.append(calls[0])  # what the recording calls is the UNet's own
             trace = record(self.unet, args, kwargs, time=self.time)
             for call in calls:
                 if call.key not in self._signatures:
                     with torch.inference_mode(call.key[4]):
                         self._learn(call, trace)
         finally:
-            state.running.clear()
+            state.calls.clear()
 
     def _calls_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[UNetCall]:
         """The call as it would be with gradients as they are now, without, and in inference mode."""
@@ -539,24 +544,24 @@ class Engine:
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor, and check what it returns before the UNet sees it."""
         assert call.signature is not None  # the call has a place
-        assert decision.kept is not None  # it is an adaptor pass
+        assert decision.feature is not None  # it is an adaptor pass
         use, clocked = call.signature.regions[decision.region], self.chain[decision.region]
-        adaptor, cached = clocked.adaptor, decision.kept.exit
+        adaptor, cached = clocked.adaptor, decision.feature.exit
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
         position = call.time if "position" in needs_of(adaptor) else None
-        given = stand_in.inputs(captured, cached, decision.kept.entry, decision.kept.position, position)
+        inputs = stand_in.inputs(captured, cached, decision.feature.entry, decision.feature.position, position)
         if use.adaptor_macs is None:
-            exit, use.adaptor_macs = stand_in.count_and_call(adaptor, given)
+            exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
         else:
-            exit = stand_in.call(adaptor, given)
+            exit = stand_in.call(adaptor, inputs)
         step = None if call.place is None else call.place.step
         where = {"step": step, "region": use.region, "adaptor": adaptor}
         return stand_in.owned(stand_in.check(exit, cached, finite=self.check_finite, where=where), cached)
 
     def _judge(self, state: State, call: UNetCall, decision: Decision, entry: torch.Tensor | None) -> str | None:
         """Why the pass that has come to this entry is full after all; None if the adaptor may stand in."""
-        before = None if decision.kept is None else decision.kept.entry
+        before = None if decision.feature is None else decision.feature.entry
         if call.place is None or entry is None or before is None or entry.shape != before.shape:
             return reasons.UNSEEN
         step = (call.place.trajectory, call.place.step)
@@ -604,7 +609,7 @@ class Engine:
         """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
         for observer in self.observers:
             observer.before(call)
-        given = [Given.of(leaf) for leaf in call.arguments.flat]
+        snapshots = [Snapshot.of(leaf) for leaf in call.arguments.flat]
         recorder = Recorder(self.unet, call.arguments, module_paths(self.unet))
         exits = tuple(clocked.likely_exits for clocked in self.chain)
         recorder.start(call.args, call.kwargs, frame=sys._getframe(), keep=True, exits=exits)
@@ -615,15 +620,15 @@ class Engine:
             raise
         likely = recorder.likely_exits(graph=self.keep_graph)
         recorder.stop(output)
-        known = bool(self._signatures)
+        later = bool(self._signatures)
         try:
             call.signature = self._learn(call, finish(recorder, self.unet, call.arguments, time=self.time))
         except Exception as error:
-            if not known or isinstance(error, Warning):  # the first call says so, and leaves the UNet unwrapped
+            if not later or isinstance(error, Warning):  # the first call says so, and leaves the UNet unwrapped
                 raise
             return self._leave_unanalysed(state, call, error, output)
         if call.place is None:
-            before = [one.now if isinstance(one, Given) else one for one in given]
+            before = [one.now if isinstance(one, Snapshot) else one for one in snapshots]
             call.place = self._place(state, call, call.signature, before)  # after it: lazy weights appear in the call
         call.weights = self.weights.state()  # also where modules that were exchanged have begun it anew
         call.place.split(len(call.signature.regions))
@@ -633,8 +638,8 @@ class Engine:
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
                 exit = exit.clone() if use.copies else exit
-                memory.kept = Kept(call.key, self._free(exit), version(exit), call.weights)
-                use.homes.add(memory.kept.exit)
+                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights)
+                use.homes.add(memory.feature.exit)
         due = self.skips_at(call.place.turn, state.timeline.steps)
         reason = reasons.TRACED if due else call.place.scheduled
         macs = call.signature.full_macs
@@ -720,7 +725,7 @@ class Engine:
 
     def _count_plain(self, place: Position, reason: str, inputs: Hashable) -> None:
         """A call that ran as if nothing were attached; what it cost is known once such a call was recorded."""
-        cost = next((known.full_macs for key, known in self._signatures.items() if key[0] == inputs), 0)
+        cost = next((signature.full_macs for key, signature in self._signatures.items() if key[0] == inputs), 0)
         self._count(place, Outcome(None, watched=False, macs=cost, reason=reason), cost)
 
     def _missed(self) -> None:

@@ -78,8 +78,8 @@ class Forward(_Instead):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the pass that runs; without one, run."""
         owner = self.owner
-        run = None if owner is None else owner.tracing or owner.active.run
-        return self.forward(*args, **kwargs) if run is None else run.call(self.path, self.forward, args, kwargs)
+        pass_ = None if owner is None else owner.tracing or owner.active.pass_
+        return self.forward(*args, **kwargs) if pass_ is None else pass_.call(self.path, self.forward, args, kwargs)
 
     def remove(self) -> None:
         """Unlink it; whoever still holds it gets the module's own forward."""
@@ -104,8 +104,8 @@ class PastHooks:
         """Where the pass that runs skips this call, go past the hooks."""
         forward = self.forward
         owner = forward.owner
-        run = None if owner is None else owner.tracing or owner.active.run
-        if run is not None and run.skips(forward.path, args, kwargs):
+        pass_ = None if owner is None else owner.tracing or owner.active.pass_
+        if pass_ is not None and pass_.skips(forward.path, args, kwargs):
             return forward(*args, **kwargs)
         return forward.module._call_impl(*args, **kwargs)
 
@@ -183,9 +183,9 @@ class Observer:
         self.owner, self.path, self.side = owner, path, side
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        run = self.owner.tracing or self.owner.active.run
-        if run is not None and run.looks:
-            run.observe(self.path, self.side, output if self.side == "output" else (args, kwargs))
+        pass_ = self.owner.tracing or self.owner.active.pass_
+        if pass_ is not None and pass_.looks:
+            pass_.observe(self.path, self.side, output if self.side == "output" else (args, kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()

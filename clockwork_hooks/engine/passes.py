@@ -295,7 +295,7 @@ def _constant(output: Any) -> bool:
 class Active(threading.local):
     """The pass that a wrapper is running, in each thread its own."""
 
-    run: Pass | None = None
+    pass_: Pass | None = None
 
 
 class Owner(Protocol):

@@ -26,11 +26,11 @@ __all__ = [
     "fits",
     "inputs",
     "looks",
-    "made_for",
     "owned",
     "place",
     "region_options",
     "scalar",
+    "schedule_of",
 ]
 
 
@@ -77,7 +77,7 @@ def region_options(adaptor: Adaptor) -> dict[str, Any]:
     return dict(getattr(adaptor, "region_options", None) or {})
 
 
-def made_for(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
+def schedule_of(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
     """The schedule, and the numbers of steps, that a saved, trained or calibrated adaptor says it was made for.
 
     None where it is for any schedule or for several; no number where it names no schedule.
@@ -96,7 +96,7 @@ def made_for(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
 
 def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
     """Warn of a schedule whose adaptor steps are not those that the adaptor was made for."""
-    own, counts = made_for(adaptor)
+    own, counts = schedule_of(adaptor)
     if own is None or own == schedule or None not in (own.threshold, schedule.threshold):
         return
     steps = next(iter(counts), 0)

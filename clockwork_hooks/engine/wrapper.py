@@ -166,14 +166,14 @@ class ClockworkWrapper:
 
         None also during a call that is being traced: its place is known when it is over.
         """
-        running = self._engine.states.current().running
-        return running[-1].place if running else None
+        calls = self._engine.states.current().calls
+        return calls[-1].place if calls else None
 
     @property
     def pass_kind(self) -> str | None:
         """The pass that is running in this thread, "full" or "adaptor"; None outside of one."""
-        run = self._engine.active.run
-        return None if run is None else run.kind
+        pass_ = self._engine.active.pass_
+        return None if pass_ is None else pass_.kind
 
     def answer_for(self, optimized: nn.Module) -> None:
         """While attached, the output of `torch.compile` for this UNet calls it as it is."""
@@ -253,8 +253,8 @@ class ClockworkWrapper:
             ...     with cw.sampler("dpmpp_sde", sigmas):
             ...         return sampling.sample_dpmpp_sde(denoise, x, sigmas)
         """
-        known = find_sampler(name) if isinstance(name, str) else None
-        if known is None:
+        evaluations = find_sampler(name) if isinstance(name, str) else None
+        if evaluations is None:
             near = get_close_matches(str(name), SAMPLERS, n=3)
             raise ArgumentError(
                 "a sampler is known by its name in k-diffusion or ComfyUI",
@@ -266,8 +266,8 @@ class ClockworkWrapper:
             raise ArgumentError(
                 "a step goes from one sigma to the next", seen={"sigmas": numbers}, do="pass the sampler's whole list"
             )
-        counts = known.steps(numbers)
-        steps = SamplerSteps(counts, shares=known.shares)
+        counts = evaluations.steps(numbers)
+        steps = SamplerSteps(counts, shares=evaluations.shares)
         return TrajectoryBlock(self._engine.states, None, self, len(counts), steps)
 
     def step(self) -> _Step:
@@ -384,7 +384,7 @@ class ClockworkWrapper:
         stats, adaptors = self.stats, [clocked.adaptor for clocked in self._engine.chain]
         return RunReport(
             type(self.unet).__name__,
-            "; ".join(map(_told, self.regions)) or "not known before the first call",
+            "; ".join(map(_region_line, self.regions)) or "not known before the first call",
             str(self.schedule),
             ", ".join(dict.fromkeys(type(adaptor).__name__ for adaptor in adaptors)),
             stats.full_passes,
@@ -464,5 +464,5 @@ class _Step:
             self._reset()
 
 
-def _told(region: Region) -> str:
+def _region_line(region: Region) -> str:
     return f"{region.line} (not skipped: {region.not_skipped})" if region.not_skipped else region.line

@@ -145,7 +145,7 @@ class View:
                 continue
             target = next((k for k, block in enumerate(blocks) if block.last > v), None)
             for u in self.dominance.sources[v]:
-                source = self._made_by(u, owner)
+                source = self._block_of(u, owner)
                 if target is None or source is None or u > self.turn or not self.dominance.dep[u]:
                     continue
                 skip = Skip(source, target)
@@ -154,7 +154,7 @@ class View:
                     seen.add(skip)
                     yield skip
 
-    def _made_by(self, n: int, owner: dict[int, int]) -> int | None:
+    def _block_of(self, n: int, owner: dict[int, int]) -> int | None:
         """The block that node n is an output of; sums and copies that parents make in between are followed back."""
         while n not in owner:
             carrying = [u for u in self.dominance.sources[n] if self.dominance.dep[u]]

@@ -38,7 +38,7 @@ class Embeddings:
             for path, node in trace.inputs.items()
             if path != trace.sample
         }
-        self._known: dict[int, bool] = {}
+        self._embeddings: dict[int, bool] = {}
 
     def inputs(self, n: int) -> tuple[str, ...]:
         """Paths of the inputs that node n's value comes from, the sample left out."""
@@ -58,7 +58,7 @@ class Embeddings:
                 embedding is made inside the region, it is one of these.
         """
         fed = [side.node for side in sides if side.kind == "time"]
-        nodes = self._vectors(fed) or self._made_inside(returned) or self._tokens(fed)
+        nodes = self._vectors(fed) or self._on_the_way(returned) or self._tokens(fed)
         return nodes or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
 
     def text(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
@@ -71,7 +71,7 @@ class Embeddings:
         conditions = {path for side in sides for path in side.inputs} - set(self._trace.times[:1])
         inputs = [node.meta["index"] for path, node in self._trace.inputs.items() if path in conditions]
         vectors, tokens = self._vectors(fed) + self._vectors(inputs), self._tokens(fed) + self._tokens(inputs)
-        return vectors or tokens or self._made_inside(returned)
+        return vectors or tokens or self._on_the_way(returned)
 
     def mask(self, text: int) -> int | None:
         """The input that says which of the text's tokens are padding: boolean or called a mask, and (B, L)."""
@@ -92,7 +92,7 @@ class Embeddings:
     def _tokens(self, nodes: Iterable[int]) -> list[int]:
         return [n for n in dict.fromkeys(nodes) if self._rank(n) == 3 and self._embeds(n)]
 
-    def _made_inside(self, returned: Iterable[int]) -> list[int]:
+    def _on_the_way(self, returned: Iterable[int]) -> list[int]:
         """Vectors that modules make on the way; the most used first: an embedding is shared, a projection is not."""
         return sorted(self._vectors(returned), key=lambda n: (-len(self._dominance.users[n]), -n))
 
@@ -108,11 +108,11 @@ class Embeddings:
 
     def _embeds(self, n: int) -> bool:
         """Is the last axis (the second, where one-sized axes follow) what a linear layer reads, or made?"""
-        if n not in self._known:
-            self._known[n] = self._is_made(n) or self._is_read(n)
-        return self._known[n]
+        if n not in self._embeddings:
+            self._embeddings[n] = self._is_written(n) or self._is_read(n)
+        return self._embeddings[n]
 
-    def _is_made(self, n: int) -> bool:
+    def _is_written(self, n: int) -> bool:
         node = self._trace.nodes[n]
         for _ in range(8):
             if _reads_features(node) or (self._rank(n) == 2 and kind(node) == "convolution"):

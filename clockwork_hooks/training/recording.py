@@ -42,7 +42,7 @@ class Copies:
 
     def __init__(self, where: torch.device | str | None = None) -> None:
         self._where = torch.device(where) if where is not None else None
-        self._kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def copy(self, tensor: Any) -> Any:
         """An ordinary tensor of its own, without gradient; what is no tensor, as it is."""
@@ -58,9 +58,9 @@ class Copies:
         if not isinstance(leaf, Tensor):
             return leaf
         key = (id(leaf), version(leaf), leaf.device)
-        if key not in self._kept:
-            self._kept[key] = (leaf, self.copy(leaf))
-        return self._kept[key][1]
+        if key not in self._copies:
+            self._copies[key] = (leaf, self.copy(leaf))
+        return self._copies[key][1]
 
     def keep(
         self, call: RecordedCall, needs: Needs, unet_call: UNetCall, full: Outcome, moving: Collection[Any]
@@ -240,17 +240,17 @@ class TrajectoryRecorder:
             emit: captured boundary tensors → exit.
         """
         assert call.region is not None  # calls without one have a reason, and are not trained on
-        run = Pass(call.region.cut_plan, "adaptor", emit)
+        pass_ = Pass(call.region.cut_plan, "adaptor", emit)
         kind = next((tensor.device.type for tensor in tensors([call.args, call.kwargs])), "cpu")
         self.engine.install(call.region.cut_plan)
-        run.enter(call.args, call.kwargs)
-        self.engine.active.run = run
+        pass_.enter(call.args, call.kwargs)
+        self.engine.active.pass_ = pass_
         try:
             with torch.autocast(kind, call.autocast, enabled=call.autocast is not None):
                 output = self.unet(*call.args, **call.kwargs)
         finally:
-            self.engine.active.run = None
-        if not run.complete():
+            self.engine.active.pass_ = None
+        if not pass_.complete():
             raise DistillError(
                 "a recorded call runs again as it ran",
                 seen={"step": call.step, "region": call.region.line},
@@ -290,7 +290,7 @@ class TrajectoryRecorder:
         self._calls.append(recorded)
         if not outcome.watched:
             return
-        cached = None if decision.kept is None else decision.kept.exit
+        cached = None if decision.feature is None else decision.feature.exit
         if cached is not None and id(cached) in self._by_exit:
             recorded.source = self._by_exit[id(cached)][1]
         full = self.engine.full_pass(call) if outcome.reason is None else outcome
