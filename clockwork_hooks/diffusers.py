@@ -19,8 +19,8 @@ from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
-from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.engine.stand_in import schedule_of
+from clockwork_hooks.engine.attach import check_names, wrap
+from clockwork_hooks.engine.stand_in import schedules_of
 from clockwork_hooks.engine.stats import RunReport
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError
@@ -95,6 +95,7 @@ def wrap_pipeline(
 
     Source: arXiv 2312.08128, Sec. 4.3.
     """
+    check_names(options, wrap_pipeline)
     models = _unets(pipe)
     chosen = _chosen(pipe, models, unets)
     handle = WrappedPipeline(pipe, {})
@@ -251,7 +252,10 @@ def _when(clock: int | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `wrap`, with what a clock means where the number of steps is known."""
     decided = any(options.get(name) is not None for name in ("schedule", "clocks", "plan"))
     decided = decided or options.get("reuse", "step before") != "step before"
-    if decided or clock == 1 or (clock is None and schedule_of(resolve_adaptor(options.get("adaptor")))[0]):
+    if decided or clock == 1:
+        return {**options, "clock": clock}
+    own, _ = schedules_of(resolve_adaptor(options.get("adaptor")))
+    if (clock is None and len(own) == 1) or (clock is not None and Schedule.every(clock) in own):
         return {**options, "clock": clock}
     return {**options, "schedule": Schedule.spread(2 if clock is None else clock)}
 

@@ -23,11 +23,14 @@ The checks that many functions make of their arguments are here too: whole numbe
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = [
     "AdaptorError",
@@ -47,7 +50,10 @@ __all__ = [
     "WrapError",
     "is_number",
     "is_whole",
+    "named",
+    "named_options",
     "need",
+    "no_option",
     "share",
     "whole",
 ]
@@ -290,6 +296,60 @@ def need(what: str, *packages: str, install: str, error: type[ClockworkError] = 
             missing[f"import {name}"] = problem
     if missing:
         raise error(what, seen=missing, do=f'pip install "{install}"') from next(iter(missing.values()))
+
+
+def no_option(name: str, options: Iterable[str], *, rule: str) -> ArgumentError:
+    """The error for an option that is not there, with the one that has nearly its name.
+
+    Example:
+        >>> print(no_option("lvl", ["level", "share"], rule="a region is chosen by options of known names"))
+        a region is chosen by options of known names
+          no such option: lvl
+          options: level, share
+        What to do: pass level=
+    """
+    known = list(options)
+    near = get_close_matches(name, known, n=1)
+    return ArgumentError(
+        rule,
+        seen={"no such option": name, "options": ", ".join(known)},
+        do=f"pass {near[0]}=" if near else "pass some of these",
+    )
+
+
+def named(function: Callable[..., object]) -> list[str]:
+    """Names of a function's own arguments."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, one in inspect.signature(function).parameters.items() if one.kind in kinds]
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def named_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a public function answer a misspelt option with `no_option`, in the place of Python's `TypeError`.
+
+    Example:
+        >>> @named_options
+        ... def plan(*, min_saving=0.3): ...
+        >>> plan(min_savings=0.2)
+        Traceback (most recent call last):
+        clockwork_hooks.errors.ArgumentError: plan has options of known names
+          no such option: min_savings
+          options: min_saving
+        What to do: pass min_saving=
+    """
+    known = named(function)
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in known:
+                raise no_option(name, known, rule=f"{function.__name__} has options of known names")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 class Enough(BaseException):

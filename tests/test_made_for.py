@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks import Schedule
+from clockwork_hooks.diffusers import wrap_pipeline
 from tests.small_unet import Tiny
 
 
@@ -88,3 +90,36 @@ def test_a_schedule_that_counts_from_the_end_is_calibrated_for_the_steps_that_it
 def test_training_asks_for_steps_that_are_named(unet: torch.nn.Module) -> None:
     with pytest.raises(ch.ArgumentError, match=r"adaptor_steps\(8\)"):
         ch.distill(unet, "resnet", lambda batch: sampler(unet, 8)(len(batch)), prompts=[4], schedule="spread(2)")
+
+
+def trained(unet: torch.nn.Module, folder: Path, **schedule: Any) -> None:
+    def generate(batch: list[Any], seed: int) -> None:
+        x = torch.randn(len(batch), 2, 16, 16, generator=torch.Generator().manual_seed(seed))
+        for k in range(8):
+            x = x - 0.1 * unet(x, 900 * (8 - k) / 8)
+
+    ch.distill(
+        unet, "resnet", generate, prompts=[0], batch=1, trajectories=2, folder=folder, progress=False, **schedule
+    )
+
+
+@pytest.mark.parametrize(
+    ("clock", "said"), [(4, r"made for every\(4\) of 8 steps"), ((3, 4), r"every\(3\) or every\(4\) of 8 steps")]
+)
+def test_a_trained_adaptor_at_another_clock_is_told(
+    unet: torch.nn.Module, tmp_path: Path, clock: Any, said: str
+) -> None:
+    """Also of several clocks, each of which is its own; and in another number of steps."""
+    trained(unet, tmp_path, clock=clock)
+    with pytest.warns(ch.OtherStepsWarning, match=said):
+        ch.wrap(unet, tmp_path, clock=2).remove()
+    with ch.wrap(unet, tmp_path, clock=4) as cw, torch.no_grad():
+        with cw.trajectory(steps=8):
+            sampler(unet, 8)(4)
+        with pytest.warns(ch.OtherStepsWarning, match="made for 8 steps"), cw.trajectory(steps=12):
+            sampler(unet, 12)(4)
+    if clock == 4:
+        with ch.wrap(unet, tmp_path) as cw:
+            assert cw.schedule == Schedule.every(4)  # left out, it brings its own
+    with wrap_pipeline(SimpleNamespace(unet=type("TinyUNet", (Tiny,), {})()), str(tmp_path), clock=4) as pipe:
+        assert pipe.wrappers["unet"].schedule == Schedule.every(4)  # not spread(4), for which it was not trained

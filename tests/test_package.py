@@ -23,6 +23,7 @@ ROOT = Path(ch.__file__).parent
 BASE = {"_numbers", "_tree", "_version", "errors"}
 CORE = BASE | {"adaptors", "clock", "engine", "graph", "regions", "reports", "schedule"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "_generate": set(),
     "_numbers": set(),
     "_tree": set(),
     "_version": set(),
@@ -39,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comfyui": CORE,
     "diffusers": CORE,
     "editing": CORE,
-    "training": CORE,
-    "analysis": CORE | {"metrics"},
+    "training": CORE | {"_generate"},
+    "analysis": CORE | {"_generate", "metrics"},
     "demo": CORE | {"analysis", "editing", "metrics"},
     "cli": CORE | {"analysis", "demo", "models", "training"},
     "__main__": {"cli"},

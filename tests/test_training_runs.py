@@ -344,7 +344,7 @@ class Flat(nn.Module):
         ({"adaptor": "identity"}, ch.AdaptorError, "resnet"),
         ({"adaptor": nn.Identity()}, ch.AdaptorError, "parameters that want gradients"),
         ({"adaptor": {}}, ch.ArgumentError, "have names"),
-        ({"batches": 3}, ch.ArgumentError, "unknown: batches"),
+        ({"batches": 3}, ch.ArgumentError, "no such option: batches"),
         ({"batch": 0}, ch.ArgumentError, "batch is an int of at least 1"),
         ({"precision": "fp8"}, ch.ArgumentError, "precision is one of a few"),
         ({"buffer_gb": 0}, ch.ArgumentError, "buffer_gb is above 0"),

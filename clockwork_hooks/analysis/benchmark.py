@@ -19,7 +19,7 @@ from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import check_unet, wrap
 from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, whole
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, named, whole
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.regions.find import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.region import Region
@@ -255,7 +255,7 @@ def bench(
 
     Source: arXiv 2312.08128, Sec. 5 and Tab. 1 (latencies), Appendix A (FLOPs).
     """
-    options, kwargs = split_options(unet, kwargs)
+    options, kwargs = split_options(unet, kwargs, named(bench))
     wanted = region_or_choice(region, options)
     tried, chosen = _several("clocks", clocks), _several("modes", modes)
     _check(unet, tried, chosen, steps, rounds)

@@ -10,6 +10,7 @@ sampler sees.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time as clocks
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
@@ -30,7 +32,7 @@ from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice, saved_choice
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
@@ -47,6 +49,7 @@ __all__ = ["Calibration", "KindResult", "StepResult", "calibrate", "log_snr_of"]
 _MANY = 640  # channels from which on a low rank is tried
 _RANK = 8  # its rank: channels of the exit by this
 _HELD_OUT = 4  # one row in so many
+_FIRST_SEED = 2_000_003  # so that what is compared later, from seed 0 say, has other noise
 _ALL = Schedule.where(lambda step: True)
 
 
@@ -157,9 +160,10 @@ class Calibration(FieldReport):
         return self.table(), table("Steps", heads, rows)
 
 
+@named_options
 def calibrate(
     unet: nn.Module,
-    generate: Callable[[Any], Any],
+    generate: Generate,
     conditions: Iterable[Any],
     *,
     guidance: float | None = None,
@@ -182,7 +186,8 @@ def calibrate(
 
     Args:
         unet: what `generate` calls; not wrapped.
-        generate: your own sampling code, or a pipeline: `generate(batch)` samples with the UNet.
+        generate: your own sampling code: `generate(batch, seed)`, with a new seed for each batch; or `generate(batch)`,
+            a pipeline for example, which draws its own noise.
         conditions: batches of whatever `generate` takes. A few dozen samples in all do.
         guidance: scale of classifier-free guidance, where there is any: u + guidance·(c - u). Both branches may come
             in one call, as halves of the batch, or in two calls.
@@ -230,24 +235,30 @@ def calibrate(
     Source: arXiv 2312.08128, Sec. 4.2, for what an adaptor predicts; the rest is ordinary least squares.
     """
     begun = clocks.perf_counter()
-    batches = check_runs(lambda batch, seed: generate(batch), conditions, (0,))
+    batches = check_runs(generate, conditions, (0,))
+    sample = with_seed(generate, seeding=False)
     steps = _schedule(schedule, clock)
     _check(guidance, unconditional, kind, ridge)
-    trace = first_call(unet, lambda batch, seed: generate(batch), batches[0], 0)
+    trace = first_call(unet, sample, batches[0], 0)
     wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, {})
     chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(trace, unet, wanted)
     if chosen is None:
         raise ArgumentError(
-            "the region is one of the UNet that generate(batch) calls",
+            "the region is one of the UNet that generate(batch, seed) calls",
             seen={"region": wanted.line if isinstance(wanted, Region) else wanted, "unet": type(unet).__name__},
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
     levels = _log_snr(log_snr, generate)
     later = steps is not None and steps.counts_from_end  # which steps it means is known after the first run
+    seeds = itertools.count(_FIRST_SEED)
+
+    def fresh(batch: Any) -> Any:
+        return sample(batch, next(seeds))
+
     sums = Sums(chosen, _ALL if steps is None or later else steps, guidance, unconditional, kernel=kind == "kernel")
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
-        run_all(unet, generate, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
+        run_all(unet, fresh, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
         if steps is not None and later:
             steps = Schedule.at(steps.adaptor_steps(sums.last_step))
             sums.places = {time: place for time, place in sums.places.items() if steps.skips(place.step)}
@@ -261,7 +272,7 @@ def calibrate(
         if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
             bar.update(task, total=2 * len(batches))
             student = Refit(solver, Sums(chosen, steps, guidance, unconditional, kernel=kind == "kernel"))
-            run_all(unet, generate, batches, student, student, lambda: bar.advance(task), teaches=False)
+            run_all(unet, fresh, batches, student, student, lambda: bar.advance(task), teaches=False)
     adaptor = solver.adaptor()
     adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
     adaptor.facts = {

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, percent
 from clockwork_hooks.analysis.candidates import Adaptors, candidates
 from clockwork_hooks.analysis.follow import Ages, follow
-from clockwork_hooks.analysis.sampling import Generate, Runs, check_clocks, check_runs, first_call
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.analysis.sampling import Runs, check_clocks, check_runs, first_call
+from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
@@ -127,6 +128,7 @@ class Drift(FieldReport):
         return Plot(lambda: heat_map(self), "Relative change of each region's exit at each step, and errors by clock")
 
 
+@named_options
 def measure_drift(
     unet: nn.Module,
     generate: Generate,
@@ -145,7 +147,7 @@ def measure_drift(
     Args:
         unet: what `generate` calls; not wrapped.
         generate: your own sampling code: `generate(batch, seed)` draws its noise from the seed and returns one tensor,
-            samples first.
+            samples first. `generate(batch)` serves too: the random numbers that it draws are seeded around each call.
         conditions: batches of whatever `generate` takes.
         regions: candidates, from `find_regions`; None for all nested ones, or the one that an adaptor was made for.
         adaptor: what stands in for a region, or a list of several to compare; as `wrap` takes
@@ -183,6 +185,7 @@ def measure_drift(
     Source: arXiv 2312.08128, Sec. 3 and 4.1 (low-resolution features change slowly).
     """
     batches = check_runs(generate, conditions, seeds)
+    generate = with_seed(generate)
     check_clocks(clocks)
     pairs = candidates(first_call(unet, generate, batches[0], seeds[0]), unet, regions, adaptor)
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches])

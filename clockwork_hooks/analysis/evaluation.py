@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.reports.progress import ProgressBar
@@ -153,7 +154,6 @@ class Evaluation(Report):
 
 
 PLAIN = "plain"
-Generate = Callable[[Any, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +189,7 @@ class _Tally:
     counted: int = 0
 
 
+@named_options
 def evaluate(
     unet: nn.Module,
     generate: Generate,
@@ -204,7 +205,7 @@ def evaluate(
     Args:
         unet: what `generate` calls; wrapped here and there, and as it was afterwards.
         generate: your own sampling code: `generate(batch, seed)` draws its noise from the seed and returns pictures
-            (B, 3, H, W) in [0, 1].
+            (B, 3, H, W) in [0, 1]; or `generate(batch)`, as in `measure_drift`.
         conditions: batches of whatever `generate` takes, usually lists of prompts.
         variants: name → options of `wrap`, or a `Variant`; "plain" is always there.
         metrics: what to judge by; none for `Paired()` alone.
@@ -267,7 +268,7 @@ def evaluate(
 @torch.no_grad()
 def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: int) -> Tensor:
     """One batch of one variant, timed; the first one is traced or counted, and timed only if it stays the only one."""
-    make, first = tally.variant.generate or generate, not tally.seconds
+    make, first = with_seed(tally.variant.generate or generate), not tally.seconds
     device = next((tensor.device for tensor in unet.parameters()), torch.device("cpu"))
     if tally.options is not None:
         with wrap(unet, **tally.options) as cw, cw.trajectory():
@@ -289,7 +290,7 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
     return images
 
 
-def _timed(make: Generate, batch: Any, seed: int, device: torch.device) -> tuple[Tensor, float]:
+def _timed(make: Callable[[Any, int], Any], batch: Any, seed: int, device: torch.device) -> tuple[Tensor, float]:
     images, seconds = measured(lambda: make(batch, seed), device)
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         seen = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__

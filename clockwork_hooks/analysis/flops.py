@@ -23,7 +23,7 @@ from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
-from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, whole
+from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, named, whole
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.operators import Handle, Kind, kind, operator_name
@@ -399,7 +399,7 @@ def flops_report(
     """
     whole("steps", steps, least=1, example=8)
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
-    options, kwargs = split_options(unet, kwargs)
+    options, kwargs = split_options(unet, kwargs, named(flops_report))
     wanted = region_or_choice(region, options)
     used = resolve_adaptor(adaptor)
     if wanted == Choice():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from torch import nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike
@@ -20,9 +21,9 @@ from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
 from clockwork_hooks.analysis.follow import Series, follow
 from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, check_clocks, check_runs, first_call
+from clockwork_hooks.analysis.sampling import Outcome, Runs, check_clocks, check_runs, first_call
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, rule_of_thumb, threshold_for
-from clockwork_hooks.errors import ArgumentError, share, whole
+from clockwork_hooks.errors import ArgumentError, named_options, share, whole
 from clockwork_hooks.regions.find import Choice, choose, regions_of
 from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
@@ -210,6 +211,7 @@ _FEW = 3  # are judged on what is held out
 CALIBRATED = "calibrated"  # as an adaptor
 
 
+@named_options
 def plan(
     unet: nn.Module,
     generate: Generate,
@@ -276,6 +278,7 @@ def plan(
     batches = check_runs(generate, conditions, seeds)
     others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
     check_clocks(clocks)
+    generate = with_seed(generate)
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})

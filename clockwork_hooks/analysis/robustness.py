@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
-from clockwork_hooks.analysis.sampling import Generate, Watch, check_runs, final, first_call, reference
-from clockwork_hooks.errors import ArgumentError, is_whole, share
+from clockwork_hooks.analysis.sampling import Watch, check_runs, final, first_call, reference
+from clockwork_hooks.errors import ArgumentError, is_whole, named_options, share
 from clockwork_hooks.regions.find import choose
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
@@ -106,6 +107,7 @@ class Robustness(FieldReport):
         return Plot(lambda: grid(self), "Results by disturbed map and first disturbed step")
 
 
+@named_options
 def measure_robustness(
     unet: nn.Module,
     generate: Generate,
@@ -157,6 +159,7 @@ def measure_robustness(
     Source: arXiv 2312.08128, Sec. 3, Fig. 2; App. C, Figs. 10-13.
     """
     batches = check_runs(generate, conditions, seeds)
+    generate = with_seed(generate)
     _check(alpha, statistics)
     trace = first_call(unet, generate, batches[0], seeds[0])
     chosen = choose_maps(find_maps(trace, unet), maps)

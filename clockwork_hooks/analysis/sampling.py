@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.timing import now
@@ -26,7 +27,6 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
 __all__ = [
-    "Generate",
     "Outcome",
     "Runs",
     "Watch",
@@ -37,8 +37,6 @@ __all__ = [
     "reference",
     "relative_error",
 ]
-
-Generate = Callable[[Any, int], Tensor]
 
 
 def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:

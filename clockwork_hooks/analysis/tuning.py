@@ -15,16 +15,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Generate, Outcome, Runs, first_call
+from clockwork_hooks.analysis.sampling import Outcome, Runs, first_call
 from clockwork_hooks.engine.attach import check_unet, wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
@@ -134,6 +135,7 @@ def before_after(pictures: Tensor, chosen: Trial) -> Figure:
     return figure
 
 
+@named_options
 def tune(
     pipe: Any,
     conditions: Iterable[Any],
@@ -160,7 +162,7 @@ def tune(
         conditions: prompts, a dozen or more; for a UNet, batches of whatever `generate` takes.
         saving: share of the MACs of a whole trajectory that is to be saved.
         options: what the pipeline is called with beside the prompt: {"num_inference_steps": 20}.
-        generate: for a UNet: `generate(batch, seed)` draws its noise from the seed and returns one tensor.
+        generate: for a UNet: its sampler, as in `measure_drift`.
         guidance: scale of classifier-free guidance; of a pipeline, its own.
         log_snr: as in `calibrate`; of a pipeline, its scheduler.
         regions: to try; None for the default one and the widest.
@@ -194,7 +196,7 @@ def tune(
         raise ArgumentError("a saving is a share of the MACs", seen={"saving": saving}, do="pass saving=0.4")
     begun, unet, batches = time.perf_counter(), _unet(pipe, generate), list(conditions)
     check_unet(unet)
-    shown = generate
+    shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
         batches = [[prompt] for prompt in batches]
         generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
@@ -255,7 +257,7 @@ class _Tuner:
         schedule = None if steps is None else Schedule.at(steps)
 
         def generate(batch: Any) -> Tensor:
-            output = self.generate(batch, next(seeds))
+            output: Tensor = self.generate(batch, next(seeds))
             bar.advance(task)
             return output
 

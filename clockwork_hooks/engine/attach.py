@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +17,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.hooks import RootHook
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError, named, no_option
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice, saved_choice
 from clockwork_hooks.regions.keep import check_keep
@@ -29,7 +27,7 @@ from clockwork_hooks.schedule import Schedule, check_clock
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["check_alone", "check_region", "check_unet", "plan_parts", "wrap"]
+__all__ = ["check_alone", "check_names", "check_region", "check_unet", "plan_parts", "wrap"]
 
 
 def check_unet(unet: Any) -> None:
@@ -133,18 +131,12 @@ def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
     return plan.region, plan.schedule, plan.adaptor
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
-    """Raise `ArgumentError` if `wrap` has no such option, with the one that has nearly that name."""
-    names = [*inspect.signature(wrap).parameters, *ChoiceOptions.__annotations__]
-    names = [name for name in names if name not in ("unet", "options")]
+def check_names(options: Mapping[str, Any], of: Callable[..., object]) -> None:
+    """Raise `ArgumentError` for an option that neither this function nor `wrap` has, with one of nearly that name."""
+    known = dict.fromkeys((*named(of)[1:], *named(wrap)[1:], *ChoiceOptions.__annotations__))
     for name in options:
-        if name not in names:
-            near = get_close_matches(name, names, n=1)
-            raise ArgumentError(
-                "wrap has options of known names",
-                seen={"no such option": name, "options": ", ".join(names)},
-                do=f"pass {near[0]}=" if near else "pass some of these",
-            )
+        if name not in known:
+            raise no_option(name, known, rule=f"{of.__name__} has options of known names")
 
 
 _OLDEST = {"step before": 1, "same condition": 4}
@@ -270,7 +262,7 @@ def wrap(
     unet = unet if optimized is None else cast(nn.Module, optimized._modules["_orig_mod"])
     check_unet(unet)
     when: dict[str, object] = {"clock": clock, "schedule": schedule}
-    _check_names(options)
+    check_names(options, wrap)
     cut = options.get("cut", "outer")
     where: dict[str, object] = {"region": region, **{name: one for name, one in options.items() if name != "cut"}}
     own_cut = None if cut == "outer" else cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "region_options",
     "scalar",
     "schedule_of",
+    "schedules_of",
 ]
 
 
@@ -80,36 +82,47 @@ def region_options(adaptor: Adaptor) -> dict[str, Any]:
 def schedule_of(adaptor: Adaptor) -> tuple[Schedule | None, tuple[int, ...]]:
     """The schedule, and the numbers of steps, that a saved, trained or calibrated adaptor says it was made for.
 
-    None where it is for any schedule or for several; no number where it names no schedule.
+    No schedule where it is for any or for several; no number where it names no schedule.
     """
+    own, counts = schedules_of(adaptor)
+    return own[0] if len(own) == 1 else None, counts
+
+
+def schedules_of(adaptor: Adaptor) -> tuple[tuple[Schedule, ...], tuple[int, ...]]:
+    """All schedules that it was made for, of which `distill` may name several; and the numbers of steps."""
     facts = getattr(adaptor, "facts", None)
     if not isinstance(facts, dict):
-        return None, ()
+        return (), ()
     try:
-        schedule = Schedule.parse(str(facts.get("schedule")))
+        own = tuple(Schedule.parse(text) for text in re.split(r",\s+(?=\w+\()", str(facts.get("schedule"))))
     except ArgumentError:
-        return None, ()
+        return (), ()
     steps = facts.get("steps")
     counts = steps if isinstance(steps, (list, tuple)) else [steps]
-    return schedule, tuple(int(count) for count in counts if isinstance(count, int) and is_whole(count, 1))
+    return own, tuple(int(count) for count in counts if isinstance(count, int) and is_whole(count, 1))
 
 
 def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
     """Warn of a schedule whose adaptor steps are not those that the adaptor was made for."""
-    own, counts = schedule_of(adaptor)
-    if own is None or own == schedule or None not in (own.threshold, schedule.threshold):
-        return
+    own, counts = schedules_of(adaptor)
     steps = next(iter(counts), 0)
-    alike = steps and None is own.threshold is schedule.threshold
-    if not (alike and own.adaptor_steps(steps) == schedule.adaptor_steps(steps)):
+    if own and not any(_alike(one, schedule, steps) for one in own):
         warnings.warn(
-            f"an adaptor is best at the steps that it was made for: {type(adaptor).__name__} was made for {own}"
+            "an adaptor is best at the steps that it was made for: "
+            f"{type(adaptor).__name__} was made for {' or '.join(map(str, own))}"
             + (f" of {steps} steps" if steps else "")
             + f", and runs at {schedule}\nWhat to do: leave schedule= and clock= out, or calibrate or train one for "
             "this schedule",
             OtherStepsWarning,
             stacklevel=3,
         )
+
+
+def _alike(own: Schedule, other: Schedule, steps: int) -> bool:
+    """Are the adaptor steps the same, in a run of so many? Of two adaptive ones nobody can tell."""
+    if own == other or None not in (own.threshold, other.threshold):
+        return True
+    return bool(steps) and own.threshold is other.threshold and own.adaptor_steps(steps) == other.adaptor_steps(steps)
 
 
 def check_region(adaptor: Adaptor, region: Region) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from clockwork_hooks._numbers import percent, shape
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, no_option
 from clockwork_hooks.graph.tracing import Trace, record
 from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.named import by_ends, by_modules
@@ -223,12 +223,15 @@ class Choice:
         return set(region.resolution) == {self.resolution}
 
 
-def split_options(unet: nn.Module, kwargs: Mapping[str, Any]) -> tuple[ChoiceOptions, dict[str, Any]]:
+def split_options(
+    unet: nn.Module, kwargs: Mapping[str, Any], beside: Iterable[str] = ()
+) -> tuple[ChoiceOptions, dict[str, Any]]:
     """Tell the options of a choice from the arguments of the UNet's call.
 
     Args:
         unet: whose call it is.
         kwargs: both together.
+        beside: options that the caller has too, and was not given.
 
     Raises:
         ArgumentError: the UNet takes no such argument, and an option has nearly that name.
@@ -237,7 +240,7 @@ def split_options(unet: nn.Module, kwargs: Mapping[str, Any]) -> tuple[ChoiceOpt
     rest = {name: value for name, value in kwargs.items() if name not in options}
     taken = inspect.signature(unet.forward).parameters if isinstance(unet, nn.Module) else {}
     if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
-        _check_names([name for name in rest if name not in taken], strict=False)
+        _check_names([name for name in rest if name not in taken], (*ChoiceOptions.__annotations__, *beside))
     return options, rest
 
 
@@ -247,7 +250,9 @@ def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any])
     Raises:
         ArgumentError: there is no such option, an option is outside its rule, or `region` and options are both given.
     """
-    _check_names([name for name in options if name not in ChoiceOptions.__annotations__], strict=True)
+    for name in options:
+        if name not in ChoiceOptions.__annotations__:
+            raise no_option(name, ChoiceOptions.__annotations__, rule=_NAMED)
     choice = Choice(**options)
     if region is None:
         return choice
@@ -286,17 +291,15 @@ def saved_choice(path: str | Path) -> Choice:
         return Choice(level=data["level"], cut=data["cut"], fingerprint=data["fingerprint"], strict=True)
 
 
-def _check_names(names: list[str], *, strict: bool) -> None:
-    """Raise `ArgumentError` for the first name that an option nearly has; `strict`: for any name."""
-    options = list(ChoiceOptions.__annotations__)
+_NAMED = "a region is chosen by options of known names"
+
+
+def _check_names(names: list[str], options: tuple[str, ...]) -> None:
+    """Raise `ArgumentError` for the first name, of those that the UNet does not take, that an option nearly has."""
     for name in names:
-        near = get_close_matches(name, options, n=1, cutoff=0.6 if strict else 0.75)
-        if near or strict:
-            raise ArgumentError(
-                "a region is chosen by options of known names",
-                seen={"no such option": name, "options": ", ".join(options)},
-                do=f"pass {near[0]}=" if near else "pass one of these",
-            )
+        if get_close_matches(name, options, n=1, cutoff=0.75):
+            rule = _NAMED if len(options) == len(ChoiceOptions.__annotations__) else "options have known names"
+            raise no_option(name, options, rule=rule)
 
 
 def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: list[object]) -> RegionNotFoundError:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from clockwork_hooks._generate import Generate, seeded
 from clockwork_hooks._version import versions
 from clockwork_hooks.engine.attach import check_unet
-from clockwork_hooks.errors import DistillError
+from clockwork_hooks.errors import DistillError, named
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
@@ -33,14 +34,12 @@ from clockwork_hooks.training.setup import (
     samplers_of,
     students_of,
 )
-from clockwork_hooks.training.trainer import Trainer, seeded, status
+from clockwork_hooks.training.trainer import Trainer, status
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 __all__ = ["distill"]
-
-Generate = Callable[[list[Any]], Any]
 
 
 def distill(
@@ -68,10 +67,10 @@ def distill(
 ) -> DistillResult:
     """Train an adaptor, or several on the same trajectories, to stand in for the UNet's low-resolution part.
 
-    Anything that calls the UNet is a sampler: `generate(batch)` runs your own sampling code on a list of prompts, and
-    what crosses the region's edge at every step of it is recorded and learned from. The UNet is frozen, and afterwards
-    is as it was. `generate` takes its noise from torch's random numbers, which are seeded anew for every trajectory:
-    a fixed seed inside it would train on one noise only.
+    Anything that calls the UNet is a sampler: `generate(batch, seed)` runs your own sampling code on a list of prompts,
+    and what crosses the region's edge at every step of it is recorded and learned from. The UNet is frozen, and
+    afterwards is as it was. Every trajectory has a seed of its own; `generate(batch)` serves too, as torch's random
+    numbers are seeded from it. A fixed seed inside would train on one noise only.
 
     Args:
         unet: called by `generate`.
@@ -139,7 +138,7 @@ def distill(
     Source: arXiv 2312.08128, Sec. 4.4, Algorithm 1.
     """
     where = {name: options.pop(name) for name in ChoiceOptions.__annotations__ if name in options}
-    settings = TrainingOptions.of(options)
+    settings = TrainingOptions.of(options, beside=[*named(distill), *ChoiceOptions.__annotations__])
     wanted = region_or_choice(region, where)
     check_unet(unet)
     check(mode, prompts, images, add_noise, settings.graphs)
@@ -154,7 +153,7 @@ def distill(
         try:
             with seeded(settings.seed):
                 first = [prompts[k % len(prompts)] for k in range(settings.batch)]
-                region = recorder.probe(generates[0], first)
+                region = recorder.probe(lambda batch: generates[0](batch, settings.seed), first)
                 students = students_of(adaptor, region)
                 learners = learners_of(students, clock, schedule, loss, weights, engine, settings)
             summary = {

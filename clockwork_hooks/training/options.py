@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clockwork_hooks.errors import ArgumentError, is_number, whole
+from clockwork_hooks.errors import ArgumentError, is_number, no_option, whole
 from clockwork_hooks.training.losses import Loss
 
 __all__ = ["MODES", "Mode", "Student", "TrainingOptions"]
@@ -96,20 +96,20 @@ class TrainingOptions:
                 )
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> TrainingOptions:
+    def of(cls, settings: Mapping[str, Any], beside: Iterable[str] = ()) -> TrainingOptions:
         """From keyword arguments or a configuration.
+
+        Args:
+            settings: name → value.
+            beside: other names that the caller knows, for the error's advice.
 
         Raises:
             ArgumentError: there is no such option, or a value is outside its rule.
         """
         names = [one.name for one in fields(cls)]
-        unknown = [name for name in settings if name not in names]
-        if unknown:
-            raise ArgumentError(
-                "a training option has a known name",
-                seen={"unknown": ", ".join(unknown)},
-                do=f"pass some of {', '.join(names)}",
-            )
+        for name in settings:
+            if name not in names:
+                raise no_option(name, [*beside, *names], rule="a training option has a known name")
         return cls(**settings)
 
 

@@ -197,7 +197,7 @@ class TrajectoryRecorder:
             self._calls, self._by_exit, self._copies = [], {}, Copies()
         if not calls:
             raise DistillError(
-                "generate(batch) samples with the UNet that is distilled",
+                "generate(batch, seed) samples with the UNet that is distilled",
                 seen={"calls of the UNet": 0, "unet": type(self.unet).__name__},
                 do="let it call this very UNet object, not a copy or a compiled one",
             )
@@ -220,7 +220,7 @@ class TrajectoryRecorder:
         wanted, region = self._clocked.wanted, self._clocked.region
         if region is None:
             raise RegionNotFoundError(
-                "the region is one of the UNet that generate(batch) calls",
+                "the region is one of the UNet that generate(batch, seed) calls",
                 seen={
                     "region": wanted.line if isinstance(wanted, Region) else wanted,
                     "unet": type(self.unet).__name__,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from clockwork_hooks._generate import with_seed
 from clockwork_hooks.adaptors.resolve import is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError
@@ -69,8 +70,8 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
         )
 
 
-def samplers_of(generate: Any) -> tuple[Callable[[list[Any]], Any], ...]:
-    """The sampler, or those that take turns.
+def samplers_of(generate: Any) -> tuple[Callable[[Any, int], Any], ...]:
+    """The sampler, or those that take turns, as functions of batch and seed.
 
     Raises:
         ArgumentError: it is none.
@@ -80,9 +81,9 @@ def samplers_of(generate: Any) -> tuple[Callable[[list[Any]], Any], ...]:
         raise ArgumentError(
             "generate is a function that samples for a list of prompts, or several of them",
             seen={"generate": repr(generate)[:80]},
-            do="pass generate=lambda batch: pipe(batch, num_inference_steps=8)",
+            do="pass generate=lambda batch, seed: sample(batch, seed)",
         )
-    return several
+    return tuple(with_seed(one, seeding=False) for one in several)
 
 
 def check_facts(facts: Mapping[str, Any] | None) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clockwork_hooks._generate import seed_of, seeded
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.buffer import Buffer
@@ -24,7 +23,7 @@ from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.recording import Noise, TrajectoryRecorder
 from clockwork_hooks.training.trajectory import Needs, Trajectory
 
-__all__ = ["Trainer", "seeded", "status"]
+__all__ = ["Trainer", "status"]
 
 COMPARED = 8  # the first trajectories tell what the identity is off by
 
@@ -46,7 +45,7 @@ class Trainer:
 
     recorder: TrajectoryRecorder
     learners: Sequence[Learner]
-    generates: Sequence[Callable[[Any], Any]]
+    generates: Sequence[Callable[[Any, int], Any]]
     prompts: Sequence[Any]
     buffer: Buffer
     accelerator: Any
@@ -119,7 +118,7 @@ class Trainer:
             acting = self._acting(group)
             schedule = self._schedule(acting, group, 0)
             trajectory = self.recorder.record(
-                generate,
+                functools.partial(generate, seed=seed_of(self.options.seed, number)),
                 batch,
                 student=(acting.actor(), schedule) if self.mode == "on_policy" else None,
                 needs=self._needs(group),
@@ -240,23 +239,6 @@ class Trainer:
     def _agreed(self, value: float) -> float:
         """The first process's number, everywhere."""
         return self._gathered(value)[0]
-
-
-@contextlib.contextmanager
-def seeded(*keys: int) -> Iterator[None]:
-    """Random numbers of torch, numpy and Python from a seed of these keys; as they were before, afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # no context on the other GPUs
-    states = random.getstate(), np.random.get_state()
-    seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 @functools.lru_cache(maxsize=8)
