@@ -333,12 +333,11 @@ def named_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
     Example:
         >>> @named_options
         ... def plan(*, min_saving=0.3): ...
-        >>> plan(min_savings=0.2)
-        Traceback (most recent call last):
-        clockwork_hooks.errors.ArgumentError: plan has options of known names
-          no such option: min_savings
-          options: min_saving
-        What to do: pass min_saving=
+        >>> try:
+        ...     plan(min_savings=0.2)
+        ... except ArgumentError as error:
+        ...     print(error.do)
+        pass min_saving=
     """
     known = named(function)
 
