@@ -1,0 +1,491 @@
+"""The main rows of `benchmarks/calibration.py` on a model that is not ours in kind: an unconditional EDM UNet.
+
+    python -m benchmarks.second_model train --out DIR --minutes 5                      # on a GPU
+    python -m benchmarks.second_model run --out DIR --model DIR/second_model.safetensors --minutes 4
+    python -m benchmarks.second_model table DIR/second_model.json                      # as Markdown
+    python -m benchmarks.second_model render [DIR/second_model.json]                   # into docs/calibration.md
+
+The network is denoising-diffusion-pytorch's `Unet` (`benchmarks/second_model_training.py`), the sampler a loop of our
+own, and `ch.calibrate` is given both. Rows are judged as in `benchmarks/calibration.py`: chosen on some noises, judged
+on others, every row written as soon as it is there, the most important ones first, none measured again. There is no row
+of DeepCache: its package knows diffusers' UNets only, and its arithmetic (the cached feature as it is, one full step in
+`interval`) is that of the identity at the same cut and clock. In miniature, on a CPU: `train --minutes 0.1 --dim 8
+--batch 8 --pool 64`, then `run --pictures 4 --seeds 1 --match "edm-8/(plain|affine, widest, 3 4 6 7)$"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clockwork_hooks as ch
+from benchmarks.calibration import (
+    AFFINE,
+    BEFORE,
+    BOTH,
+    CLOCK2,
+    ENTRY,
+    IDENTITY,
+    INNER,
+    OTHER,
+    Row,
+    every,
+    fewer,
+    interval,
+    kinds,
+)
+from benchmarks.calibration_results import PAGE, Rows, between, half, load
+from benchmarks.harness import environment, say
+from benchmarks.second_model_training import SIGMA_MAX, SIGMA_MIN, SecondModel, log_snr, train
+from clockwork_hooks._numbers import percent
+from clockwork_hooks.demo.classifier import UNREADABLE, AttributeClassifier
+from clockwork_hooks.demo.evaluate import reference_statistics
+from clockwork_hooks.demo.weights import WEIGHTS, load_module
+from clockwork_hooks.metrics import Better, Frechet, Paired
+from clockwork_hooks.reports.tables import table
+
+RESULT = Path(__file__).parent / "results" / "second_model.json"
+BEGIN, END = "<!-- second model: python -m benchmarks.second_model render -->", "<!-- end of second model -->"
+_SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
+_SMALLEST = 0.2  # share of the MACs of a region that has rows
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _spaced(steps: int, clock: int, first: int, *names: str) -> list[Row]:
+    what = f"clock {clock}, first {first} and last 1 full"
+    return kinds("widest", every(steps, clock, first, 1), *names, what=what)
+
+
+def _plan() -> list[tuple[int, Row]]:
+    """(steps of the sampler, row), the most important first."""
+    four, plain = (IDENTITY, AFFINE, ENTRY, BEFORE), Row("plain")
+    plan: list[tuple[int, Sequence[Row]]] = [
+        (8, (plain, *kinds("widest", BOTH, *four), *kinds("default", CLOCK2, *four), *fewer(5, 4, 6))),
+        (20, (plain, *_spaced(20, 3, 2, BEFORE, AFFINE, IDENTITY), *fewer(10, 9), *_spaced(20, 2, 2, BEFORE))),
+        (50, (plain, *_spaced(50, 5, 3, BEFORE, AFFINE, IDENTITY), *fewer(16))),
+        (8, (*kinds("widest", INNER, *four), *kinds("widest", OTHER, *four), *kinds("default", BOTH, *four))),
+        (20, (*_spaced(20, 2, 2, AFFINE, IDENTITY), *fewer(12), *_spaced(20, 3, 2, ENTRY))),
+        (50, (*_spaced(50, 4, 3, BEFORE, AFFINE, IDENTITY), *_spaced(50, 3, 3, BEFORE, AFFINE, IDENTITY))),
+        (50, fewer(19, 12)),
+        (8, (*fewer(7, 3), *kinds("widest", CLOCK2, *four), *kinds("default", INNER, *four))),
+        (8, kinds("default", OTHER, *four)),
+    ]
+    return [(steps, row) for steps, rows in plan for row in rows]
+
+
+PLAN = _plan()
+
+
+def key_of(steps: int, row: Row) -> str:
+    """Group/label."""
+    return f"edm-{steps}/{row.label}"
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """The share of pictures of which the demo's classifier reads every attribute: a scene, not half of one."""
+
+    classifier: AttributeClassifier
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Higher is better."""
+        return {"readable": "higher"}
+
+    def observe(self, images: Tensor, plain: Tensor | None, conditions: Any) -> Tensor:
+        """1 or 0 (B, 1)."""
+        return torch.from_numpy((self.classifier.read(images) != UNREADABLE).all(1, keepdims=True))
+
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The share in percent."""
+        return {"readable": 100 * float(rows.double().mean())}
+
+
+@dataclass
+class Judge:
+    """Measures rows; noise and plain pictures stay on the device.
+
+    Attributes:
+        model: the second model.
+        metrics: what judges pictures.
+        pictures: of each seed of "judge", and of "choose".
+        batch: sampled at once.
+        seeds: of "judge".
+        samples: that adaptors are calibrated on.
+    """
+
+    model: SecondModel
+    metrics: tuple[Any, ...]
+    pictures: int
+    batch: int
+    seeds: int
+    samples: int
+    _noise: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _plain: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
+    _regions: dict[str, ch.Region | None] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, options: argparse.Namespace, dtype: torch.dtype) -> Judge:
+        """Load the model, the classifier and what it says about rendered scenes of the held-out combinations."""
+        classifier = AttributeClassifier()
+        load_module(classifier, WEIGHTS / "classifier" / "model.safetensors")
+        classifier.eval().requires_grad_(False).to(options.device)
+        drawn = 8192 if options.pictures > 1024 else max(options.pictures, 64)
+        rendering: Any = SimpleNamespace(device=torch.device(options.device), classifier=classifier)
+        reference = reference_statistics(rendering, drawn)
+        metrics = (Frechet(classifier.features, reference), Readable(classifier), Paired())
+        model = SecondModel.load(options.model, options.device, dtype)
+        batch, samples = min(options.batch, options.pictures), min(options.calibration, 8 * options.pictures)
+        return cls(model, metrics, options.pictures, batch, options.seeds, samples)
+
+    def runs(self, part: str) -> list[tuple[int, int, int]]:
+        """(pictures, seed of the noise, seed of the evaluation) of the batches of "judge" or "choose"."""
+        sizes = [min(self.batch, self.pictures - at) for at in range(0, self.pictures, self.batch)]
+        seeds = range(self.seeds) if part == "judge" else (self.seeds,)
+        return [(size, seed * len(sizes) + k, seed) for seed in seeds for k, size in enumerate(sizes)]
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Drawn once."""
+        if (count, seed) not in self._noise:
+            self._noise[count, seed] = self.model.noise(count, seed)
+        return self._noise[count, seed]
+
+    def plain(self, steps: int, part: str) -> list[Tensor]:
+        """The plain pictures, batch by batch."""
+        if (steps, part) not in self._plain:
+            runs = self.runs(part)
+            self._plain[steps, part] = [self.model.pictures(self.noise(n, seed), steps) for n, seed, _ in runs]
+        return self._plain[steps, part]
+
+    def region(self, name: str) -> ch.Region | None:
+        """The default region or the widest one, found for calls of this batch; None where it holds too little."""
+        if name not in self._regions:
+            weight = self.model.weight
+            call = (self.noise(self.batch, 0).to(weight.dtype), weight.new_zeros(self.batch))
+            region = ch.find_region(self.model.unet, *call)
+            if name == "widest":
+                region = ch.find_regions(self.model.unet, *call)[0]
+            self._regions[name] = region if region.macs_share >= _SMALLEST else None
+        return self._regions[name]
+
+    def measure(self, steps: int, row: Row) -> dict[str, Any] | None:
+        """All there is to say about a row; None where its region holds too little."""
+        region = self.region(row.region)
+        if row.kind is not None and region is None:
+            return None
+        adaptor, found = self.adaptor(steps, row)
+        scores: dict[str, Any] = {}
+        for part in ("choose", "judge"):
+            scores[part], cost = self.scores(steps, row, adaptor, part)
+        plan = json.loads(json.dumps(dataclasses.asdict(row)))
+        return {**plan, **found, **cost, "scores": scores, "steps": steps, "region line": region and region.line}
+
+    def adaptor(self, steps: int, row: Row) -> tuple[Any, dict[str, Any]]:
+        """The calibrated adaptor of a row, and what its calibration says."""
+        if row.kind in (None, IDENTITY):
+            return row.kind, {}
+        model, most = self.model, min(row.captions, self.samples)
+        batches = [(min(256, most - at), _SEED + at) for at in range(0, most, 256)]
+        if steps > 20:  # several batches of a long sampler say more than enough
+            batches = batches[:1]
+        self._wait()
+        adaptor = ch.calibrate(
+            model.unet, lambda batch: model.sample(model.noise(*batch), steps), batches,
+            schedule=row.at, region=self.region(row.region), kind=row.kind, log_snr=log_snr,
+        )  # fmt: skip
+        return adaptor, {"calibration": adaptor.report.to_dict()}
+
+    @torch.no_grad()
+    def scores(self, steps: int, row: Row, adaptor: Any, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Name of a score → one value a seed; and what a picture costs."""
+        observed: dict[tuple[int, int], list[Tensor]] = {}
+        plain, seconds, pictures = self.plain(steps, part), list[float](), 0
+        with ch.wrap(self.model.unet, adaptor, schedule=ch.Schedule.at(row.at), region=self.region(row.region)) as cw:
+            for (count, seed, number), reference in zip(self.runs(part), plain, strict=True):
+                images = reference
+                if not (row.label == "plain" and len(seconds) == 2):  # two batches tell what the plain ones cost
+                    noise = self.noise(count, seed)
+                    self._wait()
+                    started = time.perf_counter()
+                    with (
+                        cw.trajectory()
+                    ):  # a loop of our own says where one begins: no pass is full for want of certainty
+                        images = self.model.pictures(noise, row.taken or steps)
+                    self._wait()
+                    seconds.append((time.perf_counter() - started) / count)
+                    pictures += count
+                if not bool(images.isfinite().all()):
+                    raise FloatingPointError(f"{key_of(steps, row)}: a picture is not finite")
+                for k, metric in enumerate(self.metrics):
+                    observed.setdefault((k, number), []).append(metric.observe(images, reference, None))
+            cost = {"macs_per_image": round(cw.stats.macs_run / pictures), "full": cw.stats.full_passes,
+                    "adaptor": cw.stats.adaptor_passes, "reasons": dict(cw.stats.reasons)}  # fmt: skip
+        values: dict[str, list[float]] = {}
+        for (k, _), rows in sorted(observed.items()):
+            whole = torch.cat([one.detach().double().cpu() for one in rows])
+            for name, value in self.metrics[k].score(whole).items():
+                values.setdefault(name, []).append(float(value))
+        return values, {**cost, "seconds_per_image": statistics.median(seconds[1:] or seconds)}
+
+    def _wait(self) -> None:
+        if self.model.weight.is_cuda:
+            torch.cuda.synchronize(self.model.weight.device)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is missing, the most important rows first."""
+    started, path = time.monotonic(), options.out / RESULT.name
+    source = next((one for one in (path, options.resume) if one is not None and one.exists()), None)
+    data: dict[str, Any] = {"runs": [], "rows": {}} if source is None else load(source)
+    cuda = str(options.device).startswith("cuda")
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    wanted = [(steps, row) for steps, row in PLAN if re.search(options.match, key_of(steps, row))]
+    left = [(steps, row) for steps, row in wanted if key_of(steps, row) not in data["rows"]]
+    say(f"{len(left)} of {len(wanted)} rows to do")
+    if not left:
+        return 0
+    dtype = torch.float16 if cuda else torch.float32
+    judge = Judge.make(options, dtype)
+    names = ("pictures", "calibration", "seeds", "batch")
+    settings = {name: getattr(options, name) for name in names}
+    model = {"shape": dataclasses.asdict(judge.model.shape), **judge.model.facts}
+    data["runs"].append({**environment(str(options.device), 0), **settings, "dtype": str(dtype), "model": model})
+    pace = 0.0  # seconds for a step of the sampler, the slowest row so far
+    while left:
+        steps, row = left[0]
+        taken = row.taken or steps
+        if time.monotonic() - started + pace * taken > 60 * options.minutes:
+            say(f"{options.minutes:g} minutes are nearly over")
+            break
+        del left[0]
+        begun = time.monotonic()
+        result = judge.measure(steps, row)
+        if result is None:
+            say(f"{key_of(steps, row)}: no row, the {row.region} region holds less than {percent(_SMALLEST)}")
+            continue
+        pace = max(pace, (time.monotonic() - begun) / taken)
+        data["rows"][key_of(steps, row)] = {**result, "run": len(data["runs"]) - 1}
+        _write(path, data)
+        distance, seconds = statistics.fmean(result["scores"]["judge"]["Fréchet"]), time.monotonic() - begun
+        say(f"{key_of(steps, row)}: Fréchet {distance:.1f} in {seconds:.1f} s")
+    say(f"{len(left)} rows are not there yet" if left else "all is there")
+    return 0
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def groups_of(data: Mapping[str, Any]) -> list[str]:
+    """The groups whose plain row is there."""
+    groups = dict.fromkeys(key_of(steps, row).split("/")[0] for steps, row in PLAN)
+    return [group for group in groups if f"{group}/plain" in data["rows"]]
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """A table a number of steps, in the order of the plan."""
+    parts, rows = [], Rows(data)
+    for group in groups_of(data):
+        plain, cells = f"{group}/plain", []
+        keys = [key for key in (key_of(steps, row) for steps, row in PLAN) if key in data["rows"]]
+        for key in (key for key in keys if key.split("/")[0] == group):
+            judged = rows.row(key)["scores"]["judge"]
+            cells.append(
+                (
+                    key.split("/", 1)[1],
+                    percent(rows.saved(key)),
+                    f"{rows.mean(key):.1f}",
+                    "" if key == plain else interval(rows.gap(key, plain)),
+                    f"{statistics.fmean(judged['readable']):.2f}%",
+                    "" if key == plain else f"{statistics.fmean(judged['PSNR']):.1f}",
+                    f"{rows.mean(key, 'choose'):.1f}",
+                )
+            )
+        heads = ("row", ">MACs saved", ">Fréchet", ">less plain's", ">readable", ">PSNR", ">Fréchet, to choose by")
+        parts.append(table(group, heads, cells).to_markdown())
+    return "\n\n".join(parts)
+
+
+def verdicts(data: Mapping[str, Any]) -> list[str]:
+    """What the rows say: of calibrated and identity at the same steps, of the best row, and of fewer plain steps."""
+    rows, lines = Rows(data), []
+    for group in groups_of(data):
+        steps = group.split("-")[1]
+        lines += [line for line in (_kinds(rows, group, steps), _best(rows, group, steps)) if line]
+        lines += _fewer(rows, group, steps)
+    return lines
+
+
+def _kinds(rows: Rows, group: str, steps: str) -> str:
+    """Affine and exit+entry+before against the identity at the same region and steps."""
+    better, others = 0, []
+    for key, row in rows.data["rows"].items():
+        same = f"{group}/{IDENTITY}, {key.split(', ', 1)[-1]}"
+        if key.split("/")[0] != group or row["kind"] in (None, IDENTITY) or same not in rows.data["rows"]:
+            continue
+        gap = rows.gap(key, same)
+        if statistics.fmean(gap) + half(gap) < 0:
+            better += 1
+        else:
+            others.append(f"`{key.split('/')[1]}` ({interval(gap)})")
+    if not better + len(others):
+        return ""
+    text = (
+        f"- {steps} steps, calibrated against the identity at the same region and steps: nearer to rendered scenes in "
+    )
+    return f"{text}{better} of {better + len(others)} rows" + (f"; not in {', '.join(others)}." if others else ".")
+
+
+def _best(rows: Rows, group: str, steps: str) -> str:
+    """The calibrated row that the other noises choose, of those that save 40%, 50% or 60%."""
+    saved = {"8": 0.4, "20": 0.5}.get(steps, 0.6)
+    key = rows.calibrated(group, saved)
+    if key is None:
+        return ""
+    gap = rows.gap(key, f"{group}/plain")
+    means = f"Fréchet {rows.mean(key):.1f}, plain {rows.mean(f'{group}/plain'):.1f}: {interval(gap)}"
+    label = f"`{key.split('/')[1]}`, {percent(rows.saved(key))}"
+    return f"- {steps} steps, at least {percent(saved)} fewer MACs: {label}, {means}."
+
+
+def _fewer(rows: Rows, group: str, steps: str) -> list[str]:
+    """Plain sampling with fewer steps against the calibrated row that saves at least as much."""
+    beaten, others = [], []
+    for key, row in rows.data["rows"].items():
+        if key.split("/")[0] != group or row["taken"] is None:
+            continue
+        calibrated = rows.calibrated(group, rows.saved(key) - 0.005)
+        if calibrated is None:
+            continue
+        gap = rows.gap(calibrated, key)
+        label = f"{row['taken']} ({percent(rows.saved(key))}; `{calibrated.split('/')[1]}`, "
+        text = f"{label}{percent(rows.saved(calibrated))}: {interval(gap)})"
+        (beaten if statistics.fmean(gap) + half(gap) < 0 else others).append(text)
+    lines = [f"- {steps} steps, plain sampling with fewer steps is beaten at equal MACs: {'; '.join(beaten)}."]
+    lines += [f"- {steps} steps, plain sampling with fewer steps is **not beaten**: {'; '.join(others)}."]
+    return [line for line, texts in zip(lines, (beaten, others), strict=True) if texts]
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The section of docs/calibration.md."""
+    run, model = data["runs"][-1], data["runs"][-1]["model"]
+    shape, regions = model["shape"], dict.fromkeys(row["region line"] for row in data["rows"].values() if row["kind"])
+    macs = data["rows"]["edm-8/plain"]["macs_per_image"] / 8 if "edm-8/plain" in data["rows"] else 0
+    missing = [key for key in (key_of(steps, row) for steps, row in PLAN) if key not in data["rows"]]
+    text = f"""\
+The same on a network of another code base: denoising-diffusion-pytorch's `Unet` (dim {shape["dim"]}, multipliers \
+{", ".join(map(str, shape["dim_mults"]))};
+{model["parameters"] / 1e6:.1f}M parameters, {macs / 1e9:.2f} GMACs a pass), unconditional, preconditioned as EDM is
+(arXiv 2206.00364), trained on the demo's scenes for {model["minutes"]:g} minutes ({model["iterations"]:,} iterations \
+of {model["batch"]}, {model["device"]}).
+Its sampler is a loop of our own: DPM++ 2M over Karras' σ from {SIGMA_MAX:g} to {SIGMA_MIN:g}, no guidance.
+
+Rows as above: {run["pictures"]:,} noises to choose by (one seed), others to judge on ({run["seeds"]} seeds, the same \
+for every row);
+adaptors calibrated on {run["calibration"]} samples from other noises (at most 256 at 50 steps). *readable*: the share
+of pictures of which the demo's classifier reads every attribute. There is no row of DeepCache: its package knows
+diffusers' UNets only, and its arithmetic at a cut and clock is that of the identity.
+
+{run["device"]}, {run["dtype"].removeprefix("torch.")}, torch {run["versions"]["torch"]}, python {run["python"]}; by
+`python -m benchmarks.second_model train`, then `run`: each command is in `benchmarks/results/second_model.json`.
+Regions:
+
+{chr(10).join(f"- {line}" for line in regions)}"""
+    parts = ["## Measured on a second model", text, "\n".join(verdicts(data)), markdown(data)]
+    if missing:
+        parts.append(f"Planned, not measured: {'; '.join(missing)}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print a file as Markdown tables."""
+    data = load(options.file)
+    print("\n\n".join(["\n".join(verdicts(data)), markdown(data)]))
+    return 0
+
+
+def render(options: argparse.Namespace) -> int:
+    """Write the section of docs/calibration.md, from benchmarks/results/second_model.json or a file that becomes it."""
+    if options.file is not None:
+        RESULT.write_text(options.file.read_text(encoding="utf-8"), encoding="utf-8")
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(load(RESULT))), encoding="utf-8")
+    print(PAGE)
+    return 0
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    shape: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one = commands.add_parser("train", help=train.__doc__, **shape)
+    one.set_defaults(act=train)
+    one.add_argument("--out", type=Path, required=True, help="folder of the weights, the loss curve and pictures")
+    one.add_argument("--start", type=Path, help="weights of an earlier training to go on from")
+    one.add_argument("--minutes", type=float, default=5.0, help="of training, preparation included")
+    one.add_argument("--device", default=device, help="where to run")
+    one.add_argument("--batch", type=int, default=512, help="scenes an iteration")
+    one.add_argument("--seed", type=int, default=0, help="of the weights, the scenes and the noise")
+    one.add_argument("--dim", type=int, default=48, help="channels of the highest level")
+    one.add_argument("--pool", type=int, default=262_144, help="rendered scenes held ready")
+    one.add_argument("--rate", type=float, default=8e-4, help="peak learning rate of AdamW")
+    one.add_argument("--decay", type=float, default=0.999, help="of the moving average of the weights")
+    one.add_argument("--compile", action="store_true", help="torch.compile the UNet, if it works")
+    one.add_argument("--log-every", type=int, default=25, help="iterations between two points of the loss curve")
+    one.add_argument("--shown", type=int, default=64, help="pictures drawn at the end")
+    two = commands.add_parser("run", help=run.__doc__, **shape)
+    two.set_defaults(act=run)
+    two.add_argument("--out", type=Path, required=True, help="folder of second_model.json")
+    two.add_argument("--model", type=Path, required=True, help="weights that `train` wrote")
+    two.add_argument("--resume", type=Path, help="rows of an earlier run")
+    two.add_argument("--minutes", type=float, default=4.0, help="begin no row that may not end within these")
+    two.add_argument("--pictures", type=int, default=5120, help="of each seed")
+    two.add_argument("--calibration", type=int, default=512, help="samples to calibrate on, at most")
+    two.add_argument("--seeds", type=int, default=3, help="evaluation seeds")
+    two.add_argument("--batch", type=int, default=1024, help="pictures sampled at once")
+    two.add_argument("--device", default=device, help="where to run")
+    two.add_argument("--match", default="", help="only rows whose group/label has this, a regular expression")
+    three = commands.add_parser("table", help=show.__doc__)
+    three.set_defaults(act=show)
+    three.add_argument("file", type=Path)
+    four = commands.add_parser("render", help=render.__doc__)
+    four.set_defaults(act=render)
+    four.add_argument("file", type=Path, nargs="?")
+    options = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a calibrated adaptor was asked for a position outside")
+        return int(options.act(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
