@@ -82,7 +82,7 @@ def proven(model: nn.Module, *args: Any, region: ch.Region | None = None, **kwar
     assert where is not None
     before, seen = snapshot(model), []
     handle = model.get_submodule(last.path).register_forward_hook(
-        lambda module, given, output: seen.append([leaf for _, leaf in leaves(output)][where].clone())
+        lambda module, inputs, output: seen.append([leaf for _, leaf in leaves(output)][where].clone())
     )
     with torch.no_grad():
         expected = model(*args, **kwargs)

@@ -202,10 +202,10 @@ class Sum(Chain):
     """The sum of what its children make of one input; the last is called first."""
 
     def forward(self, x: Tensor, context: dict[str, Tensor]) -> Tensor:
-        made = [
+        terms = [
             layer(x, context) if isinstance(layer, Chain) else layer(x) for layer in reversed(list(self.children()))
         ]
-        return made[1] + made[0]
+        return terms[1] + terms[0]
 
 
 class AddTime(Chain):

@@ -27,7 +27,7 @@ class Judge:
 
     def __init__(self, unet: nn.Module, plain: nn.Module | None = None, path: str = EXIT) -> None:
         self.unet, self.plain, self.path = unet, plain or copy.deepcopy(unet), path
-        self.made = ""
+        self.letters = ""
         self._step: dict[Hashable, tuple[int, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def begin(self) -> None:
@@ -41,7 +41,7 @@ class Judge:
     @property
     def share(self) -> float:
         """Adaptor passes among all calls."""
-        return self.made.count("A") / len(self.made)
+        return self.letters.count("A") / len(self.letters)
 
     def call(self, *args: Any, step: int, branch: Hashable = 0, **kwargs: Any) -> Any:
         """One call, of which the step and the branch are told; what it returns has been checked."""
@@ -52,12 +52,12 @@ class Judge:
         with torch.no_grad():
             full, emitted = reference(self.plain, *args, path=self.path, **kwargs)
             if _same(got, full):
-                self.made += "F"
+                self.letters += "F"
             else:
                 assert len(now) < len(before), "a cached exit where the step before has none for this call"
                 clocked, emitted = reference(self.plain, *args, path=self.path, exit=before[len(now)], **kwargs)
                 assert _same(got, clocked), "stale: not what this call of the branch emitted in the step before"
-                self.made += "A"
+                self.letters += "A"
         self._step[branch] = (step, [*now, emitted], before)
         return got
 

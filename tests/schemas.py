@@ -14,10 +14,10 @@ def schema(name: str) -> dict[str, Any]:
     """The schema that "clockwork_hooks/flops/1" names."""
     start, kind, version = name.split("/")
     assert start == "clockwork_hooks"
-    found: dict[str, Any] = json.loads((FOLDER / f"{kind}-{version}.schema.json").read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(found)
-    assert found["$id"] == name
-    return found
+    data: dict[str, Any] = json.loads((FOLDER / f"{kind}-{version}.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(data)
+    assert data["$id"] == name
+    return data
 
 
 def follows_its_schema(data: dict[str, Any]) -> None:

@@ -22,11 +22,11 @@ SCHEMA = Path(__file__).parents[1] / "docs/schemas/flops-1.schema.json"
 def samples(*jumps: int, size: float = 5.0) -> list[torch.Tensor]:
     """Samples that hardly move, but at these steps (from 1)."""
     x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = []
+    tensors = []
     for step in range(1, len(TIMES) + 1):
         x = x + (size if step in jumps else 1e-3)
-        made.append(x)
-    return made
+        tensors.append(x)
+    return tensors
 
 
 class Still(Tiny):
@@ -47,13 +47,13 @@ class Writing(Still):
 
 def run(unet, cw, xs, *conditions, until=None):
     """Outputs of one trajectory, and a letter a step: A if every call of it used the adaptor, F if none did."""
-    made, letters = [], ""
+    outputs, letters = [], ""
     with torch.no_grad(), cw.trajectory():
         for x, t in itertools.islice(zip(xs, TIMES, strict=True), until):
             before = cw.stats.adaptor_passes
-            made += [unet(x, t, c) for c in conditions or (None,)]
+            outputs += [unet(x, t, c) for c in conditions or (None,)]
             letters += {0: "F", max(len(conditions), 1): "A"}.get(cw.stats.adaptor_passes - before, "?")
-    return made, letters
+    return outputs, letters
 
 
 def traced(unet, schedule, **options):
@@ -78,13 +78,13 @@ def traced(unet, schedule, **options):
 def test_full_where_the_entry_jumps(kind, jumps, longest, expected):
     unet, other = kind(), kind()
     cw = traced(unet, Schedule.adaptive(0.1, longest=longest))
-    made, letters = run(unet, cw, samples(*jumps))
+    outputs, letters = run(unet, cw, samples(*jumps))
     assert letters == expected
     bound = expected.count("F") - 1 - len(jumps)
     counted = {reasons.FIRST: 1, reasons.MOVED: len(jumps), reasons.LONGEST: bound}
     assert cw.stats.reasons == {reason: count for reason, count in counted.items() if count}
     fixed = traced(other, Schedule.at({k + 1 for k, letter in enumerate(expected) if letter == "A"}))
-    assert all(map(torch.equal, made, run(other, fixed, samples(*jumps))[0]))
+    assert all(map(torch.equal, outputs, run(other, fixed, samples(*jumps))[0]))
 
 
 def test_small_changes_add_up():
@@ -150,10 +150,10 @@ def test_nothing_is_saved_where_everything_moves_and_nan_is_a_change():
     unet, plain = Still(), Still()
     cw = traced(unet, Schedule.adaptive(1e-6))
     xs = samples(*range(9))
-    made, letters = run(unet, cw, xs)
+    outputs, letters = run(unet, cw, xs)
     assert letters == "F" * 8
     with torch.no_grad():
-        assert all(torch.equal(out, plain(x, t)) for out, x, t in zip(made, xs, TIMES, strict=True))
+        assert all(torch.equal(out, plain(x, t)) for out, x, t in zip(outputs, xs, TIMES, strict=True))
     cw.remove()
     cw = traced(unet, Schedule.adaptive(9.0))
     assert run(unet, cw, [samples()[0], *[torch.full_like(xs[0], torch.nan)] * 7])[1] == "F" * 8
@@ -215,11 +215,11 @@ def test_counts_are_counts(options):
 
 
 def test_schedules_of_equal_numbers_are_equal():
-    made = [Schedule.adaptive(0.2), Schedule.adaptive(0.3), Schedule.adaptive(0.2, longest=2), Schedule.every(2)]
-    made += [Schedule.every(2, start=2), Schedule.at({2}), Schedule.at({2, 3})]
-    assert [[a == b for b in made] for a in copy.deepcopy(made)] == torch.eye(7).bool().tolist()
-    assert len({*made, *copy.deepcopy(made)}) == 7
-    assert str(made[0]) == "adaptive(0.2, longest=4)"
+    schedules = [Schedule.adaptive(0.2), Schedule.adaptive(0.3), Schedule.adaptive(0.2, longest=2), Schedule.every(2)]
+    schedules += [Schedule.every(2, start=2), Schedule.at({2}), Schedule.at({2, 3})]
+    assert [[a == b for b in schedules] for a in copy.deepcopy(schedules)] == torch.eye(7).bool().tolist()
+    assert len({*schedules, *copy.deepcopy(schedules)}) == 7
+    assert str(schedules[0]) == "adaptive(0.2, longest=4)"
 
 
 @pytest.mark.parametrize(("longest", "warmup", "steps"), [*itertools.product((1, 2, 5), (1, 2), (1, 4, 9))])
@@ -238,13 +238,13 @@ def test_a_flop_count_gives_both_ends():
         name: ch.flops_report(Still(), samples()[0], 900, clock=schedule, steps=8)
         for name, schedule in {"adaptive": Schedule.adaptive(0.1, longest=3), "four": 4, "off": 1}.items()
     }
-    found = reports["adaptive"]
-    assert found.least_trajectory_macs == reports["four"].trajectory_macs == reports["four"].least_trajectory_macs
-    assert found.trajectory_macs == reports["off"].trajectory_macs == found.full_trajectory_macs
-    assert "8 steps, 2 of them full" in str(found)
-    assert "8 steps, 8 of them full" in str(found)
-    assert "F ? ? ? ? ? ? ? (F full pass, ? decided at run time)" in str(found)
-    jsonschema.validate(json.loads(found.to_json()), json.loads(SCHEMA.read_text(encoding="utf-8")))
+    report = reports["adaptive"]
+    assert report.least_trajectory_macs == reports["four"].trajectory_macs == reports["four"].least_trajectory_macs
+    assert report.trajectory_macs == reports["off"].trajectory_macs == report.full_trajectory_macs
+    assert "8 steps, 2 of them full" in str(report)
+    assert "8 steps, 8 of them full" in str(report)
+    assert "F ? ? ? ? ? ? ? (F full pass, ? decided at run time)" in str(report)
+    jsonschema.validate(json.loads(report.to_json()), json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 class Unnamed(Still):

@@ -30,9 +30,9 @@ def sd15() -> ZooCase:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small saved adaptor."""
-    made = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), entry=Layout(3, (4, 4)), time=5, text=7, width=8)
-    made.facts = FACTS
-    alive(made).save_pretrained(tmp_path)
+    adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), entry=Layout(3, (4, 4)), time=5, text=7, width=8)
+    adaptor.facts = FACTS
+    alive(adaptor).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -163,9 +163,9 @@ def test_another_batch_and_size_are_the_same_region(sd15: ZooCase) -> None:
 def refused(folder: Path, **seen: str) -> None:
     with pytest.raises(ch.AdaptorError) as raised:
         LearnedAdaptor.from_pretrained(folder)
-    told = {name.replace(" ", "_"): str(value) for name, value in raised.value.seen.items()}
+    facts = {name.replace(" ", "_"): str(value) for name, value in raised.value.seen.items()}
     for name, part in seen.items():
-        assert part in told[name], told
+        assert part in facts[name], facts
     assert raised.value.do
 
 
@@ -308,15 +308,15 @@ def test_pushed_to_the_hub_and_loaded_from_it(sd15: ZooCase, tmp_path: Path, mon
 
 def test_facts_that_json_does_not_hold(tmp_path: Path) -> None:
     """Nothing half written is left."""
-    made = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), width=8)
-    made.facts = {"loss": torch.zeros(1)}
+    adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), width=8)
+    adaptor.facts = {"loss": torch.zeros(1)}
     with pytest.raises(ch.AdaptorError, match="what JSON holds"):
-        made.save_pretrained(tmp_path)
+        adaptor.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with torch.device("meta"):
-        made = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), width=8)
+        adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), width=8)
     with pytest.raises(ch.AdaptorError, match="has weights"):
-        made.save_pretrained(tmp_path)
+        adaptor.save_pretrained(tmp_path)
 
 
 class OneConv(LearnedAdaptor):
@@ -329,14 +329,14 @@ class OneConv(LearnedAdaptor):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def difference(self, x: torch.Tensor, time: Any, text: Any) -> torch.Tensor:
-        made: torch.Tensor = self.conv(x)
-        return made
+        output: torch.Tensor = self.conv(x)
+        return output
 
 
 def test_an_adaptor_of_ones_own(sd15: ZooCase, tmp_path: Path) -> None:
     """It inherits all of this: sized by the region, the identity at first, saved, found again by `wrap`."""
     region = region_of(sd15)
-    made = OneConv.for_region(region)
-    assert torch.equal(rollout(sd15, made, region=region)[1], rollout(sd15, None, region=region)[1])
-    alive(made).save_pretrained(tmp_path)
-    assert torch.equal(rollout(sd15, tmp_path, region=region)[1], rollout(sd15, made, region=region)[1])
+    adaptor = OneConv.for_region(region)
+    assert torch.equal(rollout(sd15, adaptor, region=region)[1], rollout(sd15, None, region=region)[1])
+    alive(adaptor).save_pretrained(tmp_path)
+    assert torch.equal(rollout(sd15, tmp_path, region=region)[1], rollout(sd15, adaptor, region=region)[1])

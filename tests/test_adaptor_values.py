@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
-from tests.test_analysis import made, sampler
+from tests.test_analysis import sampler, tiny
 
 QUIET = Console(quiet=True)
 ARGS = (torch.zeros(2, 2, 16, 16), 700.0)
@@ -45,27 +45,27 @@ def counted(unet: nn.Module, adaptor: Any) -> str:
 
 
 def drifted(unet: nn.Module, adaptor: Any) -> str:
-    found = ch.measure_drift(unet, sampler(unet, TIMES), [2], adaptor=adaptor, clocks=(2,), seeds=(0,), console=QUIET)
-    return {"identity": "IdentityAdaptor"}.get(name := next(iter(found.adaptors.values())), name)
+    report = ch.measure_drift(unet, sampler(unet, TIMES), [2], adaptor=adaptor, clocks=(2,), seeds=(0,), console=QUIET)
+    return {"identity": "IdentityAdaptor"}.get(name := next(iter(report.adaptors.values())), name)
 
 
 def planned(unet: nn.Module, adaptor: Any) -> str:
     options = {"clocks": (2,), "seeds": (0,), "probes": 2, "max_error": 0.99, "console": QUIET}
-    found = ch.plan(unet, sampler(unet, TIMES), [2], adaptor=adaptor, **options)
-    assert found.adaptor_folder == (str(adaptor) if "ada" in str(adaptor) else None)
-    return {"identity": "IdentityAdaptor"}.get(name := found.adaptor_name, name)
+    report = ch.plan(unet, sampler(unet, TIMES), [2], adaptor=adaptor, **options)
+    assert report.adaptor_folder == (str(adaptor) if "ada" in str(adaptor) else None)
+    return {"identity": "IdentityAdaptor"}.get(name := report.adaptor_name, name)
 
 
 def benched(unet: nn.Module, adaptor: Any) -> str:
-    found = ch.bench(unet, *ARGS, adaptor=adaptor, clocks=(2,), steps=2, rounds=1, console=QUIET)
-    return {"identity": "IdentityAdaptor"}.get(name := found.adaptor, name)
+    report = ch.bench(unet, *ARGS, adaptor=adaptor, clocks=(2,), steps=2, rounds=1, console=QUIET)
+    return {"identity": "IdentityAdaptor"}.get(name := report.adaptor, name)
 
 
 def evaluated(unet: nn.Module, adaptor: Any) -> str:
     variants = {"one": {"clock": 2, "adaptor": adaptor}}
-    found = ch.evaluate(unet, pictures(unet), [2], variants, seeds=(0,), console=QUIET)
-    assert found["one"].adaptor_passes == 2
-    return "ResNetAdaptor" if found["one"].macs_per_image != evaluated_macs(unet) else "IdentityAdaptor"
+    evaluation = ch.evaluate(unet, pictures(unet), [2], variants, seeds=(0,), console=QUIET)
+    assert evaluation["one"].adaptor_passes == 2
+    return "ResNetAdaptor" if evaluation["one"].macs_per_image != evaluated_macs(unet) else "IdentityAdaptor"
 
 
 def evaluated_macs(unet: nn.Module) -> float:
@@ -79,7 +79,7 @@ ENTRY_POINTS = (wrapped, nested, counted, drifted, planned, benched, evaluated)
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    unet = made()
+    unet = tiny()
     adaptor = ch.ResNetAdaptor.for_region(ch.find_region(unet, *ARGS), width=8)
     adaptor.save_pretrained(tmp_path / "ada")
     return tmp_path / "ada"
@@ -87,7 +87,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("use", ENTRY_POINTS)
 def test_the_same_values_are_adaptors_everywhere(use: Callable[[nn.Module, Any], str], saved: Path) -> None:
-    unet = made()
+    unet = tiny()
     for value in (None, "identity", ch.IdentityAdaptor()):
         assert use(unet, value) == "IdentityAdaptor"
     for value in (saved, str(saved)):
@@ -106,12 +106,12 @@ def test_the_same_values_are_adaptors_everywhere(use: Callable[[nn.Module, Any],
 )
 def test_the_same_error_everywhere(use: Callable[[nn.Module, Any], str], value: Any, said: str) -> None:
     with pytest.raises(ch.AdaptorError, match=said):
-        use(made(), value)
+        use(tiny(), value)
 
 
 def test_a_saved_adaptor_says_which_region(tmp_path: Path) -> None:
     """Where none is chosen, it is the one that the adaptor was made for: in counts and benchmarks as in `wrap`."""
-    unet = made()
+    unet = tiny()
     region = ch.find_region(unet, *ARGS, level=2)
     ch.ResNetAdaptor.for_region(region, width=8).save_pretrained(tmp_path)
     report = ch.flops_report(unet, *ARGS, adaptor=tmp_path)
@@ -124,7 +124,7 @@ def test_a_saved_adaptor_says_which_region(tmp_path: Path) -> None:
 
 
 def test_distill_goes_on_with_a_saved_adaptor(saved: Path) -> None:
-    unet = made()
+    unet = tiny()
     generate = sampler(unet, TIMES)
     options: dict[str, Any] = {"prompts": range(2), "batch": 1, "trajectories": 2, "progress": False}
     for value in (saved, str(saved)):
@@ -141,4 +141,4 @@ def test_distill_goes_on_with_a_saved_adaptor(saved: Path) -> None:
 def test_a_module_is_itself() -> None:
     adaptor = ch.IdentityAdaptor()
     assert resolve_adaptor(adaptor) is adaptor
-    assert resolve_adaptor(made) is made
+    assert resolve_adaptor(tiny) is tiny

@@ -42,7 +42,7 @@ def alive(adaptor: LearnedAdaptor) -> LearnedAdaptor:
 def rollout(case: ZooCase, adaptor: Any, *, steps: int = 2, **options: Any) -> list[Tensor]:
     """Outputs of some steps, every second one with the adaptor."""
     name = next((n for n in ("timestep", "time", "timesteps") if n in case.kwargs), None)
-    made = []
+    outputs = []
     with torch.no_grad(), ch.wrap(case.model, adaptor, **options) as cw, cw.trajectory():
         for t in (900, 600, 300, 1)[:steps]:
             args, kwargs = list(case.args), dict(case.kwargs)
@@ -53,9 +53,9 @@ def rollout(case: ZooCase, adaptor: Any, *, steps: int = 2, **options: Any) -> l
             if len(args) + len(kwargs) == 1:
                 cw.step()
             out = cw(*args, **kwargs)
-            made.append(out if isinstance(out, Tensor) else out[0])
+            outputs.append(out if isinstance(out, Tensor) else out[0])
         assert cw.stats.adaptor_passes >= 1
-    return made
+    return outputs
 
 
 # -- size ------------------------------------------------------------------------------------------------------------
@@ -68,9 +68,9 @@ def script() -> Any:
     spec = importlib.util.spec_from_file_location("adaptor_sizes", place)
     assert spec is not None
     assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_resnet_adaptor_on_sd15(on_sd15: Any) -> None:
 
 def test_the_unet_adaptors_on_sd15(on_sd15: Any) -> None:
     """By hand: widths, blocks and levels as the paper tells them; the rest is our reading."""
-    for light, (width, middle, blocks), told in ((False, (640, 4, 2), 152e6), (True, (96, 2, 1), 3e6)):
+    for light, (width, middle, blocks), stated in ((False, (640, 4, 2), 152e6), (True, (96, 2, 1), 3e6)):
         adaptor, parameters, macs, _ = on_sd15["UNetAdaptor, light" if light else "UNetAdaptor"]
         assert (adaptor.width, adaptor.middle, adaptor.blocks) == (width, middle, blocks)
         stem, last, resample = 16 * 960 * width, 16 * width * 640, 16 * width**2
@@ -113,7 +113,7 @@ def test_the_unet_adaptors_on_sd15(on_sd15: Any) -> None:
         )
         weights = stem + last + 4 * resample + 2 * blocks * (block + wide) + middle * block + vectors
         assert weights < parameters < 1.02 * weights
-        assert 0.98 < parameters / told < (1.6 if light else 1.04)
+        assert 0.98 < parameters / stated < (1.6 if light else 1.04)
 
 
 # -- the identity, and what else it may become -----------------------------------------------------------------------
@@ -146,14 +146,14 @@ def test_it_reads_its_inputs_and_nothing_else(kind: Any, inputs: tuple[str, ...]
         "text": torch.randn(2, 7, 24),
     }
 
-    def made(**other: Tensor) -> Tensor:
+    def call(**other: Tensor) -> Tensor:
         now = {**values, **other}
         out: Tensor = adaptor(now["entry"], now["exit"], time=now["time"], text=now["text"])
         return out
 
     with torch.no_grad():
-        before = made()
-        changed = {name for name, value in values.items() if not torch.equal(made(**{name: value + 1}), before)}
+        before = call()
+        changed = {name for name, value in values.items() if not torch.equal(call(**{name: value + 1}), before)}
     assert changed == {*inputs, "time"}
 
 
@@ -181,8 +181,8 @@ def test_every_parameter_learns() -> None:
 def test_any_size(space: list[int], batch: int, kind: bool) -> None:
     """Also odd sizes and single pixels, one axis to three; a fresh one returns the cached exit itself."""
     channels = Layout(6, tuple(space))
-    made = ch.ResNetAdaptor if kind else ch.UNetAdaptor
-    adaptor = made(exit=channels, entry=Layout(4, tuple(space)), time=5, width=8)
+    cls = ch.ResNetAdaptor if kind else ch.UNetAdaptor
+    adaptor = cls(exit=channels, entry=Layout(4, tuple(space)), time=5, width=8)
     entry, exit = torch.randn(batch, 4, *space), torch.randn(batch, 6, *space)
     with torch.no_grad():
         assert torch.equal(adaptor(entry, exit, time=torch.randn(1, 5)), exit)
@@ -207,9 +207,9 @@ def test_another_dtype() -> None:
     adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), time=5, width=8)
     exit, time = torch.randn(2, 6, 4, 4).bfloat16(), torch.randn(2, 5).bfloat16()
     assert torch.equal(adaptor(None, exit, time=time), exit)
-    made = alive(adaptor)(None, exit, time=time)
-    assert made.dtype == exit.dtype
-    assert torch.allclose(made.float(), adaptor(None, exit.float(), time=time.float()), rtol=1e-2, atol=1e-2)
+    output = alive(adaptor)(None, exit, time=time)
+    assert output.dtype == exit.dtype
+    assert torch.allclose(output.float(), adaptor(None, exit.float(), time=time.float()), rtol=1e-2, atol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
         assert adaptor(None, exit.float(), time=time).dtype == torch.float32
 
@@ -292,8 +292,8 @@ def test_a_region_of_another_layout(tokens: bool) -> None:
     assert adaptor.exit == Layout(32, (4, 6), "tokens" if tokens else "channels last")
     with torch.no_grad():
         for same in (True, False):
-            made = adaptor if same else alive(adaptor)
-            with ch.wrap(unet, made, region=region) as cw, cw.trajectory():
+            other = adaptor if same else alive(adaptor)
+            with ch.wrap(unet, other, region=region) as cw, cw.trajectory():
                 sample = torch.randn(2, 3, 8, 12)
                 cw(sample, 900)
                 out = cw(sample, 600)
@@ -372,5 +372,5 @@ def test_the_page_says_what_is_so(script: Any, on_sd15: Any) -> None:
     names: dict[str, Any] = {"torch": torch, "region": region}
     exec(textwrap.dedent(own), names)
     exit = torch.randn(region.exit.shape)
-    made = names["adaptor"](torch.randn(region.entry.shape), exit, time=torch.randn(2, 64), text=torch.randn(2, 24))
-    assert torch.equal(made, exit)
+    output = names["adaptor"](torch.randn(region.entry.shape), exit, time=torch.randn(2, 64), text=torch.randn(2, 24))
+    assert torch.equal(output, exit)

@@ -47,7 +47,7 @@ def sampler(unet, times=TIMES, rate=0.1):
     return generate
 
 
-def made(**options):
+def tiny(**options):
     torch.manual_seed(0)
     return TwoLevels(**options).eval()
 
@@ -82,8 +82,8 @@ def test_a_map_is_what_flows_on_not_what_a_shortcut_hands_on():
     """With alpha 0 nothing of a map is left, neither in the sum's way nor in the shortcut's."""
     torch.manual_seed(0)
     unet, x = Shortcuts().eval(), torch.randn(1, 2, 16, 16)
-    found = find_maps(ch.trace(unet, x, 0.5), unet)
-    assert [one.path for one in found if one.kind == "first"] == ["stem.layer"]
+    maps = find_maps(ch.trace(unet, x, 0.5), unet)
+    assert [one.path for one in maps if one.kind == "first"] == ["stem.layer"]
     seen = []
     handle = unet.stem.skip.register_forward_hook(lambda m, args, output: seen.append(args[0]))
     ch.measure_robustness(unet, lambda n, seed: unet(x, 0.5), [1], maps=["first"], starts=(1,), alpha=0.0)
@@ -91,7 +91,7 @@ def test_a_map_is_what_flows_on_not_what_a_shortcut_hands_on():
     plain = unet.stem.layer(x)
     assert torch.equal(seen[-2], plain)
     assert not torch.equal(seen[-1], plain)
-    assert not any(one.path.endswith("skip") for one in found)
+    assert not any(one.path.endswith("skip") for one in maps)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_map_is_what_flows_on_not_what_a_shortcut_hands_on():
 )  # fmt: skip
 def test_maps_are_found_in_the_graph(name, expected):
     case = ZOO[name]()
-    found = {one.name: one.path for one in find_maps(ch.trace(case.model, *case.args, **case.kwargs), case.model)}
-    assert {key: found.get(key) for key in expected} == expected
+    maps = {one.name: one.path for one in find_maps(ch.trace(case.model, *case.args, **case.kwargs), case.model)}
+    assert {key: maps.get(key) for key in expected} == expected
 
 
 # -- robustness ----------------------------------------------------------------------------------------------------
@@ -126,17 +126,17 @@ def test_maps_are_found_in_the_graph(name, expected):
 def test_noise_keeps_the_statistics(statistics, axes):
     torch.manual_seed(0)
     f = torch.randn(2, 3, 64, 64, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.2]).view(1, 3, 1, 1) + 2
-    made_ = disturb(f, 0.3, statistics, torch.randn_like(f))
-    assert torch.allclose(made_.mean(axes), f.mean(axes), atol=0.25)
-    assert torch.allclose(made_.std(axes), f.std(axes), rtol=0.05)
-    centred = [x - x.mean(axes, keepdim=True) for x in (f, made_)]
+    noisy = disturb(f, 0.3, statistics, torch.randn_like(f))
+    assert torch.allclose(noisy.mean(axes), f.mean(axes), atol=0.25)
+    assert torch.allclose(noisy.std(axes), f.std(axes), rtol=0.05)
+    centred = [x - x.mean(axes, keepdim=True) for x in (f, noisy)]
     cosine = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
     assert abs(float(cosine) - 0.3**0.5) < 0.03
     assert torch.equal(disturb(f, 1.0, statistics, torch.randn_like(f)).round(decimals=9), f.round(decimals=9))
 
 
 def test_a_later_start_disturbs_less_and_no_noise_disturbs_nothing():
-    unet = made()
+    unet = tiny()
     result = ch.measure_robustness(unet, sampler(unet), [2], starts=(1, 4, 8))
     assert [one.name for one in result.maps][-2:] == ["up 8×8", "up 16×16"]
     for one in result.maps:
@@ -148,7 +148,7 @@ def test_a_later_start_disturbs_less_and_no_noise_disturbs_nothing():
 
 def test_a_map_that_reaches_nothing_disturbs_nothing():
     """The lower level is multiplied by zero: its map may be anything."""
-    unet = made(lower=lambda t: 0.0)
+    unet = tiny(lower=lambda t: 0.0)
     result = ch.measure_robustness(unet, sampler(unet), [1], starts=(1,))
     assert result.distances["bottleneck 4×4"] == (0.0,)
     assert result.distances["up 16×16"][0] > 0
@@ -156,7 +156,7 @@ def test_a_map_that_reaches_nothing_disturbs_nothing():
 
 def test_a_disturbance_is_what_a_hook_of_ones_own_makes_it():
     """Recomputed without the library's steps and hooks: the last step alone, on the first convolution."""
-    unet, seed = made(), 3
+    unet, seed = tiny(), 3
     result = ch.measure_robustness(unet, sampler(unet), [1], maps=["first"], starts=(8,), seeds=(seed,))
     calls = []
 
@@ -176,7 +176,7 @@ def test_a_disturbance_is_what_a_hook_of_ones_own_makes_it():
 
 
 def test_results_are_written_and_drawn(tmp_path):
-    unet = made()
+    unet = tiny()
     run = sampler(unet)
     result = ch.measure_robustness(unet, lambda b, s: run(b, s)[:, :1], [1], maps=["first", "up 16×16"], starts=(1, 8))
     assert ch.Robustness.from_json(result.to_json()) == result
@@ -202,7 +202,7 @@ def test_results_are_written_and_drawn(tmp_path):
     ],
 )
 def test_bad_options_are_told(options, said):
-    unet = made()
+    unet = tiny()
     before = snapshot(unet)
     with pytest.raises(ch.ArgumentError, match=said):
         ch.measure_robustness(unet, sampler(unet), [1], **options)
@@ -211,29 +211,29 @@ def test_bad_options_are_told(options, said):
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
 def test_results_that_are_no_numbers_are_nothing_to_compare_with(measure):
-    unet = made()
+    unet = tiny()
     with pytest.raises(ch.ArgumentError, match="not finite: 512 of 512 values"):
         measure(unet, lambda batch, seed: sampler(unet)(batch, seed) * torch.nan, [1])
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
 def test_a_sampler_that_never_calls_the_unet(measure):
-    unet, other = made(), made()
+    unet, other = tiny(), tiny()
     with pytest.raises(ch.ArgumentError, match="calls of the UNet: 0"):
         measure(unet, sampler(other), [1])
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
 def test_a_sampler_that_fails_leaves_the_unet_as_it_was(measure):
-    unet = made()
+    unet = tiny()
     before, runs = snapshot(unet), []
 
     def fails(batch, seed):
         runs.append(1)
-        found = sampler(unet)(batch, seed)
+        result = sampler(unet)(batch, seed)
         if len(runs) > 2:
             raise RuntimeError("mine")
-        return found
+        return result
 
     with pytest.raises(RuntimeError, match="mine"):
         measure(unet, fails, [1])
@@ -245,7 +245,7 @@ def test_a_sampler_that_fails_leaves_the_unet_as_it_was(measure):
 
 def test_drift_is_what_the_exits_say():
     """Recomputed from exits recorded by plain hooks."""
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     drift = ch.measure_drift(unet, sampler(unet), [2], clocks=(2, 4))
     assert [name.split(",")[0] for name in drift.regions] == ["level 1", "level 2"]
     for name, module in zip(drift.regions, (unet.up1, unet.up2), strict=True):
@@ -268,7 +268,7 @@ def test_drift_is_what_the_exits_say():
 
 def test_a_batch_of_another_size_counts_from_its_second_step_on():
     """Its first call is traced while it runs, and is placed when it is over."""
-    unet, exits = made(upper=lambda t: 1 + 5 * t), []
+    unet, exits = tiny(upper=lambda t: 1 + 5 * t), []
     handle = unet.up1.register_forward_hook(lambda module, args, out: exits.append(out))
     with torch.no_grad():
         both = [sampler(unet)(2, 0), sampler(unet)(1, 0)]
@@ -283,7 +283,7 @@ def test_a_batch_of_another_size_counts_from_its_second_step_on():
 
 
 def test_effects_are_those_of_the_clock():
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     drift = ch.measure_drift(unet, sampler(unet), [2], clocks=(3,))
     with torch.no_grad():
         plain = sampler(unet)(2, 0)
@@ -296,7 +296,7 @@ def test_effects_are_those_of_the_clock():
 
 def test_branches_are_not_compared_with_each_other():
     """Guidance in two calls: the exit of one branch is compared with its own of the step before."""
-    unet = made()
+    unet = tiny()
     flat = ch.measure_drift(unet, sampler(unet), [1], clocks=(2,))
 
     class Guided(nn.Module):
@@ -312,8 +312,8 @@ def test_branches_are_not_compared_with_each_other():
     def generate(count, seed):
         x = torch.randn(count, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
         for t in TIMES:
-            kept, _ = both(x, t, None), both(-3 * x, t, "other")
-            x = x - 0.1 * kept
+            first, _ = both(x, t, None), both(-3 * x, t, "other")
+            x = x - 0.1 * first
         return x
 
     drift = ch.measure_drift(both, generate, [1], clocks=(2,))
@@ -323,7 +323,7 @@ def test_branches_are_not_compared_with_each_other():
 
 
 def test_drift_is_written_and_drawn(tmp_path):
-    unet = made()
+    unet = tiny()
     drift = ch.measure_drift(unet, sampler(unet), [1], clocks=(2,))
     assert ch.Drift.from_json(drift.to_json()) == drift
     drift.plot(tmp_path / "drift.png")
@@ -338,7 +338,7 @@ def test_drift_is_written_and_drawn(tmp_path):
 def test_the_sensitive_level_is_left_alone():
     """The upper level flips its sign at every step, the lower one is constant: the plan skips the lower one."""
     signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
-    unet = made(upper=lambda t: 5 * signs[t])
+    unet = tiny(upper=lambda t: 5 * signs[t])
     plan = ch.plan(unet, sampler(unet, rate=0.02), [1], min_saving=0.25, clocks=(2,), probes=4)
     assert plan.chosen.region.startswith("level 2")
     assert plan.chosen.measured < 0.2 * min(o.error for o in plan.options if o.region.startswith("level 1"))
@@ -347,7 +347,7 @@ def test_the_sensitive_level_is_left_alone():
 def test_the_sensitive_steps_stay_full():
     """The time matters in the first three steps alone: none of them may use the adaptor."""
     gains = dict(zip(TIMES, (9.0, 1.0, 7.0, 2.0, 2.0, 2.0, 2.0, 2.0), strict=True))
-    unet = made(upper=lambda t: gains[t], lower=lambda t: gains[t])
+    unet = tiny(upper=lambda t: gains[t], lower=lambda t: gains[t])
     plan = ch.plan(unet, sampler(unet, rate=0.02), [1], min_saving=0.2, clocks=(2,), probes=8)
     assert min(plan.chosen.steps) >= 5  # step 4 differs from step 3
     clock = min(o.error for o in plan.options if o.kind == "clock 2")
@@ -356,14 +356,14 @@ def test_the_sensitive_steps_stay_full():
 
 
 def test_a_plan_is_what_wrap_runs(tmp_path):
-    unet = made()
+    unet = tiny()
     plan = ch.plan(unet, sampler(unet), [1], max_error=0.2, clocks=(2,), probes=3)
     assert plan.chosen.measured <= 0.2
     again = ch.Plan.from_json(plan.to_json())
     assert again == plan
     results = []
-    for given in (plan, again):
-        with torch.no_grad(), ch.wrap(unet, plan=given) as cw, cw.trajectory():
+    for one in (plan, again):
+        with torch.no_grad(), ch.wrap(unet, plan=one) as cw, cw.trajectory():
             sampler(unet)(1, 0)  # traces
             cw.stats.clear()
             results.append(sampler(unet)(1, 0))
@@ -390,7 +390,7 @@ def test_a_plan_is_what_wrap_runs(tmp_path):
     ],
 )
 def test_bad_budgets_are_told(options, said):
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     with pytest.raises(ch.ArgumentError, match=said):
         ch.plan(unet, sampler(unet), [1], **{"clocks": (2,), "probes": 2, **options})
 

@@ -8,7 +8,7 @@ import torch
 from clockwork_hooks import Plan, wrap
 from clockwork_hooks.cli import main
 from tests.schemas import follows_its_schema
-from tests.test_analysis import made, sampler
+from tests.test_analysis import sampler, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' schedulers, of NumPy
 
@@ -21,13 +21,13 @@ def wide(monkeypatch):
 
 def build():
     """What a user's own factory returns."""
-    unet = made()
+    unet = tiny()
     return unet, sampler(unet), [1]
 
 
 def build_two():
     """With a batch to calibrate on, and one to judge on."""
-    unet = made()
+    unet = tiny()
     return unet, sampler(unet), [1, 1]
 
 
@@ -136,7 +136,7 @@ def test_scenes_are_edited(capsys, tmp_path):
     [
         (["perturb", "sd15"], "a preset or a folder has no sampler"),
         (["plan", "no_such_package:build", "--min-saving", "0.2"], "Python can import from here"),
-        (["drift", "tests.test_analysis:made"], "returns (unet, generate, conditions)"),
+        (["drift", "tests.test_analysis:tiny"], "returns (unet, generate, conditions)"),
         (["plan", "tests.test_analysis_cli:build"], "one budget"),
         (["perturb", "tests.test_analysis_cli:build", "--alpha", "2"], "α is a share"),
         (["perturb", "tests.test_analysis_cli:build", "--start", "99"], "choose from 1 to 8"),

@@ -47,7 +47,7 @@ def test_a_transform_is_of_the_unet_itself(name: str, first: bool) -> None:
                 with torch.no_grad():
                     judge.call(X, t, step=k)
     assert cw.stats.reasons["within a transform of torch.func"] == (4 if first else 2)
-    assert judge.made == ("FFF" if first else "FAFF")
+    assert judge.letters == ("FFF" if first else "FAFF")
 
 
 def by_checkpoint(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -88,14 +88,14 @@ class Adjoint(torch.autograd.Function):
 def test_a_call_that_is_run_again_gives_the_same_both_times(sample: Any, training: bool) -> None:
     """Training through the sampler as AlignProp does it: the gradients are the plain UNet's, to the bit."""
     unet = Tiny().double().train(training)
-    plain, found = copy.deepcopy(unet), []
+    plain, gradients = copy.deepcopy(unet), []
     with ch.wrap(unet) as cw:
         for model in (unet, plain):
             x = X.double().requires_grad_()
             out = sample(x, model) if sample == Adjoint.apply else sample(model, x)
             out.square().sum().backward()
-            found.append([out, x.grad, *(parameter.grad for parameter in model.parameters())])
-    assert all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*found, strict=True))
+            gradients.append([out, x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert set(cw.stats.reasons) == {"within torch.utils.checkpoint or a backward pass"}
     assert cw.stats.adaptor_passes == 0
 
@@ -109,7 +109,7 @@ def test_sampling_after_such_a_call_is_a_trajectory_of_its_own() -> None:
                     checkpoint(judge.unet, X, 790, use_reentrant=False)
                 judge.begin()
             judge.call(X, t, step=k)
-    assert judge.made == "FAFA"
-    assert [known.steps for known in cw.stats.trajectories] == [2, 2]
+    assert judge.letters == "FAFA"
+    assert [one.steps for one in cw.stats.trajectories] == [2, 2]
     assert cw.region is not None
     assert cw.stats.macs_plain == 5 * cw.region.full_macs  # counted, and in full

@@ -17,7 +17,7 @@ from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 
 
-def found(**options):
+def measured(**options):
     unet = Tiny()
     console = Console(file=StringIO())
     return unet, ch.bench(unet, torch.ones(1, 2, 16, 16), 3, **{"rounds": 2, "console": console, **options})
@@ -29,7 +29,7 @@ def build():
 
 
 def test_every_clock_runs_its_own_passes():
-    _, result = found(clocks=(2, 3, 4), steps=12)
+    _, result = measured(clocks=(2, 3, 4), steps=12)
     assert [(row.clock, row.full_passes, row.adaptor_passes) for row in result.rows] == [
         (1, 12, 0), (2, 6, 6), (3, 4, 8), (4, 3, 9)
     ]  # fmt: skip
@@ -39,7 +39,7 @@ def test_every_clock_runs_its_own_passes():
 
 
 def test_the_ratios_follow_from_the_times():
-    _, result = found(clocks=(2,), steps=2)
+    _, result = measured(clocks=(2,), steps=2)
     plain, ours = result.rows
     assert plain.speed_up == plain.macs_ratio == plain.time_to_macs == 1
     assert ours.speed_up == pytest.approx(plain.seconds_per_step / ours.seconds_per_step)
@@ -69,8 +69,8 @@ def test_a_slow_region_is_what_is_saved(monkeypatch):
 def test_an_adaptor_is_counted():
     region = ch.find_region(Tiny(), torch.ones(1, 2, 16, 16), 3)
     adaptor = ch.ResNetAdaptor.for_region(region, width=8, inputs=("entry", "exit"))
-    _, plain = found(clocks=(2,), steps=2)
-    _, result = found(clocks=(2,), steps=2, adaptor=adaptor)
+    _, plain = measured(clocks=(2,), steps=2)
+    _, result = measured(clocks=(2,), steps=2, adaptor=adaptor)
     assert result.adaptor == "ResNetAdaptor"
     assert result.rows[1].macs_ratio > plain.rows[1].macs_ratio
 
@@ -100,11 +100,11 @@ def test_the_unet_stays_as_it_is():
 )
 def test_options_outside_their_rules(options, said):
     with pytest.raises(ch.ArgumentError, match=said):
-        found(**options)
+        measured(**options)
 
 
 def test_a_mode_that_cannot_run_is_told_beside_those_that_can():
-    _, result = found(clocks=(2,), steps=2, modes=("eager", "cudagraphs"))
+    _, result = measured(clocks=(2,), steps=2, modes=("eager", "cudagraphs"))
     assert [row.mode for row in result.rows] == ["eager", "eager"]
     assert "CUDA" in result.failed["cudagraphs"]
     assert "cudagraphs could not be measured" in result.to_markdown()
@@ -117,9 +117,9 @@ def test_the_table_fits_80_columns(seconds):
 
     rows = [row(mode, clock) for mode in MODES for clock in (1, 2, 12)]
     settings = {"device": "cpu", "dtype": "float32", "threads": 1, "versions": {"torch": "2"}, "notes": []}
-    made = Benchmark("UNet2DConditionModel", (2, 4, 64, 64), "region", "identity", 12, tuple(rows), {}, settings)
+    benchmark = Benchmark("UNet2DConditionModel", (2, 4, 64, 64), "region", "identity", 12, tuple(rows), {}, settings)
     console = Console(file=StringIO(), width=80)
-    console.print(made.table())
+    console.print(benchmark.table())
     lines = console.file.getvalue().splitlines()
     heads = next(line for line in lines if line.startswith(" mode"))
     assert heads.split()[-2:] == ["to", "MACs"]
@@ -138,7 +138,7 @@ def test_what_cannot_be_timed(monkeypatch):
         ch.bench(Tiny().to("meta"), inputs[0].to("meta"), 3)
     monkeypatch.setattr(ch.ClockworkWrapper, "compile", no_compiler)
     with pytest.raises(ch.CompileError, match=r"(?s)at least one mode.*compile: no compiler"):
-        found(clocks=(2,), steps=2, modes=("compile", "cudagraphs"))
+        measured(clocks=(2,), steps=2, modes=("compile", "cudagraphs"))
 
 
 def test_sides_are_timed_in_turns():

@@ -102,8 +102,8 @@ def a_last_chunk_that_is_smaller(judge: Judge, cw: Any) -> None:
     """A batch of 5 in chunks of 2; each has its own rows of the conditions."""
     x, c = sample(5), torch.randn(5, 3)
     for k, t in enumerate(TIMES, 1):
-        for b, (rows, told) in enumerate(zip(x.split(2), c.split(2), strict=True)):
-            judge.call(rows, t, told, step=k, branch=b)
+        for b, (rows, text) in enumerate(zip(x.split(2), c.split(2), strict=True)):
+            judge.call(rows, t, text, step=k, branch=b)
 
 
 def named(judge: Judge, cw: Any) -> None:
@@ -160,13 +160,13 @@ def test_each_call_of_a_step_keeps_its_own_features(loop: Callable[[Judge, Any],
     judge = Judge(Tiny())
     with ch.wrap(judge.unet) as cw:
         for _ in range(2):
-            judge.made = ""
+            judge.letters = ""
             loop(judge, cw)
             judge.begin()
-            assert judge.made == LOOPS[loop].replace(" ", "")
+            assert judge.letters == LOOPS[loop].replace(" ", "")
             if loop in DECLARED:
                 cw.reset()
-    assert cw.stats.adaptor_passes == 2 * judge.made.count("A")
+    assert cw.stats.adaptor_passes == 2 * judge.letters.count("A")
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_an_interval_that_begins_with_an_adaptor_step() -> None:
         for k, t in enumerate(TIMES, 1):
             for b in range(1 if k in (1, 4, 5) else 2):
                 judge.call(sample(), t, pair[b], step=k, branch=b)
-    assert judge.made == "F AF FF A F AF FF AA".replace(" ", "")
+    assert judge.letters == "F AF FF A F AF FF AA".replace(" ", "")
     assert cw.stats.reasons["conditions are new in this step"] == 2
 
 
@@ -189,7 +189,7 @@ def test_a_step_with_another_number_of_calls() -> None:
         for k, (t, count) in enumerate(zip(TIMES, (2, 2, 2, 3, 2, 2, 1, 1), strict=True), 1):
             for b in range(count):
                 judge.call(sample(), t, c, step=k, branch=b)
-    assert judge.made == "FF FF AA AAF FF FF F A".replace(" ", "")
+    assert judge.letters == "FF FF AA AAF FF FF F A".replace(" ", "")
 
 
 def test_the_judge_can_tell() -> None:
@@ -219,7 +219,7 @@ def test_names_within_names() -> None:
                     for name, c in pair.items():
                         with cw.branch(name):
                             judge.call(sample(), t, c, step=k, branch=(tile, name))
-    assert judge.made == 4 * "FFFFFFAAAAAA"
+    assert judge.letters == 4 * "FFFFFFAAAAAA"
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_a_name_and_several_conditions() -> None:
                         judge.call(sample(), t, c, step=k, branch=(tile, id(c)))
                     if k == 5:
                         judge.call(sample(), t, other, step=k, branch=(tile, id(other)))
-    assert judge.made == "FFFF" + 3 * "AAAA" + "AAFAAF" + 3 * "AAAA"
+    assert judge.letters == "FFFF" + 3 * "AAAA" + "AAFAAF" + 3 * "AAAA"
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def test_a_change_midway_costs_one_full_pass(change: Callable[[Judge, dict[str, 
                 change(judge, call)
             x, c, more = call["x"], call.get("c"), call.get("more", {})
             judge.call(*((x, t) if c is None else (x, t, c)), step=k, **more)
-    assert judge.made == "FAAFAAAA"
+    assert judge.letters == "FAAFAAAA"
     assert cw.stats.full_passes == 2
     assert sum(cw.stats.reasons[name] for name in ("traced", "conditions are new in this step")) == 1
 
@@ -326,7 +326,7 @@ def test_another_device_midway_costs_one_full_pass() -> None:
             judge.unet.to("meta")
             assert judge.unet(sample().to("meta"), t).device.type == "meta"
             judge.unet.to_empty(device="cpu").load_state_dict(weights)
-    assert judge.made == "FAA" + "FAAA"
+    assert judge.letters == "FAA" + "FAAA"
     assert cw.stats.full_passes == 3
     assert cw.stats.reasons["traced"] == 1
     assert sum(cw.stats.reasons.values()) == 3
@@ -351,12 +351,12 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 )
 def test_the_same_objects_need_no_waiting(loop: Callable[[Judge, Any], None], as_on_a_device: list[int]) -> None:
     """What is new in the first step is another branch; later it might be an old one with new objects."""
-    made, unet = LOOPS[loop].replace(" ", ""), Tiny()
+    kinds, unet = LOOPS[loop].replace(" ", ""), Tiny()
     judge = Judge(unet, unet)
     judge.call = lambda *args, step, branch=0, **kwargs: unet(*args, **kwargs)  # type: ignore[method-assign]
     with ch.wrap(unet) as cw:
         loop(judge, cw)
-        assert cw.stats.adaptor_passes == made.count("A")
+        assert cw.stats.adaptor_passes == kinds.count("A")
     assert len(as_on_a_device) == (1 if loop is interval else 0)
 
 
@@ -388,13 +388,13 @@ def test_an_object_that_holds_something_else_is_another_condition() -> None:
             now = c if k < 6 else other
             prompt.put(now)
             judge.call(sample(), t, prompt, step=k, branch=id(now))
-        assert judge.made == "FAF" + "FA" + "FF" + "FFA"
+        assert judge.letters == "FAF" + "FA" + "FF" + "FFA"
         assert cw.stats.reasons["conditions are new in this step"] == 2
 
 
 def remembered(values: list[torch.Tensor], others: list[torch.Tensor]) -> tuple[bool, bool]:
-    known = conditions.Conditions(values)
-    return known.same(others), known.equal(others)
+    conditions_ = conditions.Conditions(values)
+    return conditions_.same(others), conditions_.equal(others)
 
 
 def test_conditions_on_a_device(as_on_a_device: list[int]) -> None:
@@ -404,11 +404,11 @@ def test_conditions_on_a_device(as_on_a_device: list[int]) -> None:
     assert remembered([c], [c.clone()]) == (False, True)
     assert remembered([c], [c + 1]) == (False, False)
     assert len(as_on_a_device) == 2
-    known = conditions.Conditions([c])
+    before = conditions.Conditions([c])
     c += 1
-    assert not known.same([c])
-    assert not known.equal([c])  # what it was is gone
-    assert not known.equal([c.clone()])
+    assert not before.same([c])
+    assert not before.equal([c])  # what it was is gone
+    assert not before.equal([c.clone()])
     assert remembered([c], [c.double()]) == (False, False)
     assert remembered([c], [torch.zeros(2, 3)]) == (False, False)
     with torch.inference_mode():

@@ -54,8 +54,8 @@ def sampler(unet, times=TIMES, rate=0.3, size=8):
         x = nn.functional.interpolate(small, scale_factor=2.0, mode="nearest")
         c = torch.randn(2 * count, 3, generator=generator)
         for t in times:
-            u, told = unet(torch.cat([x, x]), t, c).chunk(2)
-            x = x - rate * (u + guidance * (told - u))
+            u, guided = unet(torch.cat([x, x]), t, c).chunk(2)
+            x = x - rate * (u + guidance * (guided - u))
         return x
 
     return generate
@@ -92,12 +92,12 @@ def test_a_linear_world_is_sampled_as_without_clockwork(world, rank):
     with ch.wrap(unet, adaptor, clock=2) as cw, cw.trajectory():
         generate((8, 2.0), seed=6)  # the very first call is traced
         before = cw.stats.adaptor_passes
-        made = generate((8, 2.0), seed=7)
+        samples = generate((8, 2.0), seed=7)
     assert cw.stats.adaptor_passes - before == 3
     with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         identity = generate((8, 2.0), seed=7)
     assert (identity - plain).abs().max() > 1e-2
-    torch.testing.assert_close(made, plain, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(samples, plain, atol=2e-4, rtol=1e-3)
 
 
 class Blurred(nn.Module):
@@ -105,8 +105,8 @@ class Blurred(nn.Module):
 
     def __init__(self, rank):
         super().__init__()
-        made = torch.Generator().manual_seed(3)
-        self.kernel = 0.2 * torch.randn(4, 4, *[3] * rank, generator=made)
+        generator = torch.Generator().manual_seed(3)
+        self.kernel = 0.2 * torch.randn(4, 4, *[3] * rank, generator=generator)
         self.convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[rank - 1]
 
     def forward(self, z, t):
@@ -136,22 +136,24 @@ def test_a_kernel_is_recovered(rank):
     """With it the sampler does as without Clockwork; with a matrix alone it does not."""
     unet = Neighbours(rank)
     generate = sampler(unet)
-    made = {
+    adaptors = {
         kind: calibrate(unet, generate, [(24, 2.0)], guidance=2.0, clock=2, kind=kind, ridge=1e-10)
         for kind in ("exit", "kernel")
     }
-    assert made["kernel"].report.kinds["kernel"].left < 1e-2 < made["exit"].report.kinds["exit"].left / 5
+    assert adaptors["kernel"].report.kinds["kernel"].left < 1e-2 < adaptors["exit"].report.kinds["exit"].left / 5
     error = {}
     with torch.no_grad():
         plain = generate((8, 2.0), seed=7)
-        for kind, adaptor in made.items():
+        for kind, adaptor in adaptors.items():
             with ch.wrap(unet, adaptor, clock=2) as cw:
                 generate((8, 2.0), seed=6)  # the very first call is traced
                 with cw.trajectory():
                     error[kind] = float((generate((8, 2.0), seed=7) - plain).norm() / plain.norm())
     assert error["kernel"] < 0.05 * error["exit"]
-    row = made["kernel"]._split(made["kernel"].table[0], None)[-1]
-    weights = row[4 * made["kernel"].reads :].reshape(-1, 4, 4)  # of what is around: the true kernel's, but its middle
+    row = adaptors["kernel"]._split(adaptors["kernel"].table[0], None)[-1]
+    weights = row[4 * adaptors["kernel"].reads :].reshape(
+        -1, 4, 4
+    )  # of what is around: the true kernel's, but its middle
     kernel = unet.last.kernel.flatten(2)
     expected = torch.cat([kernel[..., : 3**rank // 2], kernel[..., 3**rank // 2 + 1 :]], 2).permute(2, 1, 0)
     torch.testing.assert_close(weights, expected, atol=0.02, rtol=0.05)
@@ -237,11 +239,11 @@ def adaptor_of(knots=(200.0, 400.0, 600.0), log_snr=None, form="affine", gains=(
     region = ch.find_region(unet, torch.zeros(2, 2, 8, 8), 1.0, torch.zeros(2, 3))
     at = Positions(knots, [200.0] * len(knots), [*knots, knots[-1] + 200], log_snr)
     ends = torch.full((4,), 100.0)
-    made = [
+    knots_ = [
         Knot(t, t + 200, -ends, ends, torch.zeros(4), torch.full((4,), gain))
         for t, gain in zip(knots, gains, strict=True)
     ]
-    return CalibratedAdaptor.of(region, made, at, form=form)
+    return CalibratedAdaptor.of(region, knots_, at, form=form)
 
 
 def gain_at(adaptor, position, before=None):
@@ -298,9 +300,9 @@ def test_half_precision_keeps_its_table(dtype):
     adaptor = adaptor.to(dtype)
     assert adaptor.table.dtype == adaptor.grid.dtype == torch.float32
     assert torch.equal(adaptor.table, before)
-    made = adaptor(None, torch.ones(1, 4, 8, 8, dtype=dtype), position=torch.tensor(999.5))
-    assert made.dtype == dtype
-    assert float(made[0, 0, 0, 0]) == pytest.approx(1.3, abs=1e-2)
+    output = adaptor(None, torch.ones(1, 4, 8, 8, dtype=dtype), position=torch.tensor(999.5))
+    assert output.dtype == dtype
+    assert float(output[0, 0, 0, 0]) == pytest.approx(1.3, abs=1e-2)
 
 
 def test_schedulers_tell_log_snr():
@@ -346,8 +348,8 @@ def two_calls(unet, times=TIMES):
         )
         c = torch.randn(2 * count, 3, generator=generator)
         for t in times:
-            u, told = unet(x, t, c[:count]), unet(x, t, c[count:])
-            x = x - 0.3 * (u + guidance * (told - u))
+            u, guided = unet(x, t, c[:count]), unet(x, t, c[count:])
+            x = x - 0.3 * (u + guidance * (guided - u))
         return x
 
     return generate
@@ -362,9 +364,9 @@ def guided_error(adaptor, unet, scale):
     sampler(unet, times)((64, scale), 5)
     handle.remove()
     _, exit = (one[:64] + scale * (one[64:] - one[:64]) for one in seen)
-    made = adaptor(None, seen[0], position=torch.tensor(times[1]))
-    made = made[:64] + scale * (made[64:] - made[:64])
-    return float((made - exit).square().mean())
+    adapted = adaptor(None, seen[0], position=torch.tensor(times[1]))
+    adapted = adapted[:64] + scale * (adapted[64:] - adapted[:64])
+    return float((adapted - exit).square().mean())
 
 
 @pytest.mark.parametrize("calls", [sampler, two_calls])
@@ -442,11 +444,11 @@ def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
     assert loaded.facts == json.loads(json.dumps(adaptor.facts))
     for name, tensor in adaptor.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    made = []
-    for given in (adaptor, str(tmp_path)):
-        with ch.wrap(unet, given, clock=2):
-            made.append(generate((4, 2.0), seed=1))
-    assert torch.equal(*made)
+    outputs = []
+    for one in (adaptor, str(tmp_path)):
+        with ch.wrap(unet, one, clock=2):
+            outputs.append(generate((4, 2.0), seed=1))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "kernel", "low rank"])
@@ -526,8 +528,8 @@ def test_another_number_of_steps_degrades_softly():
     assert distances[3:6] == [0.5, 0, 0.5]
     generate, errors = sampler(unet, many), []
     plain = generate((16, 2.0), seed=3)
-    for given in (None, adaptor):
-        with ch.wrap(unet, given, clock=2):
+    for one in (None, adaptor):
+        with ch.wrap(unet, one, clock=2):
             generate((16, 2.0), seed=2)
             errors.append((generate((16, 2.0), seed=3) - plain).norm().item())
     assert errors[1] < 0.2 * errors[0]
@@ -537,7 +539,7 @@ def test_another_number_of_steps_degrades_softly():
 def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
     seen = []
 
-    class Told(nn.Module):
+    class Guided(nn.Module):
         needs = frozenset({"position", "position_cached", "entry_cached"})
 
         def forward(self, entry, exit_cached, *, time, text, position, position_cached, entry_cached):
@@ -547,7 +549,7 @@ def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
 
     unet = Blocks()
     generate = sampler(unet, [lift(t) for t in TIMES])
-    with torch.no_grad(), ch.wrap(unet, Told(), schedule={3, 4, 6}) as cw, cw.trajectory():
+    with torch.no_grad(), ch.wrap(unet, Guided(), schedule={3, 4, 6}) as cw, cw.trajectory():
         generate((2, 2.0))
     assert seen == [(TIMES[2], TIMES[1]), (TIMES[3], TIMES[2]), (TIMES[5], TIMES[4])]
 

@@ -64,7 +64,7 @@ def test_writes_that_leave_no_mark(cuda: FakeCuda) -> None:  # noqa: F811
     assert cuda.captures == 2
 
 
-class Told(Tiny):
+class WithOptions(Tiny):
     """Takes an object that holds a number and a tensor."""
 
     def forward(self, x: Tensor, t: Any, c: Any = None, **more: Any) -> Tensor:
@@ -73,12 +73,12 @@ class Told(Tiny):
 
 @torch.no_grad()
 def test_objects_are_constants_with_what_they_hold(cuda: FakeCuda) -> None:  # noqa: F811
-    eager, ours, _ = both(Told)
-    told, bias = SimpleNamespace(scale=1.0, bias=torch.zeros(1)), torch.ones(1)
+    eager, ours, _ = both(WithOptions)
+    options, bias = SimpleNamespace(scale=1.0, bias=torch.zeros(1)), torch.ones(1)
     for scale, other in ((1.0, bias), (0.5, bias), (0.5, torch.full((1,), 3.0)), (1.0, bias), (True, bias)):
-        told.scale, told.bias = scale, other
+        options.scale, options.bias = scale, other
         for k, t in enumerate(STEPS):
-            torch.testing.assert_close(ours(noise(k), t, told), eager(noise(k), t, told))
+            torch.testing.assert_close(ours(noise(k), t, options), eager(noise(k), t, options))
     assert cuda.captures == 6  # a tensor that it holds is an input; the fourth is as the first; True is not 1.0
 
 

@@ -83,8 +83,8 @@ def uvit() -> Call:
 
 def test_the_chain_of_the_test_model() -> None:
     """What the other tests choose from: entry, exit, level, edge."""
-    found = [(r.entry.path, r.exit.path, r.level, r.resolution) for r in ch.find_regions(Wide(), noise(), T)]
-    assert found == [
+    chain = [(r.entry.path, r.exit.path, r.level, r.resolution) for r in ch.find_regions(Wide(), noise(), T)]
+    assert chain == [
         ("stem", "leave", 1, (16, 16)),
         ("enter", "up", 1, (16, 16)),
         ("body", "leave2", 2, (8, 8)),
@@ -443,12 +443,12 @@ OPTIONS: tuple[dict[str, Any], ...] = ({"level": 2}, {"share": 0.4}, {"resolutio
 def test_a_choice_is_its_options_one_by_one(take: Any, options: dict[str, Any]) -> None:
     unet, args = Wide().eval(), (noise(2, 3, 16, 16), 500.0)
     region = ch.find_region(unet, *args, **options)
-    for given in (options, {"region": ch.Choice(**options)}):
-        found = take(unet, *args, **given)
-        assert found == (region.line if isinstance(found, str) else region)
+    for keywords in (options, {"region": ch.Choice(**options)}):
+        result = take(unet, *args, **keywords)
+        assert result == (region.line if isinstance(result, str) else region)
     if take is not ch.find_region:
-        found = take(unet, *args, region=region)
-        assert found == (region.line if isinstance(found, str) else region)
+        result = take(unet, *args, region=region)
+        assert result == (region.line if isinstance(result, str) else region)
 
 
 @pytest.mark.parametrize("take", TAKERS)

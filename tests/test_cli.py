@@ -48,9 +48,9 @@ def test_help_teaches_by_example(capsys, words):
 
 def options():
     """(command, option) of all commands, but `--help`."""
-    made = get_command(app)
-    given = [(name, one) for name in COMMANDS for one in made.commands[name].params]
-    return [(name, one) for name, one in given if one.opts[0].startswith("--") and one.opts[0] != "--help"]
+    group = get_command(app)
+    parameters = [(name, one) for name in COMMANDS for one in group.commands[name].params]
+    return [(name, one) for name, one in parameters if one.opts[0].startswith("--") and one.opts[0] != "--help"]
 
 
 def test_the_same_options_mean_the_same_everywhere():
@@ -68,8 +68,8 @@ def test_the_page_of_reports_tables_every_option():
     page = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if line.startswith("| `--")]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-    told = {(row[0].split("`")[1], name) for row in rows for name in row[1].split(", ")}
-    assert told == {(option.opts[0], name) for name, option in options()}
+    documented = {(row[0].split("`")[1], name) for row in rows for name in row[1].split(", ")}
+    assert documented == {(option.opts[0], name) for name, option in options()}
 
 
 def test_a_schema_names_every_limit_of_a_budget():
@@ -254,8 +254,8 @@ def test_numbers_always_have_units():
 def test_a_table_renders_twice_from_one_description():
     from rich.console import Console
 
-    made = table("T", ("name", ">n"), [("a|b", 1), ("[bold]", None)], notes=("note",))
-    assert made.to_markdown().splitlines()[2:6] == [
+    example = table("T", ("name", ">n"), [("a|b", 1), ("[bold]", None)], notes=("note",))
+    assert example.to_markdown().splitlines()[2:6] == [
         "| name   |   n |",
         "|:-------|----:|",
         "| a\\|b   |   1 |",
@@ -263,6 +263,6 @@ def test_a_table_renders_twice_from_one_description():
     ]
     console = Console(width=60)
     with console.capture() as shown:
-        console.print(made)
+        console.print(example)
     assert "[bold]" in shown.get()
     assert "note" in shown.get()

@@ -449,10 +449,10 @@ def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeyp
         assert events == ["look", "look", "launch"]  # at once, and as in every first step
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["storages tell", "storages do not tell"])
-@pytest.mark.parametrize("kept", [True, False], ids=["old memory kept", "old memory freed"])
+@pytest.mark.parametrize("resets", [True, False], ids=["storages tell", "storages do not tell"])
+@pytest.mark.parametrize("holds", [True, False], ids=["old memory kept", "old memory freed"])
 def test_weights_that_move_within_a_trajectory(
-    kept: bool, told: bool, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    holds: bool, resets: bool, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Freed memory is noticed before a launch, moved weights after it at the latest; nothing old is returned."""
     case, unet, plain, events = CASES["tiny"], Tiny(), Tiny(), []
@@ -462,7 +462,7 @@ def test_weights_that_move_within_a_trajectory(
             if k == 2:
                 _move_weight(plain)
             expected.append(case.call(plain, k))
-    if not told:
+    if not resets:
         dies = SimpleNamespace(ref=lambda one, freed=None: freed(one) if freed else weakref.ref(one))
         monkeypatch.setattr(
             cuda_graphs, "weakref", dies
@@ -474,7 +474,7 @@ def test_weights_that_move_within_a_trajectory(
         got = [case.call(unet, k) for k in range(2)]
         before = unet.head.weight.data
         _move_weight(unet)
-        if not kept:
+        if not holds:
             del before
         replay = cuda.CUDAGraph.replay
         monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
@@ -482,7 +482,7 @@ def test_weights_that_move_within_a_trajectory(
         monkeypatch.setattr(cuda_graphs.Captured, "_look", lambda self: events.append("look") or look(self))
         got += [case.call(unet, k) for k in range(2, 4)]
     torch.testing.assert_close(got, expected)
-    assert events[:2] == (["launch", "look"] if kept and told else ["look", "launch"])
+    assert events[:2] == (["launch", "look"] if holds and resets else ["look", "launch"])
 
 
 def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
@@ -564,7 +564,7 @@ def test_compiled_in_place_while_wrapped(first: int) -> None:
             if k == first:
                 judge.unet.compile(backend="eager")
             judge.call(torch.randn(1, 2, 8, 8), t, step=k + 1)
-        assert judge.made == {0: "FFAFAFAFA", 3: "FAFFFAFAF"}[first]
+        assert judge.letters == {0: "FFAFAFAFA", 3: "FAFFFAFAF"}[first]
         assert cw.stats.reasons[OUTSIDE] == 1
     assert judge.unet._compiled_call_impl is not None
 
@@ -580,7 +580,7 @@ def test_compiled_from_outside() -> None:
         judge.unet = compiled
         for k, t in enumerate((600, 500), 4):
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-        assert judge.made == "FFFFA"
+        assert judge.letters == "FFFFA"
         assert cw.stats.reasons[OUTSIDE] == 3
 
 
@@ -599,9 +599,9 @@ def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:
     }
     with ch.wrap(unet) as cw, cw.trajectory():
         unet(x, torch.tensor([900.0]))
-        made = makers[how]()
+        program = makers[how]()
         assert cw.stats.reasons[OUTSIDE] == 1
-        assert torch.equal(made(2 * x, t), plain(2 * x, t))
+        assert torch.equal(program(2 * x, t), plain(2 * x, t))
         for step in (900.0, 800.0):
             unet(x, torch.tensor([step]))
         assert cw.stats.adaptor_passes == 1

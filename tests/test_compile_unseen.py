@@ -94,20 +94,20 @@ class Residuals(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, **unused: Any) -> dict[str, Tensor]:
         emb, h = self.time(embedded(time, 8)), self.stem(x)
-        first, kept = h.clone(), []
+        first, residuals = h.clone(), []
         for one, two, down in self.downs:
             h = one(h, emb)
-            kept.append(h)
+            residuals.append(h)
             h = two(h, emb)
-            kept.append(h)
+            residuals.append(h)
             h = down(h)
         q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(h).chunk(3, dim=1))
         h = h + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
         h = self.mid(h, emb)
         for up, one, two in self.ups:
             h = up(h)
-            h = one(torch.cat((h, kept.pop()), dim=1), emb)
-            h = two(torch.cat((h, kept.pop()), dim=1), emb)
+            h = one(torch.cat((h, residuals.pop()), dim=1), emb)
+            h = two(torch.cat((h, residuals.pop()), dim=1), emb)
         return {"out": self.head(self.final(torch.cat((h, first), dim=1), emb))}
 
 
@@ -181,7 +181,7 @@ CALLS: dict[str, tuple[type[nn.Module], Callable[[Any, int], Tensor]]] = {
 }
 
 
-def made(name: str) -> tuple[nn.Module, Callable[[Any, int], Tensor]]:
+def build(name: str) -> tuple[nn.Module, Callable[[Any, int], Tensor]]:
     torch.manual_seed(0)
     make, call = CALLS[name]
     return make().eval(), call
@@ -197,7 +197,7 @@ LONG = {"scale-shift", "residual list"}  # seconds of dynamo each
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] if one in LONG else []) for one in CALLS])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_two_graphs_and_the_same_numbers(name: str, backend: str) -> None:
-    unet, call = made(name)
+    unet, call = build(name)
     before, plain = snapshot(unet), trajectory(unet, call)
     with ch.wrap(unet, clock=2) as cw, cw.trajectory():
         expected = trajectory(unet, call)
@@ -219,7 +219,7 @@ def test_two_graphs_and_the_same_numbers(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_captures(name: str, cuda: FakeCuda) -> None:  # noqa: F811
-    unet, call = made(name)
+    unet, call = build(name)
     with ch.wrap(unet, clock=2):
         expected = trajectory(unet, call)
     with ch.wrap(unet, clock=2) as cw:
@@ -231,7 +231,7 @@ def test_captures(name: str, cuda: FakeCuda) -> None:  # noqa: F811
 
 @pytest.mark.slow
 def test_with_classes_and_without_are_two_signatures() -> None:
-    unet, call = made("scale-shift")
+    unet, call = build("scale-shift")
     _, with_classes = CALLS["scale-shift, classes"]
     counters.clear()
     with ch.wrap(unet, clock=2) as cw:

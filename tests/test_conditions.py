@@ -62,7 +62,7 @@ CHANGES: list[tuple[Callable[[Tensor], object], bool]] = [
 ]
 
 
-def made(shape: tuple[int, ...]) -> Tensor:
+def tensor(shape: tuple[int, ...]) -> Tensor:
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     value[0, 0, 0] = 0.0
     return value
@@ -75,50 +75,50 @@ def test_a_condition_that_was_changed_in_place(
     shape: tuple[int, ...], change: Callable[[Tensor], object], same: bool, inference: bool
 ) -> None:
     with torch.inference_mode(inference):
-        value = made(shape)
+        value = tensor(shape)
         was = value.clone()
-        known = Conditions([value])
-        assert known.same([value])
+        remembered = Conditions([value])
+        assert remembered.same([value])
         change(value)
         bits = value.shape == was.shape and torch.equal(value.contiguous().view(torch.int32), was.view(torch.int32))
-        assert known.same([value]) == same == bits
-        assert known.same([value.clone()]) == same  # another object, compared as a whole
+        assert remembered.same([value]) == same == bits
+        assert remembered.same([value.clone()]) == same  # another object, compared as a whole
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
 def test_bits_of_every_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    value = (made(shape) * 3).to(dtype)
-    known = Conditions([value, 1, "text", None])
-    assert known.same([value, 1, "text", None])
-    assert not known.same([value, 2, "text", None])
+    value = (tensor(shape) * 3).to(dtype)
+    remembered = Conditions([value, 1, "text", None])
+    assert remembered.same([value, 1, "text", None])
+    assert not remembered.same([value, 2, "text", None])
     value.data[0, 0, 1] = value.data[0, 0, 1] == 0
-    assert not known.same([value, 1, "text", None])
+    assert not remembered.same([value, 1, "text", None])
 
 
 def test_not_a_number_is_itself() -> None:
-    value = made(SMALL)
+    value = tensor(SMALL)
     value[0, 0, 1] = float("nan")
     assert Conditions([value]).same([value])
 
 
 def test_the_memory_of_one_that_is_gone_is_not_read() -> None:
     """A new tensor, perhaps in the same memory and with the same values, is compared as a new one."""
-    value = made(SMALL)
-    known = Conditions([value])
+    value = tensor(SMALL)
+    remembered = Conditions([value])
     del value
     for other in range(8):
-        assert known.same([made(SMALL)]), other
-        assert not known.same([made(SMALL) + 1]), other
-    assert known.same([made(SMALL)])
+        assert remembered.same([tensor(SMALL)]), other
+        assert not remembered.same([tensor(SMALL) + 1]), other
+    assert remembered.same([tensor(SMALL)])
 
 
 def test_one_that_is_gone_is_not_none() -> None:
     """A branch that was called with an embedding, then, that being gone, with none."""
     value = torch.zeros(2, 6, 6)
-    kept = Conditions([value])
+    remembered = Conditions([value])
     del value
-    assert not kept.same([None])
+    assert not remembered.same([None])
 
 
 # -- what holds other things ------------------------------------------------------------------------------------------

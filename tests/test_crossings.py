@@ -22,10 +22,10 @@ def sample(rows: int = 1) -> Tensor:
     return torch.randn(rows, 2, 8, 8)
 
 
-def call(judge: Judge, *args: Any, **told: Any) -> None:
+def call(judge: Judge, *args: Any, **keywords: Any) -> None:
     """In any thread: gradients are a thread's own."""
     with torch.no_grad():
-        judge.call(*args, **told)
+        judge.call(*args, **keywords)
 
 
 def elsewhere(work: Callable[[], Any]) -> None:
@@ -46,7 +46,7 @@ def test_named_runs_that_share_times_and_prompt_are_stepped_by_a_pool() -> None:
         for k, t in enumerate(TIMES, 1):
             for name in "ab" if k % 2 else "ba":
                 pool.submit(call, judges[name], sample(), t, prompt, step=k).result(60)
-    assert [judge.made for judge in judges.values()] == ["FAFAFAFA"] * 2
+    assert [judge.letters for judge in judges.values()] == ["FAFAFAFA"] * 2
 
 
 def test_nested_branches_of_a_named_run_in_any_thread_and_order() -> None:
@@ -63,7 +63,7 @@ def test_nested_branches_of_a_named_run_in_any_thread_and_order() -> None:
                 order = [(tile, name) for tile in range(2) for name in prompts]
                 for tile, name in reversed(order) if k % 3 == 0 else order:
                     pool.submit(one, k, t, tile, name).result(60)
-    assert judge.made == "FFFFAAAA" * 4
+    assert judge.letters == "FFFFAAAA" * 4
 
 
 @pytest.mark.parametrize("how", ["in place", "behind the counter"])
@@ -76,7 +76,7 @@ def test_a_prompt_that_changes_in_a_run_that_hops(how: str) -> None:
                 (prompt if how == "in place" else prompt.data).add_(1)
                 judge.forget(0)
             pool.submit(call, judge, sample(), t, prompt, step=k).result(60)
-    assert judge.made == "FAFFFAFA"
+    assert judge.letters == "FAFFFAFA"
 
 
 @pytest.mark.parametrize("where", ["stem", "body", "head"])
@@ -91,8 +91,8 @@ def test_an_interrupt_in_nested_branches_and_the_run_goes_on(where: str, at: int
             raise faults.pop()
 
     unet.get_submodule(where).register_forward_pre_hook(fail)
-    told = pytest.warns(ch.SkippedModuleWarning) if where == "body" else contextlib.nullcontext()
-    with told, ch.wrap(unet) as cw, cw.trajectory("run"):
+    warned = pytest.warns(ch.SkippedModuleWarning) if where == "body" else contextlib.nullcontext()
+    with warned, ch.wrap(unet) as cw, cw.trajectory("run"):
         for k, t in enumerate(TIMES, 1):
             faults[:] = [KeyboardInterrupt()] if k == at else []
             try:
@@ -101,7 +101,7 @@ def test_an_interrupt_in_nested_branches_and_the_run_goes_on(where: str, at: int
             except KeyboardInterrupt:
                 judge.begin()
             faults.clear()
-    assert 3 <= judge.made.count("A") <= 4
+    assert 3 <= judge.letters.count("A") <= 4
 
 
 def test_an_error_in_one_of_two_runs_that_take_turns_leaves_the_other_alone() -> None:
@@ -122,7 +122,7 @@ def test_an_error_in_one_of_two_runs_that_take_turns_leaves_the_other_alone() ->
                     call(judge, sample(), t, prompt, step=k)
                     continue
                 judge.begin()
-    assert [judge.made for judge in judges.values()] == ["FAFFAFA", "FAFAFAFA"]
+    assert [judge.letters for judge in judges.values()] == ["FAFFAFA", "FAFAFAFA"]
 
 
 def test_compiled_named_runs_of_two_batches_take_turns() -> None:
@@ -134,13 +134,13 @@ def test_compiled_named_runs_of_two_batches_take_turns() -> None:
         for k, t in enumerate(TIMES, 1):
             for rows, judge in judges.items():
                 call(judge, sample(rows), t, prompts[rows], step=k)
-    assert [judge.made for judge in judges.values()] == ["FAFAFAFA"] * 2
+    assert [judge.letters for judge in judges.values()] == ["FAFAFAFA"] * 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_module_that_is_exchanged_and_put_back(compiled: bool) -> None:
     unet, plain = Tiny(), Tiny()
-    before, made = (unet.body, plain.body), []
+    before, letters = (unet.body, plain.body), []
     with ch.wrap(unet) as cw:
         if compiled:
             cw.compile(backend="eager")
@@ -150,8 +150,8 @@ def test_a_module_that_is_exchanged_and_put_back(compiled: bool) -> None:
             judge = Judge(unet, plain)
             for k, t in enumerate(TIMES.clone(), 1):
                 call(judge, sample(), t, step=k)
-            made.append(judge.made)
-    assert made == ["FAFAFAFA"] * 3
+            letters.append(judge.letters)
+    assert letters == ["FAFAFAFA"] * 3
 
 
 def test_removed_by_another_thread_in_the_middle_of_an_adaptor_pass() -> None:
@@ -168,7 +168,7 @@ def test_removed_by_another_thread_in_the_middle_of_an_adaptor_pass() -> None:
     for k, t in enumerate(TIMES, 1):
         gate[:] = [True] if k == 4 else []
         call(judge, sample(), t, step=k)
-    assert judge.made == "FAFFFFFF"
+    assert judge.letters == "FAFFFFFF"
     assert "forward" not in vars(unet) | vars(unet.body) | vars(unet.up)
 
 
@@ -188,4 +188,4 @@ def test_weights_that_another_thread_averages(how: str) -> None:
                 elsewhere(average)
                 judge.forget(0)
             call(judge, sample(), t, step=k)
-    assert judge.made == "FAFFFAFA"
+    assert judge.letters == "FAFFFAFA"

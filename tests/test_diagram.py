@@ -16,33 +16,33 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(params=["sd15", "unet1d", "svd", "plain", "ddpm_pytorch", "monai3d", "a_unet1d"], scope="module")
 def drawn(request):
-    made = ZOO[request.param]()
-    return made, ch.diagram(made.model, *made.args, **made.kwargs)
+    case = ZOO[request.param]()
+    return case, ch.diagram(case.model, *case.args, **case.kwargs)
 
 
 def test_blocks_hold_all_macs_and_the_region_its_own(drawn):
-    case, made = drawn
+    case, figure = drawn
     report = ch.flops_report(case.model, *case.args, **case.kwargs)
-    assert sum(block.macs for block in made.blocks) == report.full_macs
-    assert sum(block.macs for block in made.blocks if block.skipped) == report.region.macs
+    assert sum(block.macs for block in figure.blocks) == report.full_macs
+    assert sum(block.macs for block in figure.blocks if block.skipped) == report.region.macs
 
 
 def test_blocks_are_in_order_and_lie_apart(drawn):
-    _, made = drawn
-    assert all(a.last <= b.first for a, b in pairwise(made.blocks))
-    assert {block.level for block in made.blocks} == set(range(len(made.levels)))
-    down = [block.level for block in made.blocks if block.arm == "down"]
+    _, figure = drawn
+    assert all(a.last <= b.first for a, b in pairwise(figure.blocks))
+    assert {block.level for block in figure.blocks} == set(range(len(figure.levels)))
+    down = [block.level for block in figure.blocks if block.arm == "down"]
     assert down[0] == 0
-    assert max(down) == len(made.levels) - 1
-    assert [block.arm for block in made.blocks] == sorted((block.arm for block in made.blocks), key="down up".index)
+    assert max(down) == len(figure.levels) - 1
+    assert [block.arm for block in figure.blocks] == sorted((block.arm for block in figure.blocks), key="down up".index)
 
 
 def test_skips_go_from_the_way_down_to_the_way_up(drawn):
-    _, made = drawn
-    assert made.skips
-    for skip in made.skips:
-        assert (made.blocks[skip.source].arm, made.blocks[skip.target].arm) == ("down", "up")
-        assert made.blocks[skip.source].level < len(made.levels) - 1
+    _, figure = drawn
+    assert figure.skips
+    for skip in figure.skips:
+        assert (figure.blocks[skip.source].arm, figure.blocks[skip.target].arm) == ("down", "up")
+        assert figure.blocks[skip.source].level < len(figure.levels) - 1
 
 
 def test_sd15_has_the_skips_that_its_code_has():
@@ -63,19 +63,21 @@ def test_residuals_of_a_controlnet_do_not_hide_the_skips():
 
 
 def test_the_svg_is_sound_and_tells_every_block(drawn):
-    _, made = drawn
-    root = ET.fromstring(made.to_svg())
+    _, figure = drawn
+    root = ET.fromstring(figure.to_svg())
     boxes = [box for box in root.iter(f"{SVG}rect") if box.get("class") in ("block", "skipped")]
-    assert [box.get("class") for box in boxes] == ["skipped" if block.skipped else "block" for block in made.blocks]
+    assert [box.get("class") for box in boxes] == ["skipped" if block.skipped else "block" for block in figure.blocks]
     titles = [box.findtext(f"{SVG}title") for box in boxes]
-    assert all(title.startswith(block.name) for title, block in zip(titles, made.blocks, strict=True))
+    assert all(title.startswith(block.name) for title, block in zip(titles, figure.blocks, strict=True))
     words = " ".join(word.text for word in root.iter(f"{SVG}text"))
-    assert all(mark in words for mark in ("entry", "exit", made.region.entry.path, "×".join(map(str, made.levels[0]))))
+    assert all(
+        mark in words for mark in ("entry", "exit", figure.region.entry.path, "×".join(map(str, figure.levels[0])))
+    )
 
 
 def test_nothing_leaves_the_page(drawn):
-    _, made = drawn
-    root = ET.fromstring(made.to_svg())
+    _, figure = drawn
+    root = ET.fromstring(figure.to_svg())
     width, height = map(float, root.get("viewBox").split()[2:])
     for box in root.iter(f"{SVG}rect"):
         x, y, w, h = (float(box.get(name)) for name in ("x", "y", "width", "height"))
@@ -88,8 +90,8 @@ def test_nothing_leaves_the_page(drawn):
 
 def test_no_line_crosses_the_words_entry_and_exit(drawn):
     """Nor do their marks lie in a block."""
-    _, made = drawn
-    root = ET.fromstring(made.to_svg())
+    _, figure = drawn
+    root = ET.fromstring(figure.to_svg())
     words = [word for word in root.iter(f"{SVG}text") if word.text in ("entry", "exit")]
     assert len(words) == 2
     curves = [
@@ -104,9 +106,9 @@ def test_no_line_crosses_the_words_entry_and_exit(drawn):
         for px, py in (point for curve in curves for point in points(curve)):
             assert not (left < px < left + wide and y - 8 < py < y), (word.text, px, py)
     marks = [float(path.get("d")[1:].split()[0]) for path in root.iter(f"{SVG}path") if path.get("class") == "mark"]
-    top = min(made.blocks[k].level for k in range(len(made.blocks)) if made.blocks[k].skipped)
+    top = min(figure.blocks[k].level for k in range(len(figure.blocks)) if figure.blocks[k].skipped)
     boxes = [box for box in root.iter(f"{SVG}rect") if box.get("class") in ("block", "skipped")]
-    for box, block in zip(boxes, made.blocks, strict=True):
+    for box, block in zip(boxes, figure.blocks, strict=True):
         if block.level == top:
             x, wide = float(box.get("x")), float(box.get("width"))
             assert not any(x < mark < x + wide for mark in marks[1:])
@@ -126,23 +128,23 @@ def points(path):
 
 
 def test_widths_go_by_macs(drawn):
-    _, made = drawn
-    root = ET.fromstring(made.to_svg())
+    _, figure = drawn
+    root = ET.fromstring(figure.to_svg())
     widths = [float(b.get("width")) for b in root.iter(f"{SVG}rect") if b.get("class") in ("block", "skipped")]
-    order = sorted(range(len(widths)), key=lambda k: made.blocks[k].macs)
+    order = sorted(range(len(widths)), key=lambda k: figure.blocks[k].macs)
     assert all(widths[a] <= widths[b] + 0.11 for a, b in pairwise(order))
 
 
 def test_files(drawn, tmp_path):
-    _, made = drawn
-    made.save(tmp_path / "u.svg")
-    assert (tmp_path / "u.svg").read_text(encoding="utf-8") == made.to_svg()
-    made.save(tmp_path / "u.png")
+    _, figure = drawn
+    figure.save(tmp_path / "u.svg")
+    assert (tmp_path / "u.svg").read_text(encoding="utf-8") == figure.to_svg()
+    figure.save(tmp_path / "u.png")
     with Image.open(tmp_path / "u.png") as picture:
         assert picture.size[0] == 1920
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
     with pytest.raises(ch.ArgumentError, match="SVG or PNG"):
-        made.save(tmp_path / "u.gif")
+        figure.save(tmp_path / "u.gif")
 
 
 def test_without_a_region():

@@ -81,9 +81,9 @@ def train(model: Any, xs: Tensor, text: Tensor) -> None:
 def expected(xs: Tensor, text: Tensor) -> list[Tensor]:
     """A wrapped UNet in one process."""
     with ch.wrap(Tiny()) as cw:
-        made = sample(cw, xs, text)
+        outputs = sample(cw, xs, text)
         assert cw.stats.adaptor_passes == 2
-    return made
+    return outputs
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -94,10 +94,10 @@ def mean_gradients(xs: Tensor, text: Tensor) -> list[Tensor]:
     """Those of a plain UNet, over both processes."""
     plain = Tiny().train()
     train(plain, xs, text)
-    found = [parameter.grad for parameter in plain.parameters()]
-    for grad in found:
+    gradients = [parameter.grad for parameter in plain.parameters()]
+    for grad in gradients:
         dist.all_reduce(grad)
-    return [grad / RANKS for grad in found]
+    return [grad / RANKS for grad in gradients]
 
 
 def under_ddp(xs: Tensor, text: Tensor) -> None:

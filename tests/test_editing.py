@@ -20,7 +20,7 @@ CROSS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 
 def tiny(**options):
     torch.manual_seed(0)
-    made = {
+    config = {
         "sample_size": 16,
         "in_channels": 4,
         "out_channels": 4,
@@ -32,7 +32,7 @@ def tiny(**options):
         "attention_head_dim": 4,
         "norm_num_groups": 4,
     }
-    return UNet2DConditionModel(**(made | options)).eval()
+    return UNet2DConditionModel(**(config | options)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +62,17 @@ def test_both_directions_are_those_of_diffusers(unet, predicts):
         for solver in (forth, mine):
             solver.set_timesteps(10)
         for t in forth.timesteps:
-            made = unet(x, t, encoder_hidden_states=hidden[0]).sample
-            x = forth.step(made, t, x).prev_sample
+            output = unet(x, t, encoder_hidden_states=hidden[0]).sample
+            x = forth.step(output, t, x).prev_sample
         inversion = invert(unet, mine, source, hidden[0], steps=10)
         assert torch.allclose(inversion.noise, x, rtol=1e-4, atol=1e-4)
         for t in mine.timesteps:
             away = unet(x, t, encoder_hidden_states=hidden[1]).sample
-            made = away + 3 * (unet(x, t, encoder_hidden_states=hidden[2]).sample - away)
-            x = mine.step(made, t, x).prev_sample
+            output = away + 3 * (unet(x, t, encoder_hidden_states=hidden[2]).sample - away)
+            x = mine.step(output, t, x).prev_sample
     options = {"target": hidden[2], "negative": hidden[1], "steps": 10, "guidance": 3.0, "clock": 1}
-    made = edit(unet, mine, inversion, injection=Injection(), **options).latents
-    assert (made - x).norm() < 1e-4 * x.norm()
+    output = edit(unet, mine, inversion, injection=Injection(), **options).latents
+    assert (output - x).norm() < 1e-4 * x.norm()
 
 
 # -- what it costs -------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def by_hand(unet, inversion, hidden, injection, clock, steps):
     """The way back written out: hooks of its own, the exit kept and put back, no wrapper. Returns latents."""
     solver = scheduler()
     solver.set_timesteps(steps)
-    x, told = inversion.noise, torch.cat([hidden[0], hidden[2], hidden[1]])
+    x, texts = inversion.noise, torch.cat([hidden[0], hidden[2], hidden[1]])
     state = {"on": {}, "exit": None, "adapt": False}
 
     def inject(kind):
@@ -147,8 +147,8 @@ def by_hand(unet, inversion, hidden, injection, clock, steps):
                 "features": k < steps * injection.until_features,
                 "attention": k < steps * injection.until_attention,
             }
-            made = unet(torch.cat([inversion.latents[int(t)], x, x]), t, encoder_hidden_states=told).sample
-            x = solver.step(made[1:2] + 3 * (made[2:] - made[1:2]), t, x).prev_sample
+            three = unet(torch.cat([inversion.latents[int(t)], x, x]), t, encoder_hidden_states=texts).sample
+            x = solver.step(three[1:2] + 3 * (three[2:] - three[1:2]), t, x).prev_sample
     for handle in handles:
         handle.remove()
     return x
@@ -168,11 +168,11 @@ def test_an_edit_is_what_one_writes_by_hand(unet, injection, clock):
     source, hidden = things()
     inversion = invert(unet, scheduler(), source, hidden[0], steps=10)
     options = {"target": hidden[1], "negative": hidden[2], "steps": 10, "guidance": 3.0, "clock": clock}
-    made = edit(unet, scheduler(), inversion, injection=injection, **options).latents
+    latents = edit(unet, scheduler(), inversion, injection=injection, **options).latents
     want = by_hand(unet, inversion, hidden, injection, clock, 10)
-    assert torch.allclose(made, want, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(latents, want, rtol=1e-4, atol=1e-4)
     never = Injection(injection.features, injection.attention, 0.0, 0.0)
-    assert not torch.allclose(made, edit(unet, scheduler(), inversion, injection=never, **options).latents)
+    assert not torch.allclose(latents, edit(unet, scheduler(), inversion, injection=never, **options).latents)
 
 
 def test_where_to_inject_is_found_in_the_graph(unet):
@@ -269,10 +269,10 @@ def test_a_red_circle_becomes_a_blue_square_where_it_was():
     rest = "left of a small green star on a white background"
     old, new = f"a large red circle {rest}", f"a large blue square {rest}"
     picture = render(scenes_of(parse([old]), 3))
-    told, wanted = demo.encode_prompts([old, new], guided=False).split(1)
-    inversion = invert(demo.unet, demo.scheduler("ddim"), to_latents(picture), told, steps=20, clock=2)
-    trace = ch.trace(demo.unet, inversion.noise, torch.tensor(5), encoder_hidden_states=told)
-    options = {"target": wanted, "negative": told, "steps": 20, "guidance": 3.0}
+    source, wanted = demo.encode_prompts([old, new], guided=False).split(1)
+    inversion = invert(demo.unet, demo.scheduler("ddim"), to_latents(picture), source, steps=20, clock=2)
+    trace = ch.trace(demo.unet, inversion.noise, torch.tensor(5), encoder_hidden_states=source)
+    options = {"target": wanted, "negative": source, "steps": 20, "guidance": 3.0}
     moved = {}
     for name, injection in (("kept", find_injection(trace, until_features=0.3)), ("free", Injection())):
         result = edit(demo.unet, demo.scheduler("ddim"), inversion, injection=injection, **options)
@@ -319,11 +319,11 @@ def test_the_example_runs(capsys):
 def test_bad_options_are_told_and_leave_nothing(unet, options, said):
     source, hidden = things()
     before, calls = snapshot(unet), []
-    given = {"scheduler": scheduler(), "conditions": hidden[0], "target": hidden[1], "negative": hidden[2]}
-    given |= {"source": source, "inversion_steps": 2, "steps": 2} | options
+    arguments = {"scheduler": scheduler(), "conditions": hidden[0], "target": hidden[1], "negative": hidden[2]}
+    arguments |= {"source": source, "inversion_steps": 2, "steps": 2} | options
     handle = unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ch.ArgumentError, match=said):
-        edit(unet, **given)
+        edit(unet, **arguments)
     handle.remove()
     assert not calls  # nothing is computed before it is told
     assert snapshot(unet) == before

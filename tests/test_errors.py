@@ -98,10 +98,10 @@ def foreign_region() -> ch.Region:
     ],
 )
 def test_a_wrong_option(kind: type[ch.ClockworkError], options: Callable[[], Any], words: list[str]) -> None:
-    unet, given = Tiny(), options()
+    unet, arguments = Tiny(), options()
     before = snapshot(unet)
     with pytest.raises(kind) as caught:
-        ch.wrap(unet, **given)
+        ch.wrap(unet, **arguments)
     check(caught.value, *words)
     assert snapshot(unet) == before
 
@@ -224,11 +224,11 @@ def test_clock_one_warns() -> None:
 
 
 def every_error() -> list[type[ch.ClockworkError]]:
-    found, todo = [], [ch.ClockworkError]
+    kinds, todo = [], [ch.ClockworkError]
     while todo:
-        found.append(todo.pop())
-        todo += found[-1].__subclasses__()
-    return [kind for kind in found if kind.__module__ == "clockwork_hooks.errors"]  # the demo has a few of its own
+        kinds.append(todo.pop())
+        todo += kinds[-1].__subclasses__()
+    return [kind for kind in kinds if kind.__module__ == "clockwork_hooks.errors"]  # the demo has a few of its own
 
 
 @pytest.mark.parametrize("kind", every_error())
@@ -239,11 +239,11 @@ def test_the_error_tree(kind: type[ch.ClockworkError]) -> None:
     assert getattr(ch, kind.__name__) is kind
     assert kind.__name__ in errors.__all__
     assert kind.__name__ in str(errors.__doc__)
-    made = kind("a rule", seen={"a": 1, "b": "x"}, do="this")
-    assert str(made) == "a rule\n  a: 1\n  b: x\nWhat to do: this"
-    for again in (pickle.loads(pickle.dumps(made)), copy.copy(made)):
+    error = kind("a rule", seen={"a": 1, "b": "x"}, do="this")
+    assert str(error) == "a rule\n  a: 1\n  b: x\nWhat to do: this"
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is kind
-        assert str(again) == str(made)
+        assert str(again) == str(error)
         assert (again.rule, again.seen, again.do) == ("a rule", {"a": 1, "b": "x"}, "this")
 
 

@@ -40,15 +40,15 @@ def run(unet: Tiny, variants: dict[str, Any], **options: Any) -> Evaluation:
 def test_variants_against_plain() -> None:
     unet = Tiny()
     before = snapshot(unet)
-    found = run(unet, {"clock 2": {"clock": 2}, "clock 3": {"clock": 3}}, seeds=(0, 1))
+    result = run(unet, {"clock 2": {"clock": 2}, "clock 3": {"clock": 3}}, seeds=(0, 1))
     assert snapshot(unet) == before
-    assert [row.name for row in found.rows] == ["plain", "clock 2", "clock 3"]
-    assert found["plain"].scores == {}
-    assert [(row.full_passes, row.adaptor_passes) for row in found.rows[1:]] == [(12, 12), (8, 16)]
-    assert found["clock 2"].scores["relative L2"].mean < found["clock 3"].scores["relative L2"].mean
-    assert found["clock 3"].macs_per_image < found["clock 2"].macs_per_image < found["plain"].macs_per_image
-    assert all(row.images == 4 and row.seconds_per_image > 0 for row in found.rows)
-    assert len(found["clock 2"].scores["PSNR"].values) == 2
+    assert [row.name for row in result.rows] == ["plain", "clock 2", "clock 3"]
+    assert result["plain"].scores == {}
+    assert [(row.full_passes, row.adaptor_passes) for row in result.rows[1:]] == [(12, 12), (8, 16)]
+    assert result["clock 2"].scores["relative L2"].mean < result["clock 3"].scores["relative L2"].mean
+    assert result["clock 3"].macs_per_image < result["clock 2"].macs_per_image < result["plain"].macs_per_image
+    assert all(row.images == 4 and row.seconds_per_image > 0 for row in result.rows)
+    assert len(result["clock 2"].scores["PSNR"].values) == 2
 
 
 @pytest.mark.parametrize("options", [{"level": 1}, {"share": 0.3}, {"clocks": {1: 2}}, {"clock": 2}], ids=str)
@@ -59,20 +59,20 @@ def test_a_region_that_the_options_choose_is_found_once_for_all_batches(options:
 
 def test_an_oracle_is_exactly_plain() -> None:
     """What is wrapped but runs full passes only gives the plain pictures: 100 dB, from the very same noise."""
-    found = run(Tiny(), {"all full": {"schedule": lambda step: False}})
-    assert found["all full"].scores["PSNR"].values == (100.0,) * 3
-    assert found["all full"].macs_per_image == found["plain"].macs_per_image
+    result = run(Tiny(), {"all full": {"schedule": lambda step: False}})
+    assert result["all full"].scores["PSNR"].values == (100.0,) * 3
+    assert result["all full"].macs_per_image == result["plain"].macs_per_image
 
 
 def test_fewer_steps_and_costs_by_hand() -> None:
     unet = Tiny()
-    found = run(unet, {"3 steps": Variant(generate=sampler(unet, 3)), "clock 2": {"clock": 2}}, seeds=(0,))
-    assert found["3 steps"].macs_per_image * 2 == found["plain"].macs_per_image
+    result = run(unet, {"3 steps": Variant(generate=sampler(unet, 3)), "clock 2": {"clock": 2}}, seeds=(0,))
+    assert result["3 steps"].macs_per_image * 2 == result["plain"].macs_per_image
     with counting(unet) as calls:
         sampler(unet)(BATCHES[0], 0)
-    assert sum(calls) // 2 == found["plain"].macs_per_image
+    assert sum(calls) // 2 == result["plain"].macs_per_image
     region = ch.find_region(unet, torch.zeros(2, 2, 16, 16), torch.tensor(1.0), torch.zeros(2, 3))
-    assert found["clock 2"].macs_per_image == (6 * region.full_macs - 3 * region.macs) // 2
+    assert result["clock 2"].macs_per_image == (6 * region.full_macs - 3 * region.macs) // 2
 
 
 def test_what_a_peer_skips_is_counted_as_skipped() -> None:
@@ -80,11 +80,11 @@ def test_what_a_peer_skips_is_counted_as_skipped() -> None:
 
     def cached(batch: list[float], seed: int) -> Tensor:
         """A peer in the form of one: the body answers from a cache every second call."""
-        forward, kept = unet.body.forward, []
+        forward, cache = unet.body.forward, []
 
         def skipping(x: Tensor) -> Tensor:
-            kept.append(kept[-1] if len(kept) % 2 else forward(x))
-            return kept[-1]
+            cache.append(cache[-1] if len(cache) % 2 else forward(x))
+            return cache[-1]
 
         unet.body.forward = skipping  # type: ignore[method-assign]
         try:
@@ -92,23 +92,23 @@ def test_what_a_peer_skips_is_counted_as_skipped() -> None:
         finally:
             del unet.body.forward
 
-    found = run(unet, {"peer": Variant(generate=cached)}, seeds=(0,))
+    result = run(unet, {"peer": Variant(generate=cached)}, seeds=(0,))
     body = 3 * 8 * 8 * 16 * 16 * 9  # three calls on 8×8 positions
-    assert found["plain"].macs_per_image - found["peer"].macs_per_image == body
+    assert result["plain"].macs_per_image - result["peer"].macs_per_image == body
 
 
 def test_json_round_trip_and_table() -> None:
-    found = run(Tiny(), {"clock 2": {"clock": 2}}, seeds=(0, 1))
-    again = Evaluation.from_json(found.to_json())
-    assert again == found
-    assert again.table() == found.table()
-    data = json.loads(found.to_json())
+    result = run(Tiny(), {"clock 2": {"clock": 2}}, seeds=(0, 1))
+    again = Evaluation.from_json(result.to_json())
+    assert again == result
+    assert again.table() == result.table()
+    data = json.loads(result.to_json())
     score = data["rows"][1]["scores"]["PSNR"]
     assert score["mean"] == pytest.approx(sum(score["values"]) / 2)
-    text = found.to_markdown()
+    text = result.to_markdown()
     assert "PSNR ↑" in text
     assert "relative L2 ↓" in text
-    assert f"± {found['clock 2'].scores['PSNR'].spread:.2f}" in text
+    assert f"± {result['clock 2'].scores['PSNR'].spread:.2f}" in text
 
 
 def test_score() -> None:
@@ -128,9 +128,9 @@ def test_score() -> None:
 )
 def test_bad_arguments(change: dict[str, Any], said: str) -> None:
     unet = Tiny()
-    given = {"generate": sampler(unet), "conditions": BATCHES, "variants": {"a": {"clock": 2}}} | change
+    arguments = {"generate": sampler(unet), "conditions": BATCHES, "variants": {"a": {"clock": 2}}} | change
     with pytest.raises(ArgumentError, match=said):
-        ch.evaluate(unet, **given, metrics=[Paired()], console=Console(quiet=True))
+        ch.evaluate(unet, **arguments, metrics=[Paired()], console=Console(quiet=True))
 
 
 def test_a_failing_sampler_leaves_nothing_behind() -> None:

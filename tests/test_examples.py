@@ -126,11 +126,11 @@ def test_a_policy_of_lerobot_that_was_compiled() -> None:
     plans = lambda: torch.cat([diffusion.conditional_sample(one, steps=6) for one in observed])  # noqa: E731
     expected = replay(diffusion.unet, "up", 2 * every(2, [1] * 6), plans)
     cw = ch.wrap(diffusion.unet, clock=2).compile(backend="eager")
-    made = []
+    actions = []
     for one in observed:
         with cw.trajectory():
-            made.append(diffusion.conditional_sample(one, steps=6))
-    assert torch.equal(torch.cat(made), expected)
+            actions.append(diffusion.conditional_sample(one, steps=6))
+    assert torch.equal(torch.cat(actions), expected)
     assert cw.stats.adaptor_passes == 6
     cw.remove()
     assert not torch.equal(plans(), expected)
@@ -165,12 +165,12 @@ def test_a_server_gives_every_client_what_it_would_get_alone(demo: DemoModel) ->
     alone = {seed: list(service.sample(seed))[-1] for seed in range(6)}
     text = {seed: [f"{float(x.mean()):.6f}\n" for x in service.sample(seed)] for seed in range(6)}
     service.cw.stats.clear()
-    made: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     lines: dict[int, list[str]] = {}
     most = 0
 
     async def draw(seed: int) -> None:
-        made[seed] = await service.draw(seed)
+        outputs[seed] = await service.draw(seed)
 
     async def stream(seed: int) -> None:
         nonlocal most
@@ -186,7 +186,7 @@ def test_a_server_gives_every_client_what_it_would_get_alone(demo: DemoModel) ->
                 group.start_soon(stream, seed + 3)
 
     anyio.run(all_at_once)
-    assert all(torch.equal(made[seed], alone[seed]) for seed in made)
+    assert all(torch.equal(outputs[seed], alone[seed]) for seed in outputs)
     assert lines == {seed: text[seed] for seed in (3, 4, 5)}
     assert (service.cw.stats.full_passes, service.cw.stats.adaptor_passes) == (12, 12)
     assert 1 <= most <= 2

@@ -82,7 +82,7 @@ def test_the_report() -> None:
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-def kept(cw: ch.ClockworkWrapper) -> list[torch.Tensor]:
+def held_tensors(cw: ch.ClockworkWrapper) -> list[torch.Tensor]:
     """Every feature that the wrapper holds, found by looking."""
     gc.collect()
     return [tensor for tensor in tensors(gc.get_objects()) if tensor.shape == (1, 8, 8, 8)]
@@ -98,21 +98,21 @@ def test_the_cache_is_what_the_report_says() -> None:
         one, size = 8 * 8 * 8 * 4, 3 * 4
         run(cw, torch.tensor([900, 800]), torch.randn(2, 1, 3))
         assert cw.report().cache == {f"trajectory 1, branch {k}": one + size for k in (1, 2)}
-        assert len(kept(cw)) == 2
+        assert len(held_tensors(cw)) == 2
         c = torch.randn(1, 3)
         with cw.trajectory():
             run(cw, torch.tensor([900, 800, 700]), [c] * 4)  # four tiles
             assert cw.report().cache == {"trajectory 2, branch 1": 4 * one + size}
-            assert len(kept(cw)) == 4
+            assert len(held_tensors(cw)) == 4
         assert cw.report().cache == {}
-        assert kept(cw) == []
+        assert held_tensors(cw) == []
         run(cw, torch.tensor([900, 800]))
         assert list(cw.report().cache.values()) == [one]
         cw.reset()
-        assert kept(cw) == []
+        assert held_tensors(cw) == []
         run(cw, torch.tensor([900, 800]))
     assert cw.report().cache == {}
-    assert kept(cw) == []
+    assert held_tensors(cw) == []
 
 
 def test_calls_at_one_time_without_end_are_bounded() -> None:
@@ -154,9 +154,9 @@ def test_two_hundred_trajectories_leave_nothing_behind() -> None:
 
     with ch.wrap(unet) as cw:
         soak(70, cw)
-        known, objects, _ = soak(10, cw)
+        labels, objects, _ = soak(10, cw)
         after = soak(200, cw)
-        assert after[0] <= known
+        assert after[0] <= labels
         assert after[1] <= objects + 50
         assert after[2] == 0
         assert len(cw.stats.trajectories) == 64

@@ -68,10 +68,10 @@ def test_the_next_call_starts_clean(where: str, make: Callable[[], BaseException
     if where == "between calls":  # of which we are not told
         cw.reset()
     judge.begin()
-    judge.made = ""
+    judge.letters = ""
     for k, t in enumerate(times[step:].clone(), 1):  # a list of its own, as every run of a scheduler has
         judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-    assert judge.made == "FAFAFAFAF"[: len(times) - step]
+    assert judge.letters == "FAFAFAFAF"[: len(times) - step]
     cw.remove()
     assert snapshot(unet) == before
 
@@ -113,10 +113,10 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
             with pytest.raises(type(error)):
                 judge.unet(torch.randn(1, 2, 8, 8), 700)
         judge.begin()
-        judge.made = ""
+        judge.letters = ""
         for step, t in enumerate((600, 500, 400, 300), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)
-        assert judge.made == "FAFA"
+        assert judge.letters == "FAFA"
         assert cw.stats.reasons["first step"] == (2 if where == "time" else 1)
 
 
@@ -132,18 +132,18 @@ def test_a_later_signature_that_cannot_be_analysed_is_full_and_the_others_are_se
         passes = ""
         for t in timeline:
             x = torch.randn(1, 2, size, size)
-            full, made = plain(x, t), unet(x, t)
-            passes += "F" if torch.equal(made, full) else "A"
+            full, output = plain(x, t), unet(x, t)
+            passes += "F" if torch.equal(output, full) else "A"
         return passes
 
     with torch.no_grad(), ch.wrap(unet) as cw:
         assert loop(8) == "FAFAFA"
-        found = engine.finish
+        finish = engine.finish
 
         def fails(recorder: Any, model: nn.Module, arguments: Any, **options: Any) -> Any:
             if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[-1] == 16 for leaf in arguments.flat):
                 raise ch.TraceError("torn", seen={"x": 16}, do="mend it") if ours else IndexError("torn")
-            return found(recorder, model, arguments, **options)
+            return finish(recorder, model, arguments, **options)
 
         monkeypatch.setattr(engine, "finish", fails)
         said = "could not be analysed(.|\n)*torn(.|\n)*What to do: " + ("mend it" if ours else "report it")
@@ -186,7 +186,7 @@ def test_a_declared_step_that_fails() -> None:
         for k, t in enumerate((390, 380), 1):
             with cw.step():
                 judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-    assert judge.made == "FAFFA"
+    assert judge.letters == "FAFFA"
 
 
 @torch.no_grad()

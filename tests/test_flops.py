@@ -400,12 +400,12 @@ def test_a_factory_returns_a_model_with_or_without_its_inputs():
 
 
 @pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize("given", [{"size": (32, 32)}, {"batch": 2}, {"frames": 4}])
-def test_what_a_factorys_own_inputs_would_ignore_is_an_error(given):
-    with pytest.raises(ArgumentError, match=f"returns its own(.|\n)*{next(iter(given))}: "):
-        load_model("my_factories:with_args", **given)
-    if "frames" not in given:
-        load_model("my_factories:alone", **given)  # inputs made here follow the options
+@pytest.mark.parametrize("arguments", [{"size": (32, 32)}, {"batch": 2}, {"frames": 4}])
+def test_what_a_factorys_own_inputs_would_ignore_is_an_error(arguments):
+    with pytest.raises(ArgumentError, match=f"returns its own(.|\n)*{next(iter(arguments))}: "):
+        load_model("my_factories:with_args", **arguments)
+    if "frames" not in arguments:
+        load_model("my_factories:alone", **arguments)  # inputs made here follow the options
 
 
 @pytest.mark.usefixtures("factories")

@@ -92,18 +92,18 @@ class WebUI:
                 callback(SimpleNamespace(sampling_step=0, total_sampling_steps=steps))
             if next(count) == stop:
                 raise InterruptedError
-            told = {"cond_or_uncond": [1, 0], "sigmas": sigma.clone(), "cond_mark": torch.ones(2)}
+            options = {"cond_or_uncond": [1, 0], "sigmas": sigma.clone(), "cond_mark": torch.ones(2)}
             both = self.unet(
                 torch.cat([x, x]) / (sigma**2 + 1).sqrt(), comfy.Sampling().timestep(sigma.expand(2)).float(),
-                context=torch.cat([nothing, text]), control=None, transformer_options=told,
+                context=torch.cat([nothing, text]), control=None, transformer_options=options,
             )  # fmt: skip
             noise = both[:1] + 5 * (both[1:] - both[:1])
             return x - sigma * noise
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * sigmas[0]
-        made: Tensor = function(denoise, x, sigmas, lambda _: None)
+        latents: Tensor = function(denoise, x, sigmas, lambda _: None)
         self.script.postprocess(p, None, clock, start)
-        return made
+        return latents
 
 
 HEUN = [2, 2, 2, 2, 2, 1]
@@ -151,8 +151,8 @@ def test_a_model_without_a_region_is_sampled_in_full(script: Any, capsys: pytest
             self.one, self.two = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
 
         def forward(self, x: Tensor, timesteps: Any = None, context: Any = None, **_: Any) -> Tensor:
-            made: Tensor = self.two(self.one(x) + context.mean() + timesteps.mean() / 1000)
-            return made
+            output: Tensor = self.two(self.one(x) + context.mean() + timesteps.mean() / 1000)
+            return output
 
     webui = WebUI(Flat().eval(), script.Clockwork(), forge=False)
     plain = webui.sample(comfy.sample_euler, 1)

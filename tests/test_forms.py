@@ -75,7 +75,7 @@ def run(
     unet = Steered()
     judge, random = Judge(unet), torch.Generator().manual_seed(0)
     conditions = [torch.randn(1, 3, generator=random) for _ in range(branches)] if embeddings else [None] * branches
-    kept: dict[str, Any] = {}
+    exits: dict[str, Any] = {}
     before: dict[tuple[int, str], float] = {}
     calls, times = 0, TIMES.clone()
     with torch.no_grad(), ch.wrap(unet, schedule=lambda step: True) as cw:
@@ -83,20 +83,20 @@ def run(
             turn = range(branches) if not order[step] else reversed(range(branches))
             for branch in turn:
                 calls += 1
-                told = {
+                inputs = {
                     "number": VALUES[number](step, branch, calls) if number else None,
                     "tensor": VALUES[tensor](step, branch, calls) if tensor else None,
                 }
-                told = {name: value for name, value in told.items() if value is not None}
+                inputs = {name: value for name, value in inputs.items() if value is not None}
                 matters = {"number": number != "with_time", "tensor": tensor != "with_time" and times[step] < 400}
-                if any(matters[name] and before.get((branch, name), told[name]) != told[name] for name in told):
+                if any(matters[name] and before.get((branch, name), inputs[name]) != inputs[name] for name in inputs):
                     judge.forget(branch)
-                before |= {(branch, name): value for name, value in told.items()}
-                options = kept if own else {}
+                before |= {(branch, name): value for name, value in inputs.items()}
+                options = exits if own else {}
                 options.pop("block", None)
-                options.update(told)
-                if "tensor" in told:
-                    options["tensor"] = torch.full((2,), told["tensor"])
+                options.update(inputs)
+                if "tensor" in inputs:
+                    options["tensor"] = torch.full((2,), inputs["tensor"])
                 judge.call(
                     torch.randn(1, 2, 8, 8, generator=random),
                     times[step],
@@ -106,7 +106,7 @@ def run(
                     branch=branch,
                 )
                 options.pop("block", None)
-    return judge.made, cw
+    return judge.letters, cw
 
 
 PATTERNS = st.sampled_from([None, *VALUES])
@@ -122,8 +122,8 @@ PATTERNS = st.sampled_from([None, *VALUES])
 def test_options_steer_branches_in_the_region_and_outside(
     number: str | None, tensor: str | None, branches: int, own: bool, order: list[bool]
 ) -> None:
-    made, _ = run(number, tensor, branches=branches, embeddings=True, order=order, own=own)
-    event(f"adaptor passes: {made.count('A')}")
+    letters, _ = run(number, tensor, branches=branches, embeddings=True, order=order, own=own)
+    event(f"adaptor passes: {letters.count('A')}")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_what_alone_tells_the_branches_is_a_condition(pattern: str) -> None:
     """Without an embedding, in an order that changes: the judge would see one branch's feature in the other."""
     for number, tensor in ((pattern, None), (None, pattern)):
         order = [False, True, True, False, True, False, False, True]
-        made, _ = run(number, tensor, branches=2, embeddings=False, order=order, own=False)
-        assert made.count("A") == (14 if pattern == "by_branch" else 0), made
+        letters, _ = run(number, tensor, branches=2, embeddings=False, order=order, own=False)
+        assert letters.count("A") == (14 if pattern == "by_branch" else 0), letters
 
 
 def test_a_form_that_departs_from_the_time_is_a_condition_again() -> None:
@@ -172,13 +172,13 @@ def test_a_form_that_departs_from_the_time_is_a_condition_again() -> None:
 
 
 def loop(cw: Any, make: Callable[[int], dict[str, Any]]) -> str:
-    made, x, times = "", torch.zeros(1, 2, 8, 8), TIMES.clone()
+    letters, x, times = "", torch.zeros(1, 2, 8, 8), TIMES.clone()
     with torch.no_grad():
         for k in range(8):
             was = cw.stats.adaptor_passes
             cw(x, times[k], **make(k))
-            made += "FA"[cw.stats.adaptor_passes - was]
-    return made
+            letters += "FA"[cw.stats.adaptor_passes - was]
+    return letters
 
 
 def test_a_text_that_changes_in_each_step_is_named_and_ignored() -> None:
@@ -250,7 +250,7 @@ def test_a_key_names_the_branch() -> None:
             for branch in ("cond", "uncond")[:: -1 if step % 3 else 1]:
                 c = torch.randn(1, 3, generator=random)
                 judge.call(torch.zeros(1, 2, 8, 8), t, c, kind=branch, step=step, branch=branch)
-    assert judge.made == "FF" + "A" * 14
+    assert judge.letters == "FF" + "A" * 14
 
 
 @pytest.mark.parametrize("key", [[1], torch.zeros(1), ("cond", torch.zeros(2))], ids=["list", "tensor", "of tensors"])
@@ -339,7 +339,7 @@ def test_prompts_that_take_turns(cycle: str, passes: str) -> None:
                 x = torch.randn(1, 2, 8, 8, generator=random)
                 judge.call(x, times[k], prompts[name], step=turns[name], branch=name)
             turns = dict.fromkeys("abc", 0)
-            assert judge.made == passes * (run + 1)
+            assert judge.letters == passes * (run + 1)
             assert cw.stats.trajectories[-1].steps == 8
 
 
@@ -351,7 +351,7 @@ def test_a_prompt_that_was_away_for_long_is_full() -> None:
         for k, name in enumerate(order):
             step = 99 if k == 9 else order[: k + 1].count(name)  # five steps after its last one
             judge.call(torch.randn(1, 2, 8, 8), times[k], prompts[name], step=step, branch=name)
-    assert judge.made == "FFAAAAAAAF"
+    assert judge.letters == "FFAAAAAAAF"
 
 
 def test_reuse_is_one_of_two() -> None:

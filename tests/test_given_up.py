@@ -60,20 +60,20 @@ class Runs:
     def run(self, first: int, last: int, texts: list[Tensor] | Callable[[int], list[Tensor]]) -> str:
         """Steps `first` to `last` of the list, as a run of its own; its passes."""
         self.judge.begin()
-        self.judge.made = ""
+        self.judge.letters = ""
         for k in range(first, last):
             if self.way == "declared by itself":
                 self.cw.step()
             with self.cw.step() if self.way == "declared" else contextlib.nullcontext():
                 for b, c in enumerate(texts(k) if callable(texts) else texts):
                     self.judge.call(sample(), self.times[k], c, step=k, branch=b)
-        return self.judge.made
+        return self.judge.letters
 
 
 @pytest.fixture(params=WAYS)
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    with torch.no_grad(), Runs(request.param) as made:
-        yield made
+    with torch.no_grad(), Runs(request.param) as both:
+        yield both
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -85,7 +85,7 @@ def test_embeddings_made_anew_tell_of_another_run(runs: Runs, branches: int) -> 
 def test_after_three_steps_the_next_one_would_have_been_the_adaptors(runs: Runs) -> None:
     assert runs.run(0, 3, prompt()) == "FAF"
     assert runs.run(3, 8, prompt()) == "FAFAF"
-    assert [known.steps for known in runs.cw.stats.trajectories] == [3, 5]
+    assert [one.steps for one in runs.cw.stats.trajectories] == [3, 5]
 
 
 def test_embeddings_made_anew_in_every_step_tell_nothing(runs: Runs) -> None:
@@ -123,14 +123,14 @@ def test_an_error_in_a_block_ends_the_run(how: str, error: type[BaseException]) 
     with ch.wrap(judge.unet) as cw:
         for first, last in ((0, 3), (3, 8)):
             judge.begin()
-            judge.made = ""
+            judge.letters = ""
             with contextlib.suppress(error):
                 for k in range(first, last):
                     with cw.step() if how == "step" else cw.branch("a"):
                         judge.call(sample(), LIST[k], step=k)
                         if k == 2:
                             raise error
-        assert judge.made == "FAFAF"
+        assert judge.letters == "FAFAF"
 
 
 @pytest.mark.xfail(reason="the same objects, an entry further: nothing tells it from the next step", strict=True)
@@ -237,4 +237,4 @@ def test_what_the_caller_tells(loop: Callable[[Judge, Tell], None]) -> None:
             return contextlib.nullcontext()
 
         loop(judge, tell)
-    assert judge.made.count("A") >= 3
+    assert judge.letters.count("A") >= 3

@@ -36,8 +36,8 @@ class Linear(nn.Module):
         self.from_exit = nn.Parameter(0.3 * noise(8, 8, 3, 3))
 
     def forward(self, entry: Tensor, exit_cached: Tensor, **_: Any) -> Tensor:
-        made: Tensor = F.conv2d(entry, self.from_entry) + F.conv2d(exit_cached, self.from_exit, padding=1).tanh()
-        return made
+        output: Tensor = F.conv2d(entry, self.from_entry) + F.conv2d(exit_cached, self.from_exit, padding=1).tanh()
+        return output
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -89,8 +89,8 @@ def rollout(unet: nn.Module, cw: ch.ClockworkWrapper, xs: list[Tensor]) -> Tenso
     cw.reset()
     for x, t in zip(xs, TIMES, strict=False):
         output = unet(x, t)
-    made: Tensor = output
-    return made
+    result: Tensor = output
+    return result
 
 
 @pytest.mark.parametrize("keep_graph", [False, True])
@@ -136,8 +136,8 @@ def test_the_gradient_is_that_of_the_same_trajectory_by_hand(unet: Tiny) -> None
     _, exit = reference(plain, xs[0], TIMES[0])
     x = xs[1].detach().requires_grad_()
     entry = plain.stem(x) + plain.emb(torch.full((1, 1), TIMES[1] / 100, dtype=torch.float64)).sin()[:, :, None, None]
-    made = by_hand(entry, exit.detach())
-    plain.head(torch.cat([entry, made], 1)).sum().backward()
+    output = by_hand(entry, exit.detach())
+    plain.head(torch.cat([entry, output], 1)).sum().backward()
     assert same(gradients(adaptor), gradients(by_hand))
     assert torch.allclose(xs[1].grad, x.grad, rtol=1e-12)
     assert xs[0].grad is None

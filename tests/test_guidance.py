@@ -99,14 +99,14 @@ def test_what_a_function_returns_is_checked() -> None:
 
 
 def test_guided_combinations() -> None:
-    plain, told = torch.randn(2, 3), torch.randn(2, 3)
-    expected = (plain + 4.0 * (told - plain)).flatten()
+    plain, cond = torch.randn(2, 3), torch.randn(2, 3)
+    expected = (plain + 4.0 * (cond - plain)).flatten()
     weights = guidance_weights(4.0)
-    torch.testing.assert_close(guided([torch.cat([plain, told])], [1], weights), expected)
-    torch.testing.assert_close(guided([plain, told], [1, 2], weights), expected)
-    torch.testing.assert_close(guided([told, plain], [1, 2], guidance_weights((4.0, -3.0))), expected)
-    tiles = guided([torch.cat([plain, told]), torch.cat([told, plain])], [1, 1], weights)
+    torch.testing.assert_close(guided([torch.cat([plain, cond])], [1], weights), expected)
+    torch.testing.assert_close(guided([plain, cond], [1, 2], weights), expected)
+    torch.testing.assert_close(guided([cond, plain], [1, 2], guidance_weights((4.0, -3.0))), expected)
+    tiles = guided([torch.cat([plain, cond]), torch.cat([cond, plain])], [1, 1], weights)
     torch.testing.assert_close(tiles[:6], expected)
     torch.testing.assert_close(guided([plain], [1], None), plain.flatten())
     with pytest.raises(ch.DistillError, match="a weight for each branch"):
-        guided([plain, told, plain], [1, 2, 3], weights)
+        guided([plain, cond, plain], [1, 2, 3], weights)

@@ -206,11 +206,11 @@ def alternating_words(judge: Judge, cw: Any, random: torch.Generator) -> None:
 
 def self_conditioning(judge: Judge, cw: Any, random: torch.Generator) -> None:
     """What was predicted last is given back as a condition: another one in each step, so it has to be named."""
-    x, known = noise(random), torch.zeros(1, 3)
+    x, estimate = noise(random), torch.zeros(1, 3)
     for k, t in enumerate(TIMES, 1):
         with cw.branch("self"):
-            output = judge.call(x, t, known, step=k)
-        x, known = x - 0.1 * output, output.mean((2, 3)) @ torch.ones(2, 3)
+            output = judge.call(x, t, estimate, step=k)
+        x, estimate = x - 0.1 * output, output.mean((2, 3)) @ torch.ones(2, 3)
 
 
 def self_attention_guidance(judge: Judge, cw: Any, random: torch.Generator) -> None:
@@ -227,9 +227,9 @@ def autoguidance(judge: Judge, cw: Any, random: torch.Generator) -> None:
     worse, c, x = Judge(Tiny(seed=1)), text(random), noise(random)
     with ch.wrap(worse.unet, clock=3):
         for k, t in enumerate(torch.tensor(TIMES), 1):
-            made, bad = judge.call(x, t, c, step=k), worse.call(x, t, c, step=k)
-            x = x - 0.1 * (made + 0.5 * (made - bad))
-    assert worse.made == "FAAFAAFA"
+            good, bad = judge.call(x, t, c, step=k), worse.call(x, t, c, step=k)
+            x = x - 0.1 * (good + 0.5 * (good - bad))
+    assert worse.letters == "FAAFAAFA"
 
 
 # -- form -------------------------------------------------------------------------------------------------------------
@@ -322,13 +322,13 @@ LOOPS: dict[Loop, tuple[int, int]] = {  # adaptor passes at least: as it is, and
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_nothing_stale_in_a_loop_that_is_not_named_anywhere(loop: Loop, schedule: str, within: bool) -> None:
     """Twice with one wrapper, from the same seed: the same passes both times, none of them stale."""
-    judge, made = Judge(Tiny()), []
+    judge, runs = Judge(Tiny()), []
     with ch.wrap(judge.unet, schedule=None if schedule == "clock 2" else lambda step: True) as cw:
         for _ in range(2):
             judge.begin()
-            judge.made = ""
+            judge.letters = ""
             with cw.trajectory() if within else contextlib.nullcontext():
                 loop(judge, cw, torch.Generator().manual_seed(0))
-            made.append(judge.made)
-    assert made[0] == made[1]
-    assert made[0].count("A") >= LOOPS[loop][within]
+            runs.append(judge.letters)
+    assert runs[0] == runs[1]
+    assert runs[0].count("A") >= LOOPS[loop][within]

@@ -91,7 +91,7 @@ def test_numbers(value: Any, number: bool) -> None:
 
 
 def sample_and_times(**kwargs: Any) -> tuple[str | None, tuple[str, ...]]:
-    arguments = bound(lambda **given: None, **kwargs)
+    arguments = bound(lambda **keywords: None, **kwargs)
     sample = find_sample(arguments)
     return sample, time_candidates(arguments, sample=sample)
 
@@ -144,9 +144,9 @@ def test_a_time_of_any_form_ticks(form: str, how: str) -> None:
     times = (9.0, 8.0, 7.0, 6.0)
     expected = outputs(call, times)
     with ch.wrap(model) as cw, cw.trajectory():
-        made = outputs(call, times)
+        results = outputs(call, times)
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
-    assert [same(a, b) for a, b in zip(made, expected, strict=True)] == [True, False, True, False]
+    assert [same(a, b) for a, b in zip(results, expected, strict=True)] == [True, False, True, False]
 
 
 class OddName(Tiny):
@@ -236,19 +236,19 @@ def test_a_class_label_is_no_time() -> None:
         for step, t in enumerate((9.0, 8.0, 7.0, 6.0), 1):
             for branch, label in enumerate(labels):
                 judge.call(noise(), torch.full((2, 4), t), label, step=step, branch=branch)
-        assert judge.made == "F" * 8
+        assert judge.letters == "F" * 8
         assert cw.stats.reasons == {"no time input: declare cw.step()": 8}
-        judge.made = ""
+        judge.letters = ""
         for step, t in enumerate((9.0, 8.0, 7.0, 6.0), 1):
             cw.step()
             for branch, label in enumerate(labels):
                 with cw.branch(str(branch)):
                     judge.call(noise(), torch.full((2, 4), t), label, step=step, branch=branch)
-        assert judge.made == "FFAAFFAA"
+        assert judge.letters == "FFAAFFAA"
 
 
-@pytest.mark.parametrize("told", ["nothing", "name", "time="])
-def test_a_time_by_embedding_is_told_by_its_name(told: str) -> None:
+@pytest.mark.parametrize("name", ["nothing", "name", "time="])
+def test_a_time_by_embedding_is_told_by_its_name(name: str) -> None:
     """An integer that is looked up in a table may be a class label as well."""
 
     class Steps(Labelled):
@@ -257,10 +257,10 @@ def test_a_time_by_embedding_is_told_by_its_name(told: str) -> None:
             return super().forward(x, torch.ones(2, 4), k)
 
     model = Steps()
-    with ch.wrap(model, time="k" if told == "time=" else None) as cw, cw.trajectory(), torch.no_grad():
+    with ch.wrap(model, time="k" if name == "time=" else None) as cw, cw.trajectory(), torch.no_grad():
         for k in (4, 3, 2, 1):
-            model(noise(), **{"timestep" if told == "name" else "k": torch.full((2,), k)})
-        assert cw.stats.adaptor_passes == (0 if told == "nothing" else 2)
+            model(noise(), **{"timestep" if name == "name" else "k": torch.full((2,), k)})
+        assert cw.stats.adaptor_passes == (0 if name == "nothing" else 2)
 
 
 def test_a_unet_without_time_runs_full_until_steps_are_declared() -> None:

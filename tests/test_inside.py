@@ -39,8 +39,8 @@ class Shares(nn.Module):
         self.stem, self.down, self.body, self.up = unet.stem, unet.down, unet.body, unet.up
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.up(self.body(self.down(self.stem(x))))
-        return made
+        output: Tensor = self.up(self.body(self.down(self.stem(x))))
+        return output
 
 
 def _interruptible(meet: Callable[[], None]) -> Callable[..., Any]:
@@ -113,8 +113,8 @@ def test_another_model_that_shares_modules_works_in_the_middle_of_an_adaptor_pas
 
 def _without_gradients(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        made: Tensor = model(x)
-        return made
+        output: Tensor = model(x)
+        return output
 
 
 # -- replicas and copies -----------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ class Pipeline(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: int) -> Tensor:
-        made: Tensor = self.unet(x, t)
-        return made
+        output: Tensor = self.unet(x, t)
+        return output
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
@@ -161,21 +161,21 @@ def test_a_replica_of_a_wrapped_unet_is_refused(around: Callable[[nn.Module], nn
         judge.begin()
         for step, t in enumerate(TIMES, 1):  # the wrapped one is as it was
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)
-        assert judge.made.endswith("FAFAFA")
+        assert judge.letters.endswith("FAFAFA")
     assert not torch.equal(replicate(unet)(x, 500), unet(x, 500))
 
 
 def test_copies_made_by_threads_in_the_middle_of_a_loop_are_plain() -> None:
-    unet, x, made = Tiny(), torch.randn(1, 2, 8, 8), []
+    unet, x, copies = Tiny(), torch.randn(1, 2, 8, 8), []
     expected = {t: unet(x, t) for t in TIMES}
     before = snapshot(unet)
     with ch.wrap(unet):
         for t in TIMES:
             unet(x, t)
-            thread = threading.Thread(target=lambda: made.append(copy.deepcopy(unet)))
+            thread = threading.Thread(target=lambda: copies.append(copy.deepcopy(unet)))
             thread.start()
             thread.join()
-        assert all(torch.equal(one(x, t), expected[t]) for one in made for t in TIMES)
+        assert all(torch.equal(one(x, t), expected[t]) for one in copies for t in TIMES)
     assert snapshot(unet) == before
 
 
@@ -204,15 +204,15 @@ class Static(nn.Module):
         self.out: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        made = self.module(x)
-        self.out = made.clone() if self.out is None else self.out
-        self.out.data.copy_(made)
+        output = self.module(x)
+        self.out = output.clone() if self.out is None else self.out
+        self.out.data.copy_(output)
         return self.out.detach() if self.views else self.out
 
 
 def _judged(unet: nn.Module, adaptor: Any, scale: float, *, clock: int, steps: int, branches: int = 2) -> str:
     """Every call is a full pass, or one whose exit is the scaled one of the same branch's step before."""
-    plain, exits, made = Tiny(), {}, ""
+    plain, exits, letters = Tiny(), {}, ""
     conditions, times = torch.randn(branches, 1, 3), torch.arange(950.0, 950.0 - 50 * steps, -50.0)
     with ch.wrap(unet, adaptor, clock=clock):
         for k in range(steps):
@@ -221,20 +221,20 @@ def _judged(unet: nn.Module, adaptor: Any, scale: float, *, clock: int, steps: i
                 output = unet(x, t, conditions[b])
                 full, exit = reference(plain, x, t, conditions[b])
                 if torch.equal(output, full):
-                    exits[b], made = exit, made + "F"
+                    exits[b], letters = exit, letters + "F"
                     continue
                 exits[b] = exits[b] * scale
                 assert torch.equal(output, reference(plain, x, t, conditions[b], exit=exits[b])[0]), f"stale: {k} {b}"
-                made += "A"
-    return made
+                letters += "A"
+    return letters
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("clock", [2, 3])
 def test_an_adaptor_may_write_to_a_buffer_of_its_own(clock: int, mode: Any) -> None:
     with mode():
-        made = _judged(Tiny(), Buffered(), 0.9, clock=clock, steps=9)
-    assert made.count("A") >= 8
+        letters = _judged(Tiny(), Buffered(), 0.9, clock=clock, steps=9)
+    assert letters.count("A") >= 8
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -244,8 +244,8 @@ def test_a_module_of_the_region_may_write_all_its_outputs_to_one_place(clock: in
     unet = Tiny()
     unet.up = Static(unet.up, views=views)  # type: ignore[assignment]
     with mode():
-        made = _judged(unet, None, 1.0, clock=clock, steps=9)
-    assert made.count("A") >= 6
+        letters = _judged(unet, None, 1.0, clock=clock, steps=9)
+    assert letters.count("A") >= 6
 
 
 # -- calls without values ----------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_call_with_fake_tensors_changes_nothing(first: bool, inside: bool) -> 
         judge.begin()
         for step, t in enumerate(TIMES, 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)
-        assert judge.made == "FAFFAFAFA"
+        assert judge.letters == "FAFFAFAFA"
         assert cw.stats.reasons["within torch.compile, torch.export or torch.jit"] == 1 + first
 
 
@@ -370,18 +370,18 @@ def test_a_pass_that_is_run_again_sees_its_arguments_as_they_were(where: str, cl
                 x, c, hint = torch.randn(1, 2, 8, 8), torch.ones(1, 3), torch.ones(1, 2, 8, 8)
                 differs = k == 1 + clean
                 unet.another_way = plain.another_way = differs
-                given = [(x.clone(), c.clone(), _control(where, hint)) for _ in range(2)]
-                made, right = (
+                inputs = [(x.clone(), c.clone(), _control(where, hint)) for _ in range(2)]
+                outputs, right = (
                     one(sample, t, condition, control=control)
-                    for one, (sample, condition, control) in zip((unet, plain), given, strict=True)
+                    for one, (sample, condition, control) in zip((unet, plain), inputs, strict=True)
                 )
                 if differs:
                     assert cw.stats.reasons["calls differed from the traced ones"] == 1
-                    assert torch.equal(made, right)
-                assert torch.equal(given[0][0], given[1][0])
-                assert torch.equal(given[0][1], given[1][1])
-                assert _state(where, given[0][2]) == _state(where, given[1][2]) or where == "attribute"
-                assert where != "attribute" or given[0][2].hint is None
+                    assert torch.equal(outputs, right)
+                assert torch.equal(inputs[0][0], inputs[1][0])
+                assert torch.equal(inputs[0][1], inputs[1][1])
+                assert _state(where, inputs[0][2]) == _state(where, inputs[1][2]) or where == "attribute"
+                assert where != "attribute" or inputs[0][2].hint is None
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")  # true of a cache that answers every other step
@@ -447,8 +447,8 @@ class LoRA(nn.Module):
         self.base, self.extra = module, extra
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.base(x) + 0.1 * self.extra(x)
-        return made
+        output: Tensor = self.base(x) + 0.1 * self.extra(x)
+        return output
 
 
 EXCHANGES: dict[str, Callable[[Tiny], Any]] = {
@@ -580,12 +580,12 @@ def test_steering_in_place_that_comes_after_the_first_call_works() -> None:
         for one in (unet, plain):
             one.body.register_forward_hook(lambda module, args, output: output.add_(0.1))
         with pytest.warns(ch.SkippedModuleWarning):
-            made = _loop(unet)
+            outputs = _loop(unet)
         exit = None
         torch.manual_seed(0)
         for k, t in enumerate(TIMES):
             right, exit = reference(plain, torch.randn(1, 2, 8, 8), t, exit=exit if k % 2 else None)
-            assert torch.equal(made[k], right)
+            assert torch.equal(outputs[k], right)
         assert cw.stats.adaptor_passes == 6
 
 
@@ -601,15 +601,15 @@ class Stateless:
         return None
 
 
-@pytest.mark.parametrize(("processor", "told"), [(Controller(), True), (Stateless(), False), (nn.ReLU(), False)])
+@pytest.mark.parametrize(("processor", "warns"), [(Controller(), True), (Stateless(), False), (nn.ReLU(), False)])
 @pytest.mark.parametrize(("where", "skipped"), [("body", True), ("head", False)])
-def test_attention_processors_with_state_are_told(processor: Any, told: bool, where: str, skipped: bool) -> None:
+def test_attention_processors_with_state_are_told(processor: Any, warns: bool, where: str, skipped: bool) -> None:
     unet = Tiny()
     unet.get_submodule(where).processor = processor
     with ch.wrap(unet), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _loop(unet)
-    assert [one.category for one in caught] == [ch.SkippedModuleWarning] * (told and skipped)
+    assert [one.category for one in caught] == [ch.SkippedModuleWarning] * (warns and skipped)
     assert all(one.filename == __file__ for one in caught)
 
 
@@ -634,7 +634,7 @@ def test_kept_modules_run_with_their_true_inputs(keep: str, compiled: bool) -> N
         if compiled:
             cw.compile(backend="eager")
         values, handle = _seen(unet, keep, "hook")
-        made = _loop(unet)
+        outputs = _loop(unet)
         assert len(values) == len(TIMES)
         assert all(torch.equal(one, true) for one, true in zip(values, right, strict=True))
         assert cw.region is not None
@@ -646,7 +646,7 @@ def test_kept_modules_run_with_their_true_inputs(keep: str, compiled: bool) -> N
     torch.manual_seed(0)
     for k, t in enumerate(TIMES):
         expected, exit = reference(plain, torch.randn(1, 2, 8, 8), t, exit=exit if k % 2 else None)
-        assert torch.equal(made[k], expected)
+        assert torch.equal(outputs[k], expected)
 
 
 def _macs(order: list[str], keep: str) -> int:
@@ -673,8 +673,8 @@ class Blocks(nn.Module):
         h = self.stem(x) + torch.as_tensor(t).float().sin()
         z = self.low["way_down"](h)
         z = self.low["way_up"](torch.cat([z, self.low["mid"](z)], 1))
-        made: Tensor = self.head(torch.cat([h, z], 1))
-        return made
+        output: Tensor = self.head(torch.cat([h, z], 1))
+        return output
 
 
 @pytest.mark.parametrize(
@@ -696,12 +696,12 @@ def test_what_is_kept_within_blocks(keep: list[str], skipped: list[str]) -> None
     with ch.wrap(unet, clock=2, keep=keep) as cw, pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "_zero", lambda dtype, device: torch.full((), float("nan"), dtype=dtype, device=device))
         values, _ = _seen(unet, keep[-1], "pre-hook")  # type: ignore[arg-type]
-        made = _loop(unet)
+        outputs = _loop(unet)
         assert cw.region is not None
         assert [call.path for call in cw.region.skipped] == skipped
         if keep != ["head"]:  # which takes the adaptor's exit
             assert all(torch.equal(one, true) for one, true in zip(values, right, strict=True))
-        assert all(bool(one.isfinite().all()) for one in made)
+        assert all(bool(one.isfinite().all()) for one in outputs)
         assert cw.stats.adaptor_passes == 3
 
 
@@ -737,9 +737,9 @@ def test_whoever_gets_no_adaptor_pass_is_told_once_why() -> None:
             unet(torch.randn(1, 2, 8, 8), t, torch.randn(1, 3))
         with pytest.warns(
             ch.NoEffectWarning, match=r"conditions are new in this step(.|\n)*with cw.branch\(name\)"
-        ) as told:
+        ) as warned:
             unet(torch.randn(1, 2, 8, 8), TIMES[5], torch.randn(1, 3))
-        assert told[0].filename == __file__
+        assert warned[0].filename == __file__
         for t in TIMES:
             unet(torch.randn(1, 2, 8, 8), t, torch.randn(1, 3))
 

@@ -152,10 +152,10 @@ class Program:
         if loop.kind == "rows":
             batch, t = 2, t.clone()
         x = torch.randn(batch, 2, size, size, generator=self.random)
-        loop.judge.made = ""
+        loop.judge.letters = ""
         with torch.set_grad_enabled(self.grad):
             loop.judge.call(x, t, self.conditions[branch], step=loop.step, branch=key)
-        self.adapted += loop.judge.made == "A"
+        self.adapted += loop.judge.letters == "A"
 
     def change(self, what: str) -> None:
         if what == "size":
@@ -279,11 +279,11 @@ def test_a_loop_one_entry_behind_another() -> None:
             judge.call(sample, t, step=k, branch="first")
         for k, t in enumerate(times[:3]):
             judge.call(sample, t, step=k, branch="second")
-        judge.made = ""
+        judge.letters = ""
         for k in range(4, 8):  # at the list's end it may be a trajectory that goes backwards
             judge.call(torch.randn(1, 2, 8, 8), times[k], step=k, branch="first")
             judge.call(torch.randn(1, 2, 8, 8), times[k - 1], step=k - 1, branch="second")
-        assert judge.made == "F" * 8
+        assert judge.letters == "F" * 8
 
 
 @torch.no_grad()

@@ -165,21 +165,21 @@ def test_the_first_call_of_other_peoples_unets_keeps_the_exit(build: Callable[[]
 
 def test_a_lazy_model_and_one_that_grows_are_recorded_in_their_first_call() -> None:
     class Grows(Tiny):
-        made: nn.Module
+        outputs: nn.Module
 
         def low(self, h: Tensor, t: Any) -> Tensor:
-            if "made" not in self._modules:
-                self.made = nn.Conv2d(8, 8, 1)
-            return super().low(self.made(h), t)
+            if "grown" not in self._modules:
+                self.grown = nn.Conv2d(8, 8, 1)
+            return super().low(self.grown(h), t)
 
     lazy = Tiny()
     lazy.body = nn.LazyConv2d(32, 3, 1, 1)
     for model in (Grows(), lazy):
         with ch.wrap(model) as cw, cw.trajectory():
-            made = rollout(model)
+            outputs = rollout(model)
             assert cw.stats.adaptor_passes == 2, cw.report()
         expected = rollout(model)
-        assert [same(made[k], expected[k]) for k in FULL] == [True, True]
+        assert [same(outputs[k], expected[k]) for k in FULL] == [True, True]
         model(noise(), 3.0).sum().backward()
 
 
@@ -262,9 +262,9 @@ def test_modes_of_the_caller() -> None:
         with mode():
             expected = [model(noise() + 0.1 * t, t) for t in TIMES]
             with ch.wrap(model) as cw, cw.trajectory():
-                made = [model(noise() + 0.1 * t, t) for t in TIMES]
+                outputs = [model(noise() + 0.1 * t, t) for t in TIMES]
                 assert cw.stats.adaptor_passes == 2, cw.report()
-            assert [torch.equal(made[k], expected[k]) for k in FULL] == [True, True]
+            assert [torch.equal(outputs[k], expected[k]) for k in FULL] == [True, True]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -327,12 +327,12 @@ def test_offload_hooks_before_wrap(offload: Callable[[nn.Module], Callable[[], N
     model = Tiny()
     expected = rollout(model)
     undo = offload(model)
-    kept = [(type(module._hf_hook), id(module._hf_hook)) for module in model.modules() if hasattr(module, "_hf_hook")]
+    hooks = [(type(module._hf_hook), id(module._hf_hook)) for module in model.modules() if hasattr(module, "_hf_hook")]
     kinds = {name: (type(p), p.device.type) for name, p in model.named_parameters()}
     with ch.wrap(model) as cw, cw.trajectory():
         assert same(rollout(model), reference), cw.report()
     assert {name: (type(p), p.device.type) for name, p in model.named_parameters()} == kinds
-    assert [(type(m._hf_hook), id(m._hf_hook)) for m in model.modules() if hasattr(m, "_hf_hook")] == kept
+    assert [(type(m._hf_hook), id(m._hf_hook)) for m in model.modules() if hasattr(m, "_hf_hook")] == hooks
     assert same(rollout(model), expected)
     ch.trace(model, noise(), 3.0)
     assert {name: (type(p), p.device.type) for name, p in model.named_parameters()} == kinds
@@ -570,19 +570,19 @@ def test_two_threads_record_at_once(shared: bool, reference: list[Any]) -> None:
     barrier = threading.Barrier(2)
     for model in models:
         model.barrier = barrier
-    made: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
 
     def run(k: int) -> None:
         with declared[k].trajectory():
-            made[k] = rollout(models[k])
+            outputs[k] = rollout(models[k])
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert same(made[0], reference)
-    assert same(made[1], reference)
+    assert same(outputs[0], reference)
+    assert same(outputs[1], reference)
     assert_clean()
     for cw in wrappers:
         cw.remove()

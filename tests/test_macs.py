@@ -318,8 +318,8 @@ def test_tables_of_operators_overlap_nowhere():
     groups += [operators.LENGTH_FIRST, operators.BLOCKS, operators.NORMS, operators.FREE]
     names = [name for group in groups for name in group]
     assert len(names) == len(set(names))
-    known = {schema.name for schema in torch._C._jit_get_all_schemas()}
-    assert len(set(names) & known) > 0.97 * len(names)
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    assert len(set(names) & schemas) > 0.97 * len(names)
 
 
 def test_an_operand_without_a_shape_is_an_error():

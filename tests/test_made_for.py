@@ -50,9 +50,9 @@ def test_the_schedule_comes_with_the_adaptor(unet: torch.nn.Module, tmp_path: Pa
 
 @pytest.mark.parametrize("options", [{"clock": 2}, {"schedule": {3, 4}}, {"schedule": Schedule.adaptive(0.1)}])
 def test_another_schedule_is_told(unet: torch.nn.Module, options: dict[str, Any]) -> None:
-    made = adaptor(unet, schedule={3, 4, 6, 7})
+    calibrated = adaptor(unet, schedule={3, 4, 6, 7})
     with pytest.warns(ch.OtherStepsWarning, match=r"made for at\(\[3, 4, 6, 7\]\) of 8 steps") as caught:
-        ch.wrap(unet, made, **options).remove()
+        ch.wrap(unet, calibrated, **options).remove()
     assert caught[0].filename == __file__
 
 
@@ -60,8 +60,8 @@ def test_another_schedule_is_told(unet: torch.nn.Module, options: dict[str, Any]
 @pytest.mark.filterwarnings("ignore:a calibrated adaptor was asked for a position outside")
 @pytest.mark.parametrize(("declared", "steps"), [(12, 12), (None, 9), (4, 4)])
 def test_another_number_of_steps_is_told_once(unet: torch.nn.Module, declared: int | None, steps: int) -> None:
-    made = adaptor(unet, schedule=Schedule.every(2, first_full=2))
-    with ch.wrap(unet, made) as cw:
+    calibrated = adaptor(unet, schedule=Schedule.every(2, first_full=2))
+    with ch.wrap(unet, calibrated) as cw:
         with pytest.warns(ch.OtherStepsWarning, match="made for 8 steps"), cw.trajectory(steps=declared):
             sampler(unet, steps)(4)
         with warnings.catch_warnings(), cw.trajectory(steps=declared):
@@ -81,9 +81,9 @@ def test_a_schedule_that_counts_from_the_end_is_calibrated_for_the_steps_that_it
         (Schedule.spread(2), [3, 4, 6, 7]),
         (Schedule.every(2, last_full=1), [2, 4, 6]),
     ):
-        made = adaptor(unet, schedule=schedule)
-        assert [step.step for step in made.report.steps] == steps
-        with ch.wrap(unet, made) as cw:
+        calibrated = adaptor(unet, schedule=schedule)
+        assert [step.step for step in calibrated.report.steps] == steps
+        with ch.wrap(unet, calibrated) as cw:
             assert cw.schedule == Schedule.at(steps)
 
 

@@ -89,12 +89,12 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
 
 
 def test_fid_agrees_with_torchmetrics() -> None:
-    real, made = pictures(64, 0), pictures(64, 1, low=0.2)
+    real, generated = pictures(64, 0), pictures(64, 1, low=0.2)
     theirs = FrechetInceptionDistance(feature=Extractor(), input_img_size=(3, 16, 16)).set_dtype(torch.float64)
-    for images, is_real in ((real, True), (made, False)):
+    for images, is_real in ((real, True), (generated, False)):
         theirs.update((images * 255).round().to(torch.uint8), real=is_real)
     ours = fid(real.split(16), feature=Extractor())
-    rows = torch.cat([ours.observe(batch, None, None) for batch in made.split(16)])
+    rows = torch.cat([ours.observe(batch, None, None) for batch in generated.split(16)])
     assert ours.score(rows)["FID"] == pytest.approx(float(theirs.compute()), rel=1e-4)
     assert ours.better == {"FID": "lower"}
 

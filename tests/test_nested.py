@@ -84,7 +84,7 @@ class Hand:
 
             def hook(
                 module: nn.Module,
-                given: Any,
+                inputs: Any,
                 output: Tensor,
                 k: int = k,
                 ordinal: int = ordinal,
@@ -92,10 +92,10 @@ class Hand:
             ) -> Tensor | None:
                 if next(calls) != ordinal:
                     return None
-                made = cached if k == skip else output
-                assert made is not None
-                seen[k] = made.clone() if skip is None or k <= skip else None
-                return made if k == skip else None
+                emitted = cached if k == skip else output
+                assert emitted is not None
+                seen[k] = emitted.clone() if skip is None or k <= skip else None
+                return emitted if k == skip else None
 
             handles.append(self.model.get_submodule(path).register_forward_hook(hook, prepend=True))
         try:
@@ -220,7 +220,7 @@ def test_each_region_has_its_adaptor() -> None:
     with ch.wrap(model, adaptors, clocks={1: 2, 2: 4}) as cw, cw.trajectory():
         for step, t in enumerate(TIMES, 1):
             x, skip = torch.randn(1, 3, 16, 16), due(step, [2, 4])
-            made = None
+            adapted = None
             if skip is not None:
                 seen: list[Tensor] = []
                 handle = hand.model.get_submodule(entries[skip]).register_forward_hook(
@@ -228,8 +228,8 @@ def test_each_region_has_its_adaptor() -> None:
                 )
                 hand.run(x, t)
                 handle.remove()
-                made = adaptors[skip + 1](seen[0], emitted[skip], time=None, text=None)
-            expected, new = hand.run(x, t, skip=skip, cached=made)
+                adapted = adaptors[skip + 1](seen[0], emitted[skip], time=None, text=None)
+            expected, new = hand.run(x, t, skip=skip, cached=adapted)
             emitted = [b if b is not None else a for a, b in zip(emitted, new, strict=True)]
             assert torch.equal(model(x, t), expected), step
     assert cw.stats.regions == {"level 1": 6, "level 2": 3}
@@ -383,9 +383,9 @@ def test_an_exit_that_a_hook_writes_to_serves_nobody(path: str) -> None:
             rollout = Rollout(hand, [2, 4])
             for t in TIMES[:5]:
                 x, before = torch.randn(1, 3, 16, 16), cw.stats.reasons[reason]
-                made = model(x.expand(2, -1, -1, -1), t)
+                batch = model(x.expand(2, -1, -1, -1), t)
                 doubt = cw.stats.reasons[reason] > before
-                assert torch.equal(made, rollout(x.expand(2, -1, -1, -1), t, doubt=doubt))
+                assert torch.equal(batch, rollout(x.expand(2, -1, -1, -1), t, doubt=doubt))
     assert 0 < cw.stats.reasons[reason] <= 2
     assert cw.stats.adaptor_passes == 3 + 3 * 3 - cw.stats.reasons[reason]
 

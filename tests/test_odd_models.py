@@ -247,9 +247,9 @@ def test_what_a_unet_returns(name: str) -> None:
             outputs = [unet(noise(), t - k / 10) for k in range(2)]
             assert (cw.region.entry.path, cw.region.exit.path) == ("stem", "up")
             assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (1, 1)
-    for (path, leaf), (other, known) in zip(leaves(outputs[0]), leaves(expected), strict=True):
+    for (path, leaf), (other, right) in zip(leaves(outputs[0]), leaves(expected), strict=True):
         assert path == other
-        assert torch.equal(leaf, known) if isinstance(leaf, Tensor) else leaf == known
+        assert torch.equal(leaf, right) if isinstance(leaf, Tensor) else leaf == right
     assert type(outputs[1]) is type(expected)
 
 

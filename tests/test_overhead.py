@@ -89,6 +89,6 @@ def test_a_skipped_call_makes_nothing() -> None:
             assert cw.stats.adaptor_passes == before + 1
             assert cw.region is not None
             counts.append((len(cw.region.skipped), expands.count))
-    (few, made), (many, made_too) = counts
+    (few, objects), (many, objects_of_many) = counts
     assert many >= few + 4
-    assert made == made_too
+    assert objects == objects_of_many

@@ -82,7 +82,7 @@ def test_packages_import_what_the_table_says(path: Path) -> None:
 def test_no_cycle_between_files() -> None:
     """A sort by who imports whom ends. Packages' `__init__` only pass names on."""
     needs = {module: set(imports(ROOT / path)) - {module} for module, path in PATHS.items()}
-    TopologicalSorter({m: found for m, found in needs.items() if PATHS[m].name != "__init__.py"}).prepare()
+    TopologicalSorter({m: targets for m, targets in needs.items() if PATHS[m].name != "__init__.py"}).prepare()
 
 
 def test_packages_say_what_they_are() -> None:
@@ -187,8 +187,8 @@ print(*(name for name in sys.modules if name.startswith("clockwork_hooks.")))
 def test_docstring_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
-    found = doctest.testmod(module)
-    assert found.failed == 0
+    results = doctest.testmod(module)
+    assert results.failed == 0
 
 
 # What is not made by hand is shown where it comes from.

@@ -13,7 +13,7 @@ from clockwork_hooks.analysis.candidates import candidates
 from clockwork_hooks.analysis.schedule_search import adaptive_steps, rule_of_thumb, threshold_for
 from tests import test_calibration as calibration
 from tests.small_unet import Tiny
-from tests.test_analysis import TIMES, made, sampler
+from tests.test_analysis import TIMES, sampler, tiny
 
 
 class Mixed(nn.Module):
@@ -33,7 +33,7 @@ class Flipped(nn.Module):
 def alternating(**options):
     """The region's exit changes its sign at every step."""
     signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
-    unet = made(**options)
+    unet = tiny(**options)
     up = unet.up1
 
     class Signed(nn.Module):
@@ -52,26 +52,26 @@ def alternating(**options):
 
 def test_an_adaptors_error_is_what_it_makes_of_the_true_features():
     """Recomputed from entries and exits recorded by plain hooks, the adaptor's own outputs fed back."""
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     drift = ch.measure_drift(unet, sampler(unet), [2], adaptor=[None, Mixed()], clocks=(2, 4))
     assert list(drift.adaptors.values()) == ["identity", "identity", "Mixed"]
     entries, exits = [], []
     handles = [
-        module.register_forward_hook(lambda m, a, out, found=found: found.append(out))
-        for module, found in ((unet.stem, entries), (unet.up1, exits))
+        module.register_forward_hook(lambda m, a, out, features=features: features.append(out))
+        for module, features in ((unet.stem, entries), (unet.up1, exits))
     ]
     with torch.no_grad():
         sampler(unet)(2, 0)
     for handle in handles:
         handle.remove()
     name = next(name for name, adaptor in drift.adaptors.items() if adaptor == "Mixed")
-    found = drift.error(name, clock=4)
-    assert [step for step, error in enumerate(found, 1) if error is None] == [1, 5]
+    errors = drift.error(name, clock=4)
+    assert [step for step, error in enumerate(errors, 1) if error is None] == [1, 5]
     cached = exits[0]
     for step in range(1, 8):
         cached = exits[step] if step == 4 else Mixed()(entries[step], cached)
         if step != 4:
-            assert found[step] == pytest.approx(float((cached - exits[step]).norm() / exits[step].norm()), rel=1e-4)
+            assert errors[step] == pytest.approx(float((cached - exits[step]).norm() / exits[step].norm()), rel=1e-4)
     for age in (1, 2, 3):
         moved = [float((b - a).norm() / a.norm()) for a, b in zip(entries, entries[age:], strict=False)]
         assert list(drift.entries[name][age - 1][age:]) == pytest.approx(moved, rel=1e-4)
@@ -89,7 +89,7 @@ def test_an_entry_that_is_written_to_later_is_seen_as_it_was():
             z = self.up(torch.cat([self.down(h)] * 2, 1))
             return self.head(torch.cat([h.mul_(0), z], 1))
 
-    unet = Writing(made()).eval()
+    unet = Writing(tiny()).eval()
     drift = ch.measure_drift(unet, sampler(unet), [1], clocks=(2,))
     assert all(value > 0 for value in next(iter(drift.entries.values()))[0][1:])
 
@@ -100,9 +100,9 @@ def test_the_table_tells_errors_at_the_exit_and_in_the_result():
     rows = {row[0]: row for row in drift.table().rows}
     heads = drift.table().columns
     assert [h for h in heads if "exit" in h] == [">exit, clock 2", ">exit, clock 3"]
-    flipped, kept = (next(row for name, row in rows.items() if name.endswith(end)) for end in ("Flipped", "MACs"))
+    flipped, identity = (next(row for name, row in rows.items() if name.endswith(end)) for end in ("Flipped", "MACs"))
     at = heads.index(">exit, clock 2")
-    assert float(flipped[at].rstrip("%")) < 0.1 * float(kept[at].rstrip("%"))
+    assert float(flipped[at].rstrip("%")) < 0.1 * float(identity[at].rstrip("%"))
     with pytest.raises(ch.ArgumentError, match="candidates that were measured"):
         drift.error("level 7", 2)
 
@@ -139,7 +139,7 @@ def test_what_an_adaptor_costs_is_not_saved():
         def forward(self, entry, exit_cached, *, time=None, text=None):
             return exit_cached + 0 * self.own(exit_cached)
 
-    unet = made()
+    unet = tiny()
     plan = ch.plan(unet, sampler(unet), [1], min_saving=0.1, adaptor=[None, Dear()], clocks=(2,), probes=1)
     free, dear = (
         next(o for o in plan.options if o.region.startswith("level 1") and (o.region[-4:] == "Dear") == which)
@@ -151,7 +151,7 @@ def test_what_an_adaptor_costs_is_not_saved():
 
 
 def test_a_saved_adaptor_is_named_by_its_folder(tmp_path):
-    unet = made()
+    unet = tiny()
     region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5)
     folder = str(tmp_path / "saved")
     ch.ResNetAdaptor.for_region(region, width=8).save_pretrained(folder)
@@ -169,7 +169,7 @@ def test_a_saved_adaptor_is_named_by_its_folder(tmp_path):
 
 @pytest.mark.parametrize("choice", [{"cut": "paper"}, {"level": 2}, {"entry": "stem", "exit": "up1"}])
 def test_any_region_is_found_again_from_the_json(choice):
-    unet = made()
+    unet = tiny()
     region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5, **choice)
     plan = ch.plan(unet, sampler(unet), [1], max_error=0.9, regions=[region], clocks=(2,), probes=1)
     with torch.no_grad(), ch.wrap(unet, plan=ch.Plan.from_json(plan.to_json())) as cw:
@@ -179,7 +179,7 @@ def test_any_region_is_found_again_from_the_json(choice):
 
 def test_a_plan_serves_the_unet_that_it_was_made_for():
     """The other has a region below its first level too, but nobody has measured that."""
-    unet, other = made(), Tiny().eval()
+    unet, other = tiny(), Tiny().eval()
     plan = ch.Plan.from_json(ch.plan(unet, sampler(unet), [1], max_error=0.9, clocks=(2,), probes=1).to_json())
     with torch.no_grad(), ch.wrap(other, plan=plan), pytest.raises(ch.RegionNotFoundError, match="model: Tiny"):
         other(torch.zeros(1, 2, 16, 16), torch.tensor(0.5))
@@ -203,7 +203,7 @@ def test_milliseconds_are_weighed_when_asked(monkeypatch):
             return self.inner(x)
 
     signs = {t: (-1.0) ** k for k, t in enumerate(TIMES)}
-    unet = made(upper=lambda t: 5 * signs[t])
+    unet = tiny(upper=lambda t: 5 * signs[t])
     unet.body1 = Slow(unet.body1)
 
     def pace(module, args):
@@ -211,12 +211,12 @@ def test_milliseconds_are_weighed_when_asked(monkeypatch):
 
     unet.stem.register_forward_pre_hook(pace)
     run = sampler(unet, rate=0.02)
-    found = {
+    plans = {
         weigh: ch.plan(unet, run, [1], min_saving=0.2, weigh=weigh, clocks=(2,), probes=1) for weigh in ("MACs", "ms")
     }
-    assert found["MACs"].chosen.region.startswith("level 2")
-    assert found["MACs"].chosen.saved_ms is None
-    plan = found["ms"]
+    assert plans["MACs"].chosen.region.startswith("level 2")
+    assert plans["MACs"].chosen.saved_ms is None
+    plan = plans["ms"]
     assert plan.chosen.region.startswith("level 1")
     assert plan.chosen.saved_ms == pytest.approx(0.9 * len(plan.chosen.steps) / 8)
     assert max(o.saved_ms for o in plan.options if o.region.startswith("level 2")) == pytest.approx(0)
@@ -232,11 +232,11 @@ def own_pace(unet, gains):
 
     def generate(count, seed):
         x = torch.randn(count, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
-        made_ = []
+        results = []
         for t, gain in zip(TIMES, gains, strict=True):
             x = x * gain
-            made_.append(unet(x, t))
-        return torch.cat(made_, 1)
+            results.append(unet(x, t))
+        return torch.cat(results, 1)
 
     return generate
 
@@ -244,7 +244,7 @@ def own_pace(unet, gains):
 @pytest.mark.parametrize("longest", [2, 4])
 @pytest.mark.parametrize("threshold", [0.05, 0.2, 0.35, 0.9])
 def test_the_simulated_steps_are_those_of_a_run(threshold, longest):
-    unet = made()
+    unet = tiny()
     generate = own_pace(unet, (1.0, 1.1, 1.3, 1.1, 1.02, 1.02, 1.2, 1.01))
     drift = ch.measure_drift(unet, generate, [1], clocks=(2, 6))
     name = next(iter(drift.regions))
@@ -269,16 +269,16 @@ def test_the_simulated_steps_are_those_of_a_run(threshold, longest):
 def test_the_smallest_threshold_that_reaches():
     entries = ((None, 0.1, 0.3, 0.1, 0.2), (None, None, 0.35, 0.4, 0.25))
     for count in range(1, 5):
-        found = threshold_for(entries, count, 3)
-        if found is None:
+        threshold = threshold_for(entries, count, 3)
+        if threshold is None:
             assert all(len(adaptive_steps(entries, v, 3)) < count for v in (0.1, 0.2, 0.3, 0.4, 9.0))
         else:
-            assert len(adaptive_steps(entries, found, 3)) >= count
-            assert len(adaptive_steps(entries, found * 0.999, 3)) < count
+            assert len(adaptive_steps(entries, threshold, 3)) >= count
+            assert len(adaptive_steps(entries, threshold * 0.999, 3)) < count
 
 
 def test_adaptive_schedules_are_compared_and_not_chosen():
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2, 3), probes=3, adaptive=True)
     adaptive = [option for option in plan.options if option.kind == "adaptive"]
     assert [option.region[:7] for option in adaptive] == ["level 1"] * 2  # no module sees the entry of level 2
@@ -293,7 +293,7 @@ def test_adaptive_schedules_are_compared_and_not_chosen():
 
 
 def test_planned_sets_save_as_much_as_each_clock():
-    unet = made(upper=lambda t: 1 + 5 * t)
+    unet = tiny(upper=lambda t: 1 + 5 * t)
     plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2, 4), probes=3)
     for clock in [option for option in plan.options if option.kind.startswith("clock")]:
         same = [o for o in plan.options if (o.region, o.kind) == (clock.region, "planned") and o.saved == clock.saved]
@@ -318,27 +318,27 @@ def test_planned_sets_save_as_much_as_each_clock():
     ],
 )
 def test_bad_options_are_told(options, said):
-    unet = made()
+    unet = tiny()
     with pytest.raises(ch.ArgumentError, match=said):
         ch.plan(unet, sampler(unet), [1], **{"max_error": 0.1, "clocks": (2,), "probes": 1, **options})
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
-@pytest.mark.parametrize(("generate", "conditions"), [(None, [1]), (sampler(made()), 3), (sampler(made()), "a cat")])
+@pytest.mark.parametrize(("generate", "conditions"), [(None, [1]), (sampler(tiny()), 3), (sampler(tiny()), "a cat")])
 def test_a_function_and_a_list_are_asked_for(measure, generate, conditions):
     with pytest.raises(ch.ArgumentError, match="a list of batches"):
-        measure(made(), generate, conditions)
+        measure(tiny(), generate, conditions)
 
 
 def test_results_that_are_no_numbers_are_told():
-    unet = made()
+    unet = tiny()
     run = sampler(unet)
     with pytest.raises(ch.ArgumentError, match="finite"):
         ch.measure_drift(unet, lambda batch, seed: run(batch, seed) * float("nan"), [1])
 
 
 def test_the_json_of_a_drift_has_every_candidate():
-    unet = made()
+    unet = tiny()
     drift = ch.measure_drift(unet, sampler(unet), [1], adaptor=[Mixed(), Mixed()], clocks=(2,))
     names = list(json.loads(drift.to_json())["errors"])
     assert [name.partition("MACs")[2] for name in names] == [", Mixed", ", Mixed #2"]
@@ -373,7 +373,7 @@ def test_sensitivities_are_measured_with_the_calibrated_adaptor_in_place():
 
 
 def test_rules_of_thumb_are_among_what_is_measured():
-    unet = made()
+    unet = tiny()
     plan = ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2,), probes=2)
     kinds = {option.kind: option.steps for option in plan.options if option.kind.startswith("rule")}
     assert kinds == {

@@ -29,13 +29,13 @@ def regions(net: nn.Module, call: Callable[..., Tensor]) -> list[ch.Region]:
     """All of them, and the paper's cuts."""
     args: dict[str, Any] = {}
 
-    def record(*given: Any, **named: Any) -> Tensor:
-        args.update(args=given, named={name: value for name, value in named.items() if name != "return_dict"})
+    def record(*inputs: Any, **named: Any) -> Tensor:
+        args.update(args=inputs, named={name: value for name, value in named.items() if name != "return_dict"})
         return X[None]
 
     call(record, X, TIMES[0], TEXTS)
-    found = ch.find_regions(net, *args["args"], **args["named"])
-    return [edge for region in found for edge in (region, region.inner) if edge is not None]
+    chain = ch.find_regions(net, *args["args"], **args["named"])
+    return [edge for region in chain for edge in (region, region.inner) if edge is not None]
 
 
 def loop(net: nn.Module, call: Callable[..., Tensor], adaptor: Any, **options: Any) -> Tensor:
@@ -160,12 +160,12 @@ def test_what_lies_at_the_ports_tells_regions_apart() -> None:
         Steps(after=lambda h: torch.tanh(2 * h)),
     ]
     x = torch.zeros(1, 2, 16, 16)
-    found = [ch.find_region(net.eval(), x, 0.5).fingerprint for net in kinds]
-    assert len(set(found)) == len(kinds)
+    fingerprints = [ch.find_region(net.eval(), x, 0.5).fingerprint for net in kinds]
+    assert len(set(fingerprints)) == len(kinds)
     plain = Steps().eval()
     by_hand = [ch.find_region(plain, x, 0.5, entry=entry, exit="up").fingerprint for entry in ("two", "down", "body")]
-    assert len({*by_hand, found[0]}) == 3
-    assert found[0] == by_hand[0]
+    assert len({*by_hand, fingerprints[0]}) == 3
+    assert fingerprints[0] == by_hand[0]
 
 
 # -- files of earlier versions --------------------------------------------------------------------------------------

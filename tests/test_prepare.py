@@ -61,7 +61,7 @@ def test_what_was_prepared_is_judged() -> None:
             judge.begin()
             for step, t in enumerate(TIMES.clone()[:8]):
                 judge.call(torch.randn(batch, 2, 8, 8, generator=random), t, step=step)
-    assert judge.made == "FAFAFAFA" * 2
+    assert judge.letters == "FAFAFAFA" * 2
 
 
 def test_prepare_within_a_run_and_after_remove() -> None:
@@ -100,7 +100,7 @@ def test_the_output_of_torch_compile_is_wrapped() -> None:
         judge.begin()
         for step, t in enumerate(TIMES.clone()[:4]):
             judge.call(torch.randn(1, 2, 16, 16, generator=random), t, step=step)
-    assert judge.made == "FAFA" * 3
+    assert judge.letters == "FAFA" * 3
     cw.remove()
     assert vars(compiled)["forward"] is own
     assert "forward" not in vars(unet)

@@ -39,15 +39,15 @@ def sampled() -> tuple[str, ch.ClockworkWrapper]:
             for k, t in enumerate(TIMES, 1):
                 judge.call(X, t, step=k)
             judge.begin()
-    return judge.made, cw
+    return judge.letters, cw
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @pytest.mark.parametrize("name", FLAGS)
 def test_without_a_flag_every_pass_is_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(f"torch._C.{name}")
-    made, cw = sampled()
-    assert made == 8 * "F"
+    letters, cw = sampled()
+    assert letters == 8 * "F"
     assert cw.stats.reasons == {reasons.UNTOLD: 8}
 
 
@@ -88,8 +88,8 @@ def test_dynamo_without_the_option_for_checkpoints(monkeypatch: pytest.MonkeyPat
         def forward(self, x: Tensor, t: float, c: Tensor | None = None) -> Tensor:  # type: ignore[override]
             h = self.stem(x) + self.emb(torch.as_tensor(t).reshape(1, 1) / 100).sin()[:, :, None, None]
             z: Tensor = checkpoint(nn.Sequential(self.down, self.act, self.body, self.up), h, use_reentrant=False)
-            made: Tensor = self.head(torch.cat([h, z], 1))
-            return made
+            output: Tensor = self.head(torch.cat([h, z], 1))
+            return output
 
     monkeypatch.delattr("torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint")
     unet = Checkpointed()

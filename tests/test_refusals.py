@@ -76,8 +76,8 @@ class UViT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         tokens = torch.cat((self.time(t[:, None])[:, None], self.embed(x).flatten(2).transpose(1, 2)), 1)
-        kept = self.inward(tokens)
-        tokens = self.outward(self.skip(torch.cat((self.middle(kept), kept), -1)))
+        first = self.inward(tokens)
+        tokens = self.outward(self.skip(torch.cat((self.middle(first), first), -1)))
         patches = self.decoder(tokens)[:, 1:].unflatten(1, (8, 8)).unflatten(3, (4, 4, 3))
         return self.last(patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape))
 

@@ -354,12 +354,12 @@ class FramesOnly(nn.Module):
 
 
 def test_frames_are_no_resolution() -> None:
-    found = set()
+    resolutions = set()
     for batch, frames, height in ((1, 6, 16), (2, 4, 24)):
         region = proven(Video(), noise(batch, 3, frames, height, 16), T[:batch])
         assert (region.resolution, region.bottleneck) == ((height, 16), (height // 2, 8))
-        found.add(region.fingerprint)
-    assert len(found) == 1
+        resolutions.add(region.fingerprint)
+    assert len(resolutions) == 1
     region = proven(Volumes(), noise(1, 3, 4, 16, 16), T[:1])
     assert region.resolution[-2:] == (16, 16)
     with pytest.raises(ch.RegionNotFoundError):
@@ -587,8 +587,10 @@ def test_fingerprints_at_odd_sizes() -> None:
             return F.interpolate(super().low(h, t), size=h.shape[2:])
 
     model = Halves()
-    found = {ch.find_region(model, noise(1, 3, *size), T[:1]).fingerprint for size in ((16, 16), (17, 15), (31, 31))}
-    assert len(found) == 1
+    fingerprints = {
+        ch.find_region(model, noise(1, 3, *size), T[:1]).fingerprint for size in ((16, 16), (17, 15), (31, 31))
+    }
+    assert len(fingerprints) == 1
     deep = {
         tuple(r.fingerprint for r in ch.find_regions(Rounded(), noise(1, 3, *size), T[:1]))
         for size in ((32, 32), (33, 31), (48, 40))

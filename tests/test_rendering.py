@@ -15,14 +15,14 @@ from clockwork_hooks.reports.report import FieldReport, Report, plain
 from clockwork_hooks.reports.tables import table
 from tests.schemas import follows_its_schema, schema
 from tests.small_unet import Tiny
-from tests.test_analysis import made, sampler
+from tests.test_analysis import sampler, tiny
 
 
 def every(kind=Report):
     """All reports of the package, in whatever file."""
-    for found in pkgutil.walk_packages(ch.__path__, "clockwork_hooks."):
-        if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+    for module in pkgutil.walk_packages(ch.__path__, "clockwork_hooks."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for one in kind.__subclasses__():
         if one.__module__.startswith("clockwork_hooks.") and one is not FieldReport:  # of which others are made
             yield one
@@ -50,7 +50,7 @@ def evaluated():
 
 
 def distilled():
-    unet = made()
+    unet = tiny()
 
     def generate(prompts):
         sampler(unet)(len(prompts), int(torch.randint(99, ())))
@@ -63,17 +63,17 @@ def distilled():
 
 
 def disturbed():
-    unet = made()
+    unet = tiny()
     return ch.measure_robustness(unet, sampler(unet), [1], maps=["first"], starts=[1, 2])
 
 
 def drifted():
-    unet = made()
+    unet = tiny()
     return ch.measure_drift(unet, sampler(unet), [1], clocks=(2,))
 
 
 def planned():
-    unet = made()
+    unet = tiny()
     return ch.plan(unet, sampler(unet), [1], min_saving=0.2, clocks=(2,), probes=1)
 
 

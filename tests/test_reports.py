@@ -93,12 +93,12 @@ def test_on_a_terminal_progress_is_a_bar_that_leaves_nothing(monkeypatch):
 
 def test_a_page_shows_the_numbers_and_holds_the_data(report):
     text = report.to_html()
-    found = Cells(text)
+    cells = Cells(text)
     for amount in (report.full_macs, report.adaptor_pass_macs, report.trajectory_macs):
-        assert macs(amount) in found.cells
+        assert macs(amount) in cells.cells
     stored = text.split('id="data">')[1].split("</script>")[0]
     assert json.loads(stored) == report.to_dict()
-    assert found.fetched == []
+    assert cells.fetched == []
     assert "<svg" in text
 
 
@@ -115,8 +115,8 @@ def test_the_json_follows_its_schema(report, attention):
     jsonschema.Draft202012Validator.check_schema(schema)
     unet, args, kwargs = load_model("ddpm-cifar10")
     other = ch.flops_report(unet, *args, attention=attention, guidance=True, cut="outer", **kwargs)
-    for made in (report, other):
-        jsonschema.validate(json.loads(made.to_json()), schema)
+    for one in (report, other):
+        jsonschema.validate(json.loads(one.to_json()), schema)
     broken = {**report.to_dict(), "full_macs": "many"}
     with pytest.raises(jsonschema.ValidationError, match="many"):
         jsonschema.validate(broken, schema)
@@ -126,15 +126,15 @@ def test_without_a_region_the_json_follows_the_schema_too():
     import torch
 
     schema = json.loads((SCHEMAS / "flops-1.schema.json").read_text(encoding="utf-8"))
-    made = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
-    assert made.region is None
-    jsonschema.validate(json.loads(made.to_json()), schema)
+    count = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
+    assert count.region is None
+    jsonschema.validate(json.loads(count.to_json()), schema)
 
 
 def test_a_budget_names_what_is_over(report):
-    found = check_budget(report, {"full_macs": report.full_macs, "trajectory_macs": report.trajectory_macs - 1})
-    assert found.exceeded == ("trajectory_macs",)
-    rows = {row[0]: row for row in found.table().rows}
+    checks = check_budget(report, {"full_macs": report.full_macs, "trajectory_macs": report.trajectory_macs - 1})
+    assert checks.exceeded == ("trajectory_macs",)
+    rows = {row[0]: row for row in checks.table().rows}
     assert rows["full_macs"][-1] == "within"
     assert rows["trajectory_macs"][-1] == "over"
 
@@ -159,9 +159,9 @@ def test_a_budget_that_is_none(tmp_path, text, said):
 def test_a_budget_for_adaptor_passes_needs_a_region():
     import torch
 
-    made = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
+    count = ch.flops_report(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ch.ArgumentError, match="no region because"):
-        check_budget(made, {"trajectory_macs": 1})
+        check_budget(count, {"trajectory_macs": 1})
 
 
 def test_the_command_writes_a_page_and_fails_over_budget(report, tmp_path, capsys):

@@ -26,11 +26,11 @@ def started() -> tuple[Blocks, ch.CalibratedAdaptor, ResidualAdaptor]:
 
 def drawn(unet: Blocks, adaptor: object) -> torch.Tensor:
     with torch.no_grad(), ch.wrap(unet, adaptor, schedule=SCHEDULE) as cw, cw.trajectory():  # type: ignore[arg-type]
-        made: torch.Tensor = sampler(unet)((8, 2.0), seed=5)
+        samples: torch.Tensor = sampler(unet)((8, 2.0), seed=5)
         with cw.trajectory():
-            made = sampler(unet)((8, 2.0), seed=6)
+            samples = sampler(unet)((8, 2.0), seed=6)
         assert cw.stats.adaptor_passes >= len(SCHEDULE)
-    return made
+    return samples
 
 
 def test_a_fresh_one_is_the_calibrated_one(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_training_begins_at_the_closed_form_and_lowers_its_loss() -> None:
     draw = sampler(unet, [float(t) for t in TIMES])
 
     def generate(batch: list[int]) -> torch.Tensor:
-        made: torch.Tensor = draw((len(batch), 2.0), seed=int(torch.randint(1 << 30, ())))
-        return made
+        samples: torch.Tensor = draw((len(batch), 2.0), seed=int(torch.randint(1 << 30, ())))
+        return samples
 
     options = {"prompts": range(8), "schedule": SCHEDULE, "loss": "feature", "batch": 8, "lr": 3e-3, "progress": False}
     result = distill(unet, adaptor, generate, trajectories=40, seed=0, **options)  # type: ignore[arg-type]

@@ -53,11 +53,11 @@ def test_what_is_added_to_features_is_found_and_nothing_else() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given", [False, True])
-def test_new_ones_in_every_step_leave_the_schedule_alone(given: bool) -> None:
+@pytest.mark.parametrize("passed", [False, True])
+def test_new_ones_in_every_step_leave_the_schedule_alone(passed: bool) -> None:
     """Two branches in two calls, each with residuals of its own; the features are those of the branch's last step."""
     unet, texts = Steered(), (noise(1, 3), noise(1, 3))
-    region = ch.find_region(unet, noise(1, 2, 8, 8), 5.0, texts[0], **maps()) if given else None
+    region = ch.find_region(unet, noise(1, 2, 8, 8), 5.0, texts[0], **maps()) if passed else None
     calls = [(t, text, noise(1, 2, 8, 8), maps()) for t in (900.0, 800.0, 700.0, 600.0) for text in (0, 1)]
     expected, exits = [], {}
     for k, (t, text, x, added) in enumerate(calls):
@@ -65,9 +65,9 @@ def test_new_ones_in_every_step_leave_the_schedule_alone(given: bool) -> None:
         output, exits[text] = reference(unet, x.clone(), t, texts[text], exit=exit, **added)
         expected.append(output)
     with ch.wrap(unet, region=region) as cw, cw.trajectory():
-        made = [unet(x, t, texts[text], **added) for t, text, x, added in calls]
+        outputs = [unet(x, t, texts[text], **added) for t, text, x, added in calls]
         assert cw.stats.adaptor_passes == 4, cw.report()
-    assert all(map(torch.equal, made, expected))
+    assert all(map(torch.equal, outputs, expected))
 
 
 @torch.no_grad()

@@ -94,9 +94,9 @@ def test_two_threads_that_trace_at_once_patch_once(monkeypatch: pytest.MonkeyPat
     before, patch = snapshot(unet), Installed._patch
 
     def slowly(self: Installed, path: str, module: nn.Module) -> Forward:
-        made = patch(self, path, module)
+        forward = patch(self, path, module)
         time.sleep(0.01)  # the other thread is here now
-        return made
+        return forward
 
     monkeypatch.setattr(Installed, "_patch", slowly)
     find, meet = Choice.find, threading.Barrier(2)
@@ -188,11 +188,11 @@ class Pair:
                 remove_hook_from_module(module)
 
     def copy(self, by_pickle: bool) -> None:
-        made = pickled(self.unet) if by_pickle and not any(map(_accelerated, self.unet.modules())) else None
-        made = made or copy.deepcopy(self.unet)
-        assert equal(descend(made), descend(self.twin))
-        assert all(a is not b for a, b in zip(made.parameters(), self.unet.parameters(), strict=True))
-        ch.wrap(made).remove()
+        copied = pickled(self.unet) if by_pickle and not any(map(_accelerated, self.unet.modules())) else None
+        copied = copied or copy.deepcopy(self.unet)
+        assert equal(descend(copied), descend(self.twin))
+        assert all(a is not b for a, b in zip(copied.parameters(), self.unet.parameters(), strict=True))
+        ch.wrap(copied).remove()
 
     def check(self) -> None:
         assert not _get_current_dispatch_mode_stack()
@@ -216,8 +216,8 @@ def pickled(unet: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(unet, file)
     file.seek(0)
-    made: nn.Module = torch.load(file, weights_only=False)
-    return made
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
 
 
 def look(model: nn.Module) -> dict[str, Any]:
@@ -324,8 +324,8 @@ class OneInside(nn.Module):
         self.net = Tiny()
 
     def forward(self, x: torch.Tensor, t: Any, c: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.net(x, t, c)
-        return made
+        output: torch.Tensor = self.net(x, t, c)
+        return output
 
 
 def test_compiled_in_place_is_compiled_again() -> None:
@@ -350,15 +350,15 @@ def test_removed_while_another_thread_analyses_its_first_call(monkeypatch: pytes
         return find(*args)
 
     monkeypatch.setattr(Choice, "find", slow)
-    cw, made = ch.wrap(unet), []
-    thread = threading.Thread(target=lambda: made.extend(descend(unet)))
+    cw, outputs = ch.wrap(unet), []
+    thread = threading.Thread(target=lambda: outputs.extend(descend(unet)))
     thread.start()
     assert reached.wait(10)
     cw.remove()
     removed.set()
     thread.join()
     assert snapshot(unet) == before
-    assert equal(made, expected)
+    assert equal(outputs, expected)
 
 
 def test_a_copied_wrapper_is_a_copied_unet() -> None:
@@ -368,10 +368,10 @@ def test_a_copied_wrapper_is_a_copied_unet() -> None:
     with ch.wrap(unet) as cw:
         approximate = descend(unet)
         held = {"unet": cw}
-        for made in (copy.deepcopy(held)["unet"], pickled(cw)):  # type: ignore[arg-type]
-            assert type(made) is Tiny
-            assert equal(descend(made), expected)
-            made.head.weight.data.zero_()
+        for copied in (copy.deepcopy(held)["unet"], pickled(cw)):  # type: ignore[arg-type]
+            assert type(copied) is Tiny
+            assert equal(descend(copied), expected)
+            copied.head.weight.data.zero_()
         cw.reset()
         assert equal(descend(unet), approximate)
         assert not equal(approximate, expected)

@@ -42,7 +42,7 @@ class Loop:
         if self.declared:
             self.cw.reset()
         self.judge.begin()
-        self.judge.made, self.step, self.last = "", 0, None
+        self.judge.letters, self.step, self.last = "", 0, None
 
     def begin(self) -> None:
         if self.declared:
@@ -62,13 +62,13 @@ class Loop:
 @pytest.mark.parametrize("sampler", list(samplers.samplers()), ids=lambda sampler: sampler.name)
 def test_schedulers_of_diffusers(sampler: Sampler, declared: bool) -> None:
     """The same picture twice. docs/samplers.md has the passes."""
-    loop, made = Loop(declared=declared), []
+    loop, letters = Loop(declared=declared), []
     with loop.cw:
         for _ in range(2):
             loop.restart()
             sampler.run(sampler.told(loop, loop.begin), sampler.scheduler(), (1, 2, 8, 8))
-            made.append(loop.judge.made)
-    assert made[0] == made[1]
+            letters.append(loop.judge.letters)
+    assert letters[0] == letters[1]
     plain = 0.0 if sampler.name == "KarrasVe" else 0.25  # noise is raised before each step: times run up and down
     assert loop.judge.share >= (plain if sampler.undeclared and not declared else 0.33)
 
@@ -115,15 +115,15 @@ def test_samplers_of_k_diffusion(name: str, within: bool) -> None:
     sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
     loop = Loop(declared=False, within=within)
     with loop.cw:
-        made = []
+        outputs = []
         for _ in range(2):
             loop.restart()
             torch.manual_seed(0)
             denoise = lambda x, sigma: x - sigma[:, None, None, None] * loop(x, sigma).tanh()  # noqa: E731
             with loop.run():
                 getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
-            made.append(loop.judge.made)
-    assert made[0] == made[1]
+            outputs.append(loop.judge.letters)
+    assert outputs[0] == outputs[1]
     assert loop.judge.share >= K_SAMPLERS[name][within]
 
 
@@ -155,7 +155,7 @@ def test_samplers_of_k_diffusion_that_declare(name: str) -> None:
                 return x - sigma[:, None, None, None] * loop(x, sigma).tanh()
 
             getattr(sampling, name)(denoise, torch.randn(2, 2, 8, 8) * sigmas[0], sigmas, disable=True)
-            assert loop.judge.made == 3 * "FFAA" + "FFA"
+            assert loop.judge.letters == 3 * "FFAA" + "FFA"
 
 
 # what each step's evaluations are at clock 2, in the sampler's own words: the last step goes to sigma 0
@@ -186,7 +186,7 @@ class Counted:
 
     def begin(self) -> None:
         self.judge.begin()
-        self.judge.made, self.evaluation = "", -1
+        self.judge.letters, self.evaluation = "", -1
 
     def __call__(self, sample: Tensor, time: Any) -> Tensor:
         self.evaluation += 1
@@ -217,7 +217,7 @@ def test_a_sampler_by_its_name(name: str, branches: int, churn: float) -> None:
                 sampling.sample_dpm_fast(denoise, x, 0.03, 14.6, 8, disable=True)
             else:
                 getattr(sampling, name)(denoise, x, sigmas, disable=True, **options)
-            assert counted.judge.made == "".join(letter * branches for letter in passes.replace(" ", ""))
+            assert counted.judge.letters == "".join(letter * branches for letter in passes.replace(" ", ""))
 
 
 def comfy_heun_plus(counted: Counted, sigmas: Tensor) -> None:
@@ -258,7 +258,7 @@ def test_steps_of_other_samplers(name: str, run: Callable[..., None], passes: st
     sigmas = torch.tensor([14.0, 9.0, 5.0, 2.0, 0.4, 0.0])
     with counted.cw as cw, cw.sampler(name, sigmas):
         run(counted, sigmas)
-    assert counted.judge.made == "".join(letter * branches for letter in passes.replace(" ", ""))
+    assert counted.judge.letters == "".join(letter * branches for letter in passes.replace(" ", ""))
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def test_steps_of_torchdiffeq(method: str, passes: str) -> None:
     counted, times = Counted(tuple(map(len, passes.split())), 1), torch.linspace(1, 0, 5)
     with counted.cw as cw, cw.sampler(method, times):
         torchdiffeq.odeint(lambda t, x: counted(x, t).tanh(), torch.randn(1, 2, 8, 8), times, method=method)
-    assert counted.judge.made == passes.replace(" ", "")
+    assert counted.judge.letters == passes.replace(" ", "")
 
 
 @torch.no_grad()
@@ -297,7 +297,7 @@ def test_an_error_in_the_middle_of_a_step_of_a_sampler(at: int) -> None:
                     unet(torch.randn(1, 2, 8, 8), time)
             judge.call(torch.randn(1, 2, 8, 8), time, step=k, branch=evaluation % 2)
     full = (2 - at % 2) + 2  # the rest of its step, and the next one
-    assert judge.made == "FF" + "A" * (at - 2) + "F" * full + "A" * (12 - at - full)
+    assert judge.letters == "FF" + "A" * (at - 2) + "F" * full + "A" * (12 - at - full)
 
 
 ORDERS = st.sampled_from([[0, 1], [0, 1], [0, 1], [0]])
@@ -321,7 +321,7 @@ def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], sha
                 for branch in orders[2 * k + j]:
                     x = torch.randn(1, 2, 8, 8, generator=random)
                     counted.judge.call(x, sigma.clone(), counted.conditions[branch], step=k, branch=branch)
-    event(f"adaptor passes: {counted.judge.made.count('A')}")
+    event(f"adaptor passes: {counted.judge.letters.count('A')}")
 
 
 @torch.no_grad()
@@ -387,7 +387,7 @@ def test_times_partly_in_a_list(times: str, shares: tuple[float, float], within:
             with loop.run():
                 for time in (time for k in range(18) for time in MIXED[times](sigmas, k)):
                     loop(torch.randn(1, 2, 8, 8), time)
-            assert loop.judge.share >= shares[within], loop.judge.made
+            assert loop.judge.share >= shares[within], loop.judge.letters
 
 
 RUNS = st.tuples(st.sampled_from(sorted(MIXED)), st.integers(0, 12), st.integers(6, 26), st.integers(1, 2))
@@ -425,7 +425,7 @@ def test_mixed_runs_that_are_given_up(runs: list[Any], alone: float | None) -> N
                 call(torch.tensor(at * alone, dtype=torch.float64), 1)
                 at *= alone
             loop.last = None
-    event(f"adaptor passes: {min(loop.judge.made.count('A'), 10)}")
+    event(f"adaptor passes: {min(loop.judge.letters.count('A'), 10)}")
 
 
 # -- samplers written by hand -------------------------------------------------------------------------------------
@@ -516,7 +516,7 @@ def test_samplers_that_declare_their_steps(sampler: Callable[[Loop], None], pass
         for _ in range(2):
             loop.restart()
             sampler(loop)
-            assert loop.judge.made == passes.replace(" ", "")
+            assert loop.judge.letters == passes.replace(" ", "")
 
 
 # -- times in every form ------------------------------------------------------------------------------------------
@@ -554,20 +554,20 @@ def _whole(times: str, form: str) -> bool:
 @pytest.mark.parametrize(("times", "form"), [pair for pair in itertools.product(LISTS, FORMS) if _whole(*pair)])
 def test_times_in_every_form(times: str, form: str, keyword: bool) -> None:
     """Half of the passes within `with cw.trajectory()`; else one fewer on an even grid, and two on an uneven one."""
-    judge, made = Judge(Tiny()), FORMS[form]
+    judge, form_of = Judge(Tiny()), FORMS[form]
     even = times in ("timesteps", "normalised", "inversion")
     with ch.wrap(judge.unet) as cw:
         for within in (False, False, True, True):
             judge.begin()
-            judge.made = ""
+            judge.letters = ""
             with cw.trajectory() if within else contextlib.nullcontext():
                 for k, t in enumerate(LISTS[times], 1):
                     x = torch.randn(3, 2, 8, 8)
                     if keyword:
-                        judge.call(x, t=made(t), step=k)
+                        judge.call(x, t=form_of(t), step=k)
                     else:
-                        judge.call(x, made(t), step=k)
-            assert judge.made == ("FAFAFAFA" if within else "FFFAFAFA" if even else "FFFFFAFA"), cw.report()
+                        judge.call(x, form_of(t), step=k)
+            assert judge.letters == ("FAFAFAFA" if within else "FFFAFAFA" if even else "FFFFFAFA"), cw.report()
 
 
 @torch.no_grad()
@@ -579,7 +579,7 @@ def test_times_of_rows_are_full() -> None:
             judge.begin()
             judge.call(torch.randn(3, 2, 8, 8), torch.rand(3, generator=random) * 1000, step=1)
         assert cw.report().cache == {}
-    assert judge.made == "F" * 8
+    assert judge.letters == "F" * 8
     assert cw.stats.reasons == {"time differs between rows or cannot be read": 8}
     assert not cw.stats.trajectories
 
@@ -594,10 +594,10 @@ def test_duplicates_among_the_times() -> None:
         with ch.wrap(judge.unet):
             for _ in range(2):
                 judge.begin()
-                judge.made = ""
+                judge.letters = ""
                 for k, t in enumerate(make(), 1):
                     judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-                assert judge.made[:11] == ("FAFAFAFAFAF" if make()[0] is not times[0] else "FFFFFFFAFAF")
+                assert judge.letters[:11] == ("FAFAFAFAFAF" if make()[0] is not times[0] else "FFFFFFFAFAF")
 
 
 @torch.no_grad()
@@ -636,7 +636,7 @@ def test_a_list_just_below_times_that_are_in_none() -> None:
         judge.begin()
         for k, t in enumerate(torch.tensor([600.0, 500.0, 400.0]), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-    assert judge.made == "FFFFAA"
+    assert judge.letters == "FFFFAA"
 
 
 @torch.no_grad()
@@ -658,4 +658,4 @@ def test_a_branch_that_missed_one_of_two_steps_at_one_time(listed: bool, first: 
             for branch in (first, 1 - first):
                 if (k, branch) != (2, 1):
                     judge.call(torch.randn(1, 2, 8, 8), t, pair[branch], step=k, branch=branch)
-    assert judge.made.count("A") >= (3 if listed else 2)
+    assert judge.letters.count("A") >= (3 if listed else 2)

@@ -44,12 +44,12 @@ def alone(steps: int, seed: int) -> Tensor:
 
 def test_two_threads() -> None:
     """They are made to take turns at every call."""
-    unet, made = Tiny(), {}
+    unet, outputs = Tiny(), {}
     barrier = threading.Barrier(2)
 
     def run(steps: int, seed: int) -> None:
         for x in picture(unet, steps, seed):
-            made[seed] = x
+            outputs[seed] = x
             barrier.wait(30)
 
     with ch.wrap(unet) as cw:
@@ -60,9 +60,9 @@ def test_two_threads() -> None:
             for thread in threads:
                 thread.join(60)
             for steps, seed in pair:
-                assert torch.equal(made[seed], alone(steps, seed))
+                assert torch.equal(outputs[seed], alone(steps, seed))
     assert cw.stats.adaptor_passes == 2 * 2 * (4 + 3)
-    assert sorted(known.steps for known in cw.stats.trajectories) == [6, 6, 8, 8]
+    assert sorted(one.steps for one in cw.stats.trajectories) == [6, 6, 8, 8]
 
 
 def test_jobs_of_a_pool() -> None:
@@ -79,11 +79,11 @@ def test_asyncio_tasks() -> None:
     unet = Tiny()
 
     async def run(steps: int, seed: int) -> Tensor:
-        made = []
+        outputs = []
         for x in picture(unet, steps, seed):
-            made.append(x)
+            outputs.append(x)
             await asyncio.sleep(0)
-        return made[-1]
+        return outputs[-1]
 
     async def main() -> list[Tensor]:
         return await asyncio.gather(*(run(*options) for options in RUNS))
@@ -103,7 +103,7 @@ def test_calls_that_are_jobs_of_their_own() -> None:
         judge = Judge(unet, Tiny())
         for k, t in enumerate((900, 800, 700, 600), 1):
             await asyncio.to_thread(torch.no_grad()(judge.call), torch.randn(1, 2, 8, 8), t, step=k)
-        return judge.made
+        return judge.letters
 
     with ch.wrap(unet):
         assert asyncio.run(main()).startswith("F")
@@ -113,7 +113,7 @@ def test_calls_that_are_jobs_of_their_own() -> None:
 @pytest.mark.parametrize("times", [(900, 800, 700, 600, 500, 400), torch.arange(900.0, 300, -100)])
 def test_calls_that_hop_between_threads(times: Any, conditions: int) -> None:
     """Two workers by turns: each sees every other call, as regular as a loop of its own. Named, all is served."""
-    given = [torch.randn(1, 3)] * conditions
+    texts = [torch.randn(1, 3)] * conditions
     pools = [ThreadPoolExecutor(1) for _ in range(2)]
     for within in (False, True):
         judge = Judge(Tiny())
@@ -122,9 +122,9 @@ def test_calls_that_hop_between_threads(times: Any, conditions: int) -> None:
             judge.unet = block if within else judge.unet  # type: ignore[assignment]
             for k, t in enumerate(times, 1):
                 call = torch.no_grad()(judge.call)
-                pools[k % 2].submit(call, torch.randn(1, 2, 8, 8), t, *given, step=k).result()
+                pools[k % 2].submit(call, torch.randn(1, 2, 8, 8), t, *texts, step=k).result()
             block.close()
-        assert judge.made == ("FAFAFA" if within else "FFFFFF"), cw.report()
+        assert judge.letters == ("FAFAFA" if within else "FFFFFF"), cw.report()
     for pool in pools:
         pool.shutdown()
 
@@ -149,7 +149,7 @@ def test_generators_that_hold_a_trajectory_are_stepped_by_any_thread() -> None:
                 (one, other)[(k + n) % 2].submit(next, client).result()
         for client in clients:
             client.close()
-        assert [judge.made for judge in judges] == ["FAFA"] * 3
+        assert [judge.letters for judge in judges] == ["FAFA"] * 3
         assert cw.report().cache == {}
 
 
@@ -207,15 +207,15 @@ def test_saved_while_wrapped(tmp_path: Path) -> None:
     fresh = UNet2DModel.from_config(unet.config).eval()
     fresh.load_state_dict(torch.load(io.BytesIO(weights.getvalue()), weights_only=True))
     pickled = torch.load(io.BytesIO(whole.getvalue()), weights_only=False)
-    for made in (again, fresh, pickled):
-        pairs = zip(made.state_dict().items(), unet.state_dict().items(), strict=True)
-        assert all(name == known and torch.equal(value, own) for (name, value), (known, own) in pairs)
-        torch.testing.assert_close(made(x, 500).sample, unet(x, 500).sample)
-        if made is not pickled:  # there, a skipped module's forward is its class's, bound to it
-            assert not any("forward" in vars(module) for module in made.modules())
-        with ch.wrap(made) as cw, cw.trajectory():
+    for one in (again, fresh, pickled):
+        pairs = zip(one.state_dict().items(), unet.state_dict().items(), strict=True)
+        assert all(name == other and torch.equal(value, own) for (name, value), (other, own) in pairs)
+        torch.testing.assert_close(one(x, 500).sample, unet(x, 500).sample)
+        if one is not pickled:  # there, a skipped module's forward is its class's, bound to it
+            assert not any("forward" in vars(module) for module in one.modules())
+        with ch.wrap(one) as cw, cw.trajectory():
             for t in (900, 800):
-                made(x, t)
+                one(x, t)
         assert cw.stats.adaptor_passes == 1
 
 
@@ -237,7 +237,7 @@ def test_weights_loaded(how: str) -> None:
 def test_threads_tasks_and_runs_that_end_leave_nothing() -> None:
     """A server that starts a thread for each request; idle workers of a pool keep the features of one step each."""
 
-    def kept() -> int:
+    def tensors_held() -> int:
         gc.collect()
         return sum(type(one) is Tensor and one.shape == (1, 8, 8, 8) for one in gc.get_objects())
 
@@ -264,16 +264,16 @@ def test_threads_tasks_and_runs_that_end_leave_nothing() -> None:
     with ch.wrap(Tiny()) as cw:
         states = cw._engine.states
         last(picture(cw, 4, 0))
-        before, here = kept(), len(list(states))
+        before, here = tensors_held(), len(list(states))
         for _ in range(2):
             in_threads(20)
             asyncio.run(in_tasks(20))
             in_runs(20)
-            assert kept() <= before
+            assert tensors_held() <= before
             assert len(list(states)) == here
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda k: last(picture(cw, 4, k)), range(40)))
-            assert kept() <= before + 4 * 2 * 2  # two branches a worker, of the last step and of the one before
+            assert tensors_held() <= before + 4 * 2 * 2  # two branches a worker, of the last step and of the one before
             assert len(list(states)) <= here + 4
-        assert kept() <= before
+        assert tensors_held() <= before
         assert len(list(states)) == here

@@ -66,12 +66,12 @@ def test_conditions_that_are_no_tensors(kind: str) -> None:
 
 def letters(unet: Tiny, cw: ch.ClockworkWrapper, times: Iterable[Any]) -> str:
     """One letter a call: F for a full pass, A for an adaptor pass."""
-    made = ""
+    kinds = ""
     for t in times:
         before = cw.stats.adaptor_passes
         unet(sample(), t)
-        made += "A" if cw.stats.adaptor_passes > before else "F"
-    return made
+        kinds += "A" if cw.stats.adaptor_passes > before else "F"
+    return kinds
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ UNTOLD = {  # (time, trajectory) of each call; conditions are the same objects t
 def stale_calls(calls: list[tuple[int, int]], reset: bool) -> list[int]:
     """Which calls return neither the plain output nor one with the exit of their own trajectory's last call."""
     unet = Tiny()
-    plain, exits, found, last = copy.deepcopy(unet), {}, [], None
+    plain, exits, stale, last = copy.deepcopy(unet), {}, [], None
     with torch.no_grad(), ch.wrap(unet, schedule=lambda step: True) as cw:
         for k, (t, trajectory) in enumerate(calls):
             if reset and trajectory != last:
@@ -127,9 +127,9 @@ def stale_calls(calls: list[tuple[int, int]], reset: bool) -> list[int]:
                 cached = exits.get(trajectory)
                 clocked, exit = reference(plain, x, t, exit=cached) if cached is not None else (None, exit)
                 if clocked is None or not torch.equal(got, clocked):
-                    found.append(k)
+                    stale.append(k)
             exits[trajectory] = exit
-    return found
+    return stale
 
 
 @pytest.mark.parametrize("name", UNTOLD)
@@ -307,11 +307,11 @@ def test_declared_steps() -> None:
     with ch.wrap(unet) as cw:
 
         def run(times: Iterable[int]) -> str:
-            made = ""
+            kinds = ""
             for t in times:
                 cw.step()
-                made += letters(unet, cw, [t])
-            return made
+                kinds += letters(unet, cw, [t])
+            return kinds
 
         assert run((900, 950, 10, 10)) == "FAFA"
         cw.reset()
@@ -339,11 +339,11 @@ def test_reset_and_switching_off() -> None:
         cw.enabled = True
         assert letters(unet, cw, [500, 400]) == "FA"
         cw.reset()
-        made = ""
+        kinds = ""
         for t in (900, 800, 700, 600, 500):  # as `cw.enabled = t > 300` in a loop
             cw.enabled = True
-            made += letters(unet, cw, [t])
-        assert made == "FAFAF"
+            kinds += letters(unet, cw, [t])
+        assert kinds == "FAFAF"
 
 
 @torch.no_grad()
@@ -357,7 +357,7 @@ def test_changed_inputs_and_modes(what: str) -> None:
         "inference": torch.inference_mode,
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     }
-    made = ""
+    kinds = ""
     with ch.wrap(unet, schedule=lambda step: True) as cw, cw.trajectory():
         for t, other in zip(range(900, 0, -100), (0, 0, 1, 0, 1, 1, 0, 0, 1), strict=True):
             x = sample(2 if what == "batch" and other else 1, 16 if what == "size" and other else 8)
@@ -365,9 +365,9 @@ def test_changed_inputs_and_modes(what: str) -> None:
             before = cw.stats.adaptor_passes
             with modes.get(what, contextlib.nullcontext)() if other else contextlib.nullcontext():
                 got, expected = unet(x, time), plain(x, time)
-            made += "A" if cw.stats.adaptor_passes > before else "F"
-            assert torch.equal(got, expected) == (made[-1] == "F")
-    assert made == "FAFFFAFAF"
+            kinds += "A" if cw.stats.adaptor_passes > before else "F"
+            assert torch.equal(got, expected) == (kinds[-1] == "F")
+    assert kinds == "FAFFFAFAF"
     assert cw.stats.reasons == {"first step": 1, "traced": 1, "inputs or modes changed since the step before": 4}
 
 

@@ -34,10 +34,10 @@ def replay(model: nn.Module, *args: Any, **kwargs: Any) -> ch.Trace:
     traced = ch.trace(model, *args, **kwargs)
     traced.graph.lint()
     arguments = Binder(model.forward)(args, kwargs)
-    given = [arguments.get(node.meta["input"]) for node in traced.nodes if "input" in node.meta]
+    inputs = [arguments.get(node.meta["input"]) for node in traced.nodes if "input" in node.meta]
     assert not [node for node in traced.nodes if node.meta.get("constant")]
     with torch.no_grad():
-        output = fx.Interpreter(fx.GraphModule(model, traced.graph)).run(*given)
+        output = fx.Interpreter(fx.GraphModule(model, traced.graph)).run(*inputs)
         expected = [leaf for _, leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
     assert same(list(output), expected)
     return traced
@@ -358,8 +358,8 @@ class NestedRows(Tiny):
 
 def test_an_unregistered_module_takes_the_scope_around_it() -> None:
     traced = ch.trace(OnTheFly(), noise(), 3)
-    made = [call for call in traced.calls if call.path is None]
-    assert [(call.kind, call.scope) for call in made] == [("Sequential", ""), ("SiLU", ""), ("AvgPool2d", "")]
+    calls = [call for call in traced.calls if call.path is None]
+    assert [(call.kind, call.scope) for call in calls] == [("Sequential", ""), ("SiLU", ""), ("AvgPool2d", "")]
 
 
 # -- time as a number ---------------------------------------------------------------------------------------------
@@ -405,13 +405,13 @@ def test_a_constant_from_outside_is_one_input_of_the_graph() -> None:
 
 
 def test_fingerprint_is_the_same_everywhere() -> None:
-    x, found = noise(), set()
+    x, fingerprints = noise(), set()
     model = Tiny()
     for other in (model, Tiny().half(), Tiny().bfloat16(), Tiny().to("meta")):
         like = next(other.parameters())
         for shape in ((2, 3, 16, 16), (1, 3, 32, 24), (5, 3, 40, 8)):
             y = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            found.add(ch.find_region(other, y, torch.zeros(shape[0], device=like.device)).fingerprint)
+            fingerprints.add(ch.find_region(other, y, torch.zeros(shape[0], device=like.device)).fingerprint)
     for context in (
         torch.inference_mode(),
         torch.no_grad(),
@@ -419,18 +419,18 @@ def test_fingerprint_is_the_same_everywhere() -> None:
         torch.enable_grad(),
     ):
         with context:
-            found.add(ch.find_region(model, x, 3).fingerprint)
+            fingerprints.add(ch.find_region(model, x, 3).fingerprint)
             with ch.wrap(model) as cw:
                 model(x, 3)
                 assert cw.region is not None
-                found.add(cw.region.fingerprint)
-    assert len(found) == 1
+                fingerprints.add(cw.region.fingerprint)
+    assert len(fingerprints) == 1
     wider = Tiny()
     wider.body = nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1))
-    assert ch.find_region(wider, x, 3).fingerprint in found  # the same calls are skipped
+    assert ch.find_region(wider, x, 3).fingerprint in fingerprints  # the same calls are skipped
     wider.down = nn.Sequential(nn.Identity(), wider.down)
     wider.low = lambda h, t: wider.up(wider.down[1](h))  # type: ignore[method-assign]
-    assert ch.find_region(wider, x, 3).fingerprint not in found
+    assert ch.find_region(wider, x, 3).fingerprint not in fingerprints
 
 
 @torch.library.custom_op("clockwork_tests::twice", mutates_args=())
@@ -509,7 +509,7 @@ class Learns(Tiny):
         self.norm, self.drop = nn.BatchNorm2d(32), nn.Dropout(0.5)
         self.register_buffer("calls", torch.zeros(()))
         self.cache: dict[str, Tensor] = {}
-        self.made: nn.Module | None = None
+        self.grown: nn.Module | None = None
         self.waves: Tensor | None = None
 
     def low(self, h: Tensor, t: Any) -> Tensor:
@@ -517,12 +517,12 @@ class Learns(Tiny):
         self.stem.weight.data.div_(self.stem.weight.norm())
         with torch.no_grad():
             self.head.weight[:1].mul_(0.5)
-        if self.made is None:
-            self.made = nn.Conv2d(8, 8, 1)
+        if self.grown is None:
+            self.grown = nn.Conv2d(8, 8, 1)
         if self.waves is None:
             self.waves = torch.linspace(0, 1, 16)
         h = h * self.cache.setdefault("scale", torch.ones(1)) + self.waves
-        return self.up(self.drop(self.norm(self.body(self.down(self.made(h))))))
+        return self.up(self.drop(self.norm(self.body(self.down(self.grown(h))))))
 
 
 def test_parameters_buffers_caches_flags_and_rng_are_what_they_were() -> None:
@@ -619,9 +619,9 @@ def test_compiled_models_are_recorded_in_eager_and_compiled_ever_after(compiled:
             warnings.filterwarnings("ignore", message="Using `torch.compile")
             if how == "find_region":
                 runs.clear()
-                found = ch.find_region(model, x, 3)
-                assert found.fingerprint == region.fingerprint
-                assert found.macs == region.macs
+                first = ch.find_region(model, x, 3)
+                assert first.fingerprint == region.fingerprint
+                assert first.macs == region.macs
                 assert runs == []
             else:
                 with ch.wrap(model) as cw:

@@ -34,10 +34,10 @@ def quick(unet: nn.Module, adaptor: Any, generate: Any = None, **options: Any) -
 
 
 def parameters_hash(unet: nn.Module) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in unet.state_dict().items():
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 # -- what is recorded --------------------------------------------------------------------------------------------
@@ -143,16 +143,16 @@ def test_inference_mode_and_in_place_samplers_are_recorded_too() -> None:
 
 @pytest.mark.parametrize(("loss", "outputs"), [("guided-output", True), ("feature", False)])
 def test_keeps_only_what_is_needed(loss: str, outputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+    buffers = []
     add = Buffer.add
 
     def watched(self: Buffer, trajectory: Any) -> None:
-        kept.append(trajectory)
+        buffers.append(trajectory)
         add(self, trajectory)
 
     monkeypatch.setattr(Buffer, "add", watched)
     quick(Tiny(), Small(), loss=loss, trajectories=1, clock=4)
-    calls = [step.calls[0] for step in kept[0].steps]
+    calls = [step.calls[0] for step in buffers[0].steps]
     assert [bool(call.args) for call in calls] == [False, outputs, outputs, outputs, False]
     assert [bool(call.captured) for call in calls] == [False, *[not outputs] * 3, False]
     assert calls[0].exit is not None

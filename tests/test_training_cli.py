@@ -23,7 +23,7 @@ ROOT = Path(ch.__file__).parents[1]
 QUICK = ("source.steps=4", "source.latent_size=8", "source.captions=8", "trajectories=1", "batch=1", "reuse=1")
 
 
-def made(**settings: Any) -> dict[str, Any]:
+def trained(**settings: Any) -> dict[str, Any]:
     """What a configuration's factory returns."""
     unet = Tiny()
     return {"unet": unet, "generate": sampler(unet), "prompts": range(8), "guidance": GUIDANCE, **settings}
@@ -50,7 +50,7 @@ def test_forward_noise_on_the_demo(tmp_path: Path) -> None:
 
 def test_a_configuration_with_a_factory(tmp_path: Path) -> None:
     config = {
-        "source": {"kind": "python", "factory": f"{__name__}:made", "clock": 3},
+        "source": {"kind": "python", "factory": f"{__name__}:trained", "clock": 3},
         "adaptor": {"kind": "resnet", "width": 8},
         "trajectories": 2,
         "batch": 2,
@@ -82,7 +82,7 @@ class Stopped:
 
 def stoppable() -> dict[str, Any]:
     """A factory whose sampler stops."""
-    parts = made()
+    parts = trained()
     return {**parts, "generate": Stopped(parts["generate"])}
 
 
@@ -94,10 +94,10 @@ def test_an_interrupted_run_says_what_it_left_and_how_it_goes_on(
     path.write_text(json.dumps({"source": source, "trajectories": 4, "batch": 2, "hold": 1, "save_every": 0}))
     Stopped.left = 3  # the first call of the UNet is traced in a run of its own
     assert main(["distill", str(path), "--out", str(out)]) == 130
-    told = capsys.readouterr().err
+    text = capsys.readouterr().err
     trained = json.loads((out / "training.json").read_text())["trajectories"]
-    assert f"The adaptor of {trained} trajectory batch" in told
-    assert f"distill '{path}' --out {out} --resume" in told
+    assert f"The adaptor of {trained} trajectory batch" in text
+    assert f"distill '{path}' --out {out} --resume" in text
     Stopped.left = 99
     assert main(["distill", str(path), "--out", str(out), "--resume"]) == 0
     assert json.loads((out / "training.json").read_text())["trajectories"] == 4
@@ -105,12 +105,12 @@ def test_an_interrupted_run_says_what_it_left_and_how_it_goes_on(
 
 def without_prompts() -> dict[str, Any]:
     """A factory that forgets something."""
-    return {name: value for name, value in made().items() if name != "prompts"}
+    return {name: value for name, value in trained().items() if name != "prompts"}
 
 
 def with_adaptor() -> dict[str, Any]:
     """A factory that brings its own adaptor."""
-    return made(adaptor=Small(), trajectories=1, batch=2)
+    return trained(adaptor=Small(), trajectories=1, batch=2)
 
 
 def test_a_factory_may_bring_its_adaptor(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_a_bad_configuration(text: str, says: str, tmp_path: Path, capsys: pytes
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--help"]) == 0
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for word in ("examples/distill_demo.toml", "accelerate launch", "source.kind", "--resume", "--buffer-gb"):
-        assert word in told
+        assert word in text
 
 
 # -- examples ----------------------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ def test_the_recipe_of_sd15_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys
         monkeypatch.setattr(sys, "argv", ["sd15_adaptor.py", *words])
         with pytest.raises(SystemExit, match=ends):
             runpy.run_path(str(ROOT / "examples/sd15_adaptor.py"), run_name="__main__")
-    told = capsys.readouterr().out
-    assert all(f"--{name} " in told for name in ("model", "prompts", "out", "dataset", "loss", "resume", "buffer-gb"))
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in ("model", "prompts", "out", "dataset", "loss", "resume", "buffer-gb"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and diffusers, which differ by version

@@ -84,12 +84,12 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path) -> None:
     program = script(tmp_path, body)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = tmp_path / "killed"
-    running = subprocess.Popen([sys.executable, program, killed, "0.1"], env=environment)
+    child = subprocess.Popen([sys.executable, program, killed, "0.1"], env=environment)
     deadline = time.monotonic() + 60
     while checkpoint.saved(killed) is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     done = json.loads((checkpoint.saved(killed) / "run.json").read_text())["trajectories"]  # type: ignore[operator]
     assert 0 < done < 16
     losses = []
@@ -178,9 +178,9 @@ def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
         recorded.append(recorder.record(sampler(unet), prompts))
         buffer.add(recorded[-1])
     recorder.remove()
-    for buffer, made in zip(buffers, recorded, strict=True):
+    for buffer, calls in zip(buffers, recorded, strict=True):
         held = buffer.get(0, torch.device("cpu:0"))
-        assert all(map(torch.equal, held.tensors(), made.tensors()))
+        assert all(map(torch.equal, held.tensors(), calls.tensors()))
         buffer.clear()
     assert not torch.equal(recorded[0].steps[0].calls[0].exit, recorded[1].steps[0].calls[0].exit)
     assert list(tmp_path.iterdir()) == [mine.parent]

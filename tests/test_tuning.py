@@ -57,7 +57,7 @@ def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "said"),
+    ("arguments", "options", "said"),
     [
         (BATCHES, {"saving": 0.9}, "a saving is one that some schedule reaches"),
         (BATCHES, {"saving": 40}, "a saving is a share of the MACs"),
@@ -65,10 +65,10 @@ def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
         (BATCHES, {"generate": None}, "what is tuned is a diffusers pipeline"),
     ],
 )
-def test_options_outside_their_rule(given, options, said):
+def test_options_outside_their_rule(arguments, options, said):
     unet = Blocks(mix=1.0)
     with pytest.raises(ch.ArgumentError, match=said):
-        tune(unet, given, **{"generate": sampler(unet), **options})
+        tune(unet, arguments, **{"generate": sampler(unet), **options})
     assert "forward" not in vars(unet.up)
 
 
@@ -83,10 +83,10 @@ class Pipeline:
     """In the form of a diffusers pipeline."""
 
     def __init__(self, unet):
-        self.unet, self.given = unet, []
+        self.unet, self.calls = unet, []
 
     def __call__(self, prompt, generator=None, output_type="pil", guidance_scale=2.0, num_inference_steps=6):
-        self.given.append((prompt, output_type, guidance_scale, num_inference_steps))
+        self.calls.append((prompt, output_type, guidance_scale, num_inference_steps))
         return (sampler(self.unet)((len(prompt), guidance_scale), generator.initial_seed()),)
 
 
@@ -95,9 +95,9 @@ def test_a_pipeline_is_called_with_prompts_and_its_own_options():
     with tune(pipe, ["a", "b", "c", "d"], saving=0.3, options={"num_inference_steps": 6}) as cw:
         assert cw.adaptor.facts["guidance"] == 2.0
         assert cw.adaptor.tuning.figures() == ()  # what it returns has two channels
-    assert {given[1:] for given in pipe.given} == {("latent", 2.0, 6), ("pt", 2.0, 6)}
-    assert [given[1] for given in pipe.given].count("pt") == 2
-    assert [given[0] for given in pipe.given][-1] == ["d"]
+    assert {call[1:] for call in pipe.calls} == {("latent", 2.0, 6), ("pt", 2.0, 6)}
+    assert [call[1] for call in pipe.calls].count("pt") == 2
+    assert [call[0] for call in pipe.calls][-1] == ["d"]
 
 
 def test_pictures_before_and_after(tmp_path):

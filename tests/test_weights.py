@@ -51,7 +51,7 @@ def test_a_change_costs_one_full_pass(change: Callable[[Tiny], None], nested: bo
                 for unet in (judge.unet, judge.plain):
                     change(unet)
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-    assert judge.made == "FAAFAAAA"
+    assert judge.letters == "FAAFAAAA"
     assert cw.stats.reasons == {"first step": 1, REASON: 1}
 
 
@@ -73,17 +73,17 @@ def test_adaptors_of_peft_switched_in_the_middle() -> None:
         lambda: pipe.unload_lora_weights(),
     ]
     with ch.wrap(unet, schedule=lambda step: True) as cw:
-        made = ""
+        kinds = ""
         for k, t in enumerate(torch.arange(900, 100, -50)):
             if k % 2 == 0 and k:
                 changes[k // 2 - 1]()
             before = cw.stats.adaptor_passes
             x = torch.randn(1, 4, 8, 8)
             output = unet(x, t, text).sample
-            made += "A" if cw.stats.adaptor_passes > before else "F"
-            if made[-1] == "F":
+            kinds += "A" if cw.stats.adaptor_passes > before else "F"
+            if kinds[-1] == "F":
                 assert torch.equal(copy.deepcopy(unet)(x, t, text).sample, output)
-        assert made == "FA" * 8, cw.report()
+        assert kinds == "FA" * 8, cw.report()
         assert cw.stats.reasons[REASON] == len(changes)
 
 
@@ -146,7 +146,7 @@ def test_weights_that_change_unseen_cost_a_full_pass(change: str) -> None:
                             one.grad = torch.ones_like(one)
                         torch.optim.AdamW(unet.parameters(), lr=0.1, fused=True).step()
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
-        seen = judge.made
+        seen = judge.letters
         assert seen == ("FAAFFAAA" if change == "swapped and back" else "FAAFAAAA")
         assert cw.stats.reasons[REASON] == seen[3:].count("F")
 
@@ -182,7 +182,7 @@ def test_some_of_many() -> None:
 @torch.no_grad()
 def test_weights_of_modules_that_were_exchanged() -> None:
     """What is watched from then on is what the UNet consists of."""
-    unet, made = Tiny(), ""
+    unet, kinds = Tiny(), ""
     with ch.wrap(unet, schedule=lambda step: True) as cw:
         for trajectory in range(2):
             for k, t in enumerate(torch.arange(900, 100, -100)):
@@ -190,7 +190,7 @@ def test_weights_of_modules_that_were_exchanged() -> None:
                     loaded(unet)
                 before = cw.stats.adaptor_passes
                 unet(torch.randn(1, 2, 8, 8), t)
-                made += "A" if cw.stats.adaptor_passes > before else "F"
+                kinds += "A" if cw.stats.adaptor_passes > before else "F"
             for name, module in list(unet.named_children()):
                 setattr(unet, name, copy.deepcopy(module))
-    assert made == "FAAAAAAA" + "FAAAFAAA"
+    assert kinds == "FAAAAAAA" + "FAAAFAAA"

@@ -173,8 +173,8 @@ def small_1d() -> Double:
 def double(request: pytest.FixtureRequest) -> Double:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made: Double = request.param()
-    return made
+        model: Double = request.param()
+    return model
 
 
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -210,9 +210,9 @@ def clocked_by_hand(double: Double, full: Callable[[int], bool], adaptor: Any = 
     def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not full(step):
             cached = seen["exit"]
-            made = adaptor(seen["entry"], cached, time=seen.get("time"), text=double.text) if adaptor else cached
-            seen["exit"] = made
-            return made
+            exit = adaptor(seen["entry"], cached, time=seen.get("time"), text=double.text) if adaptor else cached
+            seen["exit"] = exit
+            return exit
         seen["exit"] = output
         return None
 
@@ -284,11 +284,11 @@ class Mixes(nn.Module):
         self.rank = rank
 
     def forward(self, entry: Tensor, exit_cached: Tensor, *, time: Tensor | None, text: Tensor | None) -> Tensor:
-        self.seen.append([None if given is None else given.clone() for given in (entry, exit_cached, time, text)])
-        made = 0.5 * exit_cached + self.mix(entry)
+        self.seen.append([None if value is None else value.clone() for value in (entry, exit_cached, time, text)])
+        output = 0.5 * exit_cached + self.mix(entry)
         if time is not None and text is not None:
-            made = made + (self.time(time) + self.text(text).mean(1))[:, :, None, None]
-        return made
+            output = output + (self.time(time) + self.text(text).mean(1))[:, :, None, None]
+        return output
 
 
 @pytest.mark.parametrize("clock", [2, 3])
@@ -336,13 +336,13 @@ def test_where_the_first_exit_cannot_be_kept_one_pass_more_is_full() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("passed", [False, True])
 def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, given: bool
+    monkeypatch: pytest.MonkeyPatch, passed: bool
 ) -> None:
     """Counted: module calls, operators by their profiler names, and nothing is recorded: the call has its place."""
     unet = Tiny()
-    with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if given else None) as cw:
+    with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if passed else None) as cw:
         for t in (900, 800, 700):
             unet(torch.randn(1, 2, 8, 8), t)
         calls: list[str] = []
@@ -630,13 +630,13 @@ def test_threads_and_tasks_sample_as_if_alone() -> None:
                 alone.append(list(loop(unet, seed)))
         assert cw.stats.adaptor_passes == 10
         cw.stats.clear()
-        meet, made = threading.Barrier(2), {}
+        meet, sampled = threading.Barrier(2), {}
 
         def work(seed: int) -> None:
-            made[seed] = []
+            sampled[seed] = []
             with cw.trajectory():  # with the same conditions nothing else tells whose call it is
                 for x in loop(unet, seed):
-                    made[seed].append(x)
+                    sampled[seed].append(x)
                     meet.wait(10)  # step by step, side by side
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
@@ -644,7 +644,7 @@ def test_threads_and_tasks_sample_as_if_alone() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(equal(made[seed], alone[seed]) for seed in range(2))
+        assert all(equal(sampled[seed], alone[seed]) for seed in range(2))
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (6, 10)
         cw.stats.clear()
 

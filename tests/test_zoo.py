@@ -49,20 +49,20 @@ def last_call(region: ch.Region) -> SkippedCall:
 
 def observed(case: ZooCase, regions: Sequence[ch.Region]) -> tuple[Any, list[torch.Tensor]]:
     """The plain output, and each region's exit by a plain hook on the module that returns it."""
-    found: dict[int, list[torch.Tensor]] = defaultdict(list)
+    outputs: dict[int, list[torch.Tensor]] = defaultdict(list)
     handles = []
     for k, last in enumerate(map(last_call, regions)):
         where = next(k for k, (_, slot) in enumerate(leaves(last.output)) if isinstance(slot, Slot) and slot.exit)
 
         def keep(module: nn.Module, args: Any, output: Any, k: int = k, where: int = where) -> None:
-            found[k].append([leaf for _, leaf in leaves(output)][where].clone())
+            outputs[k].append([leaf for _, leaf in leaves(output)][where].clone())
 
         handles.append(case.model.get_submodule(last.path).register_forward_hook(keep))
     with sdpa_kernel(SDPBackend.MATH):
         output = run(case)
     for handle in handles:
         handle.remove()
-    return output, [found[k][last_call(region).ordinal] for k, region in enumerate(regions)]
+    return output, [outputs[k][last_call(region).ordinal] for k, region in enumerate(regions)]
 
 
 def nan(slot: Slot) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Pass:
 
 def session(case: ZooCase, region: ch.Region, exit: torch.Tensor) -> list[Pass]:
     """A full and an adaptor pass: placeholders are NaN, the adaptor's output is the true exit."""
-    found: list[Pass] = []
+    seen: list[Pass] = []
     calls: Counter[str] = Counter()
     with mock.patch.object(passes, "placeholder", nan), ch.wrap(case.model, Oracle(exit), region=region) as cw:
         handles = [
@@ -108,12 +108,12 @@ def session(case: ZooCase, region: ch.Region, exit: torch.Tensor) -> list[Pass]:
                 cw.step()
                 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                     output = run(case)
-                found.append(Pass(output, Counter(calls), cw.stats.macs_run - before, counter.get_total_flops()))
+                seen.append(Pass(output, Counter(calls), cw.stats.macs_run - before, counter.get_total_flops()))
         finally:
             for handle in handles:
                 handle.remove()
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (1, 1), cw.report()
-    return found
+    return seen
 
 
 @dataclass
@@ -159,7 +159,7 @@ def test_region_is_where_the_code_says(seen: Seen) -> None:
     assert region.resolution == case.resolution
     assert region.level == case.level
     assert [path for path in case.skipped if not covered(path, region)] == []
-    assert [path for path in case.kept if covered(path, region)] == []
+    assert [path for path in case.outside if covered(path, region)] == []
 
 
 def test_nan_proof_by_the_independent_prover(seen: Seen) -> None:
@@ -279,9 +279,11 @@ def test_trace_runs_as_a_graph_module(seen: Seen) -> None:
     names = Binder(case.model.forward)(args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(1)
-        made = fx.Interpreter(fx.GraphModule(case.model, trace.graph)).run(*(names.get(path) for path in trace.inputs))
+        outputs = fx.Interpreter(fx.GraphModule(case.model, trace.graph)).run(
+            *(names.get(path) for path in trace.inputs)
+        )
     plain = [t for _, t in leaves(seen.expected) if torch.is_tensor(t)]
-    assert all(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
 
 
 # -- those that cannot be served ----------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def test_the_region_is_that_of_the_tiny_one(real: Real) -> None:
         assert not region.entry.paths
         assert not tiny.entry
     if real.same:
-        given, named = tiny.inputs()
-        small = ch.find_region(tiny.model, *given, **named)
+        args, named = tiny.inputs()
+        small = ch.find_region(tiny.model, *args, **named)
         assert region.fingerprint != small.fingerprint  # other widths
         assert [(call.path, call.ordinal) for call in region.skipped] == [
             (call.path, call.ordinal) for call in small.skipped

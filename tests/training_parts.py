@@ -48,12 +48,12 @@ def sampler(
         empty, both = torch.zeros_like(condition), torch.cat([torch.zeros_like(condition), condition])
         for t in torch.tensor(times):
             if within is not None and t not in within:
-                plain = told = unet(sample, t, condition)
+                plain = guided = unet(sample, t, condition)
             elif calls == 1:
-                plain, told = unet(torch.cat([sample, sample]), t, both).chunk(2)
+                plain, guided = unet(torch.cat([sample, sample]), t, both).chunk(2)
             else:
-                plain, told = unet(sample, t, empty), unet(sample, t, condition)
-            sample = sample - 0.2 * (plain + guidance * (told - plain))
+                plain, guided = unet(sample, t, empty), unet(sample, t, condition)
+            sample = sample - 0.2 * (plain + guidance * (guided - plain))
         return sample
 
     return generate
@@ -92,28 +92,30 @@ def by_hand(
             if (step - 1) % clock == 0:
                 cached = exit
                 continue
-            made = adaptor(entry, cached, time=None, text=None)
-            value = _loss(loss, unet, args, made, exit, output, scale(float(args[1])))
+            adapted = adaptor(entry, cached, time=None, text=None)
+            value = _loss(loss, unet, args, adapted, exit, output, scale(float(args[1])))
             (value / accumulate).backward()
             losses.append(value.item())
             if len(losses) % accumulate == 0:
                 optimizer.step()
                 optimizer.zero_grad()
                 after()
-            cached = made.detach()
+            cached = adapted.detach()
     return losses
 
 
-def _loss(loss: str, unet: Tiny, args: Any, made: Tensor, exit: Tensor, output: Tensor, scale: float | None) -> Tensor:
+def _loss(
+    loss: str, unet: Tiny, args: Any, emitted: Tensor, exit: Tensor, output: Tensor, scale: float | None
+) -> Tensor:
     def combined(error: Tensor) -> Tensor:
         if scale is None:
             return error
-        plain, told = error.chunk(2)
-        return plain + scale * (told - plain)
+        plain, guided = error.chunk(2)
+        return plain + scale * (guided - plain)
 
-    feature = (made - exit).square().mean()
+    feature = (emitted - exit).square().mean()
     if loss == "feature":
         return feature
     if loss == "guided-feature":
-        return feature + combined(made - exit).square().mean()
-    return combined(reference(unet, *args, exit=made)[0] - output).square().mean()
+        return feature + combined(emitted - exit).square().mean()
+    return combined(reference(unet, *args, exit=emitted)[0] - output).square().mean()

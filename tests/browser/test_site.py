@@ -96,9 +96,9 @@ def run(site: tuple[Path, str], what: str, *words: str) -> Any:
     text = LOOK.replace("PAGES", json.dumps(pages)).replace("DO", what)
     (folder / "look.html").write_text(text, encoding="utf-8")
     dom = browse("--dump-dom", "--virtual-time-budget=60000", *words, f"{address}/look.html", seconds=600)
-    found = re.search(r'<pre id="told">(.+?)</pre>', dom, re.S)
-    assert found, "the browser was not done"
-    return json.loads(html.unescape(found[1]))
+    match = re.search(r'<pre id="told">(.+?)</pre>', dom, re.S)
+    assert match, "the browser was not done"
+    return json.loads(html.unescape(match[1]))
 
 
 @pytest.mark.parametrize(("look", "words"), [("light", ()), ("dark", (DARK,))])
@@ -106,17 +106,17 @@ def test_every_page_is_read_on_a_wide_and_on_a_narrow_screen(
     site: tuple[Path, str], look: str, words: tuple[str, ...]
 ) -> None:
     """What is wider than the screen scrolls in a frame of its own; pictures are there, and say what they show."""
-    for told in run(site, "look()", *words):
-        assert all(wide <= int(width) for width, wide in told["wide"].items()), told
-        assert (told["blind"], told["broken"]) == ([], []), told
-        assert told["title"], told
-        assert (sum(map(int, re.findall(r"\d+", told["paper"])[:3])) < 200) == (look == "dark"), told
+    for fault in run(site, "look()", *words):
+        assert all(wide <= int(width) for width, wide in fault["wide"].items()), fault
+        assert (fault["blind"], fault["broken"]) == ([], []), fault
+        assert fault["title"], fault
+        assert (sum(map(int, re.findall(r"\d+", fault["paper"])[:3])) < 200) == (look == "dark"), fault
 
 
 def test_the_search_finds_pages(site: tuple[Path, str]) -> None:
-    found = run(site, 'search("region")')
-    assert any("regions.html" in link for link in found), found
-    assert len({link.split("#")[0].split("?")[0] for link in found}) > 3
+    pages = run(site, 'search("region")')
+    assert any("regions.html" in link for link in pages), pages
+    assert len({link.split("#")[0].split("?")[0] for link in pages}) > 3
 
 
 def test_the_search_works_from_the_disk_without_a_network(site: tuple[Path, str]) -> None:

@@ -111,10 +111,10 @@ def sample(
     options.setdefault("callback", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made: Tensor = sampling.sample(
+        output: Tensor = sampling.sample(
             *(patcher, noise, steps, cfg, sampler, scheduler, *prompts, latent), seed=seed, disable_pbar=True, **options
         )
-    return made
+    return output
 
 
 def cond(seed: int, tokens: int = 7, **more: Any) -> Any:
@@ -126,10 +126,10 @@ def node(module: str, name: str, **options: Any) -> Any:
     """The first output of one of ComfyUI's own nodes."""
     kind = getattr(load(f"comfy_extras.{module}" if module != "nodes" else module), name)
     if hasattr(kind, "define_schema"):
-        made = kind.execute(**options)
-        return getattr(made, "args", made)[0]
-    made = getattr(kind(), kind.FUNCTION)(**options)
-    return (asyncio.run(made) if inspect.isawaitable(made) else made)[0]
+        result = kind.execute(**options)
+        return getattr(result, "args", result)[0]
+    result = getattr(kind(), kind.FUNCTION)(**options)
+    return (asyncio.run(result) if inspect.isawaitable(result) else result)[0]
 
 
 # -- what users put on a model or a prompt ----------

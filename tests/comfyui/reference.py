@@ -66,10 +66,10 @@ class Reference:
         return executor(*args, **kwargs)
 
     def _call(self, unet: nn.Module, args: Any, kwargs: Any) -> None:
-        told = kwargs["transformer_options"]
-        window = getattr(told.get("context_window"), "index_list", None)
+        options = kwargs["transformer_options"]
+        window = getattr(options.get("context_window"), "index_list", None)
         controlled = kwargs.get("control") is not None  # where control begins or ends, the model gets other arguments
-        who = (tuple(told["cond_or_uncond"]), tuple(told["uuids"]), repr(window))
+        who = (tuple(options["cond_or_uncond"]), tuple(options["uuids"]), repr(window))
         key = (self._places[self._at][1], *who, controlled)
         self._seen[key] += 1
         self._key = (*key, self._seen[key])

@@ -159,10 +159,10 @@ def free_u_after(client: Any) -> Case:
 @real_only
 def hyper_tile(client: Any) -> Case:
     random.seed(0)
-    made = client.node(
+    model = client.node(
         "nodes_hypertile", "HyperTile", model=client.model(), tile_size=64, swap_size=1, max_depth=0, scale_depth=False
     )
-    return Case(made)
+    return Case(model)
 
 
 @real_only
@@ -180,18 +180,18 @@ def perturbed_attention(client: Any) -> Case:
 @real_only
 def self_attention_guidance(client: Any) -> Case:
     """It looks at an attention of the middle block, which adaptor passes skip: its map is of the last full pass."""
-    made = client.node("nodes_sag", "SelfAttentionGuidance", model=client.model(), scale=0.5, blur_sigma=2.0)
-    return Case(made, letters="FFAA" * 3, frozen=("middle_block.1",))
+    model = client.node("nodes_sag", "SelfAttentionGuidance", model=client.model(), scale=0.5, blur_sigma=2.0)
+    return Case(model, letters="FFAA" * 3, frozen=("middle_block.1",))
 
 
 @real_only
 def deep_shrink(client: Any) -> Case:
-    made = client.node(
+    model = client.node(
         "nodes_model_downscale", "PatchModelAddDownscale", model=client.model(), block_number=2, downscale_factor=2.0,
         start_percent=0.0, end_percent=0.35, downscale_after_skip=True,
         downscale_method="bicubic", upscale_method="bicubic",
     )  # fmt: skip
-    return Case(made, {"size": 32}, letters=None)
+    return Case(model, {"size": 32}, letters=None)
 
 
 @real_only
@@ -210,9 +210,9 @@ def v_prediction_and_zero_snr(client: Any) -> Case:
 
 @real_only
 def differential_diffusion(client: Any) -> Case:
-    made = client.node("nodes_differential_diffusion", "DifferentialDiffusion", model=client.model())
+    model = client.node("nodes_differential_diffusion", "DifferentialDiffusion", model=client.model())
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    return Case(made, {"latent": latent, "noise_mask": torch.linspace(0, 1, 16).expand(1, 1, 16, 16)})
+    return Case(model, {"latent": latent, "noise_mask": torch.linspace(0, 1, 16).expand(1, 1, 16, 16)})
 
 
 @real_only
@@ -253,11 +253,11 @@ def a_lora_of_one_prompt(client: Any) -> Case:
 
 @real_only
 def uniform_windows(client: Any) -> Case:
-    made = client.node(
+    model = client.node(
         "nodes_context_windows", "ContextWindowsManualNode", model=client.model(), context_length=4, context_overlap=1,
         context_schedule="standard_uniform", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=0,
     )  # fmt: skip
-    return Case(made, {"batch": 7}, letters=None)
+    return Case(model, {"batch": 7}, letters=None)
 
 
 @real_only

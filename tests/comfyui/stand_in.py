@@ -47,8 +47,8 @@ class UNet(nn.Module):
         h = self.up(inner.tanh())
         for patch in transformer_options.get("patches", {}).get("output_block_patch", ()):
             h, skip = patch(h, skip, transformer_options)
-        made: Tensor = self.out(torch.cat([h, skip], 1))
-        return made
+        output: Tensor = self.out(torch.cat([h, skip], 1))
+        return output
 
 
 class Sampling:
@@ -152,18 +152,18 @@ def calc_cond_batch(model: Any, conds: Any, x: Tensor, sigma: Tensor, options: A
             jobs = [job for job in jobs if not any(job is one for one in batch)]
             high, wide, top, left = shape[1] or (*x.shape[2:], 0, 0)
             part = (..., slice(top, top + high), slice(left, left + wide))
-            told = dict(options["transformer_options"])  # a new one in each call
-            told |= {
+            transformer_options = dict(options["transformer_options"])  # a new one in each call
+            transformer_options |= {
                 "cond_or_uncond": [k for k, _ in batch],
                 "uuids": [one["uuid"] for _, one in batch],
                 "sigmas": sigma.clone(),
             }
             text = torch.cat([one["text"].expand(len(x), -1, -1) for _, one in batch])
             times = torch.cat([sigma[: len(x)]] * len(batch))
-            made = model.apply_model(
-                torch.cat([x[part]] * len(batch)), times, c_crossattn=text, transformer_options=told
+            predicted = model.apply_model(
+                torch.cat([x[part]] * len(batch)), times, c_crossattn=text, transformer_options=transformer_options
             )
-            for (k, one), output in zip(batch, made.chunk(len(batch)), strict=True):
+            for (k, one), output in zip(batch, predicted.chunk(len(batch)), strict=True):
                 sums[k][part] += output * one["strength"]
                 counts[k][part] += one["strength"]
         return [total / count for total, count in zip(sums, counts, strict=True)]
@@ -178,8 +178,10 @@ class Guider:
         self.model_patcher, self.cfg = patcher, cfg
         self.conds = [_converted(positive, patcher), _converted(negative, patcher)]
         self.model_options = copy.copy(patcher.model_options)
-        told = self.model_options["transformer_options"] = copy.copy(self.model_options["transformer_options"])
-        told["wrappers"] = patcher.wrappers
+        transformer_options = self.model_options["transformer_options"] = copy.copy(
+            self.model_options["transformer_options"]
+        )
+        transformer_options["wrappers"] = patcher.wrappers
 
     def __call__(self, x: Tensor, sigma: Tensor, *, model_options: Any) -> Any:
         return _around(
@@ -189,16 +191,19 @@ class Guider:
     def predict_noise(self, x: Tensor, sigma: Tensor, options: Any) -> Tensor:
         model = self.model_patcher.model
         both = calc_cond_batch(model, [self.conds[0], None if self.cfg == 1 else self.conds[1]], x, sigma, options)
-        made: Tensor = both[0] if self.cfg == 1 else both[1] + self.cfg * (both[0] - both[1])
+        guided: Tensor = both[0] if self.cfg == 1 else both[1] + self.cfg * (both[0] - both[1])
         if "guide" in options:
             (more,) = calc_cond_batch(model, [self.conds[0]], 0.9 * x, sigma, options)
-            made = made + options["guide"] * (both[0] - more)
-        return made
+            guided = guided + options["guide"] * (both[0] - more)
+        return guided
 
     def sample(self, sampler: Any, sigmas: Tensor, x: Tensor, callback: Any) -> Any:
         options = {**self.model_options}
-        told = options["transformer_options"] = {**options["transformer_options"], "sample_sigmas": sigmas}
-        run = _around("sampler_sample", sampler.sample, sampler, told["wrappers"])
+        transformer_options = options["transformer_options"] = {
+            **options["transformer_options"],
+            "sample_sigmas": sigmas,
+        }
+        run = _around("sampler_sample", sampler.sample, sampler, transformer_options["wrappers"])
         return run(self, sigmas, {"model_options": options}, callback, x)
 
 
@@ -224,12 +229,12 @@ class KSAMPLER:
         self.sampler_function = function
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, x: Tensor) -> Any:
-        def told(info: Any) -> None:
+        def report(info: Any) -> None:
             if callback is not None:
                 callback(info["i"], info["denoised"], x, len(sigmas) - 1)
 
         model = lambda x, sigma: guider(x, sigma * x.new_ones(len(x)), **extra_args)  # noqa: E731
-        return self.sampler_function(model, x, sigmas, told)
+        return self.sampler_function(model, x, sigmas, report)
 
 
 def sample_euler(model: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 def handle(patcher: Any) -> Clockwork:
     """The node's object in a clone."""
-    found: Clockwork = patcher.wrappers["sampler_sample"]["clockwork"][0].__self__
-    return found
+    clockwork: Clockwork = patcher.wrappers["sampler_sample"]["clockwork"][0].__self__
+    return clockwork
 
 
 def apply(patcher: Any, **options: Any) -> Any:
@@ -45,10 +45,10 @@ def expected(case: Case, adapted: Callable[[int], bool] = lambda step: step % 2 
     reference = Reference(plain.model.diffusion_model, client.EXIT, case.evaluations, adapted, case.frozen)
     plain.add_wrapper_with_key("predict_noise", "reference", reference.evaluation)
     try:
-        made = client.sample(case.after(plain), **case.options)
+        picture = client.sample(case.after(plain), **case.options)
     finally:
         reference.remove()
-    return made, reference.letters
+    return picture, reference.letters
 
 
 @pytest.mark.parametrize("name", [*SITUATIONS, *(pytest.param(name, marks=real_comfyui) for name in REAL)])
@@ -108,29 +108,29 @@ def test_all_samplers_of_comfyui(sampler: str) -> None:
     client.sample(plain, sampler, callback=lambda *_: begins.append(count[0] - 1))
     evaluations = [then - now for now, then in itertools.pairwise([*begins, count[0]])]
     wanted, letters = expected(Case(patcher, {"sampler": sampler}, evaluations))
-    made = apply(patcher)
+    clone = apply(patcher)
     for _ in range(2):
-        assert torch.equal(client.sample(made, sampler), wanted)
-    stats = handle(made).wrapper.stats
+        assert torch.equal(client.sample(clone, sampler), wanted)
+    stats = handle(clone).wrapper.stats
     assert (stats.full_passes, stats.adaptor_passes) == (letters.count("F"), letters.count("A")), stats.reasons
 
 
 @real_comfyui
 def test_beside_torch_compile_every_step_is_full(caplog: pytest.LogCaptureFixture) -> None:
     patcher = client.model()
-    plain, made = client.sample(patcher), apply(patcher)
-    client.load("comfy_api.torch_helpers.torch_compile").set_torch_compile_wrapper(made, backend="eager")
+    plain, clone = client.sample(patcher), apply(patcher)
+    client.load("comfy_api.torch_helpers.torch_compile").set_torch_compile_wrapper(clone, backend="eager")
     with caplog.at_level(logging.INFO, "clockwork_hooks"):
-        assert torch.equal(client.sample(made), plain)
+        assert torch.equal(client.sample(clone), plain)
     assert "6 full, 0 adaptor passes" in caplog.text
 
 
 @real_comfyui
 def test_the_adaptive_sampler_has_three_evaluations_a_step() -> None:
-    made = apply(client.model())
-    first = client.sample(made, "dpm_adaptive")
-    assert torch.equal(client.sample(made, "dpm_adaptive"), first)
-    stats = handle(made).wrapper.stats
+    clone = apply(client.model())
+    first = client.sample(clone, "dpm_adaptive")
+    assert torch.equal(client.sample(clone, "dpm_adaptive"), first)
+    stats = handle(clone).wrapper.stats
     assert stats.adaptor_passes % 3 == 0
     assert stats.full_passes % 3 == 0
     assert 0 <= stats.full_passes - stats.adaptor_passes <= 3
@@ -153,12 +153,12 @@ def test_the_adaptive_sampler_has_three_evaluations_a_step() -> None:
 def test_schedules(options: dict[str, Any], letters: str | None) -> None:
     patcher = client.model()
     sampling = patcher.get_model_object("model_sampling")
-    made = apply(patcher, **options)
+    clone = apply(patcher, **options)
     levels: list[float] = []
-    made.add_wrapper_with_key(
+    clone.add_wrapper_with_key(
         "predict_noise", "look", lambda executor, x, t, *rest: (levels.append(float(t[0])), executor(x, t, *rest))[1]
     )
-    pictures = client.sample(made)
+    pictures = client.sample(clone)
     if letters is None:  # the clock ticks from the first step between start and end
         high, low = (
             sampling.percent_to_sigma(options.get(name, k)) for k, name in enumerate(("start_percent", "end_percent"))
@@ -173,9 +173,9 @@ def test_schedules(options: dict[str, Any], letters: str | None) -> None:
 
 
 def test_an_adaptive_schedule_decides_as_it_runs() -> None:
-    made = apply(client.model(), schedule="adaptive(0.5, longest=2)")
-    client.sample(made)
-    assert any("threshold" in reason or "longest" in reason for reason in handle(made).wrapper.stats.reasons)
+    clone = apply(client.model(), schedule="adaptive(0.5, longest=2)")
+    client.sample(clone)
+    assert any("threshold" in reason or "longest" in reason for reason in handle(clone).wrapper.stats.reasons)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_an_adaptor_from_a_folder(tmp_path: Any) -> None:
                 x = x - 0.1 * unet(x, t.expand(1), context=text, transformer_options={})
         return x
 
-    found = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], schedule=ch.Schedule.at({2, 3, 5}))
-    found.save_pretrained(tmp_path)
-    made, plain = apply(patcher, adaptor=str(tmp_path)), apply(patcher)
-    assert not torch.equal(client.sample(made), client.sample(plain))
-    assert type(handle(made).wrapper.adaptor).__name__ == type(found).__name__
-    assert handle(made).wrapper.stats.adaptor_passes == 3
-    assert str(handle(made).wrapper.schedule) == "at([2, 3, 5])"  # its own
+    adaptor = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], schedule=ch.Schedule.at({2, 3, 5}))
+    adaptor.save_pretrained(tmp_path)
+    clone, plain = apply(patcher, adaptor=str(tmp_path)), apply(patcher)
+    assert not torch.equal(client.sample(clone), client.sample(plain))
+    assert type(handle(clone).wrapper.adaptor).__name__ == type(adaptor).__name__
+    assert handle(clone).wrapper.stats.adaptor_passes == 3
+    assert str(handle(clone).wrapper.schedule) == "at([2, 3, 5])"  # its own
     assert str(handle(apply(patcher, adaptor=str(tmp_path), schedule="2")).options.steps()) == "at([2])"
 
 
@@ -229,10 +229,10 @@ def test_an_adaptor_from_a_folder(tmp_path: Any) -> None:
 
 def test_no_region_costs_full_passes_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
     patcher = client.model()
-    plain, made = client.sample(patcher), apply(patcher, region="share 0.99")
+    plain, clone = client.sample(patcher), apply(patcher, region="share 0.99")
     with caplog.at_level(logging.INFO, "clockwork_hooks"):
         for _ in range(2):
-            assert torch.equal(client.sample(made), plain)
+            assert torch.equal(client.sample(clone), plain)
     assert [record.message for record in caplog.records if "every step is full" in record.message] != []
     assert len(caplog.records) == 1
 
@@ -243,15 +243,15 @@ def test_an_adaptor_that_fails_does_not_end_the_picture(caplog: pytest.LogCaptur
     def broken(entry: Any, exit_cached: Tensor, **_: Any) -> Tensor:
         raise ValueError("no")
 
-    plain, made = client.sample(patcher), Clockwork(Options(), broken).put_into(patcher)
-    assert torch.equal(client.sample(made), plain)
+    plain, clone = client.sample(patcher), Clockwork(Options(), broken).put_into(patcher)
+    assert torch.equal(client.sample(clone), plain)
     assert "every step is full: no" in caplog.text
 
 
 def test_an_interrupt_is_passed_on_and_leaves_nothing() -> None:
     patcher = client.model()
-    unet, made = patcher.model.diffusion_model, apply(patcher)
-    before, wanted = client.sample(patcher), client.sample(made)
+    unet, clone = patcher.model.diffusion_model, apply(patcher)
+    before, wanted = client.sample(patcher), client.sample(clone)
 
     class Interrupted(BaseException):
         pass
@@ -261,22 +261,22 @@ def test_an_interrupt_is_passed_on_and_leaves_nothing() -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        client.sample(made, callback=stop)
+        client.sample(clone, callback=stop)
     assert "forward" not in vars(unet)
     assert torch.equal(client.sample(patcher), before)
-    assert torch.equal(client.sample(made), wanted)
+    assert torch.equal(client.sample(clone), wanted)
 
 
 def test_the_models_own_error_is_passed_on() -> None:
-    made = apply(client.model())
+    clone = apply(client.model())
 
     def broken(h: Tensor, skip: Tensor, _: Any) -> Any:
         raise RuntimeError("of a patch")
 
-    made.set_model_output_block_patch(broken)
+    clone.set_model_output_block_patch(broken)
     with pytest.raises(RuntimeError, match="of a patch"):
-        client.sample(made)
-    assert "forward" not in vars(made.model.diffusion_model)
+        client.sample(clone)
+    assert "forward" not in vars(clone.model.diffusion_model)
 
 
 def test_other_calls_are_left_alone_in_the_middle_of_a_run() -> None:
@@ -303,11 +303,11 @@ def test_other_calls_are_left_alone_in_the_middle_of_a_run() -> None:
 def test_each_call_of_a_step_has_a_name_of_its_own() -> None:
     """Heun's second evaluation has other names than its first; the next step has those of the step before."""
     run = Run(Options(), "heun", [9.0, 4.0, 1.0, 0.0], (1e9, 0.0))
-    told = [{"cond_or_uncond": [0], "uuids": ["a"]}, {"cond_or_uncond": [1], "uuids": ["b"]}]
+    options = [{"cond_or_uncond": [0], "uuids": ["a"]}, {"cond_or_uncond": [1], "uuids": ["b"]}]
     names = []
     for _ in range(4):
         run.evaluate(lambda: 0.0)
-        names.append([run.name(one) for one in (*told, told[0])])
+        names.append([run.name(one) for one in (*options, options[0])])
     assert run.step == 2
     assert len({*names[0], *names[1]}) == 6
     assert names[2:] == names[:2]
@@ -319,20 +319,20 @@ def test_a_second_node_replaces_the_first() -> None:
 
 
 def test_another_size_and_back() -> None:
-    made = apply(client.model())
-    small, large = client.sample(made), client.sample(made, size=24)
-    assert torch.equal(client.sample(made), small)
-    assert torch.equal(client.sample(made, size=24), large)
-    assert handle(made).wrapper.stats.adaptor_passes == 3
+    clone = apply(client.model())
+    small, large = client.sample(clone), client.sample(clone, size=24)
+    assert torch.equal(client.sample(clone), small)
+    assert torch.equal(client.sample(clone, size=24), large)
+    assert handle(clone).wrapper.stats.adaptor_passes == 3
 
 
 def test_a_sampler_that_breaks_the_foretold_pattern_is_told_by_its_times(caplog: pytest.LogCaptureFixture) -> None:
     run = handle(apply(client.model()))
     assert evaluations_of("somebodys_own", [3.0, 2.0, 0.0]) is None
     with caplog.at_level(logging.WARNING, "clockwork_hooks"):
-        made = apply(client.model())
+        clone = apply(client.model())
         calls: list[int] = []
-        client.sample(made, sampler="heun", callback=lambda step, *_: calls.append(step))
+        client.sample(clone, sampler="heun", callback=lambda step, *_: calls.append(step))
     assert calls == list(range(6))
     assert not caplog.records
     assert run.wrapper is None
@@ -347,8 +347,8 @@ def test_the_node_is_one() -> None:
     assert kind.RETURN_TYPES == ("MODEL",)
     assert inputs["required"]["model"][0] == "MODEL"
     names = [*inputs["required"], *inputs["optional"]]
-    made = {
+    defaults = {
         name: inputs[group][name][1].get("default") for group in inputs for name in inputs[group] if name != "model"
     }
-    assert getattr(kind(), kind.FUNCTION)(client.model(), **made)
-    assert set(names) - {"model"} == set(made)
+    assert getattr(kind(), kind.FUNCTION)(client.model(), **defaults)
+    assert set(names) - {"model"} == set(defaults)

@@ -64,8 +64,8 @@ def test_the_demo_prompts_are_varied() -> None:
     wanted = parse(DEMO_PROMPTS)
     assert len(set(DEMO_PROMPTS)) == 16
     for name, values in COLUMNS.items():
-        told = set(wanted[:, list(COLUMNS).index(name)].tolist())
-        assert len(told) >= min(len(values), 4), name
+        words = set(wanted[:, list(COLUMNS).index(name)].tolist())
+        assert len(words) >= min(len(values), 4), name
 
 
 def test_spelling_variants() -> None:

@@ -18,10 +18,10 @@ def row(*moved, right=9, grown=0.1, name="some", macs=60):
 
 
 def test_a_row_is_the_mean_of_its_scenes():
-    made = EditRow("a", 60, 100, 1.0, (SceneScore(9, 9, 1.0, 0.1, 0), SceneScore(3, 6, 2.0, 0.3, 2)))
-    assert (made.saving, made.accuracy, made.moved, made.lost) == (0.4, 12 / 15, 1.5, 2)
-    assert made.grown == pytest.approx(0.2)
-    assert EditRow.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    row = EditRow("a", 60, 100, 1.0, (SceneScore(9, 9, 1.0, 0.1, 0), SceneScore(3, 6, 2.0, 0.3, 2)))
+    assert (row.saving, row.accuracy, row.moved, row.lost) == (0.4, 12 / 15, 1.5, 2)
+    assert row.grown == pytest.approx(0.2)
+    assert EditRow.from_dict(json.loads(json.dumps(row.to_dict()))) == row
 
 
 def test_scenes_are_compared_in_pairs():

@@ -36,10 +36,10 @@ def test_four_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert calibrated.psnr is not None
     assert identity.psnr is not None
     assert calibrated.psnr > identity.psnr + 3
-    made = result.settings["calibration"]
-    assert made["captions"] == 4
-    assert made["seconds"] > 0
-    assert f"{made['seconds']:.1f} s. No training." in result.table().to_markdown()
+    calibration = result.settings["calibration"]
+    assert calibration["captions"] == 4
+    assert calibration["seconds"] > 0
+    assert f"{calibration['seconds']:.1f} s. No training." in result.table().to_markdown()
     assert result.settings["spread"] == "F F A A F A A F"
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["rows"][3]["name"] == "calibrated"

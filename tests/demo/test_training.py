@@ -107,7 +107,7 @@ def test_a_step_is_adamw_of_clipped_gradients_and_the_average_follows() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers'
 def test_evaluation_measures(model: DemoModel) -> None:
-    found = evaluate(model, steps=[2], count=4, guidance=1.5, batch=4)
-    assert found["rendered"]["total"] >= 0.97
-    assert found["steps_2"].keys() == found["rendered"].keys()
-    json.dumps(found)
+    report = evaluate(model, steps=[2], count=4, guidance=1.5, batch=4)
+    assert report["rendered"]["total"] >= 0.97
+    assert report["steps_2"].keys() == report["rendered"].keys()
+    json.dumps(report)

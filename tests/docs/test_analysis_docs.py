@@ -16,11 +16,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize(("module", "page"), [(analysis_tables, "analysis.md"), (edits_tables, "editing.md")])
 def test_the_tables_are_those_of_the_results(module, page):
-    made = module.tables(json.loads(module.RESULTS.read_text(encoding="utf-8")))
+    tables = module.tables(json.loads(module.RESULTS.read_text(encoding="utf-8")))
     text = (DOCS / page).read_text(encoding="utf-8")
-    assert set(made) == set(re.findall(r"<!-- (?!end of )(.+) -->", text))
-    assert all(table in text for table in made.values())
-    assert analysis_tables.filled(text, made) == text
+    assert set(tables) == set(re.findall(r"<!-- (?!end of )(.+) -->", text))
+    assert all(table in text for table in tables.values())
+    assert analysis_tables.filled(text, tables) == text
 
 
 def test_pictures_are_small_and_there():

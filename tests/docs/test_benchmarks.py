@@ -114,9 +114,9 @@ def test_the_adaptor_alone_in_miniature(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.adaptor_cost", "--out", str(tmp_path), "--tiny", "--device", "cpu"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = json.loads((tmp_path / "adaptor_cost.json").read_text())
-    found = [(row["model"], row["cut"], row["layout"]) for row in data["adaptor"]]
+    rows = [(row["model"], row["cut"], row["layout"]) for row in data["adaptor"]]
     layouts = "contiguous_format", "channels_last"
-    assert found == [(m, c, one) for m in ("sd15", "sdxl") for c in ("outer", "paper") for one in layouts]
+    assert rows == [(m, c, one) for m in ("sd15", "sdxl") for c in ("outer", "paper") for one in layouts]
     assert all(row["calls"] > 10 for row in data["kernels"] if row["kernel"] == "all")
 
 

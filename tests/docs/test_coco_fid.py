@@ -69,16 +69,16 @@ def test_a_tuned_row_is_tuned_on_captions_that_are_not_judged(data: Path) -> Non
     variant = coco_fid.tuned(pipe, captions, 0.1, **sampler)
     assert isinstance(variant["adaptor"], ch.CalibratedAdaptor)
     assert "forward" not in vars(pipe.unet)
-    found = coco_fid.coco_fid(pipe, coco, {"tuned": variant}, feature=Extractor(), batch=2, **sampler)
-    assert found["tuned"].macs_per_image <= 0.9 * found["plain"].macs_per_image
-    assert found["tuned"].adaptor_passes == len(variant["schedule"].adaptor_steps(4))
+    report = coco_fid.coco_fid(pipe, coco, {"tuned": variant}, feature=Extractor(), batch=2, **sampler)
+    assert report["tuned"].macs_per_image <= 0.9 * report["plain"].macs_per_image
+    assert report["tuned"].adaptor_passes == len(variant["schedule"].adaptor_steps(4))
 
 
 def test_plain_and_clockwork(data: Path) -> None:
     """FID by hand for plain: our extractor on the pipeline's own pictures."""
     pipe, coco = pipeline(), coco_fid.Coco.read(data / "captions.json", data / "val", 4)
     (data / "clip").mkdir()
-    found = coco_fid.coco_fid(
+    report = coco_fid.coco_fid(
         pipe,
         coco,
         {"clock 2": {"clock": 2}},
@@ -88,12 +88,12 @@ def test_plain_and_clockwork(data: Path) -> None:
         size=32,
         batch=2,
     )
-    assert [row.name for row in found.rows] == ["plain", "clock 2"]
-    assert set(found["plain"].scores) == {"FID", "CLIP"}
-    assert set(found["clock 2"].scores) == {"FID", "CLIP", "PSNR", "SSIM", "relative L2"}
-    assert (found["clock 2"].full_passes, found["clock 2"].adaptor_passes) == (4, 4)
-    assert found["clock 2"].macs_per_image < found["plain"].macs_per_image
-    made = [
+    assert [row.name for row in report.rows] == ["plain", "clock 2"]
+    assert set(report["plain"].scores) == {"FID", "CLIP"}
+    assert set(report["clock 2"].scores) == {"FID", "CLIP", "PSNR", "SSIM", "relative L2"}
+    assert (report["clock 2"].full_passes, report["clock 2"].adaptor_passes) == (4, 4)
+    assert report["clock 2"].macs_per_image < report["plain"].macs_per_image
+    pictures = [
         pipe(list(coco.captions[at : at + 2]), num_inference_steps=4, height=32, width=32, output_type="pt",
              generator=torch.Generator().manual_seed(at // 2)).images
         for at in (0, 2)
@@ -104,8 +104,8 @@ def test_plain_and_clockwork(data: Path) -> None:
     def statistics(batches: Any) -> Any:
         return statistics_of(lambda x: read((x * 255).round()), batches)
 
-    expected = frechet_distance(statistics(coco.pictures(32, 4)), statistics(made))
-    assert found["plain"].scores["FID"].mean == pytest.approx(expected, rel=1e-4)
+    expected = frechet_distance(statistics(coco.pictures(32, 4)), statistics(pictures))
+    assert report["plain"].scores["FID"].mean == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_command(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

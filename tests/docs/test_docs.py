@@ -28,8 +28,8 @@ def pages(nav: Any) -> Iterator[str]:
 
 def test_the_navigation_has_every_page_once() -> None:
     """A new page needs a line under `nav` in mkdocs.yml."""
-    found = [*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in DOCS.rglob("*.ipynb"))]
-    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in found)
+    files = [*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in DOCS.rglob("*.ipynb"))]
+    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in files)
 
 
 def test_the_api_page_has_every_public_name_once() -> None:
@@ -69,9 +69,9 @@ def test_what_the_design_names_is_there() -> None:
     rows = re.findall(r"^\| [^|]+ \| `([\w/]+)\.py` \| `([\w.]+)` \|$", text, re.M)
     assert len(rows) > 10
     for file, name in rows:
-        found: Any = importlib.import_module(f"clockwork_hooks.{file.replace('/', '.')}")
+        value: Any = importlib.import_module(f"clockwork_hooks.{file.replace('/', '.')}")
         for part in name.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
 
 
 def test_the_limits_are_those_that_were_measured() -> None:

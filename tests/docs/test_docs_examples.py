@@ -99,7 +99,7 @@ def compiler_names() -> dict[str, Any]:
 
 
 def analysis_names() -> dict[str, Any]:
-    unet = test_analysis.made(upper=lambda t: 1 + 5 * t)
+    unet = test_analysis.tiny(upper=lambda t: 1 + 5 * t)
     return {"unet": unet, "generate": test_analysis.sampler(unet), "prompts": 1}
 
 

@@ -26,28 +26,28 @@ def test_train_measure_resume_collect(tmp_path: Path, capsys: pytest.CaptureFixt
     run = ["run", "--out", str(tmp_path / "out"), "--tiny", "--groups", "modes-4"]
     assert fidelity.main(run) == 0
     assert "all is there" in capsys.readouterr().out
-    made = tmp_path / "out" / "rows" / "modes-4.json"
-    first = json.loads(made.read_text())
+    row_file = tmp_path / "out" / "rows" / "modes-4.json"
+    first = json.loads(row_file.read_text())
     assert list(first["rows"]) == ["plain", "unrolled", "forward-noise", "on-policy"]
     row = first["rows"]["on-policy"]
     assert list(row["errors"]["feature"]) == list(row["errors"]["output"]) == ["2", "4"]
     assert row["full_passes"] == row["adaptor_passes"] == 4  # two seeds of one batch, four steps
     assert row["macs_per_image"] < first["rows"]["plain"]["macs_per_image"]
 
-    before = made.stat().st_mtime_ns
+    before = row_file.stat().st_mtime_ns
     assert fidelity.main(run) == 0
     assert "0 groups to do" in capsys.readouterr().out
-    assert made.stat().st_mtime_ns == before
+    assert row_file.stat().st_mtime_ns == before
 
     del first["rows"]["on-policy"]
     first["rows"]["forward-noise"]["kind"] = (
         "ResNetAdaptor"  # an earlier plan's row of that label is not the planned one
     )
-    made.write_text(json.dumps(first))
+    row_file.write_text(json.dumps(first))
     assert fidelity.main(run) == 0
     assert "trained" not in capsys.readouterr().out  # the adaptor's folder was there
-    assert json.loads(made.read_text())["rows"]["forward-noise"]["kind"] == "ScaledResNetAdaptor"
-    again = json.loads(made.read_text())["rows"]["on-policy"]
+    assert json.loads(row_file.read_text())["rows"]["forward-noise"]["kind"] == "ScaledResNetAdaptor"
+    again = json.loads(row_file.read_text())["rows"]["on-policy"]
     for name, score in row["scores"].items():
         assert again["scores"][name]["values"] == pytest.approx(score["values"]), name
 
@@ -172,11 +172,11 @@ def test_ways_of_training_are_judged_over_training_seeds() -> None:
             row["scores"]["Fréchet"]["values"] = [value - 1, value, value + 1]
             row["scores"]["PSNR"] = {"values": [30.0]}
             data["rows"][key] = row
-    found = {claim.target: claim for claim in claims(Results(data))}[
+    judged = {claim.target: claim for claim in claims(Results(data))}[
         "4 steps: unrolled or on-policy training beats forward-noise training"
     ]
-    assert found.met is True
-    assert found.found.startswith("unrolled: Fréchet −4 ± 1.73, 95% interval −8.3 to +0.303 (the interval includes 0)")
+    assert judged.met is True
+    assert judged.found.startswith("unrolled: Fréchet −4 ± 1.73, 95% interval −8.3 to +0.303 (the interval includes 0)")
     page = render.render(data)
     assert "7.00 ± 1.00" in page
     assert "2: 70.0, 4: 10.0" in page

@@ -18,17 +18,17 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def kept(name: str, folder: Path = FOLDER) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
-    return found
+def notebook_of(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return data
 
 
 def said(notebook: dict[str, Any]) -> list[tuple[str, str]]:
     """(kind, text) of every output; of a picture only that it is one."""
-    told = [
+    outputs = [
         output for cell in notebook["cells"] if cell["cell_type"] == "code" for output in notebook_pages.outputs(cell)
     ]
-    return [(kind, "" if kind in notebook_pages.PICTURES else text.replace("█", "").strip()) for kind, text in told]
+    return [(kind, "" if kind in notebook_pages.PICTURES else text.replace("█", "").strip()) for kind, text in outputs]
 
 
 def test_there_are_two() -> None:
@@ -43,7 +43,7 @@ def test_a_notebook_says_what_it_is_kept_with(name: str, tmp_path: Path) -> None
     """10 and 40 s of CPU time, imports included; on another machine numbers differ in their last digits."""
     script = [sys.executable, ROOT / "docs" / "run_notebooks.py", name, "--out", tmp_path]
     subprocess.run(script, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    now, then = said(kept(name, tmp_path)), said(kept(name))
+    now, then = said(notebook_of(name, tmp_path)), said(notebook_of(name))
     assert [(kind, NUMBER.sub("#", text)) for kind, text in now] == [
         (kind, NUMBER.sub("#", text)) for kind, text in then
     ]
@@ -56,7 +56,7 @@ def test_a_notebook_says_what_it_is_kept_with(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_a_page(name: str) -> None:
     """It begins with what it is for, has all cells and pictures, and no machine's paths."""
-    notebook = kept(name)
+    notebook = notebook_of(name)
     text, pictures = notebook_pages.page(notebook, name)
     title, first, note, *_ = text.split("\n\n")
     assert title.startswith("# Notebook: ")

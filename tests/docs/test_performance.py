@@ -52,10 +52,10 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def test_an_ideal_has_the_macs_of_its_own_cut() -> None:
     """The run of 2026-11-24 counted the ideal's MACs at the outer cut only and wrote them in both rows."""
-    found = Latencies(GPU)
+    latencies = Latencies(GPU)
     for cut in ("outer", "paper"):
         ideal, ours = (
-            found.row(f"{kind}, clock 2, identity, {cut} cut", "cudagraphs") for kind in ("ideal", "clockwork")
+            latencies.row(f"{kind}, clock 2, identity, {cut} cut", "cudagraphs") for kind in ("ideal", "clockwork")
         )
         assert ideal is not None
         assert ours is not None

@@ -73,12 +73,12 @@ def test_quality_of_the_demo() -> None:
     keys["the paper's adaptor and loss"] = "losses-8/ResNet, feature"
     keys["the adaptor that ships"] = SHIPS
     keys["the best of all tried"] = "best-8/UNet-light, 3 5 7"
-    told = rows("quality table")
-    assert list(told) == list(keys)
+    printed = rows("quality table")
+    assert list(printed) == list(keys)
     for label, key in keys.items():
         saved = "–" if label == "plain" else percent(results.saved(key))
         scores = [str(results.score(key, name)) for name in ("Fréchet", "attributes right")]
-        assert told[label] == [macs(results.row(key)["macs_per_image"]), saved, *scores], label
+        assert printed[label] == [macs(results.row(key)["macs_per_image"]), saved, *scores], label
     order = ("plain", "the adaptor that ships", "plain, 6 steps", "plain, 5 steps", "identity")
     distances = [results.score(keys[label], "Fréchet") for label in (*order, "the paper's adaptor and loss")]
     means = [score.mean for score in distances if score]
@@ -93,10 +93,10 @@ def test_quality_of_the_demo() -> None:
 
 def test_times_on_a_gpu() -> None:
     data = json.loads((ROOT / "benchmarks/results/gpu_latency.json").read_text(encoding="utf-8"))
-    told, measured = rows("speed table"), {one.what: one.measured for one in verdicts(Latencies(data))}
-    assert len(told) == 5
-    assert {what: [measured[what]] for what in told} == told
-    for what in told:  # like with like: both sides in the same mode
+    printed, measured = rows("speed table"), {one.what: one.measured for one in verdicts(Latencies(data))}
+    assert len(printed) == 5
+    assert {what: [measured[what]] for what in printed} == printed
+    for what in printed:  # like with like: both sides in the same mode
         assert re.search(r"(captured|compiled)\b.*against plain \1$", what), what
 
 

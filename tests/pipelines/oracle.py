@@ -70,11 +70,11 @@ def replay(
     thaw = [freeze(unet.get_submodule(name)) for name in frozen]
     handles = [unet.register_forward_pre_hook(begin), unet.get_submodule(path).register_forward_hook(exit)]
     try:
-        made = run()
+        result = run()
     finally:
         for handle in handles:
             handle.remove()
         for undo in thaw:
             undo()
     assert next(left, None) is None, "the loop made fewer calls than it was said to"
-    return made
+    return result

@@ -34,12 +34,12 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def seeded(make: Callable[..., nn.Module]) -> Callable[..., Any]:
     """The same weights wherever and whenever the part is made; in evaluation mode, as pipelines load them."""
 
-    def made(*args: Any, **kwargs: Any) -> Any:
+    def build(*args: Any, **kwargs: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make(*args, **kwargs).eval()
 
-    return made
+    return build
 
 
 @seeded

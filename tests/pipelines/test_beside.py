@@ -44,9 +44,9 @@ def followed(unet: Any, work: Callable[[], Any]) -> tuple[list[str], Any, Any]:
         warnings.simplefilter("always")
         with contextlib.suppress(RuntimeError):  # raised by who needs maps that no adaptor pass makes
             work()
-    told = [str(one.message) for one in caught if one.category is ch.SkippedModuleWarning]
-    assert len(told) == 1
-    advice = re.search(r"keep=(\[.*?\])", told[0])
+    messages = [str(one.message) for one in caught if one.category is ch.SkippedModuleWarning]
+    assert len(messages) == 1
+    advice = re.search(r"keep=(\[.*?\])", messages[0])
     assert advice is not None
     keep = ast.literal_eval(advice[1])
     with warnings.catch_warnings():
@@ -106,10 +106,10 @@ def sag(unet: Any, **options: Any) -> Callable[[], Tensor]:
         vae, None, None, unet, scheduler, None, None, None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    given = {"prompt_embeds": TEXT, "negative_prompt_embeds": 0 * TEXT, "height": parts.SIZE, "width": parts.SIZE}
+    inputs = {"prompt_embeds": TEXT, "negative_prompt_embeds": 0 * TEXT, "height": parts.SIZE, "width": parts.SIZE}
     return lambda: (
         pipe(
-            **given,
+            **inputs,
             **options,
             num_inference_steps=STEPS,
             output_type="latent",
@@ -131,14 +131,14 @@ def test_self_attention_guidance_runs_and_is_the_plain_one_on_full_passes(scale:
     assert keep == ["mid_block.attentions.0"]
     assert torch.isfinite(picture).all()
     assert not torch.equal(picture, plain)
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
     with ch.wrap(unet, keep=keep, schedule=ch.Schedule.where(lambda step: step == STEPS)):
-        handle = unet.register_forward_hook(lambda m, args, kwargs, out: made.append(out[0]), with_kwargs=True)
+        handle = unet.register_forward_hook(lambda m, args, kwargs, out: outputs.append(out[0]), with_kwargs=True)
         work()
         handle.remove()
-    assert len(made) == len(reference) == 2 * STEPS  # of the last step one pass or two are the adaptor's
-    assert all(map(torch.equal, made[: 2 * STEPS - 2], reference))
-    assert not torch.equal(made[-2], reference[-2])
+    assert len(outputs) == len(reference) == 2 * STEPS  # of the last step one pass or two are the adaptor's
+    assert all(map(torch.equal, outputs[: 2 * STEPS - 2], reference))
+    assert not torch.equal(outputs[-2], reference[-2])
 
 
 # -- perturbed guidance -------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class Companion:
 
 
 def run(pipe: Any) -> Tensor:
-    made: Tensor = pipe(num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), **OPTIONS).images
-    return made
+    pictures: Tensor = pipe(num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), **OPTIONS).images
+    return pictures
 
 
 def lora() -> dict[str, Tensor]:
@@ -205,8 +205,8 @@ def pipe() -> Any:
 
 
 def fresh(pipe: Any) -> Any:
-    made = type(pipe)(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)}, requires_safety_checker=False)
-    return parts.quiet(made)
+    copied = type(pipe)(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)}, requires_safety_checker=False)
+    return parts.quiet(copied)
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,8 @@ def plain(pipe: Any) -> Tensor:
 
 @pytest.fixture(scope="module", params=COMPANIONS.values(), ids=list(COMPANIONS))
 def companion(request: pytest.FixtureRequest) -> Companion:
-    found: Companion = request.param
-    return found
+    one: Companion = request.param
+    return one
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +229,10 @@ def expected(pipe: Any, plain: Tensor, companion: Companion) -> Tensor:
     changed = run(other)
     assert companion.exact is None or torch.equal(changed, plain) == companion.exact
     companion.ready(other)
-    made = replay(other.unet, EXIT, PASSES, partial(run, other), frozen=companion.frozen)
-    assert not torch.equal(made, changed)
+    pictures = replay(other.unet, EXIT, PASSES, partial(run, other), frozen=companion.frozen)
+    assert not torch.equal(pictures, changed)
     companion.undo(other)
-    return made
+    return pictures
 
 
 def left_by(pipe: Any, companion: Companion) -> dict[str, set[str]]:

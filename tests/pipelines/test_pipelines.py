@@ -41,8 +41,8 @@ class Case:
 
     def run(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        made = self.pipe(num_inference_steps=STEPS, generator=generator, **self.options)
-        return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images)
+        pictures = self.pipe(num_inference_steps=STEPS, generator=generator, **self.options)
+        return torch.as_tensor(pictures.frames if hasattr(pictures, "frames") else pictures.images)
 
 
 TEXT = {"prompt": "a red cat", "height": 32, "width": 32, "guidance_scale": 3.0, "output_type": "latent"}
@@ -69,10 +69,10 @@ def inpaint() -> Case:
 
 
 def controlnet_model() -> Any:
-    made = parts.seeded(ControlNetModel.from_unet)(parts.unet(), conditioning_embedding_out_channels=(4, 4))
-    for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block):
+    model = parts.seeded(ControlNetModel.from_unet)(parts.unet(), conditioning_embedding_out_channels=(4, 4))
+    for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(0))  # zero at first
-    return made
+    return model
 
 
 def controlnet() -> Case:

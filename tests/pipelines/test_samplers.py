@@ -18,8 +18,8 @@ ALL = list(samplers.samplers())
 
 @pytest.fixture(scope="module")
 def unet() -> torch.nn.Module:
-    made: torch.nn.Module = small_unet()
-    return made
+    model: torch.nn.Module = small_unet()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_samples_are_those_of_a_hook(unet: torch.nn.Module, sampler: Sampler) ->
 
     expected = replay(unet, EXIT, passes(sampler), run)
     with torch.no_grad(), wrap_pipeline(Holder(unet, sampler), schedule=Schedule.every(2)) as cw:
-        made = sampler.run(as_model(unet), cw.pipe.scheduler)
-        assert torch.equal(made, expected)
+        samples = sampler.run(as_model(unet), cw.pipe.scheduler)
+        assert torch.equal(samples, expected)
         assert torch.equal(sampler.run(as_model(unet), cw.pipe.scheduler), expected)  # set_timesteps begins anew
 
 

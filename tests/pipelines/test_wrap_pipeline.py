@@ -27,8 +27,8 @@ EDIT = {"prompt": "a red cat", "guidance_scale": 3.0, "output_type": "latent"}
 
 
 def run(pipe: Any, steps: int = 6, **options: Any) -> Tensor:
-    made = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **({**TEXT, **options}))
-    return torch.as_tensor(made.images)
+    pictures = pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **({**TEXT, **options}))
+    return torch.as_tensor(pictures.images)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_a_step_is_the_solvers(pipe: Any, kind: str) -> None:
         run(pipe)
         cw.wrappers["unet"].stats.clear()
         pipe.scheduler = scheduler
-        made = run(pipe)
-        assert torch.equal(run(pipe), made)
+        pictures = run(pipe)
+        assert torch.equal(run(pipe), pictures)
         stats = cw.wrappers["unet"].stats
         assert (stats.full_passes, stats.adaptor_passes) == tuple(2 * count for count in counts(passes)), cw.report()
         assert set(stats.reasons) == {"first step", "scheduled"}
@@ -70,7 +70,7 @@ def test_a_step_is_the_solvers(pipe: Any, kind: str) -> None:
     assert not any(callable(value) for value in vars(scheduler).values() if not isinstance(value, torch.Tensor))
     expected = replay(pipe.unet, EXIT, passes, lambda: run(pipe))
     pipe.scheduler = before
-    assert torch.equal(made, expected)
+    assert torch.equal(pictures, expected)
 
 
 def test_img2img_may_enter_a_singlestep_solver_in_the_middle_of_a_step() -> None:
@@ -81,8 +81,8 @@ def test_img2img_may_enter_a_singlestep_solver_in_the_middle_of_a_step() -> None
     options = {name: value for name, value in options.items() if value is not None}
 
     def once() -> Tensor:
-        made: Tensor = pipe(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
-        return made
+        pictures: Tensor = pipe(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
+        return pictures
 
     expected = replay(pipe.unet, EXIT, every(2, [1, 2, 1, 1]), once)
     with wrap_pipeline(pipe) as cw:
@@ -162,8 +162,8 @@ def test_pipelines_that_share_the_unet_are_followed(pipe: Any) -> None:
     options = {**EDIT, "image": parts.picture(size=16), "strength": 0.7}
 
     def edit() -> Tensor:
-        made: Tensor = other(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
-        return made
+        pictures: Tensor = other(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **options).images
+        return pictures
 
     passes = every(2, [2, 2, 2, 1])
     expected, wanted = (
@@ -222,8 +222,8 @@ def loop(pipe: Any, *, steps: int = 5, between: Any = None, declare: Any = None)
         if declare is not None:
             declare(k)
         scaled = pipe.scheduler.scale_model_input(sample, t)
-        plain, told = (pipe.model(scaled, t, text) for text in texts)
-        sample = pipe.scheduler.step(plain + 2 * (told - plain), t, sample).prev_sample
+        plain, guided = (pipe.model(scaled, t, text) for text in texts)
+        sample = pipe.scheduler.step(plain + 2 * (guided - plain), t, sample).prev_sample
         if between is not None:
             between(k)
     return sample
@@ -247,13 +247,13 @@ def test_guidance_that_begins_between_two_evaluations_of_a_step() -> None:
     with wrap_pipeline(pipe) as cw:
         for k, t in enumerate(pipe.scheduler.timesteps):
             scaled = pipe.scheduler.scale_model_input(x, t)
-            told = [
+            outputs = [
                 judge.call(scaled, t, c, step=k // 2 + 1, branch=(b, k % 2))
                 for b, c in enumerate(texts)
                 if not b or k > 4
             ]
-            x = pipe.scheduler.step(sum(told), t, x).prev_sample
-        assert judge.made == "FF" + "AA" + "FFF" + "AFAF" + "FFFF" + "AA"
+            x = pipe.scheduler.step(sum(outputs), t, x).prev_sample
+        assert judge.letters == "FF" + "AA" + "FFF" + "AFAF" + "FFFF" + "AA"
         assert cw.wrappers["model"].stats.reasons["another place in the list of times than in the step before"] == 1
 
 
@@ -267,12 +267,12 @@ def test_a_preview_between_two_evaluations_of_a_step(after: int) -> None:
     with wrap_pipeline(pipe):
         for k, t in enumerate(pipe.scheduler.timesteps):
             scaled = pipe.scheduler.scale_model_input(x, t)
-            made = judge.call(scaled, t, c, step=k // 2 + 1, branch=k % 2)
-            x = pipe.scheduler.step(made, t, x).prev_sample
+            output = judge.call(scaled, t, c, step=k // 2 + 1, branch=k % 2)
+            x = pipe.scheduler.step(output, t, x).prev_sample
             if k == after:
                 judge.begin()
                 judge.unet(x, 0.5, c)
-        assert judge.made == {1: "FF" + "FFAAFFAAF", 2: "FFA" + "F" + "FFFFAAF"}[after]
+        assert judge.letters == {1: "FF" + "FFAAFFAAF", 2: "FFA" + "F" + "FFFFAAF"}[after]
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
@@ -286,7 +286,7 @@ def test_windows_whose_number_changes() -> None:
         for step, t in enumerate(pipe.scheduler.timesteps, 1):
             for at in range(0, 16, 4) if step % 2 else range(2, 14, 4):
                 judge.call(torch.randn(1, 2, 8, 8), t, c, step=step, branch=at)
-        assert judge.made == "F" * (4 + 3) * 3
+        assert judge.letters == "F" * (4 + 3) * 3
 
 
 @torch.no_grad()
@@ -304,13 +304,13 @@ def test_another_loop_on_the_unet_in_between_is_placed_by_its_own_times() -> Non
             kinds.append(cw.wrappers["model"].stats.adaptor_passes - start)
 
     with wrap_pipeline(pipe) as cw:
-        made = loop(pipe, between=preview)
+        outputs = loop(pipe, between=preview)
     assert kinds == [1]
     # evaluations 0..3 as scheduled, then a trajectory from the fifth evaluation on: FF AA | FF AA F
     expected = replay(
         pipe.model, "up", every(2, [2, 2], branches=2) + every(2, [2, 2, 1], branches=2), lambda: loop(pipe)
     )
-    assert torch.equal(made, expected)
+    assert torch.equal(outputs, expected)
 
 
 @torch.no_grad()
@@ -408,8 +408,8 @@ def test_stable_cascade() -> None:
 
     def once() -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        made: Tensor = pipe(num_inference_steps=6, generator=generator, output_type="latent", **options).images
-        return made
+        pictures: Tensor = pipe(num_inference_steps=6, generator=generator, output_type="latent", **options).images
+        return pictures
 
     expected = replay(pipe.decoder, "up_upscalers.0", every(2, [1] * 6), once)
     with wrap_pipeline(pipe) as cw:
@@ -431,10 +431,10 @@ class BaseAndRefiner:
         image = self.base(
             num_inference_steps=6, denoising_end=0.7, generator=torch.Generator().manual_seed(0), **TEXT
         ).images
-        made: Tensor = self.refiner(
+        pictures: Tensor = self.refiner(
             num_inference_steps=6, denoising_start=0.7, generator=torch.Generator().manual_seed(0), image=image, **EDIT
         ).images
-        return made
+        return pictures
 
 
 def sdxl_options(seed_width: int) -> dict[str, Any]:
@@ -447,9 +447,9 @@ def test_a_base_and_its_refiner_under_one_handle() -> None:
     before = [snapshot(pipe.unet) for pipe in (both.base, both.refiner)]
     with wrap_pipeline(both) as cw:
         assert list(cw.wrappers) == ["base.unet", "refiner.unet"]
-        made = both()
-        assert torch.equal(both(), made)
-        assert not torch.equal(made, plain)
+        pictures = both()
+        assert torch.equal(both(), pictures)
+        assert not torch.equal(pictures, plain)
         passes = {name: (w.stats.full_passes, w.stats.adaptor_passes) for name, w in cw.wrappers.items()}
         assert passes == {"base.unet": (4, 4), "refiner.unet": (2, 2)}  # four steps of the one, two of the other
         report = cw.report()

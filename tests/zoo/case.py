@@ -54,7 +54,7 @@ class ZooCase(Case):
         consumer: the module that takes the entry as its first argument; None where a function does.
         exit_call: which call of the exit module, counted from 0.
         skipped: modules inside the region: none of their calls runs on an adaptor pass.
-        kept: modules outside of it: every call runs on every pass.
+        outside: modules outside of it: every call runs on every pass.
     """
 
     entry: tuple[str, ...]
@@ -66,7 +66,7 @@ class ZooCase(Case):
     consumer: str | None = None
     exit_call: int = 0
     skipped: frozenset[str]
-    kept: frozenset[str]
+    outside: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +102,9 @@ def _seeded(build: Callable[[], Some]) -> Callable[[], Some]:
     def seeded() -> Some:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = build()
-            enliven(made.model)
-        return made
+            model = build()
+            enliven(model.model)
+        return model
 
     return seeded
 

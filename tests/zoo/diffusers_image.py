@@ -33,7 +33,7 @@ def _unet2d(last: dict[str, Any], name: str, note: str, model: UNet2DModel, **kw
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | set(last["inner"])
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", *children("down_blocks.0.resnets", 2), "up_blocks.2"}
             | {"conv_norm_out", "conv_act", "conv_out"}
         ),
@@ -68,8 +68,8 @@ def unet2d() -> ZooCase:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )
-    made = _unet2d(up_block(1, 3), "unet2d", _NOTE, model)
-    return replace(made, source="diffusers UNet2DModel, attention in the middle, as in DDPM")
+    plain = _unet2d(up_block(1, 3), "unet2d", _NOTE, model)
+    return replace(plain, source="diffusers UNet2DModel, attention in the middle, as in DDPM")
 
 
 @case
@@ -82,14 +82,14 @@ def unet2d_plain() -> ZooCase:
 @case
 def unet2d_classes() -> ZooCase:
     labels = {"class_labels": torch.tensor([3, 1])}
-    made = _unet2d(up_block(1, 3, attention=False), "unet2d_classes", _NOTE, _model(num_class_embeds=5), **labels)
+    plain = _unet2d(up_block(1, 3, attention=False), "unet2d_classes", _NOTE, _model(num_class_embeds=5), **labels)
     return replace(
-        made,
+        plain,
         source="diffusers UNet2DModel with class labels",
         note="The region of unet2d. unet_2d.py:297-305: the embedding of the labels is added to that of the time, so "
         "`emb`, a side input of the region, comes from two inputs. The labels are (B,) like a time: only the timestep "
         "goes through the sine and cosine of `time_proj`.",
-        kept=made.kept | {"class_embedding"},
+        outside=plain.outside | {"class_embedding"},
     )
 
 

@@ -39,7 +39,7 @@ def unet1d() -> ZooCase:
         skipped=frozenset(
             {"down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", *children("up_blocks.1.resnets", 3)}
         ),
-        kept=frozenset({"time_proj", "down_blocks.0", "up_blocks.2"}),
+        outside=frozenset({"time_proj", "down_blocks.0", "up_blocks.2"}),
     )
 
 
@@ -81,7 +81,7 @@ def unet1d_policy() -> ZooCase:
         skipped=frozenset(
             {"down_blocks.1.downsample", "down_blocks.2", "mid_block", *children("up_blocks.0.resnets", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"time_proj", "time_mlp", "down_blocks.0", *children("down_blocks.1.resnets", 2), "up_blocks.1"}
             | {"out_block"}
         ),
@@ -152,7 +152,7 @@ def cascade_b() -> ZooCase:
             | {*children("up_blocks.0", 3), *children("up_blocks.1", 6), *children("up_blocks.2", 2)}
             | {"up_repeat_mappers.0.0", "up_repeat_mappers.1.0", *children("up_upscalers", 2), "up_upscalers.2.0"}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"embedding", "effnet_mapper", "pixels_mapper", *children("down_blocks.0", 2)}
             | {*children("up_blocks.3", 2), "clf"}
         ),

@@ -44,7 +44,7 @@ def _kandinsky22(model: UNet2DConditionModel) -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | set(last["inner"])
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "add_embedding", *children("down_blocks.0.resnets", 2), "up_blocks.2"}
             | {"conv_norm_out", "conv_act", "conv_out"}
         ),
@@ -106,7 +106,7 @@ def kandinsky3() -> ZooCase:
         "level lower. :341-346: a down block returns its last resnet's sum; :276-278: up_blocks.2 ends with its "
         "self-attention.",
         skipped=frozenset({"down_blocks.1", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1"}),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "encoder_hid_proj", "add_time_condition", "down_blocks.0", "up_blocks.3"}
             | {"conv_norm_out", "conv_act_out", "conv_out"}
         ),

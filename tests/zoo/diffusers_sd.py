@@ -46,7 +46,7 @@ def _sd15(name: str = "sd15", channels: int = 4, **config: Any) -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "down_blocks.3", "mid_block"}
             | {"up_blocks.0", "up_blocks.1", *last["inner"]}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "up_blocks.3", "conv_norm_out", "conv_act", "conv_out"}
             | {*children("down_blocks.0.resnets", 2), *children("down_blocks.0.attentions", 2)}
         ),
@@ -138,7 +138,7 @@ def sd15_classes() -> ZooCase:
         note="The region of sd15. unet_2d_condition.py:874-890: the labels, here noise levels, go through the sine and "
         "cosine of `time_proj` as the time does, and are added to its embedding: two inputs of the form (B,) that "
         "feed sines. The time is the one called so.",
-        kept=plain.kept | {"class_embedding"},
+        outside=plain.outside | {"class_embedding"},
     )
 
 
@@ -156,7 +156,7 @@ def sd15_gligen() -> ZooCase:
         source="diffusers UNet2DConditionModel with GLIGEN boxes",
         note="The region of sd15. unet_2d_condition.py:1111-1114: `position_net` makes tokens of the boxes, a side "
         "input that every `fuser` within the attentions takes (models/attention.py:1022).",
-        kept=plain.kept | {"position_net"},
+        outside=plain.outside | {"position_net"},
     )
 
 
@@ -212,7 +212,7 @@ def sdxl() -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | set(last["inner"])
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "add_embedding", *children("down_blocks.0.resnets", 2), "up_blocks.2"}
             | {"conv_norm_out", "conv_act", "conv_out"}
         ),

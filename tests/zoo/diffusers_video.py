@@ -36,7 +36,7 @@ def unet3d() -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | {path for name in lists for path in children(f"up_blocks.1.{name}", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "transformer_in", "time_embedding", "up_blocks.2", "conv_norm_out", "conv_act", "conv_out"}
             | {f"down_blocks.0.{name}.0" for name in lists}
         ),
@@ -79,7 +79,7 @@ def svd() -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | {*children("up_blocks.1.resnets", 2), *children("up_blocks.1.attentions", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "add_embedding", "down_blocks.0.resnets.0", "down_blocks.0.attentions.0"}
             | {"up_blocks.2", "conv_norm_out", "conv_act", "conv_out"}
         ),
@@ -119,7 +119,7 @@ def motion() -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | {path for name in lists for path in children(f"up_blocks.1.{name}", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "time_embedding", "up_blocks.2", "conv_norm_out", "conv_act", "conv_out"}
             | {f"down_blocks.0.{name}.0" for name in lists}
         ),
@@ -161,7 +161,7 @@ def i2vgen_xl() -> ZooCase:
             {"down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
             | {path for name in lists for path in children(f"up_blocks.1.{name}", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"conv_in", "transformer_in", "time_embedding", "fps_embedding", "image_latents_proj_in"}
             | {"image_latents_temporal_encoder", "image_latents_context_embedding", "context_embedding"}
             | {f"down_blocks.0.{name}.0" for name in lists}

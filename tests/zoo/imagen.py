@@ -9,12 +9,12 @@ import torch
 from tests.zoo.case import RefusedCase, ZooCase, case, children, refused
 from tests.zoo.third_party import stand_ins, trainers
 
-_found = importlib.util.find_spec("imagen_pytorch")
-assert _found is not None
+_spec = importlib.util.find_spec("imagen_pytorch")
+assert _spec is not None
 _text_encoder = {"t5_encode_text": None, "get_encoded_dim": lambda name: 12, "DEFAULT_T5_NAME": ""}
 # The package's own __init__ brings its trainer, and its t5 asks the network how wide a text encoder is.
 _package = {
-    "imagen_pytorch": {"__path__": _found.submodule_search_locations},
+    "imagen_pytorch": {"__path__": _spec.submodule_search_locations},
     "imagen_pytorch.t5": _text_encoder,
 }
 with trainers(), stand_ins(_package):
@@ -56,7 +56,7 @@ def _imagen(**config: Any) -> ZooCase:
             | {"downs.2.4", "mid_block1", "mid_attn", "mid_block2", "ups.0.0", "ups.0.1.0", "ups.0.2", "ups.0.3"}
             | {"ups.1.0", "ups.1.1.0", "ups.1.2", *children("ups.1.3.net", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"init_conv", "to_time_hiddens", "to_time_cond", "text_to_cond", "attn_pool"}
             | {"downs.0.1", "downs.0.2.0", "ups.2.0", "ups.2.1.0", "final_res_block", "final_conv"}
         ),
@@ -81,7 +81,7 @@ def imagen_memory_efficient() -> ZooCase:
         "size of the sample and nothing goes round at full size: the region of imagen, one level lower. ups.2 ends "
         "with an upsampling too (:1393).",
         skipped=(plain.skipped - {"downs.0.4", "downs.1.4", "downs.2.4"}) | {"downs.1.0", "downs.2.0"},
-        kept=plain.kept | {"init_resnet_block", "downs.0.0", "ups.2.3"},
+        outside=plain.outside | {"init_resnet_block", "downs.0.0", "ups.2.3"},
     )
 
 
@@ -118,7 +118,7 @@ def imagen_3d() -> ZooCase:
                 "ups.1.6.net",
             }
         ),
-        kept=(plain.kept - {"downs.0.3"})
+        outside=(plain.outside - {"downs.0.3"})
         | {"init_temporal_peg", "init_temporal_attn", "downs.0.4", "ups.2.3", "ups.2.4"},
     )
 

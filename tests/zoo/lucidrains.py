@@ -37,7 +37,7 @@ def _ddpm(**config: Any) -> ZooCase:
             {"downs.0.3", *(path for index in (1, 2) for path in children(f"downs.{index}", 4))}
             | {"mid_block1", "mid_attn", "mid_block2", *children("ups.0", 4), *children("ups.1", 3)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"init_conv", "time_mlp", *children("downs.0", 3), *children("ups.2", 4), "final_res_block", "final_conv"}
         ),
     )
@@ -86,7 +86,7 @@ def ddpm_guided() -> ZooCase:
         source="denoising-diffusion-pytorch Unet with classifier-free guidance",
         note="classifier_free_guidance.py:445-456: as ddpm_1d. Time and classes are both (B,) integers, the class "
         "embedding is one more side input of every block; the time is the one that feeds a sine.",
-        kept=_ddpm().kept | {"classes_emb", "classes_mlp"},
+        outside=_ddpm().outside | {"classes_emb", "classes_mlp"},
     )
 
 
@@ -111,7 +111,7 @@ def simple_diffusion() -> ZooCase:
         skipped=frozenset(
             {"downs.0.3", *children("downs.1", 4), "vit", *children("ups.0", 4), *children("ups.1.0.net", 2)}
         ),
-        kept=frozenset(
+        outside=frozenset(
             {"init_conv", "time_mlp", *children("downs.0", 3), "ups.1.1", "ups.1.2", "ups.1.3"}
             | {"final_res_block", "final_conv"}
         ),
@@ -149,7 +149,7 @@ def _karras(name: str, model: Any, sample: tuple[int, ...], source: str, note: s
         source=source,
         note=note,
         skipped=frozenset({*(f"downs.{k}" for k in range(1, 5)), *children("mids", 2), *children("ups", 5)}),
-        kept=frozenset({"input_block", "to_time_emb", "downs.0", "ups.6", "ups.7", "output_block"}),
+        outside=frozenset({"input_block", "to_time_emb", "downs.0", "ups.6", "ups.7", "output_block"}),
     )
 
 
@@ -166,7 +166,7 @@ def karras() -> ZooCase:
         attn_res=(8, 4),
         attn_dim_head=16,
     )
-    made = _karras(
+    plain = _karras(
         "karras",
         model,
         (2, 3, 16, 16),
@@ -178,7 +178,7 @@ def karras() -> ZooCase:
         " inside, the last two outside.",
         class_labels=torch.tensor([1, 4]),
     )
-    return replace(made, kept=made.kept | {"to_class_emb"})
+    return replace(plain, outside=plain.outside | {"to_class_emb"})
 
 
 @case

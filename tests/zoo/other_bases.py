@@ -41,7 +41,7 @@ def monai3d() -> ZooCase:
             {"down_blocks.0.downsampler", "down_blocks.1", "down_blocks.2", "middle_block", "up_blocks.0"}
             | {*children("up_blocks.1.resnets", 2), f"{upsampler}.upsample_non_trainable"}
         ),
-        kept=frozenset({"conv_in", "time_embed", "down_blocks.0.resnets.0", "up_blocks.2", "out"}),
+        outside=frozenset({"conv_in", "time_embed", "down_blocks.0.resnets.0", "up_blocks.2", "out"}),
     )
 
 
@@ -79,7 +79,7 @@ def monai2d() -> ZooCase:
             {"down_blocks.0.downsampler", "down_blocks.1", "down_blocks.2", "middle_block", "up_blocks.0"}
             | {*children("up_blocks.1.resnets", 2), *children("up_blocks.1.attentions", 2)}
         ),
-        kept=frozenset({"conv_in", "time_embed", "down_blocks.0.resnets.0", "up_blocks.2", "out"}),
+        outside=frozenset({"conv_in", "time_embed", "down_blocks.0.resnets.0", "up_blocks.2", "out"}),
     )
 
 
@@ -104,7 +104,7 @@ def monai_unet() -> ZooCase:
         "submodule makes of it (networks/layers/simplelayers.py), a Sequential that halves, nests and enlarges again. "
         "The sum of a residual unit is returned by it alone. There is no time input.",
         skipped=frozenset({f"{below}.0", f"{below}.1", f"{below}.2.0"}),
-        kept=frozenset({"model.0", "model.2"}),
+        outside=frozenset({"model.0", "model.2"}),
     )
 
 
@@ -112,8 +112,8 @@ def _a_unet(dim: int, blocks: list[Any], **options: Any) -> nn.Module:
     from a_unet import TimeConditioningPlugin
     from a_unet.apex import XUNet
 
-    made: nn.Module = TimeConditioningPlugin(XUNet)(dim=dim, blocks=blocks, resnet_groups=8, **options)
-    return made
+    net: nn.Module = TimeConditioningPlugin(XUNet)(dim=dim, blocks=blocks, resnet_groups=8, **options)
+    return net
 
 
 @case
@@ -142,7 +142,7 @@ def a_unet1d() -> ZooCase:
         "it returns the same tensor) carries it round the inner `block`, a Sequential from downsampling to upsampling. "
         "The merge with the skip is the inner block's last module and outside of the region.",
         skipped=frozenset(f"{inner}.block.blocks.{index}" for index in range(6)),
-        kept=frozenset(
+        outside=frozenset(
             {"blocks.0", "blocks.1", "blocks.2.net.skip_adapter", "blocks.2.net.skip", f"{inner}.skip_adapter"}
             | {f"{inner}.skip", *(f"{top}.{index}" for index in (0, 1, 2, 4, 5, 6))}
         ),
@@ -184,8 +184,8 @@ def _x_unet(**options: Any) -> nn.Module:
 
     small = {"dim": 8, "dim_mults": (1, 2, 2), "num_blocks_per_stage": (1, 1, 1), "num_self_attn_per_stage": (0, 0, 1)}
     heads = {"attn_heads": 2, "attn_dim_head": 8}
-    made: nn.Module = XUnet(**small, **heads, nested_unet_depths=(2, 1, 0), nested_unet_dim=8, channels=3, **options)
-    return made
+    net: nn.Module = XUnet(**small, **heads, nested_unet_depths=(2, 1, 0), nested_unet_dim=8, channels=3, **options)
+    return net
 
 
 @case
@@ -208,7 +208,7 @@ def x_unet() -> ZooCase:
             | {"mid_attn", "mid_after", "mid_upsample", "ups.0.0", "ups.0.3", "ups.1.0", "ups.1.3"}
             | {f"consolidator.fmap_convs.{level}" for level in range(3)}
         ),
-        kept=frozenset({"init_conv", "final_conv"}),
+        outside=frozenset({"init_conv", "final_conv"}),
     )
 
 

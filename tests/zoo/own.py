@@ -56,7 +56,7 @@ def plain() -> ZooCase:
         resolution=(16, 24),
         source="our own, without time",
         skipped=frozenset({"down2", "middle", "up2", "merge2"}),
-        kept=frozenset({"down1", "merge1", "out"}),
+        outside=frozenset({"down1", "merge1", "out"}),
     )
 
 
@@ -108,7 +108,7 @@ def nested() -> ZooCase:
         consumer="body.down",
         exit=("body.up",),
         skipped=frozenset({"body.down", "body.inner"}),
-        kept=frozenset({"time", "stem", "body.before", "body.after", "head"}),
+        outside=frozenset({"time", "stem", "body.before", "body.after", "head"}),
     )
 
 
@@ -135,7 +135,7 @@ def unshuffled() -> ZooCase:
         args=(torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])),
         exit=("up", "up.1"),
         skipped=BELOW | {"up.0"},
-        kept=ABOVE,
+        outside=ABOVE,
     )
 
 
@@ -246,7 +246,7 @@ def unused_skip() -> ZooCase:
         exit=("rise",),
         resolution=(8, 8),
         skipped=frozenset({"sink", "deep"}),
-        kept=frozenset({"time", "stem", "high", "down", "low", "merge", "up", "join", "head"}),
+        outside=frozenset({"time", "stem", "high", "down", "low", "merge", "up", "join", "head"}),
     )
 
 
@@ -277,7 +277,7 @@ def several_entries() -> ZooCase:
         "adaptor reads the latest, `two`, that `second` returns.",
         entry=("second",),
         skipped=BELOW | {"image", "small_image"},
-        kept=ABOVE | {"second"},
+        outside=ABOVE | {"second"},
     )
 
 
@@ -314,5 +314,5 @@ def squeeze_excite() -> ZooCase:
         "way, `gate_high` returns the entry.",
         entry=("gate_high",),
         skipped=BELOW | {"gate_low"},
-        kept=ABOVE | {"gate_high", "gate_join"},
+        outside=ABOVE | {"gate_high", "gate_join"},
     )

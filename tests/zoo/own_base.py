@@ -99,7 +99,7 @@ def small(model: nn.Module, name: str, note: str, **changes: Any) -> ZooCase:
             "source": f"our own {type(model).__name__}",
             "note": note,
             "skipped": BELOW,
-            "kept": ABOVE,
+            "outside": ABOVE,
             **changes,
         }
     )

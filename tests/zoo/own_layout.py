@@ -66,7 +66,7 @@ def token_unet() -> ZooCase:
         resolution=(8, 8),
         axes=(1,),
         skipped=frozenset({"down", "low", "up"}),
-        kept=frozenset({"time", "embed", "high", "join", "out"}),
+        outside=frozenset({"time", "embed", "high", "join", "out"}),
     )
 
 
@@ -96,7 +96,7 @@ def channels_last() -> ZooCase:
         exit=("last",),
         axes=(1, 2),
         skipped=BELOW | {"up"},
-        kept=ABOVE | {"first"},
+        outside=ABOVE | {"first"},
     )
 
 
@@ -127,7 +127,7 @@ def volumes() -> ZooCase:
         entry=("along",),
         resolution=(4, 16, 16),
         skipped=frozenset({"down", "body"}),
-        kept=frozenset({"stem", "along", "head"}),
+        outside=frozenset({"stem", "along", "head"}),
     )
 
 
@@ -155,7 +155,7 @@ def preconditioned() -> ZooCase:
         consumer="net.down",
         exit=("net.up",),
         skipped=frozenset(f"net.{path}" for path in BELOW),
-        kept=frozenset(f"net.{path}" for path in ABOVE),
+        outside=frozenset(f"net.{path}" for path in ABOVE),
     )
 
 
@@ -230,7 +230,7 @@ def sequential_slices() -> ZooCase:
         exit=act,
         exit_call=4,
         skipped=frozenset({"layers.2", "layers.4", "layers.6", "layers.8"}),
-        kept=frozenset({"layers.0", "layers.10", "layers.12"}),
+        outside=frozenset({"layers.0", "layers.10", "layers.12"}),
     )
 
 

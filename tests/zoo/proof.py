@@ -31,9 +31,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor of a structure, in order."""
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(lambda tensor: tensors.append(tensor) or tensor, value)
+    return tensors
 
 
 def same(left: Any, right: Any) -> bool:

@@ -153,14 +153,14 @@ class Net(Level):
 
     def _deeper(self, image: Tensor, time: Tensor | None) -> Tensor:
         deepest = len(self.plan.widths) - 1
-        kept: list[list[Tensor]] = []
+        features: list[list[Tensor]] = []
         for level in range(1, deepest + 1):
             image, skips = self.encode(level, self.resample(f"down {level - 1}", image), time)
-            kept.append(skips)
+            features.append(skips)
         for level in reversed(range(deepest)):
             image = self.resample(f"up {level}", image)
             if level:
-                image = self.decode(level, image, kept[level - 1], time)
+                image = self.decode(level, image, features[level - 1], time)
         return image
 
 
@@ -229,7 +229,7 @@ def _expect(name: str, plan: Plan, net: Net, model: nn.Module, args: tuple[Tenso
     }
     if plan.nested and "below" in owner._roles:
         skipped.add(f"{root}{owner.name_of('below')}")
-    kept = {f"{prefix}{child}" for role, child in net._roles.items() if role.startswith(outside)}
+    paths = {f"{prefix}{child}" for role, child in net._roles.items() if role.startswith(outside)}
     last = net.name_of(f"in 0.{plan.blocks - 1}")
     block = net.child(f"in 0.{plan.blocks - 1}")
     # A block that is not residual returns its second convolution's output as it is.
@@ -252,5 +252,5 @@ def _expect(name: str, plan: Plan, net: Net, model: nn.Module, args: tuple[Tenso
         source="our own, random",
         note=f"{plan}: the last encoder block of the top level enters, the top level's upsampling leaves.",
         skipped=frozenset(skipped - set(exits)),
-        kept=frozenset(kept),
+        outside=frozenset(paths),
     )

@@ -71,15 +71,15 @@ def _meta(make: Callable[[], Any], *args: tuple[int, ...], **kwargs: tuple[int, 
 def _ddpm() -> nn.Module:
     from tests.zoo.lucidrains import Unet
 
-    made: nn.Module = Unet(dim=128, dim_mults=(1, 2, 4, 8))
-    return made
+    unet: nn.Module = Unet(dim=128, dim_mults=(1, 2, 4, 8))
+    return unet
 
 
 def _karras() -> nn.Module:
     from tests.zoo.lucidrains import KarrasUnet
 
-    made: nn.Module = KarrasUnet(image_size=64)
-    return made
+    unet: nn.Module = KarrasUnet(image_size=64)
+    return unet
 
 
 def _imagen() -> nn.Module:
@@ -87,8 +87,8 @@ def _imagen() -> nn.Module:
 
     attentions = (False, True, True, True)
     sizes = {"dim": 512, "dim_mults": (1, 2, 3, 4), "num_resnet_blocks": 3, "text_embed_dim": 768}
-    made: nn.Module = Unet(**sizes, layer_attns=attentions, layer_cross_attns=attentions)
-    return made
+    unet: nn.Module = Unet(**sizes, layer_attns=attentions, layer_cross_attns=attentions)
+    return unet
 
 
 def _monai() -> nn.Module:

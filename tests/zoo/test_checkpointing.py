@@ -21,9 +21,9 @@ def loss(case: ZooCase) -> Tensor:
 def gradients(case: ZooCase) -> tuple[Tensor, list[Tensor | None]]:
     value = loss(case)
     value.backward()
-    found = [parameter.grad for parameter in case.model.parameters()]
+    values = [parameter.grad for parameter in case.model.parameters()]
     case.model.zero_grad(set_to_none=True)
-    return value.detach(), found
+    return value.detach(), values
 
 
 def equal(left: tuple[Tensor, list[Any]], right: tuple[Tensor, list[Any]]) -> bool:
@@ -54,7 +54,7 @@ def test_an_adaptor_pass_has_the_gradients_of_what_ran(name: str) -> None:
     path = region.exit.paths[-1]
     exits: list[Tensor] = []
 
-    def hold(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    def hold(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         exits.append(output.detach().clone())
         return exits[0]
 

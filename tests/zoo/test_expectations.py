@@ -48,7 +48,7 @@ def calls_of(name: str) -> dict[str, int]:
 @functools.cache
 def prover(name: str) -> Prover:
     case = build(name)
-    named = {path: range(calls_of(name)[path]) for path in {*case.skipped, *case.kept, *case.entry, *case.exit}}
+    named = {path: range(calls_of(name)[path]) for path in {*case.skipped, *case.outside, *case.entry, *case.exit}}
     return Prover(case.model, case.args, case.kwargs, named)
 
 
@@ -68,7 +68,7 @@ def test_the_output_needs_nothing_of_the_region_but_its_exit(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_the_output_needs_everything_that_is_kept(name: str) -> None:
     case = build(name)
-    paths = case.kept if name in ZOO else case.entry
+    paths = case.outside if name in ZOO else case.entry
     for path in paths:
         assert not proof(case, case.exit[-1], {*case.skipped, path}), path
 
@@ -81,11 +81,11 @@ def test_a_module_inside_of_the_region_is_no_exit_for_all_of_it(name: str) -> No
 
 
 def _returns_one_tensor(case: ZooCase, path: str) -> bool:
-    found: list[Any] = []
-    handle = case.model.get_submodule(path).register_forward_hook(lambda _m, _a, output: found.append(output))
+    results: list[Any] = []
+    handle = case.model.get_submodule(path).register_forward_hook(lambda _m, _a, output: results.append(output))
     run(case)
     handle.remove()
-    return len(found) == 1 and isinstance(found[0], Tensor)
+    return len(results) == 1 and isinstance(results[0], Tensor)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -115,7 +115,7 @@ def test_exactly_the_listed_modules_return_the_entry_and_the_exit(name: str) -> 
         handle.remove()
 
     def alike(tensor: Tensor, version: int) -> set[str]:
-        every = ((path, *made) for path, all_made in returned.items() for made in all_made)
+        every = ((path, *each) for path, values in returned.items() for each in values)
         return {path for path, other, seen in every if other is tensor and seen == version}
 
     def fits(tensor: Tensor, resolution: tuple[int, ...]) -> bool:
@@ -143,8 +143,8 @@ def test_a_case_is_tiny_seeded_and_nowhere_constant(name: str) -> None:
     _is_sound(name, case, again)
 
     paths = {path for path, _ in case.model.named_modules(remove_duplicate=False)}
-    assert {*case.entry, *case.exit, *case.skipped, *case.kept} <= paths
-    assert not case.skipped & case.kept
+    assert {*case.entry, *case.exit, *case.skipped, *case.outside} <= paths
+    assert not case.skipped & case.outside
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -193,7 +193,7 @@ def test_many_random_unets() -> None:
         name = f"random-{seed}"
         case = build(name)
         assert all(proof(case, path, set(case.skipped)) for path in case.exit), case.note
-        assert not any(proof(case, case.exit[-1], {*case.skipped, path}) for path in case.kept), case.note
+        assert not any(proof(case, case.exit[-1], {*case.skipped, path}) for path in case.outside), case.note
         prover.cache_clear()  # it keeps what the modules returned
     build.cache_clear()
     calls_of.cache_clear()

@@ -15,18 +15,18 @@ def stand_ins(modules: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
 
     Only while the block runs: diffusers, transformers and MONAI ask later whether torchvision is there.
     """
-    made = {name: ModuleType(name) for name in modules if name not in sys.modules}
-    for name, module in made.items():
+    empty = {name: ModuleType(name) for name in modules if name not in sys.modules}
+    for name, module in empty.items():
         module.__spec__ = ModuleSpec(name, None)
         vars(module).update(modules[name])
         parent, _, child = name.rpartition(".")
-        if parent in made:
-            setattr(made[parent], child, module)
-    sys.modules.update(made)
+        if parent in empty:
+            setattr(empty[parent], child, module)
+    sys.modules.update(empty)
     try:
         yield
     finally:
-        for name in made:
+        for name in empty:
             del sys.modules[name]
 
 
