@@ -21,6 +21,7 @@ from clockwork_hooks.reports.tables import table
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "calibration.json"
 SECOND = ROOT / "benchmarks" / "results" / "second_model.json"  # of benchmarks/second_model.py, in the same page
+TRAINED = ROOT / "benchmarks" / "results" / "trained_from_closed_form.json"  # of its script, likewise
 COST = ROOT / "benchmarks" / "results" / "calibration_cost.json"
 PAGE, README, PLOT = ROOT / "docs" / "calibration.md", ROOT / "README.md", ROOT / "docs" / "calibration_macs.png"
 BEGIN, END = "<!-- measured: python -m benchmarks.calibration_results -->", "<!-- end of measured -->"
@@ -244,7 +245,10 @@ def _unmeasured(data: Mapping[str, Any]) -> str:
             lines.append(f"- {group.name}: {'all' if every_one else '; '.join(labels)}")
     if not COST.exists():
         lines.append("- an adaptor pass beside the identity's: `python -m benchmarks.calibration_cost --out DIR`")
-    lines.append("- trained adaptors that start from the calibrated ones")
+    if not TRAINED.exists():
+        lines.append(
+            "- trained adaptors that start from the calibrated ones: `python -m benchmarks.trained_from_closed_form`"
+        )
     if not SECOND.exists():
         lines.append("- a second model of another code base: `python -m benchmarks.second_model`")
     lines.append("- Stable Diffusion")

@@ -235,7 +235,7 @@ def train(options: argparse.Namespace) -> int:
     average = AveragedModel(unet, multi_avg_fn=mean)
     count = sum(parameter.numel() for parameter in learned)
     say(f"training {count / 1e6:.2f}M parameters after {before - started:.0f} s of preparation")
-    while (passed := (time.monotonic() - started) / (60 * options.minutes)) < 1:
+    while (passed := (time.monotonic() - started) / (60 * options.minutes)) < 1 or iteration == 0:
         rate = options.rate * min(1, (iteration + 1) / 300) * max(0.5 * (1 + math.cos(math.pi * passed)), 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
