@@ -525,7 +525,8 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
         raise ModelNotFoundError(
             "a factory of a model returns it with the arguments of one call: (model, args, kwargs)",
             seen={"factory": f"{module}:{factory}", "returned": ", ".join(type(part).__name__ for part in returned)},
-            do="name another one: what this one returns, (unet, generate, conditions), is for drift, perturb and plan",
+            do="name another one: what this one returns, (unet, generate, conditions), is for drift, perturb, plan and "
+            "tune",
         )
     if not inputs:
         if type(unet).__name__ not in CLASSES:

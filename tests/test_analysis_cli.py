@@ -1,6 +1,7 @@
 """perturb, drift, plan and edit on the command line: files, tables and errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,32 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, monkeypatch):
     assert "no adaptor yet" in err
     assert f"The 2 schedules that were tried are in {out / 'trials.json'}" in err
     assert len(json.loads((out / "trials.json").read_text())) == 2
+
+
+def interrupted():
+    """A factory whose sampler is stopped by Ctrl-C."""
+
+    def generate(batch, seed):
+        raise KeyboardInterrupt
+
+    return build()[0], generate, [2]
+
+
+@pytest.mark.parametrize("command", ["drift", "perturb", "plan"])
+def test_an_interrupt_of_a_measurement_says_that_nothing_is_kept(capsys, tmp_path, command):
+    more = ["--min-saving", "0.2"] if command == "plan" else []
+    code, _, err = run(capsys, command, "tests.test_analysis_cli:interrupted", "--out", str(tmp_path), *more)
+    assert (code, err.strip()) == (130, "Interrupted. Nothing is kept: another run begins anew.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder where nobody may write, root neither")
+@pytest.mark.parametrize("command", ["drift", "perturb", "plan", "tune", "edit"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(capsys, command):
+    model = [] if command == "edit" else ["tests.test_analysis_cli:interrupted"]
+    code, _, err = run(capsys, command, *model, "--out", "/proc/nowhere")
+    assert code == 2
+    assert "not writable: /proc" in err
 
 
 def test_the_demo_model_is_the_default(capsys, tmp_path):

@@ -219,7 +219,7 @@ def test_a_factory_that_does_not_run_on_meta_runs_on_the_cpu(capsys, command):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["flops", "tests.test_cli:sampled"], "(unet, generate, conditions), is for drift, perturb and plan"),
+        (["flops", "tests.test_cli:sampled"], "(unet, generate, conditions), is for drift, perturb, plan and tune"),
         (["drift", "tests.test_cli:build"], "(model, args, kwargs), is for flops, regions and bench"),
     ],
 )

@@ -20,7 +20,7 @@ from clockwork_hooks.cli import (  # each registers its commands
     regions,
     tune,
 )
-from clockwork_hooks.cli.app import app
+from clockwork_hooks.cli.app import Interrupted, app
 from clockwork_hooks.cli.options import as_option
 
 __all__ = [
@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(words, prog_name="clockwork-hooks")
     except SystemExit as stop:
+        if stop.code == 130:
+            typer.echo(f"Interrupted. {_kept(stop)}", err=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
         failure: Exception = error
@@ -95,3 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
         typer.echo("".join(traceback.format_exception(failure)), err=True)
     typer.echo(f"Error: {text}", err=True)
     return 2
+
+
+def _kept(stop: BaseException | None) -> str:
+    """What the interrupted command says of itself."""
+    while stop is not None and not isinstance(stop, KeyboardInterrupt):  # typer leaves on its own
+        stop = stop.__cause__ or stop.__context__
+    return str(stop) if isinstance(stop, Interrupted) else "Nothing is kept: another run begins anew."

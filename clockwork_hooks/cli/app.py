@@ -8,7 +8,7 @@ import typer
 
 from clockwork_hooks._version import __version__
 
-__all__ = ["EXIT_CODES", "INSTALL", "LOOK", "MEASURE", "TRAIN", "TRY", "app", "epilog"]
+__all__ = ["EXIT_CODES", "INSTALL", "LOOK", "MEASURE", "TRAIN", "TRY", "Interrupted", "app", "epilog"]
 
 LOOK, MEASURE, TRAIN, TRY, INSTALL = (
     "Look at a model (no weights, no GPU)",
@@ -21,6 +21,10 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 a check failed (a budget exceeded, a package missing); "
     "2 an error, told in one block on stderr; 130 interrupted."
 )
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what is kept and how to go on; without words, nothing is kept."""
 
 
 def epilog(*examples: str) -> str:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, app
+from clockwork_hooks._numbers import count
+from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, Interrupted, app
 from clockwork_hooks.cli.delivery import deliver
 from clockwork_hooks.cli.options import Format, FormatOption, check_out
 
@@ -95,9 +96,8 @@ def distill(
         arguments["adaptor"] = adaptor
     try:
         result = train(resume=resume, **{**arguments, "mode": mode, **options})
-    except KeyboardInterrupt:
-        typer.echo(_left(Path(options["folder"]), config), err=True)
-        raise
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_left(Path(options["folder"]), config)) from interrupt
     if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
         if result.folder is not None:
             result.save(result.folder / "report.html")
@@ -110,15 +110,14 @@ def _left(folder: Path, config: str) -> str:
     from clockwork_hooks.training import checkpoint
 
     before = checkpoint.saved(folder)
-    lines = ["Interrupted."]
-    if (folder / "training.json").exists():
-        count = json.loads((folder / "training.json").read_text(encoding="utf-8"))["trajectories"]
-        lines.append(f"The adaptor of {count} trajectory {'batch' if count == 1 else 'batches'} is in {folder}.")
+    report = folder / "training.json"
+    done = json.loads(report.read_text(encoding="utf-8"))["trajectories"] if report.exists() else 0
+    trained = f"The adaptor of {count(done, 'trajectory batch', 'trajectory batches')} is in {folder}."
     again = (
         f"clockwork-hooks distill {shlex.quote(config)} --out {shlex.quote(str(folder))} --resume, and the same --set"
     )
-    lines.append(f"From its checkpoint {before.name} it goes on: {again}" if before else "There is no checkpoint yet.")
-    return "\n".join(lines)
+    goes_on = f"From its checkpoint {before.name} it goes on: {again}" if before else "There is no checkpoint yet."
+    return f"{trained if done else 'Nothing is trained yet.'}\n{goes_on}"
 
 
 def _read(config: str) -> dict[str, Any]:

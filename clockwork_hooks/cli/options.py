@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -246,13 +247,24 @@ def check_out(context: typer.Context, out: Any) -> Any:
     for path in map(Path.absolute, paths):
         there = next(place for place in (path, *path.parents) if place.exists())
         a_file = there.is_file()
-        if not os.access(there, os.W_OK) or (a_file and (there != path or path.suffix not in ENDINGS)):
+        if not _writable(there) or (a_file and (there != path or path.suffix not in ENDINGS)):
             raise ArgumentError(
                 "reports go where they can be written",
                 seen={"--out": path, "in the way" if a_file else "not writable": there},
                 do="pass --out with another folder",
             )
     return out
+
+
+def _writable(place: Path) -> bool:
+    """Can the file be written, or a file in the folder be made? It is tried: permissions do not tell all."""
+    if place.is_file():
+        return os.access(place, os.W_OK)
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError:
+        return False
+    return True
 
 
 FormatOption = Annotated[Format, _option("Output", help="How to print the report.")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clockwork_hooks.cli.analyses import DemoSteps, Sampled, load_sampler
-from clockwork_hooks.cli.app import MEASURE, app, epilog
+from clockwork_hooks.cli.app import MEASURE, Interrupted, app, epilog
 from clockwork_hooks.cli.delivery import deliver
 from clockwork_hooks.cli.options import Format, FormatOption, check_out
 
@@ -81,8 +81,8 @@ def _interruptible(folder: Path) -> Iterator[list[Trial]]:
     trials: list[Trial] = []
     try:
         yield trials
-    except KeyboardInterrupt:
-        lines = ["Interrupted. There is no adaptor yet, and another run begins anew."]
+    except KeyboardInterrupt as interrupt:
+        lines = ["There is no adaptor yet, and another run begins anew."]
         if trials:
             path = folder / "trials.json"
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,5 +93,4 @@ def _interruptible(folder: Path) -> Iterator[list[Trial]]:
                 f"The {len(trials)} schedules that were tried are in {path}.",
                 f"The best so far: {best.rule}, region {best.region}, at {set(best.steps)}: {best.saved:.1%} saved.",
             ]
-        typer.echo("\n".join(lines), err=True)
-        raise
+        raise Interrupted("\n".join(lines)) from interrupt
