@@ -28,9 +28,9 @@ from torch import Tensor, fx, nn
 from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import leaves, map_leaves, tensors
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.engine.attach import check_unet, wrap
+from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stats import Counts
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
 from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.operators import operator_name

@@ -16,9 +16,9 @@ from clockwork_hooks._tree import tensors
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
-from clockwork_hooks.engine.attach import check_unet, wrap
+from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stand_in import region_options
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, named, whole
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.regions.find import Choice, region_or_choice, split_options

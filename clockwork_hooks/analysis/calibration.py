@@ -28,10 +28,10 @@ from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, Norma
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.clock.times import TimeReader
-from clockwork_hooks.engine.attach import check_unet
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
+from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice, saved_choice
 from clockwork_hooks.regions.layout import Layout

@@ -23,8 +23,8 @@ from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.maps import region_name
 from clockwork_hooks.analysis.sampling import Outcome, Runs, first_call
-from clockwork_hooks.engine.attach import check_unet, wrap
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region

@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 
 from clockwork_hooks._numbers import shape
@@ -15,9 +14,8 @@ from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
-from clockwork_hooks.engine.hooks import RootHook
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, WrapError, named, no_option
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice, saved_choice
 from clockwork_hooks.regions.keep import check_keep
@@ -27,56 +25,7 @@ from clockwork_hooks.schedule import Schedule, check_clock
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["check_alone", "check_names", "check_region", "check_unet", "plan_parts", "wrap"]
-
-
-def check_unet(unet: Any) -> None:
-    """Raise `WrapError` if the UNet cannot be wrapped, or is wrapped."""
-    wrapper = unet if isinstance(unet, ClockworkWrapper) else _wrapper(unet) if isinstance(unet, nn.Module) else None
-    if wrapper is not None:
-        whole = wrapper.unet if isinstance(wrapper, ClockworkWrapper) else unet
-        error = WrapError(
-            "a UNet is wrapped once, and this one has its wrapper already",
-            seen={"unet": type(whole).__name__, "wrapper": repr(wrapper)},
-            do="call remove() on its wrapper first; where nobody kept it, it is this error's .wrapper",
-        )
-        error.wrapper = wrapper
-        raise error
-    if not isinstance(unet, nn.Module):
-        raise WrapError(
-            "only an nn.Module can be wrapped",
-            seen={"got": type(unet).__name__},
-            do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
-        )
-    if isinstance(unet, torch.jit.ScriptModule):
-        raise WrapError(
-            "a model of torch.jit has its calls fixed: no module call can be skipped in it",
-            seen={"got": type(unet).__name__, "made of": unet.original_name},
-            do="wrap the nn.Module that it was scripted or traced from, and call that",
-        )
-    inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
-    if inner:
-        raise WrapError(
-            "a UNet is wrapped once: nothing inside of it may be wrapped already",
-            seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
-            do="wrap the outer module alone, or leave it at the inner one",
-        )
-    cached = [path for path, module in unet.named_modules() if _cached(module)]
-    if cached:
-        raise WrapError(
-            "one cache at a time: DeepCache skips modules of this UNet already, and would keep what stands in for ours",
-            seen={
-                "unet": type(unet).__name__,
-                "modules": f"{cached[0] or 'the UNet itself'} and {len(cached) - 1} more",
-            },
-            do="call disable() on its DeepCacheSDHelper first",
-        )
-    if "_orig_mod" in unet._modules:
-        raise WrapError(
-            "the output of torch.compile has its calls fixed: no module call can be skipped in it",
-            seen={"got": type(unet).__name__},
-            do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
-        )
+__all__ = ["check_alone", "check_names", "check_region", "plan_parts", "wrap"]
 
 
 def check_region(region: Any, unet: nn.Module) -> None:
@@ -152,15 +101,6 @@ def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
             do='pass ignore=("transformer_options.sigmas",)',
         )
     return paths
-
-
-def _wrapper(unet: nn.Module) -> object | None:
-    """What is attached to the UNet: a wrapper, or `distill` while it records."""
-    return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
-
-
-def _cached(module: nn.Module) -> bool:
-    return str(getattr(vars(module).get("forward"), "__module__", "")).startswith("DeepCache.")
 
 
 def wrap(

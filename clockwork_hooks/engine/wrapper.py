@@ -29,10 +29,68 @@ from clockwork_hooks.errors import ArgumentError, WrapError, whole
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["MODES", "ClockworkWrapper", "static_calls"]
+__all__ = ["MODES", "ClockworkWrapper", "check_unet", "static_calls"]
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 POOLED = ("reduce-overhead", "max-autotune")
+
+
+def check_unet(unet: Any) -> None:
+    """Raise `WrapError` if the UNet cannot be wrapped, or is wrapped."""
+    wrapper = unet if isinstance(unet, ClockworkWrapper) else _wrapper(unet) if isinstance(unet, nn.Module) else None
+    if wrapper is not None:
+        wrapped = wrapper.unet if isinstance(wrapper, ClockworkWrapper) else unet
+        error = WrapError(
+            "a UNet is wrapped once, and this one has its wrapper already",
+            seen={"unet": type(wrapped).__name__, "wrapper": repr(wrapper)},
+            do="call remove() on its wrapper first; where nobody kept it, it is this error's .wrapper",
+        )
+        error.wrapper = wrapper
+        raise error
+    if not isinstance(unet, nn.Module):
+        raise WrapError(
+            "only an nn.Module can be wrapped",
+            seen={"got": type(unet).__name__},
+            do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+        )
+    if isinstance(unet, torch.jit.ScriptModule):
+        raise WrapError(
+            "a model of torch.jit has its calls fixed: no module call can be skipped in it",
+            seen={"got": type(unet).__name__, "made of": unet.original_name},
+            do="wrap the nn.Module that it was scripted or traced from, and call that",
+        )
+    inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
+    if inner:
+        raise WrapError(
+            "a UNet is wrapped once: nothing inside of it may be wrapped already",
+            seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
+            do="wrap the outer module alone, or leave it at the inner one",
+        )
+    cached = [path for path, module in unet.named_modules() if _cached(module)]
+    if cached:
+        raise WrapError(
+            "one cache at a time: DeepCache skips modules of this UNet already, and would keep what stands in for ours",
+            seen={
+                "unet": type(unet).__name__,
+                "modules": f"{cached[0] or 'the UNet itself'} and {len(cached) - 1} more",
+            },
+            do="call disable() on its DeepCacheSDHelper first",
+        )
+    if "_orig_mod" in unet._modules:
+        raise WrapError(
+            "the output of torch.compile has its calls fixed: no module call can be skipped in it",
+            seen={"got": type(unet).__name__},
+            do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
+        )
+
+
+def _wrapper(unet: nn.Module) -> object | None:
+    """What is attached to the UNet: a wrapper, or `distill` while it records."""
+    return next((hook.owner for hook in unet._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
+
+
+def _cached(module: nn.Module) -> bool:
+    return str(getattr(vars(module).get("forward"), "__module__", "")).startswith("DeepCache.")
 
 
 def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[str, Any] | None) -> Compiled:
@@ -404,17 +462,10 @@ class ClockworkWrapper:
             The wrapper itself.
 
         Raises:
-            WrapError: the UNet, or a module inside of it, has got another wrapper meanwhile.
+            WrapError: the UNet, or a module inside of it, has got another wrapper or DeepCache meanwhile.
         """
         if not self.attached:
-            hooks = (hook for module in self.unet.modules() for hook in module._forward_pre_hooks.values())
-            others = [hook.owner for hook in hooks if isinstance(hook, RootHook)]
-            if others:
-                raise WrapError(
-                    "a UNet is wrapped once, and this one has got another wrapper",
-                    seen={"unet": type(self.unet).__name__, "wrapper": repr(others[0])},
-                    do="call remove() on that one first",
-                )
+            check_unet(self.unet)
             self._engine.attach(self, self._give_up)
         return self
 

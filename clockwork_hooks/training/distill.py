@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, seeded
 from clockwork_hooks._version import versions
-from clockwork_hooks.engine.attach import check_unet
+from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import DistillError, named
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region

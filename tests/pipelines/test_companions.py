@@ -311,6 +311,10 @@ def test_a_unet_under_deepcache_is_refused(pipe: Any, plain: Tensor) -> None:
         run(used)
         assert cw.stats.adaptor_passes == ADAPTOR
     assert torch.equal(run(used), plain)
+    helper.enable()
+    with pytest.raises(ch.WrapError, match="DeepCache skips modules of this UNet already"):
+        cw.attach()
+    helper.disable()
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
