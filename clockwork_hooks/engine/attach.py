@@ -17,9 +17,10 @@ from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option
 from clockwork_hooks.graph.tracing import module_paths
-from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice, saved_choice
+from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.keep import check_keep
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.saved import saved_choice, saved_region
 from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
@@ -244,7 +245,9 @@ def wrap(
         raise AdaptorError(
             "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
         )
-    wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, options)
+    if isinstance(region, (str, Path)):
+        region = saved_region(region, unet) or saved_choice(region)
+    wanted = region_or_choice(region, options)
     choice, region = (wanted, None) if isinstance(wanted, Choice) else (Choice(), wanted)
     if region is not None:
         check_region(region, unet)

@@ -157,6 +157,8 @@ class Signature:
         written: which tensors among the arguments, in the order of `Before`, such calls write to.
         proved: has an adaptor pass run to its end, so that those are known?
         differed: so many passes, one after another, called their modules in another way than the recorded ones.
+        recorded: was such a call recorded here? Else the region was found elsewhere, and the first pass that is watched
+            has to show that it holds.
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
         ignored: says of a path whether the user wants nothing to be told by it.
         places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
@@ -171,6 +173,7 @@ class Signature:
     written: set[int] = field(default_factory=set)
     proved: bool = False
     differed: int = 0
+    recorded: bool = True
     uncounted: tuple[str, ...] = ()
     ignored: Callable[[str], bool] = lambda path: False
     places: tuple[int | None, tuple[int, ...], tuple[str, ...]] | None = None
@@ -203,7 +206,7 @@ class Signature:
 def single(region: Region, time: str | None) -> Signature:
     """What calls need of a region that was found for such a call: no trace is needed."""
     use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
-    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted)
+    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False)
 
 
 def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signature:

@@ -371,7 +371,7 @@ class Engine:
         self.install(use.plan)  # full passes need it too: they keep the exits
         pass_ = self._pass(state, call, replace(decision, reason=reason))
         if pass_.kind == "full":
-            outcome = self.execute(call, pass_, None)
+            outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
         before = self._before(call, signature)
@@ -504,6 +504,8 @@ class Engine:
         try:
             calls = list(self._calls_ahead(args, kwargs))
             state.calls.append(calls[0])  # what the recording calls is the UNet's own
+            if all(call.key in self._signatures or self._adopt_ahead(call) for call in calls):
+                return
             trace = record(self.unet, args, kwargs, time=self.time)
             for call in calls:
                 if call.key not in self._signatures:
@@ -511,6 +513,10 @@ class Engine:
                         self._learn(call, trace)
         finally:
             state.calls.clear()
+
+    def _adopt_ahead(self, call: UNetCall) -> Signature | None:
+        with torch.inference_mode(call.key[4]):
+            return self._adopt(call)
 
     def _calls_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[UNetCall]:
         """The call as it would be with gradients as they are now, without, and in inference mode."""
@@ -539,6 +545,7 @@ class Engine:
             keeps_entry=clocked.keeps_entry,
             blanks=use.blanks,
             judge=judge,
+            proves=emit is None and not call.signature.recorded,
         )
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -597,13 +604,13 @@ class Engine:
             return None
         if self.chain[0].keep:  # what feeds the modules to keep stands in a trace
             return None
-        if region.signature != call.arguments.signature:
+        if not region.is_for(call.arguments.signature):
             return None
         times = time_candidates(call.arguments, sample=region.sample, time=self.time) if self.time else region.times
         if len(times) > 1:
             return None
         self.chain[0].region = region
-        return self._new(call, single(region, times[0] if times else None))
+        return self._begin(self._new(call, single(region, times[0] if times else None)))
 
     def _record(self, state: State, call: UNetCall) -> Any:
         """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
@@ -660,8 +667,11 @@ class Engine:
         return output
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
-        """Find the regions in a trace, and patch the modules with skipped calls if a step may skip any."""
-        signature = self._new(call, prepare(trace, self.unet, self.chain))
+        """Find the regions in a trace, and see to them."""
+        return self._begin(self._new(call, prepare(trace, self.unet, self.chain)))
+
+    def _begin(self, signature: Signature) -> Signature:
+        """A signature is known from now on: patch the modules with skipped calls, if a step may skip any."""
         if self.looks or not all(clocked.schedule.never_skips for clocked in self.chain):
             for use in signature.regions:
                 self.install(use.plan)
@@ -691,7 +701,10 @@ class Engine:
     def _follow(self, call: UNetCall, signature: Signature, outcome: Outcome) -> None:
         """Calls that differ from the recorded ones again and again are recorded anew; some that always do are full."""
         if outcome.complete and outcome.reason != reasons.DIFFERED:
-            signature.differed = 0
+            signature.differed, signature.recorded = 0, True  # a pass has shown as much as a recording
+            return
+        if not signature.recorded and outcome.reached:  # not what the region's file says, or other modules than then
+            self.forget()
             return
         signature.differed += outcome.reached  # else a step cache has answered: what is recorded still holds
         if signature.differed >= _DIFFERED or not self._census.holds(self.unet):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
-from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted
+from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted, fits
 
 __all__ = ["Active", "Emit", "Emitted", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
@@ -82,6 +82,7 @@ class Pass:
         keeps_entry: a copy of the entry is kept, for the next steps.
         blanks: what skipped calls return, where it is the same in every pass; passes of one plan share it.
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
+        proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
 
     Attributes:
         captured: boundary tensors by name, once they have been seen.
@@ -102,7 +103,9 @@ class Pass:
         keeps_entry: bool = False,
         blanks: dict[tuple[str, int], Any] | None = None,
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
+        proves: bool = False,
     ) -> None:
+        self._proves, self._differs = proves, False
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
         self.exits: dict[int, Emitted] = {}
@@ -112,7 +115,7 @@ class Pass:
         self._emit, self._judge = emit, judge
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._blanks = {} if blanks is None else blanks
-        self._moves = plan.moves(kind, looks=looks)
+        self._moves = plan.moves(kind, looks=looks or proves)
         self._counts: dict[str, int] = {}
         self._observed: dict[tuple[str, str], int] = {}
 
@@ -151,6 +154,8 @@ class Pass:
                 blank = self._blanks.get((path, k))
                 return self._blank(path, k, move) if blank is None else blank
         output = forward(*args, **kwargs)
+        if self._proves and move.skipped is not None:
+            self._differs = self._differs or not fits(output, move.skipped.output)
         if move.gives:
             self._pick(move.gives, output)
         for at in move.exits:
@@ -198,7 +203,7 @@ class Pass:
 
     def complete(self) -> bool:
         """Did every patched module get exactly the calls of the trace, and every exit come?"""
-        if len(self.exits) != len(self._moves.exits):
+        if self._differs or len(self.exits) != len(self._moves.exits):
             return False
         if self._counts == self._moves.counts:
             return True
@@ -218,6 +223,9 @@ class Pass:
     def _pick(self, wanted: Wanted, value: Any) -> None:
         values = [leaf for _, leaf in leaves(value)]
         for name, leaf in wanted:  # another region's entry is kept for the next steps, as `entry` is
+            if leaf >= len(values):
+                self._differs = True
+                continue
             self.captured[name] = values[leaf].detach().clone() if name.startswith("entry ") else values[leaf]
 
     def _blank(self, path: str, k: int, move: Move) -> Any:

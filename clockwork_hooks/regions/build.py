@@ -64,6 +64,7 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         residuals=facts.residuals,
         unread=facts.trace.unread,
         uncounted=facts.trace.uncounted,
+        structure=facts.structure,
     )
 
 
@@ -86,7 +87,7 @@ def without(facts: Facts, region: Region, needed: set[int]) -> Region | None:
     if skipping is None:
         return None
     cut_plan = _cut_plan(facts, skipping, region.entry.node, region.sides)
-    return replace(region, cut_plan=cut_plan, inner=None, **_costs(facts, skipping))
+    return replace(region, cut_plan=cut_plan, inner=None, structure="", **_costs(facts, skipping))
 
 
 # -- what is skipped ------------------------------------------------------------------------------------------------

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from clockwork_hooks._tree import Leaf, leaves
 
-__all__ = ["CutPlan", "ExitAt", "Exits", "Kind", "Move", "Moves", "Port", "SkippedCall", "Slot", "entry_of"]
+__all__ = [
+    "CutPlan",
+    "ExitAt",
+    "Exits",
+    "Kind",
+    "Move",
+    "Moves",
+    "Port",
+    "SkippedCall",
+    "Slot",
+    "dtype_of",
+    "entry_of",
+    "fits",
+]
 
 Kind = Literal["full", "adaptor"]
 
@@ -76,6 +89,21 @@ class Port:
     dtype: torch.dtype
 
 
+def fits(output: Any, expected: Any) -> bool:
+    """Does what a call returned look like what stands for it: the same parts, of the same shapes and dtypes?"""
+    parts, slots = list(leaves(output)), list(leaves(expected))
+    paths_agree = [path for path, _ in parts] == [path for path, _ in slots]
+    return paths_agree and all(_fits(part, slot) for (_, part), (_, slot) in zip(parts, slots, strict=True))
+
+
+def _fits(part: Any, slot: Any) -> bool:
+    if not isinstance(slot, Slot):
+        return type(part) is type(slot) and (type(part) not in (bool, int, str) or part == slot)
+    if not isinstance(part, torch.Tensor) or part.is_nested:
+        return False
+    return (tuple(part.shape), part.dtype, part.device) == (slot.shape, slot.dtype, slot.device)
+
+
 def entry_of(index: int) -> str:
     """The name by which a pass of another region picks up the entry of this one."""
     return f"entry {index}"
@@ -102,6 +130,30 @@ class CutPlan:
     others: Mapping[Kind, Exits] = field(default_factory=dict)
     _moves: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def data(self) -> dict[str, Any] | None:
+        """The plan in JSON's own types; None where a skipped call returns something that JSON does not hold."""
+        ports = {name: {**_fields(port), "dtype": str(port.dtype)} for name, port in self.ports.items()}
+        try:
+            skipped = [{**_fields(call), "output": _written(call.output)} for call in self.skipped]
+        except TypeError:
+            return None
+        return {"skipped": skipped, "ports": ports, "counts": {path: list(two) for path, two in self.counts.items()}}
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> CutPlan:
+        """The plan that `data` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it gave something else.
+        """
+        skipped = (SkippedCall(**{**call, "output": _read(call["output"])}) for call in data["skipped"])
+        ports = {
+            name: Port(**{**port, "shape": tuple(port["shape"]), "dtype": dtype_of(port["dtype"])})
+            for name, port in data["ports"].items()
+        }
+        counts = {path: (full, adaptor) for path, (full, adaptor) in data["counts"].items()}
+        return cls(tuple(skipped), ports, counts)
+
     def moves(self, kind: Kind, *, looks: bool) -> Moves:
         """What happens in passes of this kind; worked out on first use.
 
@@ -113,6 +165,48 @@ class CutPlan:
         if moves is None:
             moves = self._moves[kind, looks] = Moves.of(self, kind, looks=looks)
         return moves
+
+
+def dtype_of(text: str) -> torch.dtype:
+    """The dtype that prints so.
+
+    Raises:
+        ValueError: none does.
+    """
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype is called {text}")
+    return dtype
+
+
+def _fields(one: SkippedCall | Port) -> dict[str, Any]:
+    return {each.name: getattr(one, each.name) for each in fields(one)}
+
+
+def _written(value: Any) -> Any:
+    """What a skipped call returns, in JSON's own types: a container is a mapping with its kind as the one key."""
+    if isinstance(value, Slot):
+        return {"tensor": [list(value.shape), str(value.dtype), str(value.device), value.exit, value.written]}
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_written(one) for one in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _written(one) for key, one in value.items()}}
+    if value is None or type(value) in (bool, int, str):
+        return value
+    raise TypeError(f"JSON holds no {type(value).__name__}")
+
+
+def _read(value: Any) -> Any:
+    """What `_written` wrote."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        shape, dtype, device, exit, written = held
+        return Slot(tuple(shape), dtype_of(dtype), torch.device(device), exit, written)
+    if kind == "dict":
+        return {key: _read(one) for key, one in held.items()}
+    return {"tuple": tuple, "list": list}[kind](_read(one) for one in held)
 
 
 Wanted = tuple[tuple[str, int], ...]

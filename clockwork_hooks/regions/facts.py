@@ -18,6 +18,7 @@ from clockwork_hooks.regions.dominance import Dominance, Mask
 from clockwork_hooks.regions.embeddings import Embeddings
 from clockwork_hooks.regions.fingerprint import Fingerprints
 from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.structure import structure
 
 __all__ = ["Facts", "Leaf", "index_of", "nodes_of"]
 
@@ -55,7 +56,7 @@ class Facts:
     """
 
     def __init__(self, trace: Trace, unet: nn.Module) -> None:
-        self.trace = trace
+        self.trace, self._unet = trace, unet
         self.dominance, self.levels = Dominance(trace), Levels(trace)
         self.embeddings = Embeddings(trace, self.dominance)
         self.residuals = self.dominance.residuals(trace.inputs)
@@ -71,6 +72,11 @@ class Facts:
     def fingerprints(self) -> Fingerprints:
         """What tells the trace's regions apart, and is the same in every code of the network."""
         return Fingerprints(self.trace, self.dominance, self.levels)
+
+    @functools.cached_property
+    def structure(self) -> str:
+        """What the UNet is made of."""
+        return structure(self._unet)
 
     def _read_nodes(self) -> None:
         nodes = self.trace.nodes

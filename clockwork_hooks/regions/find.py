@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import nn
@@ -27,7 +26,6 @@ from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search, listed, of_fingerprint
-from clockwork_hooks.reports.report import reading
 
 __all__ = [
     "Choice",
@@ -38,7 +36,6 @@ __all__ = [
     "match",
     "region_or_choice",
     "regions_of",
-    "saved_choice",
     "skipped_nodes",
     "split_options",
 ]
@@ -267,28 +264,6 @@ def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any])
         said = region.line if isinstance(region, Region) else region
         raise ArgumentError("region= is the choice itself", seen={"region": said, **beside}, do="pass region= alone")
     return region
-
-
-def saved_choice(path: str | Path) -> Choice:
-    """The choice of a region that `region.save(path)` wrote as JSON: where it is not there any more, nothing is.
-
-    Raises:
-        ArgumentError: there is no such file, or it holds no region.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            "a region is read from the JSON file that region.save wrote",
-            seen={"region": path, "error": type(error).__name__},
-            do='pass ch.find_region(unet, ...), or the file of one that was saved: cw.region.save("region.json")',
-        ) from error
-    with reading(Region, text) as data:
-        if data["cut"] == "hand" and len(data["entries"]) > 1:
-            return Choice(modules=tuple(dict.fromkeys(call["path"] for call in data["skipped"])))
-        if data["cut"] == "hand":
-            return Choice(entry=data["entry"]["path"], exit=data["exit"]["path"])
-        return Choice(level=data["level"], cut=data["cut"], fingerprint=data["fingerprint"], strict=True)
 
 
 _NAMED = "a region is chosen by options of known names"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,8 @@ import torch
 
 from clockwork_hooks._numbers import macs, quantity, shape
 from clockwork_hooks.regions.cut import CutPlan, SkippedCall
-from clockwork_hooks.reports.report import Report
+from clockwork_hooks.regions.structure import digest
+from clockwork_hooks.reports.report import Report, plain
 
 if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
@@ -78,6 +80,24 @@ class Side:
     node: int = field(repr=False, compare=False)
 
 
+def seal(structure: str, data: Mapping[str, Any]) -> str:
+    """The digest of a UNet's structure and of all that a file says of a region of it."""
+    facts = {name: value for name, value in data.items() if name not in ("schema", "passes")}
+    passes = {name: value for name, value in data["passes"].items() if name != "seal"}
+    return digest(structure, plain(facts), plain(passes))
+
+
+def _texts(signature: tuple[Any, ...]) -> tuple[str, ...]:
+    """An input signature as JSON can hold it: shapes, dtypes, devices, the names of types."""
+    return tuple(_text(part) for part in signature)
+
+
+def _text(part: Any) -> str:
+    if isinstance(part, type):
+        return f"type {part.__module__}.{part.__qualname__}"
+    return f"({', '.join(map(_text, part))})" if isinstance(part, tuple) else f"{type(part).__name__} {part}"
+
+
 @dataclass(frozen=True, slots=True)
 class Region(Report):
     """The low-resolution subgraph that adaptor passes skip.
@@ -108,6 +128,7 @@ class Region(Report):
         by_level: (spatial shape, MACs on the way down, MACs on the way up) inside, widest first.
         inner: the same region without the downsampler into it and the upsampler out of it (the paper's cut).
         fingerprint: equal for the same region of the same architecture at any batch, size, dtype and device.
+        structure: the digest of the UNet that it was found in (`regions/structure.py`); "" where it holds for none.
     """
 
     SCHEMA = "region/1"
@@ -137,6 +158,7 @@ class Region(Report):
     unread: tuple[str, ...] = field(default=(), repr=False, compare=False)
     uncounted: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
+    structure: str = field(default="", repr=False, compare=False)
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -248,6 +270,31 @@ class Region(Report):
             "leftover": [{"operator": name, "calls": calls} for name, calls in self.leftover],
             "by_level": [{"resolution": space, "down_macs": down, "up_macs": up} for space, down, up in self.by_level],
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, and under "passes" what passes need: with it, `wrap(unet, region=file)` analyses nothing."""
+        return {**Report.to_dict(self), "passes": self._passes()}
+
+    def _passes(self) -> dict[str, Any] | None:
+        """What passes need of the region; None where JSON cannot hold it, or it holds for no UNet as it stands."""
+        plan = self.cut_plan.data()
+        if plan is None or not self.structure:
+            return None
+        edges = (self.entry, self.exit, *self.entries)
+        passes = {
+            **plan,
+            "signature": _texts(self.signature),
+            "edges": [{"paths": edge.paths, "resolution": edge.resolution, "node": edge.node} for edge in edges],
+            "sides": [side.node for side in self.sides],
+            "unread": self.unread,
+            "uncounted": self.uncounted,
+        }
+        sealed: dict[str, Any] = plain({**passes, "seal": seal(self.structure, {**self.data(), "passes": passes})})
+        return sealed
+
+    def is_for(self, signature: tuple[Any, ...]) -> bool:
+        """Was it found for calls of this input signature?"""
+        return self.signature in (signature, _texts(signature))
 
     def draw(self) -> str:
         """The region as a text "U": a line a level, the bars as long as the MACs of its two arms.
