@@ -139,7 +139,8 @@ def wrap(
             (numbered from 1), or step -> bool.
         region: a `Region` from `find_region`, found for this UNet at any batch, size and device; or a `Choice`, looked
             for at the first call: `ch.Choice(share=0.9)`; or the JSON file of one, that `cw.region.save("region.json")`
-            wrote in an earlier run: then that one and no other. None for the one that the adaptor was made for, or
+            wrote in an earlier run: then that one and no other, without any analysis where the UNet and the call are
+            as they were. None for the one that the adaptor was made for, or
             else the one below the highest level.
         clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
             the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
