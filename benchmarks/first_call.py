@@ -3,8 +3,9 @@
     python benchmarks/first_call.py [--rounds 5]
 
 Every start is a process of its own, with one thread. Measured is all that a user waits for, `wrap` and the first call,
-and the second call beside it, in seconds of the processor: others may be at work on the machine. Models: the demo model, and a UNet of SD v1.5's blocks with few channels: as many modules and operators,
-and little to compute.
+and the second call beside it, in seconds of the processor: others may be at work on the machine.
+Models: the demo model, and a UNet of SD v1.5's blocks with few channels: as many modules and operators, and little to
+compute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A region in a file: where the UNet and the call are those of the file, nothing is analysed, and every pass is right."""
+"""A region in a file: where UNet and call are those of the file, nothing is analysed, and every pass is right."""
 
 import functools
 import json
@@ -298,8 +298,10 @@ def test_compiled_and_prepared_and_kept(tmp_path: Path, records: list[str]) -> N
 def test_who_looks_at_skipped_modules_is_named(tmp_path: Path) -> None:
     unet = Tiny()
     unet.body.register_forward_hook(lambda module, inputs, output: None)
-    with ch.wrap(unet) as cw, pytest.warns(ch.SkippedModuleWarning):
-        cw(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))
+    with ch.wrap(unet) as cw:
+        with pytest.warns(ch.SkippedModuleWarning):
+            cw(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))
+        assert cw.region is not None
         path = cw.region.save(tmp_path / "region.json")
     with ch.wrap(unet, region=path) as cw, pytest.warns(ch.SkippedModuleWarning):
         cw(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))
