@@ -72,8 +72,8 @@ def judged(judge: Judge, *, batch: int = 1, passes: str = "FAFAFAFA", steps: int
     judge.begin()
     for step, t in enumerate(TIMES.clone()[:steps]):
         judge.call(torch.randn(batch, 2, 8, 8, generator=random), t, torch.ones(batch, 3), step=step)
-    assert judge.made == passes
-    judge.made = ""
+    assert judge.letters == passes
+    judge.letters = ""
 
 
 @torch.no_grad()
