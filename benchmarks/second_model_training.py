@@ -213,6 +213,7 @@ def train(options: argparse.Namespace) -> int:
     started, device = time.monotonic(), torch.device(options.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change
     pool = Pool(options.pool, options.seed + 1000, device)
     power = pool.draw(min(options.pool, 4096)).square().mean().sqrt()
     if options.start is None:

@@ -127,6 +127,51 @@ def test_verdicts_turn_with_the_numbers() -> None:
     assert f"Planned, not measured: {best}." in page(data)
 
 
+def test_rows_that_do_not_fit_wait_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    rows = _measured({})["rows"]
+
+    class Slow:
+        """A second for a step, and five to judge."""
+
+        model = SecondModel(Silent(), Shape())
+
+        @classmethod
+        def make(cls, options: Any, dtype: torch.dtype) -> Slow:
+            return cls()
+
+        def measure(self, steps: int, row: Any) -> dict[str, Any]:
+            clock[0] += (row.taken or steps) + 5
+            return dict(rows[key_of(steps, row)])
+
+    monkeypatch.setattr(second_model, "Judge", Slow)
+    monkeypatch.setattr(second_model.time, "monotonic", lambda: clock[0])
+    run = [
+        "run",
+        "--out",
+        str(tmp_path),
+        "--model",
+        "none",
+        "--device",
+        "cpu",
+        "--match",
+        r"plain|identity, widest, 3 4 6",
+    ]
+    assert second_model.main([*run, "--minutes", "1.5"]) == 0
+    first = list(load(tmp_path / "second_model.json")["rows"])
+    assert clock[0] <= 90
+    assert first[:2] == ["edm-8/plain", "edm-8/identity, widest, 3 4 6 7"]
+    assert "edm-20/plain" in first
+    assert "edm-50/plain" not in first  # 55 seconds
+    assert "rows are not there yet" in capsys.readouterr().out
+    clock[0] = 0.0
+    assert second_model.main([*run, "--minutes", "60"]) == 0
+    assert "all is there" in capsys.readouterr().out
+    assert set(load(tmp_path / "second_model.json")["rows"]) > {*first, "edm-50/plain"}
+
+
 def test_page_says_what_was_measured() -> None:
     text = PAGE.read_text(encoding="utf-8")
     section = page(load(RESULT)) if RESULT.exists() else ""
