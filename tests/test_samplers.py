@@ -341,7 +341,44 @@ def test_times_that_run_up_and_down_are_told_what_to_write(name: str) -> None:
         churn() if run is None else run(denoise, x, sigmas, disable=True)
 
 
-@pytest.mark.parametrize(("name", "sigmas", "error"), [("dpmp_sde", [2, 1], "dpmpp_sde"), ("euler", [1], "next")])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sampler_that_chooses_its_steps_as_it_runs() -> None:
+    """Undeclared: full passes, and one warning. Declared by its callback: three evaluations a step."""
+    sampling, judge = k_sampling(), Judge(Tiny())
+    cw, x = ch.wrap(judge.unet), torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 14
+    steps, now, accepted = [0], [0], []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        now[0] += not steps[0]  # undeclared, a new time is a new step
+        noise = judge.call(x, sigma, step=steps[0] or now[0])
+        return x - sigma[:, None, None, None] * noise.tanh()
+
+    def step(info: Any) -> None:
+        cw.step()
+        steps[0] += 1
+        accepted.append(info["n_accept"])
+
+    options = {"rtol": 0.02, "h_init": 2.0, "disable": True}
+    with pytest.warns(ch.NoEffectWarning, match="not known to be one trajectory") as warned:
+        sampling.sample_dpm_adaptive(denoise, x, 0.03, 14.6, **options)
+    assert len([one for one in warned if one.category is ch.NoEffectWarning]) == 1
+    assert judge.share < 0.2
+    with cw, cw.trajectory():
+        judge.begin()
+        cw.stats.clear()
+        steps[0] = 1
+        cw.step()
+        sampling.sample_dpm_adaptive(denoise, x, 0.03, 14.6, callback=step, **options)
+    assert cw.stats.adaptor_passes == 3 * (len(accepted) // 2)
+    assert cw.stats.full_passes == 3 * len(accepted) - cw.stats.adaptor_passes
+    assert accepted[-1] < len(accepted), "no step was tried again"  # then its first exit is the very one before
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas", "error"),
+    [("dpmp_sde", [2, 1], "dpmpp_sde"), ("euler", [1], "next"), ("dpm_adaptive", [2, 1], "callback")],
+)
 def test_a_sampler_that_nobody_knows(name: str, sigmas: list[int], error: str) -> None:
     with ch.wrap(Tiny()) as cw, pytest.raises(ch.ArgumentError, match=error):
         cw.sampler(name, sigmas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SAMPLERS", "Sampler", "SamplerSteps", "find_sampler"]
+__all__ = ["SAMPLERS", "Sampler", "SamplerSteps", "find_sampler", "steps_as_it_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,11 @@ SAMPLERS: dict[str, Sampler] = {
 def find_sampler(name: str) -> Sampler | None:
     """The sampler of this name, "sample_" before it left out; None where it is not known."""
     return SAMPLERS.get(name.removeprefix("sample_"))
+
+
+def steps_as_it_runs(name: str) -> bool:
+    """Does the sampler of this name choose its steps while it runs, so that nobody can count them ahead?"""
+    return name.removeprefix("sample_") == "dpm_adaptive"
 
 
 class SamplerSteps:

@@ -18,7 +18,7 @@ from torch import nn
 
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.clock.loops import BranchBlock, TrajectoryBlock
-from clockwork_hooks.clock.samplers import SAMPLERS, SamplerSteps, find_sampler
+from clockwork_hooks.clock.samplers import SAMPLERS, SamplerSteps, find_sampler, steps_as_it_runs
 from clockwork_hooks.clock.timeline import Position, Timeline
 from clockwork_hooks.engine.compiled import Compiled
 from clockwork_hooks.engine.cuda_graphs import Captured
@@ -304,13 +304,24 @@ class ClockworkWrapper:
             The block, as `trajectory` does.
 
         Raises:
-            ArgumentError: the sampler is not known, or there are fewer than two sigmas.
+            ArgumentError: the sampler is not known or chooses its steps as it runs ("dpm_adaptive"), or there are fewer
+                than two sigmas.
 
         Example:
             >>> def picture(sampling, cw, denoise, x, sigmas):
             ...     with cw.sampler("dpmpp_sde", sigmas):
             ...         return sampling.sample_dpmpp_sde(denoise, x, sigmas)
         """
+        if isinstance(name, str) and steps_as_it_runs(name):
+            raise ArgumentError(
+                "steps are counted ahead by a sampler's name",
+                seen={
+                    "name": repr(name),
+                    "its steps": "are chosen as it runs, and tried again where an error is large",
+                },
+                do="declare each: `with cw.trajectory(): cw.step()`, then pass the sampler callback=lambda info: "
+                "cw.step(); undeclared, most of its passes are full",
+            )
         evaluations = find_sampler(name) if isinstance(name, str) else None
         if evaluations is None:
             near = get_close_matches(str(name), SAMPLERS, n=3)
