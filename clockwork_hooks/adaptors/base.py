@@ -64,6 +64,10 @@ class AdaptorInputs(NamedTuple):
         position: the UNet's time input of this call, as it was passed, float32 of shape (): which step it is.
         position_cached: likewise of the call that `exit_cached` comes from: how far the two are apart. None where that
             call was recorded as it ran.
+        trend: what the region emitted in the last full pass less what it emitted in the full pass before that one;
+            shaped as `exit_cached`, and without gradients. None in a trajectory that had one full pass so far; where it
+            is missing for another reason, the pass is full.
+        trend_positions: the UNet's time input of these two full passes, the last one's first, float32 of shape (2,).
 
     Example:
         >>> given = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
@@ -78,6 +82,8 @@ class AdaptorInputs(NamedTuple):
     entry_cached: torch.Tensor | None = None
     position: torch.Tensor | None = None
     position_cached: torch.Tensor | None = None
+    trend: torch.Tensor | None = None
+    trend_positions: torch.Tensor | None = None
 
 
 def needs_of(adaptor: Any) -> frozenset[str]:

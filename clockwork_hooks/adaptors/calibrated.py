@@ -24,11 +24,12 @@ from clockwork_hooks.regions import reference
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
 
-__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions", "around_of", "like_exit"]
+__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions", "around_of", "carried", "like_exit"]
 
 FORMS = ("affine", "linear", "kernel", "low rank")
 _ENDLESS = 3e38  # a bound that bounds nothing: the identity's
 _LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
+_FARTHEST = 4.0  # a trend is carried on no farther than so many times the way that it was seen over
 _PIECES = 16  # straight ones between two calibrated positions
 
 
@@ -45,6 +46,8 @@ class Knot:
         matrix: (p, C) of the linear and the kernel form, (p, rank) of the low-rank one; what is read, in order: the
             cached exit; the entry less the entry that came with the cached exit; and that one. Or the entry alone, in
             place of both. Of the kernel form, then the cached exit at each of the positions around (`around_of`).
+        trend: (C,), how much of the trend is added, where it is read: of what a straight line in log-SNR through the
+            last two full passes would add.
     """
 
     position: float | None
@@ -54,6 +57,7 @@ class Knot:
     bias: Tensor
     gain: Tensor | None = None
     matrix: Tensor | None = None
+    trend: Tensor | None = None
 
 
 class Positions:
@@ -130,6 +134,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         points: rows of the grid that places a position among them; 0 where one knot serves all positions.
         rank: of the factors.
         reads_before: the entry that came with the cached exit is read too.
+        reads_trend: so is how the exit moved between the last two full passes, each channel by a gain of its own.
         **inputs: `exit` and `entry`, as in `LearnedAdaptor`.
 
     Attributes:
@@ -145,28 +150,32 @@ class CalibratedAdaptor(LearnedAdaptor):
     """
 
     def __init__(
-        self, *, form: str, knots: int, points: int, rank: int = 0, reads_before: bool = False, **inputs: Any
+        self,
+        *,
+        form: str,
+        knots: int,
+        points: int,
+        rank: int = 0,
+        reads_before: bool = False,
+        reads_trend: bool = False,
+        **inputs: Any,
     ) -> None:
         if form not in FORMS:
             raise ArgumentError("a form is one of " + ", ".join(FORMS), seen={"form": form}, do='e.g. form="linear"')
         own = {"form": form, "knots": knots, "points": points, "rank": rank, "reads_before": reads_before}
+        own["reads_trend"] = reads_trend
         super().__init__(own=own, **{name: inputs[name] for name in ("exit", "entry") if name in inputs})
-        self.form, self.rank, self.reads_before = form, rank, reads_before
+        self.form, self.rank, self.reads_before, self.reads_trend = form, rank, reads_before, reads_trend
         self.needs = frozenset({"entry_cached"} if reads_before else ()) | {"position", "position_cached"}
+        self.needs |= frozenset({"trend", "trend_positions"} if reads_trend else ())
         self.report: Any = None
         self.tuning: Any = None
         channels = self.exit.channels
         gain = 0 if form in ("linear", "kernel") else channels
         matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}
         matrix["kernel"] = (self.reads + (3**self.exit.rank - 1) * channels) * channels
-        self._widths = (
-            channels,
-            channels,
-            1,
-            channels,
-            gain,
-            matrix[form],
-        )  # of what a row of the table holds, in order
+        along = channels if reads_trend else 0
+        self._widths = (channels, channels, 1, along, channels, gain, matrix[form])  # what a row holds, in order
         table = torch.zeros(knots + 1, sum(self._widths))  # the last row is the identity
         table[:, :channels], table[:, channels : 2 * channels], table[:, 2 * channels] = -_ENDLESS, _ENDLESS, 1.0
         self.table = nn.Parameter(table, requires_grad=False)
@@ -194,7 +203,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             positions: places positions among the knots; None where the one knot serves them all.
             form: as in the class.
             basis: (rank, C), the second factor of the low-rank matrices.
-            reads: some of "exit", "entry", "entry_cached", in this order.
+            reads: some of "exit", "entry", "entry_cached", "trend", in this order.
         """
         grid = torch.zeros(0, 5) if positions is None else positions.rows()
         adaptor = cls(
@@ -203,6 +212,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             points=len(grid),
             rank=0 if basis is None else len(basis),
             reads_before="entry_cached" in reads,
+            reads_trend="trend" in reads,
             exit=Layout.of_boundary(region.exit),
             entry=Layout.of_boundary(region.entry) if "entry" in reads else None,
         )
@@ -222,7 +232,7 @@ class CalibratedAdaptor(LearnedAdaptor):
     def put(self, k: int, knot: Knot) -> None:
         """Put weights into the table, at its k-th position."""
         stride = self.table[k, 2 * self.exit.channels].clone()
-        parts = [knot.low, knot.high, stride, knot.bias, knot.gain, knot.matrix]
+        parts = [knot.low, knot.high, stride, knot.trend, knot.bias, knot.gain, knot.matrix]
         self.table[k] = torch.cat([part.flatten().to(self.table) for part in parts if part is not None])
 
     @property
@@ -252,6 +262,8 @@ class CalibratedAdaptor(LearnedAdaptor):
         entry_cached: Tensor | None = None,
         position: Tensor | None = None,
         position_cached: Tensor | None = None,
+        trend: Tensor | None = None,
+        trend_positions: Tensor | None = None,
     ) -> Tensor:
         """Return the exit; see `Adaptor`.
 
@@ -260,8 +272,10 @@ class CalibratedAdaptor(LearnedAdaptor):
             entry_cached: the entry that came with the cached exit.
             position: the UNet's raw time in this call, ().
             position_cached: and in the call that the cached exit comes from, (); None takes the calibrated one.
+            trend: how the exit moved between the last two full passes; None adds nothing.
+            trend_positions: the UNet's raw times in these two, (2,).
         """
-        low, high, stretch, bias, gain, matrix = self._row(position, position_cached)
+        low, high, stretch, farther, along, bias, gain, matrix = self._row(position, position_cached, trend_positions)
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
         if exit_cached.shape[axis] != self.exit.channels:
             raise AdaptorError(
@@ -281,6 +295,8 @@ class CalibratedAdaptor(LearnedAdaptor):
             exit = torch.addcmul(bias, exit_cached, gain)
             if self.basis is not None:
                 exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=exit)
+        if trend is not None:
+            exit = torch.addcmul(exit, trend, (along * farther).to(exit_cached.dtype).reshape(sizes))
         return exit.clamp(low, high).to(exit_cached.dtype)
 
     def _product(
@@ -342,14 +358,20 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     # -- which row of the table ----------------------------------------------------------------------------------------
 
-    def _row(self, position: Tensor | None, before: Tensor | None) -> tuple[Tensor, ...]:
-        """Bounds, stretch, bias, gain and matrix at a position; `before` is the one that the cached exit comes from."""
+    def _row(self, position: Tensor | None, before: Tensor | None, full: Tensor | None) -> tuple[Tensor, ...]:
+        """Bounds, stretch, how far a trend goes on, the trend's gain, bias, gain and matrix at a position.
+
+        Args:
+            position: of this call.
+            before: of the call that the cached exit comes from.
+            full: (2,), of the last two full passes.
+        """
         if not len(self.grid):
-            return self._split(self.table[0], None)
+            return self._split(self.table[0])
         if position is None:
-            return self._split(self.table[-1], None)
-        times = position.reshape(1) if before is None else torch.stack((position.reshape(()), before.reshape(())))
-        times = times.to(self.grid)
+            return self._split(self.table[-1])
+        asked = [position, *([] if before is None else [before]), *([] if full is None else [full])]
+        times = torch.cat([one.reshape(-1) for one in asked]).to(self.grid)
         pieces = self.grid[torch.searchsorted(self.grid[:, 0].contiguous(), times, right=True).sub(1).clamp_min(0)]
         past = (times - pieces[:, 0]).unsqueeze(1)
         levels, places = (pieces[:, 1::2] + past * pieces[:, 2::2]).unbind(1)
@@ -359,12 +381,17 @@ class CalibratedAdaptor(LearnedAdaptor):
         whole = place == k  # then the other row counts nothing: it may be the identity's, whose bounds are endless
         other = torch.where(whole, k, k + 1)
         rows = self.table[torch.stack((k, other)).long()]
-        return self._split(torch.lerp(rows[0], rows[1], place - k), None if before is None else levels[0] - levels[1])
+        stride = None if before is None else levels[0] - levels[1]
+        return self._split(torch.lerp(rows[0], rows[1], place - k), stride, None if full is None else levels[-2:])
 
-    def _split(self, row: Tensor, stride: Tensor | None) -> tuple[Tensor, ...]:
+    def _split(self, row: Tensor, stride: Tensor | None = None, full: Tensor | None = None) -> tuple[Tensor, ...]:
         low, high, calibrated, *weights = row.split(self._widths)
         stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, _LONGEST)
-        return low, high, stretch, *weights
+        farther = torch.ones_like(calibrated)
+        if full is not None:
+            way = full[0] - full[1]
+            farther = carried(calibrated if stride is None else stride, way)
+        return low, high, stretch, farther, *weights
 
     def _look(self, row: Tensor) -> None:
         """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""
@@ -419,6 +446,11 @@ class _Lookout:
 
     def __reduce__(self) -> tuple[type[_Lookout], tuple[()]]:
         return _Lookout, ()
+
+
+def carried(stride: Tensor, way: Tensor) -> Tensor:
+    """How many times the way between two full passes a stride is, both in log-SNR; bounded, 0 where there is no way."""
+    return torch.where(way == 0, 0.0, stride / way).clamp(0.0, _FARTHEST)
 
 
 def around_of(x: Tensor) -> Tensor:

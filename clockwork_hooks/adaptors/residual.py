@@ -46,7 +46,7 @@ class ResidualAdaptor(LearnedAdaptor):
     def __init__(self, *, start: Mapping[str, Any], width: int, **inputs: Any) -> None:
         super().__init__(own={"start": dict(start), "width": width}, **inputs)
         own = {name: value for name, value in start.items() if name in ("form", "knots", "points", "rank")}
-        own |= {name: start[name] for name in ("exit", "entry", "reads_before") if name in start}
+        own |= {name: start[name] for name in ("exit", "entry", "reads_before", "reads_trend") if name in start}
         self.start = CalibratedAdaptor(**own)
         both = None if self.entry is None else Layout(2 * self.entry.channels, self.entry.space, self.entry.order)
         widths: dict[str, Any] = {"time": self.time_width, "text": self.text_width}
@@ -87,9 +87,12 @@ class ResidualAdaptor(LearnedAdaptor):
         entry_cached: Tensor | None = None,
         position: Tensor | None = None,
         position_cached: Tensor | None = None,
+        trend: Tensor | None = None,
+        trend_positions: Tensor | None = None,
     ) -> Tensor:
         """Return the exit; see `CalibratedAdaptor.forward`."""
         values = {"entry_cached": entry_cached, "position": position, "position_cached": position_cached}
+        values |= {"trend": trend, "trend_positions": trend_positions}
         start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs})
         both = None
         if self.entry is not None:

@@ -15,6 +15,7 @@ import math
 import time as clocks
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import percent
-from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, like_exit
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, carried, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock.loops import TrajectoryBlock
@@ -49,6 +50,7 @@ __all__ = ["Calibration", "KindResult", "StepResult", "calibrate", "log_snr_of"]
 
 _MANY = 640  # channels from which on a low rank is tried
 _RANK = 8  # its rank: channels of the exit by this
+_EXACT = 1e-3  # of the identity's error: no kind need leave less
 _HELD_OUT = 4  # one row in so many
 _FIRST_SEED = 2_000_003  # so that what is compared later, from seed 0 say, has other noise
 _ALL = Schedule.where(lambda step: True)
@@ -199,8 +201,9 @@ def calibrate(
             below the highest level.
         kind: "gain", "affine" (a gain and a bias for each channel, which cost nothing), "exit", "exit+entry",
             "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "kernel" (the same, and
-            a 3×3 convolution of the cached exit; dear to solve where channels are many), "low rank"; or "auto", which
-            tries all but the kernel.
+            a 3×3 convolution of the cached exit; dear to solve where channels are many), "low rank"; each but the gain
+            and the kernel also with "+trend", how the exit moved between the last two full passes, which costs nothing
+            and tells most where steps are many; or "auto", which tries all but the kernel.
         ridge: relative to the diagonal; None to have it chosen.
         log_snr: raw time → log-SNR, or a diffusers scheduler; None takes it from `generate.scheduler`, else uses the
             time itself. Weights between two calibrated positions are interpolated in it.
@@ -256,10 +259,15 @@ def calibrate(
     def fresh(batch: Any) -> Any:
         return sample(batch, next(seeds))
 
-    sums = Sums(chosen, _ALL if steps is None or later else steps, guidance, unconditional, kernel=kind == "kernel")
+    collect = partial(Sums, chosen, guidance=guidance, unconditional=unconditional, kernel=kind == "kernel")
+    sums = collect(schedule=_ALL if steps is None or later else steps, log_snr=levels)
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
-        run_all(unet, fresh, batches, sums, _Inputs(chosen), lambda: bar.advance(task), teaches=True)
+
+        def watch(seen: Sums | Refit, adaptor: Any, *, teaches: bool) -> None:
+            run_all(unet, fresh, batches, seen, adaptor, lambda: bar.advance(task), teaches=teaches)
+
+        watch(sums, _Inputs(chosen), teaches=True)
         if steps is not None and later:
             steps = Schedule.at(steps.adaptor_steps(sums.last_step))
             sums.places = {time: place for time, place in sums.places.items() if steps.skips(place.step)}
@@ -270,10 +278,15 @@ def calibrate(
                 do="pass the schedule that the sampler is to be run with",
             )
         solver = Solver(chosen, sums, kind, ridge, levels)
-        if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
+        if steps is not None and later and KINDS[solver.name].trend:  # the trend is that of the schedule's full steps
             bar.update(task, total=2 * len(batches))
-            student = Refit(solver, Sums(chosen, steps, guidance, unconditional, kernel=kind == "kernel"))
-            run_all(unet, fresh, batches, student, student, lambda: bar.advance(task), teaches=False)
+            sums = collect(schedule=steps, log_snr=levels)
+            watch(sums, _Inputs(chosen), teaches=True)
+            solver = Solver(chosen, sums, kind, ridge, levels)
+        if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
+            bar.update(task, total=(bar.tasks[0].total or 0) + len(batches))
+            student = Refit(solver, collect(schedule=steps, log_snr=levels))
+            watch(student, student, teaches=False)
     adaptor = solver.adaptor()
     adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
     adaptor.facts = {
@@ -378,11 +391,12 @@ class Pair:
     entry: Tensor | None
     before: Tensor | None
     around: Tensor | None = None
+    trend: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of the fields."""
-        return self.cached, self.exit, self.entry, self.before, self.around
+        return self.cached, self.exit, self.entry, self.before, self.around, self.trend
 
     def combined(self, other: Pair, scale: float) -> Pair:
         """This branch, and `scale` times the other's difference to it."""
@@ -410,6 +424,16 @@ class Place:
     on_policy: bool = False
 
 
+@dataclass(slots=True)
+class _FullPasses:
+    """The last two full passes of a branch's call: what the region emitted, (B, positions, C), and the times."""
+
+    exit: Tensor
+    time: float | None
+    trend: Tensor | None = None
+    before: float | None = None
+
+
 @dataclass
 class Sums:
     """Streams what crosses the region's edge into normal equations, one for each calibrated position.
@@ -420,6 +444,7 @@ class Sums:
         guidance: scale of the guided combination; None to do without.
         unconditional: which branch is the first of the combination.
         kernel: the cached exit around each position is a feature too.
+        log_snr: of a time; None takes the time itself.
         places: position → sums.
         times: all times seen.
         samples: rows of a step, at most.
@@ -432,6 +457,7 @@ class Sums:
     guidance: float | None
     unconditional: str
     kernel: bool = False
+    log_snr: Callable[[float], float] | None = None
     places: dict[float | None, Place] = field(default_factory=dict)
     times: set[float] = field(default_factory=set)
     samples: int = 0
@@ -440,6 +466,7 @@ class Sums:
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
+    _trails: dict[tuple[int, int], _FullPasses] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.exit = Layout.of_boundary(self.region.exit)
@@ -451,6 +478,7 @@ class Sums:
         """A trajectory is over."""
         self._befores.clear()
         self._first.clear()
+        self._trails.clear()
 
     def before(self, call: UNetCall) -> None:
         """A call is about to run; as an observer of the engine."""
@@ -460,6 +488,31 @@ class Sums:
         time, before = self.read(call)
         if call.decision is not None and call.decision.reason is None:
             self.add(call, outcome, time, before)
+        self.remember(call, outcome, time)
+
+    def remember(self, call: UNetCall, outcome: Outcome, time: float | None) -> None:
+        """Keep what a pass emitted that the schedule has in full; where it is for any schedule, every pass."""
+        emitted = outcome.exits.get(0)
+        if emitted is None or call.place is None or call.decision is None:
+            return
+        if self.schedule is _ALL or call.decision.reason is not None:
+            key = call.place.branch.number, call.place.ordinal
+            last, exit = self._trails.get(key), self._rows(emitted.exit).clone()
+            known = last is not None and last.exit.shape == exit.shape
+            older = (exit - last.exit, last.time) if known and last is not None else ()
+            self._trails[key] = _FullPasses(exit, time, *older)
+
+    def _trend(self, call: UNetCall, time: float | None, before: float | None) -> Tensor | None:
+        """What a straight line in log-SNR through the last two full passes would add, as the adaptor has it."""
+        assert call.place is not None  # it has run, or is about to
+        last = self._trails.get((call.place.branch.number, call.place.ordinal))
+        if last is None or last.trend is None:
+            return None
+        times = [one for one in (time, before, last.time, last.before) if one is not None]
+        if len(times) < 4:
+            return last.trend
+        levels = torch.tensor([one if self.log_snr is None else self.log_snr(one) for one in times])
+        return last.trend * float(carried(levels[0] - levels[1], levels[2] - levels[3]))
 
     def read(self, call: UNetCall) -> tuple[float | None, float | None]:
         """The times of a call, and of the call that served it; each call is read once."""
@@ -485,7 +538,8 @@ class Sums:
         if self.entry is not None and outcome.entry is not None and feature.entry is not None:
             entries = (self._entry(outcome.entry, emitted.exit), self._entry(feature.entry, feature.exit))
         around = around_of(self.exit.to_map(feature.exit).float()).flatten(2).movedim(1, -1) if self.kernel else None
-        pair = Pair(self._rows(feature.exit), self._rows(emitted.exit), *entries, around)
+        trend = self._trend(call, time, before)
+        pair = Pair(self._rows(feature.exit), self._rows(emitted.exit), *entries, around, trend)
         self.samples = max(self.samples, len(pair.exit))
         if self.guidance is None:
             self._add(place, pair)
@@ -617,7 +671,7 @@ class Solver:
             self.places = sorted(sums.places.values(), key=lambda place: place.position or 0.0)
         self.rank = max(sums.shape.exit // _RANK, 1)
         names = self._candidates() if kind == "auto" else [kind]
-        self.identity = [place.held.error(torch.zeros_like(place.held.cross)) for place in self.places]
+        self.identity = [place.held.identity for place in self.places]
         self.errors = {name: [self.best(place, KINDS[name]) for place in self.places] for name in names}
         self.kinds = {
             name: KindResult(self._left(error for _, error in errors), self._macs(KINDS[name]))
@@ -629,7 +683,9 @@ class Solver:
         names = ["gain", "affine", "exit"]
         if self.sums.shape.entry:
             names += ["exit+entry", "exit+entry+before"]
-        return [*names, "low rank"] if self.sums.shape.exit >= _MANY else names
+        names += ["low rank"] if self.sums.shape.exit >= _MANY else []
+        trends = any(bool(place.fit.trend_square.any()) for place in self.places)
+        return [*names, *(f"{name}+trend" for name in names if trends and name != "gain")]
 
     def best(self, place: Place, kind: Kind) -> tuple[float, float]:
         """(ridge, held-out error²) of one position."""
@@ -657,7 +713,8 @@ class Solver:
 
     def _choose(self) -> tuple[str, str]:
         """From the cheapest kind on, the next one that takes away errors cheaper than running the region does."""
-        kinds, whole = self.kinds, self.region.macs
+        kinds = {name: one for name, one in self.kinds.items() if self._worth(name)}
+        whole = self.region.macs
         name = min(kinds, key=lambda one: (kinds[one].macs, kinds[one].left))
         said = f"{name} is free"
         while True:
@@ -672,6 +729,13 @@ class Solver:
         beyond = ", and dearer ones take away less for their MACs than running the region does" if dearer else ""
         return name, f"{said}{beyond}."
 
+    def _worth(self, name: str) -> bool:
+        """Is a kind worth what it holds? A trend takes the memory of two exits: for a tenth of the error, and more."""
+        without = self.kinds.get(name.removesuffix("+trend"))
+        if not KINDS[name].trend or without is None:
+            return True
+        return self.kinds[name].left <= 0.9 * without.left and without.left > _EXACT
+
     def adaptor(self) -> CalibratedAdaptor:
         """The adaptor of the kind that was chosen."""
         kind, basis = KINDS[self.name], None
@@ -684,7 +748,7 @@ class Solver:
             at = [place.position or 0.0 for place in self.places]
             strides = [abs((place.before or 0.0) - (place.position or 0.0)) for place in self.places]
             positions = Positions(at, strides, sorted(self.sums.times), self.log_snr)
-        reads = kind.reads if self.sums.shape.entry else ("exit",)
+        reads = (*(kind.reads if self.sums.shape.entry else ("exit",)), *(("trend",) if kind.trend else ()))
         adaptor = CalibratedAdaptor.of(self.region, knots, positions, form=kind.form, basis=basis, reads=reads)
         return adaptor.to(self.places[0].held.cross.device)  # where the UNet runs
 
@@ -699,22 +763,24 @@ class Solver:
         own, weights = torch.arange(whole.shape.exit, device=whole.gram.device), whole.solve(kind, ridge)
         gain, inner = None, None
         if kind.form in ("linear", "kernel"):
-            inner = self._as_read(weights[1:], kind)
+            inner = self._as_read(weights[1:-1], kind)
         elif basis is None:
-            gain = weights[1:][own, own]
+            gain = weights[1:-1][own, own]
         else:
-            gain = whole.solve(KINDS["affine"], ridge)[1:][own, own]
+            gain = whole.affine(weights, ridge)[1:][own, own]
             weights = whole.cut(weights, ridge, basis)
-            rest = weights[1:].clone()
+            rest = weights[1:-1].clone()
             rest[own, own] -= gain
             inner = rest @ basis.T
         margin = (whole.high - whole.low) / 2
-        return Knot(place.position, place.before, whole.low - margin, whole.high + margin, weights[0], gain, inner)
+        trend = weights[-1] if kind.trend else None
+        bounds = whole.low - margin, whole.high + margin
+        return Knot(place.position, place.before, *bounds, weights[0], gain, inner, trend)
 
     def again(self, position: float | None, place: Place) -> int:
         """Take other sums for a position, and choose the ridge anew; returns which position it is."""
         k = next(k for k, one in enumerate(self.places) if one.position == position)
-        self.places[k], self.identity[k] = place, place.held.error(torch.zeros_like(place.held.cross))
+        self.places[k], self.identity[k] = place, place.held.identity
         self.errors[self.name][k] = self.best(place, KINDS[self.name])
         return k
 
@@ -769,6 +835,7 @@ class Refit:
         self.region, self.schedule = sums.region, sums.schedule
         self.engine: Engine | None = None
         self._adapted: set[tuple[int, int]] = set()  # branches, and which of their calls, whose last pass was its own
+        self._time: float | None = None
 
     def __call__(self, entry: Tensor | None, exit_cached: Tensor, **inputs: Any) -> Tensor:
         """Let the adaptor stand in."""
@@ -786,6 +853,7 @@ class Refit:
         if call.place is None or call.decision is None:
             return
         time, before = self.sums.read(call)
+        self._time = time
         own = (call.place.branch.number, call.place.ordinal) in self._adapted
         if call.decision.reason is not None or not own or self.engine is None:
             return
@@ -799,6 +867,7 @@ class Refit:
 
     def after(self, call: UNetCall, outcome: Outcome) -> None:
         """A pass has run; was it the adaptor's?"""
+        self.sums.remember(call, outcome, self._time)
         if call.place is not None:
             change = self._adapted.add if outcome.kind == "adaptor" else self._adapted.discard
             change((call.place.branch.number, call.place.ordinal))

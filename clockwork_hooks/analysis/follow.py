@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.sampling import Runs, Watch, reference
+from clockwork_hooks.clock.timeline import Trail
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.engine import UNetCall
 from clockwork_hooks.engine.hooks import Installed
@@ -84,6 +86,7 @@ class _Before:
     adapted: list[Tensor]  # after no adaptor step, after one, two, ...
     entries: list[Tensor]  # of this step, of the one before, ...
     time: Tensor | None  # the UNet's raw time, ()
+    trails: list[Trail | None]  # of the full passes that each of `adapted` comes from, where the adaptor looks at them
 
 
 class _Follower:
@@ -131,22 +134,29 @@ class _Follower:
         before = self.last.get(watch.branch)
         here = before is not None and before.step == watch.step - 1 and before.exit.shape == exit.shape
         adapted, entries = [exit], [] if entry is None else [entry]
+        time = None if position is None else stand_in.scalar(position, exit.device)
+        trails: list[Trail | None] = [None]
+        if "trend" in needs_of(self.candidate.adaptor):
+            trails = [Trail.after(before.trails[0] if before is not None and here else None, exit, time)]
         if before is not None and here:
             self._compare(watch.step, exit, before)
         if before is not None and here and watch.usable:
             captured = pass_.captured if entry is None else {**pass_.captured, "entry": entry}
-            for age, cached in enumerate(before.adapted[: self.longest], 1):
-                adapted.append(self._adapt(captured, cached, before, position))
+            for age, (cached, trail) in enumerate(zip(before.adapted, before.trails, strict=False), 1):
+                adapted.append(self._adapt(captured, cached, before, trail, position))
+                trails.append(trail)
                 self._sum(
                     "error", watch.step, age, (adapted[-1].float() - exit.float()).square(), exit.float().square()
                 )
             for age, past in enumerate(before.entries[: self.longest], 1):
                 self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
             entries += before.entries
-        time = None if position is None else stand_in.scalar(position, exit.device)
-        self.last[watch.branch] = _Before(watch.step, exit, adapted[: self.longest], entries[: self.longest], time)
+        last = adapted[: self.longest], entries[: self.longest], time, trails[: self.longest]
+        self.last[watch.branch] = _Before(watch.step, exit, *last)
 
-    def _adapt(self, captured: dict[str, Tensor], cached: Tensor, before: _Before, position: Any) -> Tensor:
+    def _adapt(
+        self, captured: dict[str, Tensor], cached: Tensor, before: _Before, trail: Trail | None, position: Any
+    ) -> Tensor:
         """What the adaptor makes of a cached exit; `before` is the step that it comes from, or was adapted in."""
         adaptor = self.candidate.adaptor
         if not self.placed and isinstance(self.candidate.argument, str):  # it is ours to move
@@ -154,8 +164,10 @@ class _Follower:
         self.placed = True
         where = {"region": self.candidate.region, "adaptor": adaptor}
         with torch.no_grad():
-            entry_cached = next(iter(before.entries), None)
-            inputs = stand_in.inputs(captured, cached, entry_cached, before.time, position)
+            past = stand_in.Past(next(iter(before.entries), None), before.time)
+            if trail is not None:
+                past = past._replace(trend=trail.trend, trend_positions=trail.positions)
+            inputs = stand_in.inputs(captured, cached, past, position)
             return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
 
     def _compare(self, step: int, exit: Tensor, before: _Before) -> None:

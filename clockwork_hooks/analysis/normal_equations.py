@@ -3,6 +3,10 @@
 Features are, in order: 1; the cached exit; the entry less the one that came with the cached exit; that one; and, for
 kernels alone, the cached exit at the positions around. The
 target is the exit less the cached one, so weights of zero are the identity. All sums are float64.
+
+Beside these each channel may have a feature of its own, its trend: how it moved between the last two full passes. Its
+weight is solved for together with the others, from what is left of target and trend where the others explain nothing
+of the trend (the theorem of Frisch, Waugh and Lovell), so it needs no sums of trends of two channels.
 """
 
 from __future__ import annotations
@@ -27,21 +31,29 @@ class Kind:
         form: of `CalibratedAdaptor`.
         reads: what the matrix reads; a kernel also reads the cached exit around each position.
         gain_only: one number for all channels.
+        trend: each channel's trend is read too, by a gain of its own.
     """
 
     form: str
     reads: tuple[str, ...] = ("exit",)
     gain_only: bool = False
+    trend: bool = False
 
 
+_ALL = ("exit", "entry", "entry_cached")
 KINDS = {
     "gain": Kind("affine", gain_only=True),
     "affine": Kind("affine"),
+    "affine+trend": Kind("affine", trend=True),
     "exit": Kind("linear"),
+    "exit+trend": Kind("linear", trend=True),
     "exit+entry": Kind("linear", ("exit", "entry")),
-    "exit+entry+before": Kind("linear", ("exit", "entry", "entry_cached")),
-    "kernel": Kind("kernel", ("exit", "entry", "entry_cached")),
-    "low rank": Kind("low rank", ("exit", "entry", "entry_cached")),
+    "exit+entry+trend": Kind("linear", ("exit", "entry"), trend=True),
+    "exit+entry+before": Kind("linear", _ALL),
+    "exit+entry+before+trend": Kind("linear", _ALL, trend=True),
+    "kernel": Kind("kernel", _ALL),
+    "low rank": Kind("low rank", _ALL),
+    "low rank+trend": Kind("low rank", _ALL, trend=True),
 }
 
 
@@ -78,6 +90,8 @@ class NormalEquations:
         square: (C,), of targets with themselves.
         exit_square: of exits with themselves.
         low, high: (C,) the least and the greatest exit.
+        trend_gram: (p, C), of features with trends.
+        trend_cross, trend_square: (C,), of each trend with its channel's target, and with itself.
     """
 
     shape: Shape
@@ -87,6 +101,9 @@ class NormalEquations:
     exit_square: Tensor
     low: Tensor
     high: Tensor
+    trend_gram: Tensor
+    trend_cross: Tensor
+    trend_square: Tensor
 
     @classmethod
     def empty(cls, shape: Shape, device: torch.device) -> NormalEquations:
@@ -95,7 +112,8 @@ class NormalEquations:
         zeros = torch.zeros(shape.features, shape.features, dtype=torch.float64, device=device)
         endless = torch.full((shape.exit,), torch.inf, dtype=torch.float64, device=device)
         cross, square = zeros.new_zeros(shape.features, shape.exit), zeros.new_zeros(shape.exit)
-        return cls(shape, zeros, cross, square, zeros.new_zeros(()), endless, -endless)
+        trends = torch.zeros_like(cross), torch.zeros_like(square), torch.zeros_like(square)
+        return cls(shape, zeros, cross, square, zeros.new_zeros(()), endless, -endless, *trends)
 
     def add(
         self,
@@ -104,8 +122,9 @@ class NormalEquations:
         entry: Tensor | None,
         before: Tensor | None,
         around: Tensor | None = None,
+        trend: Tensor | None = None,
     ) -> None:
-        """Add positions: (n, C) exits, cached and true; (n, E) entries, now and with the cached exit; (n, A) around."""
+        """Add positions: (n, C) exits, cached and true, and trends; (n, E) entries, now and before; (n, A) around."""
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
             was, now = (x[rows].to(self.gram.device).double() for x in (cached, exit))
@@ -120,6 +139,11 @@ class NormalEquations:
             self.cross.addmm_(features.T, target)
             self.square += target.square().sum(0)
             self.exit_square += now.square().sum()
+            if trend is not None:
+                own = trend[rows].to(self.gram.device).double()
+                self.trend_gram.addmm_(features.T, own)
+                self.trend_cross += (own * target).sum(0)
+                self.trend_square += own.square().sum(0)
             self.low, self.high = torch.minimum(self.low, now.amin(0)), torch.maximum(self.high, now.amax(0))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
@@ -131,6 +155,9 @@ class NormalEquations:
             self.exit_square + other.exit_square,
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
+            self.trend_gram + other.trend_gram,
+            self.trend_cross + other.trend_cross,
+            self.trend_square + other.trend_square,
         )
 
     @property
@@ -142,50 +169,78 @@ class NormalEquations:
         """Are all sums numbers?"""
         return bool(self.gram.isfinite().all() and self.cross.isfinite().all())
 
+    @property
+    def identity(self) -> float:
+        """`error` of weights of zero: of the cached exit as it is."""
+        return float(self.square.sum() / self.exit_square.clamp_min(1e-300))
+
     def error(self, weights: Tensor) -> float:
-        """‖r̂ - r‖² / ‖r‖² over the positions seen, r̂ by these weights, (p, C)."""
-        explained = 2 * (weights * self.cross).sum() - (weights * (self.gram @ weights)).sum()
+        """‖r̂ - r‖² / ‖r‖² over the positions seen, r̂ by these weights, (p + 1, C)."""
+        inner, trend = weights[:-1], weights[-1]
+        explained = 2 * (inner * self.cross).sum() - (inner * (self.gram @ inner)).sum()
+        explained += (2 * trend * (self.trend_cross - (inner * self.trend_gram).sum(0))).sum()
+        explained -= (trend.square() * self.trend_square).sum()
         return float((self.square.sum() - explained).clamp_min(0) / self.exit_square.clamp_min(1e-300))
 
-    # -- solving: weights are (p, C), rows of what is not read zero ---------------------------------------------------
+    # -- solving: weights are (p + 1, C), the last row that of the trend; rows of what is not read are zero ------------
 
     def solve(self, kind: Kind, ridge: float) -> Tensor:
-        """The least squares of a kind, (p, C); of the low-rank kind, before its rank is cut.
+        """The least squares of a kind, (p + 1, C); of the low-rank kind, before its rank is cut.
 
         Args:
             kind: which.
             ridge: relative to the diagonal of the covariance.
         """
+        trend = self._trend(kind, ridge) if kind.trend else torch.zeros_like(self.square)
+        return torch.cat((self._others(kind, ridge, self._rest(trend)), trend[None]))
+
+    def _trend(self, kind: Kind, ridge: float) -> Tensor:
+        """(C,), each trend's weight, beside a kind's other ones."""
+        alone, beside = self._others(kind, ridge, self.cross), self._others(kind, ridge, self.trend_gram)
+        left = self.trend_square - (self.trend_gram * beside).sum(0) + ridge * self.trend_square
+        target = self.trend_cross - (self.trend_gram * alone).sum(0)
+        seen = left > 1e-9 * self.trend_square.amax().clamp_min(1e-300)
+        return torch.where(seen, target / torch.where(seen, left, 1.0), 0.0)
+
+    def _rest(self, trend: Tensor) -> Tensor:
+        """(p, C), of features with what these weights of the trends leave of the targets."""
+        return self.cross - self.trend_gram * trend
+
+    def _others(self, kind: Kind, ridge: float, cross: Tensor) -> Tensor:
+        """(p, C), least squares with this in the place of features with targets."""
         if kind.gain_only:
-            return self._gain(ridge)
-        affine = self._affine(ridge)
-        if kind.form == "affine":
-            return affine
-        if kind.form == "low rank":
-            return affine + self._linear(self.cross - self.gram @ affine, kind.reads, ridge)
-        return self._linear(self.cross, kind.reads, ridge)
+            return self._gain(cross, ridge)
+        if kind.form == "linear" or kind.form == "kernel":
+            return self._linear(cross, kind.reads, ridge)
+        affine = self._affine(cross, ridge)
+        return affine if kind.form == "affine" else affine + self._linear(cross - self.gram @ affine, kind.reads, ridge)
+
+    def affine(self, weights: Tensor, ridge: float) -> Tensor:
+        """(p, C), gain and bias alone, beside the trends' weights of these, (p + 1, C)."""
+        return self._affine(self._rest(weights[-1]), ridge)
 
     def cut(self, weights: Tensor, ridge: float, basis: Tensor) -> Tensor:
-        """Low-rank weights: of what is beyond gain and bias, what lies in the basis, (rank, C)."""
-        gain = self._affine(ridge)
-        low_rank = gain + (weights - gain) @ basis.T @ basis
-        low_rank[0] = (self.cross[0] - self.gram[0, 1:] @ low_rank[1:]) / self.gram[0, 0].clamp_min(1)
-        return low_rank
+        """Low-rank weights: of what is beyond gain, bias and trend, what lies in the basis, (rank, C)."""
+        cross, trend = self._rest(weights[-1]), weights[-1:]
+        gain = self.affine(weights, ridge)
+        low_rank = gain + (weights[:-1] - gain) @ basis.T @ basis
+        low_rank[0] = (cross[0] - self.gram[0, 1:] @ low_rank[1:]) / self.gram[0, 0].clamp_min(1)
+        return torch.cat((low_rank, trend))
 
-    def _gain(self, ridge: float) -> Tensor:
+    def _gain(self, cross: Tensor, ridge: float) -> Tensor:
         own = 1 + torch.arange(self.shape.exit, device=self.gram.device)
-        above, below = self.cross[own, own - 1].sum(), self.gram.diagonal()[own].sum()
-        weights = torch.zeros_like(self.cross)
+        above, below = cross[own, own - 1].sum(), self.gram.diagonal()[own].sum()
+        weights = torch.zeros_like(cross)
         weights[own, own - 1] = above / (below * (1 + ridge)).clamp_min(1e-300)
         return weights
 
-    def _affine(self, ridge: float) -> Tensor:
+    def _affine(self, cross: Tensor, ridge: float) -> Tensor:
         own = 1 + torch.arange(self.shape.exit, device=self.gram.device)
-        count, mean, target = self.gram[0, 0].clamp_min(1), self.gram[0, own], self.cross[0]
+        count, mean, target = self.gram[0, 0].clamp_min(1), self.gram[0, own], cross[0]
         variance = self.gram.diagonal()[own] - mean.square() / count
-        covariance = self.cross[own, own - 1] - mean * target / count
+        covariance = cross[own, own - 1] - mean * target / count
         gain = covariance / (variance * (1 + ridge)).clamp_min(1e-12 * variance.amax().clamp_min(1e-300))
-        weights = torch.zeros_like(self.cross)
+        weights = torch.zeros_like(cross)
         weights[own, own - 1], weights[0] = gain, (target - gain * mean) / count
         return weights
 
@@ -206,8 +261,8 @@ class NormalEquations:
         return weights
 
     def added(self, weights: Tensor, ridge: float) -> Tensor:
-        """(C, C): the covariance of what these low-rank weights add to gain and bias."""
-        inner = weights - self._affine(ridge)
+        """(C, C): the covariance of what these low-rank weights add to gain, bias and trend."""
+        inner = weights[:-1] - self.affine(weights, ridge)
         mean = self.gram[:1] / self.gram[0, 0].clamp_min(1)
         covariance: Tensor = inner.T @ (self.gram - self.gram[0, 0] * mean.T @ mean) @ inner
         return covariance

@@ -16,6 +16,7 @@ SCHEDULED = "scheduled"
 MOVED = "scheduled: the entry changed by more than the threshold"
 LONGEST = "scheduled: the longest run of adaptor steps is over"
 UNSEEN = "the entry was not seen before the region began"
+TREND = "one full pass since the last doubt: its trend is not known"
 TRACED = "traced"
 TRAINING = "training"
 NO_TIME = "no time input: declare cw.step()"
@@ -59,6 +60,11 @@ REASONS: dict[str, tuple[str, str]] = {
         "an adaptive schedule has nothing to compare: of several entries, the one it looks at comes after the first "
         "skipped module",
         "another region, or another schedule",
+    ),
+    TREND: (
+        "the adaptor reads how the exit moved between the last two full passes, and only one came since conditions, "
+        "weights or inputs changed, or a call could not be placed",
+        'nothing; once per change. An adaptor of a kind without "+trend" does without',
     ),
     TRACED: (
         "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "

@@ -24,7 +24,49 @@ from clockwork_hooks.clock.forms import TimeForms, may_be_form
 from clockwork_hooks.clock.mixed import MixedTimes
 from clockwork_hooks.clock.times import Place
 
-__all__ = ["Branch", "Call", "Feature", "Position", "Timeline"]
+__all__ = ["Branch", "Call", "Feature", "Position", "Timeline", "Trail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What a region emitted in the last full pass, and how that differs from the full pass before; memory of our own.
+
+    Attributes:
+        exit: a copy of what it emitted.
+        position: the time input of that pass, (); None where there is none.
+        first: does the trail begin with the first step of the trajectory?
+        trend: `exit` less what the full pass before emitted; None where there was none.
+        positions: (2,), the time inputs of the two, this one's first.
+    """
+
+    exit: torch.Tensor
+    position: torch.Tensor | None
+    first: bool
+    trend: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    @classmethod
+    def after(
+        cls, trail: Trail | None, exit: torch.Tensor, position: torch.Tensor | None, *, first: bool = False
+    ) -> Trail:
+        """The trail that goes on from this one with a full pass; from none, it begins there."""
+        exit = exit.detach().clone()  # modules and samplers may write to what was emitted
+        if trail is None or trail.exit.shape != exit.shape:
+            return cls(exit, position, first)
+        positions = None
+        if position is not None and trail.position is not None:
+            positions = torch.stack((position, trail.position))
+        return cls(exit, position, trail.first, exit - trail.exit, positions)
+
+    @property
+    def broken(self) -> bool:
+        """Is there no trend, though the trajectory had more full passes before than the one?"""
+        return self.trend is None and not self.first
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds of the region's size."""
+        return [self.exit] if self.trend is None else [self.exit, self.trend]
 
 
 @dataclass(slots=True)  # frozen would take 1 µs more at every call, of some 300
@@ -39,6 +81,7 @@ class Feature:
         entry: what flowed into the region, where somebody looks at it; of an adaptive schedule, in the last full pass.
         age: and how many adaptor passes came since.
         position: the time input of that call, (), where somebody looks at it.
+        trail: of the full passes up to that call, where somebody looks at it.
     """
 
     key: Hashable
@@ -48,6 +91,7 @@ class Feature:
     entry: torch.Tensor | None = None
     age: int = 0
     position: torch.Tensor | None = None
+    trail: Trail | None = None
 
     def stale(self, key: Hashable, weights: Hashable) -> str | None:
         """Why it may not serve a call of this key and these weights; None where it may."""
@@ -118,8 +162,10 @@ class Branch:
     def nbytes(self) -> int:
         """Memory that it holds: features, each storage once, and copies of conditions."""
         calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
-        tensors = [call.feature.exit for call in calls if call.feature is not None]
-        tensors += [call.feature.entry for call in calls if call.feature is not None and call.feature.entry is not None]
+        features = [call.feature for call in calls if call.feature is not None]
+        tensors = [feature.exit for feature in features]
+        tensors += [feature.entry for feature in features if feature.entry is not None]
+        tensors += [tensor for feature in features if feature.trail is not None for tensor in feature.trail.tensors]
         storages = map(torch.Tensor.untyped_storage, tensors)
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -69,6 +69,11 @@ class ClockedRegion:
         """Do later steps look at what flowed into the region?"""
         return self.schedule.threshold is not None or "entry_cached" in needs_of(self.adaptor)
 
+    @property
+    def keeps_trail(self) -> bool:
+        """Does the adaptor look at how the exit moved between the last two full passes?"""
+        return "trend" in needs_of(self.adaptor)
+
     def find(self, trace: Trace, unet: nn.Module) -> tuple[Region | None, str]:
         """The region of this trace: the one known from other inputs, if it is there; or None, and why.
 

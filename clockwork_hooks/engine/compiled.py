@@ -1,7 +1,7 @@
 """Compiled passes: two static callables per input signature, one for full and one for adaptor passes.
 
     full(args)                          → output, exits, entry
-    adaptor(args, cached exit, entry and time) → output, exits, entry
+    adaptor(args, cached exit, what is known of earlier steps) → output, exits, entry
 
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
@@ -34,9 +34,9 @@ __all__ = ["Compiled", "Static"]
 
 _NUMBERS = itertools.count()
 
-# args, kwargs, (exit, entry and time cached) → output, region → exit, entry, complete
+# args, kwargs, (cached exit, what is known of earlier steps) → output, region → exit, entry, complete
 Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, bool]"]
-Cached = tuple["torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
+Cached = tuple["torch.Tensor | None", stand_in.Past]
 
 
 class Compiled:
@@ -67,9 +67,9 @@ class Compiled:
             AdaptorError: the adaptor returned what does not fit the region.
         """
         args, kwargs = with_tensor_time(call)
-        cached: Cached = (None, None, None)
+        cached: Cached = (None, stand_in.Past())
         if pass_.kind == "adaptor" and feature is not None:
-            cached = feature.exit, feature.entry, feature.position
+            cached = feature.exit, self._past(pass_, feature)
         outcome = self.launch(call, pass_, args, kwargs, cached)
         exit, finite = outcome.exits.get(pass_.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
@@ -77,6 +77,14 @@ class Compiled:
             where = {"step": call.place and call.place.step, "adaptor": adaptor}
             stand_in.check(exit.exit, cached[0], finite=finite, where=where)
         return outcome
+
+    def _past(self, pass_: Pass, feature: Feature) -> stand_in.Past:
+        """What is known of earlier steps; a trend that there is none of yet is zero, so that one callable serves both."""
+        past = stand_in.Past.of(feature)
+        if past.trend is None and self.engine.chain[pass_.plan.index].keeps_trail:
+            positions = None if past.position is None else past.position.expand(2)
+            past = past._replace(trend=torch.zeros_like(feature.exit), trend_positions=positions)
+        return past
 
     def forget(self) -> None:
         """Passes are other ones from now on: what was compiled is let go."""
@@ -124,9 +132,9 @@ class Compiled:
             time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-                exit, entry, before = cached
+                exit, past = cached
                 assert exit is not None  # it is an adaptor pass
-                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, entry, before, time))
+                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, past, time))
                 return adapted if not isinstance(adapted, torch.Tensor) else stand_in.owned(adapted, exit)
 
             traced = engine.tracing = pass_.like(adapt if kind == "adaptor" else None, traced=True)

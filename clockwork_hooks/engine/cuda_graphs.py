@@ -214,7 +214,7 @@ class Captured(Compiled):
         if exit is not None:
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
-                return stand_in.call(adaptor, stand_in.inputs(captured, exit, *cached[1:], time))
+                return stand_in.call(adaptor, stand_in.inputs(captured, exit, cached[1], time))
 
         pass_ = wanted.like(adapt)
         pass_.enter(args, kwargs)

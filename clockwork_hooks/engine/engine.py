@@ -26,7 +26,7 @@ from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Snapshot
 from clockwork_hooks.clock.loops import State, States
-from clockwork_hooks.clock.timeline import Feature, Position, Timeline
+from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
@@ -78,6 +78,7 @@ class UNetCall:
         place: which step, branch and trajectory it belongs to, once that is known.
         weights: state of the UNet's weights.
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
+        trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
     """
 
@@ -91,6 +92,7 @@ class UNetCall:
     place: Position | None = None
     weights: Hashable = None
     decision: Decision | None = None
+    trails: tuple[Trail | None, ...] = ()
     inside: bool = False
 
     def run(self) -> Any:
@@ -349,6 +351,9 @@ class Engine:
         reason = memory.feature.stale(call.key, call.weights)
         if reason is None and memory.feature.entry is None and self.chain[region].keeps_entry:
             reason = reasons.TRACED if memory.missing == reasons.TRACED else reasons.UNSEEN
+        if reason is None and self.chain[region].keeps_trail:
+            trail = memory.feature.trail
+            reason = reasons.TREND if trail is None or trail.broken else None
         schedule = self.chain[region].schedule
         if reason is None and schedule.threshold is not None:
             step, verdict = state.decided
@@ -364,6 +369,7 @@ class Engine:
         if decision.reason == reasons.LONGEST:  # it holds for the other calls of the step
             state.decided = ((place.trajectory, place.step), decision.reason)
         reason = decision.reason or (reasons.TEACHER if self.teaches else None)
+        call.trails = self._trails(call, place)
         place.release(len(place.befores) if reason else decision.region + 1)
         if not signature.regions or (reason is not None and self._idle(state, place)):
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
@@ -474,20 +480,29 @@ class Engine:
         own = call.decision is not None and index == call.decision.region
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
         feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
-        if call.time is not None and "position_cached" in needs_of(self.chain[index].adaptor):
+        clocked = self.chain[index]
+        if call.time is not None and (clocked.keeps_trail or "position_cached" in needs_of(clocked.adaptor)):
             feature.position = stand_in.scalar(call.time, emitted.exit.device)
-        before = call.decision.feature if call.decision is not None else None
-        if (
-            own
-            and before is not None
-            and outcome.kind == "adaptor"
-            and self.chain[index].schedule.threshold is not None
-        ):
-            feature.entry, feature.age = (
-                before.entry,
-                before.age + 1,
-            )  # compared with the last full pass, not the last step
+        before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
+        if own and before is not None and adapted and clocked.schedule.threshold is not None:
+            feature.entry, feature.age = before.entry, before.age + 1  # compared with the last full pass
+        if clocked.keeps_trail:
+            trail = call.trails[index] if index < len(call.trails) else None
+            first = call.place is not None and call.place.turn == 1
+            feature.trail = (
+                trail if own and adapted else Trail.after(trail, emitted.exit, feature.position, first=first)
+            )
         return feature
+
+    def _trails(self, call: UNetCall, place: Position) -> tuple[Trail | None, ...]:
+        """The trails that this call's regions go on with: those of the step before, if that is what came before it.
+
+        Steps that are not known to be one trajectory yet go on too: who uses the trail asks when they are known to be.
+        """
+        if place.doubt not in (None, reasons.EVIDENCE) or not any(clocked.keeps_trail for clocked in self.chain):
+            return ()
+        features = [None if before is None else before.feature for before in place.befores]
+        return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         if not self.records_first:  # who records trajectories wants to see them, not to save
@@ -557,7 +572,7 @@ class Engine:
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
         position = call.time if "position" in needs_of(adaptor) else None
-        inputs = stand_in.inputs(captured, cached, decision.feature.entry, decision.feature.position, position)
+        inputs = stand_in.inputs(captured, cached, stand_in.Past.of(decision.feature), position)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
         else:
@@ -580,6 +595,8 @@ class Engine:
 
     def _idle(self, state: State, place: Position) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
+        if any(clocked.keeps_trail for clocked in self.chain):
+            return False
         return not (self.looks or self.static is not None or self.skips_at(place.turn + 1, state.timeline.steps))
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
@@ -639,13 +656,15 @@ class Engine:
             call.place = self._place(state, call, call.signature, before)  # after it: lazy weights appear in the call
         call.weights = self.weights.state()  # also where modules that were exchanged have begun it anew
         call.place.split(len(call.signature.regions))
-        for use, memory in zip(
-            call.signature.regions, call.place.calls, strict=False
-        ):  # these inputs may have no region
+        uses = zip(call.signature.regions, call.place.calls, self.chain, strict=False)
+        for use, memory, clocked in uses:  # these inputs may have no region
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
                 exit = exit.clone() if use.copies else exit
                 memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights)
+                if clocked.keeps_trail:
+                    at = None if call.time is None else stand_in.scalar(call.time, exit.device)
+                    memory.feature.trail = Trail.after(None, exit, at, first=call.place.turn == 1)
                 use.homes.add(memory.feature.exit)
         due = self.skips_at(call.place.turn, state.timeline.steps)
         reason = reasons.TRACED if due else call.place.scheduled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,11 @@ from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
+if TYPE_CHECKING:
+    from clockwork_hooks.clock.timeline import Feature
+
 __all__ = [
+    "Past",
     "call",
     "check",
     "check_region",
@@ -36,11 +40,26 @@ __all__ = [
 ]
 
 
+class Past(NamedTuple):
+    """What an adaptor is given of earlier steps beside the exit; see `AdaptorInputs`."""
+
+    entry: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    trend: torch.Tensor | None = None
+    trend_positions: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, feature: Feature) -> Past:
+        """What is kept beside a feature."""
+        trail = feature.trail
+        trend = (None, None) if trail is None else (trail.trend, trail.positions)
+        return cls(feature.entry, feature.position, *trend)
+
+
 def inputs(
     captured: Mapping[str, torch.Tensor | None],
     exit_cached: torch.Tensor,
-    entry_cached: torch.Tensor | None = None,
-    position_cached: torch.Tensor | None = None,
+    past: Past = Past(),  # noqa: B008 - a tuple
     position: Any = None,
 ) -> AdaptorInputs:
     """What an adaptor is given, of what a pass picked up at the boundary.
@@ -48,17 +67,14 @@ def inputs(
     Args:
         captured: "entry", "time", "text", "mask", as far as they came.
         exit_cached: what the region emitted one step before.
-        entry_cached: what flowed into it then.
-        position_cached: the UNet's time input then, as `scalar` gives it.
+        past: what is known of earlier steps.
         position: the UNet's time input now, as it was passed.
     """
     text, mask = captured.get("text"), captured.get("mask")
     if text is not None and mask is not None:
         text = masked_mean(text, mask)
     at = None if position is None else scalar(position, exit_cached.device)
-    return AdaptorInputs(
-        captured.get("entry"), exit_cached, captured.get("time"), text, entry_cached, at, position_cached
-    )
+    return AdaptorInputs(captured.get("entry"), exit_cached, captured.get("time"), text, past.entry, at, *past[1:])
 
 
 def call(adaptor: Adaptor, arguments: AdaptorInputs) -> Any:

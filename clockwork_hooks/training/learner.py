@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks.adaptors.base import Adaptor, needs_of
+from clockwork_hooks.clock.timeline import Trail
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.losses import Loss, Outcome, Weights
 from clockwork_hooks.training.options import TrainingOptions
 from clockwork_hooks.training.recording import TrajectoryRecorder
-from clockwork_hooks.training.trajectory import StepCalls, Trajectory
+from clockwork_hooks.training.trajectory import RecordedCall, StepCalls, Trajectory
 
 __all__ = ["Learner"]
 
@@ -93,7 +94,10 @@ class Learner:
         def act(
             entry: Tensor | None, exit_cached: Tensor, *, time: Tensor | None, text: Tensor | None, **before: Any
         ) -> Tensor:
-            return self._predict(self.module, {"entry": entry, "time": time, "text": text}, exit_cached, **before)
+            names = {"entry": "entry_cached", "position": "position_cached"}
+            past = stand_in.Past(**{name: before.get(names.get(name, name)) for name in stand_in.Past._fields})
+            captured = {"entry": entry, "time": time, "text": text}
+            return self._predict(self.module, captured, exit_cached, past=past, position=before.get("position"))
 
         act.needs = self.needs  # type: ignore[attr-defined]
         return act
@@ -237,15 +241,10 @@ class Learner:
                 continue
             assert call.source is not None  # that is what adapted means
             cached = emitted.get(id(call.source), call.source.exit)
+            earlier = {"past": self._past(call, schedule), "position": call.time}
 
-            before = {
-                "entry_cached": call.source.captured.get("entry"),
-                "position": call.time,
-                "position_cached": _scalar(call.source.time, cached),
-            }
-
-            def emit(captured: Mapping[str, Tensor | None], cached: Any = cached, before: Any = before) -> Tensor:
-                predictions.append(predict(captured, cached, **before))
+            def emit(captured: Mapping[str, Tensor | None], cached: Any = cached, earlier: Any = earlier) -> Tensor:
+                predictions.append(predict(captured, cached, **earlier))
                 return predictions[-1]
 
             if self.loss.needs_output or not call.captured:
@@ -263,20 +262,39 @@ class Learner:
             weights=self._weights(step, widest),
         )
 
+    def _past(self, call: RecordedCall, schedule: Schedule) -> stand_in.Past:
+        """What an adaptor is given of the steps before a recorded call."""
+        source, exits = call.source, list[RecordedCall]()
+        assert source is not None and source.exit is not None  # noqa: PT018 - it serves an adapted call
+        past = stand_in.Past(source.captured.get("entry"), _scalar(source.time, source.exit))
+        one: RecordedCall | None = source if "trend" in self.needs else None
+        while one is not None and len(exits) < 2:
+            if schedule.is_full(one.step):
+                exits.append(one)
+            one = one.source
+        if len(exits) < 2 or any(one.exit is None for one in exits):
+            return past
+        trail: Trail | None = None
+        for full in reversed(exits):
+            assert full.exit is not None  # asked above
+            trail = Trail.after(trail, full.exit, _scalar(full.time, full.exit))
+        assert trail is not None  # there were two
+        return past._replace(trend=trail.trend, trend_positions=trail.positions)
+
     def _predict(
         self,
         model: Adaptor,
         captured: Mapping[str, Tensor | None],
         cached: Tensor,
         *,
-        entry_cached: Tensor | None = None,
+        past: stand_in.Past = stand_in.Past(),  # noqa: B008 - a tuple
         position: Any = None,
-        position_cached: Tensor | None = None,
     ) -> Tensor:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
-        arguments = stand_in.inputs(captured, cached.to(self.dtype), cast(entry_cached), position_cached, position)
+        past = past._replace(entry=cast(past.entry), trend=cast(past.trend))
+        arguments = stand_in.inputs(captured, cached.to(self.dtype), past, position)
         arguments = arguments._replace(
             entry=cast(arguments.entry), time=cast(arguments.time), text=cast(arguments.text)
         )

@@ -163,13 +163,14 @@ class Trainer:
         outputs = any(learner.loss.needs_output for learner in learning)
         captured = any(not learner.loss.needs_output for learner in learning)
         before = any("entry_cached" in learner.needs for learner in learning)
+        trend = any("trend" in learner.needs for learner in learning)
 
         def needs(step: int) -> Needs:
             adapted = any(not schedule.is_full(step) for schedule in schedules)
             feeds = any(not schedule.is_full(step + 1) for schedule in schedules)
             graphs = self.options.graphs
             return Needs(
-                exit=adapted or feeds,
+                exit=adapted or feeds or trend,
                 captured=(adapted and captured and not graphs) or (before and (adapted or feeds)),
                 arguments=adapted and (outputs or graphs),
                 output=adapted and outputs,
