@@ -319,6 +319,8 @@ def test_training_starts_at_it_and_is_given_the_trend():
     without = ResidualAdaptor.of(affine, region, width=4)
     starts = {}
     for name, one in (("with", adaptor), ("without", without)):
-        result = ch.distill(unet, one, lambda batch: generate((4, 2.0)), prompts=["a"], schedule=schedule, trajectories=1)
+        result = ch.distill(
+            unet, one, lambda batch: generate((4, 2.0)), prompts=["a"], schedule=schedule, trajectories=1
+        )
         starts[name] = result.losses[0]
     assert starts["with"] < 1e-3 * starts["without"]
