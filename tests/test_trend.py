@@ -85,7 +85,8 @@ def test_the_first_run_is_given_the_same_trends_as_the_second():
             run(unet, cw)
         given.append(trends(seen))
     for (one, at), (other, there) in zip(*given, strict=True):
-        assert torch.equal(one, other) and at == there
+        assert torch.equal(one, other)
+        assert at == there
 
 
 def test_after_one_full_pass_there_is_no_trend_and_no_pass_is_lost():
@@ -109,8 +110,10 @@ def test_a_trend_of_other_weights_or_conditions_is_none():
             x = x - 0.1 * unet(x, float(t), c)
             kinds.append("A" if cw.stats.adaptor_passes > before else "F")
         assert "".join(kinds) == "FFAAFFAAAF"
-        assert cw.stats.reasons[reasons.WEIGHTS] == 1 and cw.stats.reasons[reasons.TREND] == 1
-    assert len(seen.given) == 5 and all(trend is not None for _, trend, _ in seen.given)
+        assert cw.stats.reasons[reasons.WEIGHTS] == 1
+        assert cw.stats.reasons[reasons.TREND] == 1
+    assert len(seen.given) == 5
+    assert all(trend is not None for _, trend, _ in seen.given)
     assert seen.given[2][2].tolist() == [STEPS[5], STEPS[4]]  # both with the weights as they are
 
 
@@ -161,9 +164,12 @@ def test_what_was_emitted_may_be_written_to_afterwards():
 
 def test_a_trail_is_broken_until_there_are_two_passes():
     one = Trail.after(None, torch.zeros(1), torch.tensor(9.0))
-    assert one.broken and one.trend is None
+    assert one.broken
+    assert one.trend is None
     two = Trail.after(one, torch.ones(1), torch.tensor(7.0))
-    assert not two.broken and two.trend.tolist() == [1.0] and two.positions.tolist() == [7.0, 9.0]
+    assert not two.broken
+    assert two.trend.tolist() == [1.0]
+    assert two.positions.tolist() == [7.0, 9.0]
     assert Trail.after(two, torch.ones(2), None).trend is None  # of another shape
     assert not Trail.after(None, torch.zeros(1), None, first=True).broken
 
@@ -197,8 +203,10 @@ def test_exits_that_move_along_a_line_are_predicted(kind):
 def test_auto_takes_the_trend_where_it_tells_and_says_so():
     unet = Drifting()
     adaptor = calibrate(unet, sampler(unet), [(16, 2.0)], guidance=2.0, schedule=ch.Schedule.at((3, 5, 6)))
-    assert adaptor.report.kind == "affine+trend" and adaptor.report.kinds["affine+trend"].macs == 0
-    assert adaptor.reads_trend and {"trend", "trend_positions"} <= adaptor.needs
+    assert adaptor.report.kind == "affine+trend"
+    assert adaptor.report.kinds["affine+trend"].macs == 0
+    assert adaptor.reads_trend
+    assert {"trend", "trend_positions"} <= adaptor.needs
 
 
 def test_a_schedule_that_counts_from_the_end_has_its_own_full_steps_trend():
@@ -286,7 +294,8 @@ def test_it_is_saved_and_loaded(tmp_path):
     adaptor = calibrate(unet, sampler(unet), [(8, 2.0)], guidance=2.0, clock=2, kind="affine+trend")
     adaptor.save_pretrained(tmp_path)
     loaded = CalibratedAdaptor.from_pretrained(tmp_path)
-    assert loaded.reads_trend and torch.equal(loaded.table, adaptor.table)
+    assert loaded.reads_trend
+    assert torch.equal(loaded.table, adaptor.table)
     first, _ = error(unet, adaptor, sampler(unet), clock=2)
     second, _ = error(unet, loaded, sampler(unet), clock=2)
     assert first == second
@@ -304,7 +313,8 @@ def test_what_is_returned_is_bounded_however_far_the_trend_would_go():
         torch.testing.assert_close(still, adaptor(None, cached, **options))
         options["trend_positions"] = torch.tensor(TIMES[1:3]).flip(0)
         wild = adaptor(None, cached, trend=torch.full_like(cached, 1e6), **options)
-    assert wild.isfinite().all() and wild.abs().max() < 100
+    assert wild.isfinite().all()
+    assert wild.abs().max() < 100
 
 
 def test_training_starts_at_it_and_is_given_the_trend():
