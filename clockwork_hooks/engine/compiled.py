@@ -79,7 +79,7 @@ class Compiled:
         return outcome
 
     def _past(self, pass_: Pass, feature: Feature) -> stand_in.Past:
-        """What is known of earlier steps; a trend that there is none of yet is zero, so that one callable serves both."""
+        """What is known of earlier steps; where there is no trend yet, zero: one callable serves both."""
         past = stand_in.Past.of(feature)
         if past.trend is None and self.engine.chain[pass_.plan.index].keeps_trail:
             positions = None if past.position is None else past.position.expand(2)
