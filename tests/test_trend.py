@@ -212,7 +212,11 @@ def test_auto_takes_the_trend_where_it_tells_and_says_so():
 def test_a_schedule_that_counts_from_the_end_has_its_own_full_steps_trend():
     """Which steps are full is known after a first run alone; in it every step is."""
     unet = Drifting()
-    generate = sampler(unet, times=STEPS)
+    same_noise = sampler(unet, times=STEPS)
+
+    def generate(batch):
+        return same_noise(batch)
+
     schedule = ch.Schedule.every(3, first_full=2, last_full=1)
     adaptor = calibrate(unet, generate, [(16, 2.0)], guidance=2.0, schedule=schedule, kind="affine+trend", ridge=1e-9)
     at = schedule.adaptor_steps(len(STEPS))
