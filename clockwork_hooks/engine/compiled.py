@@ -15,7 +15,7 @@ import itertools
 import numbers
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,10 +86,10 @@ class Compiled:
             past = past._replace(trend=torch.zeros_like(feature.exit), trend_positions=positions)
         return past
 
-    def forget(self) -> None:
-        """Passes are other ones from now on: what was compiled is let go."""
+    def forget(self, signature: Hashable = None) -> None:
+        """Passes are other ones from now on: what was compiled is let go; of one signature, if its key is passed."""
         with self._lock:
-            self._static.clear()
+            let_go(self._static, signature)
 
     def launch(
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
@@ -145,6 +145,12 @@ class Compiled:
             return output, exits, traced.entry, traced.complete()
 
         return _with_code_of_its_own(static, f"{kind}_pass_{next(_NUMBERS)}")
+
+
+def let_go(static: dict[tuple[Any, ...], Any], signature: Hashable) -> None:
+    """Remove what was made for calls of one signature; of all, if it is None."""
+    for key in [key for key in static if signature is None or key[0] == signature]:
+        del static[key]
 
 
 def outcome_of(

@@ -27,7 +27,7 @@ from clockwork_hooks._tree import leaves, map_leaves, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.compiled import Cached, Compiled, time_leaf
+from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, time_leaf
 from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 
@@ -116,10 +116,10 @@ class Captured(Compiled):
         self._freed: list[Any] = []
         self._watched = False
 
-    def forget(self) -> None:
-        """Passes are other ones from now on: what was captured is let go."""
-        super().forget()
-        self._graphs.clear()
+    def forget(self, signature: Hashable = None) -> None:
+        """Passes are other ones from now on: what was captured is let go; of one signature, if its key is passed."""
+        super().forget(signature)
+        let_go(self._graphs, signature)
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """Is this pass one that a graph can stand for?"""

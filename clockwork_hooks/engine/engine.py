@@ -30,12 +30,13 @@ from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
+from clockwork_hooks.engine.derived import Derived, Recorded, Taint, form
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.undo import Before
-from clockwork_hooks.errors import ArgumentError, WrapError
+from clockwork_hooks.errors import ArgumentError, ClockworkError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
@@ -46,6 +47,8 @@ from clockwork_hooks.schedule import Schedule
 __all__ = ["Decision", "Engine", "Observer", "StaticCalls", "UNetCall"]
 
 log = logging.getLogger("clockwork_hooks")
+_SIGNATURES = 64  # are kept
+_DOUBTS = 2  # calls that were others at other sizes, until all such are recorded
 _DIFFERED, _RECORDINGS = 8, 8  # passes that differ until calls are recorded anew, and how often at most
 
 
@@ -135,8 +138,8 @@ class StaticCalls(Protocol):
         """Run it."""
         ...
 
-    def forget(self) -> None:
-        """Passes are other ones from now on."""
+    def forget(self, key: Hashable = None) -> None:
+        """Passes are other ones from now on; those of one input signature, if its key is passed."""
         ...
 
 
@@ -191,7 +194,10 @@ class Engine:
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
-        self._unanalysed: set[tuple[Any, ...]] = set()  # keys of calls in whose recording something failed
+        self._unanalysed: dict[tuple[Any, ...], None] = {}  # keys of calls in whose recording something failed
+        self._recorded: dict[tuple[Any, ...], Recorded] = {}  # by what of a key says nothing of sizes
+        self._doubts: Counter[tuple[Any, ...]] = Counter()  # how often such calls were others at other sizes
+        self._not_derived: dict[tuple[Any, ...], None] = {}  # keys of calls that are others at their sizes
         self._census = Census(unet)
         self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
         self._binder = Binder(unet.forward, ignore)
@@ -342,6 +348,8 @@ class Engine:
         region = next(due, None)  # the widest whose clock does not strike
         if place.turn <= 1 or region is None:
             return Decision(place.scheduled)
+        if signature.derived is not None and not signature.derived.seen:
+            return Decision(reasons.TRACED, region)
         reason = place.doubt or (reasons.TRAINING if call.trains else None)
         memory = place.befores[region]
         if reason is None and (memory is None or memory.feature is None):
@@ -371,6 +379,8 @@ class Engine:
         reason = decision.reason or (reasons.TEACHER if self.teaches else None)
         call.trails = self._trails(call, place)
         place.release(len(place.befores) if reason else decision.region + 1)
+        if signature.derived is not None and not signature.derived.seen:
+            return self._compare(state, call, signature, reason)
         if not signature.regions or (reason is not None and self._idle(state, place)):
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
@@ -382,12 +392,14 @@ class Engine:
             return outcome
         before = self._before(call, signature)
         try:
-            outcome = self.execute(call, pass_, decision.feature)
-        except Exception:
-            if self._census.holds(self.unet) or not before.restore():
+            outcome = self._prove(call, signature, pass_) if pass_.taint else self.execute(call, pass_, decision.feature)
+        except Exception as error:
+            exchanged = not self._census.holds(self.unet)
+            unproved = pass_.taint is not None and not isinstance(error, ClockworkError)
+            if not (exchanged or unproved) or not before.restore():
                 raise
             call.inside = False  # modules were exchanged within the trajectory: what was recorded does not fit them
-            self.forget()
+            self.forget() if exchanged else self._doubt(call)
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reasons.DIFFERED)
         signature.written |= before.written
         if outcome.kind == "full":  # the schedule has seen the region's entry
@@ -398,6 +410,40 @@ class Engine:
             signature.proved = True
             return outcome
         return self._again(call, signature, place, before, outcome)
+
+    def _compare(self, state: State, call: UNetCall, signature: Signature, reason: str | None) -> Outcome:
+        """The first call of other sizes, in full: are the module calls those of the recorded one?"""
+        for use in signature.regions:
+            self.install(use.plan)
+        pass_, derived = self._pass(state, call, Decision(reason or reasons.TRACED)), signature.derived
+        assert derived is not None
+        with derived.watching(call.args, call.kwargs) as watch:
+            outcome = self.execute(call, pass_, None, eager=True)
+        if outcome.complete and watch.apply(signature):
+            derived.seen = True
+        else:
+            self._doubt(call)
+            outcome.watched = False
+        outcome.macs, outcome.reason = signature.full_macs, reason
+        return outcome
+
+    def _prove(self, call: UNetCall, signature: Signature, pass_: Pass) -> Outcome:
+        """The first adaptor pass of other sizes: does its output come of the inputs and the exit alone?"""
+        assert pass_.taint is not None
+        with pass_.taint.following():
+            outcome = self.execute(call, pass_, None, eager=True)
+        if outcome.kind == "adaptor" and outcome.complete and not pass_.taint.reaches(outcome):
+            signature.derived = None
+        elif outcome.kind == "adaptor":
+            self._doubt(call)
+            outcome.complete, outcome.blanks = False, True
+        return outcome
+
+    def _doubt(self, call: UNetCall) -> None:
+        """Calls of this signature are not what they are at the sizes of the recorded one: the next is recorded too."""
+        self._signatures.pop(call.key, None)
+        _put_last(self._not_derived, call.key, None)
+        self._doubts[form(call.key)] += 1
 
     def _again(
         self, call: UNetCall, signature: Signature, place: Position, before: Before, outcome: Outcome
@@ -561,6 +607,7 @@ class Engine:
             blanks=use.blanks,
             judge=judge,
             proves=emit is None and not call.signature.recorded,
+            taint=Taint() if emit is not None and call.signature.derived is not None else None,
         )
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -607,12 +654,26 @@ class Engine:
 
     def _signature(self, call: UNetCall) -> Signature | None:
         """What is known of such calls; None if the first of them is yet to be recorded."""
-        signature = self._signatures.get(call.key) or self._adopt(call)
+        signature = self._signatures.get(call.key)
+        if signature is not None and len(self._signatures) > _SIGNATURES // 2:  # their order begins to matter
+            _put_last(self._signatures, signature.key, signature)
+        signature = signature or self._adopt(call)
         if signature is None and self.records_first:
             signature = self._learn(call, record(self.unet, call.args, call.kwargs, time=self.time))
+        if signature is None:
+            signature = self._derive(call)
         if signature is not None:
             call.key = signature.key
         return signature
+
+    def _derive(self, call: UNetCall) -> Signature | None:
+        """The signature of a call that differs from a recorded one in sizes alone; its first call will compare them."""
+        recorded = self._recorded.get(form(call.key))
+        if recorded is None or call.key in self._not_derived or self._doubts[form(call.key)] >= _DOUBTS:
+            return None
+        if not recorded.fits(call.arguments, self.time):
+            return None
+        return self._put(call, recorded.signature.at_other_sizes(Derived(recorded)))
 
     def _adopt(self, call: UNetCall) -> Signature | None:
         """The signature of a region that the user found before, if it was found for such a call."""
@@ -680,14 +741,18 @@ class Engine:
         self._signatures.pop(call.key, None)
         if not self._unanalysed:
             warn_of_failure(error)
-        self._unanalysed.add(call.key)
+        _put_last(self._unanalysed, call.key, None)
         state.timeline.reset()
         self._count_plain(state.timeline.nowhere(reasons.UNANALYSED), reasons.UNANALYSED, call.key[0])
         return output
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
         """Find the regions in a trace, and see to them."""
-        return self._begin(self._new(call, prepare(trace, self.unet, self.chain)))
+        signature = self._new(call, prepare(trace, self.unet, self.chain))
+        recorded = Recorded.of(signature, trace)
+        if recorded is not None:
+            _put_last(self._recorded, form(call.key), recorded)
+        return self._begin(signature)
 
     def _begin(self, signature: Signature) -> Signature:
         """A signature is known from now on: patch the modules with skipped calls, if a step may skip any."""
@@ -701,11 +766,18 @@ class Engine:
         if self._signatures and not self._census.holds(self.unet):
             self.forget()
         self._census = Census(self.unet)
-        signature.key, signature.ignored = call.key, self._binder.ignores
         _check_ignored(signature, self._binder)
         self._no_adaptor_pass.needless = self._binder.needless(call.arguments.paths)
-        self._signatures[call.key] = signature
         self._recordings[call.key] += 1
+        return self._put(call, signature)
+
+    def _put(self, call: UNetCall, signature: Signature) -> Signature:
+        """Keep a signature; of many, the one that no call has had for longest is let go."""
+        signature.key, signature.ignored = call.key, self._binder.ignores
+        for oldest in _put_last(self._signatures, call.key, signature):
+            self._recordings.pop(oldest, None)
+            if self.static is not None:
+                self.static.forget(oldest)
         return signature
 
     # -- modules that are exchanged ------------------------------------------------------------------------------
@@ -736,6 +808,9 @@ class Engine:
         """What was recorded does not hold any more: the next call of each signature is recorded, and patched, anew."""
         self._signatures.clear()
         self._unanalysed.clear()
+        self._recorded.clear()
+        self._not_derived.clear()
+        self._doubts.clear()
         self._adopts = False
         self.weights = Weights(self.unet)  # those of modules that are gone tell nothing
         self.installed.renew(self._modules())
@@ -773,6 +848,16 @@ class Engine:
         timeline = self.states.current().timeline
         timeline.reset()
         self._count_plain(timeline.nowhere(reasons.COMPILED), reasons.COMPILED, None)
+
+
+def _put_last(table: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> list[tuple[Any, ...]]:
+    """Put it at the end of a table, from whose beginning what is too much is let go: the keys of that."""
+    table.pop(key, None)
+    table[key] = value
+    oldest = list(table)[:-_SIGNATURES]
+    for one in oldest:
+        del table[one]
+    return oldest
 
 
 def _check_ignored(signature: Signature, binder: Binder) -> None:

@@ -6,12 +6,15 @@ import functools
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
 from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted, fits
+
+if TYPE_CHECKING:
+    from clockwork_hooks.engine.derived import Taint
 
 __all__ = ["Active", "Emit", "Emitted", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
@@ -83,6 +86,7 @@ class Pass:
         blanks: what skipped calls return, where it is the same in every pass; passes of one plan share it.
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
+        taint: follows what stands in for skipped outputs, where it is yet to be proved that nothing comes of it.
 
     Attributes:
         captured: boundary tensors by name, once they have been seen.
@@ -104,8 +108,9 @@ class Pass:
         blanks: dict[tuple[str, int], Any] | None = None,
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
         proves: bool = False,
+        taint: Taint | None = None,
     ) -> None:
-        self._proves, self._differs = proves, False
+        self._proves, self._differs, self.taint = proves, False, taint
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
         self.exits: dict[int, Emitted] = {}
@@ -114,7 +119,7 @@ class Pass:
         self.blanks = False
         self._emit, self._judge = emit, judge
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
-        self._blanks = {} if blanks is None else blanks
+        self._blanks = {} if blanks is None or taint is not None else blanks
         self._moves = plan.moves(kind, looks=looks or proves)
         self._counts: dict[str, int] = {}
         self._observed: dict[tuple[str, str], int] = {}
@@ -243,7 +248,8 @@ class Pass:
             exit = self._emit(self.captured)
             self._keep(self.plan.index, exit)
             return exit.clone() if leaf.written or self.plan.index in self.copies else exit
-        return placeholder(leaf)
+        blank = placeholder(leaf)
+        return blank if self.taint is None else self.taint.on(blank)
 
     def _keep(self, region: int, exit: torch.Tensor) -> None:
         self.exits[region] = Emitted(exit, version(exit))

@@ -30,7 +30,7 @@ from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.bindings import Bindings, describe
 from clockwork_hooks.graph.likely import LikelyExits
 
-__all__ = ["ModuleCall", "Recorder"]
+__all__ = ["ModuleCall", "Recorder", "eager", "written_by"]
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class _Eager:
                 stance.__exit__(None, None, None)
 
 
-_eager = _Eager()
+eager = _Eager()
 
 
 class Recorder(TorchDispatchMode):
@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True),
         ]
-        _eager.enter()
+        eager.enter()
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, output: Any = None) -> None:
@@ -170,7 +170,7 @@ class Recorder(TorchDispatchMode):
         try:
             self._leave()
         finally:
-            _eager.leave()
+            eager.leave()
             for handle in self._handles:
                 handle.remove()
                 # torch forgets to take this off, and warns of it ever after
@@ -288,7 +288,7 @@ class Recorder(TorchDispatchMode):
             pred, taken, other, operands = args
             with self:
                 return (taken if pred else other)(*operands)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         # a view of blank memory (`out[:, :3] = ...`) reads nothing yet
         for tensor in () if getattr(func, "is_view", False) else tensors((args, kwargs)):
             if self.bindings.blank(tensor) and all(tensor is not other for other in written):
@@ -324,7 +324,7 @@ class Recorder(TorchDispatchMode):
             self.saved.append((weight, weight.clone()))
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+def written_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensor arguments that the operator writes to, by its schema."""
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:

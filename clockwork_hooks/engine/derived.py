@@ -1,0 +1,304 @@
+"""A signature that differs from a recorded one in sizes alone: its plan is taken over, and proved by what calls do.
+
+Control flow may depend on sizes, so nothing is taken on trust. The first call of such a signature runs in full, and the
+module calls in it are compared with the recorded ones, one by one; they give the sizes. The first adaptor pass runs on
+placeholders that pass themselves on (`Tainted`): what is made of one is one, whatever operators the UNet puts between
+its modules. If none of them reaches the output, nor the adaptor, nor memory that is real, the output has come of the
+inputs and of the exit alone, and so will that of the passes after it. Any doubt: the pass is run again in full, and the
+signature is recorded like a first one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import register_module_forward_hook
+
+from clockwork_hooks._tree import leaves, map_leaves, tensors
+from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.graph.arguments import Arguments, time_candidates
+from clockwork_hooks.graph.recorder import eager, written_by
+from clockwork_hooks.graph.scaling import Scaling
+from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY, Trace
+from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
+
+if TYPE_CHECKING:
+    from clockwork_hooks.engine.chain import Signature
+    from clockwork_hooks.engine.passes import Outcome
+
+__all__ = ["Derived", "Recorded", "Taint", "form"]
+
+
+def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A call's key without its sizes: equal for calls that differ in these alone."""
+    arguments, *modes = key
+    return (*(len(part) if type(part) is torch.Size else part for part in arguments), *modes)
+
+
+class Recorded:
+    """What of a recorded signature holds at other sizes.
+
+    Args:
+        signature: as recorded.
+        trace: of its first call.
+        scaling: of the trace.
+    """
+
+    def __init__(self, signature: Signature, scaling: Scaling) -> None:
+        self.signature, self.scaling = signature, scaling
+        plans = [use.plan for use in signature.regions]
+        self.outputs = {scaling.at[call.path, call.ordinal] for plan in plans for call in plan.skipped}
+        ports = [port for plan in plans for port in plan.ports.values() if port.path]
+        self.outputs |= {scaling.at[port.path, port.ordinal] for port in ports if port.side == "output"}
+        self.inputs = {scaling.at[port.path, port.ordinal] for port in ports if port.side == "input"}
+
+    @classmethod
+    def of(cls, signature: Signature, trace: Trace) -> Recorded | None:
+        """None where something was recorded that may be another at other sizes, and that calls would not show.
+
+        So are arguments that are no conditions because of what operators did with them (they were only added, or not
+        read), operators without a formula for their MACs, and kernels that no dispatcher sees.
+        """
+        if not signature.regions or trace.unread or any(use.region.residuals for use in signature.regions):
+            return None
+        if any(map(_unseen, trace.nodes)):
+            return None
+        scaling = Scaling.of(trace)
+        return None if scaling is None else cls(signature, scaling)
+
+    def fits(self, arguments: Arguments, time: str | None) -> bool:
+        """Is the time of this call the same argument, and told by its name?"""
+        try:
+            times = time_candidates(arguments, sample=self.signature.sample, time=time)
+        except ArgumentError:
+            return False
+        return times == (() if self.signature.time is None else (self.signature.time,))
+
+
+class Derived:
+    """What is yet to be proved of a derived signature.
+
+    Args:
+        recorded: the signature that it is derived from.
+
+    Attributes:
+        seen: have the module calls of a full pass been compared?
+    """
+
+    def __init__(self, recorded: Recorded) -> None:
+        self._recorded = recorded
+        self.seen = False
+
+    @contextlib.contextmanager
+    def watching(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_Watch]:
+        """Compare the module calls that the block makes in this thread."""
+        watch = _Watch(self._recorded, args, kwargs)
+        handle = register_module_forward_hook(watch, with_kwargs=True)
+        eager.enter()
+        try:
+            yield watch
+        finally:
+            eager.leave()
+            handle.remove()
+            # torch forgets to take this off, and warns of it ever after
+            getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
+
+
+class _Watch:
+    """A hook on all modules: are they called as recorded, and what do they return at these sizes?"""
+
+    def __init__(self, recorded: Recorded, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._recorded, self._arguments = recorded, (args, kwargs)
+        self._thread = threading.get_ident()
+        self._shapes: list[tuple[int, ...]] = []
+        self._outputs: dict[int, Any] = {}
+        self._inputs: dict[int, list[Any]] = {}
+        self.differs = False
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.differs or threading.get_ident() != self._thread:
+            return
+        k, modules = len(self._shapes), self._recorded.scaling.modules
+        if k == len(modules) or (modules[k] and modules[k] != id(module)):
+            self.differs = True
+            return
+        first = output if isinstance(output, torch.Tensor) else next(iter(tensors(output)), None)
+        self._shapes.append(() if first is None else first.shape)
+        if k in self._recorded.outputs:
+            self._outputs[k] = map_leaves(_slot, output)
+        if k in self._recorded.inputs:
+            self._inputs[k] = [_slot(leaf) for _, leaf in leaves((args, kwargs))]
+
+    def apply(self, signature: Signature) -> bool:
+        """Give a signature the sizes that were seen; False, and nothing is done, if calls were others than recorded."""
+        recorded = self._recorded
+        if self.differs or len(self._shapes) != len(recorded.scaling.modules):
+            return False
+        full = recorded.scaling.macs(self._shapes)
+        pairs = list(zip(signature.regions, recorded.signature.regions, strict=True))
+        plans = [self._plan(known.plan) for _, known in pairs]
+        skipped = [self._skipped_macs(known.plan) for _, known in pairs]
+        if full is None or None in plans or None in skipped:
+            return False
+        signature.full_macs = full
+        for use, plan, macs in zip(signature.regions, plans, skipped, strict=True):
+            use.plan, use.rest_macs = plan or use.plan, full - (macs or 0)
+        return True
+
+    def _skipped_macs(self, plan: CutPlan) -> int | None:
+        scaling = self._recorded.scaling
+        inside = frozenset[int]().union(*(scaling.inside(call.path, call.ordinal) for call in plan.skipped))
+        return scaling.macs(self._shapes, inside)
+
+    def _plan(self, plan: CutPlan) -> CutPlan | None:
+        """The plan with these sizes; None where a call returns something else than the recorded one."""
+        skipped = [self._skipped(call) for call in plan.skipped]
+        ports = {name: self._port(port) for name, port in plan.ports.items()}
+        if None in skipped or None in ports.values():
+            return None
+        return replace(
+            plan, skipped=tuple(filter(None, skipped)), ports={n: p for n, p in ports.items() if p is not None}
+        )
+
+    def _skipped(self, call: SkippedCall) -> SkippedCall | None:
+        output = self._outputs[self._recorded.scaling.at[call.path, call.ordinal]]
+        known, now = ([leaf for _, leaf in leaves(value)] for value in (call.output, output))
+        if len(known) != len(now) or not all(map(_alike, known, now)):
+            return None
+        flags = iter([leaf for leaf in known if isinstance(leaf, Slot)])
+
+        def flagged(leaf: Any) -> Any:
+            if not isinstance(leaf, Slot):
+                return leaf
+            before = next(flags)
+            return replace(leaf, exit=before.exit, written=before.written)
+
+        return replace(call, output=map_leaves(flagged, output))
+
+    def _port(self, port: Port) -> Port | None:
+        if not port.path:
+            values = [_slot(leaf) for _, leaf in leaves(self._arguments)]
+        else:
+            k = self._recorded.scaling.at[port.path, port.ordinal]
+            values = self._inputs[k] if port.side == "input" else [leaf for _, leaf in leaves(self._outputs[k])]
+        leaf = values[port.leaf] if port.leaf < len(values) else None
+        same = isinstance(leaf, Slot) and len(leaf.shape) == len(port.shape) and leaf.dtype == port.dtype
+        return replace(port, shape=leaf.shape) if same and isinstance(leaf, Slot) else None
+
+
+def _unseen(node: fx.Node) -> bool:
+    """Is it a tensor that code filled which no dispatcher sees?"""
+    after = node.meta.get("after", ())
+    return node.target is torch.ops.aten.alias.default and not all("was" in one.meta for one in after)
+
+
+def _slot(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor) or leaf.is_nested:
+        return leaf
+    return Slot(tuple(leaf.shape), leaf.dtype, leaf.device)
+
+
+def _alike(known: Any, now: Any) -> bool:
+    """Are these leaves of two calls' outputs the same but for sizes?"""
+    if not isinstance(known, Slot) or not isinstance(now, Slot):
+        return type(known) is type(now)
+    return len(known.shape) == len(now.shape) and (known.dtype, known.device) == (now.dtype, now.device)
+
+
+# -- placeholders that pass themselves on ---------------------------------------------------------------------------
+
+
+class Taint:
+    """Follows the placeholders of one pass.
+
+    Attributes:
+        spread: has something of them come where nothing of them may be?
+    """
+
+    def __init__(self) -> None:
+        self.spread = False
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Compiled code runs in eager within the block: it knows no such tensors."""
+        eager.enter()
+        try:
+            yield
+        finally:
+            eager.leave()
+
+    def on(self, placeholder: torch.Tensor) -> torch.Tensor:
+        """The placeholder, as one that passes itself on."""
+        return Tainted(placeholder, self)
+
+    def reaches(self, outcome: Outcome) -> bool:
+        """Has anything of a placeholder reached the output, an exit, or what the adaptor was given?"""
+        exits = [emitted.exit for emitted in outcome.exits.values()]
+        left = tensors((outcome.output, exits, list(outcome.captured.values()), outcome.entry))
+        return self.spread or any(isinstance(tensor, Tainted) for tensor in left)
+
+
+class Tainted(torch.Tensor):
+    """A placeholder, or what was made of one: operators that take it return such tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, taint: Taint) -> Tainted:
+        """Args: the tensor itself, and who follows it."""
+        tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
+        tainted.plain, tainted.taint = plain, taint
+        return tainted
+
+    plain: torch.Tensor
+    taint: Taint
+
+    def data_ptr(self) -> int:
+        """Kernels that torch does not see would read it, and pass nothing on."""
+        raise RuntimeError("a kernel that torch does not see asks for the values of a skipped module's output")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same."""
+        self.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = [leaf for leaf in tensors((args, kwargs)) if isinstance(leaf, Tainted)]
+        taint = own[0].taint
+        out = func(*map_leaves(_plain, args), **map_leaves(_plain, kwargs))
+        name = getattr(getattr(func, "_schema", None), "name", "")
+        first = next(iter(tensors(args)), None)
+        if name in SHAPE_ONLY or (name in FIRST_ONLY and not isinstance(first, Tainted)):
+            return out
+        real = [tensor for tensor in written_by(func, args, kwargs) if not isinstance(tensor, Tainted)]
+        taint.spread |= bool(real) or _decides(func, out)
+        before = {id(leaf.plain): leaf for leaf in own}  # operators may return what they were given
+
+        def tainted(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return before[id(leaf)] if id(leaf) in before else Tainted(leaf, taint)
+
+        return map_leaves(tainted, out)
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.plain if isinstance(leaf, Tainted) else leaf
+
+
+def _decides(func: Any, out: Any) -> bool:
+    """Could Python decide by what the operator returns: by a number, or by a shape that depends on values?"""
+    tags = getattr(func, "tags", ())
+    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        return True
+    return out is not None and not tensors(out)
