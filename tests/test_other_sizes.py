@@ -368,3 +368,14 @@ def test_the_zoo_at_twice_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) 
     *outputs, macs = list(passes())
     assert derived.pop() == macs
     torch.testing.assert_close(derived, outputs, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+def test_clock_1_patches_nothing(recordings: list[Any]) -> None:
+    """What is never skipped is not touched, at other sizes either; its MACs are counted."""
+    unet = Tiny()
+    cw = ch.wrap(unet, clock=1)
+    assert sample(cw, Tiny(), 8) == sample(cw, Tiny(), 16) == (6, 0)
+    assert not any("forward" in vars(module) for module in unet.children())
+    assert len(recordings) == 1
+    assert cw.stats.macs_run > 4 * cw.stats.trajectories[0].macs_run

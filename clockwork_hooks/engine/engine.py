@@ -392,7 +392,9 @@ class Engine:
             return outcome
         before = self._before(call, signature)
         try:
-            outcome = self._prove(call, signature, pass_) if pass_.taint else self.execute(call, pass_, decision.feature)
+            outcome = (
+                self._prove(call, signature, pass_) if pass_.taint else self.execute(call, pass_, decision.feature)
+            )
         except Exception as error:
             exchanged = not self._census.holds(self.unet)
             unproved = pass_.taint is not None and not isinstance(error, ClockworkError)
