@@ -221,7 +221,9 @@ class Engine:
     @property
     def uncounted(self) -> tuple[str, ...]:
         """Operators of the recorded calls that are in no count."""
-        return tuple(dict.fromkeys(name for signature in self._signatures.values() for name in signature.uncounted))
+        return tuple(
+            dict.fromkeys(name for signature in list(self._signatures.values()) for name in signature.uncounted)
+        )
 
     @property
     def schedule(self) -> Schedule:
@@ -415,13 +417,15 @@ class Engine:
 
     def _compare(self, state: State, call: UNetCall, signature: Signature, reason: str | None) -> Outcome:
         """The first call of other sizes, in full: are the module calls those of the recorded one?"""
-        for use in signature.regions:
-            self.install(use.plan)
-        pass_, derived = self._pass(state, call, Decision(reason or reasons.TRACED)), signature.derived
+        derived, patches = signature.derived, self._patches
         assert derived is not None
+        for use in signature.regions if patches else ():
+            self.install(use.plan)
+        pass_ = self._pass(state, call, Decision(reason or reasons.TRACED))
         with derived.watching(call.args, call.kwargs) as watch:
             outcome = self.execute(call, pass_, None, eager=True)
-        if outcome.complete and watch.apply(signature):
+        outcome.watched = patches
+        if (outcome.complete or not patches) and watch.apply(signature):
             derived.seen = True
         else:
             self._doubt(call)
@@ -758,7 +762,7 @@ class Engine:
 
     def _begin(self, signature: Signature) -> Signature:
         """A signature is known from now on: patch the modules with skipped calls, if a step may skip any."""
-        if self.looks or not all(clocked.schedule.never_skips for clocked in self.chain):
+        if self._patches:
             for use in signature.regions:
                 self.install(use.plan)
             self._watchers.look(self.unet, self.installed.paths, self.chain[0].keep)
@@ -781,6 +785,11 @@ class Engine:
             if self.static is not None:
                 self.static.forget(oldest)
         return signature
+
+    @property
+    def _patches(self) -> bool:
+        """Are modules patched? Not where it is certain that no step can skip any, and nobody looks."""
+        return self.looks or not all(clocked.schedule.never_skips for clocked in self.chain)
 
     # -- modules that are exchanged ------------------------------------------------------------------------------
 
@@ -834,7 +843,7 @@ class Engine:
 
     def _count_plain(self, place: Position, reason: str, inputs: Hashable) -> None:
         """A call that ran as if nothing were attached; what it cost is known once such a call was recorded."""
-        cost = next((signature.full_macs for key, signature in self._signatures.items() if key[0] == inputs), 0)
+        cost = next((signature.full_macs for key, signature in list(self._signatures.items()) if key[0] == inputs), 0)
         self._count(place, Outcome(None, watched=False, macs=cost, reason=reason), cost)
 
     def _missed(self) -> None:
