@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import clockwork_hooks as ch
 from clockwork_hooks.engine import engine as engine_module
-from clockwork_hooks.engine.derived import Recorded, Taint
+from clockwork_hooks.engine.derived import Recorded
+from clockwork_hooks.engine.taint import Taint
 from tests.small_unet import Tiny, reference
 from tests.zoo import ZOO
 from tests.zoo.proof import map_tensors
@@ -194,7 +195,7 @@ def test_values_that_python_reads_are_seen(twist: Any, recordings: list[Any]) ->
 @pytest.mark.parametrize("twist", [bypass, written])
 def test_with_the_proof_off_it_is_seen_here(twist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before would notice: without the proof these outputs are others."""
-    monkeypatch.setattr(Taint, "reaches", lambda self, outcome: False)
+    monkeypatch.setattr(Taint, "reaches", lambda self, values: False)
     monkeypatch.setattr(Taint, "on", lambda self, placeholder: placeholder)
     cw = ch.wrap(Hostile(twist))
     sample(cw, Hostile(twist), LARGE)

@@ -16,7 +16,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +34,6 @@ from clockwork_hooks.regions.find import Choice, match, skipped_nodes
 from clockwork_hooks.regions.keep import keeping
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
-
-if TYPE_CHECKING:
-    from clockwork_hooks.engine.derived import Derived
 
 __all__ = ["ClockedRegion", "Homes", "RegionUse", "Signature", "prepare", "single"]
 
@@ -169,7 +166,6 @@ class Signature:
             has to show that it holds.
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
         ignored: says of a path whether the user wants nothing to be told by it.
-        derived: what is yet to be proved, where it was derived from one that differs in sizes alone.
         places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
     """
 
@@ -185,13 +181,7 @@ class Signature:
     recorded: bool = True
     uncounted: tuple[str, ...] = ()
     ignored: Callable[[str], bool] = lambda path: False
-    derived: Derived | None = None
     places: tuple[int | None, tuple[int, ...], tuple[str, ...]] | None = None
-
-    def at_other_sizes(self, derived: Derived) -> Signature:
-        """The same for a call of other sizes, which are yet to be seen; nothing that calls have shown is taken over."""
-        uses = tuple(RegionUse(use.region, use.plan, 0, name=use.name) for use in self.regions)
-        return Signature(0, self.time, self.sample, uses, uncounted=self.uncounted, derived=derived)
 
     def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
         """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals.

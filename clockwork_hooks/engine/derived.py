@@ -2,7 +2,7 @@
 
 Control flow may depend on sizes, so nothing is taken on trust. The first call of such a signature runs in full, and the
 module calls in it are compared with the recorded ones, one by one; they give the sizes. The first adaptor pass runs on
-placeholders that pass themselves on (`Tainted`): what is made of one is one, whatever operators the UNet puts between
+placeholders that pass themselves on (taint.py): what is made of one is one, whatever operators the UNet puts between
 its modules. If none of them reaches the output, nor the adaptor, nor memory that is real, the output has come of the
 inputs and of the exit alone, and so will that of the passes after it. Any doubt: the pass is run again in full, and the
 signature is recorded like a first one.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,18 +22,15 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
 
 from clockwork_hooks._tree import leaves, map_leaves, tensors
+from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
-from clockwork_hooks.graph.recorder import eager, written_by
+from clockwork_hooks.graph.recorder import eager
 from clockwork_hooks.graph.scaling import Scaling
-from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY, Trace
+from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 
-if TYPE_CHECKING:
-    from clockwork_hooks.engine.chain import Signature
-    from clockwork_hooks.engine.passes import Outcome
-
-__all__ = ["Derived", "Recorded", "Taint", "form"]
+__all__ = ["Derived", "Recorded", "form"]
 
 
 def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -82,24 +79,30 @@ class Recorded:
         return times == (() if self.signature.time is None else (self.signature.time,))
 
 
-class Derived:
-    """What is yet to be proved of a derived signature.
-
-    Args:
-        recorded: the signature that it is derived from.
+@dataclass(slots=True)
+class Derived(Signature):
+    """A signature that differs in sizes alone from a recorded one; until it is `proved`, its plan is that one's.
 
     Attributes:
+        source: the recorded one.
         seen: have the module calls of a full pass been compared?
     """
 
-    def __init__(self, recorded: Recorded) -> None:
-        self._recorded = recorded
-        self.seen = False
+    source: Recorded | None = None
+    seen: bool = False
+
+    @classmethod
+    def of(cls, source: Recorded) -> Derived:
+        """The signature of a first call of other sizes; what calls have shown of the recorded one is not taken over."""
+        before = source.signature
+        uses = tuple(RegionUse(use.region, use.plan, 0, name=use.name) for use in before.regions)
+        return cls(0, before.time, before.sample, uses, uncounted=before.uncounted, source=source)
 
     @contextlib.contextmanager
     def watching(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_Watch]:
         """Compare the module calls that the block makes in this thread."""
-        watch = _Watch(self._recorded, args, kwargs)
+        assert self.source is not None
+        watch = _Watch(self.source, args, kwargs)
         handle = register_module_forward_hook(watch, with_kwargs=True)
         eager.enter()
         try:
@@ -210,95 +213,3 @@ def _alike(known: Any, now: Any) -> bool:
     if not isinstance(known, Slot) or not isinstance(now, Slot):
         return type(known) is type(now)
     return len(known.shape) == len(now.shape) and (known.dtype, known.device) == (now.dtype, now.device)
-
-
-# -- placeholders that pass themselves on ---------------------------------------------------------------------------
-
-
-class Taint:
-    """Follows the placeholders of one pass.
-
-    Attributes:
-        spread: has something of them come where nothing of them may be?
-    """
-
-    def __init__(self) -> None:
-        self.spread = False
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Compiled code runs in eager within the block: it knows no such tensors."""
-        eager.enter()
-        try:
-            yield
-        finally:
-            eager.leave()
-
-    def on(self, placeholder: torch.Tensor) -> torch.Tensor:
-        """The placeholder, as one that passes itself on."""
-        return Tainted(placeholder, self)
-
-    def reaches(self, outcome: Outcome) -> bool:
-        """Has anything of a placeholder reached the output, an exit, or what the adaptor was given?"""
-        exits = [emitted.exit for emitted in outcome.exits.values()]
-        left = tensors((outcome.output, exits, list(outcome.captured.values()), outcome.entry))
-        return self.spread or any(isinstance(tensor, Tainted) for tensor in left)
-
-
-class Tainted(torch.Tensor):
-    """A placeholder, or what was made of one: operators that take it return such tensors."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, plain: torch.Tensor, taint: Taint) -> Tainted:
-        """Args: the tensor itself, and who follows it."""
-        tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
-        tainted.plain, tainted.taint = plain, taint
-        return tainted
-
-    plain: torch.Tensor
-    taint: Taint
-
-    def data_ptr(self) -> int:
-        """Kernels that torch does not see would read it, and pass nothing on."""
-        raise RuntimeError("a kernel that torch does not see asks for the values of a skipped module's output")
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same."""
-        self.data_ptr()
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        own = [leaf for leaf in tensors((args, kwargs)) if isinstance(leaf, Tainted)]
-        taint = own[0].taint
-        out = func(*map_leaves(_plain, args), **map_leaves(_plain, kwargs))
-        name = getattr(getattr(func, "_schema", None), "name", "")
-        first = next(iter(tensors(args)), None)
-        if name in SHAPE_ONLY or (name in FIRST_ONLY and not isinstance(first, Tainted)):
-            return out
-        real = [tensor for tensor in written_by(func, args, kwargs) if not isinstance(tensor, Tainted)]
-        taint.spread |= bool(real) or _decides(func, out)
-        before = {id(leaf.plain): leaf for leaf in own}  # operators may return what they were given
-
-        def tainted(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            return before[id(leaf)] if id(leaf) in before else Tainted(leaf, taint)
-
-        return map_leaves(tainted, out)
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.plain if isinstance(leaf, Tainted) else leaf
-
-
-def _decides(func: Any, out: Any) -> bool:
-    """Could Python decide by what the operator returns: by a number, or by a shape that depends on values?"""
-    tags = getattr(func, "tags", ())
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-        return True
-    return out is not None and not tensors(out)

@@ -30,11 +30,12 @@ from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
-from clockwork_hooks.engine.derived import Derived, Recorded, Taint, form
+from clockwork_hooks.engine.derived import Derived, Recorded, form
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
 from clockwork_hooks.engine.stats import Stats
+from clockwork_hooks.engine.taint import Taint
 from clockwork_hooks.engine.undo import Before
 from clockwork_hooks.errors import ArgumentError, ClockworkError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
@@ -350,7 +351,7 @@ class Engine:
         region = next(due, None)  # the widest whose clock does not strike
         if place.turn <= 1 or region is None:
             return Decision(place.scheduled)
-        if signature.derived is not None and not signature.derived.seen:
+        if isinstance(signature, Derived) and not signature.seen:
             return Decision(reasons.TRACED, region)
         reason = place.doubt or (reasons.TRAINING if call.trains else None)
         memory = place.befores[region]
@@ -381,7 +382,7 @@ class Engine:
         reason = decision.reason or (reasons.TEACHER if self.teaches else None)
         call.trails = self._trails(call, place)
         place.release(len(place.befores) if reason else decision.region + 1)
-        if signature.derived is not None and not signature.derived.seen:
+        if isinstance(signature, Derived) and not signature.seen:
             return self._compare(state, call, signature, reason)
         if not signature.regions or (reason is not None and self._idle(state, place)):
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
@@ -394,9 +395,7 @@ class Engine:
             return outcome
         before = self._before(call, signature)
         try:
-            outcome = (
-                self._prove(call, signature, pass_) if pass_.taint else self.execute(call, pass_, decision.feature)
-            )
+            outcome = self.execute(call, pass_, decision.feature) if pass_.taint is None else self._prove(call, pass_)
         except Exception as error:
             exchanged = not self._census.holds(self.unet)
             unproved = pass_.taint is not None and not isinstance(error, ClockworkError)
@@ -415,32 +414,32 @@ class Engine:
             return outcome
         return self._again(call, signature, place, before, outcome)
 
-    def _compare(self, state: State, call: UNetCall, signature: Signature, reason: str | None) -> Outcome:
+    def _compare(self, state: State, call: UNetCall, signature: Derived, reason: str | None) -> Outcome:
         """The first call of other sizes, in full: are the module calls those of the recorded one?"""
-        derived, patches = signature.derived, self._patches
-        assert derived is not None
+        patches = self._patches
         for use in signature.regions if patches else ():
             self.install(use.plan)
         pass_ = self._pass(state, call, Decision(reason or reasons.TRACED))
-        with derived.watching(call.args, call.kwargs) as watch:
+        with signature.watching(call.args, call.kwargs) as watch:
             outcome = self.execute(call, pass_, None, eager=True)
         outcome.watched = patches
         if (outcome.complete or not patches) and watch.apply(signature):
-            derived.seen = True
+            signature.seen = True
         else:
             self._doubt(call)
             outcome.watched = False
         outcome.macs, outcome.reason = signature.full_macs, reason
         return outcome
 
-    def _prove(self, call: UNetCall, signature: Signature, pass_: Pass) -> Outcome:
+    def _prove(self, call: UNetCall, pass_: Pass) -> Outcome:
         """The first adaptor pass of other sizes: does its output come of the inputs and the exit alone?"""
         assert pass_.taint is not None
         with pass_.taint.following():
             outcome = self.execute(call, pass_, None, eager=True)
-        if outcome.kind == "adaptor" and outcome.complete and not pass_.taint.reaches(outcome):
-            signature.derived = None
-        elif outcome.kind == "adaptor":
+        exits = [emitted.exit for emitted in outcome.exits.values()]
+        given = list(outcome.captured.values())
+        doubtful = not outcome.complete or pass_.taint.reaches((outcome.output, exits, given, outcome.entry))
+        if outcome.kind == "adaptor" and doubtful:
             self._doubt(call)
             outcome.complete, outcome.blanks = False, True
         return outcome
@@ -596,6 +595,7 @@ class Engine:
     def _pass(self, state: State, call: UNetCall, decision: Decision) -> Pass:
         assert call.signature is not None  # the call has a place
         use, clocked = call.signature.regions[decision.region], self.chain[decision.region]
+        unproved = isinstance(call.signature, Derived) and not call.signature.proved
         emit: Emit | None = None
         judge: Callable[[torch.Tensor | None], str | None] | None = None
         if decision.reason is None:
@@ -613,7 +613,7 @@ class Engine:
             blanks=use.blanks,
             judge=judge,
             proves=emit is None and not call.signature.recorded,
-            taint=Taint() if emit is not None and call.signature.derived is not None else None,
+            taint=Taint() if emit is not None and unproved else None,
         )
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -679,7 +679,7 @@ class Engine:
             return None
         if not recorded.fits(call.arguments, self.time):
             return None
-        return self._put(call, recorded.signature.at_other_sizes(Derived(recorded)))
+        return self._put(call, Derived.of(recorded))
 
     def _adopt(self, call: UNetCall) -> Signature | None:
         """The signature of a region that the user found before, if it was found for such a call."""

@@ -6,15 +6,13 @@ import functools
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
+from clockwork_hooks.engine.taint import Taint
 from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted, fits
-
-if TYPE_CHECKING:
-    from clockwork_hooks.engine.derived import Taint
 
 __all__ = ["Active", "Emit", "Emitted", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
