@@ -86,9 +86,12 @@ class TimeReader:
                 place = Place(copy.storage, index, index in (0, size - 1), copy.values)
             if not value.is_cpu:
                 value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
-        if not one and not bool((value == value.flatten()[0]).all()):
+        if value.numel() == 1:
+            return float(value.item()), place
+        first = value.flatten()[0]
+        if not one and not bool((value == first).all()):
             return None, None
-        return float(value.flatten()[:1].tolist()[0]), place
+        return float(first.item()), place
 
     def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
         """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""

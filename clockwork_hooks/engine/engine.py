@@ -9,6 +9,7 @@ Source: arXiv 2312.08128, Sec. 4.1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections import Counter
@@ -388,7 +389,7 @@ class Engine:
             return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
-        pass_ = self._pass(state, call, replace(decision, reason=reason))
+        pass_ = self._pass(state, call, Decision(reason, decision.region, decision.feature))
         if pass_.kind == "full":
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
@@ -920,6 +921,9 @@ def _empty(arguments: Arguments) -> bool:
 def _autocast(arguments: Arguments) -> torch.dtype | None:
     """What autocast computes in on the inputs' device; None where it is off."""
     kind = "cpu" if arguments.device is None else arguments.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # by kind of device
