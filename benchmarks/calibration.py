@@ -43,6 +43,7 @@ from clockwork_hooks.metrics import Frechet, Paired
 from clockwork_hooks.reports.tables import table
 
 IDENTITY, AFFINE, EXIT, ENTRY, BEFORE = "identity", "affine", "exit", "exit+entry", "exit+entry+before"
+FREE, TREND = "affine+trend", "exit+entry+before+trend"
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
 
 
@@ -120,15 +121,28 @@ def _main() -> Group:
             what = f"{' '.join(map(str, at))}, {count} captions"
             rows += kinds(region, at, kind, what=what, captions=count)
     rows += kinds("widest", BOTH, BEFORE, "auto", what="3 4 6 7, not fitted again", refit=False)
+    rows += [*kinds("widest", BOTH, FREE, TREND), *kinds("widest", INNER, FREE, TREND)]
+    rows += [*kinds("default", BOTH, FREE, TREND), *kinds("widest", OTHER, FREE, TREND)]
+    rows += [*kinds("default", CLOCK2, FREE, TREND)]
     rows += [*kinds("widest", BOTH, EXIT), *kinds("widest", CLOCK2, *ALL), *kinds("default", OTHER, *ALL)]
     return Group("main-8", Sampler(), tuple(rows))
 
 
-def _long(steps: int, spaced: Sequence[tuple[int, int, int]], names: Sequence[str], *more: Row) -> Group:
+def _long(
+    steps: int,
+    spaced: Sequence[tuple[int, int, int]],
+    names: Sequence[str],
+    *more: Row,
+    spaced_by_hand: Mapping[str, Sequence[int]] = {},
+) -> Group:
+    """Rows of clocks (clock, full steps first, full steps last), and of full steps that are named."""
     rows = []
     for clock, first, last in spaced:
         what = f"clock {clock}, first {first} and last {last} full"
         rows += kinds("widest", every(steps, clock, first, last), *names, what=what)
+    for what, full in spaced_by_hand.items():
+        at = tuple(step for step in range(1, steps + 1) if step not in full)
+        rows += kinds("widest", at, *names, what=f"{len(full)} full steps, {what}")
     return Group(f"main-{steps}", Sampler(steps=steps), (*rows, *more))
 
 
@@ -138,31 +152,38 @@ def _transfer(steps: int) -> list[Row]:
     rows = []
     for source in (8, steps):
         what = f"clock 2, first 2 and last 1 full, calibrated with {source} steps"
-        rows += kinds("widest", at, AFFINE, BEFORE, what=what, calibrated_at=source)
+        rows += kinds("widest", at, AFFINE, BEFORE, FREE, TREND, what=what, calibrated_at=source)
     return rows
 
 
 def _other(name: str, sampler: Sampler) -> Group:
     if sampler.steps == 8:
-        rows = [*kinds("widest", BOTH, IDENTITY, AFFINE, BEFORE), *kinds("default", CLOCK2, IDENTITY, BEFORE)]
+        rows = [*kinds("widest", BOTH, IDENTITY, AFFINE, BEFORE, TREND), *kinds("default", CLOCK2, IDENTITY, BEFORE)]
         return Group(name, sampler, (*rows, *fewer(5, 4)))
     rows = []
     for clock in (2, 3):
         what = f"clock {clock}, first 2 and last 1 full"
-        rows += kinds("widest", every(sampler.steps, clock, 2, 1), IDENTITY, AFFINE, BEFORE, what=what)
+        rows += kinds("widest", every(sampler.steps, clock, 2, 1), IDENTITY, FREE, TREND, what=what)
     return Group(name, sampler, (*rows, *fewer(10)))
 
 
+EARLY_20 = {
+    "denser early": (1, 2, 4, 6, 9, 12, 15, 18, 20),
+    "denser late": (1, 2, 5, 8, 11, 14, 16, 18, 20),
+}
+EARLY_50 = {"denser early": (1, 2, 3, 6, 10, 14, 18, 22, 27, 32, 37, 42, 46, 50)}
+
 GROUPS: tuple[Group, ...] = (
     _main(),
-    _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1), (2, 1, 0), (5, 2, 1)), (IDENTITY, AFFINE, BEFORE),
-          *fewer(10, 9, 12), *deepcache((0, 2), (0, 3)), *_transfer(20)),
-    _long(50, ((3, 1, 0), (5, 3, 1), (4, 2, 1)), (AFFINE, IDENTITY, BEFORE), *fewer(19, 16),
-          *deepcache((0, 3), (0, 5))),
+    _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1), (2, 1, 0), (5, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND),
+          *fewer(10, 9, 12, 8, 7), *deepcache((0, 2), (0, 3)), *_transfer(20), spaced_by_hand=EARLY_20),
+    _long(50, ((3, 1, 0), (5, 3, 1), (4, 2, 1), (8, 3, 1)), (AFFINE, IDENTITY, BEFORE, FREE, TREND),
+          *fewer(19, 16, 13), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
     _other("guidance-4", Sampler(guidance=4.0)),
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
-    _long(16, ((2, 1, 0), (2, 2, 1), (3, 2, 1)), (IDENTITY, AFFINE, BEFORE), *fewer(8, 10), *_transfer(16)),
-    Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE), *fewer(3),
+    _long(16, ((2, 1, 0), (2, 2, 1), (3, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(8, 10),
+          *_transfer(16)),
+    Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(3),
                                        *kinds("default", (2, 4), IDENTITY, BEFORE))),
     *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),
 )  # fmt: skip
@@ -336,7 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--seeds", type=int, default=3, help="evaluation seeds")
     one.add_argument("--batch", type=int, default=1024, help="pictures sampled at once")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    one.add_argument("--match", default="", help="only rows whose group/label has this, a regular expression")
+    one.add_argument(
+        "--match", action="append", help="only rows whose group/label has this, a regular expression; of several, the "
+        "rows of the first come first",
+    )  # fmt: skip
     other = commands.add_parser("table", help=show.__doc__)
     other.set_defaults(act=show)
     other.add_argument("file", type=Path)
@@ -352,9 +376,9 @@ def run(options: argparse.Namespace) -> int:
     cuda = str(options.device).startswith("cuda")
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    wanted = [(group, row) for group in GROUPS for row in (Row("plain"), *group.rows)]
-    wanted = [(group, row) for group, row in wanted if re.search(options.match, f"{group.name}/{row.label}")]
-    left = [(group, row) for group, row in wanted if f"{group.name}/{row.label}" not in data["rows"]]
+    rows = {f"{group.name}/{row.label}": (group, row) for group in GROUPS for row in (Row("plain"), *group.rows)}
+    wanted = dict.fromkeys(name for one in options.match or [""] for name in rows if re.search(one, name))
+    left = [rows[name] for name in wanted if name not in data["rows"]]
     say(f"{len(left)} of {len(wanted)} rows to do")
     if not left:
         return 0
@@ -362,26 +386,26 @@ def run(options: argparse.Namespace) -> int:
     dtype = torch.float16 if cuda else torch.float32
     judge = Judge.make(options.device, dtype, options.captions, batch, options.seeds, most)
     data["runs"].append({**environment(str(options.device), 0), **_settings(options), "dtype": str(dtype)})
-    pace = 0.0  # seconds for a step of the sampler, the slowest row so far
+    pace, last, late = 0.0, "", 0  # seconds for a step of the sampler, in the row before; its group; rows left out
     while left:
         group, row = left.pop(0)
-        steps = row.taken or group.sampler.steps
-        if time.monotonic() - started + pace * steps > 60 * options.minutes:
-            say(f"{options.minutes:g} minutes are nearly over")
-            left.insert(0, (group, row))
-            break
+        needs = pace * (row.taken or group.sampler.steps) + (0 if group.name == last else pace * group.sampler.steps)
+        if time.monotonic() - started + needs > 60 * options.minutes:
+            late += 1  # a shorter one may fit
+            continue
         begun = time.monotonic()
         try:
             found = judge.measure(group, row)
         except ImportError as error:  # a peer that is not installed
             say(f"{group.name}/{row.label}: {error}")
             continue
-        pace = max(pace, (time.monotonic() - begun) / steps)
+        plain = 0 if group.name == last else group.sampler.steps  # the group's plain pictures came first
+        pace, last = (time.monotonic() - begun) / ((row.taken or group.sampler.steps) + plain), group.name
         data["rows"][f"{group.name}/{row.label}"] = {**found, "run": len(data["runs"]) - 1}
         _write(path, data)
         distance, seconds = statistics.fmean(found["scores"]["judge"]["Fréchet"]), time.monotonic() - begun
         say(f"{group.name}/{row.label}: Fréchet {distance:.1f} in {seconds:.1f} s")
-    say(f"{len(left)} rows are not there yet" if left else "all is there")
+    say(f"{late} rows are not there yet" if late else "all is there")
     return 0
 
 
