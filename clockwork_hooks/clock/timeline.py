@@ -19,9 +19,8 @@ import torch
 from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
-from clockwork_hooks.clock.evidence import Jumps, Strides
+from clockwork_hooks.clock.evidence import Jumps, MixedTimes, Strides
 from clockwork_hooks.clock.forms import TimeForms, may_be_form
-from clockwork_hooks.clock.mixed import MixedTimes
 from clockwork_hooks.clock.times import Place
 
 __all__ = ["Branch", "Call", "Feature", "Position", "Timeline", "Trail"]
