@@ -38,10 +38,11 @@ from benchmarks.calibration import (
     BEFORE,
     BOTH,
     CLOCK2,
-    ENTRY,
+    FREE,
     IDENTITY,
     INNER,
     OTHER,
+    TREND,
     Row,
     every,
     fewer,
@@ -75,17 +76,25 @@ def _spaced(steps: int, clock: int, first: int, *names: str) -> list[Row]:
 
 def _plan() -> list[tuple[int, Row]]:
     """(steps of the sampler, row), the most important first."""
-    four, plain = (IDENTITY, AFFINE, ENTRY, BEFORE), Row("plain")
+    usual, plain = (IDENTITY, AFFINE, FREE, BEFORE, TREND), Row("plain")
     plan: list[tuple[int, Sequence[Row]]] = [
-        (8, (plain, *kinds("widest", BOTH, *four), *kinds("default", CLOCK2, *four), *fewer(5, 4, 6))),
-        (20, (plain, *_spaced(20, 3, 2, BEFORE, AFFINE, IDENTITY), *fewer(10, 9), *_spaced(20, 2, 2, BEFORE))),
-        (50, (plain, *_spaced(50, 5, 3, BEFORE, AFFINE, IDENTITY), *fewer(16))),
-        (8, (*kinds("widest", INNER, *four), *kinds("widest", OTHER, *four), *kinds("default", BOTH, *four))),
-        (20, (*_spaced(20, 2, 2, AFFINE, IDENTITY), *fewer(12), *_spaced(20, 3, 2, ENTRY))),
-        (50, (*_spaced(50, 4, 3, BEFORE, AFFINE, IDENTITY), *_spaced(50, 3, 3, BEFORE, AFFINE, IDENTITY))),
+        (8, (plain, *kinds("widest", BOTH, *usual), *kinds("default", CLOCK2, *usual), *fewer(5, 4, 6))),
+        (
+            20,
+            (
+                plain,
+                *_spaced(20, 3, 2, TREND, FREE, BEFORE, AFFINE, IDENTITY),
+                *fewer(10, 9),
+                *_spaced(20, 2, 2, TREND),
+            ),
+        ),
+        (50, (plain, *_spaced(50, 5, 3, TREND, FREE, BEFORE, IDENTITY), *fewer(16))),
+        (8, (*kinds("widest", INNER, *usual), *kinds("widest", OTHER, *usual), *kinds("default", BOTH, *usual))),
+        (20, (*_spaced(20, 2, 2, FREE, BEFORE, AFFINE, IDENTITY), *fewer(12))),
+        (50, (*_spaced(50, 4, 3, TREND, FREE, IDENTITY), *_spaced(50, 3, 3, TREND, FREE, IDENTITY))),
         (50, fewer(19, 12)),
-        (8, (*fewer(7, 3), *kinds("widest", CLOCK2, *four), *kinds("default", INNER, *four))),
-        (8, kinds("default", OTHER, *four)),
+        (8, (*fewer(7, 3), *kinds("widest", CLOCK2, *usual), *kinds("default", INNER, *usual))),
+        (8, kinds("default", OTHER, *usual)),
     ]
     return [(steps, row) for steps, rows in plan for row in rows]
 
@@ -479,9 +488,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     three = commands.add_parser("table", help=show.__doc__)
     three.set_defaults(act=show)
     three.add_argument("file", type=Path)
-    four = commands.add_parser("render", help=render.__doc__)
-    four.set_defaults(act=render)
-    four.add_argument("file", type=Path, nargs="?")
+    usual = commands.add_parser("render", help=render.__doc__)
+    usual.set_defaults(act=render)
+    usual.add_argument("file", type=Path, nargs="?")
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a calibrated adaptor was asked for a position outside")
