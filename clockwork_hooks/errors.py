@@ -30,7 +30,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 __all__ = [
     "AdaptorError",
@@ -212,12 +212,12 @@ class OtherStepsWarning(UserWarning):
     """An adaptor runs at other steps, or in another number of steps, than it was made for."""
 
 
-def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:
     """Is it an int within these bounds? True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Is it an int or a float, and finite? True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -263,7 +263,7 @@ def share(name: str, value: object, *, rule: str = "", example: float = 0.5, end
     Example:
         >>> share("alpha", 0.3)
     """
-    inside = is_number(value) and (0 <= value <= 1 if ends else 0 < value < 1)  # type: ignore[operator]
+    inside = is_number(value) and (0 <= value <= 1 if ends else 0 < value < 1)
     if not inside:
         raise ArgumentError(
             rule or f"{name} is a share{', 0 to 1' if ends else ' between 0 and 1'}",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
+from clockwork_hooks.cli import main
 from tests.test_analysis import sampler, tiny
 
 QUIET = Console(quiet=True)
@@ -107,6 +108,26 @@ def test_the_same_values_are_adaptors_everywhere(use: Callable[[nn.Module, Any],
 def test_the_same_error_everywhere(use: Callable[[nn.Module, Any], str], value: Any, said: str) -> None:
     with pytest.raises(ch.AdaptorError, match=said):
         use(tiny(), value)
+
+
+def factory() -> tuple[nn.Module, Callable[[Any, int], Tensor], list[int]]:
+    """What the commands load."""
+    unet = tiny()
+    return unet, sampler(unet, TIMES), [1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["drift", f"{__name__}:factory", "--clock", "2", "--seed", "0"],
+        ["plan", f"{__name__}:factory", "--max-error", "0.9"],
+        ["bench", "ddpm-cifar10", "--tiny", "--rounds", "1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_same_error_on_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--adaptor", "no-such-folder"]) == 2
+    assert "a saved adaptor is a folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_saved_adaptor_says_which_region(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, named_options
+from clockwork_hooks.errors import ArgumentError, is_number, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
 from clockwork_hooks.regions.layout import Layout
 from clockwork_hooks.regions.region import Region
@@ -319,7 +319,7 @@ def _schedule(schedule: Any, clock: int | None) -> Schedule | None:
 
 
 def _check(guidance: float | None, unconditional: str, kind: str, ridge: float | None) -> None:
-    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, (int, float))):
+    if guidance is not None and not is_number(guidance):
         raise ArgumentError("guidance is a number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5, or None")
     if unconditional not in ("first", "second"):
         raise ArgumentError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clockwork_hooks._numbers import percent, quantity
 from clockwork_hooks.analysis.flops import FlopsReport
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_number
 from clockwork_hooks.reports.tables import Table, table
 
 __all__ = ["BudgetCheck", "check_budget", "read_budget"]
@@ -70,7 +70,7 @@ def read_budget(path: str | Path) -> dict[str, int]:
             do=f"name some of {', '.join(LIMITS)}",
         )
     for name, limit in data.items():
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0:
+        if not is_number(limit) or limit <= 0:
             raise ArgumentError(
                 "a limit is a positive number",
                 seen={"file": path, name: repr(limit)},

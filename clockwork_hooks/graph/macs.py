@@ -24,7 +24,7 @@ from typing import Any
 from torch import fx
 
 from clockwork_hooks._tree import map_leaves
-from clockwork_hooks.errors import ArgumentError, CountError
+from clockwork_hooks.errors import ArgumentError, CountError, is_whole
 from clockwork_hooks.graph.operators import (
     BLOCKS,
     CONVOLUTIONS,
@@ -148,7 +148,7 @@ def _counted(node: fx.Node, count: Handle) -> int:
     parts = [user for user in node.users if user.target is operator.getitem]
     several = tuple(shapes(part) for part in sorted(parts, key=lambda part: int(str(part.args[1]))))
     macs = count(tuple(map(shapes, _arguments(node))), node.meta.get("shape", several))
-    if isinstance(macs, bool) or not isinstance(macs, int) or macs < 0:
+    if not is_whole(macs, 0):
         raise CountError(
             "an operator's handle returns its MACs, a whole number from 0 on",
             seen={"operator": operator_name(node), "returned": repr(macs)},

@@ -7,15 +7,14 @@ UNet's output, are what counts. These two losses are this library's own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clockwork_hooks.errors import ArgumentError, DistillError
+from clockwork_hooks.errors import ArgumentError, DistillError, is_number
 
 __all__ = ["LOSSES", "Guidance", "Loss", "Outcome", "guidance_of", "guidance_weights", "guided", "loss_of"]
 
@@ -158,20 +157,16 @@ def guidance_weights(guidance: Scale) -> Weights:
     """
     if guidance is None:
         return None
-    if _finite(guidance):
+    if is_number(guidance):
         return (1.0 - guidance, float(guidance))
     numbers: list[Any] = list(guidance) if isinstance(guidance, (list, tuple)) else []
-    if not numbers or not all(map(_finite, numbers)):
+    if not numbers or not all(map(is_number, numbers)):
         raise ArgumentError(
             "guidance is a finite scale, or a weight for each branch, or a function (step, time) → such",
             seen={"guidance": repr(guidance)},
             do="pass guidance=7.5, or guidance=(-6.5, 7.5): weights in the order of the branches",
         )
     return tuple(map(float, numbers))
-
-
-def _finite(number: Any) -> TypeGuard[float]:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
 def guided(calls: Sequence[Tensor], branches: Sequence[int], weights: Weights) -> Tensor:
