@@ -181,6 +181,21 @@ def test_an_adaptor_may_be_a_function_or_the_identity(cifar):
     assert report_of(cifar, adaptor="identity").adaptor_macs == 0
 
 
+def test_an_adaptor_gets_what_it_needs(cifar):
+    """The entry of the step before, of the entry's shape; of a position there is none."""
+
+    class Reads(torch.nn.Module):
+        needs = frozenset({"entry_cached", "position"})
+
+        def forward(self, entry, exit_cached, *, time, text, entry_cached, position):
+            assert position is None
+            assert entry_cached.shape == entry.shape
+            return exit_cached
+
+    unet, args, kwargs = cifar
+    assert flops_report(unet, *args, adaptor=Reads(), **kwargs).adaptor_macs == 0
+
+
 def test_an_adaptor_that_does_not_fit_is_an_error(cifar):
     region = report_of(cifar).region
     with pytest.raises(AdaptorError, match="exit's shape"):

@@ -24,6 +24,7 @@ def test_the_schedule_is_the_one_that_spares_the_steps_that_matter():
         steps = [step for step, t in enumerate(TIMES, 1) if cw.schedule.uses_adaptor(step)]
         assert tuple(steps) == tuning.chosen.steps
         assert min(steps) > 3  # step 3 is the first whose time is below 700, and its cached exit is from above
+        assert cw.stats.full_passes == 0  # what tuning ran is no run of the caller's
         assert tuning.chosen.error < 1e-3 < max(one.error for one in tuning.trials)
         assert tuning.chosen.saved >= 0.3
         assert all(one.saved >= 0.3 for one in tuning.trials)

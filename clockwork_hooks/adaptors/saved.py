@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clockwork_hooks import adaptors
-from clockwork_hooks._numbers import shape
+from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.reports.tables import table
@@ -161,7 +161,7 @@ class SavedAdaptor(
         steps = list(dict.fromkeys(step for values in by_step.values() for step in values))
         tables = [table("Facts", ("fact", "value"), rows.items())]
         if steps:
-            cells = [(step, *(values.get(step) for values in by_step.values())) for step in steps]
+            cells = [(step, *(_cell(values.get(step)) for values in by_step.values())) for step in steps]
             tables.append(table("By step", ("step", *(f">{name}" for name in by_step)), cells))
         card = {
             "kind": type(self).__name__,
@@ -170,6 +170,11 @@ class SavedAdaptor(
             "tables": "\n\n".join(part.to_markdown() for part in tables),
         }
         return super().generate_model_card(*args, **{**card, **kwargs})
+
+
+def _cell(value: Any) -> Any:
+    """A relative error of the card, in percent."""
+    return percent(value) if isinstance(value, float) else value
 
 
 def _kind(name: str) -> type[SavedAdaptor] | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
-from clockwork_hooks._numbers import percent
+from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, carried, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
@@ -138,9 +138,9 @@ class Calibration(FieldReport):
         ]
         guided = "" if self.guidance is None else f", and their combination at guidance {self.guidance:g}"
         notes = (
-            f"Error left: ‖r̂ - r‖ at the exit r, of the identity's; root mean square over {len(self.steps)} steps, on "
-            f"held-out {self.held_out}, all branches{guided}. {self.samples} rows a step, {self.seconds:.1f} s. MACs: "
-            "of the region's.",
+            "Error left: ‖r̂ - r‖ at the exit r, of the identity's; root mean square over "
+            f"{count(len(self.steps), 'step')}, on held-out {self.held_out}, all branches{guided}. "
+            f"{count(self.samples, 'row')} a step, {duration(self.seconds)}. MACs: of the region's.",
             f"{self.why} Region: {self.region}.",
         )
         return table("Calibration", ("kind", ">error left", ">MACs"), rows, notes=notes)

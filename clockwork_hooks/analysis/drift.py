@@ -109,9 +109,12 @@ class Drift(FieldReport):
             *(f">result, clock {clock}" for clock in clocks),
         )
         notes = (
-            f"Change: median over {self.steps} steps of ‖r(s) - r(s-1)‖/‖r(s)‖ at the region's exit r. Exit: median "
-            "over a clock's adaptor steps of ‖r̂(s) - r(s)‖/‖r(s)‖, on undisturbed trajectories. Result: relative L2 "
-            f"error of the final result, mean of {count(self.samples, 'sample')}.",
+            f"Change: median over {count(self.steps, 'step')} of ‖r(s) - r(s-1)‖/‖r(s)‖ at the region's exit r. Exit: "
+            "median over a clock's adaptor steps of ‖r̂(s) - r(s)‖/‖r(s)‖, on undisturbed trajectories. Result: "
+            f"relative L2 error of the final result, mean of {count(self.samples, 'sample')}.",
+            "A larger error at the exit can be a smaller one of the result: the exit's is relative to the exit alone, "
+            "the result mixes in skips that are fresh, later full steps correct what is left, and an adaptor that was "
+            "trained on the output has made the output's error small.",
             *(f"{name}: {line}; {self.adaptors[name]}." for name, line in self.regions.items()),
         )
         return table("Drift", heads, rows, notes=notes)

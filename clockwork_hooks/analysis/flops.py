@@ -21,6 +21,7 @@ from torch import nn
 
 from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
+from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, named, whole
@@ -528,7 +529,10 @@ def _boundary(region: Region, device: torch.device, adaptor: object) -> tuple[tu
 
     tensors = {name: zeros(sizes, region.cut_plan.ports[name].dtype) for name, sizes in region.inputs.items()}
     exit = zeros(region.exit.shape, region.exit.dtype)
-    return (tensors.get("entry"), exit), {name: tensors.get(name) for name in ("time", "text")}
+    entry = tensors.get("entry")
+    sides = {name: tensors.get(name) for name in ("time", "text")}
+    own = {name: entry if name == "entry_cached" else None for name in needs_of(adaptor)}
+    return (entry, exit), sides | own
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
+from clockwork_hooks._numbers import count
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.analysis.maps import FeatureMap, choose_maps, find_maps, leaf_of
 from clockwork_hooks.analysis.sampling import Watch, check_runs, final, first_call, reference
@@ -73,8 +74,8 @@ class Robustness(FieldReport):
         """Distances, a row a map, a column a start."""
         rows = [(one.name, one.path, *(f"{d:.2f}" for d in self.distances[one.name])) for one in self.maps]
         notes = (
-            f"L2 distance to the undisturbed result (norm {self.norm:.2f}), mean of {self.samples} samples; disturbed "
-            f"from step k of {self.steps} on, α = {self.alpha:g}, statistics per {self.statistics}.",
+            f"L2 distance to the undisturbed result (norm {self.norm:.2f}), mean of {count(self.samples, 'sample')}; "
+            f"disturbed from step k of {self.steps} on, α = {self.alpha:g}, statistics per {self.statistics}.",
         )
         return table("Robustness", ("map", "module", *(f">k={k}" for k in self.starts)), rows, notes=notes)
 
@@ -273,6 +274,7 @@ def curves(result: Robustness) -> Figure:
     """Distance over the first disturbed step, a line a map; colours go by resolution, line styles by place."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.add_subplot()
@@ -290,6 +292,7 @@ def curves(result: Robustness) -> Figure:
         )
     axes.set(xlabel=f"disturbed from step k of {result.steps} on", ylabel="L2 distance to the undisturbed result")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.set_title(f"α = {result.alpha:g}, statistics per {result.statistics}", fontsize=10)

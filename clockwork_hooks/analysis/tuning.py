@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
-from clockwork_hooks._numbers import percent
+from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
@@ -43,6 +43,7 @@ __all__ = ["Trial", "Tuning", "spaced", "tune"]
 _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
+_COLUMNS = 4  # of pictures before and after
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
 
 
@@ -107,7 +108,7 @@ class Tuning(FieldReport):
         ]
         notes = (
             f"Error: relative L2 of the result, on conditions that were not calibrated with. {percent(self.saving)} of "
-            f"the MACs were to be saved in {self.steps} steps; {self.seconds:.1f} s.",
+            f"the MACs were to be saved in {count(self.steps, 'step')}; {duration(self.seconds)}.",
         )
         heads = ("schedule", "adaptor steps", "region", "adaptor", ">MACs saved", ">error")
         return table("Tuning", heads, rows, notes=notes)
@@ -124,13 +125,14 @@ def before_after(pictures: Tensor, chosen: Trial) -> Figure:
     """Two rows of pictures: plain, and with the adaptor at its steps."""
     from matplotlib.figure import Figure
 
-    count = pictures.shape[1]
-    figure = Figure(figsize=(1.6 * count + 0.4, 3.6), dpi=160, layout="constrained")
+    columns = max(pictures.shape[1], _COLUMNS)  # one picture is as large as one of four
+    figure = Figure(figsize=(1.6 * columns + 0.4, 3.6), dpi=160, layout="constrained")
     titles = ("plain", f"{percent(chosen.saved)} fewer MACs")
-    for axes, row, title in zip(figure.subplots(2, count, squeeze=False), pictures, titles, strict=True):
-        for cell, picture in zip(axes, row, strict=True):
-            cell.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    for axes, row, title in zip(figure.subplots(2, columns, squeeze=False), pictures, titles, strict=True):
+        for cell in axes:
             cell.set_axis_off()
+        for cell, picture in zip(axes, row, strict=False):
+            cell.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         axes[0].set_title(title, fontsize=9, loc="left")
     return figure
 
@@ -223,6 +225,7 @@ def tune(
     if before is not None and after is not None:
         tuning = replace(tuning, pictures=torch.stack((before, after)))
     adaptor.tuning = tuning
+    cw.stats.clear()  # of the pictures: the next report is of the caller's own runs
     if home is not None:
         adaptor.save_pretrained(home)
         tuning.save(home / _FILE)

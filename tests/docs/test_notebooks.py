@@ -32,15 +32,15 @@ def said(notebook: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_there_are_two() -> None:
-    assert NAMES == ["own_unet", "plan_and_train"]
+    assert NAMES == ["own_unet", "pipeline"]
 
 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning"
 )  # of the kernel's sockets and loops
-@pytest.mark.parametrize("name", ["own_unet", pytest.param("plan_and_train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["own_unet", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_a_notebook_says_what_it_is_kept_with(name: str, tmp_path: Path) -> None:
-    """10 and 40 s of CPU time, imports included; on another machine numbers differ in their last digits."""
+    """10 and 30 s of CPU time, imports included; on another machine numbers differ in their last digits."""
     script = [sys.executable, ROOT / "docs" / "run_notebooks.py", name, "--out", tmp_path]
     subprocess.run(script, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     now, then = said(notebook_of(name, tmp_path)), said(notebook_of(name))
