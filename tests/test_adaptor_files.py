@@ -59,7 +59,7 @@ def test_saved_and_loaded(sd15: ZooCase, kind: Any, tmp_path: Path) -> None:
     adaptor.facts = {**FACTS, "relative error": {"2": 0.1, "4": 0.2}, "of the identity": {"2": 0.3}}
     card = str(adaptor.generate_model_card())
     assert "| step | relative error | of the identity |" in card
-    assert "| 4    |            0.2 |               – |" in card
+    assert "| 4    |          20.0% |               – |" in card
     assert "{" not in card
 
 

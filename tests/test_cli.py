@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from clockwork_hooks import __version__
 from clockwork_hooks._numbers import count, duration, flops, macs, percent, quantity, shape
-from clockwork_hooks.cli import app, main
+from clockwork_hooks.cli import ORDER, app, main
 from clockwork_hooks.cli.budget import LIMITS
 from clockwork_hooks.cli.options import as_option
 from clockwork_hooks.reports.tables import table
@@ -70,6 +70,12 @@ def test_the_page_of_reports_tables_every_option():
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     documented = {(row[0].split("`")[1], name) for row in rows for name in row[1].split(", ")}
     assert documented == {(option.opts[0], name) for name, option in options()}
+
+
+def test_the_page_of_reports_tables_every_command_in_the_order_of_the_help():
+    page = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
+    table = page.split("| command | does |\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    assert tuple(line.split("`")[1] for line in table) == ORDER
 
 
 def test_a_schema_names_every_limit_of_a_budget():

@@ -100,6 +100,20 @@ def test_times_on_a_gpu() -> None:
         assert re.search(r"(captured|compiled)\b.*against plain \1$", what), what
 
 
+def test_the_first_screen_says_what_the_tables_say() -> None:
+    text = TEXT["README.md"]
+    assert "over 40% fewer MACs" in text
+    assert "over 1.7 times as [fast]" in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    table = {cells[0]: cells[1:] for cells in lines}
+    plain = float(table["plain"][2].split()[0])
+    calibrated = [cells for name, cells in table.items() if name.startswith("calibrated")]
+    assert any(float(saved[:-1]) > 40 and float(fréchet.split()[0]) <= plain for _, saved, fréchet, _ in calibrated)
+    faster = [float(cells[0][:-1]) for name, cells in table.items() if name.startswith("sdxl")]
+    assert faster
+    assert min(faster) > 1.7
+
+
 def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
     scheduler = DDIMScheduler()
 
