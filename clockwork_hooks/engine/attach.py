@@ -92,6 +92,28 @@ def check_names(options: Mapping[str, Any], of: Callable[..., object]) -> None:
 _OLDEST = {"step before": 1, "same condition": 4}
 
 
+def _oldest(reuse: str) -> int:
+    """How many steps back a branch's own step before may be."""
+    if reuse not in _OLDEST:
+        raise ArgumentError(
+            "a feature is reused in the step after its own, or in the next step of the same condition",
+            seen={"reuse": repr(reuse)},
+            do='pass reuse="step before" or reuse="same condition"',
+        )
+    return _OLDEST[reuse]
+
+
+def _check_branch(branch: Any) -> Any:
+    """The function that names branches; raise `ArgumentError` if it is none."""
+    if branch is not None and not callable(branch):
+        raise ArgumentError(
+            "branch= is called with the arguments of each call",
+            seen={"branch": repr(branch)[:80]},
+            do='pass a function, or write `with cw.branch("uncond"):` around the call',
+        )
+    return branch
+
+
 def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
     """The paths to ignore; raise `ArgumentError` if there are others than texts."""
     paths = (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -216,59 +238,24 @@ def wrap(
     if clock is not None:
         check_clock(clock)
     keep_paths = check_keep(unet, keep)
-    if reuse not in _OLDEST:
-        raise ArgumentError(
-            "a feature is reused in the step after its own, or in the next step of the same condition",
-            seen={"reuse": repr(reuse)},
-            do='pass reuse="step before" or reuse="same condition"',
-        )
-    shared: dict[str, Any] = {
-        "oldest": _OLDEST[reuse],
+    shared = {
         "time": time,
         "check_finite": check_finite,
+        "keep_graph": keep_graph,
+        "oldest": _oldest(reuse),
         "ignore": _check_ignore(ignore),
-        "branch": branch,
+        "branch": _check_branch(branch),
     }
-    if branch is not None and not callable(branch):
-        raise ArgumentError(
-            "branch= is called with the arguments of each call",
-            seen={"branch": repr(branch)[:80]},
-            do='pass a function, or write `with cw.branch("uncond"):` around the call',
-        )
-    if clocks is not None:
+    if clocks is None:
+        chain = [_alone(unet, adaptor, clock, schedule, region, options)]
+        stand_in.check_schedule(chain[0].adaptor, chain[0].schedule)
+    else:
         chain = _chain(unet, clocks, adaptor, cut)
-        for clocked in chain:
-            clocked.keep = keep_paths
-        if all(clocked.clock == 1 for clocked in chain):
-            warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-        return _answering(ClockworkWrapper(unet, Engine(unet, chain, **shared)), optimized)
-    if isinstance(adaptor, Mapping):
-        raise AdaptorError(
-            "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
-        )
-    if isinstance(region, (str, Path)):
-        region = saved_region(region, unet) or saved_choice(region)
-    wanted = region_or_choice(region, options)
-    choice, region = (wanted, None) if isinstance(wanted, Choice) else (Choice(), wanted)
-    if region is not None:
-        check_region(region, unet)
-    if schedule is None and clock == 1:
+    for clocked in chain:
+        clocked.keep = keep_paths
+    if all(clocked.clock == 1 for clocked in chain):
         warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
-    used = resolve_adaptor(adaptor)
-    steps = None if schedule is None else Schedule.of(schedule)
-    if steps is None:
-        own = stand_in.schedule_of(used)[0] if clock is None else None
-        steps = own or Schedule.every(2 if clock is None else clock)
-    stand_in.check_schedule(used, steps)
-    if region is not None:
-        stand_in.check_region(used, region)
-    elif choice == Choice():
-        choice = Choice(**stand_in.region_options(used))
-    alone = ClockedRegion(region or choice, steps, used, movable=used is not adaptor, keep=keep_paths)
-    if region is not None:
-        alone.region = region
-    engine = Engine(unet, [alone], keep_graph=keep_graph, **shared)
-    return _answering(ClockworkWrapper(unet, engine), optimized)
+    return _answering(ClockworkWrapper(unet, Engine(unet, chain, **shared)), optimized)
 
 
 def _answering(cw: ClockworkWrapper, optimized: nn.Module | None) -> ClockworkWrapper:
@@ -281,6 +268,39 @@ def _answering(cw: ClockworkWrapper, optimized: nn.Module | None) -> ClockworkWr
             raise
         cw.answer_for(optimized)
     return cw
+
+
+def _alone(
+    unet: nn.Module,
+    adaptor: Any,
+    clock: int | None,
+    schedule: Any,
+    region: Any,
+    options: Mapping[str, Any],
+) -> ClockedRegion:
+    """One region with its schedule: what was chosen, or what the adaptor was made for."""
+    if isinstance(adaptor, Mapping):
+        raise AdaptorError(
+            "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
+        )
+    if isinstance(region, (str, Path)):
+        region = saved_region(region, unet) or saved_choice(region)
+    wanted = region_or_choice(region, options)
+    if isinstance(wanted, Region):
+        check_region(wanted, unet)
+    used = resolve_adaptor(adaptor)
+    steps = None if schedule is None else Schedule.of(schedule)
+    if steps is None:
+        own = stand_in.schedule_of(used)[0] if clock is None else None
+        steps = own or Schedule.every(2 if clock is None else clock)
+    if isinstance(wanted, Region):
+        stand_in.check_region(used, wanted)
+    elif wanted == Choice():
+        wanted = Choice(**stand_in.region_options(used))
+    alone = ClockedRegion(wanted, steps, used, movable=used is not adaptor)
+    alone.clock = clock if clock is not None and schedule is None else 0
+    alone.region = wanted if isinstance(wanted, Region) else None
+    return alone
 
 
 def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -> list[ClockedRegion]:

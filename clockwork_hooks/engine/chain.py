@@ -50,7 +50,7 @@ class ClockedRegion:
         adaptor: stands in for it.
         movable: the adaptor is ours to move to the exit's device and dtype.
         name: what the user calls it, where there are several: "level 1", "32×32", or its two ends.
-        clock: full every so many steps, where there are several.
+        clock: full every so many steps; 0 where something else says which steps are full.
         keep: modules that run on adaptor passes too.
         region: once it is known.
     """
