@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.latency import PLAIN, Latency
+from benchmarks.latency import PLAIN, Group, Latency
 from benchmarks.sides import Variant
 
 MODELS, CLOCKS, CUTS = ("demo", "small SD"), (2, 3, 4), ("outer", "paper")
@@ -46,9 +46,7 @@ def test_latency(model: str, benchmark: Any, run: Latency) -> None:
     """Every side runs, and the ideal's MACs are Clockwork's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of diffusers and DeepCache
-        benchmark.pedantic(
-            lambda: run.trajectories(model, 2, 8, "eager", SIDES, rounds=ROUNDS, limit=SECONDS), rounds=1
-        )
+        benchmark.pedantic(lambda: run.trajectories(model, 2, "eager", [Group(8, SIDES, ROUNDS, SECONDS)]), rounds=1)
     rows = {row["side"]: row for row in run.results.data["latency"] if row["model"] == model}
     assert [one.name for one in SIDES if one.name not in rows] == []
     for clock in CLOCKS:

@@ -71,10 +71,10 @@ def equality(results: Results, device: str, mode: str, options: dict[str, Any], 
 KNOWN = {"first step", "scheduled", "traced"}
 
 
-def model_equality(results: Results, bench: Bench, loop: Loop, mode: str) -> None:
-    """The benchmarked model itself, in its own dtype: the first two passes of a trajectory."""
+def model_equality(results: Results, bench: Bench, loop: Loop, mode: str, variant: Variant) -> None:
+    """The benchmarked model itself, in its own dtype: the first four passes of a trajectory."""
     name = {"mode": mode, "model": bench.model.name, "dtype": str(bench.model.dtype).removeprefix("torch.")}
-    variant = Variant("clockwork", 2)
+    name["side"] = variant.name
     sides = []
     try:
         for one in ("eager", mode):
@@ -84,7 +84,7 @@ def model_equality(results: Results, bench: Bench, loop: Loop, mode: str) -> Non
         t = loop.scheduler.timesteps
         sample = torch.cat([loop.noise, loop.noise])
         with torch.no_grad():
-            got = [[side.call(sample, step, **loop.conditions).sample for step in t[:2]] for side in sides]
+            got = [[side.call(sample, step, **loop.conditions).sample for step in t[:4]] for side in sides]
     except Exception as error:
         results.add("checks", check="each pass equals eager", **name, passed=False, reason=reason(error))
         return

@@ -1,16 +1,16 @@
 """Latency of Clockwork, of the ideal and of the peers on a GPU, through a real scheduler loop.
 
-    python benchmarks/gpu_latency.py --out DIR --minutes 9                 on a GPU
-    python benchmarks/gpu_latency.py --out DIR --warm --only "sd15 compile"  compiles what that section times
-    python benchmarks/gpu_latency.py --out DIR --tiny --device cpu         a rehearsal in miniature
+    python benchmarks/gpu_latency.py --out DIR --minutes 8                     on a GPU
+    python benchmarks/gpu_latency.py --out DIR --warm --only "sd15 compiled"   compiles what that section times
+    python benchmarks/gpu_latency.py --out DIR --tiny --device cpu             a rehearsal in miniature
 
 One process does all of it (`gpu_plan.py` says what), in order of importance, and writes DIR/gpu_latency.json after
 every row. Where a side fails in a mode, the reason is a row too. `--resume FILE` leaves out what an earlier run has
 done.
 
 Inductor takes longer than all measurements, and keeps what it makes in TORCHINDUCTOR_CACHE_DIR. `--warm` fills that
-folder and times nothing, so it may run beside other work, and several of them at once; a run with the same folder
-then finds it.
+folder and times nothing, so it may run beside other work, and several of them at once (`--sides PATTERN` shares out the
+sides of a section); a run with the same folder then finds it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -48,6 +49,8 @@ def execute(run: Latency, sections: list[Section], done: dict[str, float]) -> No
             run.results.add("failures", side=name, reason=reason(error))
         else:
             done[name] = round(time.monotonic() - start, 1)
+            failures = run.results.data.get("failures", [])
+            failures[:] = [row for row in failures if row["side"] != name]  # an earlier run had no time for it
         run.free()
         run.results.data["seconds"] = done
         run.results.write()
@@ -64,7 +67,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="wall-clock time, all in all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a tenth of the width: a rehearsal")
-    parser.add_argument("--only", help="only the sections with this in their name")
+    parser.add_argument("--only", default="", help="only the sections in whose names this pattern is found")
+    parser.add_argument("--sides", default="", help="only the sides in whose names this pattern is found")
     parser.add_argument("--warm", action="store_true", help="compile only: sections that compile, nothing timed")
     parser.add_argument("--resume", type=Path, help="an earlier gpu_latency.json of the same device")
     options = parser.parse_args()
@@ -78,6 +82,7 @@ def main() -> None:
         tiny=options.tiny,
         compile_options=compiled,
         timed=not options.warm,
+        sides=options.sides,
     )
     done: dict[str, float] = {}
     if options.resume:
@@ -86,8 +91,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, max(run.left(), 1))
     try:
-        sections = [one for one in plan(run) if "compile" in one[0] or not options.warm]
-        execute(run, [one for one in sections if not options.only or options.only in one[0]], done)
+        sections = [one for one in plan(run) if "compiled" in one[0] or not options.warm]
+        execute(run, [one for one in sections if re.search(options.only, one[0])], done)
     except TimeoutError as error:
         run.results.add("failures", side="the run", reason=reason(error))
     say(f"done: {run.results.path}")

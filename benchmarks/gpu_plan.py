@@ -1,20 +1,20 @@
-"""What `gpu_latency.py` measures, the most important first: nine minutes on a GPU whose compile cache is warm.
+"""What `gpu_latency.py` measures, the most important first: eight minutes on a GPU whose compile cache is warm.
 
-Sections are left out when time is short. The eager ones come before the others of the same model: MACs of plain, of
-the ideal and of the peers are counted there. The compiled ones come last, so that a compile cache can be filled beside
-the others.
+Sections are left out when time is short, and `--resume` makes up for them. The eager ones come before the others of the
+same model: MACs of plain, of the ideal and of the peers are counted there.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+import clockwork_hooks as ch
 from benchmarks import gpu_checks
-from benchmarks.latency import PLAIN, Latency
+from benchmarks.latency import PLAIN, Group, Latency
 from benchmarks.setting import Loop
 from benchmarks.sides import Variant
 
@@ -24,8 +24,8 @@ OURS = [
     Variant("clockwork", clock, adaptor, cut)
     for clock, adaptor, cut in itertools.product((2, 3, 4), ("identity", "ResNet"), ("outer", "paper"))
 ]
-TWO, PAPER, RESNET, RESNET_PAPER, *MORE = OURS
-FOUR = Variant("clockwork", 4)
+TWO, RESNET = Variant("clockwork", 2), Variant("clockwork", 2, "ResNet")
+THREE, FOUR = Variant("clockwork", 3), Variant("clockwork", 4)
 WIDE = [Variant("clockwork", clock, "identity", "widest") for clock in (2, 3)]
 IDEAL, IDEAL_PAPER = Variant("ideal", 2), Variant("ideal", 2, cut="paper")
 IDEALS = [IDEAL_PAPER, *(Variant("ideal", clock, cut=cut) for clock in (3, 4) for cut in ("outer", "paper"))]
@@ -34,18 +34,26 @@ BY_HAND = [Variant("DeepCache, static by hand", interval) for interval in (2, 3)
 TOME, TOME_FIXED = Variant("tomesd"), Variant("tomesd, nothing random")
 SHORT = [PLAIN, TWO, IDEAL]
 
+
+def planned(adaptor: str) -> Variant:
+    """The planned schedule, in the widest region."""
+    return Variant("clockwork", adaptor=adaptor, cut="widest", planned=True)
+
+
+BEST = [planned("affine+trend"), planned("exit+entry+before+trend")]
+MORE = [planned("affine"), planned("identity"), planned("exit+entry")]
+FEWER = {8: [Variant(steps=4), Variant(steps=5)], 50: [Variant(steps=16)]}
+SOLVED = [Variant("clockwork", 2, kind, cut) for cut in ("outer", "widest") for kind in ("affine", "exit+entry")]
+
 Section = tuple[str, float, Callable[[], Any]]
 
 
 def plan(run: Latency) -> list[Section]:
     """(name, seconds it needs at least, what it does)."""
-    few, more = (2, 2) if run.tiny else (5, 12)
+    few, more = (1, 1) if run.tiny else (5, 12)
 
-    def rows(model: str, batch: int, steps: int, mode: str, variants: list[Variant], rounds: int, limit: float) -> None:
-        run.trajectories(model, batch, steps, mode, variants, rounds=rounds, limit=limit)
-
-    def passes(model: str, mode: str, rounds: int, limit: float) -> None:
-        run.passes(model, 2, mode, rounds=rounds, limit=limit)
+    def group(steps: int, variants: Sequence[Variant], rounds: int, limit: float) -> Group:
+        return Group(steps, variants, min(rounds, more), 9 * limit if run.tiny else limit)  # a CPU is slow, and busy
 
     def equal(mode: str, options: dict[str, Any]) -> None:
         for dtype in (torch.float16, torch.float32) if run.device != "cpu" else (torch.float32,):
@@ -53,47 +61,79 @@ def plan(run: Latency) -> list[Section]:
 
     def checks() -> None:
         bench = run.bench("sd15")
-        gpu_checks.model_equality(run.results, bench, Loop(bench.model, 2, 8), "cudagraphs")
+        for variant in (TWO, BEST[1]):
+            gpu_checks.model_equality(run.results, bench, Loop(bench.model, 2, 8), "cudagraphs", variant)
         for mode in ("eager", "cudagraphs"):
             gpu_checks.waits(run.results, bench, Loop(bench.model, 2, 8), mode)
 
-    def sd15_50() -> None:
-        rows("sd15", 2, 50, "eager", [PLAIN, TWO], 2, 12)
-        rows("sd15", 2, 50, "cudagraphs", [*SHORT, FOUR, WIDE[1], BY_HAND[1]], few, 20)
+    def calibrate(model: str, schedule: ch.Schedule) -> None:
+        prompts, images, steps = (8, 4, 6) if run.tiny else (64, 8, 20)
+        run.calibrate(model, schedule, prompts=prompts, images=images, steps=steps)
 
-    def sdxl() -> None:
-        rows("sdxl", 2, 8, "eager", [*SHORT, DEEP[0], TOME], 3, 25)
-        captured = [*SHORT, WIDE[0], BY_HAND[0], RESNET, FOUR, TOME_FIXED]
-        rows("sdxl", 2, 8, "cudagraphs", captured, more, 35)
-        rows("sdxl", 8, 8, "cudagraphs", SHORT, 3, 15)
+    def sd15_eager() -> None:
+        sides = [PLAIN, TWO, *BEST, *WIDE, *DEEP, *FEWER[8], IDEAL, *MORE, RESNET, TOME]
+        run.trajectories("sd15", 2, "eager", [group(8, sides, few, 30), group(50, [PLAIN, *BEST], 3, 20)])
 
-    def sd15_8() -> None:
-        captured = [*SHORT, WIDE[0], BY_HAND[0], RESNET_PAPER, TOME_FIXED]
-        rows("sd15", 8, 8, "eager", [*SHORT, DEEP[0]], 3, 12)
-        rows("sd15", 8, 8, "cudagraphs", captured, few, 20)
+    def sd15_captured() -> None:
+        sides = [PLAIN, *BEST, *WIDE, *BY_HAND, *SHORT[1:], *MORE, *FEWER[8], *SOLVED, THREE, RESNET]
+        longer = [PLAIN, *BEST, *BY_HAND, *WIDE, *FEWER[50], *MORE[:2], TWO, IDEAL]
+        run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, more, 45), group(50, longer, few, 40)])
 
-    eager = [*SHORT, *DEEP, *WIDE, IDEAL_PAPER, PAPER, RESNET, FOUR, TOME]
-    captured = [*SHORT, *WIDE, *BY_HAND, TOME_FIXED, *IDEALS, *OURS[1:], TOME, DEEP[0]]
-    compiled = [*SHORT, RESNET, WIDE[0], BY_HAND[0], DEEP[0], TOME_FIXED, FOUR]
-    if run.tiny:  # a rehearsal need not compile for long
-        compiled = [PLAIN, TWO, BY_HAND[0], DEEP[0]]
-    sections = [
-        ("capture equals eager", 10, lambda: equal("cudagraphs", {"mode": "cudagraphs"})),
-        ("sd15 eager", 20, lambda: rows("sd15", 2, 8, "eager", eager, 7, 45)),
-        ("sd15 cudagraphs", 20, lambda: rows("sd15", 2, 8, "cudagraphs", captured, more, 45)),
-        ("sd15 passes cudagraphs", 15, lambda: passes("sd15", "cudagraphs", more, 25)),
-        ("sdxl", 40, sdxl),
-        ("sdxl passes cudagraphs", 12, lambda: passes("sdxl", "cudagraphs", few, 20)),
-        ("sd15 50 steps", 15, sd15_50),
-        ("sd15 batch 8", 15, sd15_8),
-        ("sd15 checks", 8, checks),
-        ("sd15 passes eager", 20, lambda: passes("sd15", "eager", few, 20)),
-        ("sd15 choices", 10, lambda: run.choices("sd15", 2, "cudagraphs", rounds=few)),
+    def sd15_compiled() -> None:
+        sides = [PLAIN, *BEST, WIDE[0], BY_HAND[0], *FEWER[8], TWO, MORE[0], IDEAL, RESNET]
+        longer = [PLAIN, *BEST, *FEWER[50], BY_HAND[0], WIDE[0], TWO]
+        if run.tiny:  # a rehearsal need not compile for long
+            sides, longer = [PLAIN, BEST[1], BY_HAND[0], DEEP[0], FEWER[8][0]], [PLAIN, *FEWER[50]]
+        run.trajectories("sd15", 2, "compile", [group(8, sides, more, 75), group(50, longer, few, 45)])
+
+    def sdxl_captured() -> None:
+        run.trajectories("sdxl", 2, "eager", [group(8, [PLAIN, BEST[1], DEEP[0], TWO, FEWER[8][0]], 3, 20)])
+        sides = [PLAIN, *BEST, *WIDE, BY_HAND[0], *FEWER[8], *SHORT[1:], *MORE, *SOLVED[2:], RESNET]
+        run.trajectories("sdxl", 2, "cudagraphs", [group(8, sides, few, 40)])
+
+    def sdxl_compiled() -> None:
+        sides = [PLAIN, *BEST, *FEWER[8], WIDE[0], BY_HAND[0], TWO]
+        if run.tiny:
+            sides = [PLAIN, BEST[0]]
+        run.trajectories("sdxl", 2, "compile", [group(8, sides, few, 95)])
+
+    def sdxl_longer(mode: str) -> None:
+        sides = [PLAIN, *BEST, *FEWER[50], BY_HAND[0], WIDE[0]]
+        run.trajectories("sdxl", 2, mode, [group(50, sides[: 4 if run.tiny or mode == "compile" else None], 3, 60)])
+
+    def batch_8() -> None:
+        sides = [PLAIN, BEST[1], WIDE[0], BY_HAND[0], TWO, IDEAL]
+        run.trajectories("sd15", 8, "cudagraphs", [group(8, sides, few, 20)])
+        run.trajectories("sdxl", 8, "cudagraphs", [group(8, [PLAIN, BEST[1], TWO], 3, 20)])
+
+    def rest() -> None:
+        sides = [PLAIN, IDEAL, *OURS, *IDEALS, TOME_FIXED, TOME, DEEP[0]]
+        run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, few, 40)])
+
+    clock, spread = ch.Schedule.every(2), ch.Schedule.spread(2)
+    sections: list[Section] = [
+        ("sd15 eager", 15, sd15_eager),
+        ("sd15 captured", 20, sd15_captured),
+        ("sd15 compiled", 30, sd15_compiled),
+        ("sdxl captured", 25, sdxl_captured),
+        ("sdxl compiled", 45, sdxl_compiled),
+        ("sd15 calibrate, clock", 15, lambda: calibrate("sd15", clock)),
+        ("sdxl calibrate, clock", 70, lambda: calibrate("sdxl", clock)),
+        ("sd15 passes captured", 12, lambda: run.passes("sd15", 2, "cudagraphs", rounds=more, limit=30)),
+        ("sd15 passes eager", 10, lambda: run.passes("sd15", 2, "eager", rounds=few, limit=20)),
+        ("sdxl passes captured", 12, lambda: run.passes("sdxl", 2, "cudagraphs", rounds=few, limit=25)),
+        ("sd15 passes compiled", 25, lambda: run.passes("sd15", 2, "compile", rounds=more, limit=70)),
+        ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
+        ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
+        ("checks compiled", 10, lambda: equal("compile", run.compile_options)),
+        ("batch 8 captured", 15, batch_8),
+        ("sdxl 50 compiled", 40, lambda: sdxl_longer("compile")),
+        ("sd15 calibrate, spread", 30, lambda: calibrate("sd15", spread)),
+        ("sdxl calibrate, spread", 130, lambda: calibrate("sdxl", spread)),
+        ("sd15 choices", 8, lambda: run.choices("sd15", 2, "cudagraphs", rounds=few)),
         ("sd15 throughput", 15, lambda: run.throughput("sd15", (2, 8, 32), "cudagraphs", rounds=3)),
         ("sd15 profile", 4, lambda: run.profile("sd15", 2, "cudagraphs")),
-        ("sd15 compile", 30, lambda: rows("sd15", 2, 8, "compile", compiled, more, run.left() - 110)),
-        ("sd15 passes compile", 30, lambda: passes("sd15", "compile", more, run.left() - 70)),
-        ("compiled equals eager", 15, lambda: equal("compile", run.compile_options)),
-        ("sdxl compile", 45, lambda: rows("sdxl", 2, 8, "compile", [*SHORT, RESNET], few, run.left() - 10)),
+        ("sd15 rest", 20, rest),
     ]
-    return [one for one in sections if not run.tiny or one[0] not in ("sd15 passes compile", "sdxl compile")]
+    slow = ("sd15 passes compiled", "sdxl 50 compiled")  # in a rehearsal, on a CPU
+    return [one for one in sections if not run.tiny or one[0] not in slow]

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Results, environment, in_turns, reason, say, synchronize
-from benchmarks.setting import Loop, build
-from benchmarks.sides import Bench, Side, Variant
+import clockwork_hooks as ch
+from benchmarks.harness import Results, Timing, environment, in_turns, reason, say, synchronize
+from benchmarks.setting import GUIDANCE, Loop, build
+from benchmarks.sides import PLANNED, Bench, Side, Variant
+from clockwork_hooks.analysis.normal_equations import KINDS
 
 PLAIN = Variant()
+PASSES = (  # (adaptor, cut), the most important first: where time is short the last ones are left out
+    ("ideal", "outer"), ("identity", "outer"), ("affine", "outer"), ("exit+entry", "outer"), ("identity", "widest"),
+    ("affine", "widest"), ("exit+entry", "widest"), ("exit+entry+before+trend", "widest"), ("affine+trend", "widest"),
+    ("ResNet", "outer"), ("ideal", "paper"), ("identity", "paper"), ("ResNet", "paper"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What takes turns: variants of one number of steps.
+
+    Attributes:
+        steps: of the sampler.
+        variants: the most important first.
+        rounds: runs of each.
+        limit: seconds, after which nothing is opened and no round begins.
+    """
+
+    steps: int
+    variants: Sequence[Variant]
+    rounds: int
+    limit: float
 
 
 class Latency:
@@ -28,6 +54,7 @@ class Latency:
         tiny: models of a tenth of the width.
         compile_options: of torch.compile, for the mode "compile".
         timed: False runs every side until it is warm, and times none.
+        sides: a pattern: only the sides in whose names it is found.
     """
 
     def __init__(
@@ -39,7 +66,9 @@ class Latency:
         tiny: bool,
         compile_options: dict[str, Any],
         timed: bool = True,
+        sides: str = "",
     ) -> None:
+        self.sides = sides
         self.device, self.tiny, self.compile_options, self.timed = device, tiny, compile_options, timed
         self.deadline = time.monotonic() + 60 * minutes
         self.results = Results(path, environment(device, 0))
@@ -61,10 +90,8 @@ class Latency:
         return self.deadline - time.monotonic()
 
     def bench(self, name: str) -> Bench:
-        """A model, built when it is first needed; others give their memory back."""
+        """A model, built when it is first needed."""
         if name not in self.benches:
-            self.benches.clear()
-            self.free()
             model = build(name, self.device, self.dtype, tiny=self.tiny)
             made = Bench(model, self.compile_options, counted=self.counted.setdefault(name, {}))
             self.benches[name] = made
@@ -78,55 +105,76 @@ class Latency:
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
-    def trajectories(
-        self, name: str, batch: int, steps: int, mode: str, variants: Iterable[Variant], *, rounds: int, limit: float
-    ) -> None:
-        """Whole sampling loops of all the variants, in turns."""
-        limit = min(limit, self.left())
+    def trajectories(self, name: str, batch: int, mode: str, groups: Iterable[Group]) -> None:
+        """Whole sampling loops, group by group; what does not depend on the number of steps is opened once."""
+        opened: dict[Variant, Side] = {}
+        for group in groups:
+            self._group(name, batch, mode, group, opened)
+        opened.clear()
+        self.free()
+
+    def _group(self, name: str, batch: int, mode: str, group: Group, opened: dict[Variant, Side]) -> None:
+        """All variants of a group, in turns."""
+        limit = min(group.limit, self.left())
         bench, until = self.bench(name), time.monotonic() + limit
-        opened = until - 0.2 * limit  # what is left then is for timing
+        late = until - 0.2 * limit  # what is left then is for timing
+        where = {"model": name, "batch": batch, "steps": group.steps, "mode": mode}
         sides: dict[str, tuple[Side, Loop]] = {}
-        where = {"model": name, "batch": batch, "steps": steps, "mode": mode}
-        for variant in variants:
-            if time.monotonic() > opened and sides:
+        for variant in group.variants:
+            if not re.search(self.sides, variant.name):
+                continue
+            base = replace(variant, steps=0)
+            if time.monotonic() > late and sides and base not in opened:
                 self.results.add("failures", **where, side=variant.name, reason="no time was left")
                 continue
-            loop, start = Loop(bench.model, batch, steps), time.monotonic()
+            loop, start = Loop(bench.model, batch, variant.steps or group.steps), time.monotonic()
             try:
-                side = bench.open(variant, loop, mode)
+                side = replace(opened[base], variant=variant) if base in opened else bench.open(variant, loop, mode)
                 bench.warm(side, loop, mode)
                 sides[variant.name] = side, loop
+                if variant.any_steps:
+                    opened[base] = side
                 say(f"ready: {variant.name}, {time.monotonic() - start:.1f} s")
             except Exception as error:
                 self.results.add("failures", **where, side=variant.name, reason=reason(error))
         runs: dict[str, Callable[[], Any]] = {
             side: (lambda loop=loop, call=one.call: loop(call)) for side, (one, loop) in sides.items()
         }
-        if not self.timed:
-            runs.clear()
-        timings = in_turns(runs, self.device, rounds=rounds, warmup=0, until=until, least=3)
+        if self.timed:
+            timings = in_turns(runs, self.device, rounds=group.rounds, warmup=0, until=until, least=3)
+            self._rows(bench, where, sides, timings)
+
+    def _rows(
+        self, bench: Bench, where: dict[str, Any], sides: dict[str, tuple[Side, Loop]], timings: dict[str, Timing]
+    ) -> None:
+        """A row for each side, with what it is relative to the others."""
+        steps, key = where["steps"], (where["model"], where["batch"], where["steps"])
         plain = timings.get("plain")
-        if plain is not None and mode == "eager":
-            self.eager[name, batch, steps] = plain.median
-        eager = self.eager.get((name, batch, steps))
+        if plain is not None and where["mode"] == "eager":
+            self.eager[key] = plain.median
+        eager = self.eager.get(key)
         plain_macs = sides["plain"][0].macs if "plain" in sides else None
-        plain_macs = plain_macs or steps * bench.find(Loop(bench.model, batch, steps))["outer"].full_macs
+        plain_macs = plain_macs or steps * bench.find(Loop(bench.model, where["batch"], steps))["outer"].full_macs
         for label, timing in timings.items():
             side, loop = sides[label]
-            ideal = timings.get(Variant("ideal", side.variant.clock, "identity", side.variant.cut).name)
-            ours = side.variant.kind == "clockwork"
-            macs = side.macs or (plain_macs if label == "plain" else None)
+            variant = side.variant
+            ideal = timings.get(Variant("ideal", variant.clock, "identity", variant.cut).name)
+            ideal = None if variant.planned else ideal
+            ours = variant.kind == "clockwork"
+            macs = side.macs or (plain_macs * loop.steps / steps if variant.kind == "plain" else None)
             full = bench.find(loop)["outer"].full_macs * steps
             self.results.add(
                 "latency",
                 **where,
                 side=label,
-                kind=side.variant.kind,
-                clock=side.variant.clock,
-                adaptor=side.variant.adaptor if ours else None,
-                cut=side.variant.cut if ours or side.variant.kind == "ideal" else None,
+                kind=variant.kind,
+                clock=None if variant.planned else variant.clock,
+                schedule=str(PLANNED[loop.steps]) if variant.planned else None,
+                adaptor=variant.adaptor if ours else None,
+                cut=variant.cut if ours or variant.kind == "ideal" else None,
+                steps_run=loop.steps,
                 ms_per_image=1e3 * timing.median / loop.images,
-                ms_per_step=1e3 * timing.median / steps,
+                ms_per_step=1e3 * timing.median / loop.steps,
                 spread=timing.spread,
                 runs=timing.runs,
                 speedup=plain.median / timing.median if plain else None,
@@ -136,9 +184,6 @@ class Latency:
                 to_ideal=timing.median / ideal.median if ideal and ours else None,
                 peak_memory_gib=side.memory / 2**30 if side.memory else None,
             )
-        sides.clear()
-        runs.clear()
-        self.free()
 
     def passes(self, name: str, batch: int, mode: str, *, rounds: int, limit: float) -> None:
         """Single passes: full and adaptor, against the UNet alone, the hand-pruned UNet and the adaptor alone."""
@@ -146,7 +191,7 @@ class Latency:
         bench, until = self.bench(name), time.monotonic() + limit
         opened = until - 0.2 * limit
         steps, skip = (20, 4) if self.device != "cpu" else (8, 3)
-        adaptor_steps = set(range(2, steps + 1))
+        adaptor_steps = set(range(3, steps + 1))  # two full passes first: between them there is a trend
         loop = Loop(bench.model, batch, steps)
         loop.scheduler.set_timesteps(steps, device=self.device)
         times, sample = loop.scheduler.timesteps, torch.cat([loop.noise, loop.noise])
@@ -171,12 +216,19 @@ class Latency:
             "plain": (PLAIN, None),
             "clockwork, clock 1": (Variant("clockwork"), ()),
         }
-        for cut in ("outer", "paper"):
-            wanted[f"ideal adaptor pass, {cut} cut"] = Variant("ideal", steps, cut=cut), None
-            for adaptor in ("identity", "ResNet"):
+        for adaptor, cut in PASSES[:3] if self.tiny and mode == "compile" else PASSES:
+            if adaptor == "ideal":
+                wanted[f"ideal adaptor pass, {cut} cut"] = Variant("ideal", steps, cut=cut), None
+            else:
                 wanted[f"adaptor pass, {adaptor}, {cut} cut"] = Variant("clockwork", 2, adaptor, cut), adaptor_steps
         sides: dict[str, Side] = {}
+        where = {"model": name, "batch": batch, "mode": mode}
         for label, (variant, schedule) in wanted.items():
+            if not re.search(self.sides, label):
+                continue
+            if time.monotonic() > opened:
+                self.results.add("failures", **where, side=label, reason="no time was left")
+                continue
             try:
                 start = time.monotonic()
                 sides[label] = bench.open(variant, loop, mode, schedule=schedule)
@@ -185,10 +237,7 @@ class Latency:
                 say(f"ready: {label}, {time.monotonic() - start:.1f} s")
             except Exception as error:
                 sides.pop(label, None)
-                where = {"model": name, "batch": batch, "mode": mode}
                 self.results.add("failures", **where, side=label, reason=reason(error))
-            if time.monotonic() > opened:
-                break
         runs = {label: run(side.call) for label, side in sides.items() if self.timed}
         timings = in_turns(
             runs, self.device, rounds=rounds, warmup=0, until=until, least=3, measure=lambda seconds, _: seconds()
@@ -196,6 +245,8 @@ class Latency:
         for label, timing in timings.items():
             side = sides[label]
             against = "plain" if "clock 1" in label else f"ideal adaptor pass, {side.variant.cut} cut"
+            if side.variant.adaptor in KINDS:
+                against = f"adaptor pass, identity, {side.variant.cut} cut"
             base = timings.get(against)
             macs = _macs_per_pass(side, label)
             self.results.add(
@@ -212,6 +263,59 @@ class Latency:
             )
         sides.clear()
         self.free()
+
+    def calibrate(self, name: str, schedule: ch.Schedule, *, prompts: int, images: int, steps: int) -> None:
+        """`ch.calibrate` as a user calls it, and sampling the same batches: seconds, and the memory at the peak."""
+        if not self.timed:
+            return
+        bench, cuda = self.bench(name), self.device.startswith("cuda")
+        loop, runs = Loop(bench.model, 2 * images, steps), 0
+        batches = [bench.model.random_conditions(2 * images, seed) for seed in range(prompts // images)]
+        unet = bench.model.twin()
+        generate = loop.generate(unet)
+
+        def counted(batch: Any, seed: int) -> Any:
+            nonlocal runs
+            runs += 1
+            return generate(batch, seed)
+
+        def measured(act: Callable[[], Any]) -> tuple[Any, float, float | None]:
+            self.free()
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            synchronize(self.device)
+            start = time.perf_counter()
+            output = act()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+            own = bench.model.weight_bytes  # other models may be on the device
+            return output, seconds, (torch.cuda.max_memory_allocated() - before + own) / 2**30 if cuda else None
+
+        generate(batches[0], 0)  # kernels are loaded, algorithms chosen
+        _, sampling, sampling_gib = measured(lambda: [generate(batch, 0) for batch in batches[:2]])
+        adaptor, seconds, gib = measured(
+            lambda: ch.calibrate(unet, counted, batches, guidance=GUIDANCE, schedule=schedule, log_snr=loop.scheduler)
+        )
+        self.results.add(
+            "calibrate",
+            model=name,
+            schedule=str(schedule),
+            prompts=prompts,
+            images=images,
+            steps=steps,
+            guidance=GUIDANCE,
+            kind=adaptor.report.kind,
+            region=adaptor.report.region,
+            rows=adaptor.report.samples,
+            runs=runs / len(batches),
+            seconds=seconds,
+            sampling_s=sampling / 2 * len(batches),
+            beyond_sampling_s=seconds - sampling / 2 * runs,
+            peak_memory_gib=gib,
+            sampling_gib=sampling_gib,
+            memory_ratio=gib / sampling_gib if gib and sampling_gib else None,
+        )
 
     def choices(self, name: str, batch: int, mode: str, *, rounds: int) -> None:
         """What is the user's business: memory format, fused projections; full passes and clock 2."""

@@ -1,7 +1,7 @@
 """Tables, verdicts and plots of docs/performance.md and docs/performance_tables.md: `python -m benchmarks.performance`.
 
 The pages are written by hand around marked parts (`<!-- begin NAME -->`); what stands in them comes from the JSON
-in benchmarks/results/.
+in benchmarks/results/. So does the README's table of speed-ups.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.performance_plots import plot
-from benchmarks.performance_results import IDEAL, OURS, Latencies, verdicts
+from benchmarks.performance_results import IDEAL, OURS, PLANNED, Latencies, speed_ups, verdicts
 from clockwork_hooks.reports.tables import table
 
 __all__ = ["PARTS", "filled", "main"]
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "performance_tables.md")
+README, SPEED = ROOT / "README.md", "<!-- speed table: tests/docs/test_readme.py compares it with"
 RESULTS = ROOT / "benchmarks" / "results"
 
 Data = dict[str, dict[str, Any]]
@@ -32,14 +33,54 @@ def environment(data: Data) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items() if version)
     where = f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
     before = seen.get("before")
-    more = f" Compiled rows: another {before['device']}, {before['date']}, `{before['command']}`." if before else ""
+    more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
     return where + more
 
 
 def targets(data: Data) -> str:
     """The targets, judged."""
-    rows = [(one.what, one.target, one.measured, one.verdict) for one in verdicts(Latencies(data["gpu_latency"]))]
-    return _table(("target", ">at", ">measured", "verdict"), rows)
+    judged = verdicts(Latencies(data["gpu_latency"]))
+    rows = [(one.what, one.target, one.measured, one.verdict) for one in judged if one.met is not None]
+    missing = len(judged) - len(rows)
+    note = f"\n\n{missing} more were [not measured in this run](performance_tables.md#what-was-not-measured)."
+    return _table(("target", ">at", ">measured", "verdict"), rows) + (note if missing else "")
+
+
+def unmeasured(data: Data) -> str:
+    """Targets that this run says nothing about."""
+    judged = verdicts(Latencies(data["gpu_latency"]))
+    return _table(("target", ">at"), [(one.what, one.target) for one in judged if one.met is None]).replace(
+        "Not measured in this run.", "Every target was measured."
+    )
+
+
+def factors(data: Data) -> str:
+    """What part of the speed-up is compiling, or capturing, and what part is caching."""
+    found, cells = Latencies(data["gpu_latency"]), []
+    for model, steps in (("sd15", 8), ("sd15", 50), ("sdxl", 8), ("sdxl", 50)):
+        for mode in ("cudagraphs", "compile"):
+            eager, plain = (found.ms("plain", how, model=model, steps=steps) for how in ("eager", mode))
+            for side in (OURS, *PLANNED.values()):
+                ours = found.ms(side, mode, model=model, steps=steps)
+                if ours and plain:
+                    static, both = (f"{eager / ms:.2f}×" if eager else None for ms in (plain, ours))
+                    cells.append((model, steps, mode, side, static, f"{plain / ours:.2f}×", both))
+    heads = ("model", ">steps", "mode", "side", ">plain eager → plain in this mode", ">plain → side, both in this mode",
+             ">together")  # fmt: skip
+    return _table(heads, cells)
+
+
+def calibrate(data: Data) -> str:
+    """Seconds and memory of `ch.calibrate`."""
+    cells = [
+        (r["model"], r["schedule"], r["kind"], f"{r['runs']:g}", f"{r['seconds']:.1f}", f"{r['sampling_s']:.1f}",
+         f"{r['beyond_sampling_s']:.1f}", _number(r["peak_memory_gib"], 2), _number(r["sampling_gib"], 2),
+         _number(r["memory_ratio"], 2))
+        for r in data["gpu_latency"].get("calibrate", [])
+    ]  # fmt: skip
+    heads = ("model", "schedule", "kind chosen", ">runs", ">s", ">s of sampling once", ">s beyond sampling",
+             ">peak GiB", ">sampling's", ">ratio")  # fmt: skip
+    return _table(heads, cells)
 
 
 def latency(data: Data) -> str:
@@ -75,35 +116,37 @@ def passes(data: Data) -> str:
     cells = [
         (row["model"], row["mode"], row["side"], f"{row['ms']:.3f}", f"{row['spread']:.1%}", _number(row["gmacs"], 0),
          _number(row["ratio"], 3), row["against"])
-        for row in data["gpu_latency"]["passes"]
+        for row in data["gpu_latency"].get("passes", [])
     ]  # fmt: skip
     return _table(("model", "mode", "pass", ">ms", ">spread", ">GMACs", ">ratio", "to"), cells)
 
 
 def failures(data: Data) -> str:
     """What did not run in a mode, and why."""
-    cells = [(r.get("model"), r.get("mode"), r["side"], _short(r["reason"])) for r in data["gpu_latency"]["failures"]]
+    cells = [
+        (r.get("model"), r.get("mode"), r["side"], _short(r["reason"])) for r in data["gpu_latency"].get("failures", [])
+    ]
     return _table(("model", "mode", "side", "reason"), cells)
 
 
 def choices(data: Data) -> str:
     """What the user may change, and what it brings."""
     cells = [(r["choice"], r["kind"], f"{r['ms_per_step']:.2f}", f"{r['spread']:.1%}", f"{r['gain']:.3f}×")
-             for r in data["gpu_latency"]["choices"]]  # fmt: skip
+             for r in data["gpu_latency"].get("choices", [])]  # fmt: skip
     return _table(("choice", "side", ">ms/step", ">spread", ">gain"), cells)
 
 
 def throughput(data: Data) -> str:
     """Images a second."""
     cells = [(r["batch"], r["kind"], f"{r['images_per_s']:.2f}", f"{r['spread']:.1%}",
-              f"{r['cache_mib_per_image']:.0f}") for r in data["gpu_latency"]["throughput"]]  # fmt: skip
+              f"{r['cache_mib_per_image']:.0f}") for r in data["gpu_latency"].get("throughput", [])]  # fmt: skip
     return _table((">guidance batch", "side", ">images/s", ">spread", ">cache, MiB/image"), cells)
 
 
 def profile(data: Data) -> str:
     """Where the device's time goes."""
     cells = [(f"`{r['kernel'][:70]}`", r["calls"], f"{r['us'] / 1e3:.2f}", f"{r['share']:.1%}")
-             for r in data["gpu_latency"]["profile"]]  # fmt: skip
+             for r in data["gpu_latency"].get("profile", [])]  # fmt: skip
     return _table(("kernel", ">calls", ">ms", ">share"), cells)
 
 
@@ -148,7 +191,7 @@ def fixed(data: Data) -> str:
 def checks(data: Data) -> str:
     """Equality, recompilations, waits for the device."""
     cells = []
-    for r in data["gpu_latency"]["checks"]:
+    for r in data["gpu_latency"].get("checks", []):
         if "reasons" in r:
             text = ", ".join(f"{count} {why}" for why, count in r["reasons"].items())
         elif "plain" in r:
@@ -236,6 +279,9 @@ PARTS: dict[str, Callable[[Data], str]] = {
     for part in (
         environment,
         targets,
+        unmeasured,
+        factors,
+        calibrate,
         latency,
         passes,
         failures,
@@ -265,6 +311,13 @@ def filled(page: str, data: Data) -> str:
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", make, page, flags=re.DOTALL)
 
 
+def with_speed(readme: str, data: Data) -> str:
+    """The README with its table of speed-ups made anew."""
+    start = readme.index("-->\n", readme.index(SPEED)) + 4
+    rows = [(one.what, one.measured) for one in speed_ups(Latencies(data["gpu_latency"]))]
+    return f"{readme[:start]}{_table(('speed-up', '>measured'), rows)}\n\n{readme[readme.index('## ', start) :]}"
+
+
 def read() -> Data:
     """All the results that there are."""
     names = ("gpu_latency", "cpu_latency", "overhead", "bookkeeping", "analysis", "adaptor_cost")
@@ -273,6 +326,8 @@ def read() -> Data:
 
 
 def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
+    if not rows:
+        return "Not measured in this run."
     return table("", heads, rows).to_markdown().split("\n", 2)[2]
 
 
@@ -285,11 +340,12 @@ def _short(text: str) -> str:
 
 
 def main() -> int:
-    """Write the pages and the plots."""
+    """Write the pages, the README's table and the plots."""
     data = read()
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), data), encoding="utf-8")
-    for path in (*PAGES, *plot(data)):
+    README.write_text(with_speed(README.read_text(encoding="utf-8"), data), encoding="utf-8")
+    for path in (README, *PAGES, *plot(data)):
         print(path)
     return 0
 

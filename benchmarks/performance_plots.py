@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.performance_results import IDEAL, OURS, Latencies
+from benchmarks.performance_results import IDEAL, OURS, PLANNED, Latencies
 
 __all__ = ["PLOTS", "plot"]
 
@@ -18,6 +18,7 @@ COLOURS = {
     "clockwork": "tab:blue",
     "ideal": "tab:green",
     "widest": "tab:purple",
+    "planned": "tab:cyan",
     "DeepCache": "tab:orange",
     "tomesd": "tab:red",
 }
@@ -46,18 +47,22 @@ def _speedup(figure: Any, found: Latencies) -> None:
         "clockwork": (OURS,),
         "ideal": (IDEAL,),
         "widest": ("clockwork, clock 2, identity, widest cut",),
+        "planned": (PLANNED["planned, exit+entry+before+trend"],),
         "DeepCache": ("DeepCache, interval 2, branch 0", "DeepCache, static by hand, interval 2, branch 0"),
     }
     labels = {"plain": "plain", "clockwork": "Clockwork, clock 2", "ideal": "the same by hand",
               "widest": "Clockwork, clock 2, skipping what DeepCache skips",
+              "planned": "Clockwork, planned and calibrated",
               "DeepCache": "DeepCache, interval 2 (captured, compiled: by hand)"}  # fmt: skip
+    sides = {kind: names for kind, names in sides.items() if any(found.ms(n, m) for n in names for m in MODES)}
     axis = figure.subplots()
     base = found.ms("plain", "eager")
     assert base is not None
+    width = 0.8 / len(sides)
     for k, (kind, names) in enumerate(sides.items()):
         heights = [next((base / ms for name in names if (ms := found.ms(name, mode))), 0.0) for mode in MODES]
         bars = axis.bar(
-            [m + 0.16 * k for m in range(len(MODES))], heights, 0.15, label=labels[kind], color=COLOURS[kind]
+            [m + width * k for m in range(len(MODES))], heights, 0.94 * width, label=labels[kind], color=COLOURS[kind]
         )
         axis.bar_label(bars, [f"{height:.2f}" if height else "–" for height in heights], fontsize=8)
     axis.set_xticks([m + 0.32 for m in range(len(MODES))], MODES)
@@ -86,9 +91,9 @@ def _against_macs(figure: Any, found: Latencies, cases: list[tuple[str, str]], l
         for kind, marker in (("plain", "o"), ("clockwork", "s"), ("ideal", "^"), ("DeepCache", "D"), ("tomesd", "x")):
             shown = [row for row in rows if row["kind"].startswith(kind) and row["macs_ratio"] is not None]
             if shown:
-                axis.plot([r["macs_ratio"] for r in shown], [r["ms_per_step"] for r in shown], marker,
+                axis.plot([r["macs_ratio"] for r in shown], [r["ms_per_image"] / 8 for r in shown], marker,
                           color=COLOURS[kind], label=kind.capitalize() if kind == "clockwork" else kind)  # fmt: skip
-        plain = next(row["ms_per_step"] for row in rows if row["kind"] == "plain")
+        plain = next(row["ms_per_step"] for row in rows if row["side"] == "plain")
         axis.plot([0, 1], [0, plain], ":", color="0.6", label="time as MACs")
         axis.set(title=f"{model}, batch 2, 8 steps, {mode}", xlabel="MACs relative to plain", ylabel="ms a step")
         axis.set_xlim(least, 1.05)
@@ -107,7 +112,8 @@ def _ideal(figure: Any, found: Latencies) -> None:
     ]  # fmt: skip
     single = [
         (f"{r['model']}, {r['side'].split(', ')[-1]}", r["mode"], r["ratio"])
-        for r in found.data["passes"] if r["side"].startswith("adaptor pass, identity")
+        for r in found.data.get("passes", [])
+        if r["side"].startswith("adaptor pass, identity") and r["ratio"] is not None
     ]  # fmt: skip
     for axis, rows, title in zip(figure.subplots(1, 2), (whole, single), ("an image", "an adaptor pass"), strict=True):
         labels = [f"{what}, {names[mode]}" for what, mode, _ in rows]

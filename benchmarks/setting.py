@@ -25,6 +25,7 @@ TINY = {
         "projection_class_embeddings_input_dim": 64,
     },
 }
+GUIDANCE = 7.5
 SMALL = {  # for a CPU: (what a preset's configuration has instead, size of the latents)
     "small SD": ({"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64, "norm_num_groups": 8}, (32, 32)),
 }
@@ -52,6 +53,11 @@ class Model:
         """How many there are."""
         return sum(parameter.numel() for parameter in self.unet.parameters())
 
+    @property
+    def weight_bytes(self) -> int:
+        """What they take."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.unet.parameters())
+
     def twin(self) -> Any:
         """Another UNet object on the same weights: wrapping one leaves the others alone, and costs no memory."""
         return twin(self.unet)
@@ -59,10 +65,14 @@ class Model:
     def conditions(self, batch: int) -> dict[str, Any]:
         """Everything but sample and time, the same tensors for all sides."""
         if batch not in self.known:
-            _, kwargs = example_inputs("UNet2DConditionModel", self.unet.config, batch=batch, size=self.size)
-            generator = torch.Generator().manual_seed(batch)
-            self.known[batch] = _random(kwargs, generator, self.device, self.dtype)
+            self.known[batch] = self.random_conditions(batch, batch)
         return self.known[batch]
+
+    def random_conditions(self, batch: int, seed: int) -> dict[str, Any]:
+        """Conditions drawn from a seed."""
+        _, kwargs = example_inputs("UNet2DConditionModel", self.unet.config, batch=batch, size=self.size)
+        drawn: dict[str, Any] = _random(kwargs, torch.Generator().manual_seed(seed), self.device, self.dtype)
+        return drawn
 
 
 def build(name: str, device: str, dtype: torch.dtype, *, tiny: bool = False) -> Model:
@@ -121,6 +131,16 @@ class Loop:
         """How many one run makes."""
         return self.batch // 2
 
+    def generate(self, unet: Any) -> Callable[[Any, int], Tensor]:
+        """A sampler as `ch.calibrate` takes it: the seed draws the noise, a batch may bring conditions of its own."""
+
+        def sample(batch: Any, seed: int) -> Tensor:
+            self.noise = torch.randn(self.noise.shape, generator=torch.Generator().manual_seed(seed)).to(self.noise)
+            self.conditions = batch if isinstance(batch, dict) else self.conditions
+            return self(unet)
+
+        return sample
+
     @torch.no_grad()
     def __call__(self, call: Callable[..., Any]) -> Tensor:
         """Sample; `call` stands for the UNet."""
@@ -132,5 +152,5 @@ class Loop:
         for t in self.scheduler.timesteps:
             both = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
             plain, told = call(both, t, **self.conditions, return_dict=False)[0].chunk(2)
-            latents = self.scheduler.step(plain + 7.5 * (told - plain), t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(plain + GUIDANCE * (told - plain), t, latents, return_dict=False)[0]
         return latents

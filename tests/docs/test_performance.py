@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import performance, performance_plots
-from benchmarks.performance_results import Latencies, verdicts
+from benchmarks.performance_results import Latencies, speed_ups, verdicts
 
 DATA = performance.read()
 GPU = DATA["gpu_latency"]
@@ -25,7 +25,7 @@ def test_rows_follow_from_each_other() -> None:
     checked = 0
     for (*where, _), row in rows.items():
         plain = rows[(*where, "plain")]
-        assert row["speedup"] == pytest.approx(plain["ms_per_step"] / row["ms_per_step"])
+        assert row["speedup"] == pytest.approx(plain["ms_per_image"] / row["ms_per_image"])
         if row["to_ideal"] is not None:
             ideal = rows[(*where, f"ideal, clock {row['clock']}, identity, {row['cut']} cut")]
             assert row["to_ideal"] == pytest.approx(row["ms_per_step"] / ideal["ms_per_step"])
@@ -34,20 +34,39 @@ def test_rows_follow_from_each_other() -> None:
 
 
 def test_verdicts_follow_the_numbers() -> None:
+    """Twice as fast or as slow: no verdict but those on what is not a time of ours stands."""
     before = {one.what: one for one in verdicts(Latencies(GPU))}
-    faster, gone = copy.deepcopy(GPU), copy.deepcopy(GPU)
-    for row in faster["latency"]:
-        if row["kind"] == "clockwork":
-            row["ms_per_step"] /= 1.3
-    for row in faster["passes"]:
-        row["ratio"] = row["ratio"] and 1.2
-    after = {one.what: one for one in verdicts(Latencies(faster))}
-    what = "sd15, batch 2, 8 steps, compiled: Clockwork (clock 2, identity) against plain compiled"
-    assert (before[what].met, after[what].met) == (False, True)
-    what = "sd15, cudagraphs: adaptor pass (identity, outer cut) against the ideal"
-    assert (before[what].met, after[what].met) == (True, False)
-    gone["latency"], gone["passes"] = [], []
+    for factor, met in ((0.01, True), (100.0, False)):
+        changed = copy.deepcopy(GPU)
+        for row in changed["latency"]:
+            row["ms_per_step"] *= factor if row["kind"] == "clockwork" else 1
+        for row in changed["passes"]:
+            row["ratio"] = row["ratio"] and factor
+        after = {one.what: one for one in verdicts(Latencies(changed))}
+        times = [what for what in before if before[what].met is not None and " against " in what]
+        times = [what for what in times if "memory" not in what]
+        assert len(times) > 20
+        assert [after[what].met for what in times] == [met] * len(times)
+    gone = {**GPU, "latency": [], "passes": [], "calibrate": []}
     assert {one.verdict for one in verdicts(Latencies(gone))} == {"not measured"}
+
+
+def test_planned_and_calibrated_rows_are_judged() -> None:
+    """On rows of a run that had them: speed-up in one mode, MACs saved, minutes and memory of a calibration."""
+    row = {"model": "sd15", "batch": 2, "steps": 50, "mode": "compile", "clock": None, "cut": "widest", "tflops": None}
+    plain = {**row, "kind": "plain", "side": "plain", "adaptor": None, "ms_per_step": 7.0, "macs_ratio": 1.0}
+    side = "clockwork, planned, affine+trend, widest cut"
+    ours = {**row, "kind": "clockwork", "side": side, "adaptor": "affine+trend", "ms_per_step": 2.0, "macs_ratio": 0.32}
+    solved = {"model": "sdxl", "schedule": "every(2)", "seconds": 250.0, "memory_ratio": 1.2}
+    data = {"latency": [plain, ours], "passes": [], "calibrate": [solved]}
+    seen = {one.what: (one.measured, one.met) for one in verdicts(Latencies(data)) if one.met is not None}
+    assert seen == {
+        "sd15, batch 2, 50 steps, compiled: planned, affine+trend against plain compiled": ("3.50×", True),
+        "sd15, 50 steps: MACs saved, planned, affine+trend": ("68.0%", True),
+        "sdxl: calibrate, 64 prompts, 20 steps, every(2)": ("250 s", False),
+        "sdxl: calibrate, 64 prompts, 20 steps, every(2): peak memory against sampling's": ("1.200", True),
+    }
+    assert [one.measured for one in speed_ups(Latencies(data))] == ["3.50×"]
 
 
 def test_an_ideal_has_the_macs_of_its_own_cut() -> None:
