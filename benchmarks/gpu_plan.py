@@ -55,6 +55,9 @@ def plan(run: Latency) -> list[Section]:
     def group(steps: int, variants: Sequence[Variant], rounds: int, limit: float) -> Group:
         return Group(steps, variants, min(rounds, more), 9 * limit if run.tiny else limit)  # a CPU is slow, and busy
 
+    def passes(model: str, mode: str, rounds: int, limit: float) -> None:
+        run.passes(model, 2, mode, rounds=rounds, limit=9 * limit if run.tiny else limit)
+
     def equal(mode: str, options: dict[str, Any]) -> None:
         for dtype in (torch.float16, torch.float32) if run.device != "cpu" else (torch.float32,):
             gpu_checks.equality(run.results, run.device, mode, options, dtype)
@@ -119,10 +122,10 @@ def plan(run: Latency) -> list[Section]:
         ("sdxl compiled", 45, sdxl_compiled),
         ("sd15 calibrate, clock", 15, lambda: calibrate("sd15", clock)),
         ("sdxl calibrate, clock", 70, lambda: calibrate("sdxl", clock)),
-        ("sd15 passes captured", 12, lambda: run.passes("sd15", 2, "cudagraphs", rounds=more, limit=30)),
-        ("sd15 passes eager", 10, lambda: run.passes("sd15", 2, "eager", rounds=few, limit=20)),
-        ("sdxl passes captured", 12, lambda: run.passes("sdxl", 2, "cudagraphs", rounds=few, limit=25)),
-        ("sd15 passes compiled", 25, lambda: run.passes("sd15", 2, "compile", rounds=more, limit=70)),
+        ("sd15 passes captured", 12, lambda: passes("sd15", "cudagraphs", more, 30)),
+        ("sd15 passes eager", 10, lambda: passes("sd15", "eager", few, 20)),
+        ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 25)),
+        ("sd15 passes compiled", 25, lambda: passes("sd15", "compile", more, 70)),
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
         ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
         ("checks compiled", 10, lambda: equal("compile", run.compile_options)),

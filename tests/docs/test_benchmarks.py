@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Results, Timing, in_turns
-from benchmarks.latency import PLAIN, Latency
+from benchmarks.latency import PLAIN, Group, Latency
 from benchmarks.setting import Loop, build
 from benchmarks.sides import Bench, Variant
 
@@ -84,14 +84,36 @@ def test_a_warm_up_times_nothing(tmp_path: Path) -> None:
     run = Latency(tmp_path / "r.json", device="cpu", minutes=5, tiny=True, compile_options={}, timed=False)
     calls = []
     run.bench("sd15").model.unet.register_forward_hook(lambda *_: calls.append(1))  # twins have it too
-    run.trajectories("sd15", 2, 1, "eager", [PLAIN], rounds=1, limit=60)
+    run.trajectories("sd15", 2, "eager", [Group(1, [PLAIN], 1, 60)])
     assert calls
     assert set(run.results.data) == {"environment"}
     before = len(calls)
     run.timed = True
-    run.trajectories("sd15", 2, 1, "eager", [PLAIN], rounds=1, limit=60)
+    run.trajectories("sd15", 2, "eager", [Group(1, [PLAIN], 1, 60)])
     assert len(calls) > before
     assert [row["side"] for row in run.results.data["latency"]] == ["plain"]
+
+
+def test_planned_and_calibrated_beside_fewer_steps(tmp_path: Path) -> None:
+    """Of whole images: a side with fewer steps of its own, and one that is opened once for all numbers of steps."""
+    run = Latency(tmp_path / "r.json", device="cpu", minutes=5, tiny=True, compile_options={})
+    opened, bench = [], run.bench("sd15")
+    solved = Variant("clockwork", adaptor="affine", cut="widest", planned=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Bench, "open", lambda self, one, *args, was=Bench.open: (opened.append(one), was(self, one, *args))[1]
+        )
+        run.trajectories(
+            "sd15", 2, "eager", [Group(8, [PLAIN, Variant(steps=4), solved], 1, 60), Group(2, [PLAIN], 1, 60)]
+        )
+    assert opened == [PLAIN, solved]
+    rows = {(row["steps"], row["side"]): row for row in run.results.data["latency"]}
+    assert list(rows) == [(8, "plain"), (8, "plain, 4 steps"), (8, solved.name), (2, "plain")]
+    assert [row["steps_run"] for row in rows.values()] == [8, 4, 8, 2]
+    assert [row["macs_ratio"] for row in rows.values()] == pytest.approx([1, 0.5, 0.54, 1], abs=0.05)
+    for row in rows.values():
+        assert row["speedup"] == rows[row["steps"], "plain"]["ms_per_image"] / row["ms_per_image"]
+    assert list(bench.adaptors) == [("affine", "widest", 8, "at([3, 4, 6, 7])")]
 
 
 def test_timings_take_turns_and_results_are_whole_after_every_row(tmp_path: Path) -> None:
@@ -127,5 +149,6 @@ def test_the_gpu_script_in_miniature(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "gpu_latency.json").read_text())
     graphs = [row for row in data["failures"] if row.get("mode") != "cudagraphs"]
     assert [row["side"] for row in graphs] == ["DeepCache, interval 2, branch 0"]  # under torch.compile
+    assert {row["schedule"] for row in data["calibrate"]} == {"every(2)", "spread(2)"}
     assert all(row["passed"] for row in data["checks"] if row["mode"] == "compile")
     assert {row["model"] for row in data["latency"]} == {"sd15", "sdxl"}
