@@ -207,6 +207,9 @@ def test_auto_takes_the_trend_where_it_tells_and_says_so():
     assert adaptor.report.kinds["affine+trend"].macs == 0
     assert adaptor.reads_trend
     assert {"trend", "trend_positions"} <= adaptor.needs
+    for_any = calibrate(unet, sampler(unet), [(16, 2.0)], guidance=2.0)  # whose full steps nobody knows
+    assert not for_any.reads_trend
+    assert not any("trend" in name for name in for_any.report.kinds)
 
 
 def test_a_schedule_that_counts_from_the_end_has_its_own_full_steps_trend():

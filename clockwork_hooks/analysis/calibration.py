@@ -277,7 +277,7 @@ def calibrate(
                 seen={"schedule": steps, "steps seen": sums.last_step},
                 do="pass the schedule that the sampler is to be run with",
             )
-        solver = Solver(chosen, sums, kind, ridge, levels)
+        solver = Solver(chosen, sums, kind, ridge, levels, trends=steps is not None)
         if steps is not None and later and KINDS[solver.name].trend:  # the trend is that of the schedule's full steps
             bar.update(task, total=2 * len(batches))
             sums = collect(schedule=steps, log_snr=levels)
@@ -662,8 +662,11 @@ class Solver:
         kind: str,
         ridge: float | None,
         log_snr: Callable[[float], float] | None,
+        *,
+        trends: bool = True,
     ) -> None:
         self.region, self.sums, self.log_snr = region, sums, log_snr
+        self.trends = trends
         self.ridges = RIDGES if ridge is None else (ridge,)
         if None in sums.places:
             self.places = [sums.places[None]]
@@ -684,7 +687,8 @@ class Solver:
         if self.sums.shape.entry:
             names += ["exit+entry", "exit+entry+before"]
         names += ["low rank"] if self.sums.shape.exit >= _MANY else []
-        trends = any(bool(place.fit.trend_square.any()) for place in self.places)
+        # of steps that are all full the trend is another one than of any schedule that skips some: 17.7 dB, not 40.2
+        trends = self.trends and any(bool(place.fit.trend_square.any()) for place in self.places)
         return [*names, *(f"{name}+trend" for name in names if trends and name != "gain")]
 
     def best(self, place: Place, kind: Kind) -> tuple[float, float]:
