@@ -156,17 +156,6 @@ def distill(
                 region = recorder.probe(lambda batch: generates[0](batch, settings.seed), first)
                 students = students_of(adaptor, region)
                 learners = learners_of(students, clock, schedule, loss, weights, engine, settings)
-            summary = {
-                **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-                "mode": mode,
-                "guidance": _named(guidance),
-                "losses": {learner.name: learner.loss.name for learner in learners},
-                "schedules": {learner.name: [str(one) for one in learner.schedules] for learner in learners},
-                "region": region.fingerprint,
-                "processes": engine.num_processes,
-                "prompts": len(prompts),
-                "versions": versions(),
-            }
             trainer = Trainer(
                 recorder=recorder,
                 learners=learners,
@@ -178,29 +167,52 @@ def distill(
                 mode=mode,
                 noise=Noise(images, add_noise) if images is not None and add_noise is not None else None,
             )
+            summary = _summary(trainer, region, guidance)
             if home is not None:
                 trainer.save = lambda: _save(home, trainer, summary)
                 if resume:
                     _resume(home, trainer, summary)
-            try:
-                with ProgressBar(console, shown=progress and engine.is_main_process) as bar:
-                    task = bar.add_task("distilling", total=1.0)
-                    trainer.tell = lambda: _tell(trainer, bar, task)
-                    try:
-                        trainer.run()
-                    finally:
-                        trainer.close()
-                        if home is not None and engine.is_main_process:
-                            result = _result(trainer, region, summary, home)
-                            with quietly(sys.exc_info()[1]):
-                                _write(result, facts or {})
-            except DistillError as error:
-                error.result = _result(trainer, region, summary, home)
-                raise
-            engine.wait_for_everyone()
-            return _result(trainer, region, summary, home)
+            bar = ProgressBar(console, shown=progress and engine.is_main_process)
+            return _train(trainer, bar, lambda: _result(trainer, region, summary, home), facts or {})
         finally:
             recorder.remove()
+
+
+def _train(
+    trainer: Trainer, bar: ProgressBar, result: Callable[[], DistillResult], facts: Mapping[str, Any]
+) -> DistillResult:
+    """Train behind a progress bar. What was learned is written however it ends, and an error has it with it."""
+    try:
+        with bar:
+            task = bar.add_task("distilling", total=1.0)
+            trainer.tell = lambda: _tell(trainer, bar, task)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
+                if trainer.accelerator.is_main_process:
+                    with quietly(sys.exc_info()[1]):
+                        _write(result(), facts)
+    except DistillError as error:
+        error.result = result()
+        raise
+    trainer.accelerator.wait_for_everyone()
+    return result()
+
+
+def _summary(trainer: Trainer, region: Region, guidance: Guidance) -> dict[str, Any]:
+    """The settings of this run, as its report and its checkpoints hold them."""
+    return {
+        **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(trainer.options).items()},
+        "mode": trainer.mode,
+        "guidance": _named(guidance),
+        "losses": {learner.name: learner.loss.name for learner in trainer.learners},
+        "schedules": {learner.name: [str(one) for one in learner.schedules] for learner in trainer.learners},
+        "region": region.fingerprint,
+        "processes": trainer.accelerator.num_processes,
+        "prompts": len(trainer.prompts),
+        "versions": versions(),
+    }
 
 
 def _named(guidance: Guidance) -> Any:
@@ -268,7 +280,8 @@ def _result(trainer: Trainer, region: Region, settings: Mapping[str, Any], folde
 
 def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
     folder = result.folder
-    assert folder is not None  # the caller has one
+    if folder is None:
+        return
     alone = len(result.students) == 1
     for name, student in result.students.items():
         steps = result.steps[0] if len(result.steps) == 1 else list(result.steps)

@@ -103,4 +103,4 @@ def quietly(error: BaseException | None) -> Iterator[None]:
     except DistillError as other:
         if error is None:
             raise
-        warnings.warn(f"what was trained could not be saved either: {other}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"what was trained could not be saved either: {other}", RuntimeWarning, stacklevel=5)
