@@ -74,31 +74,31 @@ def plan(run: Latency) -> list[Section]:
         run.calibrate(model, schedule, prompts=prompts, images=images, steps=steps)
 
     def sd15_eager() -> None:
-        sides = [PLAIN, TWO, *BEST, *WIDE, *DEEP, *FEWER[8], IDEAL, *MORE, RESNET, TOME]
-        run.trajectories("sd15", 2, "eager", [group(8, sides, few, 30), group(50, [PLAIN, *BEST], 3, 20)])
+        sides = [PLAIN, TWO, *BEST, *WIDE, *DEEP, IDEAL, *FEWER[8], TOME, MORE[0], RESNET]
+        run.trajectories("sd15", 2, "eager", [group(8, sides, few, 28), group(50, [PLAIN, BEST[1]], 3, 14)])
 
     def sd15_captured() -> None:
         sides = [PLAIN, *BEST, *WIDE, *BY_HAND, *SHORT[1:], *MORE, *FEWER[8], *SOLVED, THREE, RESNET]
         longer = [PLAIN, *BEST, *BY_HAND, *WIDE, *FEWER[50], *MORE[:2], TWO, IDEAL]
-        run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, more, 45), group(50, longer, few, 40)])
+        run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, more, 40), group(50, longer, few, 34)])
 
     def sd15_compiled() -> None:
         sides = [PLAIN, *BEST, WIDE[0], BY_HAND[0], *FEWER[8], TWO, MORE[0], IDEAL, RESNET]
         longer = [PLAIN, *BEST, *FEWER[50], BY_HAND[0], WIDE[0], TWO]
         if run.tiny:  # a rehearsal need not compile for long
             sides, longer = [PLAIN, BEST[1], BY_HAND[0], DEEP[0], FEWER[8][0]], [PLAIN, *FEWER[50]]
-        run.trajectories("sd15", 2, "compile", [group(8, sides, more, 75), group(50, longer, few, 45)])
+        run.trajectories("sd15", 2, "compile", [group(8, sides, more, 64), group(50, longer, few, 36)])
 
     def sdxl_captured() -> None:
-        run.trajectories("sdxl", 2, "eager", [group(8, [PLAIN, BEST[1], DEEP[0], TWO, FEWER[8][0]], 3, 20)])
+        run.trajectories("sdxl", 2, "eager", [group(8, [PLAIN, BEST[1], DEEP[0], TWO], 3, 16)])
         sides = [PLAIN, *BEST, *WIDE, BY_HAND[0], *FEWER[8], *SHORT[1:], *MORE, *SOLVED[2:], RESNET]
-        run.trajectories("sdxl", 2, "cudagraphs", [group(8, sides, few, 40)])
+        run.trajectories("sdxl", 2, "cudagraphs", [group(8, sides, few, 34)])
 
     def sdxl_compiled() -> None:
-        sides = [PLAIN, *BEST, *FEWER[8], WIDE[0], BY_HAND[0], TWO]
+        sides = [PLAIN, BEST[1], *FEWER[8], BEST[0], TWO, BY_HAND[0]]
         if run.tiny:
             sides = [PLAIN, BEST[0]]
-        run.trajectories("sdxl", 2, "compile", [group(8, sides, few, 95)])
+        run.trajectories("sdxl", 2, "compile", [group(8, sides, few, 84)])
 
     def sdxl_longer(mode: str) -> None:
         sides = [PLAIN, *BEST, *FEWER[50], BY_HAND[0], WIDE[0]]
@@ -121,11 +121,11 @@ def plan(run: Latency) -> list[Section]:
         ("sdxl captured", 25, sdxl_captured),
         ("sdxl compiled", 45, sdxl_compiled),
         ("sd15 calibrate, clock", 15, lambda: calibrate("sd15", clock)),
-        ("sdxl calibrate, clock", 70, lambda: calibrate("sdxl", clock)),
-        ("sd15 passes captured", 12, lambda: passes("sd15", "cudagraphs", more, 30)),
-        ("sd15 passes eager", 10, lambda: passes("sd15", "eager", few, 20)),
-        ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 25)),
-        ("sd15 passes compiled", 25, lambda: passes("sd15", "compile", more, 70)),
+        ("sd15 passes captured", 12, lambda: passes("sd15", "cudagraphs", more, 32)),
+        ("sdxl calibrate, clock", 75, lambda: calibrate("sdxl", clock)),
+        ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 80)),
+        ("sd15 passes eager", 10, lambda: passes("sd15", "eager", few, 24)),
+        ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 36)),
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
         ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
         ("checks compiled", 10, lambda: equal("compile", run.compile_options)),

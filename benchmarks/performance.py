@@ -196,6 +196,8 @@ def checks(data: Data) -> str:
             text = ", ".join(f"{count} {why}" for why, count in r["reasons"].items())
         elif "plain" in r:
             text = f"plain {r['plain']}, Clockwork {r['clockwork']}"
+        elif "worst" not in r:
+            text = r["reason"]
         else:
             text = "equal" if r["worst"] == 999.0 else f"{r['worst']:.3g}"
         cells.append(
