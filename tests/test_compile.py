@@ -22,6 +22,8 @@ from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
+from tests.test_adaptive import Still
+from tests.test_nested import Recursive
 from tests.zoo.third_party import trainers
 
 TIMES = (900, 700, 500, 300, 200, 100)
@@ -605,3 +607,78 @@ def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:
         for step in (900.0, 800.0):
             unet(x, torch.tensor([step]))
         assert cw.stats.adaptor_passes == 1
+
+
+# -- several clocks, and decisions at run time ----------------------------------------------------------------------
+
+
+class Moved(nn.Module):
+    """An adaptor that reads what flowed into its region, now and when the cached exit was made."""
+
+    needs = frozenset({"entry_cached"})
+
+    def forward(self, entry: Tensor, exit_cached: Tensor, *, entry_cached: Tensor, **_: Any) -> Tensor:
+        return exit_cached + (entry - entry_cached).mean()
+
+
+STATIC = ["eager", "cudagraphs", pytest.param("aot_eager", marks=pytest.mark.slow)]
+
+
+def made_static(cw: Any, how: str) -> None:
+    """Compile, or capture on the stand-in."""
+    cw.compile(mode="cudagraphs") if how == "cudagraphs" else cw.compile(backend=how)
+
+
+@pytest.mark.parametrize("how", STATIC)
+@pytest.mark.parametrize("adaptor", [None, Moved])
+def test_several_clocks(how: str, adaptor: Any, cuda: FakeCuda) -> None:
+    """A static callable for full passes, and one for each region; the same numbers as without."""
+    counters.clear()
+    times = [torch.tensor(float(t)) for t in range(900, 300, -50)]
+    weights, outputs = Recursive().state_dict(), {}
+    for static in (False, True):
+        unet = Recursive().eval()
+        unet.load_state_dict(weights)
+        adaptors = None if adaptor is None else {1: adaptor(), 2: adaptor()}
+        with ch.wrap(unet, adaptors, clocks={1: 2, 2: 6}) as cw:
+            if static:
+                made_static(cw, how)
+            seen = []
+            for _ in range(2):
+                torch.manual_seed(1)
+                with cw.trajectory():
+                    seen += [unet(torch.randn(1, 3, 32, 32), t) for t in times]
+            outputs[static] = seen
+            assert set(cw.stats.regions) == {"level 1", "level 2"}
+            assert set(cw.stats.reasons) <= {"first step", "scheduled", "traced"}
+            if static and how == "cudagraphs":
+                assert cuda.captures == 3
+            elif static:
+                assert counters["stats"]["unique_graphs"] == 3
+    torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", STATIC)
+def test_an_adaptive_schedule(how: str, cuda: FakeCuda) -> None:
+    """Static are the passes that are decided on before they run: full ones, and a step's other calls."""
+    conditions = torch.ones(2, 3), torch.zeros(2, 3)
+    jumps = (0.0, 0.001, 5.0, 5.001, 5.002, 9.0)
+    outputs = {}
+    for static in (False, True):
+        unet = Still()
+        cw = ch.wrap(unet, schedule=ch.Schedule.adaptive(0.2, longest=9))
+        if static:
+            made_static(cw, how)
+        seen = []
+        for _ in range(3):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 2, 8, 8, generator=generator)
+            with cw.trajectory():
+                for jump, t in zip(jumps, TIMES, strict=True):
+                    seen += [unet(x + jump, torch.tensor(float(t)), c) for c in conditions]
+        outputs[static] = seen, cw.stats.adaptor_passes, dict(cw.stats.reasons)
+        if static and how == "cudagraphs":
+            assert cuda.captures == 2
+    assert outputs[True][1:] == outputs[False][1:]
+    assert outputs[True][1] > 10
+    torch.testing.assert_close(outputs[True][0], outputs[False][0], rtol=0, atol=0)

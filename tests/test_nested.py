@@ -490,11 +490,6 @@ def test_regions_side_by_side_do_not_nest() -> None:
         ch.wrap(model, clocks={regions[0]: 2, regions[1]: 4})
 
 
-def test_several_clocks_are_not_compiled_yet() -> None:
-    with ch.wrap(Wide(), clocks={1: 2, 2: 4}) as cw, pytest.raises(ch.ArgumentError, match="has one region"):
-        cw.compile()
-
-
 def test_clock_1_alone_changes_nothing() -> None:
     with pytest.warns(ch.NoEffectWarning):
         ch.wrap(Wide(), clocks={1: 1}).remove()

@@ -1,7 +1,7 @@
-"""Compiled passes: two static callables per input signature, one for full and one for adaptor passes.
+"""Compiled passes: static callables per input signature, one for full passes and one for each region's adaptor passes.
 
-    full(args)                          → output, exits, entry
-    adaptor(args, cached exit, what is known of earlier steps) → output, exits, entry
+    full(args)                          → output, exits, entries
+    adaptor(args, cached exit, what is known of earlier steps) → output, exits, entries
 
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
@@ -34,8 +34,8 @@ __all__ = ["Compiled", "Static"]
 
 _NUMBERS = itertools.count()
 
-# args, kwargs, (cached exit, what is known of earlier steps) → output, region → exit, entry, complete
-Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, bool]"]
+# args, kwargs, (cached exit, what is known of earlier steps) → output, region → exit, entry, those of others, complete
+Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, dict[str, torch.Tensor], bool]"]
 Cached = tuple["torch.Tensor | None", stand_in.Past]
 
 
@@ -54,8 +54,11 @@ class Compiled:
         self._lock = threading.Lock()
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
-        """The first adaptor pass of a signature runs as it is: its MACs are counted and its output is checked."""
-        if call.signature is None:
+        """The first adaptor pass of a signature runs as it is: its MACs are counted and its output is checked.
+
+        So does one of which an adaptive schedule decides only when the region begins.
+        """
+        if call.signature is None or pass_.open:
             return False
         return pass_.kind == "full" or call.signature.regions[pass_.plan.index].adaptor_macs is not None
 
@@ -105,7 +108,7 @@ class Compiled:
         try:
             with _counting_in_checkpoints():
                 call.inside = True
-                output, exits, entry, complete = static(args, kwargs, cached)
+                output, exits, entry, others, complete = static(args, kwargs, cached)
                 call.inside = False
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -121,7 +124,8 @@ class Compiled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
             entry = None if entry is None else entry.clone()
-        return outcome_of(pass_, output, exits, entry, complete=complete)
+            others = {name: other.clone() for name, other in others.items()}
+        return outcome_of(pass_, output, exits, entry, others, complete=complete)
 
     def _make(self, call: UNetCall, pass_: Pass) -> Static:
         engine, adaptor, forward = self.engine, self.engine.chain[pass_.plan.index].adaptor, call.forward
@@ -142,7 +146,7 @@ class Compiled:
             output = forward(*args, **kwargs)
             engine.tracing = None
             exits = {region: emitted.exit for region, emitted in traced.exits.items()}
-            return output, exits, traced.entry, traced.complete()
+            return output, exits, traced.entry, traced.others, traced.complete()
 
         return _with_code_of_its_own(static, f"{kind}_pass_{next(_NUMBERS)}")
 
@@ -154,11 +158,17 @@ def let_go(static: dict[tuple[Any, ...], Any], signature: Hashable) -> None:
 
 
 def outcome_of(
-    pass_: Pass, output: Any, exits: Mapping[int, torch.Tensor], entry: torch.Tensor | None, *, complete: bool
+    pass_: Pass,
+    output: Any,
+    exits: Mapping[int, torch.Tensor],
+    entry: torch.Tensor | None,
+    others: Mapping[str, torch.Tensor],
+    *,
+    complete: bool,
 ) -> Outcome:
     """The outcome of a pass that a static callable has run; whether its calls agreed was seen when it was made."""
     emitted = {region: Emitted(exit, version(exit)) for region, exit in exits.items()}
-    return Outcome(output, pass_.kind, emitted, frozenset(), complete, entry)
+    return Outcome(output, pass_.kind, emitted, frozenset(), complete, entry, others)
 
 
 def time_leaf(call: UNetCall) -> int | None:

@@ -81,7 +81,9 @@ class _Graph:
             exit = cached if emitted.exit is self.cached and cached is not None else emitted.exit.clone()
             exits[region] = Emitted(exit, version(exit))
         output, entry = map_leaves(_copy, self.outcome.output), _copy(self.outcome.entry)
-        return replace(self.outcome, output=output, exits=exits, entry=entry)
+        others = {name: tensor.clone() for name, tensor in self.outcome.captured.items() if name.startswith("entry ")}
+        captured = {**self.outcome.captured, **others}
+        return replace(self.outcome, output=output, exits=exits, entry=entry, captured=captured)
 
 
 class Captured(Compiled):

@@ -601,7 +601,9 @@ class Engine:
         judge: Callable[[torch.Tensor | None], str | None] | None = None
         if decision.reason is None:
             emit = partial(self._emit, call, decision)
-            judge = None if clocked.schedule.threshold is None else partial(self._judge, state, call, decision)
+            decided = call.place is not None and state.decided[0] == (call.place.trajectory, call.place.step)
+            if clocked.schedule.threshold is not None and not decided:
+                judge = partial(self._judge, state, call, decision)
         return Pass(
             use.plan,
             "full" if emit is None else "adaptor",
@@ -641,8 +643,6 @@ class Engine:
         if call.place is None or entry is None or before is None or entry.shape != before.shape:
             return reasons.UNSEEN
         step = (call.place.trajectory, call.place.step)
-        if state.decided[0] == step:  # `decide` has looked at the verdict: the first call of a step gives it
-            return None
         moved = self.chain[decision.region].schedule.moved(entry, before)
         state.decided = (step, reasons.MOVED if moved else None)
         return state.decided[1]

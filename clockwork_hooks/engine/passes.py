@@ -134,6 +134,16 @@ class Pass:
         emitted = self.exits.get(self.plan.index)
         return None if emitted is None else emitted.exit
 
+    @property
+    def open(self) -> bool:
+        """Does what the region is given decide, in the middle of the pass, whether the adaptor stands in?"""
+        return self._judge is not None
+
+    @property
+    def others(self) -> dict[str, torch.Tensor]:
+        """The entries of other regions, by the names of their ports."""
+        return {name: tensor for name, tensor in self.captured.items() if name.startswith("entry ")}
+
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The pass begins: pick up what is taken from the UNet's own arguments."""
         move = self._moves.calls.get(("", 0))

@@ -104,11 +104,6 @@ def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[s
     Raises:
         ArgumentError: what `ClockworkWrapper.compile` says.
     """
-    if len(engine.chain) > 1:
-        raise ArgumentError(
-            "a compiled UNet has one region", seen={"regions": len(engine.chain)}, do="wrap it with one clock"
-        )
-    engine.schedule.known_beforehand("the pass that a static graph stands for")
     if mode not in MODES:
         raise ArgumentError(
             "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
@@ -384,7 +379,10 @@ class ClockworkWrapper:
     def compile(
         self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None
     ) -> ClockworkWrapper:
-        """Run the UNet as two static graphs from now on: one for full passes, one for adaptor passes.
+        """Run the UNet as static graphs from now on: one for full passes, and one for each region's adaptor passes.
+
+        Of an adaptive schedule those passes are static that are decided on before they run: the full ones that it does
+        not decide on, and of a step of several calls all but the first.
 
         Each is compiled once per input signature, when its first pass comes; switching between them compiles nothing.
         The first call of a signature is still recorded as it runs, and its first adaptor pass counted. Called again,
@@ -402,8 +400,7 @@ class ClockworkWrapper:
 
         Raises:
             ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
-                `torch.compile` refuses the options; or several regions have clocks; or the schedule decides at run
-                time.
+                `torch.compile` refuses the options.
             CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
 
         Example:
