@@ -67,7 +67,7 @@ class Scaling:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self._calls = trace.calls
+        self._parents = [call.parent for call in trace.calls]
         self.order = _returning(trace.calls)
         self.modules = tuple(trace.calls[index].module if trace.calls[index].path else 0 for index in self.order)
         named = ((k, trace.calls[index]) for k, index in enumerate(self.order))
@@ -141,10 +141,10 @@ class Scaling:
         """Indices of a call and of all calls within it."""
         around = self.order[self.at[path, ordinal]]
         within = {around}
-        for call in self._calls[around + 1 :]:  # calls are in order of their beginning
-            if call.parent not in within:
+        for index in range(around + 1, len(self._parents)):  # calls are in order of their beginning
+            if self._parents[index] not in within:
                 break
-            within.add(call.index)
+            within.add(index)
         return frozenset(within)
 
 
