@@ -254,6 +254,12 @@ class Schedule:
             return False
         return rule(step, steps) if isinstance(rule, (_Ticks, _Spread)) else rule(step)
 
+    @property
+    def is_clock(self) -> bool:
+        """Is it `every(clock)` and no more?"""
+        rule = self.uses_adaptor
+        return self.threshold is None and isinstance(rule, _Ticks) and rule == _Ticks(rule.clock, 1, 0, None)
+
     def is_full(self, step: int, steps: int | None = None) -> bool:
         """Is this step (from 1) a full pass? Of an adaptive schedule: whatever the entry does?
 

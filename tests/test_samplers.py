@@ -159,14 +159,16 @@ def test_samplers_of_k_diffusion_that_declare(name: str) -> None:
 
 
 # what each step's evaluations are at clock 2, in the sampler's own words: the last step goes to sigma 0
+# of steps of two evaluations a plain clock counts the evaluations; `BY_STEPS` are passes of another schedule
+BY_EACH, BY_STEPS = "FF AF AF AF AF AF AF A", "FF AA FF AA FF AA FF A"
 BY_NAME = {
     "sample_euler": "F A F A F A F A",
-    "sample_heun": "FF AA FF AA FF AA FF A",
-    "sample_dpm_2": "FF AA FF AA FF AA FF A",
-    "sample_dpm_2_ancestral": "FF AA FF AA FF AA FF A",
+    "sample_heun": BY_EACH,
+    "sample_dpm_2": BY_EACH,
+    "sample_dpm_2_ancestral": BY_EACH,
     "sample_lms": "F A F A F A F A",
-    "sample_dpmpp_2s_ancestral": "FF AA FF AA FF AA FF A",
-    "sample_dpmpp_sde": "FF AA FF AA FF AA FF A",
+    "sample_dpmpp_2s_ancestral": BY_EACH,
+    "sample_dpmpp_sde": BY_EACH,
     "sample_dpmpp_2m": "F A F A F A F A",
     "sample_dpmpp_2m_sde": "F A F A F A F A",
     "sample_dpmpp_3m_sde": "F A F A F A F A",
@@ -175,12 +177,19 @@ BY_NAME = {
 
 
 class Counted:
-    """A UNet's calls, judged by the sampler's own steps: each evaluation is told which step it is of."""
+    """A UNet's calls, judged by the sampler's own steps: each evaluation is told which step it is of.
 
-    def __init__(self, steps: tuple[int, ...], branches: int) -> None:
+    Args:
+        passes: the letters of each step. "AF" is one where the evaluations are counted, each as a step.
+        branches: calls of an evaluation.
+        clock: plain; or a schedule that is none, and goes by steps.
+    """
+
+    def __init__(self, passes: str, branches: int, *, clock: bool = True) -> None:
         self.judge, self.branches = Judge(Tiny()), branches
-        self.cw = ch.wrap(self.judge.unet)
-        self.of = [step for step, count in enumerate(steps) for _ in range(count)]
+        self.cw = ch.wrap(self.judge.unet, schedule=ch.Schedule.every(2, stop=None if clock else 99))
+        steps = passes.replace(" ", "") if "AF" in passes else passes.split()
+        self.of = [step for step, letters in enumerate(steps) for _ in letters]
         self.conditions = [torch.randn(1, 3), torch.randn(1, 3)][:branches]
         self.evaluation = -1
 
@@ -199,15 +208,19 @@ class Counted:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("churn", [0.0, 3.0])
+@pytest.mark.parametrize("clock", [True, False])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_sampler_by_its_name(name: str, branches: int, churn: float) -> None:
+def test_a_sampler_by_its_name(name: str, clock: bool, branches: int, churn: float) -> None:
     """k-diffusion's own code, twice in one block: `cw.sampler(name, sigmas)` knows its steps."""
     sampling, passes = k_sampling(), BY_NAME[name]
-    counted = Counted(tuple(map(len, passes.split())), branches)
+    passes = BY_STEPS if passes == BY_EACH and not clock else passes
+    counted = Counted(passes, branches, clock=clock)
     sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6)
     options: dict[str, Any] = {"s_churn": churn} if name in ("sample_heun", "sample_dpm_2") else {}
     if churn and not options:
         pytest.skip("it has no churn")
+    if not clock and BY_NAME[name] != BY_EACH:
+        pytest.skip("it goes by steps")
     denoise = lambda x, sigma: x - sigma[:, None, None, None] * counted(x, sigma).tanh()  # noqa: E731
     with counted.cw as cw, cw.sampler(name, sigmas):
         for _ in range(2):
@@ -248,13 +261,13 @@ def nvlabs(counted: Counted, sigmas: Tensor) -> None:
     [
         ("heunpp2", comfy_heun_plus, "FFF AAA FFF AA F"),
         ("seeds_3", comfy_seeds, "FFF AAA FFF AAA F"),
-        ("edm", nvlabs, "FF AA FF AA F"),
-        ("karras_ve", nvlabs, "FF AA FF AA F"),
+        ("edm", nvlabs, "FF AF AF AF A"),
+        ("karras_ve", nvlabs, "FF AF AF AF A"),
     ],
 )
 @pytest.mark.parametrize("branches", [1, 2])
 def test_steps_of_other_samplers(name: str, run: Callable[..., None], passes: str, branches: int) -> None:
-    counted = Counted(tuple(map(len, passes.split())), branches)
+    counted = Counted(passes, branches)
     sigmas = torch.tensor([14.0, 9.0, 5.0, 2.0, 0.4, 0.0])
     with counted.cw as cw, cw.sampler(name, sigmas):
         run(counted, sigmas)
@@ -262,10 +275,10 @@ def test_steps_of_other_samplers(name: str, run: Callable[..., None], passes: st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "passes"), [("midpoint", "FF AA FF AA"), ("rk4", "FFFF AAAA FFFF AAAA")])
+@pytest.mark.parametrize(("method", "passes"), [("midpoint", "FF AF AF AF"), ("rk4", "FFFF AAAA FFFF AAAA")])
 def test_steps_of_torchdiffeq(method: str, passes: str) -> None:
     torchdiffeq = pytest.importorskip("torchdiffeq")
-    counted, times = Counted(tuple(map(len, passes.split())), 1), torch.linspace(1, 0, 5)
+    counted, times = Counted(passes, 1), torch.linspace(1, 0, 5)
     with counted.cw as cw, cw.sampler(method, times):
         torchdiffeq.odeint(lambda t, x: counted(x, t).tanh(), torch.randn(1, 2, 8, 8), times, method=method)
     assert counted.judge.letters == passes.replace(" ", "")
@@ -306,13 +319,13 @@ ORDERS = st.sampled_from([[0, 1], [0, 1], [0, 1], [0]])
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(orders=st.lists(ORDERS, min_size=16, max_size=16), shared=st.booleans())
-def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], shared: bool) -> None:
+@given(orders=st.lists(ORDERS, min_size=16, max_size=16), shared=st.booleans(), clock=st.booleans())
+def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], shared: bool, clock: bool) -> None:
     """Heun's evaluations share their times: where calls cannot be counted, nothing is taken for another step's.
 
     The branch without the prompt comes and goes, as within a guidance interval; the order stays.
     """
-    random, counted = torch.Generator().manual_seed(0), Counted((2,) * 8, 2)
+    random, counted = torch.Generator().manual_seed(0), Counted("FF AA", 2, clock=clock)
     sigmas = torch.linspace(14, 1, 9)
     with counted.cw as cw, cw.sampler("heun", sigmas):
         for k in range(8):
@@ -320,7 +333,9 @@ def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], sha
                 sigma = sigmas[k + j] + (0 if shared else 0.1 * j)
                 for branch in orders[2 * k + j]:
                     x = torch.randn(1, 2, 8, 8, generator=random)
-                    counted.judge.call(x, sigma.clone(), counted.conditions[branch], step=k, branch=branch)
+                    counted.judge.call(
+                        x, sigma.clone(), counted.conditions[branch], step=2 * k + j if clock else k, branch=branch
+                    )
     event(f"adaptor passes: {counted.judge.letters.count('A')}")
 
 

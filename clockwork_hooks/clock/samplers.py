@@ -16,10 +16,14 @@ class Sampler:
         evaluations: (number of the step from 0, sigmas) → how many the step has, one after another at other times.
         shares: may the last evaluation of a step be at the time of the next step's first one? Then the calls are
             counted: as many as in the first evaluation.
+        each: at a plain clock each evaluation is a step of its own, the first two of which are full: of steps of two
+            evaluations the adaptor then has the first, with a feature that is half a step old, and the second, which
+            weighs more in the step, is full (docs/samplers.md has what it is worth).
     """
 
     evaluations: Callable[[int, Sequence[float]], int]
     shares: bool = False
+    each: bool = False
 
     def steps(self, sigmas: Sequence[float]) -> tuple[int, ...]:
         """Evaluations of each step over these sigmas.
@@ -61,8 +65,8 @@ def _dpm_fast(step: int, sigmas: Sequence[float]) -> int:
 
 
 _ONE = Sampler(_always(1))
-_TWO = Sampler(_but_to_zero(2))
-_TWO_SHARING = Sampler(_but_to_zero(2), shares=True)
+_TWO = Sampler(_but_to_zero(2), each=True)
+_TWO_SHARING = Sampler(_but_to_zero(2), shares=True, each=True)
 
 # Read off k-diffusion and ComfyUI (k_diffusion/sampling.py, extra_samplers/uni_pc.py), NVlabs' EDM and torchdiffeq.
 # A sampler that evaluates twice at one time, one after the other, has one evaluation there: they are told by order.
@@ -82,7 +86,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heunpp2": Sampler(_heun_plus, shares=True),
     "seeds_3": Sampler(_but_to_zero(3)),
     "dpm_fast": Sampler(_dpm_fast),
-    "midpoint": Sampler(_always(2)),
+    "midpoint": Sampler(_always(2), each=True),
     "rk4": Sampler(_always(4), shares=True),
 }
 
@@ -108,6 +112,7 @@ class SamplerSteps:
     Args:
         counts: evaluations of each step, `Sampler.steps`.
         shares: of the sampler.
+        each: every evaluation is a step of its own.
 
     Example:
         >>> heun = SamplerSteps((2, 2, 1), shares=True)
@@ -115,8 +120,8 @@ class SamplerSteps:
         ['run', None, 'step', None, 'step']
     """
 
-    def __init__(self, counts: Sequence[int], *, shares: bool) -> None:
-        self._counts, self._shares = tuple(counts), shares
+    def __init__(self, counts: Sequence[int], *, shares: bool, each: bool = False) -> None:
+        self._counts, self._shares, self.each = tuple(counts), shares, each
         self._begin(None)
 
     def _begin(self, time: float | None) -> None:
@@ -142,7 +147,7 @@ class SamplerSteps:
         self._usual = self._usual or self._calls
         self._evaluation, self._calls, self._time = self._evaluation + 1, 1, time
         if self._evaluation < self._counts[self._step]:
-            return None
+            return "step" if self.each else None
         self._step, self._evaluation = self._step + 1, 0
         if self._step < len(self._counts):
             return "step"

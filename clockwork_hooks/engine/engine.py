@@ -235,6 +235,12 @@ class Engine:
         names = ", ".join(f"{clocked.schedule} {clocked.name}" for clocked in self.chain)
         return Schedule(self.skips_at, names)
 
+    @property
+    def ticks(self) -> bool:
+        """Is there one region, on a plain clock, whose adaptor was made for no other schedule?"""
+        one = self.chain[0]
+        return len(self.chain) == 1 and one.schedule.is_clock and not stand_in.schedules_of(one.adaptor)[0]
+
     def skips_at(self, step: int, steps: int | None = None) -> bool:
         """May this step skip any region, in a trajectory of so many? None where that is not known."""
         return any(clocked.schedule.skips(step, steps) for clocked in self.chain)
@@ -319,7 +325,7 @@ class Engine:
         at, conditions, paths = signature.place(call.arguments)
         time = None if at is None else call.arguments.flat[at]
         if state.sampler is not None and at is not None:
-            _declare(timeline, state.sampler.begins(state.reader.read(time)[0]))
+            _declare(timeline, state.sampler.begins(state.reader.read(time)[0]), ordered=not state.sampler.each)
         elif self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
         values = [leaves[k] for k in conditions]
@@ -338,6 +344,7 @@ class Engine:
         place.split(len(signature.regions))
         if state.sampler is not None:
             state.sampler.placed((place.branch.names, place.branch.number))
+            place.turn -= state.sampler.each and place.turn > 1  # its first two evaluations are full
         if call.trains or all(clocked.schedule.never_skips for clocked in self.chain):
             place.restarts = 0  # nobody expects these to be a run
         call.weights = self.weights.state()
@@ -883,12 +890,19 @@ def _check_ignored(signature: Signature, binder: Binder) -> None:
             )
 
 
-def _declare(timeline: Timeline, begun: str | None) -> None:
-    """Tell the timeline what begins with the next call: a "run", a "step", or neither."""
+def _declare(timeline: Timeline, begun: str | None, *, ordered: bool) -> None:
+    """Tell the timeline what begins with the next call: a "run", a "step", or neither.
+
+    Args:
+        timeline: of the loop.
+        begun: what begins.
+        ordered: steps go one way in time; single evaluations of a sampler need not.
+    """
     if begun == "run" or (begun is None and not timeline.declared):  # after an error in the middle of a step
         timeline.reset()
     if begun is not None:
         timeline.declare()
+        timeline.opened = ordered
 
 
 def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) -> Hashable:

@@ -287,8 +287,11 @@ class ClockworkWrapper:
         """One run of a sampler that is known by its name: what calls begin a step is told by its evaluations.
 
         For solvers that evaluate between the times of their steps, or raise the noise before each: then all evaluations
-        of a step are full, or all are the adaptor's, and the k-th uses the feature of the k-th of the step before. The
-        number of calls of an evaluation (guidance branches, tiles) stays the same within the block.
+        of a step are full, or all are the adaptor's, and the k-th uses the feature of the k-th of the step before.
+        Where steps have two evaluations, a plain clock counts the evaluations, and the first two are full: at clock 2
+        the second of every step is full, and the first is the adaptor's, with the feature of the one before; which is
+        two to ten times more exact (docs/samplers.md). Other schedules, and adaptors that were made for a schedule,
+        go by steps. The number of calls of an evaluation (guidance branches, tiles) stays the same within the block.
 
         Args:
             name: as k-diffusion and ComfyUI call it: "heun", "dpm_2_ancestral", "dpmpp_sde", ...; "edm" and "karras_ve"
@@ -331,8 +334,9 @@ class ClockworkWrapper:
                 "a step goes from one sigma to the next", seen={"sigmas": numbers}, do="pass the sampler's whole list"
             )
         counts = evaluations.steps(numbers)
-        steps = SamplerSteps(counts, shares=evaluations.shares)
-        return TrajectoryBlock(self._engine.states, None, self, len(counts), steps)
+        each = evaluations.each and self._engine.ticks
+        steps = SamplerSteps(counts, shares=evaluations.shares, each=each)
+        return TrajectoryBlock(self._engine.states, None, self, sum(counts) if each else len(counts), steps)
 
     def step(self) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
