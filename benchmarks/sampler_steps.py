@@ -2,10 +2,10 @@
 
     python -m benchmarks.sampler_steps     # measure, and write the table; two minutes on a CPU
 
-The demo model samples with k-diffusion's own samplers: plain; at clock 2 with every evaluation counted as a step, from the
-first; with `cw.sampler(name, sigmas)` and a schedule that goes by the sampler's steps; and with `cw.sampler` at clock 2,
-which counts evaluations from the second. The noise is the same in all. The error is how far the sample is from the plain
-one, as a share of its own norm.
+The demo model samples with k-diffusion's own samplers: plain; at clock 2 with every evaluation counted as a step, from
+the first; with `cw.sampler(name, sigmas)` and a schedule that goes by the sampler's steps; and with `cw.sampler` at
+clock 2, which counts evaluations from the second. The noise is the same in all. The error is how far the sample is from
+the plain one, as a share of its own norm.
 """
 
 from __future__ import annotations

@@ -75,6 +75,25 @@ class Conditions:
             torch.equal(_bits(before.tensor), _bits(now)) for before, now in differ
         )
 
+    def same_rows(self, values: Sequence[Any], pairs: Sequence[tuple[int, int]], before: int, now: int) -> bool:
+        """Are these the conditions of some of the same rows? Waits for a device, where tensors lie on one.
+
+        Tensors whose first axis is the batch's are compared row by row; all else has to be the same, or the time.
+
+        Args:
+            values: of a call with another batch.
+            pairs: (row of this batch, row of that one).
+            before, now: rows of the two batches.
+        """
+        parts = _parts(values)
+        if len(parts) != len(self._values):
+            return False
+        both = [(own, other) for own, other in zip(self._values, parts, strict=True) if own != [FORM]]
+        return all(
+            len(own) == len(other) and all(_same_rows(*two, pairs, before, now) for two in zip(own, other, strict=True))
+            for own, other in both
+        )
+
     def differing(self, values: Sequence[Any]) -> list[int]:
         """Which of these values are not the same ones; all of them where their number is another one."""
         now = _parts(values)
@@ -425,6 +444,30 @@ def _same(before: Any, now: Any) -> bool:
     if isinstance(before, _Object):
         return isinstance(now, _Object) and now.object is before.object
     return isinstance(before, _Value) and isinstance(now, _Value) and before == now
+
+
+def _same_rows(part: Any, other: Any, pairs: Sequence[tuple[int, int]], before: int, now: int) -> bool:
+    """Are the parts the same, or tensors that hold the same in these rows?"""
+    if not isinstance(part, (_Copy, _Original)):
+        return _same(part, other)
+    if not isinstance(other, torch.Tensor) or not _plain(other) or other.device.type == "meta":
+        return False
+    if isinstance(part, _Original):
+        tensor = part.tensor
+        if part.version < 0 or part.version != version(tensor) or not _plain(tensor) or tensor.device != other.device:
+            return False
+        shape, dtype, bits = tensor.shape, tensor.dtype, _bits(tensor)
+    else:
+        shape, dtype, bits = part.shape, part.dtype, part.bits
+        if not other.is_cpu:
+            return False
+    if dtype != other.dtype or len(shape) != other.ndim or shape[1:] != other.shape[1:]:
+        return False
+    others = _bits(other)
+    if shape and (shape[0], other.shape[0]) == (before, now):
+        rows, other_rows = bits.view(before, -1), others.view(now, -1)
+        return all(torch.equal(rows[i], other_rows[j]) for i, j in pairs)
+    return shape == other.shape and torch.equal(bits, others)
 
 
 def _comparable(before: Any, now: Any) -> bool:

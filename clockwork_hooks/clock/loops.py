@@ -92,6 +92,7 @@ class States:
         if not state.calls:
             state.thread = get_ident()
         state.timeline.names[:] = [block.name for block in blocks if block.name is not None]
+        state.timeline.row_names = next((block.rows for block in reversed(blocks) if block.rows), ())
         return state
 
     def thread_or_task(self) -> State:
@@ -104,8 +105,8 @@ class States:
                 self._local.state = state
             else:
                 self._tasks[task] = state
-        elif not self.blocks and (state.timeline.unsure or state.timeline.names):
-            state.timeline.unsure = False
+        elif not self.blocks and (state.timeline.unsure or state.timeline.names or state.timeline.row_names):
+            state.timeline.unsure, state.timeline.row_names = False, ()
             state.timeline.names.clear()
         return state
 
@@ -205,15 +206,18 @@ class TrajectoryBlock(contextlib.AbstractContextManager["TrajectoryBlock"]):
 
 
 class BranchBlock(contextlib.AbstractContextManager[None]):
-    """Calls of a guidance branch that has a name, as `ClockworkWrapper.branch` declares it; an error ends the run.
+    """Calls of a guidance branch that has a name, or whose batch has rows with names; an error ends the run.
+
+    As `ClockworkWrapper.branch` and `ClockworkWrapper.rows` declare it.
 
     Args:
         states: of the wrapper.
         name: of the branch.
+        rows: names of the rows.
     """
 
-    def __init__(self, states: States, name: str) -> None:
-        self._states, self._block = states, Block(name=name)
+    def __init__(self, states: States, name: str | None = None, rows: tuple[str, ...] = ()) -> None:
+        self._states, self._block = states, Block(name=name, rows=rows)
 
     def __enter__(self) -> None:
         self._states.blocks.open(self._block, sys._getframe(1))
@@ -233,14 +237,15 @@ class Block:
     Args:
         state: of the trajectory that it declares; None for a branch.
         name: of the branch; None for a trajectory.
+        rows: names of the rows of each call's batch; none where nobody names them.
 
     Attributes:
         frame: the function that it is part of; None while it is closed.
         context: thread and task that opened it.
     """
 
-    def __init__(self, state: Any = None, name: str | None = None) -> None:
-        self.state, self.name = state, name
+    def __init__(self, state: Any = None, name: str | None = None, rows: tuple[str, ...] = ()) -> None:
+        self.state, self.name, self.rows = state, name, rows
         self.frame: FrameType | None = None
         self.context: tuple[int, Any] = (0, None)
 

@@ -212,6 +212,7 @@ class Position:
         doubt: why that one may not serve; None where it may.
         changed: paths of the inputs by which the branch is a new one, of those that tell it from the one most alike.
         restarts: trajectories of a step or two that began by their times, one after another.
+        certain: can no other loop have made the call?
         turn: the step that the schedule is asked about: of the trajectory; where branches that pause are remembered, of
             the branch alone.
     """
@@ -226,6 +227,7 @@ class Position:
     changed: tuple[str, ...] = ()
     restarts: int = 0
     turn: int = 1
+    certain: bool = False
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
@@ -277,6 +279,8 @@ class Timeline:
         declared: are steps told by `declare`, and not by the time?
         opened: has one been, and no call come since? Its time matters, of declared steps no other.
         unsure: may the next call be of a block that is open elsewhere?
+        row_names: of the next call's batch, where the caller names its rows.
+        rows: of this step and the one before, what calls with such names have left (`engine/rows.py`).
         branches: the branches of this step and of the step before.
         mark: where the scheduler that declares the steps stands in its list.
         way: entries from one of its steps to the next.
@@ -296,6 +300,7 @@ class Timeline:
         self.numbers = itertools.count(1) if numbers is None else numbers
         self.trusted, self.unsure = trusted, False
         self.names: list[str] = list(names)
+        self.row_names: tuple[str, ...] = ()
         self.trajectory = 0
         self._others = others
         self.declared_steps = self.steps = steps
@@ -312,6 +317,7 @@ class Timeline:
     def _forget(self) -> None:
         self.step, self.declared, self.opened = 0, False, False
         self.branches: list[Branch] = []
+        self.rows: list[Any] = []
         self.mark: Place | None = None
         self.way = 0
         self.steps = self.declared_steps
@@ -397,7 +403,10 @@ class Timeline:
         names = tuple(paths[k] for k in changed if k < len(paths))
         self._restarts = 0 if self.step > 2 else self._restarts
         turn = self.step if self._oldest == 1 else branch.seen.steps
-        return Position(self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts, turn)
+        certain = alone and not self.unsure
+        return Position(
+            self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts, turn, certain
+        )
 
     def may_have_forms(self, conditions: Sequence[Any]) -> bool:
         """Is one of these a number, so that it matters whether it goes with the time?"""

@@ -35,6 +35,7 @@ from clockwork_hooks.engine.derived import Derived, Recorded, form
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Outcome, Pass
+from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import Stats
 from clockwork_hooks.engine.taint import Taint
 from clockwork_hooks.engine.undo import Before
@@ -284,12 +285,17 @@ class Engine:
             self.forget()
             return self._record(state, call)
         call.decision = self.decide(state, call, call.signature, call.place)
+        batch = self._batch(state, call, call.signature)
+        if batch is not None and call.decision.reason in HELPED:
+            call.decision = self._by_rows(state, call, batch, call.decision)
         if call.decision.reason is None:
             self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps)
         for observer in self.observers:
             observer.before(call)
         outcome = self._run(state, call, call.signature, call.place)
         self._remember(call, call.signature, call.place, outcome)
+        if batch is not None:
+            Rows.remember(state.timeline, call.place, batch, call.place.call.feature)
         if outcome.watched:
             self._follow(call, call.signature, outcome)
         self._count(call.place, outcome, call.signature.full_macs)
@@ -501,6 +507,29 @@ class Engine:
         finally:
             self.active.pass_ = None
         return pass_.outcome(output)
+
+    def _batch(self, state: State, call: UNetCall, signature: Signature) -> Batch | None:
+        """The rows of the call, where the user has named them, and one region without a threshold is skipped."""
+        names = state.timeline.row_names
+        if not names or len(signature.regions) != 1 or self.chain[0].schedule.threshold is not None:
+            return None
+        exits = (call.exit[1] for call in signature.regions[0].plan.skipped)
+        exit = next(slot.shape for slot in exits if slot is not None)
+        batch = Batch(names, call.arguments.signature, signature.place(call.arguments)[2], exit)
+        batch.check(call.arguments.get(signature.sample))
+        return batch
+
+    def _by_rows(self, state: State, call: UNetCall, batch: Batch, decision: Decision) -> Decision:
+        """The adaptor after all, where each row of the batch is one of the step before."""
+        assert call.signature is not None  # the call has a place
+        assert call.place is not None
+        if not call.place.certain or call.trains:
+            return decision
+        values = [call.arguments.flat[k] for k in call.signature.place(call.arguments)[1]]
+        feature = serves(state.timeline, call.place, batch, values, call.key, call.weights)
+        if feature is None or (feature.entry is None and self.chain[0].keeps_entry):
+            return decision
+        return Decision(None, 0, feature)
 
     def _remember(self, call: UNetCall, signature: Signature, place: Position, outcome: Outcome) -> None:
         """Keep what each region emitted for the step after this one, unless it may not be what it was."""
@@ -741,6 +770,8 @@ class Engine:
                     at = None if call.time is None else stand_in.scalar(call.time, exit.device)
                     memory.feature.trail = Trail.after(None, exit, at, first=call.place.turn == 1)
                 use.homes.add(memory.feature.exit)
+        if (batch := self._batch(state, call, call.signature)) is not None:
+            Rows.remember(state.timeline, call.place, batch, call.place.call.feature)
         due = self.skips_at(call.place.turn, state.timeline.steps)
         reason = reasons.TRACED if due else call.place.scheduled
         macs = call.signature.full_macs

@@ -380,6 +380,40 @@ class ClockworkWrapper:
             raise ArgumentError("a branch is named by text", seen={"name": repr(name)}, do='pass branch("uncond")')
         return BranchBlock(self._engine.states, name)
 
+    def rows(self, names: Iterable[str]) -> BranchBlock:
+        """Calls inside have a batch whose rows have these names: those that stay are served when others go.
+
+        For loops that leave rows out in some steps, as the unconditional ones ("skip negative guidance"), or change
+        their order. A row is served from the row of its name in the step right before, if it had the same conditions
+        there, and all rows of the batch are; else the pass is full. That no row of the UNet's batch sees another is
+        yours to say: true of UNets for pictures, not where frames of a video are rows.
+
+        Args:
+            names: one for each row, in the batch's order.
+
+        Returns:
+            The block.
+
+        Raises:
+            ArgumentError: a name is no text, or comes twice; or (at a call) the batch has another number of rows.
+
+        Example:
+            >>> def denoise(unet, cw, x, t, cond, uncond, alone):
+            ...     if alone:
+            ...         with cw.rows(["cond"]):
+            ...             return unet(x, t, cond)
+            ...     with cw.rows(["cond", "uncond"]):
+            ...         return unet(torch.cat([x, x]), t, torch.cat([cond, uncond]))
+        """
+        rows = (names,) if isinstance(names, str) else tuple(names)
+        if not rows or not all(isinstance(name, str) for name in rows) or len(set(rows)) < len(rows):
+            raise ArgumentError(
+                "rows are named by texts, each by its own",
+                seen={"names": repr(rows)[:80]},
+                do='pass rows(["cond", "uncond"]); of several pictures, rows(["cond 1", "cond 2", ...])',
+            )
+        return BranchBlock(self._engine.states, rows=rows)
+
     def compile(
         self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None
     ) -> ClockworkWrapper:

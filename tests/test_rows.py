@@ -1,0 +1,180 @@
+"""Rows of a batch that come, go and change places: named, each is served by its own, or the pass is full."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+from tests.small_unet import Tiny, reference
+
+TIMES = torch.linspace(900, 100, 9)
+NAMES = ("cond", "uncond", "third")
+
+
+class Loop:
+    """Calls a wrapped UNet with rows that have names, and judges each by its plain twin.
+
+    A call may return the plain output; or that with the exit of which each row is what the row of its name emitted in
+    the step before, where that had the same conditions.
+    """
+
+    def __init__(self, unet: nn.Module | None = None, **options: Any) -> None:
+        self.unet = unet or Tiny()
+        self.plain = copy.deepcopy(self.unet)
+        self.cw = ch.wrap(self.unet, **(options or {"clock": 2}))
+        self.times = TIMES.clone()
+        self.letters, self.rows, self.random = "", {}, torch.Generator().manual_seed(0)  # type: ignore[var-annotated]
+
+    def begin(self) -> None:
+        self.rows = {}
+
+    def __call__(self, step: int, names: Sequence[str], texts: Tensor, *, named: bool = True, **more: Any) -> None:
+        x, t = torch.randn(len(names), 2, 8, 8, generator=self.random), self.times[step]
+        with self.cw.rows(names) if named else torch.no_grad():
+            got = self.unet(x, t, texts, **more)
+        full, emitted = reference(self.plain, x, t, texts, **more)
+        if torch.equal(got, full):
+            self.letters += "F"
+        else:
+            before = [
+                self.rows.get((step - 1, name, text_of(text)), None) for name, text in zip(names, texts, strict=True)
+            ]
+            assert all(row is not None for row in before), "a row that the step before does not have"
+            exit = torch.stack([row for row in before if row is not None])
+            clocked, emitted = reference(self.plain, x, t, texts, exit=exit, **more)
+            torch.testing.assert_close(got, clocked, atol=0, rtol=0)
+            self.letters += "A"
+        for name, text, row in zip(names, texts, emitted, strict=False):
+            self.rows[step, name, text_of(text)] = row
+
+
+def text_of(text: Tensor) -> tuple[float, ...]:
+    return tuple(text.tolist())
+
+
+TEXTS = dict(zip(NAMES, torch.randn(3, 3, generator=torch.Generator().manual_seed(3)), strict=True))
+
+
+def texts(names: Sequence[str]) -> Tensor:
+    return torch.stack([TEXTS[name] for name in names])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("batches", "clock", "passes"),
+    [
+        ("cu c cu c cu c", 2, "FFFAFA"),  # the first step that skips the negative prompt is recorded
+        ("cu cu c c c cu", 3, "FAFFAF"),
+        ("cu uc cu uc", 2, "FAFA"),
+        ("c cu c cu", 2, "FFFF"),  # a row that comes is not there in the step before
+        ("cut tu cut tc", 2, "FFFA"),
+        ("cu cu cu cu", 2, "FAFA"),
+    ],
+)
+def test_rows_that_stay_are_served(batches: str, clock: int, passes: str) -> None:
+    loop = Loop(clock=clock)
+    short = {"c": "cond", "u": "uncond", "t": "third"}
+    for step, batch in enumerate(batches.split()):
+        loop(step, names := [short[one] for one in batch], texts(names))
+    assert loop.letters == passes
+
+
+@torch.no_grad()
+def test_unnamed_the_pass_is_full() -> None:
+    loop = Loop()
+    for step, names in enumerate([NAMES[:2], NAMES[:1]] * 2):
+        loop(step, names, texts(names), named=False)
+    assert loop.letters == "F" * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["text", "label", "shared", "weights", "two calls", "a step missed", "more"])
+def test_any_doubt_is_a_full_pass(what: str) -> None:
+    """Four steps make the batches known; then the row that stays is not what it was."""
+    loop = Loop()
+    cond, both = ("cond",), ("cond", "uncond")
+    more: dict[str, Any] = {"label": torch.tensor([1, 2]), "shared": torch.ones(1, 3)}
+    alone: dict[str, Any] = {"label": torch.tensor([1]), "shared": more["shared"]}
+    for step in range(4):
+        loop(step, (both, cond)[step % 2], texts((both, cond)[step % 2]), **(more, alone)[step % 2])
+    assert loop.letters == "FFFA"
+    text = texts(cond)
+    loop(4, both, texts(both), **more)
+    if what == "text":
+        text = text + 1
+    elif what == "label":
+        alone["label"] = torch.tensor([2])
+    elif what == "shared":
+        alone["shared"] = torch.zeros(1, 3)
+    elif what == "more":
+        alone["number"] = 1.0
+    elif what == "weights":
+        loop.unet.head.weight.mul_(1.5)
+        loop.plain.head.weight.mul_(1.5)
+    if what == "a step missed":
+        loop.cw.step()
+    loop(5, cond, text, **alone)
+    if what == "two calls":
+        assert loop.letters[-1] == "A"
+        loop(5, cond, text, **alone)
+    assert loop.letters[-1] == "F"
+
+
+@torch.no_grad()
+def test_rows_of_another_batch_and_a_wrong_number() -> None:
+    loop = Loop()
+    for names in ([], ["a", "a"], [1]):
+        with pytest.raises(ch.ArgumentError, match="texts"):
+            loop.cw.rows(names)  # type: ignore[arg-type]
+    loop(0, NAMES[:2], texts(NAMES[:2]))
+    with pytest.raises(ch.ArgumentError, match="rows of the sample: 1"), loop.cw.rows(NAMES[:2]):
+        loop.unet(torch.zeros(1, 2, 8, 8), loop.times[1], texts(NAMES[:1]))
+
+
+class Folded(Tiny):
+    """Its exit has no rows of the batch: each is two."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x)
+        z = self.up(self.body(self.act(self.down(torch.cat([h, h])))))
+        return self.head(torch.cat([h, z[: len(x)] + z[len(x) :]], 1)) + (0 if c is None else c.mean())
+
+
+@torch.no_grad()
+def test_an_exit_with_other_rows_than_the_batch() -> None:
+    loop = Loop(Folded())
+    for step, names in enumerate([NAMES[:2], NAMES[:1]] * 2):
+        loop(step, names, texts(names))
+    assert loop.letters == "F" * 4
+
+
+BATCHES = [list(order) for count in (1, 2, 3) for order in itertools.permutations(NAMES, count)]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.lists(st.lists(st.sampled_from(BATCHES), min_size=1, max_size=2), min_size=8, max_size=8),
+    changed=st.sets(st.integers(0, 7), max_size=2),
+    mode=st.sampled_from([torch.no_grad, torch.inference_mode]),
+)
+def test_nothing_stale_whatever_comes(steps: list[list[list[str]]], changed: set[int], mode: Any) -> None:
+    """Rows come, go, change places, come in two calls of a step; and texts change for good in some steps."""
+    loop, shift = Loop(schedule=lambda step: True), 0.0
+    with mode(), loop.cw.trajectory():
+        for step, batches in enumerate(steps):
+            shift += step in changed
+            seen: set[str] = set()
+            for names in batches:
+                if not seen & set(names):  # a row has one call in a step
+                    loop(step, names, texts(names) + shift)
+                    seen |= set(names)
+    event(f"adaptor passes: {loop.letters.count('A')}")
