@@ -87,6 +87,18 @@ def test_rows_that_stay_are_served(batches: str, clock: int, passes: str) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("batches", "passes"),
+    [("ab ba ab ba", "FAFA"), ("ab cb ab cb", "FFFF"), ("ab ab ab ab", "FAFA"), ("ab a ab b", "FFFA")],
+)
+def test_names_tell_rows_that_no_condition_tells(batches: str, passes: str) -> None:
+    loop = Loop()
+    for step, names in enumerate(batches.split()):
+        loop(step, list(names), torch.zeros(len(names), 3))
+    assert loop.letters == passes
+
+
+@torch.no_grad()
 def test_unnamed_the_pass_is_full() -> None:
     loop = Loop()
     for step, names in enumerate([NAMES[:2], NAMES[:1]] * 2):

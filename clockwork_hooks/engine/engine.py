@@ -286,7 +286,7 @@ class Engine:
             return self._record(state, call)
         call.decision = self.decide(state, call, call.signature, call.place)
         batch = self._batch(state, call, call.signature)
-        if batch is not None and call.decision.reason in HELPED:
+        if batch is not None:
             call.decision = self._by_rows(state, call, batch, call.decision)
         if call.decision.reason is None:
             self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps)
@@ -520,10 +520,15 @@ class Engine:
         return batch
 
     def _by_rows(self, state: State, call: UNetCall, batch: Batch, decision: Decision) -> Decision:
-        """The adaptor after all, where each row of the batch is one of the step before."""
+        """The adaptor where each row of the batch is one of the step before; full where the branch had other names."""
         assert call.signature is not None  # the call has a place
         assert call.place is not None
-        if not call.place.certain or call.trains:
+        if decision.reason is None:
+            own = (rows.batch.names for rows in state.timeline.rows if rows.feature is decision.feature)
+            if next(own, None) == batch.names:
+                return decision
+            decision = Decision(reasons.NEW)
+        if decision.reason not in HELPED or not call.place.certain or call.trains:
             return decision
         values = [call.arguments.flat[k] for k in call.signature.place(call.arguments)[1]]
         feature = serves(state.timeline, call.place, batch, values, call.key, call.weights)
