@@ -290,7 +290,7 @@ class ClockworkWrapper:
         of a step are full, or all are the adaptor's, and the k-th uses the feature of the k-th of the step before.
         Where steps have two evaluations, a plain clock counts the evaluations, and the first two are full: at clock 2
         the second of every step is full, and the first is the adaptor's, with the feature of the one before; which is
-        two to ten times more exact (docs/samplers.md). Other schedules, and adaptors that were made for a schedule,
+        two to four times more exact (docs/samplers.md). Other schedules, and adaptors that were made for a schedule,
         go by steps. The number of calls of an evaluation (guidance branches, tiles) stays the same within the block.
 
         Args:
