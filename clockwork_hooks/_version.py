@@ -1,6 +1,6 @@
 """The version, in the one place that both the build and the running package read."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions() -> dict[str, str]:

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP
-        0.1.0
+        0.2.0
         0
     """
     from clockwork_hooks.errors import ClockworkError
