@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clockwork_hooks._numbers import duration
 from clockwork_hooks.analysis.timing import timed
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
@@ -162,7 +163,7 @@ class Playground:
             )
         calibrated = self._calibrated[steps, adapted]
         report = calibrated.report
-        return calibrated, f"Calibrated on {CALIBRATED_ON} captions in {report.seconds:.1f} s: {report.kind}."
+        return calibrated, f"Calibrated on {CALIBRATED_ON} captions in {duration(report.seconds)}: {report.kind}."
 
 
 def _png(image: Tensor) -> str:

@@ -125,7 +125,7 @@ class DemoResult(Report):
             if settings["clock"] > 1
             else "Clock 1: every step is full.",
             f"Calibrated just now: {calibration['kind']}, from {calibration['captions']} captions that are not drawn "
-            f"here, in {calibration['seconds']:.1f} s. No training."
+            f"here, in {duration(calibration['seconds'])}. No training."
             if calibration
             else "",
             "Attributes right: the colours, shapes, sizes and places of the captions that a classifier finds. Time: "
