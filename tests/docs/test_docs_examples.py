@@ -81,7 +81,9 @@ def sampler_names() -> dict[str, Any]:
         "ch": ch,
         "unet": Tiny(),
         "sigmas": sigmas,
-        "sampling": SimpleNamespace(sample_dpmpp_sde=loop),
+        "sampling": SimpleNamespace(sample_dpmpp_sde=loop, sample_dpm_adaptive=loop),
+        "sigma_min": 0.02,
+        "sigma_max": 14.6,
         "denoise": loop,
         "x": x,
         "t_steps": sigmas,
@@ -92,6 +94,18 @@ def sampler_names() -> dict[str, Any]:
         "torchdiffeq": SimpleNamespace(odeint=loop),
         "field": loop,
     }
+
+
+def timeline_names() -> dict[str, Any]:
+    """A guided call and one without the prompt's other half."""
+    unet = Tiny()
+    names = {
+        "x": torch.randn(1, 2, 8, 8),
+        "t": torch.tensor(900),
+        "cond": torch.ones(1, 3),
+        "uncond": torch.zeros(1, 3),
+    }
+    return {"torch": torch, "unet": unet, "cw": ch.wrap(unet), **names}
 
 
 def compiler_names() -> dict[str, Any]:
@@ -126,6 +140,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "integrations.md": integration_names,
     "pipelines.md": pipeline_names,
     "samplers.md": sampler_names,
+    "timeline.md": timeline_names,
     "performance.md": compiler_names,
     "training.md": training_names,
 }

@@ -9,10 +9,11 @@ import pytest
 DOC = (Path(__file__).parents[2] / "docs" / "regions.md").read_text(encoding="utf-8")
 
 
-def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {"__name__": "docs"}
     blocks = re.findall(r"```python\n(.*?)```", DOC, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, space)
     printed = capsys.readouterr().out
