@@ -1,4 +1,4 @@
-"""What analysis costs: trace + find_regions + flops_report on the meta device, and how that grows with the UNet.
+"""What analysis costs: trace, find_regions, flops_report and a first call, on meta, and how that grows with the UNet.
 
     python -m pytest -n 0 -s benchmarks/bench_analysis.py
 
@@ -56,6 +56,12 @@ def measure(case: str) -> dict[str, Any]:
         regions = stage("find_regions", lambda: ch.find_regions(unet, *args, **kwargs))
         row["regions"] = len(regions)
         stage("flops_report", lambda: ch.flops_report(unet, *args, **kwargs))
+        with ch.wrap(unet) as cw:
+            stage("first_call", lambda: unet(*args, **kwargs))
+            twice = [torch.cat([one, one]) if isinstance(one, torch.Tensor) and one.ndim else one for one in args]
+            if not kwargs:
+                stage("other_sizes", lambda: unet(*twice))
+            stage("plain_call", lambda: cw.unet(*args, **kwargs))
     row["total_s"] = sum(row[f"{name}_s"] for name in ("trace", "find_regions", "flops_report"))
     row["peak_mib"] = (_peak() - before) / 1024
     return row
@@ -107,16 +113,20 @@ def test_models(model: str, benchmark: Any, results: Results) -> None:
 @pytest.mark.parametrize("kind", ["depth", "blocks"])
 def test_growth(kind: str, benchmark: Any, results: Results) -> None:
     """Seconds grow no faster than n log n, with as many regions or with more."""
-    found: list[float] = []
+    analysis: list[float] = []
+    calls: list[float] = []
 
     def run() -> None:
         for case in DEEPER if kind == "depth" else LONGER:
             row = _apart(case)
-            found.append(1e6 * row["total_s"] / (row["nodes"] * math.log2(row["nodes"])))
-            results.add("growth", kind=kind, **row, us_per_work=found[-1])
+            work = row["nodes"] * math.log2(row["nodes"])
+            analysis.append(1e6 * row["total_s"] / work)
+            calls.append(1e6 * (row["first_call_s"] + row["other_sizes_s"] - 2 * row["plain_call_s"]) / work)
+            results.add("growth", kind=kind, **row, us_per_work=analysis[-1], call_us_per_work=calls[-1])
 
     benchmark.pedantic(run, rounds=1)
-    assert found[-1] < 1.25 * found[-2]  # a quarter is the machine's
+    for seconds in (analysis, calls):
+        assert seconds[-1] < 1.25 * seconds[-2]  # a quarter is the machine's
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ to benchmarks/results/first_call.json (or where FIRST_CALL_OUT says).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -133,6 +134,34 @@ def test_cold(name: str, results: Results) -> None:
         process = subprocess.run([sys.executable, "-c", COLD, name], capture_output=True, text=True, check=True)
         rows.append(json.loads(process.stdout.splitlines()[-1]))
     _row(results, "cold", name, [row["plain"] for row in rows], [row["first"] + row["wrapping"] for row in rows])
+
+
+def test_soak(results: Results) -> None:
+    """300 trajectories of 100 prompt lengths, in batches of two and three: memory is what it was after a hundred."""
+    model = build("sd15", "cpu", torch.float32, tiny=True)
+    unet = model.twin()
+    resident = []
+    with ch.wrap(unet) as cw:
+        for k in range(300):
+            text = torch.randn(2 + k % 2, 1 + k % 100, model.unet.config.cross_attention_dim)
+            with cw.trajectory(steps=4):
+                for t in (900.0, 600.0, 300.0, 100.0):
+                    unet(torch.randn(len(text), 4, 8, 8), torch.tensor(t), encoder_hidden_states=text)
+            if k % 100 == 99:
+                gc.collect()
+                resident.append(_resident())
+        recorded, signatures = len(cw._engine._recorded), len(cw._engine._signatures)
+    results.add(
+        "soak", trajectories=300, prompt_lengths=100, mib_after_100=resident[0], mib_after_300=resident[-1],
+        recorded=recorded, signatures=signatures, reasons=dict(cw.stats.reasons), adaptor=cw.stats.adaptor_passes,
+    )  # fmt: skip
+    assert resident[-1] < resident[0] + 8
+
+
+def _resident() -> float:
+    """MiB of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _row(results: Results, table: str, name: str, plain: Any, other: Any) -> None:
