@@ -115,7 +115,11 @@ class Bindings:
 
     def add(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> fx.Node:
         """Append a node to the graph."""
-        node = self.graph.create_node(op, target, args, kwargs or {})
+        node = self.graph.create_node(op, target)
+        if args:  # put in afterwards: `create_node` would walk them once more, a sixth of what recording takes
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta.update(index=len(self.nodes), call=self._call, module=self._module)
         self.nodes.append(node)
         return node
@@ -184,6 +188,11 @@ class Bindings:
                 now = self.add("call_function", _ALIAS, (before,))
                 now.meta["after"] = (node,)
                 self.bind(other, now)
+
+    @property
+    def any_blank(self) -> bool:
+        """Is there memory that no operator seen so far has written to?"""
+        return bool(self._blank)
 
     def blank(self, tensor: torch.Tensor) -> bool:
         """Is it memory that no operator seen so far has written to?"""

@@ -290,7 +290,8 @@ class Recorder(TorchDispatchMode):
                 return (taken if pred else other)(*operands)
         written = written_by(func, args, kwargs)
         # a view of blank memory (`out[:, :3] = ...`) reads nothing yet
-        for tensor in () if getattr(func, "is_view", False) else tensors((args, kwargs)):
+        reads = self.bindings.any_blank and not getattr(func, "is_view", False)
+        for tensor in tensors((args, kwargs)) if reads else ():
             if self.bindings.blank(tensor) and all(tensor is not other for other in written):
                 self.bindings.reveal(tensor, self._stack[-1].first, self._stack[-1].inputs)
         for tensor in written if self._owned else ():
@@ -306,7 +307,7 @@ class Recorder(TorchDispatchMode):
         for tensor in written:
             bindings.write(tensor, node)
         if isinstance(out, torch.Tensor):
-            if all(out is not tensor for tensor in tensors((args, kwargs))):  # contiguous, to, dropout may return self
+            if all(out is not one for one in (*args, *kwargs.values())):  # contiguous, to, dropout may return self
                 bindings.bind(out, node)
             describe(node, out)
         elif isinstance(out, (tuple, list)):

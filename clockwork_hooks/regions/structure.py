@@ -83,6 +83,8 @@ class _Description:
 
     def _hooks(self, hooks: Any) -> list[Any]:
         """Those of other code; beside them torch keeps tables of flags."""
+        if not hooks:
+            return []
         values = list(hooks.values()) if isinstance(hooks, Mapping) else []
         return [self._value(one, 0) for one in values if type(one).__module__ != _OURS and type(one) is not bool]
 
