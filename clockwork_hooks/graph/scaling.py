@@ -180,18 +180,25 @@ class _Sources:
         name, operands = qualified_name(node.target), node.all_input_nodes
         if node.target is operator.getitem:
             whole = operands[0]
+            if qualified_name(whole.target) == "aten::unbind":
+                return whole.all_input_nodes[0] if self._takes_apart(whole) else None
             if qualified_name(whole.target) in _SPLITS | _NORMS:
                 return whole.all_input_nodes[0] if _parts(node, whole.all_input_nodes[0]) else None
             return None
         if through and kind(node) == "matmul":
             return _factors(node)[0]
-        if name == "aten::select" or name == "aten::unbind":
-            source, size = operands[0], _axis(node, operands[0])
-            return source if size == 3 or (size == 2 and self._batch != 2) else None
+        if name == "aten::select":
+            return operands[0] if self._takes_apart(node) else None
         alike = [source for source in operands if _numel(source) == _numel(node)]
         kept = name in VIEWS or name in SOFTMAXES or name in _NORMS or torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
         kept = kept or name in ("aten::baddbmm", "aten::dropout", "aten::native_dropout")
         return alike[0] if kept and alike and name not in _SPREADS | {"aten::baddbmm"} else self._spread(node, name)
+
+    def _takes_apart(self, node: fx.Node) -> bool:
+        """Does it take queries, keys and values (or keys and values) apart, which are no rows of the batch?"""
+        source, axis = node.all_input_nodes[0], node.args[1] if len(node.args) > 1 else 0
+        size = source.meta["shape"][axis] if isinstance(axis, int) else 0
+        return size in (2, 3) and size != self._batch
 
     def _spread(self, node: fx.Node, name: str) -> fx.Node | None:
         """An `expand` that leaves the shape as it is (attention by hand makes one) is a view."""
@@ -210,17 +217,17 @@ class _Sources:
         rows, columns = self._tokens(one), self._tokens(other)
         if kind(node) == "attention":
             axis = -3 if qualified_name(node.target) in LENGTH_FIRST else -2
-            lengths = (query.meta["shape"][axis], key.meta["shape"][axis])
-            return (one, other) if lengths == (rows, columns) else None
+            fits = query.meta["shape"][axis] in rows and key.meta["shape"][axis] in columns
+            return (one, other) if fits else None
         (*_, length, inner), (*_, width) = query.meta["shape"], key.meta["shape"]
-        first = (length, width) == (rows, columns) and inner not in (rows, columns)
-        second = (length, inner) == (rows, columns) and width not in (rows, columns)
+        first = length in rows and width in columns and inner not in rows | columns
+        second = length in rows and inner in columns and width not in rows | columns
         return (one, other) if first is not second else None
 
-    def _tokens(self, call: int) -> int:
-        """How many tokens each row of what the call returns has."""
+    def _tokens(self, call: int) -> set[int]:
+        """How many tokens each row of what the call returns may have: of three axes, either of the last two."""
         shape = _shape(self._calls[call])
-        return shape[1] if len(shape) == 3 else math.prod(shape[2:]) if len(shape) > 3 else 0
+        return set(shape[1:]) if len(shape) == 3 else {math.prod(shape[2:])} if len(shape) > 3 else set()
 
 
 def _returning(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
@@ -247,12 +254,6 @@ def _parts(part: fx.Node, whole: fx.Node) -> bool:
     """Is it the whole, or one of a few parts of equal size?"""
     size = _numel(part)
     return bool(size) and _numel(whole) % size == 0 and _numel(whole) // size <= 4
-
-
-def _axis(node: fx.Node, source: fx.Node) -> int:
-    """Size of the axis that a `select` or an `unbind` takes apart."""
-    axis = node.args[1] if len(node.args) > 1 else 0
-    return int(source.meta["shape"][axis]) if isinstance(axis, int) else 0
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
