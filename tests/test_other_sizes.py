@@ -46,15 +46,15 @@ def inputs(size: int, rows: int = 2) -> tuple[Tensor, Tensor]:
 def sample(cw: Any, plain: nn.Module, size: int, rows: int = 2, mode: Any = torch.no_grad) -> tuple[int, int]:
     """One trajectory; each output is the plain UNet's, or its with the exit of the step before: (full, adaptor)."""
     x, c = inputs(size, rows)
-    counts, kept = [], None
+    counts, exit_before = [], None
     with mode(), cw.trajectory(steps=len(STEPS)):
         for t in STEPS:
             before = cw.stats.adaptor_passes
             output = cw(x, t, c)
             whole, exit = reference(plain, x, t, c)
             skipped = cw.stats.adaptor_passes > before
-            expected = reference(plain, x, t, c, exit=kept)[0] if skipped else whole
-            kept = kept if skipped else exit
+            expected = reference(plain, x, t, c, exit=exit_before)[0] if skipped else whole
+            exit_before = exit_before if skipped else exit
             assert torch.equal(output, expected)
             counts.append(skipped)
             x = x - 0.1 * whole[:, :2].detach()

@@ -39,10 +39,10 @@ class Seen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.given = []
+        self.trends = []
 
     def forward(self, entry, exit_cached, *, time, text, trend, trend_positions):
-        self.given.append((exit_cached.clone(), trend, trend_positions))
+        self.trends.append((exit_cached.clone(), trend, trend_positions))
         return exit_cached
 
 
@@ -59,18 +59,18 @@ def run(unet, cw, times=STEPS, seed=0, condition=None):
 
 
 def trends(seen):
-    return [None if trend is None else (trend, positions.tolist()) for _, trend, positions in seen.given]
+    return [None if trend is None else (trend, positions.tolist()) for _, trend, positions in seen.trends]
 
 
 def test_an_adaptor_is_given_the_difference_of_the_last_two_full_passes():
     unet, seen = Drifting(), Seen()
     with ch.wrap(unet, seen, schedule=ch.Schedule.at((3, 5, 6, 8, 9, 10))) as cw:
         run(unet, cw, seed=1)  # recorded
-        seen.given.clear()
+        seen.trends.clear()
         exits = run(unet, cw)
         assert cw.stats.reasons == {reasons.FIRST: 2, reasons.SCHEDULED: 6}
     pairs = [(2, 1), (4, 2), (4, 2), (7, 4), (7, 4), (7, 4)]
-    assert len(seen.given) == 6
+    assert len(seen.trends) == 6
     for (trend, positions), (last, before) in zip(trends(seen), pairs, strict=True):
         assert torch.equal(trend, exits[last] - exits[before])
         assert positions == [STEPS[last - 1], STEPS[before - 1]]
@@ -78,13 +78,13 @@ def test_an_adaptor_is_given_the_difference_of_the_last_two_full_passes():
 
 def test_the_first_run_is_given_the_same_trends_as_the_second():
     unet = Drifting()
-    given = []
+    both = []
     for _ in range(2):
         seen = Seen()
         with ch.wrap(unet, seen, schedule=ch.Schedule.at((3, 5, 6))) as cw:
             run(unet, cw)
-        given.append(trends(seen))
-    for (one, at), (other, there) in zip(*given, strict=True):
+        both.append(trends(seen))
+    for (one, at), (other, there) in zip(*both, strict=True):
         assert torch.equal(one, other)
         assert at == there
 
@@ -112,9 +112,9 @@ def test_a_trend_of_other_weights_or_conditions_is_none():
         assert "".join(kinds) == "FFAAFFAAAF"
         assert cw.stats.reasons[reasons.WEIGHTS] == 1
         assert cw.stats.reasons[reasons.TREND] == 1
-    assert len(seen.given) == 5
-    assert all(trend is not None for _, trend, _ in seen.given)
-    assert seen.given[2][2].tolist() == [STEPS[5], STEPS[4]]  # both with the weights as they are
+    assert len(seen.trends) == 5
+    assert all(trend is not None for _, trend, _ in seen.trends)
+    assert seen.trends[2][2].tolist() == [STEPS[5], STEPS[4]]  # both with the weights as they are
 
 
 def test_trajectories_and_branches_have_trends_of_their_own():
@@ -126,7 +126,7 @@ def test_trajectories_and_branches_have_trends_of_their_own():
         with ch.wrap(unet, seen, schedule=schedule) as cw:
             run(unet, cw, STEPS[:5], condition=condition)
         alone.append(trends(seen))
-        seen.given.clear()
+        seen.trends.clear()
     with ch.wrap(unet, seen, schedule=schedule) as cw, torch.no_grad(), cw.trajectory():
         xs = [torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) for _ in conditions]
         for t in STEPS[:5]:
@@ -156,7 +156,7 @@ def test_what_was_emitted_may_be_written_to_afterwards():
     with ch.wrap(unet, seen, schedule=ch.Schedule.at((4, 6, 8))) as cw:
         exits = run(unet, cw)
         assert cw.stats.adaptor_passes >= 2
-    assert len(seen.given) == cw.stats.adaptor_passes
+    assert len(seen.trends) == cw.stats.adaptor_passes
     for trend, positions in trends(seen):
         last, before = (STEPS.index(int(t)) + 1 for t in positions)
         torch.testing.assert_close(trend, exits[last] - exits[before])

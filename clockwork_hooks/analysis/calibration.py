@@ -498,8 +498,8 @@ class Sums:
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
             last, exit = self._trails.get(key), self._rows(emitted.exit).clone()
-            known = last is not None and last.exit.shape == exit.shape
-            older = (exit - last.exit, last.time) if known and last is not None else ()
+            same = last is not None and last.exit.shape == exit.shape
+            older = (exit - last.exit, last.time) if same and last is not None else ()
             self._trails[key] = _FullPasses(exit, time, *older)
 
     def _trend(self, call: UNetCall, time: float | None, before: float | None) -> Tensor | None:

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(words, prog_name="clockwork-hooks")
     except SystemExit as stop:
         if stop.code == 130:
-            typer.echo(f"Interrupted. {_kept(stop)}", err=True)
+            typer.echo(f"Interrupted. {_partial_result(stop)}", err=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
         failure: Exception = error
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
-def _kept(stop: BaseException | None) -> str:
+def _partial_result(stop: BaseException | None) -> str:
     """What the interrupted command says of itself."""
     while stop is not None and not isinstance(stop, KeyboardInterrupt):  # typer leaves on its own
         stop = stop.__cause__ or stop.__context__

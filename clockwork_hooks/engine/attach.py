@@ -83,10 +83,10 @@ def plan_parts(plan: Any) -> tuple[Any, Any, Any]:
 
 def check_names(options: Mapping[str, Any], of: Callable[..., object]) -> None:
     """Raise `ArgumentError` for an option that neither this function nor `wrap` has, with one of nearly that name."""
-    known = dict.fromkeys((*named(of)[1:], *named(wrap)[1:], *ChoiceOptions.__annotations__))
+    names = dict.fromkeys((*named(of)[1:], *named(wrap)[1:], *ChoiceOptions.__annotations__))
     for name in options:
-        if name not in known:
-            raise no_option(name, known, rule=f"{of.__name__} has options of known names")
+        if name not in names:
+            raise no_option(name, names, rule=f"{of.__name__} has options of known names")
 
 
 _OLDEST = {"step before": 1, "same condition": 4}

@@ -146,8 +146,8 @@ class _Watch:
             return False
         full = recorded.scaling.macs(self._shapes)
         pairs = list(zip(signature.regions, recorded.signature.regions, strict=True))
-        plans = [self._plan(known.plan) for _, known in pairs]
-        skipped = [self._skipped_macs(known.plan) for _, known in pairs]
+        plans = [self._plan(use.plan) for _, use in pairs]
+        skipped = [self._skipped_macs(use.plan) for _, use in pairs]
         if full is None or None in plans or None in skipped:
             return False
         signature.full_macs = full
@@ -172,10 +172,10 @@ class _Watch:
 
     def _skipped(self, call: SkippedCall) -> SkippedCall | None:
         output = self._outputs[self._recorded.scaling.at[call.path, call.ordinal]]
-        known, now = ([leaf for _, leaf in leaves(value)] for value in (call.output, output))
-        if len(known) != len(now) or not all(map(_alike, known, now)):
+        recorded, now = ([leaf for _, leaf in leaves(value)] for value in (call.output, output))
+        if len(recorded) != len(now) or not all(map(_alike, recorded, now)):
             return None
-        flags = iter([leaf for leaf in known if isinstance(leaf, Slot)])
+        flags = iter([leaf for leaf in recorded if isinstance(leaf, Slot)])
 
         def flagged(leaf: Any) -> Any:
             if not isinstance(leaf, Slot):
@@ -208,8 +208,8 @@ def _slot(leaf: Any) -> Any:
     return Slot(tuple(leaf.shape), leaf.dtype, leaf.device)
 
 
-def _alike(known: Any, now: Any) -> bool:
+def _alike(recorded: Any, now: Any) -> bool:
     """Are these leaves of two calls' outputs the same but for sizes?"""
-    if not isinstance(known, Slot) or not isinstance(now, Slot):
-        return type(known) is type(now)
-    return len(known.shape) == len(now.shape) and (known.dtype, known.device) == (now.dtype, now.device)
+    if not isinstance(recorded, Slot) or not isinstance(now, Slot):
+        return type(recorded) is type(now)
+    return len(recorded.shape) == len(now.shape) and (recorded.dtype, recorded.device) == (now.dtype, now.device)

@@ -451,8 +451,8 @@ class Engine:
         with pass_.taint.following():
             outcome = self.execute(call, pass_, None, eager=True)
         exits = [emitted.exit for emitted in outcome.exits.values()]
-        given = list(outcome.captured.values())
-        doubtful = not outcome.complete or pass_.taint.reaches((outcome.output, exits, given, outcome.entry))
+        captured = list(outcome.captured.values())
+        doubtful = not outcome.complete or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
         if outcome.kind == "adaptor" and doubtful:
             self._doubt(call)
             outcome.complete, outcome.blanks = False, True

@@ -190,9 +190,9 @@ class _Sources:
         if name == "aten::select":
             return operands[0] if self._takes_apart(node) else None
         alike = [source for source in operands if _numel(source) == _numel(node)]
-        kept = name in VIEWS or name in SOFTMAXES or name in _NORMS or torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
-        kept = kept or name in ("aten::baddbmm", "aten::dropout", "aten::native_dropout")
-        return alike[0] if kept and alike and name not in _SPREADS | {"aten::baddbmm"} else self._spread(node, name)
+        aligned = name in VIEWS or name in SOFTMAXES or name in _NORMS or torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
+        aligned = aligned or name in ("aten::baddbmm", "aten::dropout", "aten::native_dropout")
+        return alike[0] if aligned and alike and name not in _SPREADS | {"aten::baddbmm"} else self._spread(node, name)
 
     def _takes_apart(self, node: fx.Node) -> bool:
         """Does it take queries, keys and values (or keys and values) apart, which are no rows of the batch?"""
