@@ -147,6 +147,7 @@ def test_a_budget_names_what_is_over(report):
         ('{"speed": 3}', "speed"),
         ('{"full_macs": -1}', "a positive number"),
         ('{"full_macs": true}', "a positive number"),
+        ('{"full_macs": 1e999}', "a positive number"),
         ("[1]", "no object"),
     ],
 )
