@@ -143,6 +143,26 @@ class Schedule:
         return cls(_Spread(clock, first_full, last_full), f"spread({clock}{text})")
 
     @classmethod
+    def early(cls, clock: int) -> Schedule:
+        """As many full steps as `every(clock)` has, close together at first and farther and farther apart later.
+
+        The k-th of n full steps, from 0, lies (k / (n - 1))² of the way through. Features change most in the first
+        steps, and what an adaptor is off by there stays in the picture; later ones move along a trend, which an adaptor
+        of a kind "+trend" follows over several steps. Such an adaptor is what it is for: a feature as it is grows too
+        old late. It costs what `every(clock)` costs, and is `every(clock)` where the number of steps is not known, and
+        where there are fewer than three full ones.
+
+        Raises:
+            ArgumentError: `clock` is outside its rule.
+
+        Example:
+            >>> print(Schedule.early(3).preview(20))
+            F F F A F A A F A A A A F A A A A A A F
+        """
+        check_clock(clock)
+        return cls(_Early(clock), f"early({clock})")
+
+    @classmethod
     def parse(cls, text: str) -> Schedule:
         """A schedule from what `str(schedule)` writes: "every(2, first_full=2, last_full=1)", "at([3, 4, 6, 7])".
 
@@ -154,7 +174,7 @@ class Schedule:
             True
         """
         makers: dict[str, Callable[..., Schedule]] = {
-            "every": cls.every, "spread": cls.spread, "at": cls.at, "adaptive": cls.adaptive
+            "every": cls.every, "spread": cls.spread, "early": cls.early, "at": cls.at, "adaptive": cls.adaptive
         }  # fmt: skip
         try:
             call = ast.parse(text.strip(), mode="eval").body
@@ -252,7 +272,7 @@ class Schedule:
         rule = self.uses_adaptor
         if step <= 1:
             return False
-        return rule(step, steps) if isinstance(rule, (_Ticks, _Spread)) else rule(step)
+        return rule(step, steps) if isinstance(rule, (_Ticks, _Spread, _Early)) else rule(step)
 
     @property
     def is_clock(self) -> bool:
@@ -286,13 +306,13 @@ class Schedule:
     def counts_from_end(self) -> bool:
         """Does it depend on the number of steps of a trajectory?"""
         rule = self.uses_adaptor
-        return isinstance(rule, _Spread) or (isinstance(rule, _Ticks) and rule.last > 0)
+        return isinstance(rule, (_Spread, _Early)) or (isinstance(rule, _Ticks) and rule.last > 0)
 
     @property
     def never_skips(self) -> bool:
         """Is every step full, and is that certain from how it was built? A function may change its mind."""
         rule = self.uses_adaptor
-        return (isinstance(rule, (_Ticks, _Spread)) and rule.clock == 1) or (
+        return (isinstance(rule, (_Ticks, _Spread, _Early)) and rule.clock == 1) or (
             isinstance(rule, _Among) and not rule.steps
         )
 
@@ -383,6 +403,33 @@ def _spread(rule: _Spread, steps: int) -> frozenset[int]:
         length = (steps - full + k) // (inner + 1)  # these sum to all adaptor steps, the shorter runs first
         at += range(step, step + length)
         step += length + 1
+    return frozenset(at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """The rule of `early`."""
+
+    clock: int
+
+    def __call__(self, step: int, steps: int | None = None) -> bool:
+        full = 0 if steps is None else -(-steps // self.clock)
+        if steps is None or full < 3:
+            return (step - 1) % self.clock != 0
+        return step not in early_steps(full, steps)
+
+
+@functools.lru_cache(maxsize=256)
+def early_steps(full: int, steps: int) -> frozenset[int]:
+    """So many full steps of all, their distances growing: those of `early`, whatever the clock.
+
+    Example:
+        >>> sorted(early_steps(9, 20))
+        [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    """
+    at = [1]
+    for k in range(1, full):
+        at.append(max(1 + round((steps - 1) * (k / (full - 1)) ** 2), at[-1] + 1))
     return frozenset(at)
 
 

@@ -41,6 +41,9 @@ from tests.small_unet import Tiny
         (Schedule.spread(3), "F A A F A A F A"),  # else five adaptor steps would follow each other
         (Schedule.spread(8), "F A A A A A A A"),
         (Schedule.spread(2, first_full=1, last_full=0), "F A F A F A F A"),
+        (Schedule.early(1), "F F F F F F F F"),
+        (Schedule.early(2), "F F A F A A A F"),
+        (Schedule.early(4), "F A A A F A A A"),  # two full steps say nothing of distances
         (Schedule.where(lambda step: True), "F A A A A A A A"),  # the first step is full, whatever the rule says
         (Schedule.where(lambda step: step % 2), "F F A F A F A F"),
         (Schedule.of({2, 3}), "F A A F F F F F"),
@@ -112,6 +115,18 @@ def test_spread_costs_what_the_clock_costs(clock: int, first: int, last: int, st
         pytest.fail("spread is of use from 2·clock² steps on")
 
 
+@given(clock=st.integers(1, 9), steps=st.integers(1, 60))
+def test_early_costs_what_the_clock_costs(clock: int, steps: int) -> None:
+    """As many full steps, the first and the last among them, and distances that grow."""
+    schedule = Schedule.early(clock)
+    full = [step for step in range(1, steps + 1) if schedule.is_full(step, steps)]
+    assert len(full) == math.ceil(steps / clock)
+    if len(full) > 2:
+        assert (full[0], full[-1]) == (1, steps)
+        distances = [after - before for before, after in itertools.pairwise(full)]
+        assert all(later >= earlier - 1 for earlier, later in itertools.pairwise(distances))  # positions are rounded
+
+
 @given(clock=st.integers(1, 6), steps=st.integers(1, 20), step=st.integers(1, 20))
 def test_what_counts_from_the_end_needs_the_number_of_steps(clock: int, steps: int, step: int) -> None:
     assert Schedule.spread(clock).is_full(step) == Schedule.every(clock).is_full(step)
@@ -128,6 +143,7 @@ def test_what_counts_from_the_end_needs_the_number_of_steps(clock: int, steps: i
         Schedule.every(2, start=3, stop=8, warmup=4),
         Schedule.spread(2),
         Schedule.spread(4, first_full=3, last_full=0),
+        Schedule.early(3),
         Schedule.at({3, 4, 6, 7}),
         Schedule.at([]),
         Schedule.adaptive(0.25, longest=3, warmup=2),

@@ -399,9 +399,10 @@ class _Planner:
             self.options.append(replace(option, measured=outcome.error, saved=outcome.saved))
 
     def rules(self, one: Candidate, clocks: Sequence[int]) -> None:
-        """Measure rules of thumb that are no uniform clock: spread, and the first two and the last full."""
+        """Measure rules of thumb that are no uniform clock: spread, early, and the first two and the last full."""
         for clock in clocks if one.name in self.shares else ():
-            for schedule in (Schedule.spread(clock), Schedule.every(clock, first_full=2, last_full=1)):
+            ends = Schedule.every(clock, first_full=2, last_full=1)
+            for schedule in (Schedule.spread(clock), Schedule.early(clock), ends):
                 steps = schedule.adaptor_steps(self.steps)
                 if not steps or any((o.region, o.steps) == (one.name, steps) for o in self.options):
                     continue

@@ -73,6 +73,7 @@ def rule_of_thumb(chosen: Iterable[int], steps: int) -> str:
     rules = [
         *(Schedule.every(clock) for clock in range(2, steps + 1)),
         *(Schedule.spread(clock) for clock in range(2, steps + 1)),
+        *(Schedule.early(clock) for clock in range(2, steps + 1)),
         *(
             Schedule.every(clock, first_full=first, last_full=last)
             for last in range(3)

@@ -32,7 +32,7 @@ from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
-from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.schedule import Schedule, early_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
 _COLUMNS = 4  # of pictures before and after
+_EARLY = "early"  # the rule of `Schedule.early`
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
 
 
@@ -155,9 +156,10 @@ def tune(
     """Calibrate, choose the steps, and wrap: `cw = ch.tune(pipe, prompts, saving=0.4)`.
 
     For each region an adaptor is calibrated at all steps. Schedules that follow a rule of thumb (so many first and last
-    steps full, and a clock between them) and save enough are run end to end on conditions that were not calibrated
-    with; the one whose results are nearest to the plain ones is calibrated once more for its own steps. Minutes on a
-    GPU; with `folder=` it is done once, for a model, sampler, number of steps and saving.
+    steps full, and a clock between them; or full steps farther and farther apart) and save enough are run end to end on
+    conditions that were not calibrated with. The one whose results are nearest to the plain ones is calibrated once
+    more for its own steps, and so is the one with growing distances; the nearer one is taken. Minutes on a GPU; with
+    `folder=` it is done once, for a model, sampler, number of steps and saving.
 
     Args:
         pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
@@ -304,8 +306,8 @@ class _Tuner:
                 own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
                 rules = spaced(count, saving, region.macs_share - own)
                 if k == 0:
-                    trying = len(regions) * len(rules) + 2
-                    bar.update(task, total=(len(regions) + 2) * calibrating + trying * len(self.runs.runs))
+                    trying = len(regions) * len(rules) + 3
+                    bar.update(task, total=(len(regions) + 4) * calibrating + trying * len(self.runs.runs))
                 for rule, steps in rules:
                     bar.update(task, description=f"try {rule}")
                     trials.append((self.tried(region, rule, steps, adaptor), region))
@@ -319,16 +321,24 @@ class _Tuner:
                     do="ask for less, or take more steps",
                 )
             best, region = min(trials, key=lambda pair: pair[0].error)
-            bar.update(task, description="calibrate for these steps")
-            adaptor = self.calibrated(region, best.steps, bar, task)
-            last = self.tried(region, f"{best.rule}, calibrated for it", best.steps, adaptor)
-            identity = self.tried(region, best.rule, best.steps, None)
-        everything = (*(one for one, _ in trials), last)
+            early = (one for one, where in trials if where is region and one.rule.startswith(_EARLY))
+            finalists: list[tuple[Trial, CalibratedAdaptor]] = []
+            for one in dict.fromkeys((best, *early)):  # only an adaptor for its own steps follows a trend
+                bar.update(task, description=f"calibrate for {one.rule}")
+                adaptor = self.calibrated(region, one.steps, bar, task)
+                rule = f"{one.rule}, calibrated for it"
+                finalists.append((self.tried(region, rule, one.steps, adaptor), adaptor))
+            reached = [pair for pair in finalists if pair[0].saved >= saving] or finalists[:1]
+            last, adaptor = min(reached, key=lambda pair: pair[0].error)
+            identity = self.tried(region, last.rule, last.steps, None)
+        everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
         return adaptor, region, Tuning(last, identity, everything, count, saving, time.perf_counter() - begun)
 
 
 def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int, ...]]]:
-    """(rule, adaptor steps) of schedules that save so much: for each number of full first and last steps, one clock.
+    """(rule, adaptor steps) of schedules that save so much: clocks, with full first and last steps, and an early one.
+
+    The early one is that of `Schedule.early`, with as few adaptor steps as save so much.
 
     Args:
         steps: of the sampler.
@@ -343,6 +353,7 @@ def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int
         clock 3, first 2 full (3, 4, 6, 7)
         clock 3, first 3 full (4, 5, 7, 8)
         clock 5, first 3 and last 1 full (4, 5, 6, 7)
+        early, 4 full (3, 5, 6, 7)
     """
     rules: dict[tuple[int, ...], str] = {}
     for first in _FIRST:
@@ -353,6 +364,11 @@ def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int
                     ends = [f"first {first}"] * (first > 1) + [f"last {last}"] * (last > 0)
                     rules.setdefault(at, f"clock {clock}" + (f", {' and '.join(ends)} full" if ends else ""))
                     break
+    for full in range(steps - 1, 2, -1):
+        at = tuple(s for s in range(1, steps + 1) if s not in early_steps(full, steps))
+        if share * len(at) / steps > saving:
+            rules.setdefault(at, f"{_EARLY}, {full} full")
+            break
     return [(rule, at) for at, rule in rules.items()]
 
 
