@@ -142,7 +142,7 @@ def _long(
         rows += kinds("widest", every(steps, clock, first, last), *names, what=what)
     for what, full in spaced_by_hand.items():
         at = tuple(step for step in range(1, steps + 1) if step not in full)
-        rows += kinds("widest", at, *names, what=f"{len(full)} full steps, {what}")
+        rows += kinds("widest", at, FREE, TREND, what=f"{len(full)} full steps, {what}")
     return Group(f"main-{steps}", Sampler(steps=steps), (*rows, *more))
 
 
@@ -180,9 +180,9 @@ EARLY_50 = {
 
 GROUPS: tuple[Group, ...] = (
     _main(),
-    _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1), (2, 1, 0), (5, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND),
-          *fewer(10, 9, 12, 8, 7), *deepcache((0, 2), (0, 3)), *_transfer(20), spaced_by_hand=EARLY_20),
-    _long(50, ((3, 1, 0), (5, 3, 1), (4, 2, 1), (8, 3, 1)), (AFFINE, IDENTITY, BEFORE, FREE, TREND),
+    _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND),
+          *fewer(10, 9, 12, 8), *deepcache((0, 2), (0, 3)), *_transfer(20), spaced_by_hand=EARLY_20),
+    _long(50, ((5, 3, 1), (4, 2, 1)), (AFFINE, IDENTITY, BEFORE, FREE, TREND),
           *fewer(19, 16, 13), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
     _other("guidance-4", Sampler(guidance=4.0)),
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),

@@ -34,6 +34,10 @@ def environment(data: Data) -> str:
     where = f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
     before = seen.get("before")
     more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
+    earlier = data["gpu_latency"].get("earlier")
+    if earlier:
+        then = earlier["environment"]
+        more += f" Of an earlier run, with the engine of that day: {earlier['rows']}; {then['device']}, {then['date']}, `{then['command']}`."  # noqa: E501
     return where + more
 
 
