@@ -286,6 +286,7 @@ def test_a_loop_one_entry_behind_another() -> None:
         assert judge.letters == "F" * 8
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @torch.no_grad()
 def test_the_judge_can_tell() -> None:
     """It sees a stale feature where the wrapper is told that two loops were one."""
