@@ -52,6 +52,7 @@ _MANY = 640  # channels from which on a low rank is tried
 _RANK = 8  # its rank: channels of the exit by this
 _EXACT = 1e-3  # of the identity's error: no kind need leave less
 _HELD_OUT = 4  # one row in so many
+_AT_ONCE = 1 << 14  # positions that are float32 at once
 _FIRST_SEED = 2_000_003  # so that what is compared later, from seed 0 say, has other noise
 _ALL = Schedule.where(lambda step: True)
 
@@ -426,11 +427,11 @@ class Place:
 
 @dataclass(slots=True)
 class _FullPasses:
-    """The last two full passes of a branch's call: what the region emitted, (B, positions, C), and the times."""
+    """The last two full passes of a branch's call: what the region emitted, and the times."""
 
     exit: Tensor
     time: float | None
-    trend: Tensor | None = None
+    older: Tensor | None = None
     before: float | None = None
 
 
@@ -497,22 +498,22 @@ class Sums:
             return
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
-            last, exit = self._trails.get(key), self._rows(emitted.exit).clone()
+            last, exit = self._trails.get(key), emitted.exit.clone()
             same = last is not None and last.exit.shape == exit.shape
-            older = (exit - last.exit, last.time) if same and last is not None else ()
+            older = (last.exit, last.time) if same and last is not None else ()
             self._trails[key] = _FullPasses(exit, time, *older)
 
-    def _trend(self, call: UNetCall, time: float | None, before: float | None) -> Tensor | None:
-        """What a straight line in log-SNR through the last two full passes would add, as the adaptor has it."""
+    def _trail(self, call: UNetCall, time: float | None, before: float | None) -> tuple[_FullPasses | None, float]:
+        """The last two full passes, and how many times a straight line in log-SNR carries on what lies between them."""
         assert call.place is not None  # it has run, or is about to
         last = self._trails.get((call.place.branch.number, call.place.ordinal))
-        if last is None or last.trend is None:
-            return None
+        if last is None or last.older is None:
+            return None, 0.0
         times = [one for one in (time, before, last.time, last.before) if one is not None]
         if len(times) < 4:
-            return last.trend
+            return last, 1.0
         levels = torch.tensor([one if self.log_snr is None else self.log_snr(one) for one in times])
-        return last.trend * float(carried(levels[0] - levels[1], levels[2] - levels[3]))
+        return last, float(carried(levels[0] - levels[1], levels[2] - levels[3]))
 
     def read(self, call: UNetCall) -> tuple[float | None, float | None]:
         """The times of a call, and of the call that served it; each call is read once."""
@@ -534,26 +535,44 @@ class Sums:
         if place is None:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
             place = self.places[time] = Place(call.place.step, time, before, fit, held)
-        entries: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.entry is not None and outcome.entry is not None and feature.entry is not None:
-            entries = (self._entry(outcome.entry, emitted.exit), self._entry(feature.entry, feature.exit))
-        around = around_of(self.exit.to_map(feature.exit).float()).flatten(2).movedim(1, -1) if self.kernel else None
-        trend = self._trend(call, time, before)
-        pair = Pair(self._rows(feature.exit), self._rows(emitted.exit), *entries, around, trend)
-        self.samples = max(self.samples, len(pair.exit))
-        if self.guidance is None:
-            self._add(place, pair)
-        elif len({number for number, _ in self._befores}) > 1:
-            self._add(place, pair)
-            self._guide(place, call.place.branch.number, call.place.ordinal, pair)
-        else:
-            half = len(pair.exit) // 2
-            first, second = pair.rows(slice(0, half)), pair.rows(slice(half, None))
-            self._add(place, first)
-            self._add(place, second)
-            if 2 * half == len(pair.exit):
-                self._add(place, self._guided(first, second))
+        trail, farther = self._trail(call, time, before)
+
+        def pair(rows: slice) -> Pair:
+            exit, cached = emitted.exit[rows], feature.exit[rows]
+            entries: tuple[Tensor | None, Tensor | None] = (None, None)
+            if self.entry is not None and outcome.entry is not None and feature.entry is not None:
+                entries = (self._entry(outcome.entry[rows], exit), self._entry(feature.entry[rows], cached))
+            around = around_of(self.exit.to_map(cached).float()).flatten(2).movedim(1, -1) if self.kernel else None
+            trend = None
+            if trail is not None and trail.older is not None:
+                trend = (self._rows(trail.exit[rows]) - self._rows(trail.older[rows])) * farther
+            return Pair(self._rows(cached), self._rows(exit), *entries, around, trend)
+
+        count = len(emitted.exit)
+        self.samples = max(self.samples, count)
+        if self.guidance is not None and len({number for number, _ in self._befores}) > 1:
+            whole = pair(slice(None))
+            self._add(place, whole)
+            self._guide(place, call.place.branch.number, call.place.ordinal, whole)
+            return place
+        half = count if self.guidance is None else count // 2
+        if outcome.entry is not None and len(outcome.entry) != count:
+            pair(slice(None))  # it raises: a part of each would not show that they are of other samples
+        for start, stop in self._parts(half, emitted.exit.numel() // max(count * self.shape.exit, 1)):
+            first = pair(slice(start, stop))
+            self._add(place, first, start, half)
+            if self.guidance is not None:
+                second = pair(slice(half + start, half + stop))
+                self._add(place, second, start, half)
+                self._add(place, self._guided(first, second), start, half)
         return place
+
+    @staticmethod
+    def _parts(count: int, positions: int) -> list[tuple[int, int]]:
+        """Samples that are taken at once, so that no copy of all of them is made; none is both fitted and held out."""
+        at_once, held = max(_AT_ONCE // max(positions, 1), 1), count - count // _HELD_OUT
+        bounds = sorted({*range(0, held, at_once), *range(held, count, at_once), count})
+        return list(itertools.pairwise(bounds))
 
     def _guide(self, place: Place, branch: int, ordinal: int, pair: Pair) -> None:
         """With the step's other branch, once both are there."""
@@ -569,10 +588,13 @@ class Sums:
             first, second = second, first
         return first.combined(second, self.guidance)
 
-    def _add(self, place: Place, pair: Pair) -> None:
-        held = len(pair.exit) // _HELD_OUT
+    def _add(self, place: Place, pair: Pair, start: int = 0, count: int | None = None) -> None:
+        """Add rows of samples, `start` and those after it of `count`: the last ones are held out."""
+        count = len(pair.exit) if count is None else count
+        held = count // _HELD_OUT
         if held:
-            parts = pair.rows(slice(0, -held)), pair.rows(slice(-held, None))
+            first = max(count - held - start, 0)
+            parts = pair.rows(slice(0, first)), pair.rows(slice(first, None))
         else:
             self.held_out, held = "positions", max(pair.exit.shape[1] // _HELD_OUT, 1)
             parts = pair.positions(slice(0, -held)), pair.positions(slice(-held, None))
