@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -50,11 +49,8 @@ class Weights:
         if adapters != self._adapters:
             self._adapters = adapters
             self._look()
-        marks = [parameter.mark() for parameter in self._parameters]
-        # NumPy asks nothing of torch: between two calls of a UNet 29 µs; by `torch.cat` 50, by a `tolist` of each 100
-        picked = [one.picked for one in self._parameters]  # another thread's call may exchange them
-        values = [value for one in picked if one is not None for value in one.tolist()]
-        return (adapters, *marks, *values, *(_switches(layer) for layer in self._layers))
+        marks = [mark for parameter in self._parameters for mark in parameter.marks()]
+        return (adapters, *marks, *(_switches(layer) for layer in self._layers))
 
     def _look(self) -> None:
         modules = list(self._unet.modules())
@@ -69,51 +65,34 @@ class _Watched:
     Args:
         owner: the `_parameters` of its module.
         name: its name in there.
-
-    Attributes:
-        picked: some of its values, bit by bit, where it lies in main memory; None elsewhere.
     """
 
-    __slots__ = ("_address", "_name", "_owner", "picked")
+    __slots__ = ("_name", "_owner")
 
     def __init__(self, owner: dict[str, Any], name: str) -> None:
         self._owner, self._name = owner, name
-        self._address = 0
-        self.picked: np.ndarray[Any, Any] | None = None
 
-    def mark(self) -> Hashable:
-        """Its counter of writes; on a device also where its memory is.
+    def marks(self) -> tuple[Hashable, ...]:
+        """Its counter of writes; in main memory some of its values, on a device where its memory is.
 
-        Neither which object it is nor, in main memory, where: offloading makes a new one for each call.
+        Neither which object it is nor, in main memory, where: offloading makes a new one for each call. Nothing of it
+        is held, so that memory that is let go is free.
         """
         parameter: Any = self._owner.get(self._name)
         if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout is not torch.strided:
-            self.picked = None
-            return parameter._version if _counts(parameter) else -1
-        address = parameter.data_ptr()
-        if self.picked is not None and self._address == address:  # a view holds its memory: nobody else's is there
-            return version(parameter)
+            return (parameter._version if _counts(parameter) else -1,)
         if not parameter.is_cpu:
-            self.picked = None
-            return version(parameter), address
-        self._address, self.picked = _pick(parameter.detach(), address)
-        return version(parameter)
+            return version(parameter), parameter.data_ptr()
+        return version(parameter), *_values(parameter.detach())
 
 
-def _pick(values: torch.Tensor, address: int) -> tuple[int, np.ndarray[Any, Any]]:
-    """(address, a view of some of the values); (0, a copy) where they lie with gaps, or are not what lies in memory."""
-    step, extent = max(values.numel() // _VALUES, 1), 1
-    extent += sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    if values.numel() == extent and not (values.is_quantized or values.is_conj() or values.is_neg()):
-        return address, _bits(values.as_strided((min(_VALUES, extent),), (step,), values.storage_offset()))
-    whole = values.dequantize() if values.is_quantized else values.resolve_conj().resolve_neg()
-    return 0, _bits(whole.flatten()[::step])
-
-
-def _bits(values: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Integers, by which NaN is equal to itself."""
-    bits: np.ndarray[Any, Any] = values.view(_INTEGERS.get(values.element_size(), values.dtype)).numpy()
-    return bits
+def _values(parameter: torch.Tensor) -> list[int]:
+    """A few of them, bit by bit: NaN is equal to itself. NumPy picks them in half of the time that torch takes."""
+    if parameter.is_quantized or parameter.is_conj() or parameter.is_neg():
+        parameter = parameter.dequantize() if parameter.is_quantized else parameter.resolve_conj().resolve_neg()
+    bits = parameter.view(_INTEGERS.get(parameter.element_size(), parameter.dtype)).numpy()
+    step = max(bits.size // _VALUES, 1)
+    return [bits.item(at) for at in range(0, min(_VALUES * step, bits.size), step)]
 
 
 def _counts(parameter: Any) -> bool:
