@@ -25,6 +25,7 @@ TRAINED = ROOT / "benchmarks" / "results" / "trained_from_closed_form.json"  # o
 COST = ROOT / "benchmarks" / "results" / "calibration_cost.json"
 PAGE, README, PLOT = ROOT / "docs" / "calibration.md", ROOT / "README.md", ROOT / "docs" / "calibration_macs.png"
 BEGIN, END = "<!-- measured: python -m benchmarks.calibration_results -->", "<!-- end of measured -->"
+BEGIN_SPACING, END_SPACING = "<!-- spacing: python -m benchmarks.spacing, for each row -->", "<!-- end of spacing -->"
 BEGIN_README = "<!-- calibration table: tests/docs/test_calibration_results.py compares it with its JSON -->"
 END_README = "<!-- end of calibration table -->"
 
@@ -238,6 +239,18 @@ def _cost(cost: Mapping[str, Any]) -> str:
     return f"{text}\n\n{told}"
 
 
+def spacings() -> str:
+    """What the search for full steps found: `benchmarks/spacing.py`."""
+    cells = []
+    for path in sorted(RESULT.parent.glob("spacing-*.json")):
+        found = load(path)
+        errors = {tuple(one["full"]): one["relative L2"] for one in found["trials"]}
+        for name, full in (("begun with", next(iter(errors))), ("best", tuple(found["best"]))):
+            steps = path.stem.split("-")[1]
+            cells.append((f"{steps}, {name}", " ".join(map(str, full)), f"{errors[full]:.4f}", str(len(errors))))
+    return table("", ("steps", "full steps", ">relative L2", ">trials"), cells).to_markdown().split("\n", 2)[2]
+
+
 def _module(command: str) -> str:
     """`python .../benchmarks/x.py ...` as people type it."""
     first, path, *rest = command.split()
@@ -350,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in sys.argv[1:] if arguments is None else arguments:
         (RESULT.parent / Path(name).name).write_text(Path(name).read_text(encoding="utf-8"), encoding="utf-8")
     data, cost = load(RESULT), load(COST) if COST.exists() else None
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(data, cost)), encoding="utf-8")
+    text = between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(data, cost))
+    PAGE.write_text(between(text, BEGIN_SPACING, END_SPACING, spacings()), encoding="utf-8")
     README.write_text(between(README.read_text(encoding="utf-8"), BEGIN_README, END_README, shown(data)), "utf-8")
     for path in (PAGE, README, plot(data)):
         print(path)
