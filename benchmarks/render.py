@@ -65,7 +65,8 @@ def _opening(results: Results) -> list[str]:
         f"At 8 steps and clock 2 the cached feature as it is has a Fréchet distance of {identity}, the trained adaptor "
         f"that ships {ships} at {percent(results.saved(SHIPS))} fewer MACs, and the plain model {plain}. Plain "
         f"sampling with 6 steps, which costs more, has {fewer}. Adaptors that are solved for, without training, "
-        "and skip other steps draw level with plain, at 20 and 50 steps too: [calibration](calibration.md#measured-on-the-demo-model)."
+        "and skip other steps draw level with plain, at 20 and 50 steps too: "
+        "[calibration](calibration.md#measured-on-the-demo-model)."
     )
     times = [f"![Quality against time, by sampler steps]({PLOTS['ms'].name})"] if results.batches else []
     return [f"![Quality against MACs, by sampler steps]({PLOTS['macs'].name})", text, *times]
