@@ -73,6 +73,19 @@ def test_options_outside_their_rule(arguments, options, said):
     assert "forward" not in vars(unet.up)
 
 
+def test_a_saving_beyond_the_widest_region_is_refused_before_calibrating():
+    unet, calls = Blocks(mix=1.0), []
+
+    def generate(batch, seed):
+        calls.append(seed)
+        return sampler(unet)(batch, seed)
+
+    with pytest.raises(ch.ArgumentError) as refusal:
+        tune(unet, BATCHES, generate=generate, saving=0.999)
+    assert refusal.value.do == "ask for less than that share"
+    assert len(calls) == 1  # the first call, which finds the regions
+
+
 def test_schedules_follow_rules_of_thumb():
     rules = dict(spaced(20, 0.5, 0.93))
     assert rules["clock 3, first 2 full"] == tuple(s for s in range(3, 20) if (s - 2) % 3)

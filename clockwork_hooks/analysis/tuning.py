@@ -294,6 +294,9 @@ class _Tuner:
         """The best adaptor, its region, and all that was tried."""
         trace = first_call(self.unet, self.generate, *self.runs.runs[0])  # what is tried then needs no trace
         wanted = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
+        most = max(region.macs_share for region in wanted)
+        if saving >= most:  # said before minutes of calibration: no schedule skips a region in every step
+            raise _unreachable(saving, most, do="ask for less than that share")
         trials: list[tuple[Trial, Region]] = []
         with ProgressBar(console) as bar:
             regions = list(dict.fromkeys(wanted))
@@ -314,12 +317,7 @@ class _Tuner:
                     bar.advance(task, len(self.runs.runs))
             trials = [(one, region) for one, region in trials if one.saved >= saving]
             if not trials:
-                most = max(region.macs_share for region in wanted)
-                raise ArgumentError(
-                    "a saving is one that some schedule reaches",
-                    seen={"saving": percent(saving), "share of the widest region": percent(most)},
-                    do="ask for less, or take more steps",
-                )
+                raise _unreachable(saving, most, {"steps": count}, do="ask for less, or take more steps")
             best, region = min(trials, key=lambda pair: pair[0].error)
             early = (one for one, where in trials if where is region and one.rule.startswith(_EARLY))
             finalists: list[tuple[Trial, CalibratedAdaptor]] = []
@@ -333,6 +331,11 @@ class _Tuner:
             identity = self.tried(region, last.rule, last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
         return adaptor, region, Tuning(last, identity, everything, count, saving, time.perf_counter() - begun)
+
+
+def _unreachable(saving: float, most: float, more: Mapping[str, Any] | None = None, *, do: str) -> ArgumentError:
+    seen = {"saving": percent(saving), "share of the widest region": percent(most), **(more or {})}
+    return ArgumentError("a saving is one that some schedule reaches", seen=seen, do=do)
 
 
 def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int, ...]]]:

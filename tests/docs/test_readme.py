@@ -116,6 +116,12 @@ def test_the_first_screen_says_what_the_tables_say() -> None:
     assert "up to three times as [fast]" in text
     faster = [float(cells[1][:-1]) for cells in lines if len(cells) == 2 and cells[0].startswith("sd15")]
     assert round(max(faster)) == 3
+    eight = [float(cells[1][:-1]) for cells in lines if len(cells) == 2 and "8 steps" in cells[0]]
+    performance, calibration = (
+        (ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("performance", "calibration")
+    )
+    assert f"up to three times as fast in 50 steps, and {min(eight):.1f} to {max(eight):.1f} times in 8" in performance
+    assert "[46% fewer MACs in 8 steps, 51% in 20](#measured-on-the-demo-model)" in calibration
 
 
 def test_five_lines(capsys: pytest.CaptureFixture[str], tiny_unet: Any) -> None:
