@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +21,13 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import leaves, map_leaves, tensors
+from clockwork_hooks._tree import address, leaves, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
-from clockwork_hooks.graph.recorder import eager
+from clockwork_hooks.graph.recorder import eager, written_by
 from clockwork_hooks.graph.scaling import Scaling
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
@@ -106,7 +108,8 @@ class Derived(Signature):
         handle = register_module_forward_hook(watch, with_kwargs=True)
         eager.enter()
         try:
-            yield watch
+            with watch.left:
+                yield watch
         finally:
             eager.leave()
             handle.remove()
@@ -114,10 +117,51 @@ class Derived(Signature):
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
+class Left(TorchDispatchMode):
+    """What of the tensors that a call makes of its inputs outlives it: a module may read it in the next step.
+
+    A skipped module leaves nothing behind, so that what it left in the step before would be stale.
+
+    Args:
+        inputs: of the call.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._inputs = {id(tensor) for tensor in tensors(inputs)}
+        self._made: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        of_inputs = any(id(one) in self._inputs or self._is_made(one) for one in tensors((args, kwargs)))
+        out = func(*args, **kwargs)
+        for one in (*tensors(out), *written_by(func, args, kwargs)) if of_inputs else ():
+            if id(one) not in self._inputs:
+                self._made[id(one)] = weakref.ref(one)
+        return out
+
+    def _is_made(self, tensor: torch.Tensor) -> bool:
+        made = self._made.get(id(tensor))
+        return made is not None and made() is tensor
+
+    def beside(self, unet: nn.Module, values: Any) -> bool:
+        """Is anything left, beside these values? Where autograd keeps tensors too, only what modules hold counts."""
+        known = {address(tensor.untyped_storage()) for tensor in tensors(values) if _is_plain(tensor)}
+        if torch.is_grad_enabled():
+            held = [tensor for module in unet.modules() for tensor in tensors(dict(vars(module)))]
+            left = [tensor for tensor in held if self._is_made(tensor)]
+        else:
+            left = [tensor for tensor in (made() for made in self._made.values()) if tensor is not None]
+        return any(not _is_plain(tensor) or address(tensor.untyped_storage()) not in known for tensor in left)
+
+
 class _Watch:
     """A hook on all modules: are they called as recorded, and what do they return at these sizes?"""
 
     def __init__(self, recorded: Recorded, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.left = Left((args, kwargs))
         self._recorded, self._arguments = recorded, (args, kwargs)
         self._thread = threading.get_ident()
         self._shapes: list[tuple[int, ...]] = []
@@ -194,6 +238,10 @@ class _Watch:
         leaf = values[port.leaf] if port.leaf < len(values) else None
         same = isinstance(leaf, Slot) and len(leaf.shape) == len(port.shape) and leaf.dtype == port.dtype
         return replace(port, shape=leaf.shape) if same and isinstance(leaf, Slot) else None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _unseen(node: fx.Node) -> bool:

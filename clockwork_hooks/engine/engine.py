@@ -437,7 +437,9 @@ class Engine:
         with signature.watching(call.args, call.kwargs) as watch:
             outcome = self.execute(call, pass_, None, eager=True)
         outcome.watched = patches
-        if (outcome.complete or not patches) and watch.apply(signature):
+        own = (call.args, call.kwargs, outcome.output, list(outcome.exits.values()), outcome.entry, outcome.captured)
+        left = watch.left.beside(self.unet, own)
+        if (outcome.complete or not patches) and not left and watch.apply(signature):
             signature.seen = True
         else:
             self._doubt(call)
@@ -452,7 +454,7 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=True)
         exits = [emitted.exit for emitted in outcome.exits.values()]
         captured = list(outcome.captured.values())
-        doubtful = not outcome.complete or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
+        doubtful = not outcome.complete or not tensors(outcome.output) or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
         if outcome.kind == "adaptor" and doubtful:
             self._doubt(call)
             outcome.complete, outcome.blanks = False, True

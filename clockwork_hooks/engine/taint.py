@@ -66,6 +66,14 @@ class Tainted(torch.Tensor):
         """The same."""
         self.data_ptr()
 
+    def untyped_storage(self) -> Any:
+        """The same: what reads the memory itself passes nothing on."""
+        self.data_ptr()
+
+    def storage(self) -> Any:
+        """The same."""
+        self.data_ptr()
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
