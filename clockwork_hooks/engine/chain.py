@@ -164,6 +164,7 @@ class Signature:
         differed: so many passes, one after another, called their modules in another way than the recorded ones.
         recorded: was such a call recorded here? Else the region was found elsewhere, and the first pass that is watched
             has to show that it holds.
+        traced: does its plan come of such a call recorded here? Else its first adaptor pass proves it by placeholders.
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
         ignored: says of a path whether the user wants nothing to be told by it.
         places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
@@ -179,6 +180,7 @@ class Signature:
     proved: bool = False
     differed: int = 0
     recorded: bool = True
+    traced: bool = True
     uncounted: tuple[str, ...] = ()
     ignored: Callable[[str], bool] = lambda path: False
     places: tuple[int | None, tuple[int, ...], tuple[str, ...]] | None = None
@@ -211,7 +213,7 @@ class Signature:
 def single(region: Region, time: str | None) -> Signature:
     """What calls need of a region that was found for such a call: no trace is needed."""
     use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
-    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False)
+    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False, traced=False)
 
 
 def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signature:

@@ -98,7 +98,7 @@ class Derived(Signature):
         """The signature of a first call of other sizes; what calls have shown of the recorded one is not taken over."""
         before = source.signature
         uses = tuple(RegionUse(use.region, use.plan, 0, name=use.name) for use in before.regions)
-        return cls(0, before.time, before.sample, uses, uncounted=before.uncounted, source=source)
+        return cls(0, before.time, before.sample, uses, uncounted=before.uncounted, source=source, traced=False)
 
     @contextlib.contextmanager
     def watching(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_Watch]:

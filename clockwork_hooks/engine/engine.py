@@ -448,7 +448,7 @@ class Engine:
         return outcome
 
     def _prove(self, call: UNetCall, pass_: Pass) -> Outcome:
-        """The first adaptor pass of other sizes: does its output come of the inputs and the exit alone?"""
+        """The first adaptor pass of a plan not recorded here: does its output come of the inputs and the exit alone?"""
         assert pass_.taint is not None
         with pass_.taint.following():
             outcome = self.execute(call, pass_, None, eager=True)
@@ -461,7 +461,10 @@ class Engine:
         return outcome
 
     def _doubt(self, call: UNetCall) -> None:
-        """Calls of this signature are not what they are at the sizes of the recorded one: the next is recorded too."""
+        """Calls of this signature are not what the region's file says, or are others at these sizes: record the next."""
+        if not isinstance(call.signature, Derived):
+            self.forget()
+            return
         self._signatures.pop(call.key, None)
         _put_last(self._not_derived, call.key, None)
         self._doubts[form(call.key)] += 1
@@ -639,7 +642,7 @@ class Engine:
     def _pass(self, state: State, call: UNetCall, decision: Decision) -> Pass:
         assert call.signature is not None  # the call has a place
         use, clocked = call.signature.regions[decision.region], self.chain[decision.region]
-        unproved = isinstance(call.signature, Derived) and not call.signature.proved
+        unproved = not call.signature.traced and not call.signature.proved
         emit: Emit | None = None
         judge: Callable[[torch.Tensor | None], str | None] | None = None
         if decision.reason is None:
