@@ -165,6 +165,38 @@ def other_order(unet: Hostile, h: Tensor, low: Tensor, z: Tensor) -> Tensor:
     return unet.head(torch.cat([unet.stem(h[:, :2]), z], 1))
 
 
+def storage(unet: Hostile, h: Tensor, low: Tensor, z: Tensor) -> Tensor:
+    """The memory itself is read, past the tensor."""
+    return unet.head(torch.cat([h, z], 1)) + low.untyped_storage()[3]
+
+
+def left(unet: Hostile, h: Tensor, low: Tensor, z: Tensor) -> Tensor:
+    """What a skipped module has left behind is read: an adaptor pass would read that of the step before."""
+    return unet.head(torch.cat([h, z], 1)) + F.interpolate(unet.body.left, scale_factor=2.0)[:, :2]  # type: ignore[arg-type]
+
+
+def leaving(unet: Hostile) -> Hostile:
+    """The UNet, whose skipped module leaves its output behind."""
+    before = unet.body.forward
+
+    def forward(x: Tensor) -> Tensor:
+        unet.body.left = output = before(x)
+        return output
+
+    unet.body.forward = forward  # type: ignore[method-assign]
+    return unet
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_a_skipped_module_leaves_behind_is_seen(mode: Any, recordings: list[Any]) -> None:
+    """Such sizes are recorded: the recording sees that the region has a second way out."""
+    cw = ch.wrap(leaving(Hostile(left)))
+    sample(cw, leaving(Hostile(left)), LARGE, mode=mode)
+    sample(cw, leaving(Hostile(left)), 2 * LARGE, mode=mode)
+    assert len(recordings) == 2
+
+
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")  # of those sizes some have no region
 @pytest.mark.parametrize("twist", [bypass, written, copied, more_calls, other_order])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -178,7 +210,7 @@ def test_nothing_stale_of_other_code_at_other_sizes(twist: Any, mode: Any, recor
     assert sample(cw, Hostile(twist), LARGE)[1] == 3  # those are served as before
 
 
-@pytest.mark.parametrize("twist", [decided, shaped, listed, numpy, pointer])
+@pytest.mark.parametrize("twist", [decided, shaped, listed, numpy, pointer, storage])
 def test_values_that_python_reads_are_seen(twist: Any, recordings: list[Any]) -> None:
     """No operator shows what Python makes of a number: the pass is run again in full, and these sizes are recorded."""
     cw, (x, c) = ch.wrap(Hostile(twist)), inputs(2 * LARGE)

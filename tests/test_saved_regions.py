@@ -305,3 +305,33 @@ def test_who_looks_at_skipped_modules_is_named(tmp_path: Path) -> None:
         path = cw.region.save(tmp_path / "region.json")
     with ch.wrap(unet, region=path) as cw, pytest.warns(ch.SkippedModuleWarning):
         cw(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))
+
+
+class Switched(Tiny):
+    """A switch that is no part of the UNet lets what is inside of the region go round its exit."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x)
+        low = self.body(self.act(self.down(h)))
+        output: Tensor = self.head(torch.cat([h, self.up(low)], 1))
+        return output + low.mean() if SWITCHES["around"] else output
+
+
+SWITCHES = {"around": False}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+def test_code_that_no_seal_covers_is_seen_by_what_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[str]
+) -> None:
+    """The first adaptor pass is run again in full, and the next call is analysed."""
+    path = saved(Switched, tmp_path)
+    records.clear()
+    monkeypatch.setitem(SWITCHES, "around", True)
+    plain, x, c = Switched(), torch.ones(1, 2, 8, 8), torch.ones(1, 3)
+    with ch.wrap(Switched(), region=path) as cw, cw.trajectory():
+        for t in TIMES.clone()[:4]:
+            assert torch.equal(cw(x, t, c), plain(x, t, c))
+        assert records
+        assert cw.stats.reasons["calls differed from the traced ones"] == 1

@@ -213,7 +213,9 @@ class Signature:
 def single(region: Region, time: str | None) -> Signature:
     """What calls need of a region that was found for such a call: no trace is needed."""
     use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
-    return Signature(region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False, traced=False)
+    return Signature(
+        region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False, traced=False
+    )
 
 
 def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signature:

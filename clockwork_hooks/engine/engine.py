@@ -454,14 +454,18 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=True)
         exits = [emitted.exit for emitted in outcome.exits.values()]
         captured = list(outcome.captured.values())
-        doubtful = not outcome.complete or not tensors(outcome.output) or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
+        doubtful = (
+            not outcome.complete
+            or not tensors(outcome.output)
+            or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
+        )
         if outcome.kind == "adaptor" and doubtful:
             self._doubt(call)
             outcome.complete, outcome.blanks = False, True
         return outcome
 
     def _doubt(self, call: UNetCall) -> None:
-        """Calls of this signature are not what the region's file says, or are others at these sizes: record the next."""
+        """Calls of this signature are not as a region's file, or a call of other sizes, says: the next is recorded."""
         if not isinstance(call.signature, Derived):
             self.forget()
             return
@@ -573,6 +577,9 @@ class Engine:
             for each in (call, *call.inner):
                 if each.feature is not None and address(each.feature.exit.untyped_storage()) == home:
                     each.feature, each.missing = None, reasons.WRITTEN
+        for rows in (rows for state in self.states for rows in list(state.timeline.rows)):
+            if rows.feature is not None and address(rows.feature.exit.untyped_storage()) == home:
+                rows.feature = None
 
     def _feature(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Feature:
         own = call.decision is not None and index == call.decision.region
