@@ -13,10 +13,11 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from clockwork_hooks.adaptors.base import Adaptor
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
@@ -178,9 +179,11 @@ class Run:
         sampler: its name.
         sigmas: noise levels, one more than steps; none where they are not known.
         window: highest and lowest sigma of the steps that may use the adaptor.
+        each: is each evaluation a step of the clock, the first two of the run full? As `cw.sampler` has it.
 
     Attributes:
-        step: number of the step, from 1; 0 before the first.
+        step: number of the sampler's step, from 1; 0 before the first.
+        ticks: how many steps the clock has counted: the sampler's, or its evaluations.
         declared: are steps counted by the sampler's evaluations? Else the times of the calls tell.
     """
 
@@ -188,11 +191,17 @@ class Run:
     sampler: str
     sigmas: Sequence[float]
     window: tuple[float, float]
+    each: bool = False
     step: int = 0
+    ticks: int = 0
     declared: bool = True
     _left: int = 0
     _evaluation: int = 0
     _calls: Counter[Any] = field(default_factory=Counter)
+    _pictures: int = 0
+    _chunks: set[tuple[str, str]] = field(default_factory=set)
+    _names_rows: bool = True
+    _step_of: list[int] = field(default_factory=list)
     _evaluations: Iterator[int] | None = None
     _schedule: Schedule | None = None
     _steps: int | None = None
@@ -201,10 +210,15 @@ class Run:
     def __post_init__(self) -> None:
         self._evaluations = evaluations_of(self.sampler, self.sigmas)
         self.declared = self._evaluations is not None
+        self.each = self.each and self.declared
         if self.declared and self.sampler != "dpm_adaptive":
-            self._steps = sum(1 for _ in evaluations_of(self.sampler, self.sigmas) or ())
-        inside = [k for k, sigma in enumerate(self.sigmas[:-1], 1) if self._within(sigma)]
-        self._schedule = self.options.steps(min(inside, default=1))
+            counts = tuple(evaluations_of(self.sampler, self.sigmas) or ())
+            self._steps = len(counts)
+            self._step_of = [step for step, count in enumerate(counts, 1) for _ in range(count if self.each else 1)]
+        first = next((step for step, sigma in enumerate(self.sigmas[:-1], 1) if self._within(sigma)), 1)
+        if self.each:  # the clock ticks from the step's second evaluation on
+            first = sum(step < first for step in self._step_of) + 2
+        self._schedule = self.options.steps(first)
 
     @property
     def gated(self) -> bool:
@@ -220,17 +234,25 @@ class Run:
         high, low = self.window
         return not self.gated or low <= sigma <= high
 
-    def uses_adaptor(self, step: int) -> bool:
+    def uses_adaptor(self, tick: int) -> bool:
         """The schedule of the run: the clock's, within start and end."""
-        if self._schedule is None or not self._schedule.skips(step, self._steps):
+        total = len(self._step_of) or None
+        if self._schedule is None or not self._schedule.skips(tick, total):
             return False
-        if step == self.step or not self.gated:
+        if tick == self.ticks or not self.gated:
             return self._inside
+        step = self._step_of[tick - 1] if tick <= len(self._step_of) else tick
         return not (self._listed and step <= len(self.sigmas)) or self._within(self.sigmas[step - 1])
 
-    def evaluate(self, sigma: Callable[[], float]) -> bool:
-        """The sampler asks for one evaluation, at this sigma: does a step begin with it?"""
+    def evaluate(self, sigma: Callable[[], float], pictures: int = 0) -> bool:
+        """The sampler asks for one evaluation: does a step of the clock begin with it?
+
+        Args:
+            sigma: of the evaluation.
+            pictures: rows of the sampler's batch, each of which is a row for each condition; 0 where not known.
+        """
         self._calls.clear()
+        self._pictures = pictures
         self._evaluation += 1
         begins = self.declared and self._left == 0
         if begins:
@@ -239,7 +261,12 @@ class Run:
         self._left -= self.declared
         if self.gated and (begins or not self.declared):
             self._inside = self._within(self.sigmas[self.step - 1] if self._listed else sigma())
-        return begins
+        ticks = begins or (self.each and self.declared)
+        self.ticks += ticks
+        self._evaluation = 0 if ticks else self._evaluation
+        if self._evaluation == 0 or not self.declared:
+            self._chunks.clear()
+        return ticks
 
     def name(self, transformer_options: Any) -> str:
         """What the next call of the model is called: unlike any other of its step, and the same in each step."""
@@ -248,6 +275,30 @@ class Run:
         of = (str(options.get("cond_or_uncond")), str(options.get("uuids")), str(window))
         self._calls[of] += 1
         return f"{self._evaluation} {' '.join(of)} {self._calls[of]}"
+
+    def rows(self, transformer_options: Any, x: Any) -> list[str]:
+        """Names of the rows of the next call's batch: those of a step differ; none where they cannot be told.
+
+        The batch is ComfyUI's: chunks of the sampler's batch, one for each condition. Tiles and windows are not; and
+        where a condition comes twice in an evaluation, its calls are told by their order for the rest of the run.
+
+        Args:
+            transformer_options: of the call.
+            x: its batch.
+        """
+        options = transformer_options if isinstance(transformer_options, dict) else {}
+        conds, uuids = options.get("cond_or_uncond"), options.get("uuids")
+        if not (self._names_rows and isinstance(conds, list) and isinstance(uuids, list) and conds):
+            return []
+        whole = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(conds) * self._pictures
+        if not whole or len(conds) != len(uuids) or options.get("context_window") is not None:
+            return []
+        chunks = [(f"{self._evaluation} {cond}", str(uuid)) for cond, uuid in zip(conds, uuids, strict=True)]
+        if len(self._chunks.union(chunks)) < len(self._chunks) + len(chunks):
+            self._names_rows = False
+            return []
+        self._chunks.update(chunks)
+        return [f"{cond} {uuid} {picture}" for cond, uuid in chunks for picture in range(self._pictures)]
 
 
 class Clockwork:
@@ -307,8 +358,9 @@ class Clockwork:
     def predict_noise(self, executor: Any, x: Any, timestep: Any, *rest: Any, **options: Any) -> Any:
         """The sampler asks for one evaluation of the model: perhaps a step begins."""
         run, wrapper = self._run, self.wrapper
-        if run is not None and run.evaluate(lambda: float(timestep.max())) and wrapper is not None:
-            wrapper.step()
+        pictures = x.shape[0] if isinstance(x, Tensor) and x.ndim else 0
+        if run is not None and run.evaluate(lambda: float(timestep.max()), pictures) and wrapper is not None:
+            wrapper.step(ordered=not run.each)
         return executor(x, timestep, *rest, **options)
 
     def apply_model(self, executor: Any, *args: Any, **options: Any) -> Any:
@@ -317,8 +369,10 @@ class Clockwork:
         if run is None or wrapper is None or not wrapper.attached:
             return executor(*args, **options)
         model_options = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
+        name, rows = run.name(model_options), run.rows(model_options, args[0] if args else None)
+        named = wrapper.rows(rows, exact=False) if rows else nullcontext()
         try:
-            with wrapper.branch(run.name(model_options)), wrapper.serving():
+            with wrapper.branch(name), named, wrapper.serving():
                 return executor(*args, **options)
         except Exception as error:
             if wrapper.attached and not _is_ours(error):  # the model's own error, or an interrupt
@@ -332,7 +386,11 @@ class Clockwork:
     def _begin(self, patcher: Any, sampler: Any, sigmas: Any) -> Run:
         sampling = patcher.get_model_object("model_sampling")
         high, low = (float(sampling.percent_to_sigma(share)) for share in (self.options.start, self.options.end))
-        return Run(self.options, _name_of(sampler), [float(sigma) for sigma in sigmas.tolist()], (high, low))
+        name = _name_of(sampler)
+        evaluations = find_sampler(_NAMES.get(name, name))
+        plain = self.options.steps().is_clock and not (self.adaptor and stand_in.schedules_of(self.adaptor)[0])
+        each = plain and evaluations is not None and evaluations.each
+        return Run(self.options, name, [float(sigma) for sigma in sigmas.tolist()], (high, low), each)
 
     def _attach(self, unet: nn.Module) -> ClockworkWrapper | None:
         """Put Clockwork on the diffusion model; None, with one line in the log, where it cannot be."""

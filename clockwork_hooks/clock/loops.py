@@ -92,7 +92,8 @@ class States:
         if not state.calls:
             state.thread = get_ident()
         state.timeline.names[:] = [block.name for block in blocks if block.name is not None]
-        state.timeline.row_names = next((block.rows for block in reversed(blocks) if block.rows), ())
+        named = next((block for block in reversed(blocks) if block.rows), None)
+        state.timeline.row_names, state.timeline.rows_exact = (named.rows, named.exact) if named else ((), True)
         return state
 
     def thread_or_task(self) -> State:
@@ -214,10 +215,13 @@ class BranchBlock(contextlib.AbstractContextManager[None]):
         states: of the wrapper.
         name: of the branch.
         rows: names of the rows.
+        exact: is a call with another number of rows an error?
     """
 
-    def __init__(self, states: States, name: str | None = None, rows: tuple[str, ...] = ()) -> None:
-        self._states, self._block = states, Block(name=name, rows=rows)
+    def __init__(
+        self, states: States, name: str | None = None, rows: tuple[str, ...] = (), *, exact: bool = True
+    ) -> None:
+        self._states, self._block = states, Block(name=name, rows=rows, exact=exact)
 
     def __enter__(self) -> None:
         self._states.blocks.open(self._block, sys._getframe(1))
@@ -238,14 +242,17 @@ class Block:
         state: of the trajectory that it declares; None for a branch.
         name: of the branch; None for a trajectory.
         rows: names of the rows of each call's batch; none where nobody names them.
+        exact: is a call with another number of rows an error? Else it has no names.
 
     Attributes:
         frame: the function that it is part of; None while it is closed.
         context: thread and task that opened it.
     """
 
-    def __init__(self, state: Any = None, name: str | None = None, rows: tuple[str, ...] = ()) -> None:
-        self.state, self.name, self.rows = state, name, rows
+    def __init__(
+        self, state: Any = None, name: str | None = None, rows: tuple[str, ...] = (), *, exact: bool = True
+    ) -> None:
+        self.state, self.name, self.rows, self.exact = state, name, rows, exact
         self.frame: FrameType | None = None
         self.context: tuple[int, Any] = (0, None)
 

@@ -280,6 +280,7 @@ class Timeline:
         opened: has one been, and no call come since? Its time matters, of declared steps no other.
         unsure: may the next call be of a block that is open elsewhere?
         row_names: of the next call's batch, where the caller names its rows.
+        rows_exact: is a batch of another number of rows an error? Else it has no names.
         rows: of this step and the one before, what calls with such names have left (`engine/rows.py`).
         branches: the branches of this step and of the step before.
         mark: where the scheduler that declares the steps stands in its list.
@@ -301,6 +302,7 @@ class Timeline:
         self.trusted, self.unsure = trusted, False
         self.names: list[str] = list(names)
         self.row_names: tuple[str, ...] = ()
+        self.rows_exact = True
         self.trajectory = 0
         self._others = others
         self.declared_steps = self.steps = steps

@@ -525,7 +525,10 @@ class Engine:
         exits = (call.exit[1] for call in signature.regions[0].plan.skipped)
         exit = next(slot.shape for slot in exits if slot is not None)
         batch = Batch(names, call.arguments.signature, signature.place(call.arguments)[2], exit)
-        batch.check(call.arguments.get(signature.sample))
+        sample = call.arguments.get(signature.sample)
+        if not state.timeline.rows_exact and not batch.fits(sample):
+            return None
+        batch.check(sample)
         return batch
 
     def _by_rows(self, state: State, call: UNetCall, batch: Batch, decision: Decision) -> Decision:

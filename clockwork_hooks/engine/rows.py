@@ -41,13 +41,16 @@ class Batch:
     paths: tuple[str, ...]
     exit: tuple[int, ...]
 
+    def fits(self, sample: Any) -> bool:
+        """Has the sample as many rows as there are names?"""
+        return _rows_of(sample) == len(self.names)
+
     def check(self, sample: Any) -> None:
         """Raise `ArgumentError` if the sample has another number of rows."""
-        rows = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else None
-        if rows != len(self.names):
+        if not self.fits(sample):
             raise ArgumentError(
                 "rows= names each row of the UNet's batch once",
-                seen={"rows": ", ".join(self.names), "rows of the sample": rows},
+                seen={"rows": ", ".join(self.names), "rows of the sample": _rows_of(sample)},
                 do="pass as many names as the sample has rows, in their order",
             )
 
@@ -127,6 +130,10 @@ def serves(
     exit = torch.cat(exits)
     entry = torch.cat(entries) if len(entries) == len(exits) else None
     return Feature(key, exit, version(exit), weights, entry, position=position)
+
+
+def _rows_of(sample: Any) -> int | None:
+    return sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else None
 
 
 def _rows_apart(one: Any, other: Any, rows: tuple[int, int]) -> bool:

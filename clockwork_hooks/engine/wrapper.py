@@ -338,12 +338,16 @@ class ClockworkWrapper:
         steps = SamplerSteps(counts, shares=evaluations.shares, each=each)
         return TrajectoryBlock(self._engine.states, None, self, sum(counts) if each else len(counts), steps)
 
-    def step(self) -> _Step:
+    def step(self, *, ordered: bool = True) -> _Step:
         """Declare that a denoising step begins; for samplers whose times do not tell.
 
         Call it before the step's evaluations, or write `with cw.step(): ...`, where an error ends the trajectory. From
         the first declaration until `reset()`, steps are counted by declarations alone. The evaluations of a step are
         numbered, and the k-th uses the feature of the k-th of the step before.
+
+        Args:
+            ordered: times go one way from step to step, and one that does not begins another trajectory. False where
+                single evaluations of a solver are declared, some of which go back: `reset()` then ends a run.
 
         Example:
             >>> def heun(unet, cw, x, sigmas):
@@ -354,7 +358,9 @@ class ClockworkWrapper:
             ...             x = x + (then - now) * (slope + (other - unet(other, then)) / then) / 2
             ...     return x
         """
-        self._engine.states.current().timeline.declare()
+        timeline = self._engine.states.current().timeline
+        timeline.declare()
+        timeline.opened = ordered
         return _Step(self.reset)
 
     def branch(self, name: str) -> BranchBlock:
@@ -380,7 +386,7 @@ class ClockworkWrapper:
             raise ArgumentError("a branch is named by text", seen={"name": repr(name)}, do='pass branch("uncond")')
         return BranchBlock(self._engine.states, name)
 
-    def rows(self, names: Iterable[str]) -> BranchBlock:
+    def rows(self, names: Iterable[str], *, exact: bool = True) -> BranchBlock:
         """Calls inside have a batch whose rows have these names: those that stay are served when others go.
 
         For loops that leave rows out in some steps, as the unconditional ones ("skip negative guidance"), or change
@@ -390,6 +396,8 @@ class ClockworkWrapper:
 
         Args:
             names: one for each row, in the batch's order.
+            exact: False where somebody else may split the batch before it comes to the UNet: then a call with another
+                number of rows is one without names.
 
         Returns:
             The block.
@@ -412,7 +420,7 @@ class ClockworkWrapper:
                 seen={"names": repr(rows)[:80]},
                 do='pass rows(["cond", "uncond"]); of several pictures, rows(["cond 1", "cond 2", ...])',
             )
-        return BranchBlock(self._engine.states, rows=rows)
+        return BranchBlock(self._engine.states, rows=rows, exact=exact)
 
     def compile(
         self, mode: str | None = None, *, backend: Any = "inductor", options: dict[str, Any] | None = None

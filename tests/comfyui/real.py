@@ -9,12 +9,14 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.comfyui.stand_in import Evaluations
 from tests.zoo.third_party import stand_ins
 
 EXIT = "output_blocks.1.2.conv"
@@ -182,6 +184,23 @@ def windows(patcher: Any) -> Any:
         "nodes_context_windows", "ContextWindowsManualNode", model=patcher, context_length=4, context_overlap=2,
         context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="flat", dim=0,
     )  # fmt: skip
+
+
+def skips(patcher: Any, when: Callable[[int], bool]) -> Any:
+    """A clone that leaves the negative prompt out in some evaluations of each run."""
+    samplers, clone, evaluations = load("comfy.samplers"), patcher.clone(), Evaluations()
+
+    def calc(args: Any) -> Any:
+        rest = args["input"], args["sigma"], args["model_options"]
+        if not when(evaluations.at):
+            return samplers.calc_cond_batch(args["model"], args["conds"], *rest)
+        alone = samplers.calc_cond_batch(args["model"], [args["conds"][0], None], *rest)
+        return [alone[0], alone[0]]
+
+    clone.set_model_sampler_calc_cond_batch_function(calc)
+    clone.add_wrapper_with_key("predict_noise", "evaluations", evaluations.count)
+    clone.add_wrapper_with_key("sampler_sample", "evaluations", evaluations.begin)
+    return clone
 
 
 def third_call(patcher: Any) -> Any:

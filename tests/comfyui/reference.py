@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class Reference:
-    """Serves the exit of the step before, where the clock says so and the same call was made in that step.
+    """Serves rows of the exit from the step before, where the clock says so and all of them were there in that step.
 
     Args:
         unet: the diffusion model.
@@ -18,6 +19,7 @@ class Reference:
         evaluations: of the model in each step of the sampler, told by hand.
         adapted: is this step, from 0, one that uses the adaptor?
         frozen: modules that are not run where the adaptor is used; what they return then does not matter.
+        shapes: of batches that were sampled before: the first call of another one is full.
 
     Attributes:
         letters: F or A for each call.
@@ -30,11 +32,13 @@ class Reference:
         evaluations: Sequence[int],
         adapted: Callable[[int], bool],
         frozen: Sequence[str] = (),
+        shapes: set[Any] | None = None,
     ) -> None:
         self._places = [(step, k) for step, count in enumerate(evaluations) for k in range(count)]
         self._adapted, self.letters = adapted, ""
         self._at = -1
-        self._key: Any = None
+        self._shapes = set() if shapes is None else shapes
+        self._keys: list[Any] = []
         self._now: dict[Any, Tensor] = {}
         self._before: dict[Any, Tensor] = {}
         self._seen: Counter[Any] = Counter()
@@ -69,16 +73,22 @@ class Reference:
         options = kwargs["transformer_options"]
         window = getattr(options.get("context_window"), "index_list", None)
         controlled = kwargs.get("control") is not None  # where control begins or ends, the model gets other arguments
-        who = (tuple(options["cond_or_uncond"]), tuple(options["uuids"]), repr(window))
-        key = (self._places[self._at][1], *who, controlled)
-        self._seen[key] += 1
-        self._key = (*key, self._seen[key])
-        step = self._places[self._at][0]
-        self.letters += "A" if self._adapted(step) and self._key in self._before else "F"
+        step, evaluation = self._places[self._at]
+        pairs = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        chunks = [(*pair, repr(window), controlled) for pair in pairs]
+        self._seen.update(chunks)
+        x = args[0] if args else kwargs["x"]
+        self._keys = [
+            (evaluation, *chunk, self._seen[chunk], row) for chunk in chunks for row in range(len(x) // len(chunks))
+        ]
+        due = self._adapted(step) and all(key in self._before for key in self._keys)
+        first = (x.shape, controlled) not in self._shapes
+        self._shapes.add((x.shape, controlled))
+        self.letters += "A" if due and not first else "F"
 
     def _exit(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        served = self._before[self._key] if self.letters[-1] == "A" else output.clone()
-        self._now[self._key] = served
+        served = torch.stack([self._before[k] for k in self._keys]) if self.letters[-1] == "A" else output.clone()
+        self._now.update(zip(self._keys, served, strict=True))
         return served.clone()
 
     def remove(self) -> None:

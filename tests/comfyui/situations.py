@@ -24,6 +24,7 @@ class Case:
         letters: the passes; None where the reference alone says.
         frozen: modules within the region at which the situation looks: what they did in the last full pass stays.
         counted: is each call a pass? Not where another cache answers some.
+        each: do the sampler's steps have two evaluations, which the clock counts, from the second one on?
     """
 
     patcher: Any
@@ -33,6 +34,7 @@ class Case:
     letters: str | None = "FAFAFA"
     frozen: tuple[str, ...] = ()
     counted: bool = True
+    each: bool = False
 
 
 SITUATIONS: dict[str, Callable[[Any], Case]] = {}  # with any client
@@ -69,12 +71,55 @@ def a_batch(client: Any) -> Case:
 
 @any_client
 def heun(client: Any) -> Case:
-    return Case(client.model(), {"sampler": "heun"}, [2, 2, 2, 2, 2, 1], letters="FFAAFFAAFFA")
+    return Case(client.model(), {"sampler": "heun"}, [2, 2, 2, 2, 2, 1], letters="FFAFAFAFAFA", each=True)
 
 
 @any_client
 def dpm_2(client: Any) -> Case:
-    return Case(client.model(), {"sampler": "dpm_2"}, [2, 2, 2, 2, 2, 1], letters="FFAAFFAAFFA")
+    return Case(client.model(), {"sampler": "dpm_2"}, [2, 2, 2, 2, 2, 1], letters="FFAFAFAFAFA", each=True)
+
+
+@any_client
+def the_negative_prompt_left_out_in_every_other_step(client: Any) -> Case:
+    """The first batch without it is recorded; after that its rows are served by those of the step before."""
+    return Case(client.skips(client.model(), lambda step: step % 2 == 1), letters="FFFAFA")
+
+
+@any_client
+def no_guidance_from_the_middle_on(client: Any) -> Case:
+    return Case(client.skips(client.model(), lambda step: step >= 3), {"batch": 2}, letters="FAFFFA")
+
+
+@any_client
+def no_guidance_for_the_first_half(client: Any) -> Case:
+    """Rows that come anew are not there in the step before."""
+    return Case(client.skips(client.model(), lambda step: step < 3), {"batch": 2}, letters="FAFFFA")
+
+
+@any_client
+def two_prompts_without_the_negative_one(client: Any) -> Case:
+    return Case(
+        client.skips(client.model(), lambda step: step % 2 == 1),
+        {"positive": client.cond(1) + client.cond(5), "batch": 2},
+        letters="FFFAFA",
+    )
+
+
+@any_client
+def the_negative_prompt_left_out_in_heuns_steps(client: Any) -> Case:
+    """The clock counts evaluations: the adaptor's are those without it, served from the full ones before."""
+    return Case(
+        client.skips(client.model(), lambda evaluation: evaluation > 0 and evaluation % 2 == 0),
+        {"sampler": "heun"}, [2, 2, 2, 2, 2, 1], letters="FFFFAFAFAFA", each=True,
+    )  # fmt: skip
+
+
+@any_client
+def an_area_without_the_negative_prompt(client: Any) -> Case:
+    area = client.cond(5, area=(8, 8, 4, 4), strength=0.8)
+    return Case(
+        client.skips(client.model(), lambda step: step % 2 == 1), {"positive": client.cond(1) + area}, letters=None
+    )
 
 
 @any_client

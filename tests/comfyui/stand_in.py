@@ -121,6 +121,10 @@ class Model:
         return x - sigma * noise
 
 
+def _all(args: Any) -> Any:
+    return calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+
+
 def _windows(conds: Any, x: Tensor, options: Any, run: Callable[..., Any]) -> Any:
     handler = options.get("context_handler")
     if handler is None:
@@ -190,7 +194,10 @@ class Guider:
 
     def predict_noise(self, x: Tensor, sigma: Tensor, options: Any) -> Tensor:
         model = self.model_patcher.model
-        both = calc_cond_batch(model, [self.conds[0], None if self.cfg == 1 else self.conds[1]], x, sigma, options)
+        conds = [self.conds[0], None if self.cfg == 1 else self.conds[1]]
+        both = options.get("sampler_calc_cond_batch_function", _all)(
+            {"model": model, "conds": conds, "input": x, "sigma": sigma, "model_options": options}
+        )
         guided: Tensor = both[0] if self.cfg == 1 else both[1] + self.cfg * (both[0] - both[1])
         if "guide" in options:
             (more,) = calc_cond_batch(model, [self.conds[0]], 0.9 * x, sigma, options)
@@ -317,6 +324,36 @@ def windows(patcher: Patcher) -> Patcher:
     clone = patcher.clone()
     clone.model_options["context_handler"] = SimpleNamespace(length=3)
     return clone
+
+
+def skips(patcher: Patcher, when: Callable[[int], bool]) -> Patcher:
+    """A clone that leaves the negative prompt out in some evaluations of each run."""
+    clone, evaluations = patcher.clone(), Evaluations()
+
+    def calc(args: Any) -> Any:
+        if not when(evaluations.at):
+            return _all(args)
+        alone = _all({**args, "conds": [args["conds"][0], None]})
+        return [alone[0], alone[0]]
+
+    clone.model_options["sampler_calc_cond_batch_function"] = calc
+    clone.add_wrapper_with_key("predict_noise", "evaluations", evaluations.count)
+    clone.add_wrapper_with_key("sampler_sample", "evaluations", evaluations.begin)
+    return clone
+
+
+class Evaluations:
+    """Counts those of a run, from 0."""
+
+    at = -1
+
+    def begin(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.at = -1
+        return executor(*args, **kwargs)
+
+    def count(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.at += 1
+        return executor(*args, **kwargs)
 
 
 def third_call(patcher: Patcher) -> Patcher:

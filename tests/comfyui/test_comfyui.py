@@ -39,10 +39,14 @@ def apply(patcher: Any, **options: Any) -> Any:
     return ClockworkNode().apply(patcher, **options)[0]
 
 
-def expected(case: Case, adapted: Callable[[int], bool] = lambda step: step % 2 == 1) -> tuple[Tensor, str]:
+def expected(
+    case: Case, adapted: Callable[[int], bool] = lambda step: step % 2 == 1, shapes: set[Any] | None = None
+) -> tuple[Tensor, str]:
     """What the hook on a plain clone samples, and its passes."""
-    plain = case.patcher.clone()
-    reference = Reference(plain.model.diffusion_model, client.EXIT, case.evaluations, adapted, case.frozen)
+    plain, steps = case.patcher.clone(), case.evaluations
+    if case.each:
+        steps, adapted = [1] * sum(steps), lambda evaluation: evaluation >= 2 and evaluation % 2 == 0
+    reference = Reference(plain.model.diffusion_model, client.EXIT, steps, adapted, case.frozen, shapes)
     plain.add_wrapper_with_key("predict_noise", "reference", reference.evaluation)
     try:
         picture = client.sample(case.after(plain), **case.options)
@@ -58,11 +62,13 @@ def test_situation(name: str) -> None:
         snapshot(case.patcher.model.diffusion_model),
         client.sample(case.after(case.patcher), **case.options),
     )
-    wanted, letters = expected(case)
+    wanted, letters = expected(case, shapes=(shapes := set()))
     assert case.letters in (None, letters)
     assert not torch.equal(wanted, plain)
     patcher = case.after(apply(case.patcher))
-    for _ in range(2):
+    for run in range(2):
+        if run and len(shapes) > 1:  # those that came late are known now
+            wanted, letters = expected(case, shapes=shapes)
         assert torch.equal(client.sample(patcher, **case.options), wanted)
         stats = handle(patcher).wrapper.stats
         assert not case.counted or (stats.full_passes, stats.adaptor_passes) == (
@@ -93,6 +99,12 @@ SAMPLERS = (
 )
 
 
+TWO = (
+    *("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp"),
+    *("dpmpp_sde", "dpmpp_sde_gpu", "seeds_2"),
+)  # evaluations of a step, which a plain clock counts
+
+
 @real_comfyui
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_samplers_of_comfyui(sampler: str) -> None:
@@ -107,7 +119,7 @@ def test_all_samplers_of_comfyui(sampler: str) -> None:
     plain.add_wrapper_with_key("predict_noise", "count", evaluation)
     client.sample(plain, sampler, callback=lambda *_: begins.append(count[0] - 1))
     evaluations = [then - now for now, then in itertools.pairwise([*begins, count[0]])]
-    wanted, letters = expected(Case(patcher, {"sampler": sampler}, evaluations))
+    wanted, letters = expected(Case(patcher, {"sampler": sampler}, evaluations, each=sampler in TWO))
     clone = apply(patcher)
     for _ in range(2):
         assert torch.equal(client.sample(clone, sampler), wanted)
@@ -311,6 +323,110 @@ def test_each_call_of_a_step_has_a_name_of_its_own() -> None:
     assert run.step == 2
     assert len({*names[0], *names[1]}) == 6
     assert names[2:] == names[:2]
+
+
+def run_of(sampler: str, pictures: int = 2, *, each: bool = False) -> Run:
+    run = Run(Options(), sampler, [9.0, 4.0, 1.0, 0.0], (1e9, 0.0), each)
+    run.evaluate(lambda: 0.0, pictures)
+    return run
+
+
+def told(conds: Any = (1, 0), uuids: Any = "ba", **more: Any) -> dict[str, Any]:
+    return {"cond_or_uncond": list(conds), "uuids": list(uuids), **more}
+
+
+def test_rows_have_names_by_condition_and_picture() -> None:
+    run = run_of("euler")
+    both = run.rows(told(), torch.zeros(4, 4, 8, 8))
+    assert len(set(both)) == 4
+    run.evaluate(lambda: 0.0, 2)
+    assert run.rows(told([0], "a"), torch.zeros(2, 4, 8, 8)) == both[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (None, 4),
+        ({}, 4),
+        ({"cond_or_uncond": [1, 0]}, 4),
+        (told(uuids="a"), 4),
+        (told([], ""), 4),
+        (told(), 3),
+        (told(), 2),  # as many as chunks, but of two pictures: tiles, or a window
+        (told(context_window=object()), 4),
+        (told([0, 0], "aa"), 4),
+    ],
+)
+def test_rows_that_cannot_be_told_have_no_names(options: Any, rows: int) -> None:
+    run = run_of("euler")
+    assert run.rows(options, torch.zeros(rows, 4, 8, 8)) == []
+    assert run.rows(told(), None) == []
+    assert run_of("euler", 0).rows(told([], ""), torch.zeros(0, 4, 8, 8)) == []
+
+
+def test_a_condition_that_comes_twice_in_an_evaluation_is_told_by_the_order_of_its_calls() -> None:
+    run = run_of("euler")
+    assert run.rows(told(), torch.zeros(4, 4, 8, 8))
+    assert run.rows(told([0], "a"), torch.zeros(2, 4, 8, 8)) == []
+    run.evaluate(lambda: 0.0, 2)
+    assert run.rows(told(), torch.zeros(4, 4, 8, 8)) == []
+
+
+def test_a_model_that_is_called_with_fewer_rows_than_told() -> None:
+    """A patch of somebody's calls it picture by picture: its calls are told by their order, as without names."""
+    patcher = client.model()
+
+    def split(executor: Any, x: Tensor, t: Tensor, concat: Any, text: Tensor, *rest: Any, **more: Any) -> Tensor:
+        return torch.cat([executor(x[k : k + 1], t[k : k + 1], concat, text[k : k + 1], *rest, **more) for k in (0, 1)])
+
+    clone = apply(patcher)
+    clone.add_wrapper_with_key("apply_model", "split", split)
+    wanted = None
+    for _ in range(2):
+        picture = client.sample(clone)
+        assert wanted is None or torch.equal(picture, wanted)
+        wanted = picture
+        stats = handle(clone).wrapper.stats
+        assert stats.adaptor_passes >= 4, stats.reasons
+
+
+@pytest.mark.parametrize("options", [{"schedule": "spread(2)"}, {"schedule": "2, 4"}])
+def test_other_schedules_go_by_the_samplers_steps(options: dict[str, Any]) -> None:
+    letters = Options(**options).steps().preview(6).replace(" ", "")
+    clone, case = apply(client.model(), **options), SITUATIONS["heun"](client)
+    wanted, seen = expected(Case(clone, case.options, case.evaluations), lambda step: letters[step] == "A")
+    assert seen == "".join(letter * count for letter, count in zip(letters, case.evaluations, strict=True))
+    assert torch.equal(client.sample(clone, "heun"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"clock": 3}, "FFAAFAAFAAF"),
+        ({"start_percent": 0.3}, None),
+        ({"end_percent": 0.5}, None),
+        ({"start_percent": 0.2, "end_percent": 0.6}, None),
+    ],
+)
+def test_evaluations_between_start_and_end(options: dict[str, Any], passes: str | None) -> None:
+    """The clock ticks from the second evaluation of the first step within; a step is within or not as a whole."""
+    patcher, counts = client.model(), [2, 2, 2, 2, 2, 1]
+    sampling, clone = patcher.get_model_object("model_sampling"), apply(patcher, **options)
+    levels: list[float] = []
+    clone.add_wrapper_with_key(
+        "predict_noise", "look", lambda executor, x, t, *rest: (levels.append(float(t[0])), executor(x, t, *rest))[1]
+    )
+    picture = client.sample(clone, "dpm_2")
+    if passes is None:
+        high = sampling.percent_to_sigma(options.get("start_percent", 0.0))
+        low = sampling.percent_to_sigma(options.get("end_percent", 1.0))
+        steps = [step for step, count in enumerate(counts) for _ in range(count)]
+        inside = [k for k, step in enumerate(steps) if low <= levels[2 * step] <= high]
+        passes = "".join("FA"[k in inside and k > inside[0] + 1 and (k - inside[0]) % 2 == 0] for k in range(11))
+        assert "A" in passes
+    wanted, seen = expected(Case(patcher, {"sampler": "dpm_2"}, [1] * 11), lambda evaluation: passes[evaluation] == "A")
+    assert seen == passes
+    assert torch.equal(picture, wanted)
 
 
 def test_a_second_node_replaces_the_first() -> None:
