@@ -253,7 +253,7 @@ class Run:
         """
         self._calls.clear()
         self._pictures = pictures
-        self._evaluation += 1
+        self._evaluation += self.declared  # times tell steps: evaluations at one time are told by their order
         begins = self.declared and self._left == 0
         if begins:
             self.step, self._evaluation = self.step + 1, 0

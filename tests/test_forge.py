@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.comfyui import stand_in as comfy
-from tests.pipelines.oracle import every, replay
+from tests.pipelines.oracle import replay
 from tests.snapshot import snapshot
 from tests.zoo.third_party import stand_ins
 
@@ -80,7 +80,16 @@ class WebUI:
         self.unet, self.script = unet, script
 
     @torch.no_grad()
-    def sample(self, function: Any, clock: int, start: float = 0.0, *, steps: int = 6, stop: int = -1) -> Tensor:
+    def sample(
+        self,
+        function: Any,
+        clock: int,
+        start: float = 0.0,
+        *,
+        steps: int = 6,
+        stop: int = -1,
+        skip: Callable[[int], bool] = lambda evaluation: False,
+    ) -> Tensor:
         p = SimpleNamespace(sd_model=self.sd_model, steps=steps, sampler=SimpleNamespace(funcname=function.__name__))
         self.script.process_before_every_sampling(p, clock, start, x=None, noise=None, c=None, uc=None)
         sigmas = torch.cat([torch.logspace(1.16, -1.5, steps), torch.zeros(1)])
@@ -90,14 +99,17 @@ class WebUI:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             for callback in list(CALLBACKS):
                 callback(SimpleNamespace(sampling_step=0, total_sampling_steps=steps))
-            if next(count) == stop:
+            conds = [0] if skip(at := next(count)) else [1, 0]
+            if at == stop:
                 raise InterruptedError
-            options = {"cond_or_uncond": [1, 0], "sigmas": sigma.clone(), "cond_mark": torch.ones(2)}
+            options = {"cond_or_uncond": conds, "sigmas": sigma.expand(len(x)), "cond_mark": torch.ones(len(conds))}
             both = self.unet(
-                torch.cat([x, x]) / (sigma**2 + 1).sqrt(), comfy.Sampling().timestep(sigma.expand(2)).float(),
-                context=torch.cat([nothing, text]), control=None, transformer_options=options,
+                torch.cat([x] * len(conds)) / (sigma**2 + 1).sqrt(),
+                comfy.Sampling().timestep(sigma.expand(len(conds))).float(),
+                context=torch.cat([(text, nothing)[cond] for cond in conds]), control=None,
+                transformer_options=options,
             )  # fmt: skip
-            noise = both[:1] + 5 * (both[1:] - both[:1])
+            noise = both[:1] + 5 * (both[-1:] - both[:1])
             return x - sigma * noise
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * sigmas[0]
@@ -106,24 +118,48 @@ class WebUI:
         return latents
 
 
-HEUN = [2, 2, 2, 2, 2, 1]
-
-
 @pytest.mark.parametrize("forge", [True, False])
 @pytest.mark.parametrize(
-    ("function", "evaluations"), [(comfy.sample_euler, [1] * 6), (comfy.sample_heun, HEUN), (comfy.sample_dpm_2, HEUN)]
+    ("function", "passes"),
+    [(comfy.sample_euler, "FAFAFA"), (comfy.sample_heun, "FFAFAFAFAFA"), (comfy.sample_dpm_2, "FFAFAFAFAFA")],
 )
-def test_pictures_are_those_of_a_hook(script: Any, forge: bool, function: Any, evaluations: list[int]) -> None:
+def test_pictures_are_those_of_a_hook(script: Any, forge: bool, function: Any, passes: str) -> None:
     unet, exit = forge_unet()
     webui = WebUI(unet, script.Clockwork(), forge=forge)
     before, plain = snapshot(unet), webui.sample(function, 1)
-    wanted = replay(unet, exit, every(2, evaluations), lambda: webui.sample(function, 1))
+    wanted = replay(unet, exit, [(kind, 0) for kind in passes], lambda: webui.sample(function, 1))
     assert not torch.equal(wanted, plain)
     for _ in range(2):
         assert torch.equal(webui.sample(function, 2), wanted)
     assert snapshot(unet) == before
     assert torch.equal(webui.sample(function, 1), plain)
     assert CALLBACKS == []
+
+
+@pytest.mark.parametrize(("runs", "passes"), [(1, "FFFAFA"), (2, "FAFAFA")])
+def test_the_negative_prompt_left_out_in_every_other_step(script: Any, runs: int, passes: str) -> None:
+    """In the first run the first batch without it is recorded; in all others it is served as well."""
+    unet, exit = forge_unet()
+    webui, skip = WebUI(unet, script.Clockwork(), forge=True), lambda evaluation: evaluation % 2 == 1
+    left, feature = iter(passes), [torch.empty(0)]
+
+    def serve(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        feature[0] = output.clone() if next(left) == "F" else feature[0][-len(output) :]  # the prompt's is the last row
+        return feature[0].clone()
+
+    handle = unet.get_submodule(exit).register_forward_hook(serve)
+    wanted = webui.sample(comfy.sample_euler, 1, skip=skip)
+    handle.remove()
+    pictures = [webui.sample(comfy.sample_euler, 2, skip=skip) for _ in range(runs)]
+    assert torch.equal(pictures[-1], wanted)
+
+
+def test_the_second_slider_with_two_evaluations_a_step(script: Any) -> None:
+    unet, exit = forge_unet()
+    webui = WebUI(unet, script.Clockwork(), forge=True)
+    passes = [(kind, 0) for kind in "FFFFFFFFAFA"]  # from step 4: its second evaluation begins the clock
+    wanted = replay(unet, exit, passes, lambda: webui.sample(comfy.sample_dpm_2, 1))
+    assert torch.equal(webui.sample(comfy.sample_dpm_2, 2, 0.5), wanted)
 
 
 def test_the_second_slider(script: Any) -> None:

@@ -454,6 +454,23 @@ def test_a_sampler_that_breaks_the_foretold_pattern_is_told_by_its_times(caplog:
     assert run.wrapper is None
 
 
+@pytest.mark.skipif("COMFYUI_PATH" in os.environ, reason="ComfyUI takes samplers by their names")
+@pytest.mark.parametrize(("name", "letters"), [("sample_somebodys", "FAFAFA"), ("sample_dpm_2", "FFFFAF")])
+def test_a_sampler_of_somebody_is_told_by_its_times(name: str, letters: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By a name that nobody knows; and by a known one whose evaluations turn out to be others in the second step."""
+
+    def sampler(*args: Any) -> Tensor:
+        return client.SAMPLERS["euler"](*args)  # type: ignore[attr-defined]
+
+    sampler.__name__ = name
+    patcher = client.model()
+    clone, case = apply(patcher), Case(patcher, {"sampler": sampler})
+    wanted, seen = expected(case, lambda step: letters[step] == "A")
+    assert seen == letters
+    assert torch.equal(client.sample(clone, sampler), wanted)
+    assert ("dpm_2 evaluates the model in another way" in caplog.text) == (name == "sample_dpm_2")
+
+
 # -- the node as ComfyUI sees it ----------
 
 

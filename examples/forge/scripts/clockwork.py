@@ -1,34 +1,54 @@
 """Clockwork in the web UIs of AUTOMATIC1111 and of Forge: a slider below the prompt, for every UNet that they run."""
 
+from contextlib import nullcontext
+
 import gradio as gr
 from modules import script_callbacks, scripts
 
 import clockwork_hooks as ch
+from clockwork_hooks.clock.samplers import find_sampler
 from clockwork_hooks.comfyui import evaluations_of
 
 
 class Run:
-    """One sampling run on a UNet; `evaluate` comes before each evaluation that the sampler asks for."""
+    """One sampling run on a UNet; `evaluate` comes before each evaluation that the sampler asks for.
 
-    def __init__(self, cw, sampler, steps):
-        self.cw, self.inner, self.left = cw, cw.unet.forward, 0
+    Of samplers whose steps have two evaluations (`each`), the clock counts those.
+    """
+
+    def __init__(self, cw, sampler, steps, each):
+        self.cw, self.inner, self.left, self.number, self.each = cw, cw.unet.forward, 0, 0, each
         self.evaluations = evaluations_of(sampler, [1.0] * steps + [0.0])
         cw.unet.forward = self.forward
         cw.reset()
 
     def evaluate(self, _=None):
-        if self.evaluations is not None and self.left == 0:
-            self.cw.step()
-            self.left = next(self.evaluations, 1)
-        self.left -= self.evaluations is not None
+        if self.evaluations is None:
+            return
+        self.number += 1
+        if self.each or self.left == 0:
+            self.cw.step(ordered=not self.each)
+            self.number = 0
+        self.left = (self.left or next(self.evaluations, 1)) - 1
 
-    def forward(self, *args, **kwargs):
+    def rows(self, x, transformer_options=None, **_):
+        """Forge's batch is the pictures once for each condition; where one comes twice, rows have no names."""
+        options = transformer_options or {}
+        conds, sigmas = options.get("cond_or_uncond") or [], options.get("sigmas")
+        pictures = len(sigmas) if getattr(sigmas, "ndim", 0) else 0
+        if not conds or len(set(conds)) < len(conds) or len(conds) * pictures != len(x):
+            return nullcontext()
+        names = [f"{self.number} {cond} {picture}" for cond in conds for picture in range(pictures)]
+        return self.cw.rows(names, exact=False) if names else nullcontext()
+
+    def forward(self, x, *args, **kwargs):
         try:
-            return self.inner(*args, **kwargs)
+            with self.rows(x, **kwargs):
+                return self.inner(x, *args, **kwargs)
         except ch.ClockworkError as error:  # the picture goes on, every step in full
             print(f"Clockwork: every step is full: {error}")
             self.cw.remove()
-            return self.inner(*args, **kwargs)
+            return self.inner(x, *args, **kwargs)
 
     def end(self):
         del self.cw.unet.forward
@@ -58,7 +78,10 @@ class Clockwork(scripts.Script):
         if clock > 1:
             model = getattr(p.sd_model, "forge_objects", None)
             unet = (model.unet.model if model else p.sd_model.model).diffusion_model
-            self.run = Run(self.wrapper(unet, int(clock), 1 + round(start * p.steps)), name_of(p.sampler), p.steps)
+            sampler, first = name_of(p.sampler), round(start * p.steps)
+            each = getattr(find_sampler(sampler), "each", False)
+            first = 2 * first + 2 if each else first + 1  # the clock ticks from a step's second evaluation on
+            self.run = Run(self.wrapper(unet, int(clock), first), sampler, p.steps, each)
             script_callbacks.on_cfg_denoiser(self.run.evaluate)
 
     def postprocess(self, p, processed, *_):
