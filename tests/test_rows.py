@@ -150,6 +150,28 @@ def test_rows_of_another_batch_and_a_wrong_number() -> None:
         loop.unet(torch.zeros(1, 2, 8, 8), loop.times[1], texts(NAMES[:1]))
 
 
+@torch.no_grad()
+def test_a_call_of_another_number_of_rows_may_have_no_names() -> None:
+    """Somebody splits the batch before it comes to the UNet: those calls are told by their order."""
+    loop = Loop(schedule=lambda step: True)
+    for step in range(3):
+        for half in ("cond", "uncond"):
+            with loop.cw.rows(NAMES[:2], exact=False):
+                loop(step, [half], texts([half]), named=False)
+    assert loop.letters == "FFAAAA"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ordered", "passes"), [(True, "FAFAF"), (False, "FAAAA")])
+def test_evaluations_that_are_declared_may_go_back(ordered: bool, passes: str) -> None:
+    loop = Loop(schedule=lambda step: True)
+    loop.times = torch.tensor([900.0, 700, 750, 500, 550])
+    for step in range(5):
+        loop.cw.step(ordered=ordered)
+        loop(step, ["cond"], texts(["cond"]), named=False)
+    assert loop.letters == passes
+
+
 class Folded(Tiny):
     """Its exit has no rows of the batch: each is two."""
 
