@@ -400,7 +400,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             warnings.warn(
                 "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
                 f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
-                "sampler, the number of steps and the schedule that it is used with",
+                "sampler and the number of steps that it is used with, and leave schedule= and clock= out of wrap()",
                 stacklevel=2,
             )
 

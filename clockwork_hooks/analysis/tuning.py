@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -392,11 +393,26 @@ def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
 def _pipeline(pipe: Any, options: Mapping[str, Any], form: str) -> Generate:
     def generate(batch: Any, seed: int) -> Tensor:
         noise = torch.Generator("cpu").manual_seed(seed)
-        output = pipe(batch, generator=noise, output_type=form, **options)
+        with _without_bars(pipe):
+            output = pipe(batch, generator=noise, output_type=form, **options)
         latents: Tensor = output[0] if isinstance(output, tuple) else output.images
         return latents
 
     return generate
+
+
+@contextlib.contextmanager
+def _without_bars(pipe: Any) -> Iterator[None]:
+    """No bar of diffusers' own for every run: there are dozens, and `tune` has one for all of them."""
+    if not hasattr(pipe, "set_progress_bar_config"):
+        yield
+        return
+    before = dict(getattr(pipe, "_progress_bar_config", {}))  # diffusers has a setter and no getter
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
 
 
 def _guidance(pipe: Any, options: Mapping[str, Any]) -> float | None:

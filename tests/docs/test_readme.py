@@ -156,6 +156,7 @@ def test_a_pipeline_is_tuned(
 ) -> None:
     """On a tiny pipeline and a CPU: in few steps, without CUDA graphs, and for a saving that so small a UNet allows."""
     pipe = text_to_image()
+    pipe.set_progress_bar_config(mininterval=0)  # shown, as where nobody turned them off
     before = dict(vars(pipe.unet))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", lambda *_, **__: pipe)
@@ -166,8 +167,9 @@ def test_a_pipeline_is_tuned(
         .replace("saving=0.4", "saving=0.2")
     )
     exec(block, {"__name__": "readme"})
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert re.search(r"[1-9]\d* with the adaptor", printed), printed
+    assert told.count(" 0/6") == 1, told  # diffusers' bar of the picture alone: the many runs of tune have none
     assert list((tmp_path / "tuned").rglob("*.safetensors"))
     assert vars(pipe.unet) == before
 
