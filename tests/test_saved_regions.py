@@ -335,3 +335,12 @@ def test_code_that_no_seal_covers_is_seen_by_what_it_does(
             assert torch.equal(cw(x, t, c), plain(x, t, c))
         assert records
         assert cw.stats.reasons["calls differed from the traced ones"] == 1
+
+
+@torch.no_grad()
+def test_a_seal_holds_after_something_was_compiled() -> None:
+    """torch._dynamo patches nn.Module."""
+    before, compiled = structure(Tiny()), torch.compile(Tiny(), backend="eager")
+    compiled(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))
+    assert "___needs_generation_tag_patch" in vars(nn.Module)
+    assert structure(Tiny()) == before

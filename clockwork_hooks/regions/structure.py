@@ -148,7 +148,9 @@ class _Description:
         """Its methods and data, its file and the version of its library."""
         library = sys.modules.get(cls.__module__.partition(".")[0])
         bases = [self._name(base) for base in cls.__mro__[1:-1]]
-        held: Iterable[tuple[str, Any]] = vars(cls).items() if cls.__module__ != "builtins" else ()
+        # torch.compile patches nn.Module itself, whenever it is used first: its file and torch's version tell it
+        closed = cls is nn.Module or cls.__module__ == "builtins"
+        held: Iterable[tuple[str, Any]] = () if closed else vars(cls).items()
         data = [[name, self._value(one, _DEEPEST - 3)] for name, one in sorted(held) if name not in _OF_CLASSES]
         return [self._name(cls), bases, str(getattr(library, "__version__", "")), _file(cls.__module__), data]
 
