@@ -11,6 +11,7 @@ import clockwork_hooks as ch
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
+from tests.test_nested import Recursive
 
 TIMES = torch.linspace(900, 100, 9)
 
@@ -113,14 +114,25 @@ def test_the_output_of_torch_compile_is_wrapped() -> None:
     torch._dynamo.reset()
 
 
+@torch.no_grad()
 def test_the_output_of_torch_compile_with_several_clocks() -> None:
-    unet = Tiny()
+    """Its passes are static ones of each region, with the numbers of eager ones."""
+    unet = Recursive().eval()
     compiled = torch.compile(unet, backend="eager")
-    own = vars(compiled)["forward"]
-    with pytest.raises(ch.ArgumentError, match="one region"):
-        ch.wrap(compiled, clocks={1: 2, 2: 4})
+    own, outputs, regions = vars(compiled)["forward"], [], []
+    for call in (unet, compiled):
+        with ch.wrap(call, clocks={1: 2, 2: 4}) as cw:
+            assert (cw._engine.static is not None) == (call is compiled)
+            torch.manual_seed(1)
+            for _ in range(2):
+                outputs.append([call(torch.randn(1, 3, 32, 32), t) for t in TIMES.clone()[:6]])
+            regions.append(set(cw.stats.regions))
+            assert cw.stats.adaptor_passes == 8
+    assert regions == [{"level 1", "level 2"}] * 2
+    for eager, static in zip(outputs[:2], outputs[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(eager, static, strict=True))
     assert vars(compiled)["forward"] is own
-    ch.wrap(unet).remove()
+    torch._dynamo.reset()
 
 
 # -- a region of an earlier run -------------------------------------------------------------------------------------
