@@ -157,7 +157,7 @@ class Schedule:
 
         Example:
             >>> print(Schedule.early(3).preview(20))
-            F F F A F A A F A A A A F A A A A A A F
+            F F F A A F A A F A A A A F A A A A A F
         """
         check_clock(clock)
         return cls(_Early(clock), f"early({clock})")

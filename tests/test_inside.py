@@ -723,7 +723,7 @@ def test_kept_modules_of_every_signature_and_of_several_clocks() -> None:
                 unet(torch.randn(1, 2, size, size), t)
             handle.remove()
             assert len(values) == len(TIMES)
-        assert cw.stats.adaptor_passes == 9
+        assert cw.stats.adaptor_passes == 8  # the hook holds a placeholder of the other size: it is recorded
 
 
 # -- nobody is served ---------------------------------------------------------------------------------------------

@@ -378,6 +378,7 @@ def test_rules_of_thumb_are_among_what_is_measured():
     kinds = {option.kind: option.steps for option in plan.options if option.kind.startswith("rule")}
     assert kinds == {
         "rule spread(2)": (3, 4, 6, 7),
+        "rule early(2)": (3, 5, 6, 7),
         "rule every(2, first_full=2, last_full=1)": (3, 5, 7),
     }
     assert all(option.measured is not None for option in plan.options if option.kind.startswith("rule"))

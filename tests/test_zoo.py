@@ -33,6 +33,9 @@ RANDOM = 5
 FIRST = int(os.environ.get("CLOCKWORK_RANDOM_SEED", time.time_ns() % 1_000_000))  # other UNets in every run
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")  # the hooks are ours
+
+
 def run(case: Case, moved: float = 0.0) -> Any:
     """One call of the model, its sample moved by a constant."""
     args, kwargs = case.inputs()

@@ -87,11 +87,11 @@ class TimeReader:
             if not value.is_cpu:
                 value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
         if value.numel() == 1:
-            return float(value.item()), place
+            return float(value.reshape(()).tolist()), place
         first = value.flatten()[0]
         if not one and not bool((value == first).all()):
             return None, None
-        return float(first.item()), place
+        return float(first.tolist()), place
 
     def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
         """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""

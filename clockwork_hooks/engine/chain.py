@@ -214,7 +214,13 @@ def single(region: Region, time: str | None) -> Signature:
     """What calls need of a region that was found for such a call: no trace is needed."""
     use = RegionUse(region, region.cut_plan, region.full_macs - region.macs)
     return Signature(
-        region.full_macs, time, region.sample, (use,), uncounted=region.uncounted, recorded=False, traced=False
+        region.full_macs,
+        time,
+        region.sample,
+        (use,),
+        uncounted=region.uncounted,
+        recorded=False,
+        traced=bool(region.structure),  # else it comes from a file
     )
 
 

@@ -32,7 +32,7 @@ def test_four_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (
         (identity.full_passes, identity.adaptor_passes) == (deepcache.full_passes, deepcache.adaptor_passes) == (4, 4)
     )
-    assert deepcache.macs_per_image == identity.macs_per_image < calibrated.macs_per_image < plain.macs_per_image
+    assert deepcache.macs_per_image == identity.macs_per_image <= calibrated.macs_per_image < plain.macs_per_image
     assert calibrated.psnr is not None
     assert identity.psnr is not None
     assert calibrated.psnr > identity.psnr + 3
