@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from clockwork_hooks._numbers import duration
 from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.cli import main
 from clockwork_hooks.demo import run
@@ -39,7 +40,7 @@ def test_four_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     calibration = result.settings["calibration"]
     assert calibration["captions"] == 4
     assert calibration["seconds"] > 0
-    assert f"{calibration['seconds']:.1f} s. No training." in result.table().to_markdown()
+    assert f"{duration(calibration['seconds'])}. No training." in result.table().to_markdown()
     assert result.settings["spread"] == "F F A A F A A F"
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["rows"][3]["name"] == "calibrated"
