@@ -157,7 +157,10 @@ def test_quartiles_lie_among_the_runs():
     assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 1)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+_HEAVY = {"sdxl", "svd"}  # a dozen seconds each
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in _HEAVY)) for one in PRESETS])
 def test_every_preset_has_a_tiny_one(name):
     unet, args, kwargs = load_model(name, tiny=True)
     report = ch.flops_report(unet, *args, **kwargs)

@@ -60,6 +60,7 @@ def test_the_script_runs_in_miniature(tmp_path):
     assert "planned at no more MACs" in analysis_tables.tables(data)["plan"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_edits_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
     for name, value in (("INVERSION_STEPS", (2,)), ("STEPS", 2), ("TARGET", 2)):

@@ -80,6 +80,7 @@ def test_deepcache_by_hand_is_deepcache() -> None:
     assert not torch.equal(first, loop(bench.open(Variant(), loop, "eager").call))
 
 
+@pytest.mark.slow
 def test_a_warm_up_times_nothing(tmp_path: Path) -> None:
     run = Latency(tmp_path / "r.json", device="cpu", minutes=5, tiny=True, compile_options={}, timed=False)
     calls = []
@@ -94,6 +95,7 @@ def test_a_warm_up_times_nothing(tmp_path: Path) -> None:
     assert [row["side"] for row in run.results.data["latency"]] == ["plain"]
 
 
+@pytest.mark.slow
 def test_planned_and_calibrated_beside_fewer_steps(tmp_path: Path) -> None:
     """Of whole images: a side with fewer steps of its own, and one that is opened once for all numbers of steps."""
     run = Latency(tmp_path / "r.json", device="cpu", minutes=5, tiny=True, compile_options={})
