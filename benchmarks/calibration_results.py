@@ -358,6 +358,15 @@ def load(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def rewrite(result: Path, newer: Path | None, begin: str, end: str, section: Callable[[dict[str, Any]], str]) -> int:
+    """Write one section of the page from a result; from a newer file, where there is one, which becomes the result."""
+    if newer is not None:
+        result.write_text(newer.read_text(encoding="utf-8"), encoding="utf-8")
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), begin, end, section(load(result))), encoding="utf-8")
+    print(PAGE)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page's part, README's table and the plot."""
     for name in sys.argv[1:] if arguments is None else arguments:

@@ -49,7 +49,7 @@ from benchmarks.calibration import (
     interval,
     kinds,
 )
-from benchmarks.calibration_results import PAGE, Rows, between, half, load
+from benchmarks.calibration_results import Rows, half, load, rewrite
 from benchmarks.harness import environment, say
 from benchmarks.second_model_training import SIGMA_MAX, SIGMA_MIN, SecondModel, log_snr, train
 from clockwork_hooks._numbers import percent
@@ -441,11 +441,7 @@ def show(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     """Write the section of docs/calibration.md, from benchmarks/results/second_model.json or a file that becomes it."""
-    if options.file is not None:
-        RESULT.write_text(options.file.read_text(encoding="utf-8"), encoding="utf-8")
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(load(RESULT))), encoding="utf-8")
-    print(PAGE)
-    return 0
+    return rewrite(RESULT, options.file, BEGIN, END, page)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.calibration import BEFORE, BOTH, CLOCK2, INNER, Group, Judge, Row, every, interval, kinds
-from benchmarks.calibration_results import PAGE, Rows, between, half, load
+from benchmarks.calibration_results import Rows, half, load, rewrite
 from benchmarks.fidelity_bench import Bench
 from benchmarks.fidelity_plan import Sampler
 from benchmarks.fidelity_train import Prompts
@@ -253,11 +253,7 @@ def show(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     """Write the part of docs/calibration.md, from benchmarks/results/ or a file that becomes the result."""
-    if options.file is not None:
-        RESULT.write_text(options.file.read_text(encoding="utf-8"), encoding="utf-8")
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(load(RESULT))), encoding="utf-8")
-    print(PAGE)
-    return 0
+    return rewrite(RESULT, options.file, BEGIN, END, page)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
