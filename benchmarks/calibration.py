@@ -171,11 +171,13 @@ EARLY_20 = {
     "denser early": (1, 2, 4, 6, 9, 12, 15, 18, 20),
     "denser late": (1, 2, 5, 8, 11, 14, 16, 18, 20),
     "searched for": (1, 2, 3, 4, 6, 9, 14, 18, 20),  # by benchmarks/spacing.py, on training captions
+    "early(2)": (1, 2, 3, 4, 5, 7, 9, 12, 16, 20),
 }
 EARLY_50 = {
     "denser early": (1, 2, 3, 6, 10, 14, 18, 22, 27, 32, 37, 42, 46, 50),
     "searched for": (1, 2, 3, 5, 7, 13, 18, 22, 27, 32, 37, 42, 46, 50),  # likewise, 23 trials
     "spaced as at 20 steps": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 36, 44, 50),
+    "early(4)": (1, 2, 3, 4, 6, 10, 13, 18, 23, 29, 35, 42, 50),
 }
 
 GROUPS: tuple[Group, ...] = (
