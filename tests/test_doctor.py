@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clockwork_hooks.cli import app, main
-from clockwork_hooks.cli import doctor as command
+from clockwork_hooks.cli import support as command
 from tests.schemas import follows_its_schema
 
 

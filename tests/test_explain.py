@@ -40,6 +40,6 @@ def test_a_misspelt_name_is_answered_with_the_right_one(capsys: pytest.CaptureFi
 
 def test_the_pages_are_part_of_the_wheel() -> None:
     """Building one takes a minute: the line that makes it so stands in pyproject.toml."""
-    explain = importlib.import_module("clockwork_hooks.cli.explain")
+    explain = importlib.import_module("clockwork_hooks.cli.support")
     target = explain.FOLDERS[0].relative_to(ROOT).as_posix()
     assert f'"docs/errors" = "{target}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -7,37 +7,11 @@ import traceback
 
 import typer
 
-from clockwork_hooks.cli import (  # each registers its commands
-    analyses,
-    bench,
-    demo,
-    distill,
-    doctor,
-    edit,
-    explain,
-    flops,
-    play,
-    regions,
-    tune,
-)
+from clockwork_hooks.cli import demo, distill, look, measure, support  # each registers its commands
 from clockwork_hooks.cli.app import Interrupted, app
 from clockwork_hooks.cli.options import as_option
 
-__all__ = [
-    "analyses",
-    "app",
-    "bench",
-    "demo",
-    "distill",
-    "doctor",
-    "edit",
-    "explain",
-    "flops",
-    "main",
-    "play",
-    "regions",
-    "tune",
-]
+__all__ = ["app", "demo", "distill", "look", "main", "measure", "support"]
 
 ORDER = (
     "demo",

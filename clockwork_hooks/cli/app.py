@@ -1,4 +1,4 @@
-"""The `clockwork-hooks` application; each command has a file of its own beside this one."""
+"""The `clockwork-hooks` application; each panel of its help has a file beside this one."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ import typer
 
 from clockwork_hooks._numbers import count
 from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, Interrupted, app
-from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Format, FormatOption, check_out
+from clockwork_hooks.cli.options import Format, FormatOption, check_out, deliver
 
 __all__ = ["distill"]
 

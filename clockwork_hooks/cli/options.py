@@ -1,6 +1,7 @@
-"""The options that mean the same in every command, each declared once, and what they stand for.
+"""The options that mean the same in every command, each declared once; what they stand for; how a report is delivered.
 
-docs/reports.md tables which command has which.
+docs/reports.md tables which command has which. Standard output holds the report alone; files are named on standard
+error.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from clockwork_hooks.reports.report import PICTURES, TEXTS
+
+if TYPE_CHECKING:
+    from clockwork_hooks.reports.report import Report
 
 __all__ = [
     "Adaptors",
@@ -43,8 +47,10 @@ __all__ = [
     "Steps",
     "as_option",
     "check_out",
+    "deliver",
     "on_device",
     "region_choice",
+    "show",
     "spatial",
 ]
 
@@ -299,3 +305,50 @@ def as_option(name: str, value: object) -> str:
         return option
     values = ["NAME"] if value is ... else value if isinstance(value, (list, tuple)) else [value]
     return " ".join(f"{option} {shlex.quote(str(one))}" for one in values)
+
+
+FORMS = ("json", "md", "html", "png")
+
+
+def deliver(report: Report, format: Format, name: str, out: Sequence[str] | None = (), *more: Any) -> None:
+    """Print the report as asked, and write its files; their paths go to standard error.
+
+    Args:
+        report: what the command measured.
+        format: how it is printed.
+        name: of the command: of its files in a folder.
+        out: where to; None for the folder clockwork-NAME.
+        *more: printed after the tables.
+    """
+    if format is Format.json:
+        typer.echo(report.to_json())
+    elif format is Format.md:
+        typer.echo(report.to_markdown())
+    else:
+        show(*report.tables(), *more)
+    for path in map(Path, [f"clockwork-{name}"] if out is None else out):
+        for written in _write(report, path, name):
+            typer.echo(written, err=True)
+
+
+def _write(report: Report, path: Path, name: str) -> list[Path]:
+    if path.suffix and not path.is_dir():
+        return [report.save(path)]
+    drawn = report.figures()
+    written = [report.save(path / f"{name}.{form}") for form in FORMS if form != "png"]
+    for k, figure in enumerate(drawn, 1):
+        written.append(path / (f"{name}.png" if k == 1 else f"{name}-{k}.png"))
+        figure.save(written[-1])
+    return written
+
+
+def show(*parts: Any) -> None:
+    """Print tables and text to the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for part in parts:
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            console.print(part)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import clockwork_hooks as ch
 from clockwork_hooks._numbers import flops, macs
-from clockwork_hooks.cli.regions import RegionList
+from clockwork_hooks.cli.look import RegionList
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.models import load_model
 from clockwork_hooks.regions.blocks import diagram_of

@@ -1,25 +1,28 @@
-"""`clockwork-hooks doctor`: what is installed, what it runs on, and what to install for the rest."""
+"""The commands for when something is missing or wrong: `doctor` lists what is installed, `explain` prints help."""
 
 from __future__ import annotations
 
+import difflib
 import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from clockwork_hooks._version import __version__
 from clockwork_hooks.cli.app import INSTALL, app, epilog
-from clockwork_hooks.cli.delivery import deliver
-from clockwork_hooks.cli.options import Format, FormatOption
+from clockwork_hooks.cli.options import Format, FormatOption, deliver
+from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
-__all__ = ["Installation", "Part", "doctor", "parts"]
+__all__ = ["Installation", "Part", "doctor", "explain", "parts"]
+
 
 # extra → what it is for; the requirements themselves come from the installed package
 PURPOSES = {
@@ -30,7 +33,7 @@ PURPOSES = {
     "plot": "plots, diagrams as PNG, the demo's picture",
     "demo": "demo",
 }
-EXAMPLES = ("doctor", "doctor --format json   (for an issue, or a script)")
+DOCTOR_EXAMPLES = ("doctor", "doctor --format json   (for an issue, or a script)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Installation(Report):
         }
 
 
-@app.command(epilog=epilog(*EXAMPLES), rich_help_panel=INSTALL)
+@app.command(epilog=epilog(*DOCTOR_EXAMPLES), rich_help_panel=INSTALL)
 def doctor(format: FormatOption = Format.table) -> None:
     """Say which versions and devices are there, what is missing, and the pip line that installs it."""
     installation = Installation(tuple(parts()), dict(devices()))
@@ -155,3 +158,40 @@ def _parts_table(parts: Sequence[Part]) -> Table:
         for part in parts
     ]
     return table("Packages", ("package", "installed", "wanted", "needed for"), rows)
+
+
+EXPLAIN_EXAMPLES = ("explain   (the list of errors and warnings)", "explain WrapError", "explain NoEffectWarning")
+PACKAGE = Path(__file__).parents[1]
+FOLDERS = (PACKAGE / "error_pages", PACKAGE.parent / "docs" / "errors")  # in a wheel, in a checkout
+
+
+def pages() -> dict[str, Path]:
+    """Name of the error → its page; "index" is the list of all."""
+    folder = next(folder for folder in FOLDERS if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.md"))}
+
+
+@app.command(epilog=epilog(*EXPLAIN_EXAMPLES), rich_help_panel=INSTALL)
+def explain(
+    name: Annotated[
+        str, typer.Argument(metavar="[ERROR]", help="Its name, as the last line of an error says it.")
+    ] = "index",
+) -> None:
+    """Print causes and fixes of an error or a warning; without a name, the list of all."""
+    names = {page.lower(): page for page in pages()}
+    page = names.get(name.rpartition(".")[2].lower())
+    if page is None:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        raise ArgumentError(
+            "explain takes the name of an error or a warning of this library",
+            seen={"name": name, "names": ", ".join(sorted(set(names.values()) - {"index"}))},
+            do=f"clockwork-hooks explain {names[near[0]]}" if near else "clockwork-hooks explain lists them",
+        )
+    text = pages()[page].read_text(encoding="utf-8")
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(text, hyperlinks=False))
+    else:
+        typer.echo(text.rstrip())
