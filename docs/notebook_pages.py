@@ -6,16 +6,19 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add page and pictures of every notebook; the notebook itself stays, to be downloaded."""
+    from mkdocs.structure.files import File  # here: the tests read the pages without the docs' extra
+
     for source in [file for file in files if file.src_uri.endswith(".ipynb")]:
         path = PurePosixPath(source.src_uri)
         text, pictures = page(json.loads(source.content_string), path.stem)
