@@ -160,11 +160,14 @@ def _other(name: str, sampler: Sampler) -> Group:
     if sampler.steps == 8:
         rows = [*kinds("widest", BOTH, IDENTITY, AFFINE, BEFORE, TREND), *kinds("default", CLOCK2, IDENTITY, BEFORE)]
         return Group(name, sampler, (*rows, *fewer(5, 4)))
-    rows = []
-    for clock in (2, 3):
-        what = f"clock {clock}, first 2 and last 1 full"
-        rows += kinds("widest", every(sampler.steps, clock, 2, 1), IDENTITY, FREE, TREND, what=what)
-    return Group(name, sampler, (*rows, *fewer(10)))
+    spaced = {
+        name: tuple(s for s in range(1, sampler.steps + 1) if s not in EARLY_20[name])
+        for name in ("early(2)", "searched for")
+    }
+    rows = kinds("widest", spaced["early(2)"], TREND, what="10 full steps, early(2)")
+    rows += [*kinds("widest", spaced["searched for"], TREND, FREE, what="9 full steps, searched for"), *fewer(10)]
+    rows += kinds("widest", every(sampler.steps, 2, 2, 1), IDENTITY, what="clock 2, first 2 and last 1 full")
+    return Group(name, sampler, tuple(rows))
 
 
 EARLY_20 = {
@@ -173,6 +176,7 @@ EARLY_20 = {
     "searched for": (1, 2, 3, 4, 6, 9, 14, 18, 20),  # by benchmarks/spacing.py, on training captions
     "early(2)": (1, 2, 3, 4, 5, 7, 9, 12, 16, 20),
 }
+EARLY_16 = {"early(2)": (1, 2, 3, 4, 6, 9, 12, 16)}
 EARLY_50 = {
     "denser early": (1, 2, 3, 6, 10, 14, 18, 22, 27, 32, 37, 42, 46, 50),
     "searched for": (1, 2, 3, 5, 7, 13, 18, 22, 27, 32, 37, 42, 46, 50),  # likewise, 23 trials
@@ -188,8 +192,7 @@ GROUPS: tuple[Group, ...] = (
           *fewer(19, 16, 13), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
     _other("guidance-4", Sampler(guidance=4.0)),
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
-    _long(16, ((2, 1, 0), (2, 2, 1), (3, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(8, 10),
-          *_transfer(16)),
+    _long(16, ((2, 2, 1),), (TREND, IDENTITY, AFFINE, BEFORE, FREE), *fewer(8, 9), spaced_by_hand=EARLY_16),
     Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(3),
                                        *kinds("default", (2, 4), IDENTITY, BEFORE))),
     *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),

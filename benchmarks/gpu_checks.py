@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +18,48 @@ import clockwork_hooks as ch
 from benchmarks.harness import Results, reason
 from benchmarks.setting import Loop
 from benchmarks.sides import Bench, Variant
+from clockwork_hooks.demo.model import GUIDANCE, DemoModel, load_demo
 
 PROMPTS = ("a large red circle on a blue background", "a small green ring at the top on a grey background")
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2}
 
 
-def equality(results: Results, device: str, mode: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """The demo model's UNet: every pass on the inputs of the eager run, then a whole trajectory of its own."""
-    from clockwork_hooks.demo.model import load_demo
+def _calibrated(demo: DemoModel, kind: str) -> dict[str, Any]:
+    """An adaptor of the demo model on the rule that it is for."""
+    schedule = ch.Schedule.early(2)
 
-    name = {"mode": mode, "dtype": str(dtype).removeprefix("torch.")}
+    def generate(prompts: Sequence[str]) -> Any:
+        return demo.sample(prompts)
+
+    options: dict[str, Any] = {"guidance": GUIDANCE, "log_snr": demo.scheduler("dpm++"), "kind": kind}
+    adaptor = ch.calibrate(demo.unet, generate, [PROMPTS], schedule=schedule, **options)
+    return {"adaptor": adaptor, "schedule": schedule}
+
+
+def _clocks(demo: DemoModel) -> dict[str, Any]:
+    """The widest region on clock 2, and what lies in it on clock 4."""
+    call = torch.cat([demo.noise(2, 0)] * 2).to(demo.unet.dtype), torch.tensor(900, device=demo.device)
+    regions = ch.find_regions(demo.unet, *call, encoder_hidden_states=demo.encode_prompts(PROMPTS))
+    return {"clocks": {regions[0]: 2, regions[-1]: 4}}
+
+
+WAYS: dict[str, Callable[[DemoModel], dict[str, Any]]] = {
+    "clock 2": lambda demo: {"clock": 2},
+    "clocks 2 and 4": _clocks,
+    "affine": partial(_calibrated, kind="affine"),
+    "affine+trend": partial(_calibrated, kind="affine+trend"),
+    "exit+entry+before+trend": partial(_calibrated, kind="exit+entry+before+trend"),
+}
+
+
+def equality(
+    results: Results, device: str, mode: str, options: dict[str, Any], dtype: torch.dtype, way: str = "clock 2"
+) -> None:
+    """The demo model's UNet: every pass on the inputs of the eager run, then a whole trajectory of its own."""
+    name = {"mode": mode, "dtype": str(dtype).removeprefix("torch."), "side": way}
     torch.backends.cudnn.allow_tf32 = dtype is not torch.float32  # its rounding is larger than the bound
     demo = load_demo(device, dtype)
+    wrapped = WAYS[way](demo)
     twin = copy.deepcopy(demo.unet)
     inputs: list[tuple[Any, Any]] = []
     outputs: list[Tensor] = []
@@ -37,7 +69,11 @@ def equality(results: Results, device: str, mode: str, options: dict[str, Any], 
         outputs.append(output.sample.clone())
 
     try:
-        with ch.wrap(demo.unet, clock=2), ch.wrap(twin, clock=2) as cw:
+        with (
+            ch.wrap(demo.unet, **wrapped),
+            ch.wrap(twin, **{**wrapped, "adaptor": copy.deepcopy(wrapped.get("adaptor"))}) as cw,
+        ):
+            demo.sample(PROMPTS)  # the first trajectory may have a full pass more: its first call is recorded
             handle = demo.unet.register_forward_hook(watch, with_kwargs=True)
             eager = demo.sample(PROMPTS)
             handle.remove()

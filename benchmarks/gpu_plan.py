@@ -59,8 +59,10 @@ def plan(run: Latency) -> list[Section]:
         run.passes(model, 2, mode, rounds=rounds, limit=9 * limit if run.tiny else limit)
 
     def equal(mode: str, options: dict[str, Any]) -> None:
-        for dtype in (torch.float16, torch.float32) if run.device != "cpu" else (torch.float32,):
-            gpu_checks.equality(run.results, run.device, mode, options, dtype)
+        if run.device != "cpu":
+            gpu_checks.equality(run.results, run.device, mode, options, torch.float16)
+        for way in gpu_checks.WAYS:
+            gpu_checks.equality(run.results, run.device, mode, options, torch.float32, way)
 
     def checks() -> None:
         bench = run.bench("sd15")
