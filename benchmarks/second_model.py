@@ -74,6 +74,11 @@ def _spaced(steps: int, clock: int, first: int, *names: str) -> list[Row]:
     return kinds("widest", every(steps, clock, first, 1), *names, what=what)
 
 
+def _early(steps: int, clock: int, *names: str) -> list[Row]:
+    rule = ch.Schedule.early(clock)
+    return kinds("widest", rule.adaptor_steps(steps), *names, what=str(rule))
+
+
 def _plan() -> list[tuple[int, Row]]:
     """(steps of the sampler, row), the most important first."""
     usual, plain = (IDENTITY, AFFINE, FREE, BEFORE, TREND), Row("plain")
@@ -84,11 +89,12 @@ def _plan() -> list[tuple[int, Row]]:
             (
                 plain,
                 *_spaced(20, 3, 2, TREND, FREE, BEFORE, AFFINE, IDENTITY),
+                *_early(20, 2, TREND, BEFORE),
                 *fewer(10, 9),
                 *_spaced(20, 2, 2, TREND),
             ),
         ),
-        (50, (plain, *_spaced(50, 5, 3, TREND, FREE, BEFORE, IDENTITY), *fewer(16))),
+        (50, (plain, *_spaced(50, 5, 3, TREND, FREE, BEFORE, IDENTITY), *_early(50, 4, TREND, BEFORE), *fewer(16))),
         (8, (*kinds("widest", INNER, *usual), *kinds("widest", OTHER, *usual), *kinds("default", BOTH, *usual))),
         (20, (*_spaced(20, 2, 2, FREE, BEFORE, AFFINE, IDENTITY), *fewer(12))),
         (50, (*_spaced(50, 4, 3, TREND, FREE, IDENTITY), *_spaced(50, 3, 3, TREND, FREE, IDENTITY))),
