@@ -5,8 +5,8 @@ python examples/edit_scene.py
 
 import clockwork_hooks as ch
 from clockwork_hooks.demo import attribute_accuracy, load_demo, parse, render
+from clockwork_hooks.demo.edits import layout_error
 from clockwork_hooks.demo.model import to_images, to_latents
-from clockwork_hooks.demo.objects import layout_error
 from clockwork_hooks.demo.scenes import scenes_of
 from clockwork_hooks.editing import edit, find_injection, invert
 

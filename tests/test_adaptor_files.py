@@ -14,7 +14,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import LearnedAdaptor
-from clockwork_hooks.regions.layout import Layout
+from clockwork_hooks.regions.region import Layout
 from tests.test_adaptors import alive, region_of, rollout
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase

@@ -8,8 +8,8 @@ import clockwork_hooks as ch
 from clockwork_hooks.demo import load_demo
 from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.classifier import attribute_accuracy
+from clockwork_hooks.demo.edits import layout_error
 from clockwork_hooks.demo.model import to_images, to_latents
-from clockwork_hooks.demo.objects import layout_error
 from clockwork_hooks.demo.scenes import render, scenes_of
 from clockwork_hooks.editing import Injection, edit, edit_macs, find_injection, invert
 from tests.snapshot import snapshot

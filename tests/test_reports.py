@@ -15,8 +15,7 @@ from clockwork_hooks.cli import main
 from clockwork_hooks.cli.budget import check_budget, read_budget
 from clockwork_hooks.models import load_model
 from clockwork_hooks.reports import progress
-from clockwork_hooks.reports.page import page
-from clockwork_hooks.reports.tables import table
+from clockwork_hooks.reports.tables import page, table
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 

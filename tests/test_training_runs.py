@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.training import checkpoint
-from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.recording import TrajectoryRecorder
+from clockwork_hooks.training.result import latest_checkpoint
+from clockwork_hooks.training.trajectory import Buffer
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 
@@ -86,11 +86,11 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     child = subprocess.Popen([sys.executable, program, killed, "0.1"], env=environment)
     deadline = time.monotonic() + 60
-    while checkpoint.saved(killed) is None and time.monotonic() < deadline:
+    while latest_checkpoint(killed) is None and time.monotonic() < deadline:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    done = json.loads((checkpoint.saved(killed) / "run.json").read_text())["trajectories"]  # type: ignore[operator]
+    done = json.loads((latest_checkpoint(killed) / "run.json").read_text())["trajectories"]  # type: ignore[operator]
     assert 0 < done < 16
     losses = []
     for folder in (killed, tmp_path / "whole"):
@@ -108,7 +108,7 @@ def test_resumes_only_what_was_started_so(tmp_path: Path) -> None:
         quick(unet, Small(), folder=tmp_path)
     with pytest.raises(ch.DistillError, match=r"lr: 0\.01 → 0\.02"):
         quick(unet, Small(), folder=tmp_path, resume=True, lr=0.02)
-    (checkpoint.saved(tmp_path) / "adaptor.safetensors").write_bytes(b"broken")  # type: ignore[operator]
+    (latest_checkpoint(tmp_path) / "adaptor.safetensors").write_bytes(b"broken")  # type: ignore[operator]
     with pytest.raises(ch.DistillError, match="resumed from its checkpoint"):
         quick(unet, Small(), folder=tmp_path, resume=True)
 

@@ -13,9 +13,8 @@ from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
+    from clockwork_hooks.adaptors.networks import ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
     from clockwork_hooks.adaptors.residual import ResidualAdaptor
-    from clockwork_hooks.adaptors.resnet import ResNetAdaptor, ScaledResNetAdaptor
-    from clockwork_hooks.adaptors.unet import UNetAdaptor
 
 __all__ = [
     "Adaptor",
@@ -31,10 +30,10 @@ __all__ = [
 HOMES = {  # class → the module that it is imported from when it is first asked for, or loaded
     "CalibratedAdaptor": "calibrated",
     "LearnedAdaptor": "learned",
-    "ResNetAdaptor": "resnet",
+    "ResNetAdaptor": "networks",
     "ResidualAdaptor": "residual",
-    "ScaledResNetAdaptor": "resnet",
-    "UNetAdaptor": "unet",
+    "ScaledResNetAdaptor": "networks",
+    "UNetAdaptor": "networks",
 }
 KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}  # of `distill`
 

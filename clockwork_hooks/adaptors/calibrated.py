@@ -20,9 +20,8 @@ from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.layers import fit
 from clockwork_hooks.adaptors.learned import LearnedAdaptor
 from clockwork_hooks.errors import AdaptorError, ArgumentError
-from clockwork_hooks.regions import reference
-from clockwork_hooks.regions.layout import Layout
-from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.region import Layout, Region
+from clockwork_hooks.regions.saved import described_region
 
 __all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions", "around_of", "carried", "like_exit"]
 
@@ -225,7 +224,7 @@ class CalibratedAdaptor(LearnedAdaptor):
                     here, before = (torch.tensor(positions.log_snr(_single(t))) for t in (knot.position, knot.before))
                     adaptor.table[k, 2 * adaptor.exit.channels] = here - before
                 adaptor.put(k, knot)
-        adaptor.region = reference.describe(region)
+        adaptor.region = described_region(region)
         return adaptor.eval()
 
     @torch.no_grad()

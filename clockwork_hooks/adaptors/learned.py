@@ -12,9 +12,8 @@ from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.layers import fit, vector, vector_width
 from clockwork_hooks.adaptors.saved import SavedAdaptor
 from clockwork_hooks.errors import AdaptorError, ArgumentError
-from clockwork_hooks.regions import reference
-from clockwork_hooks.regions.layout import Layout
-from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.region import Layout, Region
+from clockwork_hooks.regions.saved import described_region, name_advice, region_differences, saved_options
 
 __all__ = ["LearnedAdaptor"]
 
@@ -119,7 +118,7 @@ class LearnedAdaptor(SavedAdaptor):
             sees_exit="exit" in inputs,
             **cls.sized(channels, **own),
         )
-        adaptor.region = reference.describe(region)
+        adaptor.region = described_region(region)
         return adaptor
 
     @classmethod
@@ -190,7 +189,7 @@ class LearnedAdaptor(SavedAdaptor):
     @property
     def region_options(self) -> dict[str, Any]:
         """The options of `Choice` that find the region it was made for; `wrap` and `distill` use them."""
-        return reference.options(self.region)
+        return saved_options(self.region)
 
     def check_region(self, region: Region) -> None:
         """See that this is the region that the adaptor was made for; `wrap` asks, once the region is known.
@@ -198,7 +197,7 @@ class LearnedAdaptor(SavedAdaptor):
         Raises:
             AdaptorError: it is not; names what differs.
         """
-        differences = reference.differences(self.region, region) if self.region else {}
+        differences = region_differences(self.region, region) if self.region else {}
         present = region.inputs
         for name, mine, boundary in (("exit", self.exit, region.exit), ("entry", self.entry, region.entry)):
             if mine is None:
@@ -220,7 +219,7 @@ class LearnedAdaptor(SavedAdaptor):
                 "an adaptor serves the region that it was made for",
                 seen={"adaptor": type(self).__name__, "region": region.line, **differences},
                 do="pass the region it was made for (region=ch.find_region(unet, …)), or train one for this region"
-                + reference.advice(self.region),
+                + name_advice(self.region),
             )
 
     @property

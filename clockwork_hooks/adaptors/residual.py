@@ -10,10 +10,9 @@ from torch import Tensor
 
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.adaptors.learned import LearnedAdaptor
-from clockwork_hooks.adaptors.resnet import ScaledResNetAdaptor
+from clockwork_hooks.adaptors.networks import ScaledResNetAdaptor
 from clockwork_hooks.errors import AdaptorError
-from clockwork_hooks.regions.layout import Layout
-from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.region import Layout, Region
 
 __all__ = ["ResidualAdaptor"]
 

@@ -35,8 +35,7 @@ from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import ArgumentError, is_number, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
-from clockwork_hooks.regions.layout import Layout
-from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport

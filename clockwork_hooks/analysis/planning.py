@@ -25,8 +25,8 @@ from clockwork_hooks.analysis.sampling import Outcome, Runs, check_clocks, check
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.errors import ArgumentError, named_options, share, whole
 from clockwork_hooks.regions.find import Choice, choose, regions_of
-from clockwork_hooks.regions.reference import describe, options
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.saved import described_region, saved_options
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport
@@ -319,7 +319,7 @@ def plan(
         options=planner.everything,
         steps=steps,
         weigh=weigh,
-        choice=options(describe(region)),
+        choice=saved_options(described_region(region)),
         fingerprint=region.fingerprint,
         model=region.model,
         adaptor_name=chosen.adaptor_name,

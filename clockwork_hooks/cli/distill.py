@@ -106,9 +106,9 @@ def distill(
 
 def _left(folder: Path, config: str) -> str:
     """What an interrupted run leaves, and how it goes on."""
-    from clockwork_hooks.training import checkpoint
+    from clockwork_hooks.training.result import latest_checkpoint
 
-    before = checkpoint.saved(folder)
+    before = latest_checkpoint(folder)
     report = folder / "training.json"
     done = json.loads(report.read_text(encoding="utf-8"))["trajectories"] if report.exists() else 0
     trained = f"The adaptor of {count(done, 'trajectory batch', 'trajectory batches')} is in {folder}."

@@ -17,8 +17,7 @@ from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option
 from clockwork_hooks.graph.tracing import module_paths
-from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
-from clockwork_hooks.regions.keep import check_keep
+from clockwork_hooks.regions.find import Choice, ChoiceOptions, check_keep, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.saved import saved_choice, saved_region
 from clockwork_hooks.schedule import Schedule, check_clock

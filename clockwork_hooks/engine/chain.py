@@ -30,8 +30,7 @@ from clockwork_hooks.graph.arguments import Arguments
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
-from clockwork_hooks.regions.find import Choice, match, skipped_nodes
-from clockwork_hooks.regions.keep import keeping
+from clockwork_hooks.regions.find import Choice, keeping, match, skipped_nodes
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 

@@ -1,26 +1,28 @@
-"""Regions in JSON files: found again by their fingerprint, or taken as they are where nothing can have changed.
+"""Regions in JSON files: a region's own file, and what an adaptor's file says of the region that it was made for.
 
 What a pass needs of a region (which calls it skips, what stands in for them, where the boundary is picked up) follows
-from the UNet's structure and from the call's input signature. A file holds it with a seal, a digest of all of it and of
-the structure: where the UNet at hand has that structure, calls of that signature need no analysis.
+from the UNet's structure and from the call's input signature. A region's file holds it with a seal, a digest of all of
+it and of the structure: where the UNet at hand has that structure, calls of that signature need no analysis. An
+adaptor's file knows its region by its fingerprint, and in words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions.cut import CutPlan, dtype_of
 from clockwork_hooks.regions.find import Choice
-from clockwork_hooks.regions.region import Boundary, Region, Side, seal
+from clockwork_hooks.regions.fingerprint import is_portable
+from clockwork_hooks.regions.region import Boundary, Layout, Region, Side, seal
 from clockwork_hooks.regions.structure import structure
 from clockwork_hooks.reports.report import reading
 
-__all__ = ["saved_choice", "saved_region"]
+__all__ = ["described_region", "name_advice", "region_differences", "saved_choice", "saved_options", "saved_region"]
 
 
 def _text(path: str | Path) -> str:
@@ -41,11 +43,8 @@ def saved_choice(path: str | Path) -> Choice:
         ArgumentError: there is no such file, or it holds no region.
     """
     with reading(Region, _text(path)) as data:
-        if data["cut"] == "hand" and len(data["entries"]) > 1:
-            return Choice(modules=tuple(dict.fromkeys(call["path"] for call in data["skipped"])))
-        if data["cut"] == "hand":
-            return Choice(entry=data["entry"]["path"], exit=data["exit"]["path"])
-        return Choice(level=data["level"], cut=data["cut"], fingerprint=data["fingerprint"], strict=True)
+        options = _options(data, [call["path"] for call in data["skipped"]])
+        return Choice(**options, strict=True if "fingerprint" in options else None)
 
 
 def saved_region(path: str | Path, unet: nn.Module) -> Region | None:
@@ -100,3 +99,96 @@ def _edge(data: Mapping[str, Any], more: Mapping[str, Any]) -> Boundary:
         tuple(more["resolution"]),
         more["node"],
     )
+
+
+def described_region(region: Region) -> dict[str, Any]:
+    """The region as JSON can hold it: its fingerprint, and in words where it lies in this UNet."""
+    return {
+        "fingerprint": region.fingerprint,
+        "model": region.model,
+        "level": region.level,
+        "cut": region.cut,
+        "entry": _port(region.entry),
+        "exit": _port(region.exit),
+        "entries": [_port(entry) for entry in region.entries],
+        "skipped": [f"{call.path} (call {call.ordinal})" for call in region.skipped],
+    }
+
+
+def region_differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:
+    """What tells the region from the saved one, name → "saved, here"; empty where they are the same.
+
+    Their fingerprints tell, whatever the modules are called. Those of earlier versions were made of names, so these are
+    compared. The class name is told only where something else differs: a subclass has the same regions.
+    """
+    here = described_region(region)
+    if saved.get("fingerprint") == here["fingerprint"]:
+        return {}
+    if not is_portable(saved.get("fingerprint")) and _names(saved) == _names(here):
+        return {}
+    differing: dict[str, str] = {}
+    for name in ("model", "level", "cut"):
+        if saved.get(name) != here[name]:
+            differing[name] = f"{saved.get(name)} → {here[name]}"
+    for name in ("entry", "exit"):
+        for part in ("path", "call", "channels"):
+            was, now = (saved.get(name) or {}).get(part), here[name][part]
+            if was != now:
+                differing[f"{name} {part}"] = f"{was} → {now}"
+    for name, was, now in (
+        ("entries", [str(e.get("path")) for e in saved.get("entries", ())], [e["path"] for e in here["entries"]]),
+        ("skipped calls", list(saved.get("skipped", ())), here["skipped"]),
+    ):
+        lists = [("only saved", [x for x in was if x not in now]), ("only here", [x for x in now if x not in was])]
+        if any(some for _, some in lists):
+            differing[name] = "; ".join(f"{word}: {_few(some)}" for word, some in lists if some)
+    return differing or {"fingerprint": f"{saved.get('fingerprint')} → {here['fingerprint']}"}
+
+
+def name_advice(saved: Mapping[str, Any] | None) -> str:
+    """What else to do about a file of an earlier version, whose fingerprint tells names; "" for any other."""
+    if not saved or is_portable(saved.get("fingerprint")):
+        return ""
+    return "; the file is of an earlier version and knows its region by names: where these are others, make one anew"
+
+
+def saved_options(saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of `Choice` that find the region again; none where the adaptor knows of no region.
+
+    Where no region has the fingerprint, level and cut find the one to compare with.
+    """
+    if not saved:
+        return {}
+    return _options(saved, [call.partition(" (call")[0] for call in saved.get("skipped", ())])
+
+
+def _options(data: Mapping[str, Any], skipped: Iterable[str]) -> dict[str, Any]:
+    """The options of `Choice` that find a described region, whose skipped calls are of these modules, again."""
+    if data.get("cut") == "hand" and len(data.get("entries", ())) > 1:
+        return {"modules": list(dict.fromkeys(skipped))}
+    if data.get("cut") == "hand":
+        return {"entry": data["entry"]["path"], "exit": data["exit"]["path"]}
+    return {name: data.get(name, usual) for name, usual in (("level", 1), ("cut", "outer"), ("fingerprint", None))}
+
+
+def _names(region: Mapping[str, Any]) -> Any:
+    """What the fingerprints of earlier versions were made of: an operator has another name in another mode."""
+
+    def port(value: Any) -> Any:
+        path = str((value or {}).get("path"))
+        return {**(value or {}), "path": path[path.find(" in ") :] if " in " in path else path}
+
+    ports = port(region.get("exit")), *map(port, region.get("entries") or ())
+    return ports, list(region.get("skipped") or ())
+
+
+def _port(boundary: Boundary) -> dict[str, Any]:
+    try:
+        channels: int | None = Layout.of_boundary(boundary).channels
+    except AdaptorError:
+        channels = None
+    return {"path": boundary.path, "call": boundary.call, "channels": channels}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")

@@ -110,7 +110,7 @@ class Report:
 
     def to_html(self) -> str:
         """One HTML page with tables and pictures; it needs no network and no script, and holds the data as JSON."""
-        from clockwork_hooks.reports.page import page
+        from clockwork_hooks.reports.tables import page
 
         first, *more = self.tables()
         drawn = [picture.to_svg() for picture in self.figures()]
@@ -153,9 +153,9 @@ class Report:
         return target
 
     def _repr_html_(self) -> str:
-        from clockwork_hooks.reports.page import table_html
-
-        return "".join([*(picture.to_svg() for picture in self.figures()), *map(table_html, self.tables())])
+        return "".join(
+            [*(picture.to_svg() for picture in self.figures()), *(table.to_html() for table in self.tables())]
+        )
 
     def __rich__(self) -> rich.console.Group:
         from rich.console import Group

@@ -17,24 +17,33 @@ from clockwork_hooks.errors import DistillError, named
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.training import checkpoint
-from clockwork_hooks.training.buffer import Buffer
-from clockwork_hooks.training.environment import accelerated, frozen, quietly, tf32
 from clockwork_hooks.training.losses import Guidance, Loss, guidance_of
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.recording import Noise, TrajectoryRecorder
-from clockwork_hooks.training.result import DistillResult, StudentResult, save_adaptor
+from clockwork_hooks.training.result import (
+    DistillResult,
+    StudentResult,
+    latest_checkpoint,
+    load_checkpoint,
+    save_adaptor,
+    save_checkpoint,
+)
 from clockwork_hooks.training.setup import (
+    accelerated,
     check,
     check_facts,
     check_folder,
     chosen,
+    frozen,
     learners_of,
     loaded,
+    quietly,
     samplers_of,
     students_of,
+    tf32,
 )
 from clockwork_hooks.training.trainer import Trainer, status
+from clockwork_hooks.training.trajectory import Buffer
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -237,16 +246,16 @@ def _save(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
     if trainer.accelerator.is_main_process:
         steps = {str(kind): number for kind, number in trainer.steps.items()}
         run = {"trajectories": trainer.done, "seconds": trainer.seconds, "steps": steps, "settings": dict(settings)}
-        checkpoint.save(folder, trainer.learners, run)
+        save_checkpoint(folder, trainer.learners, run)
 
 
 def _resume(folder: Path, trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    latest = checkpoint.saved(folder)
+    latest = latest_checkpoint(folder)
     if latest is None:
         return
     free = ("trajectories", "minutes", "save_every", "log_every", "tracker", "buffer", "buffer_gb", "versions")
     fixed = {name: value for name, value in settings.items() if name not in free}
-    run = checkpoint.load(latest, trainer.learners, fixed)
+    run = load_checkpoint(latest, trainer.learners, fixed)
     trainer.done, trainer.seconds = run["trajectories"], run["seconds"]
     trainer.steps = {int(kind): number for kind, number in run["steps"].items()}
 

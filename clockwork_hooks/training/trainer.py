@@ -17,11 +17,10 @@ from torch import Tensor
 from clockwork_hooks._generate import seed_of, seeded
 from clockwork_hooks.errors import DistillError
 from clockwork_hooks.schedule import Schedule
-from clockwork_hooks.training.buffer import Buffer
 from clockwork_hooks.training.learner import Learner
 from clockwork_hooks.training.options import Mode, TrainingOptions
 from clockwork_hooks.training.recording import Noise, TrajectoryRecorder
-from clockwork_hooks.training.trajectory import Needs, Trajectory
+from clockwork_hooks.training.trajectory import Buffer, Needs, Trajectory
 
 __all__ = ["Trainer", "status"]
 

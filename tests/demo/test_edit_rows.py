@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from clockwork_hooks.demo.captions import parse
-from clockwork_hooks.demo.edits import EditRow, SceneScore, scores_of
+from clockwork_hooks.demo.edits import EditRow, SceneScore, layout_error, scores_of
 from clockwork_hooks.demo.model import load_demo
-from clockwork_hooks.demo.objects import layout_error
 from clockwork_hooks.demo.scenes import render, scenes_of
 
 
