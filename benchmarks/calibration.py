@@ -194,7 +194,10 @@ GROUPS: tuple[Group, ...] = (
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
     _long(16, ((2, 2, 1),), (TREND, IDENTITY, AFFINE, BEFORE, FREE), *fewer(8, 9), spaced_by_hand=EARLY_16),
     Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(3),
-                                       *kinds("default", (2, 4), IDENTITY, BEFORE))),
+                                       *kinds("default", (2, 4), IDENTITY, BEFORE),
+                                       *kinds("widest", (3, 4), AFFINE, ENTRY, BEFORE, FREE, TREND),
+                                       *kinds("widest", (2, 4), AFFINE, ENTRY, BEFORE),
+                                       *kinds("default", (3, 4), AFFINE, ENTRY, BEFORE))),
     *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),
 )  # fmt: skip
 
