@@ -1,6 +1,7 @@
 """Blocks of several levels drawn as a U: a row a level, the way down on the left, the way up on the right.
 
-The layout is boxes, lines and words on a page; the page is written as SVG, and printed as PNG from the same shapes.
+A `Drawing` describes the page: boxes, lines and words. Pages and notebooks show it as SVG, which is written here: its
+blocks have titles, its colours follow the reader, and it needs no package. matplotlib prints the same drawing as PNG.
 """
 
 from __future__ import annotations
@@ -142,29 +143,23 @@ def _png(drawing: Drawing, target: Path) -> None:
     from matplotlib.path import Path as Curve
 
     figure = Figure(figsize=(WIDTH / 96, drawing.height / 96), dpi=192)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(drawing.height, 0))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(drawing.height, 0))
     axes.axis("off")
-    aligned: dict[str, Any] = {"start": "left", "middle": "center", "end": "right"}
     for item in drawing.shapes:
         fill, line = COLOURS[item.kind][0]
-        if isinstance(item, Box):
-            look = {"facecolor": fill, "edgecolor": line, "linewidth": 0.8}
-            axes.add_patch(Rectangle((item.x, item.y), item.width, item.height, **look))  # type: ignore[arg-type]
-        elif isinstance(item, Line):
+        if isinstance(item, Word):
+            look: dict[str, Any] = {"color": fill, "fontsize": 0.72 * item.size, "weight": 700 if item.bold else 400}
+            turned: dict[str, Any] = {"rotation": 90, "va": "center"} if item.upright else {}
+            side = {"start": "left", "middle": "center", "end": "right"}[item.anchor]
+            axes.text(item.x - 3 * item.upright, item.y, item.text, ha=side, **look, **turned)
+        elif isinstance(item, Box):
+            box = Rectangle((item.x, item.y), item.width, item.height, facecolor=fill, edgecolor=line, linewidth=0.8)
+            axes.add_patch(box)
+        else:
             turn = Curve.CURVE3 if len(item.points) == 3 else Curve.LINETO
             path = Curve(list(item.points), [Curve.MOVETO, *[turn] * (len(item.points) - 1)])
-            style = "->" if item.arrow else "-"
-            axes.add_patch(
-                FancyArrowPatch(
-                    path=path, arrowstyle=style, mutation_scale=7, edgecolor=line, linewidth=0.9, fill=False
-                )
-            )
-        else:
-            words = axes.text(item.x, item.y, item.text, color=fill, fontsize=item.size * 0.72, ha=aligned[item.anchor])
-            words.set(weight="bold" if item.bold else "normal")
-            if item.upright:
-                words.set(x=item.x - 3, va="center", rotation=90)
+            arrow: dict[str, Any] = {"arrowstyle": "->" if item.arrow else "-", "mutation_scale": 7}
+            axes.add_patch(FancyArrowPatch(path=path, edgecolor=line, linewidth=0.9, fill=False, **arrow))
     figure.savefig(target)
 
 
