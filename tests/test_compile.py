@@ -433,6 +433,34 @@ def test_a_capture_follows_what_changes_between_trajectories(change: Callable[[T
     assert cuda.captures == (2 if change is _in_place else 4)
 
 
+def _widen(unet: Tiny) -> None:
+    unet.head = nn.Sequential(unet.head, nn.Conv2d(unet.head.out_channels, unet.head.out_channels, 3, padding=1))
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@pytest.mark.parametrize("moves", [0, 10], ids=["captured", "as they are, for weights that move"])
+def test_modules_exchanged_between_captured_trajectories_are_counted_anew(moves: int, cuda: FakeCuda) -> None:
+    """The first pass after it is launched before anybody asks; what is counted of it and of later ones is right."""
+    case, unet, plain = CASES["tiny"], Tiny(), Tiny()
+    torch.manual_seed(0)
+    _widen(plain)
+    with ch.wrap(plain, clock=1) as cw:
+        case.call(plain, 0)
+        macs = cw.stats.macs_plain
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        cw.compile(mode="cudagraphs")
+        for _ in range(2 + moves):
+            [case.call(unet, k) for k in range(len(TIMES))]
+            unet.head.weight.data = unet.head.weight.data.clone() if moves else unet.head.weight.data
+        torch.manual_seed(0)
+        _widen(unet)
+        for first in (True, False):
+            cw.stats.clear()
+            outputs = [case.call(unet, k) for k in range(len(TIMES))]
+            assert cw.stats.macs_plain == len(TIMES) * macs or (first and moves)
+        torch.testing.assert_close(outputs, rollout(case, plain, compiled=False))
+
+
 def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trajectory's look comes after its first launch; weights that have moved are found before it."""
     case, unet, events = CASES["tiny"], Tiny(), []
@@ -443,12 +471,29 @@ def test_the_device_has_work_while_modules_are_looked_at(cuda: FakeCuda, monkeyp
         look, replay = cuda_graphs.Captured._look, cuda.CUDAGraph.replay
         monkeypatch.setattr(cuda_graphs.Captured, "_look", lambda self: events.append("look") or look(self))
         monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda tape: events.append("launch") or replay(tape))
+        vars(unet)["_modules"] = _Noting(unet._modules, events)
+        [case.call(unet, k) for k in range(len(TIMES))]  # another dictionary: the passes are captured anew
+        events.clear()
         [case.call(unet, k) for k in range(3)]
-        assert events == ["launch", "look", "launch", "launch"]
+        assert [event for event in events if event != "walk"] == ["launch", "look", "launch", "launch"]
+        assert events[0] == "launch"
+        assert "walk" in events
         events.clear()
         _move_weight(unet)
         case.call(unet, 0)
-        assert events == ["look", "look", "launch"]  # at once, and as in every first step
+        assert [e for e in events if e != "walk"] == ["look", "look", "launch"]  # at once, and as in every first step
+
+
+class _Noting(dict[str, Any]):
+    """A module's children, which notes who walks through them."""
+
+    def __init__(self, children: Any, events: list[str]) -> None:
+        super().__init__(children)
+        self.events = events
+
+    def values(self) -> Any:
+        self.events.append("walk")
+        return super().values()
 
 
 @pytest.mark.parametrize("resets", [True, False], ids=["storages tell", "storages do not tell"])

@@ -48,6 +48,8 @@ class Compiled:
         pooled: outputs lie in the memory of CUDA graphs, which the next call overwrites.
     """
 
+    guards = False
+
     def __init__(self, engine: Engine, options: dict[str, Any], *, pooled: bool) -> None:
         self.engine, self.options, self.pooled = engine, options, pooled
         self._static: dict[tuple[Any, ...], Static] = {}

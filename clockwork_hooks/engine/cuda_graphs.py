@@ -13,10 +13,11 @@ is asked: has a weight's storage been freed?
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, time_leaf
-from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
+from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 
 if TYPE_CHECKING:
@@ -96,9 +97,14 @@ class Captured(Compiled):
         ArgumentError: the UNet is not on a CUDA device.
     """
 
+    guards = True
+
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, {}, pooled=True)
-        device = next((tensor.device for tensor in _weights(engine.unet)), torch.device("cpu"))
+        device = next(
+            (one.device for one in itertools.chain(engine.unet.parameters(), engine.unet.buffers())),
+            torch.device("cpu"),
+        )
         if device.type not in DEVICES:
             raise ArgumentError(
                 'mode="cudagraphs" replays launches of CUDA kernels: the UNet must be on a CUDA device',
@@ -111,9 +117,8 @@ class Captured(Compiled):
         self._moves = 0
         self._counters = Weights(engine.unet)
         self._state: Hashable = None
-        self._weights: list[torch.Tensor] = []
+        self._contents: _Contents | None = None
         self._places: list[int] = []
-        self._values: list[Any] = []
         self._storages: list[Any] = []
         self._freed: list[Any] = []
         self._watched = False
@@ -121,6 +126,7 @@ class Captured(Compiled):
     def forget(self, signature: Hashable = None) -> None:
         """Passes are other ones from now on: what was captured is let go; of one signature, if its key is passed."""
         super().forget(signature)
+        self._wait()
         let_go(self._graphs, signature)
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
@@ -178,7 +184,7 @@ class Captured(Compiled):
             return buffers[-1].memory
 
         args, kwargs, cached = map_leaves(buffer, (args, kwargs, cached))
-        own = [tensor for root in self._roots() for tensor in root.buffers()]
+        own = [] if self._contents is None else self._contents.buffers
         before = [(tensor, version(tensor), tensor.clone()) for tensor in own]
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # casts of weights belong into the graph
@@ -234,34 +240,40 @@ class Captured(Compiled):
         self._stream = stream
 
     def _look(self) -> bool:
-        """Drop the graphs if weights have moved or anything about the modules is another: were there any?"""
-        roots = self._roots()
-        values = [part for root in roots for part in _values(root)]
-        for clocked in self.engine.chain:
-            values += [] if clocked.adaptor in roots else getattr(clocked.adaptor, "__dict__", {}).values()
-        weights = [tensor for root in roots for tensor in _weights(root)]
-        places = [tensor.data_ptr() for tensor in weights]
-        same = (
-            places == self._places and len(values) == len(self._values) and all(map(operator.is_, values, self._values))
-        )
-        if not same and self._graphs:
-            torch.cuda.current_stream(weights[0].device).synchronize()  # one may be running, on what it was made from
+        """Drop the graphs if weights have moved or anything about the modules is another: were there any?
+
+        Raises:
+            Exchanged: modules themselves are others than the recorded.
+        """
+        adaptors = [clocked.adaptor for clocked in self.engine.chain]
+        contents = self._contents
+        if contents is None or not contents.hold(adaptors):
+            contents = _Contents(self.engine.unet, adaptors)
+            if not self.engine.intact:
+                raise Exchanged
+        places = [tensor.data_ptr() for tensor in contents.weights]
+        same = contents is self._contents and places == self._places
+        dropped = not same and bool(self._graphs)
+        if dropped:
+            self._wait()
             self._graphs.clear()
             self._pool = None
             self._moves += 1
             if self._moves > _MOVES:
                 _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run as they are")
-            dropped = True
-        else:
-            dropped = False
-        self._weights, self._places, self._values = weights, places, values
+        self._contents, self._places = contents, places
         if not (same and self._watched) or self._freed:
             self._watch()
         return dropped
 
-    def _roots(self) -> list[nn.Module]:
-        adaptors = (clocked.adaptor for clocked in self.engine.chain)
-        return [self.engine.unet, *(adaptor for adaptor in adaptors if isinstance(adaptor, nn.Module))]
+    def _wait(self) -> None:
+        """Graphs are about to go: one may be running, on the memory of what it was made from."""
+        if self._graphs:
+            torch.cuda.current_stream(self._weights[0].device).synchronize()
+
+    @property
+    def _weights(self) -> list[torch.Tensor]:
+        return [] if self._contents is None else self._contents.weights
 
     def _moved_away(self) -> bool:
         """Are weights somewhere else than when modules were last looked at?"""
@@ -278,21 +290,50 @@ class Captured(Compiled):
         self._watched = bool(self._storages) and not freed
 
 
-def _weights(root: nn.Module) -> list[torch.Tensor]:
-    return [*root.parameters(), *root.buffers()]
+class _Contents:
+    """Whatever the Python of the UNet and the adaptors could decide by, at one moment: attributes, and what is in them.
+
+    Once that was listed, only the lists' objects are compared with what is there now: where all are the very same, the
+    modules are, one below the other. Of SD v1.5's 686 modules a third of the time that listing them again takes.
+
+    Attributes:
+        weights: parameters and buffers.
+        buffers: these alone.
+    """
+
+    def __init__(self, unet: nn.Module, adaptors: Sequence[Any]) -> None:
+        roots = [unet, *(adaptor for adaptor in adaptors if isinstance(adaptor, nn.Module))]
+        self._adaptors = adaptors
+        self._modules = [module for root in roots for module in root.modules()]
+        self._attributes = self._now(adaptors)
+        self._dicts = [value for value in self._attributes if isinstance(value, dict)]
+        self._lists = [value for value in self._attributes if isinstance(value, list)]  # the same tuple holds the same
+        self._parts = self._inside()
+        self.buffers = [tensor for root in roots for tensor in root.buffers()]
+        self.weights = [tensor for root in roots for tensor in root.parameters()] + self.buffers
+
+    def hold(self, adaptors: Sequence[Any]) -> bool:
+        """Is all of it, and are the adaptors, the very same as then?"""
+        return (
+            _same(self._adaptors, adaptors)
+            and _same(self._attributes, self._now(adaptors))
+            and _same(self._parts, self._inside())
+        )
+
+    def _now(self, adaptors: Sequence[Any]) -> list[Any]:
+        others = (one for one in adaptors if not isinstance(one, nn.Module))
+        owners = (*self._modules, *(one for one in others if isinstance(getattr(one, "__dict__", None), dict)))
+        return [*itertools.chain.from_iterable(vars(owner).values() for owner in owners)]
+
+    def _inside(self) -> list[Any]:
+        return [
+            *itertools.chain.from_iterable(map(dict.values, self._dicts)),
+            *itertools.chain.from_iterable(self._lists),
+        ]
 
 
-def _values(root: nn.Module) -> list[Any]:
-    """Whatever a module's Python could decide by: its attributes, and what its lists and dictionaries hold."""
-    values: list[Any] = []
-    for module in root.modules():
-        for value in vars(module).values():
-            values.append(value)
-            if isinstance(value, dict):
-                values += value.values()
-            elif isinstance(value, (list, tuple)):
-                values += value
-    return values
+def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _constant(value: Any, depth: int = 0) -> Hashable:

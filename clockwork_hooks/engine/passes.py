@@ -14,7 +14,7 @@ from clockwork_hooks._tree import leaves, map_leaves, version
 from clockwork_hooks.engine.taint import Taint
 from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted, fits
 
-__all__ = ["Active", "Emit", "Emitted", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
+__all__ = ["Active", "Emit", "Emitted", "Exchanged", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -69,6 +69,10 @@ class Outcome:
     skipped: str = ""
     blanks: bool = True
     reached: bool = True
+
+
+class Exchanged(Exception):
+    """The UNet's modules are others than the recorded: a static pass does not stand for what they do."""
 
 
 class Pass:
