@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import LearnedAdaptor
-from clockwork_hooks.adaptors.layers import fit, vector
+from clockwork_hooks.adaptors.learned import fit, vector
 from clockwork_hooks.regions.region import Boundary, Layout
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase

@@ -13,8 +13,7 @@ from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
     from clockwork_hooks.adaptors.learned import LearnedAdaptor
-    from clockwork_hooks.adaptors.networks import ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
-    from clockwork_hooks.adaptors.residual import ResidualAdaptor
+    from clockwork_hooks.adaptors.networks import ResidualAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
 
 __all__ = [
     "Adaptor",
@@ -31,7 +30,7 @@ HOMES = {  # class → the module that it is imported from when it is first aske
     "CalibratedAdaptor": "calibrated",
     "LearnedAdaptor": "learned",
     "ResNetAdaptor": "networks",
-    "ResidualAdaptor": "residual",
+    "ResidualAdaptor": "networks",
     "ScaledResNetAdaptor": "networks",
     "UNetAdaptor": "networks",
 }

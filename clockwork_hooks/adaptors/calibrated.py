@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
-from clockwork_hooks.adaptors.layers import fit
-from clockwork_hooks.adaptors.learned import LearnedAdaptor
+from clockwork_hooks.adaptors.learned import LearnedAdaptor, fit
 from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region

@@ -19,9 +19,8 @@ from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
-from clockwork_hooks.analysis.follow import Series, follow
 from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Outcome, Runs, check_clocks, check_runs, first_call
+from clockwork_hooks.analysis.sampling import Measured, Runs, Series, check_clocks, check_runs, first_call, follow
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.errors import ArgumentError, named_options, share, whole
 from clockwork_hooks.regions.find import Choice, choose, regions_of
@@ -521,7 +520,7 @@ class _Planner:
         return max(good, key=lambda option: (option.gain(self.weigh), -option.error))
 
 
-def _shares(outcome: Outcome, steps: int) -> tuple[float, float | None]:
+def _shares(outcome: Measured, steps: int) -> tuple[float, float | None]:
     """What one adaptor step saves of a trajectory: of its MACs, and of its milliseconds if they were measured."""
     timed = None if outcome.ms is None else (1 - outcome.ms[1] / outcome.ms[0]) / steps
     return outcome.saved * outcome.calls / outcome.adaptor_passes / steps, timed

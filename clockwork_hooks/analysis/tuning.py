@@ -23,7 +23,7 @@ from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.candidates import Candidate
 from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Outcome, Runs, first_call
+from clockwork_hooks.analysis.sampling import Measured, Runs, first_call
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, named_options
@@ -275,7 +275,7 @@ class _Tuner:
         """Run it on what is held out."""
         name = region_name(region)
         candidate = Candidate(name, region, adaptor or IdentityAdaptor(), adaptor)
-        outcome: Outcome = self.runs.outcome(candidate, Schedule.at(steps))
+        outcome: Measured = self.runs.outcome(candidate, Schedule.at(steps))
         kind = "identity" if adaptor is None else str(adaptor.facts["kind"])
         trial = Trial(name, rule, steps, outcome.saved, outcome.error, kind)
         self.on_trial(trial)
