@@ -26,7 +26,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet, ResBlock
-from benchmarks.harness import Results, environment
+from benchmarks.harness import Results
 
 MODELS = ("sd15", "sdxl", "svd")
 DEEPER = tuple(f"depth {n}" for n in (4, 16, 60, 230))  # more layers in a block: as many skips, 2k to 94k nodes
@@ -95,12 +95,6 @@ def _apart(case: str) -> dict[str, Any]:
     )  # fmt: skip
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
-
-
-@pytest.fixture(scope="module")
-def results() -> Results:
-    """One file for all tests of this run."""
-    return Results(OUT, {**environment("cpu", 0), "load": os.getloadavg(), "command": COMMAND})
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
-from benchmarks.harness import Results, environment
+from benchmarks.harness import Results
 from clockwork_hooks.demo import load_demo
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.hooks import Forward, RootHook
@@ -32,22 +32,9 @@ STEPS, CALLS = 8, 24
 LIMIT, SHORTEST = 0.013, 0.005
 COMMAND = "python -m pytest -n 0 -s benchmarks/bench_bookkeeping.py"
 OUT = Path(os.environ.get("BOOKKEEPING_OUT", Path(__file__).parent / "results" / "bookkeeping.json"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 now = time.perf_counter  # a thread's own time would take longer to ask for
-
-
-@pytest.fixture(scope="module")
-def results() -> Results:
-    """One file for all tests of this run."""
-    return Results(OUT, {**environment("cpu", 0), "load": os.getloadavg(), "command": COMMAND})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Own:

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
-from benchmarks.harness import Results, environment
+from benchmarks.harness import Results
 from benchmarks.setting import Model, build
 
 COMMAND = "python -m pytest -n 0 -s benchmarks/bench_first_call.py"
 OUT = Path(os.environ.get("FIRST_CALL_OUT", Path(__file__).parent / "results" / "first_call.json"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 # name → (preset, narrow, size of the latents, rounds)
 MODELS = {
     "demo": ("demo", False, (32, 32), 9),
@@ -59,21 +60,6 @@ with torch.no_grad():
     call(unet)
     print(json.dumps({"plain": plain, "wrapping": wrapping, "first": time.thread_time() - before}))
 """
-
-
-@pytest.fixture(scope="module")
-def results() -> Results:
-    """One file for all tests of this run."""
-    return Results(OUT, {**environment("cpu", 0), "load": os.getloadavg(), "command": COMMAND})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
 
 
 def call_of(model: Model, size: tuple[int, ...], batch: int = 2, tokens: int = 77) -> Callable[[Any], Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from benchmarks.blanks import Blank, blank
 from benchmarks.guided import GuidedUNet
-from benchmarks.harness import Results, environment
+from benchmarks.harness import Results
 from benchmarks.ideal import HandClock
 from benchmarks.setting import Loop, build
 from clockwork_hooks.engine import passes
@@ -34,23 +34,9 @@ from clockwork_hooks.regions.cut import Slot
 STEPS, ROUNDS = 24, 9
 COMMAND = "python -m pytest -n 0 -s benchmarks/bench_overhead.py"
 OUT = Path(os.environ.get("OVERHEAD_OUT", Path(__file__).parent / "results" / "overhead.json"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Call = Callable[[Any], Any]
-
-
-@pytest.fixture(scope="module")
-def results() -> Results:
-    """One file for all tests of this run."""
-    return Results(OUT, {**environment("cpu", 0), "load": os.getloadavg(), "command": COMMAND})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
 
 
 class GuidedByHand:

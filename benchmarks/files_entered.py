@@ -1,0 +1,75 @@
+"""How many files of the package a newcomer passes through: those whose functions run, for five ways through it.
+
+    python benchmarks/files_entered.py
+
+Counted with `sys.setprofile`: distinct files with a function that ran. Imports are done before. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clockwork_hooks as ch
+from clockwork_hooks.adaptors import ResNetAdaptor
+
+ROOT = Path(ch.__file__).parent
+
+
+class Small(torch.nn.Module):
+    """Two levels, the time as a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = torch.nn.Conv2d(3, 8, 3, 1, 1), torch.nn.Conv2d(8, 32, 4, 2, 1)
+        self.body, self.up = torch.nn.Conv2d(32, 32, 3, 1, 1), torch.nn.ConvTranspose2d(32, 8, 4, 2, 1)
+        self.head = torch.nn.Conv2d(16, 3, 3, 1, 1)
+
+    def forward(self, x: Any, t: Any) -> Any:
+        fine = self.stem(x)
+        return self.head(torch.cat([fine, self.up(self.body(self.down(fine)) * t)], 1))
+
+
+def entered(way: Callable[[], object]) -> list[str]:
+    """The files, below the package, whose functions the call runs."""
+    files: set[str] = set()
+
+    def seen(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name != "<module>":
+            files.add(frame.f_code.co_filename)
+
+    sys.setprofile(seen)
+    try:
+        way()
+    finally:
+        sys.setprofile(None)
+    return sorted(str(Path(file).relative_to(ROOT)) for file in files if file.startswith(f"{ROOT}/"))
+
+
+def ways() -> dict[str, list[str]]:
+    """Name → files. Each way was gone once before, so that what is imported late is there."""
+    x, times = torch.randn(1, 3, 16, 16), torch.linspace(900.0, 100.0, 9)
+    for _ in range(2):
+        unet = Small().eval()
+        with torch.no_grad(), ch.wrap(unet, clock=2):
+            counts = {"a first call": entered(lambda: unet(x, times[0]))}
+            for time in times[1:6]:
+                unet(x, time)
+            counts["a full pass"] = entered(lambda: unet(x, times[6]))
+            counts["a warm adaptor pass"] = entered(lambda: unet(x, times[7]))
+        counts["flops_report"] = entered(lambda: ch.flops_report(Small().eval(), x, times[0]))
+        unet = Small().eval()
+        adaptor = ResNetAdaptor.for_region(ch.find_region(unet, x, times[0]))
+        with torch.no_grad(), ch.wrap(unet, adaptor, clock=2):
+            unet(x, times[0])
+            counts["a first pass with a ResNet adaptor"] = entered(lambda: unet(x, times[1]))
+    return counts
+
+
+if __name__ == "__main__":
+    for name, files in ways().items():
+        print(f"{name}: {len(files)}\n    {' '.join(files)}")
