@@ -308,11 +308,11 @@ def no_option(name: str, options: Iterable[str], *, rule: str) -> ArgumentError:
           options: level, share
         What to do: pass level=
     """
-    known = list(options)
-    near = get_close_matches(name, known, n=1)
+    names = list(options)
+    near = get_close_matches(name, names, n=1)
     return ArgumentError(
         rule,
-        seen={"no such option": name, "options": ", ".join(known)},
+        seen={"no such option": name, "options": ", ".join(names)},
         do=f"pass {near[0]}=" if near else "pass some of these",
     )
 
@@ -339,13 +339,13 @@ def named_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
         ...     print(error.do)
         pass min_saving=
     """
-    known = named(function)
+    names = named(function)
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
-            if name not in known:
-                raise no_option(name, known, rule=f"{function.__name__} has options of known names")
+            if name not in names:
+                raise no_option(name, names, rule=f"{function.__name__} has options of known names")
         return function(*args, **kwargs)
 
     return checked

@@ -70,8 +70,8 @@ class AdaptorInputs(NamedTuple):
         trend_positions: the UNet's time input of these two full passes, the last one's first, float32 of shape (2,).
 
     Example:
-        >>> given = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
-        >>> given.position
+        >>> inputs = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
+        >>> inputs.position
         tensor(981.)
     """
 

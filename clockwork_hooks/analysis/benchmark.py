@@ -249,8 +249,8 @@ def bench(
     Example:
         >>> from clockwork_hooks.models import load_model
         >>> unet, args, kwargs = load_model("ddpm-cifar10", tiny=True, device="cpu")
-        >>> found = bench(unet, *args, clocks=(2,), steps=2, rounds=1, **kwargs)
-        >>> [(row.clock, row.full_passes, row.adaptor_passes) for row in found.rows]
+        >>> report = bench(unet, *args, clocks=(2,), steps=2, rounds=1, **kwargs)
+        >>> [(row.clock, row.full_passes, row.adaptor_passes) for row in report.rows]
         [(1, 2, 0), (2, 1, 1)]
 
     Source: arXiv 2312.08128, Sec. 5 and Tab. 1 (latencies), Appendix A (FLOPs).

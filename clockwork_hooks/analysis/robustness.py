@@ -98,13 +98,9 @@ class Robustness(FieldReport):
         return plots(self._curves(), *([self._grid()] if shown else []))
 
     def _curves(self) -> Plot:
-        pass
-
         return Plot(lambda: curves(self), "Distance to the undisturbed result over the first disturbed step")
 
     def _grid(self) -> Plot:
-        pass
-
         return Plot(lambda: grid(self), "Results by disturbed map and first disturbed step")
 
 
@@ -180,7 +176,7 @@ def measure_robustness(
                 for (k, seed), before in zip(cells, plain, strict=True):
                     bar.update(task, description=f"{one.name}, from step {start}")
                     with watch.trajectory(), _disturbed(unet, one, start, watch, alpha, statistics, seeds[seed]):
-                        result = final(unet, generate, batches[k], seeds[seed])
+                        result = final(generate, batches[k], seeds[seed])
                     sums[one.name, start] += float((result.float() - before.float()).flatten(1).norm(dim=1).sum())
                     pictures.setdefault((one.name, start), result[0].float().cpu())
                     bar.advance(task)

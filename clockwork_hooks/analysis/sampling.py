@@ -113,7 +113,7 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
     return record(unet, *seen[0])
 
 
-def final(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+def final(generate: Generate, batch: Any, seed: int) -> Tensor:
     """What `generate(batch, seed)` returns: one tensor, samples first.
 
     Raises:
@@ -137,7 +137,7 @@ def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Ten
     Raises:
         ArgumentError: it is not finite: errors could not be told.
     """
-    result = final(unet, generate, batch, seed)
+    result = final(generate, batch, seed)
     if not bool(result.isfinite().all()):
         raise ArgumentError(
             "results are finite numbers without adaptor passes",
@@ -263,7 +263,7 @@ class Runs:
             with self._times(cw) as times:
                 for run, plain in zip(self.runs, self.plain, strict=True):
                     with cw.trajectory():
-                        errors.append(relative_error(final(self.unet, self.generate, *run), plain))
+                        errors.append(relative_error(final(self.generate, *run), plain))
             stats = cw.stats
         calls = stats.full_passes + stats.adaptor_passes
         ms = (_typical(times[False]), _typical(times[True])) if times[False] and times[True] else None

@@ -116,8 +116,8 @@ def in_turns(
         The timing of each side.
 
     Example:
-        >>> found = in_turns({"a": lambda: sum(range(9)), "b": lambda: None}, "cpu", rounds=3)
-        >>> found["a"].runs, found["a"].low <= found["a"].median <= found["a"].high
+        >>> times = in_turns({"a": lambda: sum(range(9)), "b": lambda: None}, "cpu", rounds=3)
+        >>> times["a"].runs, times["a"].low <= times["a"].median <= times["a"].high
         (3, True)
     """
     for _ in range(warmup):

@@ -48,8 +48,8 @@ def diagram(unet: nn.Module, /, *args: Any, region: Region | Choice | None = Non
         >>> import torch, clockwork_hooks as ch
         >>> from clockwork_hooks.models import load_model
         >>> unet, args, kwargs = load_model("ddpm-cifar10")
-        >>> made = ch.diagram(unet, *args, **kwargs)
-        >>> made.levels, len(made.skips)
+        >>> picture = ch.diagram(unet, *args, **kwargs)
+        >>> picture.levels, len(picture.skips)
         (((32, 32), (16, 16), (8, 8), (4, 4)), 9)
 
     Source: arXiv 2312.08128, Fig. 3 and Fig. 8 draw SD v1.5 in this way.
