@@ -235,11 +235,11 @@ def test_factories_of_models_and_of_samplers_are_told_apart(capsys, words, said)
     assert said in err
 
 
-def test_help_imports_neither_diffusers_nor_fvcore():
+def test_help_imports_no_torch():
     code = "import sys; from clockwork_hooks.cli import main; main(['--help']); print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = out.splitlines()[-1]
-    for name in ("'diffusers'", "'fvcore'", "'transformers'", "'matplotlib'"):
+    for name in ("'torch'", "'numpy'", "'diffusers'", "'fvcore'", "'transformers'", "'matplotlib'"):
         assert name not in loaded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +12,12 @@ from clockwork_hooks._numbers import macs, percent, shape
 from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.options import deliver
-from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
-from clockwork_hooks.reports.u_drawing import Diagram
+
+if TYPE_CHECKING:
+    from clockwork_hooks.regions.region import Region
+    from clockwork_hooks.reports.u_drawing import Diagram
 
 __all__ = ["RegionList", "flops", "regions"]
 
