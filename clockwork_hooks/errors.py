@@ -209,7 +209,10 @@ class SkippedModuleWarning(UserWarning):
 
 
 class OtherStepsWarning(UserWarning):
-    """An adaptor runs at other steps, or in another number of steps, than it was made for."""
+    """An adaptor runs at other steps, or in another number of steps, than it was made for; or nobody says how many.
+
+    The last where a schedule depends on the number of steps, and the loop is one's own: `cw.trajectory(steps=20)`.
+    """
 
 
 def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:

@@ -26,7 +26,8 @@ class Schedule:
     `Schedule.parse` reads it.
 
     Some schedules depend on the number of steps of a trajectory. It is known where `wrap_pipeline` reads it from the
-    pipeline's scheduler, and where a sampler says `cw.trajectory(steps=20)`.
+    pipeline's scheduler, and where a sampler says `cw.trajectory(steps=20)`. Elsewhere it is the number that the adaptor
+    was made for; where there is none, an `OtherStepsWarning` says so. Steps beyond the number are full.
 
     Attributes:
         uses_adaptor: step (from 1) → does the adaptor stand in for the region? Of an adaptive schedule: may it?
@@ -272,7 +273,9 @@ class Schedule:
         rule = self.uses_adaptor
         if step <= 1:
             return False
-        return rule(step, steps) if isinstance(rule, (_Ticks, _Spread, _Early)) else rule(step)
+        if not isinstance(rule, (_Ticks, _Spread, _Early)):
+            return rule(step)
+        return (steps is None or step <= steps) and rule(step, steps)  # full where there are more than was said
 
     @property
     def is_clock(self) -> bool:

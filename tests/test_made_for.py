@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,40 @@ def test_a_schedule_that_counts_from_the_end_is_calibrated_for_the_steps_that_it
         assert [step.step for step in calibrated.report.steps] == steps
         with ch.wrap(unet, calibrated) as cw:
             assert cw.schedule == Schedule.at(steps)
+
+
+def letters(cw: ch.ClockworkWrapper, unet: torch.nn.Module, steps: int) -> str:
+    """One letter a step of a loop that says nothing of how many it takes."""
+    counts = [cw.stats.adaptor_passes]
+    watched = unet.register_forward_hook(lambda *_: counts.append(cw.stats.adaptor_passes))
+    with cw.trajectory():
+        sampler(unet, steps)(4)
+    watched.remove()
+    return " ".join("A" if after > before else "F" for before, after in itertools.pairwise(counts))
+
+
+@torch.no_grad()
+def test_the_adaptor_knows_how_many_steps_a_loop_of_ones_own_takes(unet: torch.nn.Module) -> None:
+    """A schedule that depends on it is that of the steps that the adaptor was made for; longer runs are told."""
+    calibrated = adaptor(unet, schedule=Schedule.early(2))
+    with ch.wrap(unet, calibrated, schedule=Schedule.early(2)) as cw:
+        for _ in range(2):
+            assert letters(cw, unet, 8) == Schedule.early(2).preview(8) != Schedule.every(2).preview(8)
+        with pytest.warns(ch.OtherStepsWarning) as caught:
+            assert letters(cw, unet, 12) == f"{Schedule.early(2).preview(8)} F A F A"
+    assert sum("made for 8 steps, and this run has 10 or more" in str(one.message) for one in caught) == 1
+
+
+@torch.no_grad()
+def test_a_schedule_that_nobody_tells_the_number_of_steps_says_so_once(unet: torch.nn.Module) -> None:
+    said = r"has to know it\n  schedule: early\(2\)\n(.*\n)+.*Schedule.at\(Schedule.early\(2\).adaptor_steps\(20\)\)"
+    with ch.wrap(unet, schedule=Schedule.early(2)) as cw:
+        with pytest.warns(ch.OtherStepsWarning, match=said) as caught:
+            letters(cw, unet, 8)
+        assert caught[0].filename == __file__
+        letters(cw, unet, 8)
+    with ch.wrap(unet, schedule=Schedule.early(2)) as cw, cw.trajectory(steps=8):
+        sampler(unet, 8)(4)
 
 
 def test_training_asks_for_steps_that_are_named(unet: torch.nn.Module) -> None:

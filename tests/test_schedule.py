@@ -135,6 +135,12 @@ def test_what_counts_from_the_end_needs_the_number_of_steps(clock: int, steps: i
     assert last.is_full(step, steps) == (Schedule.every(clock).is_full(step) or step > steps - 2)
 
 
+@pytest.mark.parametrize("schedule", [Schedule.spread(2), Schedule.early(2), Schedule.every(2, last_full=1)], ids=str)
+def test_steps_beyond_the_number_that_was_said_are_full(schedule: Schedule) -> None:
+    assert schedule.preview(8).split().count("A") > 2
+    assert all(schedule.is_full(step, 8) for step in range(9, 20))
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -177,7 +183,8 @@ def test_a_sampler_says_how_many_steps_it_takes() -> None:
 
         passes(8)  # the first call is recorded
         assert passes(8) == Schedule.spread(2).preview(8) == "F F A A F A A F"
-        assert passes(None) == Schedule.every(2).preview(8)
+        with pytest.warns(ch.OtherStepsWarning, match="steps: not known"):
+            assert passes(None) == Schedule.every(2).preview(8)
         assert passes(9)[:15] == Schedule.spread(2).preview(9)[:15]
     with pytest.raises(ch.errors.ArgumentError, match="steps"):
         cw.trajectory(steps=0)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.learned import LearnedAdaptor, fit
-from clockwork_hooks.errors import AdaptorError, ArgumentError
+from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region
 
@@ -399,6 +399,7 @@ class CalibratedAdaptor(LearnedAdaptor):
                 "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
                 f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
                 "sampler and the number of steps that it is used with, and leave schedule= and clock= out of wrap()",
+                OtherStepsWarning,
                 stacklevel=2,
             )
 

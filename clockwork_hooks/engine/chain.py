@@ -52,6 +52,7 @@ class ClockedRegion:
         clock: full every so many steps; 0 where something else says which steps are full.
         keep: modules that run on adaptor passes too.
         region: once it is known.
+        usual: where the schedule depends on the number of steps, the one that the adaptor was made for; 0 for none.
     """
 
     wanted: Region | Choice
@@ -62,6 +63,11 @@ class ClockedRegion:
     clock: int = 0
     keep: tuple[str, ...] = ()
     region: Region | None = None
+    usual: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        counts = stand_in.schedules_of(self.adaptor)[1] if self.schedule.counts_from_end else ()
+        self.usual = counts[0] if len(counts) == 1 else 0
 
     @property
     def keeps_entry(self) -> bool:
@@ -72,6 +78,10 @@ class ClockedRegion:
     def keeps_trail(self) -> bool:
         """Does the adaptor look at how the exit moved between the last two full passes?"""
         return "trend" in needs_of(self.adaptor)
+
+    def skips(self, step: int, steps: int | None) -> bool:
+        """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""
+        return self.schedule.skips(step, self.usual if steps is None and step <= self.usual else steps)
 
     def find(self, trace: Trace, unet: nn.Module) -> tuple[Region | None, str]:
         """The region of this trace: the one known from other inputs, if it is there; or None, and why.

@@ -203,7 +203,12 @@ class Engine:
         self.installed = Installed(self)
         self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
         self._other_steps = [
-            OtherSteps(type(one.adaptor).__name__, stand_in.schedule_of(one.adaptor)[1]) for one in chain
+            OtherSteps(
+                type(one.adaptor).__name__,
+                stand_in.schedule_of(one.adaptor)[1],
+                one.schedule if one.schedule.counts_from_end and not one.usual else None,
+            )
+            for one in chain
         ]
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
@@ -255,7 +260,7 @@ class Engine:
 
     def skips_at(self, step: int, steps: int | None = None) -> bool:
         """May this step skip any region, in a trajectory of so many? None where that is not known."""
-        return any(clocked.schedule.skips(step, steps) for clocked in self.chain)
+        return any(clocked.skips(step, steps) for clocked in self.chain)
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -302,7 +307,8 @@ class Engine:
         if batch is not None:
             call.decision = self._by_rows(state, call, batch, call.decision)
         if call.decision.reason is None:
-            self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps)
+            pipeline = self.step_reader is not None
+            self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps, pipeline=pipeline)
         for observer in self.observers:
             observer.before(call)
         try:
@@ -380,7 +386,7 @@ class Engine:
         if not signature.regions:
             return Decision(signature.why)
         steps = state.timeline.steps
-        due = (index for index, clocked in enumerate(self.chain) if clocked.schedule.skips(place.turn, steps))
+        due = (index for index, clocked in enumerate(self.chain) if clocked.skips(place.turn, steps))
         region = next(due, None)  # the widest whose clock does not strike
         if place.turn <= 1 or region is None:
             return Decision(place.scheduled)

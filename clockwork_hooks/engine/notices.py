@@ -16,6 +16,7 @@ from torch import nn
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
+from clockwork_hooks.schedule import Schedule
 
 __all__ = ["NoAdaptorPass", "OtherSteps", "Watchers", "warn_of_failure", "watchers"]
 
@@ -98,18 +99,31 @@ def _ignoring(paths: Iterable[str]) -> str:
 
 
 class OtherSteps:
-    """Warns once where a run has another number of steps than the adaptor was made for.
+    """Warns once of a number of steps: another one than the adaptor was made for, or one that a schedule has to know.
 
     Args:
         adaptor: its class, for the message.
         counts: numbers of steps that it was made for; none where it does not say.
+        asks: the schedule, where it depends on the number of steps and only the run can tell it.
     """
 
-    def __init__(self, adaptor: str, counts: Collection[int]) -> None:
-        self._adaptor, self._counts = adaptor, counts
+    def __init__(self, adaptor: str, counts: Collection[int], asks: Schedule | None = None) -> None:
+        self._adaptor, self._counts, self._asks = adaptor, counts, asks
 
-    def look(self, step: int, steps: int | None) -> None:
-        """A pass at this step of a run of so many steps; None where that is not known."""
+    def look(self, step: int, steps: int | None, *, pipeline: bool = False) -> None:
+        """An adaptor pass at this step of a run of so many steps; None where that is not known.
+
+        Of a pipeline it is known where its scheduler says it, and a user who passed a clock can do nothing elsewhere.
+        """
+        if steps is None and self._asks is not None and not pipeline:
+            asks, self._asks = self._asks, None
+            _warn(
+                f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n  steps: not known, "
+                "so spread and early run as every, and last_full has no effect\n"
+                "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
+                f"schedule=Schedule.at(Schedule.{asks}.adaptor_steps(20))",
+                OtherStepsWarning,
+            )
         if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
             return
         counts, self._counts = self._counts, ()
