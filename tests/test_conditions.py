@@ -96,6 +96,22 @@ def test_bits_of_every_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert not remembered.same([value, 1, "text", None])
 
 
+@pytest.mark.parametrize("begin", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bits_that_begin_anywhere(dtype: torch.dtype, begin: int) -> None:
+    """A part of a larger tensor, which need not begin where eight bytes do, holds what its copy holds."""
+    whole = torch.arange(3 * 8 + 4).to(dtype)
+    part = whole[begin:][: 3 * 8].view(3, 8)
+    for one, other in ((part.clone(), part), (part, part.clone()), (part.t(), part.t().clone())):
+        conditions = Conditions([one])
+        assert conditions.same([other])
+        assert conditions.same_rows([other], [(2, 2)], one.shape[0], one.shape[0])
+        other[2, 2] += 1
+        assert not conditions.same([other])
+        assert not conditions.same_rows([other], [(2, 2)], one.shape[0], one.shape[0])
+        other[2, 2] -= 1
+
+
 def test_not_a_number_is_itself() -> None:
     value = tensor(SMALL)
     value[0, 0, 1] = float("nan")

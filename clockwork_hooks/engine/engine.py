@@ -14,9 +14,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -55,8 +55,7 @@ _DOUBTS = 2  # calls that were others at other sizes, until all such are recorde
 _DIFFERED, _RECORDINGS = 8, 8  # passes that differ until calls are recorded anew, and how often at most
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What a pass shall be.
 
     Attributes:
@@ -193,6 +192,8 @@ class Engine:
         oldest: int = 1,
     ) -> None:
         self.unet, self.chain, self.time, self.branch = unet, chain, time, branch
+        self._keeps_entry = any(clocked.keeps_entry for clocked in chain)
+        self._keeps_trail = any(clocked.keeps_trail for clocked in chain)
         self.check_finite, self.keep_graph = check_finite, keep_graph
         self.enabled, self.looks, self.teaches, self.records_first = True, False, False, False
         self.observers: list[Observer] = []
@@ -289,10 +290,11 @@ class Engine:
         reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
         if reason is not None:
             return self._run_apart(state, call, reason)
-        if call.key not in self._signatures and _empty(call.arguments):
-            return self._run_apart(state, call, reasons.EMPTY)
-        if call.key in self._unanalysed:
-            return self._run_apart(state, call, reasons.UNANALYSED)
+        if call.key not in self._signatures:
+            if _empty(call.arguments):
+                return self._run_apart(state, call, reasons.EMPTY)
+            if call.key in self._unanalysed:
+                return self._run_apart(state, call, reasons.UNANALYSED)
         call.signature = self._signature(call)
         if call.signature is None:
             return self._record(state, call)
@@ -526,7 +528,7 @@ class Engine:
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
         decision = call.decision or Decision(None)
-        full = replace(decision, reason=reasons.DIFFERED)
+        full = decision._replace(reason=reasons.DIFFERED)
         return self.execute(call, self._pass(self.states.current(), call, full), None, eager=True)
 
     def execute(self, call: UNetCall, pass_: Pass, feature: Feature | None, *, eager: bool = False) -> Outcome:
@@ -632,7 +634,7 @@ class Engine:
 
         Steps that are not known to be one trajectory yet go on too: who uses the trail asks when they are known to be.
         """
-        if place.doubt not in (None, reasons.EVIDENCE) or not any(clocked.keeps_trail for clocked in self.chain):
+        if not self._keeps_trail or place.doubt not in (None, reasons.EVIDENCE):
             return ()
         features = [None if before is None else before.feature for before in place.befores]
         return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
@@ -690,9 +692,7 @@ class Engine:
             "full" if emit is None else "adaptor",
             emit,
             copies=call.signature.copies,
-            looks=self.looks
-            or any(one.keeps_entry for one in self.chain)
-            or (emit is not None and stand_in.looks(clocked.adaptor)),
+            looks=self.looks or self._keeps_entry or (emit is not None and stand_in.looks(clocked.adaptor)),
             keeps_entry=clocked.keeps_entry,
             blanks=use.blanks,
             judge=judge,
@@ -730,9 +730,8 @@ class Engine:
 
     def _idle(self, state: State, place: Position) -> bool:
         """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
-        if any(clocked.keeps_trail for clocked in self.chain):
-            return False
-        return not (self.looks or self.static is not None or self.skips_at(place.turn + 1, state.timeline.steps))
+        keeps = self._keeps_trail or self.looks or self.static is not None
+        return not (keeps or self.skips_at(place.turn + 1, state.timeline.steps))
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
         """The exit to keep: without the graph that it comes from, unless gradients shall flow into the step before."""
@@ -925,7 +924,7 @@ class Engine:
         """See to it that the modules with skipped calls ask the pass that runs."""
         if self.installed.intact(plan):
             return
-        looks = self.looks or any(one.keeps_entry or stand_in.looks(one.adaptor) for one in self.chain)
+        looks = self.looks or self._keeps_entry or any(stand_in.looks(one.adaptor) for one in self.chain)
         self.installed.add(plan, self._modules(), looks=looks)
 
     # -- calls that are not ours ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
-__all__ = ["Census", "Forward", "Installed", "PastHooks", "RootForward", "RootHook"]
+__all__ = ["Census", "Forward", "Installed", "PastHooks", "RootForward", "RootHook", "walk"]
 
 # (the forward that it stands for, args, kwargs) → what the call returns
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -219,15 +219,15 @@ class Census:
     """Which modules a UNet consists of, at one moment."""
 
     def __init__(self, unet: nn.Module) -> None:
-        self._seen = [weakref.ref(module) for module in _walk(unet)]
+        self._seen = [weakref.ref(module) for module in walk(unet)]
 
     def holds(self, unet: nn.Module) -> bool:
         """Does it still consist of the same ones, in the same places?"""
-        now = _walk(unet)
+        now = walk(unet)
         return len(now) == len(self._seen) and all(one() is module for one, module in zip(self._seen, now, strict=True))
 
 
-def _walk(unet: nn.Module) -> list[nn.Module]:
+def walk(unet: nn.Module) -> list[nn.Module]:
     """The modules in a fixed order, one that is shared as often as it is held (`modules()` lists it once)."""
     modules, rest = [], [unet]
     while rest:

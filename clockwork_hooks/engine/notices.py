@@ -15,6 +15,7 @@ from torch import nn
 
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Position
+from clockwork_hooks.engine.hooks import walk
 from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
 from clockwork_hooks.schedule import Schedule
 
@@ -63,7 +64,8 @@ class NoAdaptorPass:
             self._changed.clear()
             return
         self._calls += 1
-        self._changed.update(place.changed)
+        if place.changed:
+            self._changed.update(place.changed)
         if place.trajectory == 0 or self._at != (place.trajectory, place.step):
             self._at, self._steps = (place.trajectory, place.step), self._steps + 1
             if reason not in _QUIET:
@@ -181,6 +183,8 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
             module = unet.get_submodule(top)
         except AttributeError:
             continue
+        if not any(_watcher(vars(inner)) for inner in walk(module)):
+            continue  # nearly always: no path is written
         for path, inner in _within(top, module):
             what = _watcher(vars(inner))
             if what and not any(path == name or path.startswith(f"{name}.") for name in keep):
@@ -189,7 +193,7 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
 
 
 def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The module and all inside of it: once a trajectory, half the time of `named_modules` (0.13, 0.27 ms a step)."""
+    """The module and all inside of it, with their paths."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
@@ -197,8 +201,8 @@ def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _watcher(module: Mapping[str, Any]) -> str | None:
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        for hook in module[name].values():
+    for hooks in (module["_forward_hooks"], module["_forward_pre_hooks"]):
+        for hook in hooks.values() if hooks else ():
             if not _is_harmless(hook):
                 return f"a forward hook, {_name(hook)}"
     own = module.get("forward")
@@ -219,15 +223,18 @@ def _is_harmless(hook: Any) -> bool:
 
 def _has_state(processor: Any) -> bool:
     """Does it hold what one call may leave for another: attributes of an object of no library's class?"""
-    foreign = [
-        kind
-        for kind in type(processor).__mro__
-        if kind is not object and not kind.__module__.startswith(("diffusers.models.", "peft.", "builtins"))
-    ]
+    foreign = _foreign_classes(type(processor))
     if not foreign:
         return False
     held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
     return bool(getattr(processor, "__dict__", None)) or any(not _is_code(value) for value in held)
+
+
+@functools.lru_cache(maxsize=64)
+def _foreign_classes(own: type) -> tuple[type, ...]:
+    """The class and its bases, those of libraries left out."""
+    libraries = ("diffusers.models.", "peft.", "builtins")
+    return tuple(kind for kind in own.__mro__ if kind is not object and not kind.__module__.startswith(libraries))
 
 
 def _is_code(value: Any) -> bool:
