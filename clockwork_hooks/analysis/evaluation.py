@@ -19,6 +19,7 @@ from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.resolve import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
+from clockwork_hooks.analysis.sampling import check_runs
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError, named_options
@@ -238,8 +239,8 @@ def evaluate(
 
     Source: arXiv 2312.08128, Sec. 5 (what is measured there: FID, CLIP score, FLOPs, latency).
     """
-    batches, judges = list(conditions), list(metrics) or [Paired()]
-    _check(batches, seeds, variants)
+    batches, judges = check_runs(generate, conditions, seeds), list(metrics) or [Paired()]
+    _check(variants)
     tallies = [_Tally(PLAIN, Variant(), None)]
     for name, value in variants.items():
         variant = value if isinstance(value, Variant) else Variant(wrap=value)
@@ -321,13 +322,7 @@ def _result(tally: _Tally, judges: Sequence[Metric], seeds: int) -> VariantResul
     )
 
 
-def _check(batches: Sequence[Any], seeds: Sequence[int], variants: Mapping[str, Any]) -> None:
-    if not batches or not seeds:
-        raise ArgumentError(
-            "an evaluation needs conditions and seeds",
-            seen={"batches": len(batches), "seeds": len(seeds)},
-            do="pass at least one of each",
-        )
+def _check(variants: Mapping[str, Any]) -> None:
     if PLAIN in variants:
         raise ArgumentError(
             'the variant "plain" is always there: the UNet as it is',

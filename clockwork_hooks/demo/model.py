@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from clockwork_hooks.demo.captions import MAX_TOKENS, VOCABULARY, encode
 from clockwork_hooks.demo.classifier import AttributeClassifier
 from clockwork_hooks.demo.weights import WEIGHTS, load_module, read_json
 from clockwork_hooks.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "DEMO_PROMPTS",
@@ -33,6 +36,7 @@ __all__ = [
     "new_unet",
     "to_images",
     "to_latents",
+    "to_picture",
 ]
 
 GUIDANCE = 1.5  # measured: above 2, grey backgrounds darken
@@ -110,6 +114,13 @@ def to_latents(images: Tensor) -> Tensor:
 def to_images(latents: Tensor) -> Tensor:
     """Latents (B, 12, 32, 32) to pictures (B, 3, 64, 64), clipped to [0, 1]."""
     return ((F.pixel_shuffle(latents.float(), 2) + 1) / 2).clamp(0, 1)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] → a Pillow picture."""
+    from PIL import Image
+
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(slots=True)

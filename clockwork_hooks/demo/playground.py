@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks._numbers import duration
-from clockwork_hooks.analysis.timing import timed
+from clockwork_hooks.analysis.timing import measured
 from clockwork_hooks.demo.captions import parse
-from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
+from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_picture
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import ArgumentError, ClockworkError, DemoError, OtherStepsWarning, is_whole, need
@@ -108,12 +108,8 @@ class Playground:
             warnings.simplefilter("ignore", OtherStepsWarning)  # the note says it
             plain, seconds = self._draw_plain(prompt, steps, seed)
             stand_in, note = self._adaptor(adaptor, steps, schedule)
-            drawn: list[Tensor] = []
             with wrap(self.model.unet, stand_in, region=self.region, schedule=schedule) as cw, cw.trajectory():
-                taken = timed(
-                    lambda: drawn.append(self.model.sample([prompt], steps=steps, seed=seed)), str(self.model.device)
-                )
-        picture = drawn[0]
+                picture, taken = self._sampled(prompt, steps, seed)
         return {
             "plain": {"picture": _png(plain[0]), "macs": cw.stats.macs_plain, "seconds": seconds},
             "clockwork": {"picture": _png(picture[0]), "macs": cw.stats.macs_run, "seconds": taken},
@@ -128,14 +124,13 @@ class Playground:
         if key not in self._plain:
             if not self._plain:
                 self.model.sample([prompt], steps=1)  # a first call is slower
-            drawn: list[Tensor] = []
-            seconds = timed(
-                lambda: drawn.append(self.model.sample([prompt], steps=steps, seed=seed)), str(self.model.device)
-            )
             while len(self._plain) >= 64:
                 del self._plain[next(iter(self._plain))]
-            self._plain[key] = drawn[0], seconds
+            self._plain[key] = self._sampled(prompt, steps, seed)
         return self._plain[key]
+
+    def _sampled(self, prompt: str, steps: int, seed: int) -> tuple[Tensor, float]:
+        return measured(lambda: self.model.sample([prompt], steps=steps, seed=seed), self.model.device)
 
     def _adaptor(self, name: str, steps: int, schedule: Schedule) -> tuple[Any, str]:
         adapted = tuple(step for step in range(1, steps + 1) if schedule.uses_adaptor(step))
@@ -167,11 +162,8 @@ class Playground:
 
 
 def _png(image: Tensor) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
     data = io.BytesIO()
-    picture.save(data, "png")
+    to_picture(image).save(data, "png")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,10 @@ from torch.nn import functional
 from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.analysis.calibration import calibrate
-from clockwork_hooks.analysis.timing import device_name, timed
+from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.demo.captions import decode, parse, write_captions
 from clockwork_hooks.demo.classifier import attribute_accuracy
-from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo
+from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_picture
 from clockwork_hooks.demo.scenes import draw_split
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
@@ -200,7 +202,7 @@ def demo(
     call = torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1)
     region = find_regions(model.unet, *call, encoder_hidden_states=hidden)[0]
     plain, spread = Schedule.every(clock), Schedule.at(Schedule.spread(clock).adaptor_steps(steps))
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = defaultdict(list)
     images: dict[str, Tensor] = {}
     counts: dict[str, tuple[int, int, int]] = {}
     adaptor: CalibratedAdaptor | None = None
@@ -220,16 +222,15 @@ def demo(
         ways: dict[str, tuple[Any, Schedule] | None] = {PLAIN: None, DEEPCACHE: (None, plain), IDENTITY: (None, spread)}
         ways |= {CALIBRATED: (adaptor, spread)} if adaptor is not None else {}
         for name in list(ways) * ROUNDS:
-
-            def sample(name: str = name) -> None:
-                images[name] = model.sample(texts, steps=steps, seed=seed, callback=tick(name))
-
+            sample = partial(model.sample, texts, steps=steps, seed=seed, callback=tick(name))
             way = ways[name]
             if way is None:
-                times.setdefault(name, []).append(timed(sample, str(model.device)))
+                images[name], seconds = measured(sample, model.device)
+                times[name].append(seconds)
                 continue
             with wrap(model.unet, way[0], region=region, schedule=way[1]) as cw, cw.trajectory():
-                times.setdefault(name, []).append(timed(sample, str(model.device)))
+                images[name], seconds = measured(sample, model.device)
+            times[name].append(seconds)
             counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
             counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
     rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
@@ -358,7 +359,7 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Any], images: Mapping[str, 
         for column, row in enumerate(rows):
             at = (MARGIN + column * (SIDE + GAP), top + CAPTION)
             below = (at[0], at[1] + SIDE + GAP // 2)
-            picture = _picture(images[row.name][line])
+            picture = to_picture(images[row.name][line])
             factor = SIDE / picture.width
             page.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), at)
             detail = picture.crop((x, y, x + DETAIL[1], y + DETAIL[0]))
@@ -387,9 +388,3 @@ def _words(row: Any, plain: Any) -> list[str]:
         f"{duration(row.seconds_per_image)} an image",
         f"{near}{row.accuracy:.1%} right",
     ]
-
-
-def _picture(image: Tensor) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
