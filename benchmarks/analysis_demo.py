@@ -22,8 +22,7 @@ import torch
 
 import clockwork_hooks as ch
 from benchmarks.harness import environment
-from clockwork_hooks.analysis.candidates import Candidate, candidates
-from clockwork_hooks.analysis.sampling import Runs, first_call
+from clockwork_hooks.analysis.sampling import Candidate, Runs, candidates, first_call
 from clockwork_hooks.demo import DEMO_PROMPTS, load_demo
 from clockwork_hooks.demo.weights import WEIGHTS
 

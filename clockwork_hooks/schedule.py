@@ -26,8 +26,8 @@ class Schedule:
     `Schedule.parse` reads it.
 
     Some schedules depend on the number of steps of a trajectory. It is known where `wrap_pipeline` reads it from the
-    pipeline's scheduler, and where a sampler says `cw.trajectory(steps=20)`. Elsewhere it is the number that the adaptor
-    was made for; where there is none, an `OtherStepsWarning` says so. Steps beyond the number are full.
+    pipeline's scheduler, and where a sampler says `cw.trajectory(steps=20)`. Elsewhere it is the number that the
+    adaptor was made for; where there is none, an `OtherStepsWarning` says so. Steps beyond the number are full.
 
     Attributes:
         uses_adaptor: step (from 1) → does the adaptor stand in for the region? Of an adaptive schedule: may it?

@@ -9,7 +9,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.analysis import sampling
-from clockwork_hooks.analysis.candidates import candidates
+from clockwork_hooks.analysis.sampling import candidates
 from clockwork_hooks.analysis.schedule_search import adaptive_steps, rule_of_thumb, threshold_for
 from tests import test_calibration as calibration
 from tests.small_unet import Tiny

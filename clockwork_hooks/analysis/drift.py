@@ -12,8 +12,16 @@ from torch import nn
 
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, percent
-from clockwork_hooks.analysis.candidates import Adaptors, candidates
-from clockwork_hooks.analysis.sampling import Ages, Runs, check_clocks, check_runs, first_call, follow
+from clockwork_hooks.analysis.sampling import (
+    Adaptors,
+    Ages,
+    Runs,
+    candidates,
+    check_clocks,
+    check_runs,
+    first_call,
+    follow,
+)
 from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots

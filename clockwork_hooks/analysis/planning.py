@@ -18,9 +18,19 @@ from clockwork_hooks._numbers import count, percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.adaptors.resolve import AdaptorLike
 from clockwork_hooks.analysis.calibration import calibrate
-from clockwork_hooks.analysis.candidates import Adaptors, Candidate, candidates
-from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Measured, Runs, Series, check_clocks, check_runs, first_call, follow
+from clockwork_hooks.analysis.sampling import (
+    Adaptors,
+    Candidate,
+    Measured,
+    Runs,
+    Series,
+    candidates,
+    check_clocks,
+    check_runs,
+    first_call,
+    follow,
+    region_name,
+)
 from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.errors import ArgumentError, named_options, share, whole
 from clockwork_hooks.regions.find import Choice, choose, regions_of

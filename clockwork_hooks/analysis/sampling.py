@@ -1,8 +1,9 @@
 """Runs of a user's sampler: its first call's arguments, the step of every call, and one noise with other passes.
 
-`follow` watches regions along plain runs: what their exits and entries do, and what an adaptor would be off by. All
-candidates are followed in the same runs. Of each, what the last few steps would have left in its cache is held; what is
-compared is reduced to sums as it passes: memory does not grow with the trajectory.
+What is compared are `candidates`: regions, each with something that stands in for it. `follow` watches them along plain
+runs: what their exits and entries do, and what an adaptor would be off by. All are followed in the same runs. Of each,
+what the last few steps would have left in its cache is held; what is compared is reduced to sums as it passes: memory
+does not grow with the trajectory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate
 from clockwork_hooks._tree import map_leaves
+from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.base import needs_of
-from clockwork_hooks.analysis.candidates import Candidate
+from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.analysis.timing import now
 from clockwork_hooks.clock.timeline import Position, Trail
 from clockwork_hooks.engine import stand_in
@@ -30,26 +32,130 @@ from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.hooks import Installed
 from clockwork_hooks.engine.passes import Active, Outcome, Pass
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
-from clockwork_hooks.errors import ArgumentError, Enough, is_whole
+from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_whole
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.metrics import relative_l2
+from clockwork_hooks.regions.find import choose, match, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
 __all__ = [
+    "Adaptors",
     "Ages",
+    "Candidate",
     "Measured",
     "Runs",
     "Series",
     "Watch",
+    "candidates",
     "check_clocks",
     "check_runs",
     "final",
     "first_call",
     "follow",
     "reference",
+    "region_name",
     "relative_error",
 ]
+
+Adaptors = AdaptorLike | list[AdaptorLike] | tuple[AdaptorLike, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A region with its adaptor.
+
+    Attributes:
+        name: level, edge and share of the MACs; and the adaptor, unless it is the identity.
+        region: the region, of a trace of the UNet.
+        adaptor: stands in for it.
+        argument: the adaptor as the caller named it; None for the identity.
+    """
+
+    name: str
+    region: Region
+    adaptor: Adaptor
+    argument: AdaptorLike
+
+    @property
+    def adaptor_name(self) -> str:
+        """The adaptor's class, or "identity"."""
+        return "identity" if self.argument is None else type(self.adaptor).__name__
+
+
+def region_name(region: Region) -> str:
+    """How the analyses call a region: level, edge, share of the MACs."""
+    cut = "" if region.cut == "outer" else f" {region.cut}"
+    return f"level {region.level}{cut}, {region.macs_share:.1%} of MACs"
+
+
+def candidates(
+    trace: Trace, unet: nn.Module, regions: Iterable[Region] | None, adaptor: Adaptors
+) -> tuple[Candidate, ...]:
+    """Every adaptor with every region that it can stand in for.
+
+    Args:
+        trace: of the UNet, as it is sampled with.
+        unet: the UNet.
+        regions: those to look at. None: for the identity all nested ones, for an adaptor the one that it was made for.
+        adaptor: one, or a list of several; as `wrap` takes them.
+
+    Raises:
+        ArgumentError: what is given is no region of this UNet, or there is no adaptor.
+        AdaptorError: what is given is no adaptor, or an adaptor fits none of the regions.
+        RegionNotFoundError: the UNet has none.
+    """
+    several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
+    if not several:
+        raise ArgumentError("something stands in for a region", seen={"adaptor": adaptor}, do="pass adaptor=None")
+    matches = None if regions is None else _matches(trace, unet, tuple(regions))
+    by_name: dict[str, Candidate] = {}
+    for one in several:
+        argument, used = None if is_identity(one) else one, resolve_adaptor(one)
+        for region in _regions(trace, unet, matches, used, identity=argument is None):
+            name = region_name(region) + ("" if argument is None else f", {type(used).__name__}")
+            again = sum(key == name or key.startswith(f"{name} #") for key in by_name)
+            name = f"{name} #{again + 1}" if again else name
+            by_name[name] = Candidate(name, region, used, argument)
+    return tuple(by_name.values())
+
+
+def _matches(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
+    if not chosen or not all(isinstance(region, Region) for region in chosen):
+        raise ArgumentError(
+            "candidates are regions of the UNet",
+            seen={"regions": [type(region).__name__ for region in chosen] or "none"},
+            do="pass some of ch.find_regions(unet, *args)",
+        )
+    matches = [match(trace, unet, region) for region in chosen]
+    if None in matches:
+        raise ArgumentError(
+            "candidates are regions of this UNet, as generate calls it",
+            seen={"not found": [r.line for r, f in zip(chosen, matches, strict=True) if f is None]},
+            do="pass some of ch.find_regions(unet, *args), found for this UNet",
+        )
+    return tuple(region for region in matches if region is not None)
+
+
+def _regions(
+    trace: Trace, unet: nn.Module, matches: tuple[Region, ...] | None, adaptor: Adaptor, *, identity: bool
+) -> tuple[Region, ...]:
+    if identity:
+        return matches or regions_of(trace, unet)
+    if matches is None:
+        region = choose(trace, unet, **stand_in.region_options(adaptor))
+        stand_in.check_region(adaptor, region)
+        return (region,)
+    fitting, refused = [], None
+    for region in matches:
+        try:
+            stand_in.check_region(adaptor, region)
+            fitting.append(region)
+        except AdaptorError as error:
+            refused = error
+    if refused is not None and not fitting:
+        raise refused
+    return tuple(fitting)
 
 
 def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[int]) -> list[Any]:

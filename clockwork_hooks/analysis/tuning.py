@@ -21,9 +21,7 @@ from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
-from clockwork_hooks.analysis.candidates import Candidate
-from clockwork_hooks.analysis.maps import region_name
-from clockwork_hooks.analysis.sampling import Measured, Runs, first_call
+from clockwork_hooks.analysis.sampling import Candidate, Measured, Runs, first_call, region_name
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, named_options

@@ -120,8 +120,8 @@ class OtherSteps:
         if steps is None and self._asks is not None and not pipeline:
             asks, self._asks = self._asks, None
             _warn(
-                f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n  steps: not known, "
-                "so spread and early run as every, and last_full has no effect\n"
+                f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n"
+                "  steps: not known, so spread and early run as every, and last_full has no effect\n"
                 "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
                 f"schedule=Schedule.at(Schedule.{asks}.adaptor_steps(20))",
                 OtherStepsWarning,
