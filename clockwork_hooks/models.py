@@ -8,6 +8,7 @@ preset as they treat any other model.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import warnings
@@ -386,6 +387,7 @@ def tiny_preset(preset: Preset) -> Preset:
                   frames=min(preset.frames, 2))  # fmt: skip
 
 
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NATIVE = {"size": None, "batch": 1, "frames": 0}  # what says nothing about the inputs
 _RETURN = "`return unet, (torch.randn(1, 3, 64, 64), torch.tensor([0.5])), {}`"
 
@@ -548,8 +550,16 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
     )
 
 
-def find_factory(module: str, factory: str) -> Any:
-    """The function or class that `module:factory` names, the current directory included."""
+def find_factory(module: str, factory: str, *, bare: bool = True) -> Any:
+    """The function or class that `module:factory` names, the current directory included.
+
+    Args:
+        module, factory: the two parts of the name.
+        bare: it is to be called without arguments.
+
+    Raises:
+        ModelNotFoundError: there is none, or it needs arguments.
+    """
     sys.path.insert(0, str(Path.cwd()))
     try:
         target: Any = importlib.import_module(module)
@@ -569,4 +579,20 @@ def find_factory(module: str, factory: str) -> Any:
         raise ModelNotFoundError(
             "a factory can be called", seen={"factory": f"{module}:{factory}"}, do="name a function or a class"
         )
+    needed = _needed(target) if bare else []
+    if needed:
+        raise ModelNotFoundError(
+            "a factory is called without arguments",
+            seen={"factory": f"{module}:{factory}", "arguments without a default": ", ".join(needed)},
+            do="give them defaults, or name a function of your own that calls it",
+        )
     return target
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """Parameters that a call has to name; none where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [one.name for one in parameters if one.default is one.empty and one.kind not in _ANY_NUMBER]

@@ -429,6 +429,11 @@ def test_a_file_in_the_place_of_a_module_is_told():
         load_model("my_factories.py:alone")
 
 
+def test_a_factory_that_needs_arguments_is_told():
+    with pytest.raises(ModelNotFoundError, match=r"without arguments\n  factory: json:loads\n  .*: s\n"):
+        load_model("json:loads")
+
+
 class Heads(nn.Module):
     def forward(self, x):
         q = x.flatten(2).view(1, 4, 2, 4).transpose(-1, -2)

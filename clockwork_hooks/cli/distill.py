@@ -192,7 +192,7 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
 
         name = str(own.pop("factory", ""))
         module, _, factory = name.partition(":")
-        return _from_factory(name, find_factory(module or "?", factory), own)
+        return _from_factory(name, find_factory(module or "?", factory, bare=False), own)
     raise ArgumentError(
         "a source says what samples",
         seen={"source.kind": repr(kind)},
