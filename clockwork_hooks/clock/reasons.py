@@ -37,6 +37,7 @@ WEIGHTS = "weights or adapters of the UNet changed since the step before"
 NOT_KEPT = "no feature was kept in the step before"
 WRITTEN = "the kept feature was written to"
 DIFFERED = "calls differed from the traced ones"
+USED = "code outside the skipped modules uses what they compute"
 NO_REGION = "no region for these inputs"
 COMPILED = "within torch.compile, torch.export or torch.jit"
 TRANSFORMED = "within a transform of torch.func"
@@ -147,6 +148,12 @@ REASONS: dict[str, tuple[str, str]] = {
         "the UNet called its modules in another way than when it was recorded, in this pass or in the step before; an "
         "adaptor pass was run again in full",
         "look for another library that skips modules (DeepCache); else report it, if it happens every time",
+    ),
+    USED: (
+        "the UNet's code, or a hook on it, reads a value of the skipped part (`item()`, `if`, NumPy, `print`), keeps "
+        "it for its next call, or makes its output of it past the region's exit; an adaptor pass was run again in full",
+        "another region: one whose modules hold that code (`ch.find_regions` lists them); take hooks off that look at "
+        "features while sampling",
     ),
     NO_REGION: ("these inputs have no low-resolution region", "nothing"),
     OTHER_REGION: (

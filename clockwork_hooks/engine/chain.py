@@ -145,7 +145,8 @@ class RegionUse:
         copies: code that the trace does not know writes to the exit, or might: inference tensors keep no count of
             writes.
         homes: where exits lie that are no copies.
-        blanks: what skipped calls return in every pass.
+        proved: has an adaptor pass shown that nothing of what is skipped is used, beside the exit?
+        used: so many adaptor passes, one after another, have shown the opposite.
         name: tells adaptor passes apart where there are several regions.
     """
 
@@ -155,7 +156,8 @@ class RegionUse:
     adaptor_macs: int | None = None
     copies: bool = field(default_factory=torch.is_inference_mode_enabled)
     homes: Homes = field(default_factory=Homes)
-    blanks: dict[tuple[str, int], Any] = field(default_factory=dict)
+    proved: bool = False
+    used: int = 0
     name: str = ""
 
 
@@ -169,11 +171,10 @@ class Signature:
         regions: widest first; empty where these inputs have none, and `why` says so.
         key: one object for all its calls: comparing two is one `is`.
         written: which tensors among the arguments, in the order of `Before`, such calls write to.
-        proved: has an adaptor pass run to its end, so that those are known?
         differed: so many passes, one after another, called their modules in another way than the recorded ones.
         recorded: was such a call recorded here? Else the region was found elsewhere, and the first pass that is watched
             has to show that it holds.
-        traced: does its plan come of such a call recorded here? Else its first adaptor pass proves it by placeholders.
+        traced: does its plan come of such a call recorded here?
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
         ignored: says of a path whether the user wants nothing to be told by it.
         places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
@@ -186,7 +187,6 @@ class Signature:
     why: str = ""
     key: tuple[Any, ...] = ()
     written: set[int] = field(default_factory=set)
-    proved: bool = False
     differed: int = 0
     recorded: bool = True
     traced: bool = True

@@ -56,13 +56,13 @@ class Compiled:
         self._lock = threading.Lock()
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
-        """The first adaptor pass of a signature runs as it is: its MACs are counted and its output is checked.
+        """The first adaptor pass of a signature runs as it is: its MACs are counted, and it is proved.
 
         So does one of which an adaptive schedule decides only when the region begins.
         """
         if call.signature is None or pass_.open:
             return False
-        return pass_.kind == "full" or call.signature.regions[pass_.plan.index].adaptor_macs is not None
+        return pass_.kind == "full" or call.signature.regions[pass_.plan.index].proved
 
     def run(self, call: UNetCall, pass_: Pass, feature: Feature | None) -> Outcome:
         """Run a pass as its static callable does.

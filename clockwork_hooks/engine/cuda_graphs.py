@@ -228,7 +228,9 @@ class Captured(Compiled):
         pass_.enter(args, kwargs)
         engine.active.pass_ = pass_
         try:
-            return pass_.outcome(call.forward(*args, **kwargs))
+            outcome = pass_.outcome(call.forward(*args, **kwargs))
+            outcome.used = pass_.taint.reaches(outcome.output)
+            return outcome
         finally:
             engine.active.pass_ = None
 

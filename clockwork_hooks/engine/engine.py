@@ -30,16 +30,16 @@ from clockwork_hooks.clock.loops import State, States
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.chain import ClockedRegion, Signature, prepare, single
+from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, form
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import Stats
-from clockwork_hooks.engine.taint import Taint
+from clockwork_hooks.engine.taint import holds_placeholder
 from clockwork_hooks.engine.undo import Before
-from clockwork_hooks.errors import ArgumentError, ClockworkError, WrapError
+from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
@@ -434,24 +434,25 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
-        before = self._before(call, signature)
+        before = self._before(call, signature, proved=use.proved)
         try:
-            outcome = self.execute(call, pass_, decision.feature) if pass_.taint is None else self._prove(call, pass_)
-        except Exception as error:
-            exchanged = not self.intact
-            unproved = pass_.taint is not None and not isinstance(error, ClockworkError)
-            if not (exchanged or unproved) or not before.restore():
+            outcome = self._adapt(call, pass_, decision.feature)
+        except Exception:
+            exchanged, may_be_ours = not self.intact, pass_.blanks and not pass_.adapting
+            if not (exchanged or may_be_ours) or not before.restore():
                 raise
-            call.inside = False  # modules were exchanged within the trajectory: what was recorded does not fit them
-            self.forget() if exchanged else self._doubt(call)
-            return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reasons.DIFFERED)
+            call.inside = False
+            if exchanged:  # within the trajectory: what was recorded does not fit these modules
+                self.forget()
+                return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reasons.DIFFERED)
+            outcome = Outcome(None, "adaptor", used=True)  # if it is the UNet's own, the full pass has it too
         signature.written |= before.written
         if outcome.kind == "full":  # the schedule has seen the region's entry
             outcome.macs = signature.full_macs
             return outcome
         outcome.macs, outcome.skipped = use.rest_macs + (use.adaptor_macs or 0), use.name
-        if outcome.complete and not self.installed.closed:
-            signature.proved = True
+        if outcome.complete and not outcome.used and not self.installed.closed:
+            use.proved, use.used = True, 0
             return outcome
         return self._again(call, signature, place, before, outcome)
 
@@ -474,56 +475,70 @@ class Engine:
         outcome.macs, outcome.reason = signature.full_macs, reason
         return outcome
 
-    def _prove(self, call: UNetCall, pass_: Pass) -> Outcome:
-        """The first adaptor pass of a plan not recorded here: does its output come of the inputs and the exit alone?"""
-        assert pass_.taint is not None
-        with pass_.taint.following():
-            outcome = self.execute(call, pass_, None, eager=True)
-        exits = [emitted.exit for emitted in outcome.exits.values()]
-        captured = list(outcome.captured.values())
-        doubtful = (
-            not outcome.complete
-            or not tensors(outcome.output)
-            or pass_.taint.reaches((outcome.output, exits, captured, outcome.entry))
-        )
-        if outcome.kind == "adaptor" and doubtful:
-            self._doubt(call)
-            outcome.complete, outcome.blanks = False, True
+    def _adapt(self, call: UNetCall, pass_: Pass, feature: Feature | None) -> Outcome:
+        """Run an adaptor pass, and see whether anything was used of what stands in for skipped outputs."""
+        outcome = self.execute(call, pass_, feature)
+        if outcome.kind == "adaptor":
+            exits = [emitted.exit for emitted in outcome.exits.values()]
+            values = (outcome.output, exits, list(outcome.captured.values()), outcome.entry)
+            outcome.used = outcome.used or pass_.taint.reaches(values) or pass_.taint.outlives(self.unet)
         return outcome
 
-    def _doubt(self, call: UNetCall) -> None:
-        """Calls of this signature are not as a region's file, or a call of other sizes, says: the next is recorded."""
-        if not isinstance(call.signature, Derived):
+    def _doubt(self, call: UNetCall, use: RegionUse | None = None) -> None:
+        """Calls of this signature are not what was taken for granted: the next is recorded, or all are full.
+
+        Args:
+            call: one that has shown it.
+            use: the region of which something was used that is skipped; None where calls were others than recorded.
+        """
+        signature = call.signature
+        if isinstance(signature, Derived) and (use is None or not use.proved):
+            self._signatures.pop(call.key, None)
+            _put_last(self._not_derived, call.key, None)
+            self._doubts[form(call.key)] += 1
+        elif signature is None or use is None or not signature.traced:
             self.forget()
-            return
-        self._signatures.pop(call.key, None)
-        _put_last(self._not_derived, call.key, None)
-        self._doubts[form(call.key)] += 1
+        else:
+            use.used += 1
+            if not use.proved or use.used >= _DIFFERED:
+                signature.regions, signature.why = (), reasons.USED
 
     def _again(
         self, call: UNetCall, signature: Signature, place: Position, before: Before, outcome: Outcome
     ) -> Outcome:
-        """The full pass in the place of an adaptor pass that called its modules in another way than the trace."""
-        if not outcome.blanks:  # the UNet came to its output without the region, as a step cache does: nothing is amiss
+        """The full pass in the place of an adaptor pass that called modules, or used values, as the trace does not."""
+        use = signature.regions[call.decision.region if call.decision else 0]
+        unproved = not signature.traced and not use.proved
+        # else the UNet came to its output without the region, as a step cache does: nothing is amiss
+        if not (outcome.blanks or outcome.used or unproved):
             outcome.kind, outcome.reason, outcome.skipped = "full", reasons.DIFFERED, ""
             outcome.macs = signature.full_macs
             return outcome
+        why = reasons.USED if outcome.used else reasons.DIFFERED
         if not before.restore():
             raise WrapError(
                 "an adaptor pass that has to be run again in full needs its arguments as they were",
-                seen={"step": place.step, "why again": reasons.DIFFERED, "meanwhile": "the UNet has written to them"},
+                seen={"step": place.step, "why again": why, "meanwhile": "the UNet has written to them"},
                 do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
             )
         again = self.full_pass(call)
-        again.macs, again.reason = outcome.macs + signature.full_macs, reasons.DIFFERED
+        if holds_placeholder((again.output, [emitted.exit for emitted in again.exits.values()])):
+            raise WrapError(
+                "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
+                seen={"step": place.step, "kept": "by the adaptor pass before, where it cannot be put back"},
+                do="let the UNet keep it on itself, from its first steps on; or remove() the wrapper",
+            )
+        again.macs, again.reason, again.used = outcome.macs + signature.full_macs, why, outcome.used
+        if unproved and not outcome.used:
+            self._doubt(call)
         return again
 
-    def _before(self, call: UNetCall, signature: Signature) -> Before:
+    def _before(self, call: UNetCall, signature: Signature, *, proved: bool) -> Before:
         """The arguments, for the case that the adaptor pass which begins now has to be run again."""
         sample = call.arguments.get(signature.sample)
         size = sample.numel() if isinstance(sample, torch.Tensor) else 0
-        written, unsure = signature.written, not signature.proved
-        return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample)
+        written, unet = signature.written, None if proved else self.unet
+        return Before(call.args, call.kwargs, written=written, size=size, unsure=not proved, always=sample, unet=unet)
 
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
@@ -679,7 +694,6 @@ class Engine:
     def _pass(self, state: State, call: UNetCall, decision: Decision) -> Pass:
         assert call.signature is not None  # the call has a place
         use, clocked = call.signature.regions[decision.region], self.chain[decision.region]
-        unproved = not call.signature.traced and not call.signature.proved
         emit: Emit | None = None
         judge: Callable[[torch.Tensor | None], str | None] | None = None
         if decision.reason is None:
@@ -694,10 +708,8 @@ class Engine:
             copies=call.signature.copies,
             looks=self.looks or self._keeps_entry or (emit is not None and stand_in.looks(clocked.adaptor)),
             keeps_entry=clocked.keeps_entry,
-            blanks=use.blanks,
             judge=judge,
             proves=emit is None and not call.signature.recorded,
-            taint=Taint() if emit is not None and unproved else None,
         )
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -890,6 +902,9 @@ class Engine:
 
     def _follow(self, call: UNetCall, signature: Signature, outcome: Outcome) -> None:
         """Calls that differ from the recorded ones again and again are recorded anew; some that always do are full."""
+        if outcome.used and call.decision is not None:
+            self._doubt(call, signature.regions[call.decision.region])
+            return
         if outcome.complete and outcome.reason != reasons.DIFFERED:
             signature.differed, signature.recorded = 0, True  # a pass has shown as much as a recording
             return

@@ -12,7 +12,7 @@ import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
 from clockwork_hooks.engine.taint import Taint
-from clockwork_hooks.regions.cut import CutPlan, Kind, Move, Slot, Wanted, fits
+from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
 __all__ = ["Active", "Emit", "Emitted", "Exchanged", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
 
@@ -53,6 +53,7 @@ class Outcome:
         reason: why the pass was full; None for an adaptor pass.
         skipped: the name of the region that an adaptor pass skipped, where there are several.
         blanks: did any skipped call return what stands in for its output?
+        used: was anything of that used: read, written somewhere, left for the next call, or returned?
         reached: was any patched module called?
     """
 
@@ -68,6 +69,7 @@ class Outcome:
     reason: str | None = None
     skipped: str = ""
     blanks: bool = True
+    used: bool = False
     reached: bool = True
 
 
@@ -85,17 +87,17 @@ class Pass:
         copies: regions whose exit is kept as a copy: code that the trace does not know writes to it.
         looks: boundary tensors are picked up.
         keeps_entry: a copy of the entry is kept, for the next steps.
-        blanks: what skipped calls return, where it is the same in every pass; passes of one plan share it.
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
-        taint: follows what stands in for skipped outputs, where it is yet to be proved that nothing comes of it.
 
     Attributes:
+        taint: follows what stands in for skipped outputs: nothing may come of it.
         captured: boundary tensors by name, once they have been seen.
         exits: region → what it emitted.
         entry: the entry's copy.
         reason: what `judge` said.
         blanks: has any skipped call returned what stands in for its output?
+        adapting: does the adaptor run just now?
     """
 
     def __init__(
@@ -107,21 +109,18 @@ class Pass:
         copies: Collection[int] = (),
         looks: bool = True,
         keeps_entry: bool = False,
-        blanks: dict[tuple[str, int], Any] | None = None,
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
         proves: bool = False,
-        taint: Taint | None = None,
     ) -> None:
-        self._proves, self._differs, self.taint = proves, False, taint
+        self._proves, self._differs, self.taint = proves, False, Taint()
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
         self.exits: dict[int, Emitted] = {}
         self.entry: torch.Tensor | None = None
         self.reason: str | None = None
-        self.blanks = False
+        self.blanks = self.adapting = False
         self._emit, self._judge = emit, judge
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
-        self._blanks = {} if blanks is None or taint is not None else blanks
         self._moves = plan.moves(kind, looks=looks or proves)
         self._counts: dict[str, int] = {}
         self._observed: dict[tuple[str, str], int] = {}
@@ -168,8 +167,7 @@ class Pass:
                 self._begin_region()
             if self.kind == "adaptor":
                 self.blanks = True
-                blank = self._blanks.get((path, k))
-                return self._blank(path, k, move) if blank is None else blank
+                return map_leaves(self._fill, move.skipped.output)
         output = forward(*args, **kwargs)
         if self._proves and move.skipped is not None:
             self._differs = self._differs or not fits(output, move.skipped.output)
@@ -245,23 +243,18 @@ class Pass:
                 continue
             self.captured[name] = values[leaf].detach().clone() if name.startswith("entry ") else values[leaf]
 
-    def _blank(self, path: str, k: int, move: Move) -> Any:
-        """What a skipped call returns."""
-        output = None if move.skipped is None else move.skipped.output
-        blank = map_leaves(self._fill, output)
-        if not move.exits and _constant(output):
-            self._blanks[path, k] = blank
-        return blank
-
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):
             return leaf
         if leaf.exit and self._emit is not None:
+            if self.taint.reaches(tuple(self.captured.values())):
+                self.taint.refuse()
+            self.adapting = True
             exit = self._emit(self.captured)
+            self.adapting = False
             self._keep(self.plan.index, exit)
             return exit.clone() if leaf.written or self.plan.index in self.copies else exit
-        blank = placeholder(leaf)
-        return blank if self.taint is None else self.taint.on(blank)
+        return self.taint.on(placeholder(leaf))
 
     def _keep(self, region: int, exit: torch.Tensor) -> None:
         self.exits[region] = Emitted(exit, version(exit))
@@ -272,9 +265,6 @@ class TracedPass(Pass):
 
     Copies, because a graph that writes to an exit later on would return it written to.
     """
-
-    def _blank(self, path: str, k: int, move: Move) -> Any:
-        return map_leaves(self._fill, None if move.skipped is None else move.skipped.output)
 
     def _fill(self, leaf: Any) -> Any:
         if isinstance(leaf, Slot) and not (leaf.exit and self._emit is not None):
@@ -306,13 +296,6 @@ def placeholder(slot: Slot) -> torch.Tensor:
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.zeros((), dtype=dtype, device=device)
-
-
-def _constant(output: Any) -> bool:
-    """May one such output serve all passes? Nobody can change a tuple, nor write to an expanded zero."""
-    if isinstance(output, Slot):
-        return not output.written
-    return output is None or (type(output) is tuple and all(map(_constant, output)))
 
 
 # -- which pass runs in this thread? ------------------------------------------------------------------------------

@@ -1,46 +1,87 @@
-"""Placeholders that pass themselves on: what of a skipped module's output comes into what an adaptor pass returns?"""
+"""Placeholders that pass themselves on: what of a skipped module's output comes into what an adaptor pass returns?
+
+Nobody may look into what stands in for a skipped output. A recorded call shows what operators did with the output at
+that step: not what Python reads (`low.mean().item()`), what NumPy or a kernel without an operator reads, what the UNet
+keeps for its next call, nor what it does at another step. So in every adaptor pass a placeholder is a tensor without
+memory, and whatever an operator makes of one is one too. Who asks for a value of it gets an exception, also in C++.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+import gc
+import weakref
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import nn
 
-from clockwork_hooks._tree import map_leaves, tensors
-from clockwork_hooks.graph.recorder import eager, written_by
+from clockwork_hooks._tree import tensors
+from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
-__all__ = ["Taint", "Tainted"]
+__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder"]
+
+# They return what is no tensor, and look at no value.
+_METADATA = frozenset({"aten::is_same_size", "aten::is_pinned", "aten::_has_compatible_shallow_copy_type"})
+
+
+class SkippedValueError(RuntimeError):
+    """Code asks for a value of what an adaptor pass has skipped; the pass is run again in full."""
 
 
 class Taint:
     """Follows the placeholders of one pass.
 
     Attributes:
-        spread: has something of them come where nothing of them may be?
+        used: has something of them come where nothing of them may be?
     """
 
     def __init__(self) -> None:
-        self.spread = False
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Compiled code runs in eager within the block: it knows no such tensors."""
-        eager.enter()
-        try:
-            yield
-        finally:
-            eager.leave()
+        self.used = False
+        self._placeholders: list[weakref.ref[Any]] = []
 
     def on(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
-        return Tainted(placeholder, self)
+        tainted = Tainted(placeholder, self)
+        # its storage lives as long as the tensor, and where another tensor's `.data` was exchanged for it, longer
+        self._placeholders.append(weakref.ref(_storage(tainted) if _throws() else tainted))
+        return tainted
+
+    def refuse(self) -> NoReturn:
+        """Somebody asks for a value, or writes one to memory that is real."""
+        self.used = True
+        raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
 
     def reaches(self, values: Any) -> bool:
         """Is any of these values made of a placeholder, or has one come where none may be?"""
-        return self.spread or any(isinstance(tensor, Tainted) for tensor in tensors(values))
+        return self.used or holds_placeholder(values)
+
+    def outlives(self, unet: nn.Module) -> bool:
+        """The pass is over: does anybody hold something made of a placeholder, for the next call?"""
+        if not self._alive():
+            return False
+        if torch.is_grad_enabled():  # autograd holds what a checkpoint would run again; so only modules are asked
+            return any(map(self._is_one, tensors([dict(vars(module)) for module in unet.modules()])))
+        for generation in range(3):  # a function that calls itself is a cycle, and holds its variables until then
+            gc.collect(generation)
+            if not self._alive():
+                return False
+        return True
+
+    def _is_one(self, tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, Tainted) or tensor.layout != torch.strided or tensor.is_nested:
+            return isinstance(tensor, Tainted)
+        storage = tensor.untyped_storage()  # what `.data` was exchanged for
+        return any(placeholder() is storage for placeholder in self._placeholders)
+
+    def _alive(self) -> bool:
+        return any(placeholder() is not None for placeholder in self._placeholders)
+
+
+def holds_placeholder(values: Any) -> bool:
+    """Is any of these values one, or made of one?"""
+    return any(isinstance(tensor, Tainted) for tensor in tensors(values))
 
 
 class Tainted(torch.Tensor):
@@ -50,61 +91,86 @@ class Tainted(torch.Tensor):
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor, taint: Taint) -> Tainted:
-        """Args: the tensor itself, and who follows it."""
-        tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
+        """Args: zeros of its shape that operators compute with, and who follows it."""
+        throw = _throws()
+        if throw is None:  # it has memory then: C++ that is no operator may read zeros
+            tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
+        else:
+            shape, strides, offset = plain.shape, plain.stride(), plain.storage_offset()
+            tainted = torch.Tensor._make_wrapper_subclass(
+                cls, shape, strides, offset, dtype=plain.dtype, layout=plain.layout, device=plain.device
+            )
+            throw(tainted)
         tainted.plain, tainted.taint = plain, taint
         return tainted
 
     plain: torch.Tensor
     taint: Taint
 
-    def data_ptr(self) -> int:
-        """Kernels that torch does not see would read it, and pass nothing on."""
-        raise RuntimeError("a kernel that torch does not see asks for the values of a skipped module's output")
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.taint.refuse()
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same."""
-        self.data_ptr()
-
-    def untyped_storage(self) -> Any:
-        """The same: what reads the memory itself passes nothing on."""
-        self.data_ptr()
-
-    def storage(self) -> Any:
-        """The same."""
-        self.data_ptr()
+    # what reads values, and is no operator
+    data_ptr = untyped_storage = storage = share_memory_ = _refuse
+    numpy = tolist = __array__ = __dlpack__ = __deepcopy__ = __reduce_ex__ = _refuse
+    __repr__ = __format__ = _refuse  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        own = [leaf for leaf in tensors((args, kwargs)) if isinstance(leaf, Tainted)]
+        own: list[Tainted] = []
+        traits, plain = _traits(func), [_plain(arg, own) for arg in args]
+        named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
         taint = own[0].taint
-        out = func(*map_leaves(_plain, args), **map_leaves(_plain, kwargs))
-        name = getattr(getattr(func, "_schema", None), "name", "")
-        first = next(iter(tensors(args)), None)
-        if name in SHAPE_ONLY or (name in FIRST_ONLY and not isinstance(first, Tainted)):
-            return out
-        real = [tensor for tensor in written_by(func, args, kwargs) if not isinstance(tensor, Tainted)]
-        taint.spread |= bool(real) or _decides(func, out)
-        before = {id(leaf.plain): leaf for leaf in own}  # operators may return what they were given
-
-        def tainted(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            return before[id(leaf)] if id(leaf) in before else Tainted(leaf, taint)
-
-        return map_leaves(tainted, out)
+        if traits.shape_only or (traits.first_only and not isinstance(args[0], Tainted)):
+            return func(*plain, **named)
+        if traits.reads:
+            taint.refuse()
+        if traits.writes and not all(isinstance(one, Tainted) for one in written_by(func, args, kwargs or {})):
+            taint.refuse()
+        return _tainted(func(*plain, **named), own, taint)
 
 
-def _plain(leaf: Any) -> Any:
-    return leaf.plain if isinstance(leaf, Tainted) else leaf
+def _throws() -> Any:
+    """What has a tensor throw where C++ asks for its memory."""
+    return getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 
 
-def _decides(func: Any, out: Any) -> bool:
-    """Could Python decide by what the operator returns: by a number, or by a shape that depends on values?"""
-    tags = getattr(func, "tags", ())
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-        return True
-    return out is not None and not tensors(out)
+_storage = torch.Tensor.untyped_storage
+
+
+class _Traits(NamedTuple):
+    """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?"""
+
+    shape_only: bool
+    first_only: bool
+    reads: bool
+    writes: bool
+
+
+@functools.cache
+def _traits(func: Any) -> _Traits:
+    schema, tags = getattr(func, "_schema", None), getattr(func, "tags", ())
+    name = getattr(schema, "name", "")
+    reads = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    if schema is not None and schema.returns:
+        reads |= not any("Tensor" in str(one.type) for one in schema.returns)
+    shape_only = name in SHAPE_ONLY or name in _METADATA
+    return _Traits(shape_only, name in FIRST_ONLY, reads, schema is not None and schema.is_mutable)
+
+
+def _plain(value: Any, own: list[Tainted]) -> Any:
+    """An operator's argument without placeholders, which are added to `own`."""
+    if isinstance(value, Tainted):
+        own.append(value)
+        return value.plain
+    return [_plain(one, own) for one in value] if type(value) in (list, tuple) else value
+
+
+def _tainted(out: Any, own: list[Tainted], taint: Taint) -> Any:
+    """What an operator returns, with placeholders in the place of tensors; it may return what it was given."""
+    if isinstance(out, torch.Tensor):
+        same = next((one for one in own if one.plain is out), None)
+        return taint.on(out) if same is None else same
+    return type(out)([_tainted(one, own, taint) for one in out]) if type(out) in (list, tuple) else out

@@ -1,11 +1,13 @@
-"""What a pass does to the arguments of its call, so that it can be run again as if it had not run.
+"""What a pass does to the arguments of its call and to the UNet, so that it can be run again as if it had not run.
 
-A UNet may write to its sample, pop from a list, fill in a dict. An adaptor pass that has to be run again in full must
-not see that: containers get their contents back, and tensors that were written to their values, where we have a copy.
+A UNet may write to its sample, pop from a list, fill in a dict, count its calls. An adaptor pass that has to be run
+again in full must not see that: containers get their contents back, and tensors that were written to their values,
+where we have a copy.
 """
 
 from __future__ import annotations
 
+import math
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, MutableMapping
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import version
+from clockwork_hooks._tree import address, version
 
 __all__ = ["Before"]
 
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Generator)
 _OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _DEEPEST = 6
+_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
 class Before:
@@ -32,6 +35,8 @@ class Before:
         size: number of elements up to which tensors are copied that keep no count of writes; and all others, if
             `unsure`.
         always: a tensor that is copied whatever is known: the sample, which is what is written to most.
+        objects: look into objects of any class, and at tensors of any kind, too.
+        unet: what its modules hold beside their parameters is restored too.
 
     Attributes:
         tensors: those among the arguments, in a fixed order.
@@ -43,10 +48,14 @@ class Before:
         kwargs: Mapping[str, Any] = types.MappingProxyType({}),
         *,
         written: Collection[int] = (),
-        size: int = 0,
+        size: float = 0,
         unsure: bool = False,
         always: Any = None,
+        objects: bool = True,
+        unet: nn.Module | None = None,
     ) -> None:
+        self._own = None if unet is None else _Own(unet)
+        self._objects = objects
         self.tensors: list[torch.Tensor] = []
         self._contents: list[Callable[[], None]] = []
         for value in (*args, *kwargs.values()):
@@ -65,7 +74,7 @@ class Before:
         return {k for k, (tensor, then) in enumerate(pairs) if version(tensor) != then}
 
     def restore(self) -> bool:
-        """Make the arguments what they were; False if a tensor was written to of which there is no copy."""
+        """Make all of it what it was; False if a tensor was written to of which there is no copy."""
         written = self.written
         if not written <= self._copies.keys():
             return False
@@ -75,11 +84,14 @@ class Before:
                     self.tensors[k].copy_(copy)
         for restore in self._contents:
             restore()
+        if self._own is not None:
+            self._own.restore()
         return True
 
     def _look(self, value: Any, depth: int) -> None:
         if isinstance(value, torch.Tensor):
-            self.tensors.append(value)
+            if self._objects or (type(value) is torch.Tensor and value.layout == torch.strided):
+                self.tensors.append(value)
             return
         if isinstance(value, (*_PLAIN, *_OPAQUE)) or depth > _DEEPEST:
             return
@@ -98,7 +110,7 @@ class Before:
             return
         elif isinstance(value, Mapping):
             inner = list(value.values())
-        elif hasattr(value, "__dict__"):
+        elif self._objects and hasattr(value, "__dict__"):
             attributes = dict(vars(value))
             self._contents.append(lambda: _reset(vars(value), attributes))
             inner = attributes.values()
@@ -106,6 +118,41 @@ class Before:
             return
         for item in inner:
             self._look(item, depth + 1)
+
+
+class _Own:
+    """What a UNet's modules hold beside their parameters, before a pass: attributes, lists and dictionaries, buffers.
+
+    Also the variables of functions among the attributes.
+
+    Args:
+        unet: the UNet.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._modules = [
+            (vars(module), {name: value for name, value in vars(module).items() if name not in _MODULE})
+            for module in unet.modules()
+        ]
+        values = [value for _, attributes in self._modules for value in attributes.values()]
+        cells = [cell for value in values for cell in getattr(value, "__closure__", None) or ()]
+        self._cells = [(cell, cell.cell_contents) for cell in cells if cell != types.CellType()]
+        values += [module._buffers for module in unet.modules()] + [value for _, value in self._cells]
+        self._before = Before(tuple(values), size=math.inf, unsure=True, objects=False)
+        self._memory = [(tensor, tensor.data) for tensor in self._before.tensors]
+
+    def restore(self) -> None:
+        """Make it what it was."""
+        for now, before in self._modules:
+            for name in [name for name in now if name not in _MODULE and name not in before]:
+                del now[name]
+            now.update(before)
+        for cell, value in self._cells:
+            cell.cell_contents = value
+        for tensor, memory in self._memory:
+            if address(tensor.untyped_storage()) != address(memory.untyped_storage()):
+                tensor.data = memory
+        self._before.restore()
 
 
 def _refill(value: Any, contents: list[Any]) -> None:

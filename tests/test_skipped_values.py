@@ -1,0 +1,402 @@
+"""Code outside the skipped modules that uses what they compute: no operator of the recorded call shows it, or not yet.
+
+Such a UNet returns what the plain one does, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import dlpack
+
+import clockwork_hooks as ch
+from tests.small_unet import Tiny, reference
+
+TIMES = (900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0)
+USED = "code outside the skipped modules uses what they compute"
+
+Twist = Callable[["Twisted", Tensor, Tensor], Tensor]
+
+
+class Twisted(Tiny):
+    """`twist` is given what the UNet would return, and the output of a module within the region."""
+
+    last: Any = None
+
+    def __init__(self, twist: Twist) -> None:
+        super().__init__()
+        self.twist = twist
+        self.held: list[Tensor] = []
+        self.table: dict[str, Tensor] = {}
+        self.calls = 0
+        self.get, self.put = closure()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("swapped", torch.zeros(()))
+        self.mean: Tensor
+        self.swapped: Tensor
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        """As Tiny's."""
+        self.calls += 1
+        self.now = t
+        time = torch.as_tensor(t).to(x.dtype).reshape(-1, 1).expand(len(x), 1) / 100
+        h = self.stem(x) + self.emb(time).sin()[:, :, None, None]
+        low = self.body(self.act(self.down(h)))
+        z = self.up(low)
+        return self.twist(self, self.head(torch.cat([h, z], 1)), low)
+
+
+def closure() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """A variable that only two functions know."""
+    value: Any = None
+
+    def get() -> Any:
+        return value
+
+    def put(new: Any) -> None:
+        nonlocal value
+        value = new
+
+    return get, put
+
+
+# -- read in the same call ---------------------------------------------------------------------------------------------
+
+
+def printed(low: Tensor) -> float:
+    """The number comes of the text."""
+    out = io.StringIO()
+    print(low.mean(), file=out)
+    return float(out.getvalue().split("(")[1].split(",")[0].split(")")[0])
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda low: low.mean().item(),
+    "float": lambda low: float(low.mean()),
+    "int": lambda low: int(1000 * low.mean()),
+    "bool": lambda low: 2.0 if low.mean() > -0.01 else 1.0,
+    "branch": lambda low: 1.0 if (low.abs() > 0.1).any() else 0.0,
+    "tolist": lambda low: low.flatten()[:2].tolist()[1],
+    "numpy": lambda low: float(low.numpy().mean()),
+    "asarray": lambda low: float(np.asarray(low).mean()),
+    "from_dlpack": lambda low: float(np.from_dlpack(low).mean()),
+    "to_dlpack": lambda low: dlpack.from_dlpack(dlpack.to_dlpack(low)).mean(),
+    "expanded": lambda low: dlpack.from_dlpack(dlpack.to_dlpack(low[:1, :1, :1, :1].expand(2, 2, 8, 8))),
+    "format": lambda low: float(f"{low.mean():.4f}"),
+    "print": printed,
+    "math": lambda low: math.sqrt(low.square().mean()),
+    "index": lambda low: (1.0, 2.0)[(low[0, 0, 0, 0] > -9).long()],
+    "nonzero": lambda low: len(low[low > 0]),
+    "equal": lambda low: 1.0 if torch.equal(low, torch.zeros_like(low)) else 2.0,
+    "allclose": lambda low: 1.0 if torch.allclose(low, torch.zeros_like(low)) else 2.0,
+    "contains": lambda low: 1.0 if 0.0 in low else 2.0,
+    "pointer": lambda low: ctypes.c_float.from_address(low.data_ptr()).value,
+    "pointer in C": lambda low: ctypes.c_float.from_address(torch._C.TensorBase.data_ptr(low)).value,
+    "storage": lambda low: low.untyped_storage()[3],
+    "deepcopy": lambda low: copy.deepcopy(low).mean(),
+    "pickle": lambda low: pickle.loads(pickle.dumps(low)).mean(),
+    "new tensor": lambda low: torch.tensor([low.mean(), 1.0]).sum(),
+    "item of data": lambda low: low.data.mean().item(),
+    "an error": lambda low: [1.0][int(low.abs().mean() < 1e-9)],
+    "a loop": lambda low: sum(1 for _ in iter(lambda: low.abs().max() > 1e-6, True)),
+    "caught": lambda low: caught(lambda: low.mean().item()),
+}
+
+
+def caught(read: Callable[[], float]) -> float:
+    """Whoever reads it has another number ready."""
+    try:
+        return read()
+    except Exception:
+        return 7.0
+
+
+# -- kept for the next call --------------------------------------------------------------------------------------------
+
+
+def swap(holder: dict[str, Any], name: str, value: Any) -> Any:
+    """The value that was there."""
+    before, holder[name] = holder.get(name), value
+    return 0.0 if before is None else before
+
+
+def on_self(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """An attribute."""
+    return out + torch.as_tensor(swap(vars(unet), "last", low)).mean()
+
+
+def part_on_self(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """An attribute that holds what was made of it."""
+    return out + swap(vars(unet), "last", low.mean() * 2)
+
+
+def in_list(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A list."""
+    unet.held.append(low)
+    return out + (unet.held.pop(0).mean() if len(unet.held) > 1 else 0)
+
+
+def in_dict(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A dictionary."""
+    return out + torch.as_tensor(swap(unet.table, "low", low)).mean()
+
+
+def in_closure(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """What only a function knows."""
+    before = unet.get()
+    unet.put(low)
+    return out if before is None else out + before.mean()
+
+
+def in_cycle(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A list that holds itself."""
+    before, unet.held = unet.held, [low]
+    unet.held.append(unet.held)  # type: ignore[arg-type]
+    return out + before[0].mean() if before else out
+
+
+def buffer(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A buffer is another tensor each time."""
+    out = out + unet.swapped
+    unet.swapped = low.mean()
+    return out
+
+
+def statistics(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Running statistics are written to in place."""
+    out = out + unet.mean
+    unet.mean.mul_(0.9).add_(low.mean(), alpha=0.1)
+    return out
+
+
+def counted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """How often it was called matters too: a pass that is run again is no second call."""
+    return out + unet.calls + low.mean().item()
+
+
+def by_data(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """The memory of a tensor is exchanged."""
+    out = out + unet.mean
+    unet.mean.data = low.mean()
+    return out
+
+
+KEPT = (on_self, part_on_self, in_list, in_dict, in_closure, in_cycle, buffer, statistics, counted, by_data)
+
+
+def adding(read: Callable[[Tensor], Any]) -> Twist:
+    return lambda unet, out, low: out + read(low.detach())
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, 8, 8, generator=generator), torch.randn(2, 3, generator=generator)
+
+
+def judged(twist: Twist, mode: Any = torch.no_grad, **options: Any) -> ch.ClockworkWrapper:
+    """Two trajectories that return the plain UNet's outputs."""
+    unet, plain, (x, c) = Twisted(twist), Twisted(twist), inputs()
+    cw = ch.wrap(unet, **options)
+    with mode():
+        for _ in range(2):
+            with cw.trajectory(steps=len(TIMES)):
+                for t in TIMES:
+                    assert torch.equal(unet(x, t, c), plain(x, t, c)), t
+    return cw
+
+
+@pytest.mark.parametrize("twist", [*map(adding, READS.values()), *KEPT], ids=[*READS, *(one.__name__ for one in KEPT)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_nothing_is_made_of_what_is_skipped(twist: Any, mode: Any) -> None:
+    """One adaptor pass finds it and is run again; from then on all are full, and the user is told."""
+    if twist is in_closure and mode is torch.enable_grad:
+        pytest.skip("under autograd, what holds a tensor may be the graph: only modules are asked")
+    with pytest.warns(ch.NoEffectWarning, match="uses what they compute"):
+        cw = judged(twist, mode)
+    assert cw.stats.adaptor_passes == 0
+    assert cw.stats.reasons[USED] == 15
+    assert cw.stats.macs_run < 1.1 * cw.stats.macs_plain
+
+
+# -- at some step only, and by others ----------------------------------------------------------------------------------
+
+
+def late(twist: Twist) -> Twist:
+    """In the last steps only, so that the first adaptor passes prove nothing."""
+
+    def twisted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+        return twist(unet, out, low) if unet.now < 450 else out
+
+    return twisted
+
+
+def added(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Operators alone; those of the recorded call were others."""
+    return out + low.mean()
+
+
+def written(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Into memory that is real."""
+    return torch.empty(low.shape).copy_(low).mean() + out
+
+
+def either(twist: Twist, mode: Any = torch.no_grad, clock: int = 2) -> str:
+    """Three trajectories; each output is the plain UNet's, or its with the exit of the step before: "F" or "A" each."""
+    unet, plain, (x, c), letters = Twisted(twist), Twisted(twist), inputs(), ""
+    with mode(), ch.wrap(unet, clock=clock) as cw:
+        for _ in range(3):
+            before = None
+            with cw.trajectory(steps=len(TIMES)):
+                for t in TIMES:
+                    got = unet(x, t, c)
+                    full, exit = reference(plain, x, t, c)
+                    if torch.equal(got, full):
+                        letters += "F"
+                    else:
+                        exit = before
+                        assert torch.equal(got, reference(plain, x, t, c, exit=before)[0]), t
+                        letters += "A"
+                    before = exit
+    return letters
+
+
+@pytest.mark.parametrize("twist", [*map(adding, READS.values()), added, written], ids=[*READS, "added", "written"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_is_used_at_later_steps_only(twist: Any, mode: Any) -> None:
+    """The steps that use it are full, run again; the others are served."""
+    assert either(late(twist), mode) == 3 * "FAFAFFFF"
+
+
+@pytest.mark.parametrize("twist", [on_self, part_on_self, in_list, in_closure])
+def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
+    """The pass cannot be run again where what was there before it is gone: an error, and nothing stale."""
+    unet, plain, (x, c) = Twisted(late(twist)), Twisted(late(twist)), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
+        for k, t in enumerate(TIMES[:5]):
+            assert torch.equal(unet(x, t, c), plain(x, t, c)) or k in (1, 3)
+        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+            unet(x, TIMES[5], c)
+
+
+@pytest.mark.filterwarnings("ignore:6 denoising steps without")
+def test_one_that_always_uses_it_from_some_step_on_is_full() -> None:
+    """Adaptor passes that are run again cost more than full ones: after eight, one after another, there are no more."""
+    unet, plain, (x, c), calls = Twisted(late(added)), Twisted(late(added)), inputs(), 60
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=calls):
+        for k in range(calls):
+            t = 600.0 - 5 * k
+            got, full = unet(x, t, c), plain(x, t, c)
+            assert torch.equal(got, full) or t >= 450
+    assert cw.stats.adaptor_passes == 15
+    assert cw.stats.macs_run < cw.stats.macs_plain
+
+
+def test_a_hook_that_reads() -> None:
+    """A user's hook on a module that runs in every pass, and is given what is skipped."""
+
+    class Probe(nn.Module):
+        def forward(self, out: Tensor, low: Tensor) -> Tensor:
+            """Nothing is made of the second one here."""
+            return out + 0
+
+    seen: list[float] = []
+    unet, plain, (x, c) = Twisted(added), Twisted(added), inputs()
+    for one in (unet, plain):
+        one.probe = Probe()
+        one.twist = lambda own, out, low: own.probe(out, low)
+    cw = ch.wrap(unet)
+    unet.probe.register_forward_hook(lambda module, args, output: seen.append(args[1].mean().item()))
+    with torch.no_grad(), cw.trajectory(steps=4):
+        for t in TIMES[:4]:
+            assert torch.equal(unet(x, t, c), plain(x, t, c))
+    assert len(seen) == 4
+    assert len(set(seen)) == 4
+    assert cw.stats.reasons[USED] == 1
+    assert cw.stats.adaptor_passes == 0
+
+
+# -- no false alarm ----------------------------------------------------------------------------------------------------
+
+
+def shape(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Shapes are known."""
+    return out + torch.ones_like(low).mean() + low.shape[1] + len(low) + low.new_zeros(1)
+
+
+def checked(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """What runs in every pass is looked at."""
+    if torch.isnan(out).any():
+        raise ValueError
+    unet.last = out.mean().item()
+    return out
+
+
+def computed(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Something is made of it, and dropped."""
+    unused = torch.cat([low.float(), low * 2], 1).flatten(1).softmax(1) + out.mean()
+    return out + unused.shape[1]
+
+
+def recursive(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A function that calls itself holds its variables until they are collected."""
+
+    def count(k: int) -> int:
+        return 0 if k > low.shape[0] else 1 + count(k + 1)
+
+    return out + count(0)
+
+
+def dropped(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """It is held for this call only."""
+    unet.held.append(low)
+    unet.held.clear()
+    return out
+
+
+@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_needs_no_value_is_served(twist: Any, mode: Any) -> None:
+    assert either(twist, mode) == 3 * "FAFAFAFA"
+    assert either(twist, mode, clock=4) == 3 * "FAAAFAAA"
+
+
+def test_an_error_of_the_unet_is_its_own() -> None:
+    """It comes again in the full pass, and is raised."""
+
+    def fails(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+        if unet.now == TIMES[3]:
+            raise KeyError("of its own")
+        return out
+
+    unet, (x, c) = Twisted(fails), inputs()
+    cw = ch.wrap(unet)
+    with torch.no_grad(), cw.trajectory(steps=8):
+        for t in TIMES[:3]:
+            unet(x, t, c)
+        with pytest.raises(KeyError, match="of its own"):
+            unet(x, TIMES[3], c)
+        unet(x, TIMES[4], c), unet(x, TIMES[5], c)
+    assert cw.stats.adaptor_passes == 2
+
+
+def test_an_error_of_the_adaptor_is_its_own() -> None:
+    """No full pass hides it."""
+
+    def fails(entry: Tensor, exit_cached: Tensor, *, time: Any, text: Any) -> Tensor:
+        raise KeyError("the adaptor's")
+
+    unet, (x, c) = Twisted(checked), inputs()
+    with torch.no_grad(), ch.wrap(unet, fails) as cw, cw.trajectory(steps=8):  # type: ignore[arg-type]
+        unet(x, TIMES[0], c)
+        with pytest.raises(KeyError, match="the adaptor's"):
+            unet(x, TIMES[1], c)
