@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clockwork_hooks.adaptors.base import Adaptor
-from clockwork_hooks.adaptors.resolve import resolve_adaptor
+from clockwork_hooks.adaptors.base import Adaptor, resolve_adaptor
 from clockwork_hooks.clock.samplers import find_sampler
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.attach import wrap

@@ -16,7 +16,7 @@ from torch import nn
 
 from clockwork_hooks._tree import address, held
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.resolve import resolve_adaptor
+from clockwork_hooks.adaptors.base import resolve_adaptor
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import check_names, wrap

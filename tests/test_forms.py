@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import clockwork_hooks as ch
-from clockwork_hooks.clock.forms import TimeForms
+from clockwork_hooks.clock.times import TimeForms
 from clockwork_hooks.errors import ArgumentError, NoEffectWarning
 from tests.oracle import Judge
 from tests.small_unet import Tiny

@@ -1,13 +1,17 @@
-"""The signature and the inputs of every adaptor; and the identity, which passes the cached exit on."""
+"""What stands in for a region: its signature, the identity, and what users may pass as one, the same everywhere."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-__all__ = ["Adaptor", "AdaptorInputs", "IdentityAdaptor", "needs_of"]
+from clockwork_hooks import adaptors
+from clockwork_hooks.errors import AdaptorError
+
+__all__ = ["Adaptor", "AdaptorInputs", "AdaptorLike", "IdentityAdaptor", "is_identity", "needs_of", "resolve_adaptor"]
 
 
 @runtime_checkable
@@ -119,3 +123,42 @@ class IdentityAdaptor(nn.Module):
     ) -> torch.Tensor:
         """Return `exit_cached` itself."""
         return exit_cached
+
+
+AdaptorLike = Adaptor | str | os.PathLike[str] | None
+
+
+def is_identity(adaptor: Any) -> bool:
+    """Is this the identity, in one of the ways to say it?"""
+    return adaptor is None or (isinstance(adaptor, str) and adaptor == "identity") or type(adaptor) is IdentityAdaptor
+
+
+def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
+    """The adaptor that a user's value stands for.
+
+    Args:
+        adaptor: None or "identity"; the folder of a saved adaptor, as text or a path, or its id on the Hugging Face
+            Hub; or a module or function that follows `Adaptor`, which is returned as it is.
+
+    Returns:
+        The adaptor; a saved one on the CPU, in evaluation mode.
+
+    Raises:
+        AdaptorError: it is none of these, or what is saved there cannot be loaded.
+
+    Example:
+        >>> resolve_adaptor("identity")
+        IdentityAdaptor()
+    """
+    if isinstance(adaptor, (str, os.PathLike)) and not is_identity(adaptor):
+        return adaptors.LearnedAdaptor.from_pretrained(adaptor)  # imported now: huggingface_hub comes with it
+    if is_identity(adaptor):
+        return adaptor if isinstance(adaptor, IdentityAdaptor) else IdentityAdaptor()
+    if isinstance(adaptor, type) or not callable(adaptor):
+        raise AdaptorError(
+            'an adaptor is None, "identity", the folder of a saved one, or a module called as '
+            "adaptor(entry, exit_cached, time=..., text=...)",
+            seen={"adaptor": repr(adaptor)[:80]},
+            do="pass one of these",
+        )
+    return adaptor

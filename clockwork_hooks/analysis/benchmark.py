@@ -14,7 +14,7 @@ from torch import nn
 from clockwork_hooks._numbers import count, percent, shape
 from clockwork_hooks._tree import tensors
 from clockwork_hooks._version import versions
-from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
+from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, resolve_adaptor
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stand_in import region_options

@@ -21,8 +21,7 @@ from torch import nn
 
 from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.base import needs_of
-from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
+from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, needs_of, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, named, whole
 from clockwork_hooks.graph.arguments import Binder

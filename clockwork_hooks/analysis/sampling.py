@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from clockwork_hooks._generate import Generate
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.base import needs_of
-from clockwork_hooks.adaptors.resolve import AdaptorLike, is_identity, resolve_adaptor
+from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, needs_of, resolve_adaptor
 from clockwork_hooks.analysis.timing import now
 from clockwork_hooks.clock.timeline import Position, Trail
 from clockwork_hooks.engine import stand_in

@@ -19,9 +19,7 @@ import torch
 from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
-from clockwork_hooks.clock.evidence import Jumps, MixedTimes, Strides
-from clockwork_hooks.clock.forms import TimeForms, may_be_form
-from clockwork_hooks.clock.times import Place
+from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms, may_be_form
 
 __all__ = ["Branch", "Call", "Feature", "Position", "Timeline", "Trail"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from clockwork_hooks._numbers import shape
-from clockwork_hooks.adaptors.resolve import AdaptorLike, resolve_adaptor
+from clockwork_hooks.adaptors.base import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._generate import with_seed
-from clockwork_hooks.adaptors.resolve import is_identity, resolve_adaptor
+from clockwork_hooks.adaptors.base import is_identity, resolve_adaptor
 from clockwork_hooks.engine.stand_in import check_region, region_options
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError, need
 from clockwork_hooks.regions.find import Choice
