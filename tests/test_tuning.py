@@ -1,10 +1,13 @@
 """`tune` on UNets that tell which steps may use an adaptor, and on a pipeline."""
 
+import itertools
+
 import pytest
 import torch
 
 import clockwork_hooks as ch
 from clockwork_hooks.analysis.tuning import Tuning, spaced, tune
+from clockwork_hooks.reports.progress import ProgressBar
 from tests.schemas import follows_its_schema
 from tests.test_calibration import TIMES, WORLDS, Blocks, sampler
 
@@ -32,6 +35,23 @@ def test_the_schedule_is_the_one_that_spares_the_steps_that_matter():
     assert Tuning.from_json(tuning.to_json()) == tuning
     assert "(chosen)" in str(tuning)
     follows_its_schema(tuning.to_dict())
+
+
+def test_the_bar_moves_from_the_first_run_on_and_ends_near_its_end(monkeypatch):
+    shares = []
+
+    def advance(bar, task, advance=1):
+        plain(bar, task, advance)
+        if bar.tasks[task].description != "calibrate":  # the quiet bars of its parts
+            shares.append(bar.tasks[task].percentage)
+
+    plain = ProgressBar.advance
+    monkeypatch.setattr(ProgressBar, "advance", advance)
+    unet = Blocks(gain=late)
+    tune(unet, BATCHES, generate=sampler(unet), saving=0.3, guidance=2.0).remove()
+    assert 0 < shares[0] < 20
+    assert all(later > earlier for earlier, later in itertools.pairwise(shares))
+    assert 60 < shares[-1] <= 100
 
 
 def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):

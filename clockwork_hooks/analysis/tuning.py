@@ -44,6 +44,7 @@ _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
 _COLUMNS = 4  # of pictures before and after
 _EARLY = "early"  # the rule of `Schedule.early`
+_MOST_RULES = len(_FIRST) * len(_LAST) + 1  # that `spaced` returns
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
 
 
@@ -287,6 +288,11 @@ class _Tuner:
             return None
         return images[:4].float().clamp(0, 1).cpu()
 
+    def _total(self, regions: int, rules: int) -> int:
+        """Runs of the sampler in all, for so many regions and rules to try."""
+        calibrating, trying = regions + 2 * 2, rules + 3  # two finalists, each fitted twice; they and identity
+        return calibrating * len(self.fitted) + trying * len(self.runs.runs)
+
     def run(
         self, saving: float, regions: Sequence[Region] | None, begun: float, console: Any
     ) -> tuple[CalibratedAdaptor, Region, Tuning]:
@@ -299,17 +305,16 @@ class _Tuner:
         trials: list[tuple[Trial, Region]] = []
         with ProgressBar(console) as bar:
             regions = list(dict.fromkeys(wanted))
-            task = bar.add_task("tune", total=None)
-            calibrating = max(len(self.fitted), 1)  # a batch is one run of the sampler, whatever it is for
-            for k, region in enumerate(regions):
+            most_rules = _MOST_RULES * len(regions)  # how many there are is known once a run has told its steps
+            task = bar.add_task("tune", total=self._total(len(regions), most_rules))
+            for region in regions:
                 bar.update(task, description=f"calibrate {region_name(region)}")
                 adaptor = self.calibrated(region, None, bar, task)
                 count = int(adaptor.facts["steps"])
                 own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
                 rules = spaced(count, saving, region.macs_share - own)
-                if k == 0:
-                    trying = len(regions) * len(rules) + 3
-                    bar.update(task, total=(len(regions) + 4) * calibrating + trying * len(self.runs.runs))
+                most_rules += len(rules) - _MOST_RULES
+                bar.update(task, total=self._total(len(regions), most_rules))
                 for rule, steps in rules:
                     bar.update(task, description=f"try {rule}")
                     trials.append((self.tried(region, rule, steps, adaptor), region))
