@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 # Every install is held to constraints.txt. Without it, pip may re-resolve torch to the newest CUDA build.
 # No build isolation: what builds the sdists among our dependencies is pinned there too.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# sdists are built as wheels: without this an older pip says twice that it will build them so.
+export PIP_USE_PEP517 := 1
 # One process a core, one thread each: the tests' tensors are too small for more (71 s instead of 260 s on 2 cores).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
 # matplotlib would keep its font cache in the home directory; nothing here writes outside the project.

@@ -175,7 +175,7 @@ def test_every_parameter_learns() -> None:
         assert [name for name, p in adaptor.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(space=st.lists(st.integers(1, 9), min_size=1, max_size=3), batch=st.integers(1, 3), kind=st.booleans())
 def test_any_size(space: list[int], batch: int, kind: bool) -> None:
     """Also odd sizes and single pixels, one axis to three; a fresh one returns the cached exit itself."""

@@ -193,7 +193,7 @@ def test_nothing_stays_on_the_root() -> None:
     assert before == state()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(keep=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), frames=st.integers(1, 3))
 def test_masked_mean(keep: list[list[bool]], frames: int) -> None:
     """Against a loop, for masks of every kind; a row without tokens is zero."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -112,11 +112,7 @@ def run(
 PATTERNS = st.sampled_from([None, *VALUES])
 
 
-@settings(
-    max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)))
 @given(PATTERNS, PATTERNS, st.integers(1, 2), st.booleans(), st.lists(st.booleans(), min_size=8, max_size=8))
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.errors.NoEffectWarning")
 def test_options_steer_branches_in_the_region_and_outside(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import clockwork_hooks as ch
@@ -218,11 +218,7 @@ SCHEDULES = {"clock 2": ch.Schedule.every(2), "clock 4": ch.Schedule.every(4), "
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
-@settings(
-    max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 500)),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 500)))
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @given(begin=STARTS, actions=PROGRAMS, schedule=st.sampled_from(sorted(SCHEDULES)))
 @torch.no_grad()

@@ -257,7 +257,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
-@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)), deadline=None)
+@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 60)))
 @given(actions=ACTIONS)
 def test_the_restore_law(actions: list[tuple[Any, ...]]) -> None:
     pair = Pair()

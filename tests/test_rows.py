@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -194,7 +194,7 @@ BATCHES = [list(order) for count in (1, 2, 3) for order in itertools.permutation
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(
     steps=st.lists(st.lists(st.sampled_from(BATCHES), min_size=1, max_size=2), min_size=8, max_size=8),
     changed=st.sets(st.integers(0, 7), max_size=2),

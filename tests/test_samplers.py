@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -318,7 +318,7 @@ ORDERS = st.sampled_from([[0, 1], [0, 1], [0, 1], [0]])
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(orders=st.lists(ORDERS, min_size=16, max_size=16), shared=st.booleans(), clock=st.booleans())
 def test_branches_that_come_and_go_within_a_sampler(orders: list[list[int]], shared: bool, clock: bool) -> None:
     """Heun's evaluations share their times: where calls cannot be counted, nothing is taken for another step's.
@@ -447,7 +447,7 @@ RUNS = st.tuples(st.sampled_from(sorted(MIXED)), st.integers(0, 12), st.integers
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(runs=st.lists(RUNS, min_size=1, max_size=4), alone=st.sampled_from([None, 0.31, 0.9]))
 def test_mixed_runs_that_are_given_up(runs: list[Any], alone: float | None) -> None:
     """Each is given up somewhere, and the next begins where it did not stop; between them may be a single call."""

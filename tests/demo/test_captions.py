@@ -24,7 +24,7 @@ from clockwork_hooks.demo.scenes import COLUMNS, draw_scenes
 
 
 @given(seed=st.integers(0, 2**32 - 1), template=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_caption_reads_back_as_its_scene(seed: int, template: int) -> None:
     scenes = draw_scenes(20, seed)
     tokens = write_captions(scenes, template)
@@ -34,7 +34,7 @@ def test_a_caption_reads_back_as_its_scene(seed: int, template: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_a_caption_leaves_out_is_left_open_and_the_rest_is_right(seed: int) -> None:
     scenes = draw_scenes(50, seed)
     read = parse(decode(write_captions(scenes, seed, leave_out=0.5)))

@@ -51,7 +51,7 @@ def test_pictures_do_not_depend_on_their_batch() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_scenes_are_valid(seed: int) -> None:
     scenes = draw_scenes(50, seed)
     for column, values in zip(scenes.attributes.T, COLUMNS.values(), strict=True):
