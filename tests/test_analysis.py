@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.analysis.planning import Sensitivity, probe_steps
 from clockwork_hooks.analysis.robustness import disturb, find_maps
-from clockwork_hooks.analysis.schedule_search import Sensitivity, probe_steps
 from tests.snapshot import snapshot
 from tests.zoo import ZOO
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.analysis import sampling
+from clockwork_hooks.analysis.planning import adaptive_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.analysis.sampling import candidates
-from clockwork_hooks.analysis.schedule_search import adaptive_steps, rule_of_thumb, threshold_for
 from tests import test_calibration as calibration
 from tests.small_unet import Tiny
 from tests.test_analysis import TIMES, sampler, tiny

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.clock import weights
-from clockwork_hooks.clock.weights import Weights
+from clockwork_hooks.clock import conditions
+from clockwork_hooks.clock.conditions import Weights
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
@@ -173,7 +173,7 @@ def test_some_of_many() -> None:
     many.load_state_dict(many.state_dict())
     after = seen.state()
     changed = [one is not other and one != other for one, other in zip(before, after, strict=True)]
-    assert sum(changed) == weights._PARAMETERS
+    assert sum(changed) == conditions._PARAMETERS
     with torch.no_grad():
         many[-1].bias.add_(1)
     assert seen.state() != after

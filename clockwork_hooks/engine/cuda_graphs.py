@@ -26,7 +26,7 @@ from torch import nn
 
 from clockwork_hooks._tree import leaves, map_leaves, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
-from clockwork_hooks.clock.weights import Weights
+from clockwork_hooks.clock.conditions import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, time_leaf
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass

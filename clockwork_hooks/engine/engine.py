@@ -25,10 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clockwork_hooks._tree import address, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.clock.conditions import Snapshot
+from clockwork_hooks.clock.conditions import Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
-from clockwork_hooks.clock.weights import Weights
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, form

@@ -223,7 +223,7 @@ def _is_harmless(hook: Any) -> bool:
 
 def _has_state(processor: Any) -> bool:
     """Does it hold what one call may leave for another: attributes of an object of no library's class?"""
-    foreign = _foreign_classes(type(processor))
+    foreign = _foreign_classes(type(processor))  # type: ignore[arg-type]  # a class can be hashed
     if not foreign:
         return False
     held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
