@@ -64,7 +64,7 @@ def factors(data: Data) -> str:
     for model, steps in (("sd15", 8), ("sd15", 50), ("sdxl", 8), ("sdxl", 50)):
         for mode in ("cudagraphs", "compile"):
             eager, plain = (found.ms("plain", how, model=model, steps=steps) for how in ("eager", mode))
-            for side in (OURS, *PLANNED.values()):
+            for side in (OURS, *PLANNED[steps].values()):
                 ours = found.ms(side, mode, model=model, steps=steps)
                 if ours and plain:
                     static, both = (f"{eager / ms:.2f}×" if eager else None for ms in (plain, ours))

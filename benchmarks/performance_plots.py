@@ -47,7 +47,7 @@ def _speedup(figure: Any, found: Latencies) -> None:
         "clockwork": (OURS,),
         "ideal": (IDEAL,),
         "widest": ("clockwork, clock 2, identity, widest cut",),
-        "planned": (PLANNED["planned, exit+entry+before+trend"],),
+        "planned": (PLANNED[8]["planned, exit+entry"],),
         "DeepCache": ("DeepCache, interval 2, branch 0", "DeepCache, static by hand, interval 2, branch 0"),
     }
     labels = {"plain": "plain", "clockwork": "Clockwork, clock 2", "ideal": "the same by hand",

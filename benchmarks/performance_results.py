@@ -10,9 +10,9 @@ __all__ = ["IDEAL", "OURS", "PLANNED", "Latencies", "Verdict", "speed_ups", "ver
 
 OURS, IDEAL = "clockwork, clock 2, identity, outer cut", "ideal, clock 2, identity, outer cut"
 
-PLANNED = {  # how it is called in a verdict → side
-    f"planned, {adaptor}": f"clockwork, planned, {adaptor}, widest cut"
-    for adaptor in ("affine+trend", "exit+entry+before+trend")
+PLANNED = {  # steps → how it is called in a verdict → side; the kinds are those that docs/calibration.md shows best
+    steps: {f"planned, {adaptor}": f"clockwork, planned, {adaptor}, widest cut" for adaptor in adaptors}
+    for steps, adaptors in {8: ("exit+entry", "affine"), 50: ("exit+entry+before+trend", "affine+trend")}.items()
 }
 
 
@@ -84,7 +84,7 @@ def speed_ups(found: Latencies) -> list[Verdict]:
     wanted = [
         f"{model}, batch 2, {steps} steps, {how}: {name} against plain {how}"
         for model, steps, how in cases
-        for name in PLANNED
+        for name in PLANNED[steps]
     ]
     bare = "Clockwork (clock 2, identity) against plain"
     wanted += [
@@ -98,7 +98,7 @@ def speed_ups(found: Latencies) -> list[Verdict]:
 def _planned(found: Latencies) -> Iterator[Verdict]:
     """Planned and calibrated: what caching brings, in one mode, and what caching and compiling bring together."""
     for model, steps in (("sd15", 50), ("sd15", 8), ("sdxl", 50), ("sdxl", 8)):
-        for name, side in PLANNED.items():
+        for name, side in PLANNED[steps].items():
             eager = found.ms("plain", "eager", model=model, steps=steps)
             for mode, how in (("compile", "compiled"), ("cudagraphs", "captured")):
                 ours, plain = (found.ms(one, mode, model=model, steps=steps) for one in (side, "plain"))
@@ -111,7 +111,7 @@ def _planned(found: Latencies) -> Iterator[Verdict]:
 def _macs(found: Latencies) -> Iterator[Verdict]:
     """What share of plain's MACs is not run."""
     for model, steps, least in (("sd15", 8, 0.46), ("sd15", 50, 0.65), ("sdxl", 8, 0.46), ("sdxl", 50, 0.65)):
-        for name, side in PLANNED.items():
+        for name, side in PLANNED[steps].items():
             rows = (found.row(side, mode, model=model, steps=steps) for mode in ("cudagraphs", "compile", "eager"))
             saved = next((1 - row["macs_ratio"] for row in rows if row and row["macs_ratio"]), None)
             what, target = f"{model}, {steps} steps: MACs saved, {name}", f"≥ {least:.0%}, rounded"
