@@ -86,11 +86,11 @@ def plan(run: Latency) -> list[Section]:
         run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, more, 40), group(50, longer, few, 34)])
 
     def sd15_compiled() -> None:
-        sides = [PLAIN, *BEST, WIDE[0], BY_HAND[0], *FEWER[8], TWO, MORE[0], IDEAL, RESNET]
-        longer = [PLAIN, *LONG, *FEWER[50], BY_HAND[0], WIDE[0], TWO]
+        sides = [PLAIN, *FEWER[8], *BEST, TWO, BY_HAND[0], MORE[0], IDEAL, WIDE[0], RESNET]
+        longer = [PLAIN, *FEWER[50], *LONG, TWO, BY_HAND[0], WIDE[0]]
         if run.tiny:  # a rehearsal need not compile for long
             sides, longer = [PLAIN, BEST[0], BY_HAND[0], DEEP[0], FEWER[8][0]], [PLAIN, *FEWER[50]]
-        run.trajectories("sd15", 2, "compile", [group(8, sides, more, 64), group(50, longer, few, 36)])
+        run.trajectories("sd15", 2, "compile", [group(8, sides, more, 150), group(50, longer, few, 90)])
 
     def sdxl_captured() -> None:
         run.trajectories("sdxl", 2, "eager", [group(8, [PLAIN, BEST[0], DEEP[0], TWO], 3, 16)])
@@ -98,10 +98,10 @@ def plan(run: Latency) -> list[Section]:
         run.trajectories("sdxl", 2, "cudagraphs", [group(8, sides, few, 34)])
 
     def sdxl_compiled() -> None:
-        sides = [PLAIN, *BEST, *FEWER[8], TWO, BY_HAND[0]]
+        sides = [PLAIN, *FEWER[8], *BEST, TWO, BY_HAND[0]]
         if run.tiny:
             sides = [PLAIN, BEST[0]]
-        run.trajectories("sdxl", 2, "compile", [group(8, sides, few, 84)])
+        run.trajectories("sdxl", 2, "compile", [group(8, sides, few, 240)])
 
     def sdxl_longer(mode: str) -> None:
         sides = [PLAIN, *LONG, *FEWER[50], BY_HAND[0], WIDE[0]]
@@ -122,16 +122,16 @@ def plan(run: Latency) -> list[Section]:
         ("sd15 captured", 20, sd15_captured),
         ("sd15 compiled", 30, sd15_compiled),
         ("sdxl captured", 25, sdxl_captured),
+        ("sdxl calibrate, clock", 75, lambda: calibrate("sdxl", clock)),
         ("sdxl compiled", 45, sdxl_compiled),
         ("sd15 calibrate, clock", 15, lambda: calibrate("sd15", clock)),
         ("sd15 passes captured", 12, lambda: passes("sd15", "cudagraphs", more, 32)),
-        ("sdxl calibrate, clock", 75, lambda: calibrate("sdxl", clock)),
-        ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 80)),
         ("sd15 passes eager", 10, lambda: passes("sd15", "eager", few, 24)),
+        ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
         ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 36)),
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
-        ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
         ("checks compiled", 10, lambda: equal("compile", run.compile_options)),
+        ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 80)),
         ("batch 8 captured", 15, batch_8),
         ("sdxl 50 compiled", 40, lambda: sdxl_longer("compile")),
         ("sd15 calibrate, spread", 30, lambda: calibrate("sd15", spread)),
