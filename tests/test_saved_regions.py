@@ -185,6 +185,35 @@ def test_any_other_structure_is_analysed(change: Change, tmp_path: Path, records
         assert records
 
 
+def test_values_of_another_type_or_sign_are_others() -> None:
+    values = [
+        1,
+        1.0,
+        True,
+        "1",
+        "1.0",
+        None,
+        "None",
+        0.0,
+        -0.0,
+        float("nan"),
+        1j,
+        b"1",
+        (1,),
+        [1],
+        {1},
+        {1: 1},
+        range(1),
+    ]
+    digests = []
+    for value in values:
+        unet = Tiny()
+        unet.scale = value
+        digests.append(structure(unet))
+        assert structure(unet) == digests[-1]
+    assert len(set(digests)) == len(values)
+
+
 def test_objects_that_differ_in_a_number_and_code_that_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Tiny(), Tiny()
     _processor(one, 1.0)

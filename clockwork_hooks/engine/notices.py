@@ -223,18 +223,15 @@ def _is_harmless(hook: Any) -> bool:
 
 def _has_state(processor: Any) -> bool:
     """Does it hold what one call may leave for another: attributes of an object of no library's class?"""
-    foreign = _foreign_classes(type(processor))  # type: ignore[arg-type]  # a class can be hashed
+    foreign = [
+        kind
+        for kind in type(processor).__mro__
+        if kind is not object and not kind.__module__.startswith(("diffusers.models.", "peft.", "builtins"))
+    ]
     if not foreign:
         return False
     held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
     return bool(getattr(processor, "__dict__", None)) or any(not _is_code(value) for value in held)
-
-
-@functools.lru_cache(maxsize=64)
-def _foreign_classes(own: type) -> tuple[type, ...]:
-    """The class and its bases, those of libraries left out."""
-    libraries = ("diffusers.models.", "peft.", "builtins")
-    return tuple(kind for kind in own.__mro__ if kind is not object and not kind.__module__.startswith(libraries))
 
 
 def _is_code(value: Any) -> bool:

@@ -29,7 +29,11 @@ _DEEPEST = 6  # objects within objects
 _PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl", "forward"})
 # of a configuration of diffusers: a set written as a list, in another order in each process; where it came from
 _SAYS_NOTHING = frozenset({"_use_default_values", "_name_or_path"})
-_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
+# what JSON tells apart by itself, and what its text tells
+_OF_JSON = frozenset({bool, int, float, str, type(None)})
+_SHOWN = (bool, int, float, str, complex, bytes, torch.dtype, torch.device, torch.Size, range, slice)
+_HOOKS = sorted(name for name in vars(nn.Module()) if "_hooks" in name)
+_APART = _PARTS.union(_HOOKS)
 
 
 def structure(unet: nn.Module) -> str:
@@ -55,31 +59,37 @@ class _Description:
     """The description of one UNet.
 
     Attributes:
-        digest: of all lines.
+        digest: of all of it.
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self._classes: dict[type, None] = {}
+        self._classes: dict[type, str] = {}
         numbers = {id(module): k for k, module in enumerate(unet.modules())}
-        lines = [f"torch {torch.__version__} python {sys.version_info[:2]}"]
-        lines += [json.dumps(self._module(module, numbers)) for module in unet.modules()]
+        lines: list[Any] = [f"torch {torch.__version__} python {sys.version_info[:2]}"]
+        lines += [self._module(module, numbers) for module in unet.modules()]
         described = 0
         while described < len(self._classes):  # a class may hold others
-            lines.append(json.dumps(self._class(list(self._classes)[described])))
+            lines.append(self._class(list(self._classes)[described]))
             described += 1
         self.digest = digest(*lines)
 
     def _module(self, module: nn.Module, numbers: Mapping[int, int]) -> list[Any]:
-        weights = {**module._parameters, **module._buffers}
-        held = {name: value for name, value in vars(module).items() if name not in _PARTS | _HOOKS}
+        own, weights = vars(module), {**module._parameters, **module._buffers}
+        hooks = ((name, self._hooks(own[name])) for name in _HOOKS if own[name])
         return [
             self._name(type(module)),
             [(name, numbers[id(child)]) for name, child in module._modules.items() if child is not None],
             [(name, None if one is None else self._tensor(one)) for name, one in weights.items()],
-            self._mapping(held, 0),
-            self._value(inspect.unwrap(module.forward), 0),
-            [(name, self._hooks(vars(module)[name])) for name in sorted(_HOOKS)],
+            self._mapping({name: value for name, value in own.items() if name not in _APART}, 0),
+            self._forward(module),
+            [(name, held) for name, held in hooks if held],
         ]
+
+    def _forward(self, module: nn.Module) -> Any:
+        """What stands in the place of its class's own forward; None where nothing does."""
+        forward = inspect.unwrap(module.forward)
+        plain = isinstance(forward, types.MethodType) and forward.__self__ is module
+        return None if plain and forward.__func__ is type(module).forward else self._value(forward, 0)
 
     def _hooks(self, hooks: Any) -> list[Any]:
         """Those of other code; beside them torch keeps tables of flags."""
@@ -92,22 +102,23 @@ class _Description:
 
     def _value(self, value: Any, depth: int) -> Any:
         """What tells a value; of objects that nothing is known of, their class and what they hold."""
-        if value is None or isinstance(value, (bool, int, str)):
-            return [type(value).__name__, value if not isinstance(value, int) else int(value)]
-        if isinstance(value, (float, complex, bytes, torch.dtype, torch.device, torch.Size, range, slice)):
-            return repr(value)
+        kind = type(value)
+        if kind in _OF_JSON:
+            return value
+        if isinstance(value, _SHOWN):
+            return [kind.__name__, repr(value)]
         if depth > _DEEPEST:
-            return self._name(type(value))
+            return [self._name(kind)]
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, Mapping):
-            return [self._name(type(value)), self._mapping(value, depth)]
+            return [self._name(kind), self._mapping(value, depth)]
         if isinstance(value, (list, tuple)):
-            return [self._name(type(value)), [self._value(one, depth + 1) for one in value]]
+            return [self._name(kind), [self._value(one, depth + 1) for one in value]]
         if isinstance(value, (set, frozenset)):
             return ["set", sorted(json.dumps(self._value(one, depth + 1)) for one in value)]
         if isinstance(value, type):
-            return self._name(value)
+            return ["type", self._name(value)]
         return self._function(value, depth) or self._object(value, depth)
 
     def _object(self, value: Any, depth: int) -> Any:
@@ -141,8 +152,10 @@ class _Description:
 
     def _name(self, cls: type) -> str:
         """The name of a class, which is described once."""
-        self._classes.setdefault(cls)
-        return f"{cls.__module__}.{cls.__qualname__}"
+        name = self._classes.get(cls)
+        if name is None:
+            name = self._classes[cls] = f"{cls.__module__}.{cls.__qualname__}"
+        return name
 
     def _class(self, cls: type) -> list[Any]:
         """Its methods and data, its file and the version of its library."""
