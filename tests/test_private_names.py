@@ -26,6 +26,7 @@ FLAGS = (
 # Without these there is a second way, or something small is lost. (torch's own classes ask for the other names.)
 OTHERS = (
     "torch._C._DisableTorchDispatch",
+    "torch._C._set_throw_on_mutable_data_ptr",
     "torch.multiprocessing.reductions.StorageWeakRef",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
 )

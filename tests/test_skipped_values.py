@@ -220,12 +220,21 @@ def judged(twist: Twist, mode: Any = torch.no_grad, **options: Any) -> ch.Clockw
 def test_nothing_is_made_of_what_is_skipped(twist: Any, mode: Any) -> None:
     """One adaptor pass finds it and is run again; from then on all are full, and the user is told."""
     if twist is in_closure and mode is torch.enable_grad:
-        pytest.skip("under autograd, what holds a tensor may be the graph: only modules are asked")
+        return  # the test below
     with pytest.warns(ch.NoEffectWarning, match="uses what they compute"):
         cw = judged(twist, mode)
     assert cw.stats.adaptor_passes == 0
     assert cw.stats.reasons[USED] == 15
     assert cw.stats.macs_run < 1.1 * cw.stats.macs_plain
+
+
+def test_under_autograd_modules_are_asked() -> None:
+    """What holds a tensor there may be the graph. What a function keeps is noticed where it is used: an error."""
+    unet, (x, c) = Twisted(in_closure), inputs()
+    with ch.wrap(unet) as cw, cw.trajectory(steps=4):
+        unet(x, TIMES[0], c), unet(x, TIMES[1], c)
+        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+            unet(x, TIMES[2], c)
 
 
 # -- at some step only, and by others ----------------------------------------------------------------------------------
@@ -279,13 +288,14 @@ def test_what_is_used_at_later_steps_only(twist: Any, mode: Any) -> None:
 
 @pytest.mark.parametrize("twist", [on_self, part_on_self, in_list, in_closure])
 def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
-    """The pass cannot be run again where what was there before it is gone: an error, and nothing stale."""
+    """Where it comes into an output, what was there before is gone: an error, and nothing stale."""
     unet, plain, (x, c) = Twisted(late(twist)), Twisted(late(twist)), inputs()
     with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
         for k, t in enumerate(TIMES[:5]):
             assert torch.equal(unet(x, t, c), plain(x, t, c)) or k in (1, 3)
-        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+        with pytest.raises(ch.WrapError, match="keeps for its next call"):  # noqa: PT012
             unet(x, TIMES[5], c)
+            unet(x, TIMES[6], c)
 
 
 @pytest.mark.filterwarnings("ignore:6 denoising steps without")
@@ -323,6 +333,71 @@ def test_a_hook_that_reads() -> None:
     assert len(set(seen)) == 4
     assert cw.stats.reasons[USED] == 1
     assert cw.stats.adaptor_passes == 0
+
+
+# -- other passes ------------------------------------------------------------------------------------------------------
+
+
+class TwoLevels(nn.Module):
+    """One region inside the other; code between the modules reads a value of the outer one, or of the inner."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reads = reads
+        self.stem, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
+        self.down, self.up = nn.Conv2d(8, 16, 4, 2, 1), nn.ConvTranspose2d(16, 8, 4, 2, 1)
+        self.deeper, self.back = nn.Conv2d(16, 32, 4, 2, 1), nn.ConvTranspose2d(32, 16, 4, 2, 1)
+        self.body, self.merge = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        """The time matters above."""
+        h = self.stem(x) + torch.as_tensor(t) / 1000
+        one = self.down(h)
+        inner = self.body(self.deeper(one))
+        outer = self.merge(torch.cat([one, self.back(inner)], 1))
+        out: Tensor = self.head(torch.cat([h, self.up(outer)], 1))
+        return out + {"inner": inner, "outer": outer, "nothing": out}[self.reads].mean().item()
+
+
+@pytest.mark.filterwarnings("ignore:6 denoising steps without")
+@pytest.mark.parametrize(("reads", "served"), [("inner", 0), ("outer", 0), ("nothing", 6)])
+def test_regions_one_inside_the_other(reads: str, served: int) -> None:
+    """Each region's first adaptor pass is proved."""
+    unet, plain, (x, _) = TwoLevels(reads), TwoLevels(reads), inputs()
+    regions = ch.find_regions(unet, x, TIMES[0])
+    with torch.no_grad(), ch.wrap(unet, clocks={regions[0]: 2, regions[-1]: 4}) as cw, cw.trajectory(steps=8):
+        for t in TIMES:
+            assert torch.equal(unet(x, t), plain(x, t)) or served
+        assert cw.stats.adaptor_passes == served
+
+
+@pytest.mark.filterwarnings("ignore:6 denoising steps without")
+@pytest.mark.parametrize("twist", [on_self, part_on_self])
+def test_compiled_passes(twist: Any) -> None:
+    """The first adaptor pass runs as it is, and shows it."""
+    torch._dynamo.reset()
+    unet, plain, (x, c) = Twisted(twist), Twisted(twist), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=8):
+        cw.compile(backend="eager")
+        for t in TIMES:
+            assert torch.equal(unet(x, torch.tensor(t), c), plain(x, torch.tensor(t), c))
+        assert cw.stats.adaptor_passes == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:6 denoising steps without")
+def test_another_size() -> None:
+    """Of those, too, the first adaptor pass shows it."""
+    twist: Twist = lambda unet, out, low: out + low.mean().item() if out.shape[-1] > 8 else out  # noqa: E731
+    unet, plain = Twisted(twist), Twisted(twist)
+    with torch.no_grad(), ch.wrap(unet) as cw:
+        for size, served in ((8, 4), (16, 4), (8, 8)):
+            x, c = torch.randn(2, 2, size, size), torch.randn(2, 3)
+            with cw.trajectory(steps=8):
+                for t in TIMES:
+                    assert torch.equal(unet(x, t, c), plain(x, t, c)) or size == 8
+            assert cw.stats.adaptor_passes == served
 
 
 # -- no false alarm ----------------------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ class Captured(Compiled):
         pass_.enter(args, kwargs)
         engine.active.pass_ = pass_
         try:
-            outcome = pass_.outcome(call.forward(*args, **kwargs))
+            with pass_.taint:
+                outcome = pass_.outcome(call.forward(*args, **kwargs))
             outcome.used = pass_.taint.reaches(outcome.output)
             return outcome
         finally:

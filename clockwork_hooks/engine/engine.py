@@ -317,6 +317,12 @@ class Engine:
         except Exchanged:
             self.forget()
             return self._record(state, call)
+        if outcome.kind == "full" and holds_placeholder(outcome.output):
+            raise WrapError(
+                "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
+                seen={"step": call.place.step, "kept": "in an adaptor pass, and not in the first one"},
+                do="let the UNet keep it from its first steps on; or remove() the wrapper",
+            )
         if begins and guarded and self._exchanged(call.place):  # by a pass that ran as it is: in full, so it is right
             self.forget()
         self._remember(call, call.signature, call.place, outcome)
@@ -521,12 +527,6 @@ class Engine:
                 do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
             )
         again = self.full_pass(call)
-        if holds_placeholder((again.output, [emitted.exit for emitted in again.exits.values()])):
-            raise WrapError(
-                "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
-                seen={"step": place.step, "kept": "by the adaptor pass before, where it cannot be put back"},
-                do="let the UNet keep it on itself, from its first steps on; or remove() the wrapper",
-            )
         again.macs, again.reason, again.used = outcome.macs + signature.full_macs, why, outcome.used
         if unproved and not outcome.used:
             self._doubt(call)
@@ -553,7 +553,8 @@ class Engine:
         try:
             if pass_.looks:
                 pass_.enter(call.args, call.kwargs)
-            output = call.run()
+            with pass_.taint:
+                output = call.run()
         finally:
             self.active.pass_ = None
         return pass_.outcome(output)
@@ -709,6 +710,7 @@ class Engine:
             keeps_entry=clocked.keeps_entry,
             judge=judge,
             proves=emit is None and not call.signature.recorded,
+            shared=use.shared if use.proved else None,
         )
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from clockwork_hooks._tree import leaves, map_leaves, version
-from clockwork_hooks.engine.taint import Taint
+from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
 __all__ = ["Active", "Emit", "Emitted", "Exchanged", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
@@ -89,6 +89,7 @@ class Pass:
         keeps_entry: a copy of the entry is kept, for the next steps.
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
+        shared: what skipped calls return in all passes of a plan that one has proved; None before.
 
     Attributes:
         taint: follows what stands in for skipped outputs: nothing may come of it.
@@ -111,6 +112,7 @@ class Pass:
         keeps_entry: bool = False,
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
         proves: bool = False,
+        shared: dict[tuple[str, int], Any] | None = None,
     ) -> None:
         self._proves, self._differs, self.taint = proves, False, Taint()
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
@@ -119,7 +121,7 @@ class Pass:
         self.entry: torch.Tensor | None = None
         self.reason: str | None = None
         self.blanks = self.adapting = False
-        self._emit, self._judge = emit, judge
+        self._emit, self._judge, self._shared = emit, judge, shared
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._moves = plan.moves(kind, looks=looks or proves)
         self._counts: dict[str, int] = {}
@@ -167,7 +169,7 @@ class Pass:
                 self._begin_region()
             if self.kind == "adaptor":
                 self.blanks = True
-                return map_leaves(self._fill, move.skipped.output)
+                return self._stand_in(path, k, move.skipped.output)
         output = forward(*args, **kwargs)
         if self._proves and move.skipped is not None:
             self._differs = self._differs or not fits(output, move.skipped.output)
@@ -243,12 +245,21 @@ class Pass:
                 continue
             self.captured[name] = values[leaf].detach().clone() if name.startswith("entry ") else values[leaf]
 
+    def _stand_in(self, path: str, k: int, output: Any) -> Any:
+        """What a skipped call returns."""
+        if self._shared is None or not _constant(output):
+            return map_leaves(self._fill, output)
+        shared = self._shared.get((path, k))
+        if shared is None:  # making them anew takes 4 to 7 µs each, 0.1 ms a pass of SD v1.5
+            shared = self._shared[path, k] = map_leaves(_shared, output)
+        return shared
+
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):
             return leaf
         if leaf.exit and self._emit is not None:
             if self.taint.reaches(tuple(self.captured.values())):
-                self.taint.refuse()
+                refuse()
             self.adapting = True
             exit = self._emit(self.captured)
             self.adapting = False
@@ -290,6 +301,17 @@ def placeholder(slot: Slot) -> torch.Tensor:
     if slot.written:
         return torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
     return _zero(slot.dtype, slot.device).expand(slot.shape)
+
+
+def _shared(leaf: Any) -> Any:
+    return Tainted(placeholder(leaf)) if isinstance(leaf, Slot) else leaf
+
+
+def _constant(output: Any) -> bool:
+    """May one such output serve all passes? Nobody can change a tuple, nor write to an expanded zero."""
+    if isinstance(output, Slot):
+        return not (output.exit or output.written)
+    return output is None or (type(output) is tuple and all(map(_constant, output)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +21,7 @@ from clockwork_hooks._tree import tensors
 from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
-__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder"]
+__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder", "refuse"]
 
 # They return what is no tensor, and look at no value.
 _METADATA = frozenset({"aten::is_same_size", "aten::is_pinned", "aten::_has_compatible_shallow_copy_type"})
@@ -31,7 +32,7 @@ class SkippedValueError(RuntimeError):
 
 
 class Taint:
-    """Follows the placeholders of one pass.
+    """Follows the placeholders of one pass, within its `with` block.
 
     Attributes:
         used: has something of them come where nothing of them may be?
@@ -40,18 +41,21 @@ class Taint:
     def __init__(self) -> None:
         self.used = False
         self._placeholders: list[weakref.ref[Any]] = []
+        self._around: Taint | None = None
+
+    def __enter__(self) -> Taint:
+        self._around, _here.taint = _here.taint, self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _here.taint, self._around = self._around, None
 
     def on(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
-        tainted = Tainted(placeholder, self)
+        tainted = Tainted(placeholder)
         # its storage lives as long as the tensor, and where another tensor's `.data` was exchanged for it, longer
         self._placeholders.append(weakref.ref(_storage(tainted) if _throws() else tainted))
         return tainted
-
-    def refuse(self) -> NoReturn:
-        """Somebody asks for a value, or writes one to memory that is real."""
-        self.used = True
-        raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
 
     def reaches(self, values: Any) -> bool:
         """Is any of these values made of a placeholder, or has one come where none may be?"""
@@ -79,6 +83,22 @@ class Taint:
         return any(placeholder() is not None for placeholder in self._placeholders)
 
 
+class _Here(threading.local):
+    """The pass that follows its placeholders in this thread."""
+
+    taint: Taint | None = None
+
+
+_here = _Here()
+
+
+def refuse() -> NoReturn:
+    """Somebody asks for a value of a placeholder, or writes one to memory that is real."""
+    if _here.taint is not None:
+        _here.taint.used = True
+    raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
+
+
 def holds_placeholder(values: Any) -> bool:
     """Is any of these values one, or made of one?"""
     return any(isinstance(tensor, Tainted) for tensor in tensors(values))
@@ -90,8 +110,8 @@ class Tainted(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, plain: torch.Tensor, taint: Taint) -> Tainted:
-        """Args: zeros of its shape that operators compute with, and who follows it."""
+    def __new__(cls, plain: torch.Tensor) -> Tainted:
+        """Args: zeros of its shape, that operators compute with."""
         throw = _throws()
         if throw is None:  # it has memory then: C++ that is no operator may read zeros
             tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
@@ -101,14 +121,13 @@ class Tainted(torch.Tensor):
                 cls, shape, strides, offset, dtype=plain.dtype, layout=plain.layout, device=plain.device
             )
             throw(tainted)
-        tainted.plain, tainted.taint = plain, taint
+        tainted.plain = plain
         return tainted
 
     plain: torch.Tensor
-    taint: Taint
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self.taint.refuse()
+        refuse()
 
     # what reads values, and is no operator
     data_ptr = untyped_storage = storage = share_memory_ = _refuse
@@ -122,14 +141,12 @@ class Tainted(torch.Tensor):
         own: list[Tainted] = []
         traits, plain = _traits(func), [_plain(arg, own) for arg in args]
         named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
-        taint = own[0].taint
         if traits.shape_only or (traits.first_only and not isinstance(args[0], Tainted)):
             return func(*plain, **named)
-        if traits.reads:
-            taint.refuse()
-        if traits.writes and not all(isinstance(one, Tainted) for one in written_by(func, args, kwargs or {})):
-            taint.refuse()
-        return _tainted(func(*plain, **named), own, taint)
+        real = traits.writes and not all(isinstance(one, Tainted) for one in written_by(func, args, kwargs or {}))
+        if traits.reads or real:
+            refuse()
+        return _tainted(func(*plain, **named), own)
 
 
 def _throws() -> Any:
@@ -168,9 +185,10 @@ def _plain(value: Any, own: list[Tainted]) -> Any:
     return [_plain(one, own) for one in value] if type(value) in (list, tuple) else value
 
 
-def _tainted(out: Any, own: list[Tainted], taint: Taint) -> Any:
+def _tainted(out: Any, own: list[Tainted]) -> Any:
     """What an operator returns, with placeholders in the place of tensors; it may return what it was given."""
     if isinstance(out, torch.Tensor):
         same = next((one for one in own if one.plain is out), None)
-        return taint.on(out) if same is None else same
-    return type(out)([_tainted(one, own, taint) for one in out]) if type(out) in (list, tuple) else out
+        taint = _here.taint
+        return same if same is not None else Tainted(out) if taint is None else taint.on(out)
+    return type(out)([_tainted(one, own) for one in out]) if type(out) in (list, tuple) else out
