@@ -48,6 +48,7 @@ __all__ = [
     "SkippedModuleWarning",
     "TraceError",
     "WrapError",
+    "first_line",
     "is_number",
     "is_whole",
     "named",
@@ -213,6 +214,16 @@ class OtherStepsWarning(UserWarning):
 
     The last where a schedule depends on the number of steps, and the loop is one's own: `cw.trajectory(steps=20)`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    r"""Of what another's error says, for `seen`; its class where it says nothing.
+
+    Example:
+        >>> first_line(OSError("no room\nnone at all")), first_line(KeyError())
+        ('no room', 'KeyError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:

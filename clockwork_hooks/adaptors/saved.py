@@ -26,7 +26,7 @@ from torch import nn
 from clockwork_hooks import adaptors
 from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks._version import __version__
-from clockwork_hooks.errors import AdaptorError
+from clockwork_hooks.errors import AdaptorError, first_line
 from clockwork_hooks.reports.tables import table
 
 __all__ = ["SavedAdaptor"]
@@ -95,7 +95,7 @@ class SavedAdaptor(
         except (TypeError, ValueError) as error:
             raise AdaptorError(
                 "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
-                seen={"error": _line(error), "facts": self.facts},
+                seen={"error": first_line(error), "facts": self.facts},
                 do="convert them, e.g. float(tensor)",
             ) from error
         save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
@@ -206,7 +206,7 @@ def _folder(name: str | os.PathLike[str], **hub: Any) -> Path:
     except (HFValidationError, OSError, ValueError) as error:  # not found, no network, offline: all of them OSErrors
         raise AdaptorError(
             f"{_WHAT}, or the id of such a repository on the Hugging Face Hub",
-            seen={"no folder": path.absolute(), "from the hub": f"{type(error).__name__}: {_line(error)}"},
+            seen={"no folder": path.absolute(), "from the hub": f"{type(error).__name__}: {first_line(error)}"},
             do=f"train one: distill(unet, {str(name)!r}, generate, prompts=..., folder='mine'), then wrap(unet, 'mine')"
             if str(name) in adaptors.KINDS
             else "check the spelling, and for a repository the network and the token",
@@ -220,7 +220,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise _refused(folder, "missing", CONFIG) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _refused(folder, CONFIG, f"{type(error).__name__}: {_line(error)}") from error
+        raise _refused(folder, CONFIG, f"{type(error).__name__}: {first_line(error)}") from error
     if wrong:
         raise _refused(folder, f"wrong in {CONFIG}", ", ".join(wrong))
     return config  # type: ignore[no-any-return]
@@ -239,7 +239,7 @@ def _weights(folder: Path, expected: Mapping[str, torch.Tensor], digest: str | N
         with file.open("rb") as stream:  # as torch.save's archive or a bare pickle begins
             pickled = stream.read(2).startswith((b"PK", b"\x80"))
         what = "a renamed pickle, so not read" if pickled else f"{WEIGHTS} is truncated or corrupted"
-        raise _refused(folder, what, WEIGHTS if pickled else _line(error)) from error
+        raise _refused(folder, what, WEIGHTS if pickled else first_line(error)) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if shapes != wanted:
         seen = dict.fromkeys(wanted.keys() - shapes.keys(), "missing")
@@ -264,7 +264,3 @@ def _refused(folder: Path, what: str, seen: str) -> AdaptorError:
     return AdaptorError(
         _WHAT, seen={"folder": folder, what: seen}, do="save the adaptor again with save_pretrained(folder)"
     )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

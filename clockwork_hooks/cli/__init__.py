@@ -10,6 +10,7 @@ import typer
 from clockwork_hooks.cli import demo, distill, look, measure, support  # each registers its commands
 from clockwork_hooks.cli.app import Interrupted, app
 from clockwork_hooks.cli.options import as_option
+from clockwork_hooks.errors import ClockworkError
 
 __all__ = ["app", "demo", "distill", "look", "main", "measure", "support"]
 
@@ -46,8 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         0.2.0
         0
     """
-    from clockwork_hooks.errors import ClockworkError
-
     words = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in words
     words = ["--debug"] * debug + [word for word in words if word != "--debug"]  # before or after the command

@@ -8,6 +8,7 @@ import typer
 
 from clockwork_hooks.cli.app import TRY, app, epilog
 from clockwork_hooks.cli.options import Clock, Format, FormatOption, OutFolder, Seed, Steps, check_out, deliver
+from clockwork_hooks.errors import ArgumentError
 
 __all__ = ["demo", "edit", "play"]
 
@@ -117,7 +118,6 @@ def edit(
 ) -> None:
     """Edit scenes by their text, plain, with Clockwork and without injection: cost, text, layout, a picture."""
     from clockwork_hooks.demo.edits import EDITS, draw_edits, edit_scenes
-    from clockwork_hooks.errors import ArgumentError
 
     own = [word for word in (source, replace, by) if word is not None]
     if len(own) not in (0, 3):

@@ -16,6 +16,7 @@ import typer
 from clockwork_hooks._numbers import count
 from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, Interrupted, app
 from clockwork_hooks.cli.options import Format, FormatOption, check_out, deliver
+from clockwork_hooks.errors import ArgumentError, first_line
 
 __all__ = ["distill"]
 
@@ -120,8 +121,6 @@ def _left(folder: Path, config: str) -> str:
 
 
 def _read(config: str) -> dict[str, Any]:
-    from clockwork_hooks.errors import ArgumentError
-
     if config == "demo":
         return json.loads(json.dumps(DEMO))  # type: ignore[no-any-return]
     path = Path(config)
@@ -131,7 +130,7 @@ def _read(config: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ArgumentError(
             'a configuration is a TOML or JSON file, or "demo"',
-            seen={"file": path, "error": str(error).splitlines()[0]},
+            seen={"file": path, "error": first_line(error)},
             do='start from examples/distill_demo.toml; for your own UNet, source.kind = "python" names its factory',
         ) from error
     if not isinstance(options, dict):
@@ -150,8 +149,6 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _set(options: dict[str, Any], text: str) -> None:
-    from clockwork_hooks.errors import ArgumentError
-
     name, equals, value = text.partition("=")
     *tables, last = name.split(".")
     for table in tables:
@@ -174,7 +171,6 @@ def _adaptor(table: Any) -> Any:
 
 def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
     """Arguments of `distill` from the configuration's source."""
-    from clockwork_hooks.errors import ArgumentError
     from clockwork_hooks.training import local_device
 
     own = dict(table)
@@ -202,8 +198,6 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
 
 def _from_factory(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What the user's factory makes of the rest of the source's table."""
-    from clockwork_hooks.errors import ArgumentError
-
     try:
         inspect.signature(factory).bind(**own)
     except TypeError as error:

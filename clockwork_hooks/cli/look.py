@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from clockwork_hooks._numbers import macs, percent, shape
 from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import LOOK, app, epilog
 from clockwork_hooks.cli.options import deliver
+from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
@@ -172,9 +174,6 @@ def regions(
     out: options.Out = None,
 ) -> None:
     """List every region that adaptor passes can skip, widest first, and draw the chosen one."""
-    import contextlib
-
-    from clockwork_hooks.errors import RegionNotFoundError
     from clockwork_hooks.graph.tracing import record
     from clockwork_hooks.models import load_model
     from clockwork_hooks.regions.blocks import diagram_of

@@ -17,6 +17,7 @@ import typer
 from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import MEASURE, Interrupted, app, epilog
 from clockwork_hooks.cli.options import Adaptors, Clocks, Format, FormatOption, OutFolder, check_out, deliver
+from clockwork_hooks.errors import ArgumentError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,6 @@ def bench(
     import torch
 
     from clockwork_hooks.analysis.benchmark import bench as measure
-    from clockwork_hooks.errors import ArgumentError
     from clockwork_hooks.models import PRESETS, load_model
     from clockwork_hooks.regions.find import find_region
 
@@ -297,8 +297,6 @@ def load_sampler(model: str, steps: int, batch: int) -> Sampler:
     Raises:
         ModelNotFoundError: the name means no sampler.
     """
-    from clockwork_hooks.errors import ModelNotFoundError
-
     if model == "demo":
         from clockwork_hooks.demo import DEMO_PROMPTS, load_demo
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from clockwork_hooks.errors import ArgumentError, ModelNotFoundError, RegionNotFoundError, first_line
 from clockwork_hooks.reports.report import PICTURES, TEXTS
 
 if TYPE_CHECKING:
@@ -138,8 +139,6 @@ def on_device(device: str | None, model: str, work: Callable[[str], _Result]) ->
         model: its name.
         work: builds the model on a device, and does what the command does.
     """
-    from clockwork_hooks.errors import ArgumentError, ModelNotFoundError, RegionNotFoundError
-
     if device is not None:
         check_device(device)
         return work(device)
@@ -150,7 +149,7 @@ def on_device(device: str | None, model: str, work: Callable[[str], _Result]) ->
     except Exception as error:
         if ":" not in model:
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         typer.echo(f"On the CPU, as {model} does not run on meta: {reason} (--device cpu says so at once)", err=True)
     return work("cpu")
 
@@ -159,22 +158,18 @@ def check_device(device: str) -> None:
     """Raise an ArgumentError unless torch can use the device."""
     import torch
 
-    from clockwork_hooks.errors import ArgumentError
-
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise ArgumentError(
             "a device is one that torch can use here",
-            seen={"--device": device, "error": str(error).splitlines()[0]},
+            seen={"--device": device, "error": first_line(error)},
             do="pass one that clockwork-hooks doctor lists",
         ) from error
 
 
 def spatial(text: str | None, option: str = "size") -> tuple[int, ...] | None:
     """The spatial shape that the text names: 64 → (64, 64), 72x128 → (72, 128)."""
-    from clockwork_hooks.errors import ArgumentError
-
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")
@@ -240,8 +235,6 @@ def region_choice(*, resolution: str | None, modules: list[str] | None, cut: Cut
 
 def check_out(context: typer.Context, out: Any) -> Any:
     """Say of a path that cannot be written, or has a wrong ending, before anything is measured."""
-    from clockwork_hooks.errors import ArgumentError
-
     paths = [Path(path) for path in ([out] if isinstance(out, str) else out or [f"clockwork-{context.info_name}"])]
     wrong = [path for path in paths if path.suffix not in ("", *ENDINGS) and not path.is_dir()]
     if wrong and not isinstance(out, str):

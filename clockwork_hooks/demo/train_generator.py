@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from clockwork_hooks.demo.captions import MAX_TOKENS, encode, write_captions
-from clockwork_hooks.demo.model import TRAIN_STEPS, TextEncoder, new_unet
+from clockwork_hooks.demo.model import SCHEDULE, TRAIN_STEPS, TextEncoder, new_unet
 from clockwork_hooks.demo.scenes import IMAGE_SIZE, draw_split, render_bytes
 from clockwork_hooks.demo.weights import read_json, read_tensors, save_half, write_json, write_tensors
 from clockwork_hooks.errors import ArgumentError
@@ -215,8 +215,6 @@ class Trainer:
 
 def _alphas_cumprod() -> list[float]:
     from diffusers import DDPMScheduler
-
-    from clockwork_hooks.demo.model import SCHEDULE
 
     scheduler: Any = DDPMScheduler(**SCHEDULE)
     values: list[float] = scheduler.alphas_cumprod.tolist()

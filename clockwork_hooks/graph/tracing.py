@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from clockwork_hooks._tree import leaves
-from clockwork_hooks.errors import AmbiguousInputError, TraceError
+from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.macs import node_macs
@@ -193,7 +193,7 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
                 raise
             raise TraceError(
                 "on the meta device every operator needs a meta kernel",
-                seen={"model": type(unet).__name__, "error": str(error).splitlines()[0]},
+                seen={"model": type(unet).__name__, "error": first_line(error)},
                 do="trace on a real device, or register a fake kernel: torch.library.register_fake",
             ) from error
     return finish(recorder, unet, arguments, time=time)
