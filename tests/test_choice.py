@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from clockwork_hooks.cli import main
 from clockwork_hooks.regions.find import match
+from clockwork_hooks.regions.search import Search
 from tests.bendable import Tiny, noise, proven
 from tests.test_regions import T, conv
 from tests.zoo.case import enliven
@@ -319,7 +320,7 @@ def test_modules_with_several_entries() -> None:
     region = ch.find_region(model, x, T, modules=["blocks.2:blocks.4", "joins.0:joins.1"])
     assert [entry.path for entry in region.entries] == ["blocks.0", "blocks.1"]
     proven(model, x, T, region=region)
-    other = match(ch.trace(model, noise(1, 3, 32, 16), T), model, region)
+    other = match(Search(ch.trace(model, noise(1, 3, 32, 16), T), model), region)
     assert other is not None
     assert (other.fingerprint, other.exit.shape) == (region.fingerprint, (1, 32, 16))
     with pytest.raises(ch.RegionNotFoundError, match=r"(?s)last output: .*goes round it: blocks\.1"):

@@ -37,6 +37,7 @@ from clockwork_hooks.errors import ArgumentError, is_number, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
+from clockwork_hooks.regions.search import Search
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
@@ -245,7 +246,7 @@ def calibrate(
     _check(guidance, unconditional, kind, ridge)
     trace = first_call(unet, sample, batches[0], 0)
     wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, {})
-    chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(trace, unet, wanted)
+    chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(Search(trace, unet), wanted)
     if chosen is None:
         raise ArgumentError(
             "the region is one of the UNet that generate(batch, seed) calls",

@@ -36,6 +36,7 @@ from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.metrics import relative_l2
 from clockwork_hooks.regions.find import choose, match, regions_of
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
 __all__ = [
@@ -126,7 +127,8 @@ def _matches(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple
             seen={"regions": [type(region).__name__ for region in chosen] or "none"},
             do="pass some of ch.find_regions(unet, *args)",
         )
-    matches = [match(trace, unet, region) for region in chosen]
+    search = Search(trace, unet)
+    matches = [match(search, region) for region in chosen]
     if None in matches:
         raise ArgumentError(
             "candidates are regions of this UNet, as generate calls it",

@@ -32,6 +32,7 @@ from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
 from clockwork_hooks.regions.find import Choice, keeping, match, skipped_nodes
 from clockwork_hooks.regions.region import Region
+from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
 __all__ = ["ClockedRegion", "Homes", "RegionUse", "Signature", "prepare", "single"]
@@ -83,18 +84,18 @@ class ClockedRegion:
         """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""
         return self.schedule.skips(step, self.usual if steps is None and step <= self.usual else steps)
 
-    def find(self, trace: Trace, unet: nn.Module) -> tuple[Region | None, str]:
-        """The region of this trace: the one known from other inputs, if it is there; or None, and why.
+    def find(self, search: Search) -> tuple[Region | None, str]:
+        """The region of a trace: the one known from other inputs, if it is there; or None, and why.
 
         Raises:
             RegionNotFoundError: nothing can be skipped, and never could.
         """
         before = self.wanted if isinstance(self.wanted, Region) else self.region
-        region = match(trace, unet, before) if before is not None else None
+        region = match(search, before) if before is not None else None
         if isinstance(self.wanted, Region) or region is not None:
-            return None if region is None else keeping(trace, unet, region, self.keep), reasons.OTHER_REGION
+            return None if region is None else keeping(search, region, self.keep), reasons.OTHER_REGION
         try:
-            return keeping(trace, unet, self.wanted.find(trace, unet), self.keep), ""
+            return keeping(search, self.wanted.among(search), self.keep), ""
         except RegionNotFoundError:
             if before is None:
                 raise
@@ -244,7 +245,8 @@ def prepare(trace: Trace, unet: nn.Module, chain: list[ClockedRegion]) -> Signat
         AdaptorError: an adaptor was made for another region.
     """
     uncounted = trace.uncounted
-    located = [(clocked, *clocked.find(trace, unet)) for clocked in chain]
+    search = Search(trace, unet)
+    located = [(clocked, *clocked.find(search)) for clocked in chain]
     missing = next((why for _, region, why in located if region is None), None)
     if missing is not None:
         return Signature(trace.full_macs, trace.time, trace.sample, why=missing, uncounted=uncounted)

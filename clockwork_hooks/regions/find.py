@@ -23,7 +23,6 @@ from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, no_option
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.build import without
-from clockwork_hooks.regions.facts import Facts
 from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.named import by_ends, by_modules
 from clockwork_hooks.regions.region import Region
@@ -176,7 +175,10 @@ class Choice:
             RegionNotFoundError: there is none like that; lists those there are.
             ArgumentError: a path names no module of this UNet.
         """
-        search = Search(trace, unet)
+        return self.among(Search(trace, unet))
+
+    def among(self, search: Search) -> Region:
+        """`find`, in what a search has found."""
         if self.modules is not None:
             return by_modules(search.facts, self.modules)
         if self.entry is not None and self.exit is not None:
@@ -189,7 +191,7 @@ class Choice:
         if self.strict:
             raise RegionNotFoundError(
                 "the region is the one that was found before, of this very architecture",
-                seen={"model": trace.model, "fingerprint": self.fingerprint, **listed(regions)},
+                seen={"model": search.facts.trace.model, "fingerprint": self.fingerprint, **listed(regions)},
                 do="use it with the UNet that it was found for, or leave it out; for a plan, measure this UNet: "
                 "ch.plan(unet, generate, ...); so too if an earlier version made it, whose fingerprints do not begin "
                 f"with {PREFIX}",
@@ -375,9 +377,8 @@ def regions_of(trace: Trace, unet: nn.Module) -> tuple[Region, ...]:
     return Search(trace, unet).chain()
 
 
-def match(trace: Trace, unet: nn.Module, region: Region) -> Region | None:
+def match(search: Search, region: Region) -> Region | None:
     """The same region in another trace of the same UNet (another batch, size or device); None if it has none."""
-    search = Search(trace, unet)
     if region.cut != "hand":
         with contextlib.suppress(RegionNotFoundError):
             return of_fingerprint(search.chain(), region.fingerprint, level=region.level, cut=region.cut)
@@ -420,12 +421,11 @@ def check_keep(unet: nn.Module, keep: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def keeping(trace: Trace, unet: nn.Module, region: Region, keep: tuple[str, ...]) -> Region:
+def keeping(search: Search, region: Region, keep: tuple[str, ...]) -> Region:
     """The region, but calls of the modules to keep run, and all that their inputs come from.
 
     Args:
-        trace: where the region was found.
-        unet: the UNet.
+        search: of the trace where the region was found.
         region: in that trace.
         keep: dotted paths of modules.
 
@@ -434,6 +434,7 @@ def keeping(trace: Trace, unet: nn.Module, region: Region, keep: tuple[str, ...]
     """
     if not keep:
         return region
+    trace = search.facts.trace
     skipped = skipped_nodes(trace, region)
     needed: set[int] = set()
     for call in trace.calls:
@@ -443,7 +444,7 @@ def keeping(trace: Trace, unet: nn.Module, region: Region, keep: tuple[str, ...]
         if index in needed:
             node = trace.nodes[index]  # all that it takes: of a skipped one not even the shape is asked for
             needed.update(int(one.meta["index"]) for one in (*node.all_input_nodes, *node.meta.get("after", ())))
-    smaller = without(Facts(trace, unet), region, needed)
+    smaller = without(search.facts, region, needed)
     if smaller is None:
         raise RegionNotFoundError(
             "of a region something is left to skip beside the modules to keep, its exit among it",

@@ -65,6 +65,7 @@ class Search:
         self.facts = Facts(trace, unet)
         self.rejected: list[str] = []
         self.small: set[tuple[int, ...]] = set()
+        self._chain: tuple[Region, ...] = ()
         self._lows: dict[int, list[int]] = {}
         self._cuts: dict[Edge, Region | None] = {}
 
@@ -74,6 +75,11 @@ class Search:
         Raises:
             RegionNotFoundError: there is none.
         """
+        self._chain = self._chain or self._nested()
+        return self._chain
+
+    def _nested(self) -> tuple[Region, ...]:
+        self.rejected = []
         chosen: list[tuple[_Candidate, Region]] = []
         dominance = self.facts.dominance
         macs = dominance.totals(self.facts.trace.macs)
