@@ -464,6 +464,26 @@ def test_an_error_of_the_unet_is_its_own() -> None:
     assert cw.stats.adaptor_passes == 2
 
 
+def test_an_error_that_comes_once_is_raised() -> None:
+    """Somebody ends the run by it, and takes that back: no full pass hides it."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+        if unet.now == TIMES[3] and unet.last is None:
+            unet.last = True
+            raise Interrupted
+        return out
+
+    unet, (x, c) = Twisted(interrupted), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=8):
+        for t in TIMES[:3]:
+            unet(x, t, c)
+        with pytest.raises(Interrupted):
+            unet(x, TIMES[3], c)
+
+
 def test_an_error_of_the_adaptor_is_its_own() -> None:
     """No full pass hides it."""
 

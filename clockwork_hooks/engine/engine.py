@@ -36,7 +36,7 @@ from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, 
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import Stats
-from clockwork_hooks.engine.taint import holds_placeholder
+from clockwork_hooks.engine.taint import holds_placeholder, may_cause
 from clockwork_hooks.engine.undo import Before
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
@@ -442,9 +442,9 @@ class Engine:
         before = self._before(call, signature, proved=use.proved)
         try:
             outcome = self._adapt(call, pass_, decision.feature)
-        except Exception:
-            exchanged, may_be_ours = not self.intact, pass_.blanks and not pass_.adapting
-            if not (exchanged or may_be_ours) or not before.restore():
+        except Exception as error:
+            exchanged, ours = not self.intact, pass_.taint.used or may_cause(error)
+            if not (exchanged or (ours and not pass_.adapting)) or not before.restore():
                 raise
             call.inside = False
             if exchanged:  # within the trajectory: what was recorded does not fit these modules

@@ -12,6 +12,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,8 +22,9 @@ from clockwork_hooks._tree import tensors
 from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
-__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder", "refuse"]
+__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder", "may_cause", "refuse"]
 
+_DEEPEST = 4
 # They return what is no tensor, and look at no value.
 _METADATA = frozenset({"aten::is_same_size", "aten::is_pinned", "aten::_has_compatible_shallow_copy_type"})
 
@@ -66,7 +68,7 @@ class Taint:
         if not self._alive():
             return False
         if torch.is_grad_enabled():  # autograd holds what a checkpoint would run again; so only modules are asked
-            return any(map(self._is_one, tensors([dict(vars(module)) for module in unet.modules()])))
+            return any(self._is_one(one) for module in unet.modules() for one in _within(dict(vars(module)), _DEEPEST))
         for generation in range(3):  # a function that calls itself is a cycle, and holds its variables until then
             gc.collect(generation)
             if not self._alive():
@@ -83,6 +85,15 @@ class Taint:
         return any(placeholder() is not None for placeholder in self._placeholders)
 
 
+def _within(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """The tensors in lists, tuples and dictionaries, which may hold each other."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for one in list(value.values()) if isinstance(value, dict) else value:
+            yield from _within(one, depth - 1)
+
+
 class _Here(threading.local):
     """The pass that follows its placeholders in this thread."""
 
@@ -97,6 +108,17 @@ def refuse() -> NoReturn:
     if _here.taint is not None:
         _here.taint.used = True
     raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
+
+
+def may_cause(error: BaseException) -> bool:
+    """May a placeholder have caused an error of torch's or Python's own? Did code that holds one raise it, that is."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    values = None if traceback is None else dict(traceback.tb_frame.f_locals)
+    return type(error).__module__.split(".")[0] in ("builtins", "torch") and any(
+        isinstance(one, Tainted) for one in _within(values, 2)
+    )
 
 
 def holds_placeholder(values: Any) -> bool:
@@ -116,9 +138,14 @@ class Tainted(torch.Tensor):
         if throw is None:  # it has memory then: C++ that is no operator may read zeros
             tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
         else:
-            shape, strides, offset = plain.shape, plain.stride(), plain.storage_offset()
             tainted = torch.Tensor._make_wrapper_subclass(
-                cls, shape, strides, offset, dtype=plain.dtype, layout=plain.layout, device=plain.device
+                cls,
+                plain.shape,
+                strides=plain.stride(),
+                storage_offset=plain.storage_offset(),
+                dtype=plain.dtype,
+                layout=plain.layout,
+                device=plain.device,
             )
             throw(tainted)
         tainted.plain = plain
