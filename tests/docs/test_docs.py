@@ -38,6 +38,16 @@ def test_the_api_page_has_every_public_name_once() -> None:
     assert sorted(described) == sorted(set(ch.__all__) - {"__version__"})
 
 
+def test_the_tree_has_every_file_of_every_package_once() -> None:
+    """The table of docs/design.md."""
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    tree = dict(re.findall(r"^\| `(\w+)/` \|[^|]*\| (.*) \|$", text, re.M))
+    homes = [path.parent for path in (ROOT / "clockwork_hooks").glob("*/__init__.py")]
+    assert {package: sorted(re.findall(r"`(\w+)`", files)) for package, files in tree.items()} == {
+        home.name: sorted(path.stem for path in home.glob("*.py") if path.stem != "__init__") for home in homes
+    }
+
+
 def test_the_site_fetches_nothing() -> None:
     """No fonts of Google's, no pictures of other sites, no plugin that asks the network."""
     assert CONFIG["theme"]["font"] is False
