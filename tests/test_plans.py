@@ -14,6 +14,7 @@ from clockwork_hooks.analysis.sampling import candidates
 from tests import test_calibration as calibration
 from tests.small_unet import Tiny
 from tests.test_analysis import TIMES, sampler, tiny
+from tests.test_trend import STEPS, Drifting
 
 
 class Mixed(nn.Module):
@@ -370,6 +371,20 @@ def test_sensitivities_are_measured_with_the_calibrated_adaptor_in_place():
         generate(batches[0], 0)
     again = ch.Plan.from_json(plan.to_json(), adaptor=plan.adaptor)
     assert (again, again.rule) == (plan, plan.rule)
+
+
+def test_what_follows_a_trend_is_judged_with_the_trend():
+    """What moves on a straight line is exact wherever two full passes come first; an adaptor for any steps lags behind."""
+    unet = Drifting()
+    generate, batches = calibration.sampler(unet, times=STEPS), [(4, 2.0), (4, 2.0)]
+    region = ch.find_region(unet, torch.zeros(8, 2, 8, 8), 950.0, torch.zeros(8, 3))
+    options = {"min_saving": 0.4, "clocks": (2,), "probes": 3, "guidance": 2.0, "regions": [region]}
+    plan = ch.plan(unet, generate, batches, adaptor="calibrated", **options)
+    lagging = {option.steps: option.measured for option in plan.options if option.measured is not None}
+    assert plan.adaptor.facts["kind"].endswith("+trend")
+    assert plan.held_out < 1e-3 * min(lagging.values())
+    assert plan.chosen.kind.startswith("rule early") or plan.rule.startswith("early")
+    assert plan.chosen.saved >= 0.4
 
 
 def test_rules_of_thumb_are_among_what_is_measured():

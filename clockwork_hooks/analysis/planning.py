@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +46,7 @@ from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table
-from clockwork_hooks.schedule import Schedule
+from clockwork_hooks.schedule import Schedule, early_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,7 +270,8 @@ def plan(
         unet, generate, conditions, regions, seeds, console: as in `measure_drift`.
         adaptor: as there; or "calibrated", alone or in the list: `calibrate` solves for an adaptor for each of
             `regions` (None: the default one and the widest), so that sensitivities are those with the adaptor in
-            place. The one that is chosen is calibrated once more, for its own steps.
+            place. The best three and an early rule are calibrated once more, each for its own steps, and the one wins
+            that is best then: only so a trend takes part.
         guidance, log_snr: as in `calibrate`.
         max_error: relative L2 error of the result that is allowed: the largest saving within it is chosen.
         min_saving: share of a trajectory's MACs (or ms) that must be saved: the least error is chosen. One of the two.
@@ -321,7 +323,8 @@ def plan(
         def tell(what: str) -> None:
             bar.update(task, advance=1, description=what)
 
-        planner = _Planner(runs, {one.name: one for one in pairs}, steps, weigh, longest, tell)
+        solved = {one.name for one in solver.solved}
+        planner = _Planner(runs, {one.name: one for one in pairs}, solved, steps, weigh, longest, tell)
         for one in pairs:
             planner.clocks(one, clocks)
             planner.rules(one, clocks)
@@ -329,13 +332,10 @@ def plan(
             planner.frontier(one, series[one.name], adaptive=adaptive)
         fresh = Runs(unet, generate, [(batch, seed) for seed in held_out_seeds for batch in others])
         best = [planner.within(max_error)] if max_error is not None else planner.saving(float(min_saving or 0))
+        finalists = [(one, solver.again(planner.candidates[one.region], one.steps)) for one in best]
         tell("what is held out")
-        errors = [fresh.outcome(planner.candidates[one.region], one.schedule).error for one in best]
-    error, best_option = min(zip(errors, best, strict=True), key=lambda pair: pair[0])
-    chosen = planner.candidates[best_option.region]
-    if chosen in solver.solved:
-        chosen = solver.again(chosen, best_option.steps)
-        error = fresh.outcome(chosen, best_option.schedule).error
+        errors = [fresh.outcome(candidate, one.schedule).error for one, candidate in finalists]
+    error, (best_option, chosen) = min(zip(errors, finalists, strict=True), key=lambda pair: pair[0])
     region = chosen.region
     return Plan(
         chosen=best_option,
@@ -371,7 +371,9 @@ class _Calibrating:
         return tuple(self.solved)
 
     def again(self, one: Candidate, steps: Sequence[int]) -> Candidate:
-        """The same, calibrated for these steps alone."""
+        """The same, calibrated for these steps alone; only such an adaptor follows a trend."""
+        if one not in self.solved:
+            return one
         adaptor = self._solve(one.region, Schedule.at(steps))
         return replace(one, adaptor=adaptor, argument=adaptor)
 
@@ -390,6 +392,7 @@ class _Planner:
     Attributes:
         runs: of the sampler.
         candidates: by name.
+        solved: names of those whose adaptor is calibrated, and will be once more for the steps that are chosen.
         steps: of the sampler.
         weigh: what savings are measured in.
         longest: most adaptor steps in a row.
@@ -401,6 +404,7 @@ class _Planner:
 
     runs: Runs
     candidates: dict[str, Candidate]
+    solved: AbstractSet[str]
     steps: int
     weigh: Weigh
     longest: int
@@ -509,6 +513,7 @@ class _Planner:
             reaching = [option for option in sets if option.gain(self.weigh) >= wanted - _SLACK]
             if reaching:
                 self.measured(reaching[0])
+        early = self._early(wanted)
         enough = [option for option in self.fixed if option.gain(self.weigh) >= wanted - _SLACK]
         if not enough:
             every = [*self.fixed, *(option for sets in self.sets.values() for option in sets)]
@@ -519,7 +524,20 @@ class _Planner:
                 do="ask for less, or pass wider regions",
             )
         least = sorted(enough, key=lambda option: option.error)
-        return list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
+        few = list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
+        return [*few, *(option for option in early if option not in few)]
+
+    def _early(self, wanted: float) -> list[Option]:
+        """Of what is calibrated the early rule that saves so much: only when calibrated for it, it follows a trend."""
+        options = []
+        for name in self.solved & self.shares.keys():
+            for full in range(self.steps - 1, 2, -1):
+                steps = tuple(sorted(set(range(1, self.steps + 1)) - early_steps(full, self.steps)))
+                option = self._option(name, f"rule early, {full} full", steps, None)
+                if option.gain(self.weigh) >= wanted - _SLACK:
+                    options.append(self.measured(option))
+                    break
+        return sorted(options, key=lambda option: option.error)[:1]
 
     def within(self, allowed: float) -> Option:
         """The largest saving within this measured error."""
