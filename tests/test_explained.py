@@ -90,7 +90,7 @@ def held_tensors(cw: ch.ClockworkWrapper) -> list[torch.Tensor]:
 
 
 def tensors(objects: list[Any]) -> list[torch.Tensor]:
-    # isinstance() would ask odd objects of torch's; fake ones, which have no memory, are left by torch.compile elsewhere
+    # isinstance() would ask odd objects of torch's; torch.compile leaves fake ones, which have no memory
     return [o for o in objects if issubclass(type(o), torch.Tensor) and type(o) is not FakeTensor]
 
 

@@ -146,32 +146,32 @@ class Left(TorchDispatchMode):
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = {id(tensor) for tensor in tensors(inputs)}
-        self._made: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._products: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        of_inputs = any(id(one) in self._inputs or self._is_made(one) for one in tensors((args, kwargs)))
+        of_inputs = any(id(one) in self._inputs or self._comes_of_inputs(one) for one in tensors((args, kwargs)))
         out = func(*args, **kwargs)
         for one in (*tensors(out), *written_by(func, args, kwargs)) if of_inputs else ():
             if id(one) not in self._inputs:
-                self._made[id(one)] = weakref.ref(one)
+                self._products[id(one)] = weakref.ref(one)
         return out
 
-    def _is_made(self, tensor: torch.Tensor) -> bool:
-        made = self._made.get(id(tensor))
-        return made is not None and made() is tensor
+    def _comes_of_inputs(self, tensor: torch.Tensor) -> bool:
+        product = self._products.get(id(tensor))
+        return product is not None and product() is tensor
 
     def beside(self, unet: nn.Module, values: Any) -> bool:
         """Is anything left, beside these values? Where autograd keeps tensors too, only what modules hold counts."""
-        known = {address(tensor.untyped_storage()) for tensor in tensors(values) if _is_plain(tensor)}
+        beside = {address(tensor.untyped_storage()) for tensor in tensors(values) if _is_plain(tensor)}
         if torch.is_grad_enabled():
             held = [tensor for module in unet.modules() for tensor in tensors(dict(vars(module)))]
-            left = [tensor for tensor in held if self._is_made(tensor)]
+            left = [tensor for tensor in held if self._comes_of_inputs(tensor)]
         else:
-            left = [tensor for tensor in (made() for made in self._made.values()) if tensor is not None]
-        return any(not _is_plain(tensor) or address(tensor.untyped_storage()) not in known for tensor in left)
+            left = [tensor for tensor in (product() for product in self._products.values()) if tensor is not None]
+        return any(not _is_plain(tensor) or address(tensor.untyped_storage()) not in beside for tensor in left)
 
 
 class _Watch:

@@ -213,7 +213,7 @@ class Choice:
             raise _none_such(regions, "resolution", self.resolution, there)
         if self.share is None:
             if pairs[-1][0].resolution in search.small:
-                raise search.not_found(regions)
+                raise search.no_region(regions)
             return pairs[-1][1]
         fitting = [edge for _, edge in pairs if edge.macs_share >= self.share]
         if not fitting:

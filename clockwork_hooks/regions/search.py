@@ -97,7 +97,7 @@ class Search:
             if region.macs_share < SMALLEST and self._holds_most(candidate, around):
                 self.small.add(region.resolution)
         if not chosen:
-            raise self.not_found()
+            raise self.no_region()
         edges = sorted({candidate.positions for candidate, _ in chosen}, reverse=True)
         levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in chosen]
         return tuple(replace(region, inner=self._inner(region)) for region in levelled)
@@ -173,7 +173,7 @@ class Search:
                     return replace(region, level=outer.level)
         return None
 
-    def not_found(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
+    def no_region(self, wider: tuple[Region, ...] = ()) -> RegionNotFoundError:
         """What was looked for and what is there; `wider` regions may be had, but not by default."""
         trace, levels = self.facts.trace, self.facts.levels
         seen: dict[str, object] = {
