@@ -10,6 +10,7 @@ import ctypes
 import io
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,21 @@ def printed(low: Tensor) -> float:
     return float(out.getvalue().split("(")[1].split(",")[0].split(")")[0])
 
 
+@torch.library.custom_op("clockwork_tests::with_mean", mutates_args=())
+def with_mean(low: Tensor) -> tuple[Tensor, float]:
+    """An operator that returns a tensor and a number."""
+    return low.clone(), float(low.mean())
+
+
+def in_thread(read: Callable[[], float]) -> float:
+    """What a thread of the UNet's own has read."""
+    out: list[float] = []
+    thread = threading.Thread(target=lambda: out.append(read()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
 READS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda low: low.mean().item(),
     "float": lambda low: float(low.mean()),
@@ -110,6 +126,10 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "an error": lambda low: [1.0][int(low.abs().mean() < 1e-9)],
     "a loop": lambda low: sum(1 for _ in iter(lambda: low.abs().max() > 1e-6, True)),
     "caught": lambda low: caught(lambda: low.mean().item()),
+    "caught in a thread": lambda low: in_thread(lambda: caught(lambda: low.mean().item())),
+    "beside a tensor": lambda low: with_mean(low)[1],
+    "how many": lambda low: low.relu().to_sparse().values().shape[0],
+    "another shape": lambda low: low.unsqueeze_(0).ndim,
 }
 
 
@@ -279,14 +299,18 @@ def either(twist: Twist, mode: Any = torch.no_grad, clock: int = 2) -> str:
     return letters
 
 
-@pytest.mark.parametrize("twist", [*map(adding, READS.values()), added, written], ids=[*READS, "added", "written"])
+@pytest.mark.parametrize(
+    "twist",
+    [*map(adding, READS.values()), added, written, part_on_self],
+    ids=[*READS, "added", "written", "kept in part"],
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_what_is_used_at_later_steps_only(twist: Any, mode: Any) -> None:
     """The steps that use it are full, run again; the others are served."""
     assert either(late(twist), mode) == 3 * "FAFAFFFF"
 
 
-@pytest.mark.parametrize("twist", [on_self, part_on_self, in_list, in_closure])
+@pytest.mark.parametrize("twist", [on_self, in_list, in_closure])
 def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
     """Where it comes into an output, what was there before is gone: an error, and nothing stale."""
     unet, plain, (x, c) = Twisted(late(twist)), Twisted(late(twist)), inputs()
@@ -296,6 +320,30 @@ def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
         with pytest.raises(ch.WrapError, match="keeps for its next call"):  # noqa: PT012
             unet(x, TIMES[5], c)
             unet(x, TIMES[6], c)
+
+
+def read_and_caught(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """It is kept, and the next call reads it where every error is caught."""
+    before = swap(unet.table, "low", low)
+    return out + caught(lambda: float(torch.as_tensor(before).mean()))
+
+
+def test_what_is_kept_at_later_steps_only_and_read_in_secret() -> None:
+    unet, plain, (x, c) = Twisted(late(read_and_caught)), Twisted(late(read_and_caught)), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
+        for k, t in enumerate(TIMES[:6]):
+            assert torch.equal(unet(x, t, c), plain(x, t, c)) or k in (1, 3, 5)
+        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+            unet(x, TIMES[6], c)
+
+
+def test_a_later_pass_that_is_run_again_is_counted_once() -> None:
+    """The first adaptor pass has shown that the modules change in a call: so copies are made before later ones too."""
+    unet, plain, (x, c) = Twisted(late(counted)), Twisted(late(counted)), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
+        for t in TIMES:
+            assert torch.equal(unet(x, t, c), plain(x, t, c)) or t >= 450
+    assert unet.calls == plain.calls
 
 
 @pytest.mark.filterwarnings("ignore:6 denoising steps without")

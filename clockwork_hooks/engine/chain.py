@@ -148,6 +148,7 @@ class RegionUse:
         homes: where exits lie that are no copies.
         proved: has an adaptor pass shown that nothing of what is skipped is used, beside the exit?
         used: so many adaptor passes, one after another, have shown the opposite.
+        changes: did the pass that proved it leave anything in the UNet's modules? Then more passes may.
         shared: what skipped calls return, once it is proved.
         name: tells adaptor passes apart where there are several regions.
     """
@@ -160,6 +161,7 @@ class RegionUse:
     homes: Homes = field(default_factory=Homes)
     proved: bool = False
     used: int = 0
+    changes: bool = False
     shared: dict[tuple[str, int], Any] = field(default_factory=dict)
     name: str = ""
 

@@ -36,7 +36,7 @@ from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, 
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import Stats
-from clockwork_hooks.engine.taint import holds_placeholder, may_cause
+from clockwork_hooks.engine.taint import SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.engine.undo import Before
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
@@ -318,11 +318,7 @@ class Engine:
             self.forget()
             return self._record(state, call)
         if outcome.kind == "full" and holds_placeholder(outcome.output):
-            raise WrapError(
-                "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
-                seen={"step": call.place.step, "kept": "in an adaptor pass, and not in the first one"},
-                do="let the UNet keep it from its first steps on; or remove() the wrapper",
-            )
+            raise _lost(call)
         if begins and guarded and self._exchanged(call.place):  # by a pass that ran as it is: in full, so it is right
             self.forget()
         self._remember(call, call.signature, call.place, outcome)
@@ -431,7 +427,9 @@ class Engine:
         if isinstance(signature, Derived) and not signature.seen:
             return self._compare(state, call, signature, reason)
         if not signature.regions or (reason is not None and self._idle(state, place)):
-            return Outcome(call.run(), watched=False, macs=signature.full_macs, reason=reason)
+            with _nothing_lost(call, Taint()):
+                output = call.run()
+            return Outcome(output, watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
         pass_ = self._pass(state, call, Decision(reason, decision.region, decision.feature))
@@ -439,7 +437,7 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
-        before = self._before(call, signature, proved=use.proved)
+        before = self._before(call, signature, stateless=use.proved and not use.changes)
         try:
             outcome = self._adapt(call, pass_, decision.feature)
         except Exception as error:
@@ -457,6 +455,7 @@ class Engine:
             return outcome
         outcome.macs, outcome.skipped = use.rest_macs + (use.adaptor_macs or 0), use.name
         if outcome.complete and not outcome.used and not self.installed.closed:
+            use.changes = before.changed if not use.proved else use.changes
             use.proved, use.used = True, 0
             return outcome
         return self._again(call, signature, place, before, outcome)
@@ -532,12 +531,15 @@ class Engine:
             self._doubt(call)
         return again
 
-    def _before(self, call: UNetCall, signature: Signature, *, proved: bool) -> Before:
-        """The arguments, for the case that the adaptor pass which begins now has to be run again."""
+    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
+        """The arguments, for the case that the adaptor pass which begins now has to be run again.
+
+        And what the UNet's modules hold, until one such pass has left all of that as it was.
+        """
         sample = call.arguments.get(signature.sample)
         size = sample.numel() if isinstance(sample, torch.Tensor) else 0
-        written, unet = signature.written, None if proved else self.unet
-        return Before(call.args, call.kwargs, written=written, size=size, unsure=not proved, always=sample, unet=unet)
+        written, unet, unsure = signature.written, None if stateless else self.unet, not stateless
+        return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample, unet=unet)
 
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
@@ -553,7 +555,7 @@ class Engine:
         try:
             if pass_.looks:
                 pass_.enter(call.args, call.kwargs)
-            with pass_.taint:
+            with pass_.taint if pass_.kind == "adaptor" else _nothing_lost(call, pass_.taint):
                 output = call.run()
         finally:
             self.active.pass_ = None
@@ -963,6 +965,30 @@ class Engine:
         timeline = self.states.current().timeline
         timeline.reset()
         self._count_plain(timeline.nowhere(reasons.COMPILED), reasons.COMPILED, None)
+
+
+@contextlib.contextmanager
+def _nothing_lost(call: UNetCall, taint: Taint) -> Iterator[None]:
+    """Run a full pass, which has no placeholders: one that it asks for a value was kept by an earlier pass."""
+    try:
+        with taint:
+            yield
+    except SkippedValueError as error:
+        raise _lost(call) from error
+    if taint.used:
+        raise _lost(call)
+
+
+def _lost(call: UNetCall) -> WrapError:
+    """What the UNet would have used is a placeholder: the error that says so."""
+    return WrapError(
+        "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
+        seen={
+            "step": None if call.place is None else call.place.step,
+            "kept": "in an adaptor pass, and not in the first one",
+        },
+        do="let the UNet keep it from its first steps on; or remove() the wrapper",
+    )
 
 
 def _put_last(table: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> list[tuple[Any, ...]]:

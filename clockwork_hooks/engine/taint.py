@@ -47,10 +47,12 @@ class Taint:
 
     def __enter__(self) -> Taint:
         self._around, _here.taint = _here.taint, self
+        _under_way.add(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         _here.taint, self._around = self._around, None
+        _under_way.discard(self)
 
     def on(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
@@ -101,12 +103,14 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_under_way: weakref.WeakSet[Taint] = weakref.WeakSet()  # of all threads
 
 
 def refuse() -> NoReturn:
     """Somebody asks for a value of a placeholder, or writes one to memory that is real."""
-    if _here.taint is not None:
-        _here.taint.used = True
+    # a UNet may start threads of its own, and whose they are nobody knows
+    for taint in list(_under_way) if _here.taint is None else (_here.taint,):
+        taint.used = True
     raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
 
 
@@ -198,8 +202,12 @@ def _traits(func: Any) -> _Traits:
     schema, tags = getattr(func, "_schema", None), getattr(func, "tags", ())
     name = getattr(schema, "name", "")
     reads = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    reads |= torch.Tag.inplace_view in tags  # the shape that Python sees stays the old one
     if schema is not None and schema.returns:
-        reads |= not any("Tensor" in str(one.type) for one in schema.returns)
+        values = [str(one.type) for one in schema.returns if "Tensor" not in str(one.type)]
+        beside = len(values) < len(schema.returns)
+        sizes = func.namespace == "aten" and beside and set(values) == {"int"}  # attention returns some
+        reads |= bool(values) and not sizes
     shape_only = name in SHAPE_ONLY or name in _METADATA
     return _Traits(shape_only, name in FIRST_ONLY, reads, schema is not None and schema.is_mutable)
 
@@ -215,6 +223,8 @@ def _plain(value: Any, own: list[Tainted]) -> Any:
 def _tainted(out: Any, own: list[Tainted]) -> Any:
     """What an operator returns, with placeholders in the place of tensors; it may return what it was given."""
     if isinstance(out, torch.Tensor):
+        if out.layout != torch.strided or out.is_nested:  # how much such a tensor holds is a value
+            refuse()
         same = next((one for one in own if one.plain is out), None)
         taint = _here.taint
         return same if same is not None else Tainted(out) if taint is None else taint.on(out)

@@ -40,6 +40,8 @@ class Before:
 
     Attributes:
         tensors: those among the arguments, in a fixed order.
+        versions: how often each of these tensors was written to.
+        marks: which objects these arguments are and hold.
     """
 
     def __init__(
@@ -58,20 +60,26 @@ class Before:
         self._objects = objects
         self.tensors: list[torch.Tensor] = []
         self._contents: list[Callable[[], None]] = []
+        self.marks: list[int] = []
         for value in (*args, *kwargs.values()):
             self._look(value, 0)
-        self._versions = [version(tensor) for tensor in self.tensors]
+        self.versions = [version(tensor) for tensor in self.tensors]
         self._copies: dict[int, torch.Tensor] = {}
         for k, tensor in enumerate(self.tensors):
-            small = tensor.numel() <= size and (unsure or self._versions[k] < 0)
+            small = tensor.numel() <= size and (unsure or self.versions[k] < 0)
             if tensor is always or small or k in written:
                 self._copies[k] = tensor.detach().clone()
 
     @property
     def written(self) -> set[int]:
         """Places of tensors that were written to since; of those that keep no count, none."""
-        pairs = zip(self.tensors, self._versions, strict=True)
+        pairs = zip(self.tensors, self.versions, strict=True)
         return {k for k, (tensor, then) in enumerate(pairs) if version(tensor) != then}
+
+    @property
+    def changed(self) -> bool:
+        """Do the UNet's modules hold anything else than before?"""
+        return self._own is not None and self._own.changed
 
     def restore(self) -> bool:
         """Make all of it what it was; False if a tensor was written to of which there is no copy."""
@@ -80,7 +88,7 @@ class Before:
             return False
         with torch.no_grad():
             for k, copy in self._copies.items():
-                if k in written or self._versions[k] < 0:
+                if k in written or self.versions[k] < 0:
                     self.tensors[k].copy_(copy)
         for restore in self._contents:
             restore()
@@ -89,6 +97,7 @@ class Before:
         return True
 
     def _look(self, value: Any, depth: int) -> None:
+        self.marks.append(id(value))
         if isinstance(value, torch.Tensor):
             if self._objects or (type(value) is torch.Tensor and value.layout == torch.strided):
                 self.tensors.append(value)
@@ -106,6 +115,7 @@ class Before:
             inner = entries.values()
         elif isinstance(value, set):
             members = set(value)
+            self.marks += sorted(map(id, members))
             self._contents.append(lambda: _refill_set(value, members))
             return
         elif isinstance(value, Mapping):
@@ -140,6 +150,15 @@ class _Own:
         values += [module._buffers for module in unet.modules()] + [value for _, value in self._cells]
         self._before = Before(tuple(values), size=math.inf, unsure=True, objects=False)
         self._memory = [(tensor, tensor.data) for tensor in self._before.tensors]
+        self._unet = unet
+        storages = [address(tensor.untyped_storage()) for tensor in self._before.tensors]
+        names = [(id(attributes), *attributes) for attributes, _ in self._modules]
+        self._marks = (names, self._before.marks, self._before.versions, storages)
+
+    @property
+    def changed(self) -> bool:
+        """Is anything of it another one now, or was anything written to?"""
+        return _Own(self._unet)._marks != self._marks
 
     def restore(self) -> None:
         """Make it what it was."""
