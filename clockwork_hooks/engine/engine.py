@@ -713,7 +713,14 @@ class Engine:
             judge=judge,
             proves=emit is None and not call.signature.recorded,
             shared=use.shared if use.proved else None,
+            scratch=[address(memory.untyped_storage()) for memory in self._attributes(use.region.scratch)],
         )
+
+    def _attributes(self, paths: Sequence[str]) -> Iterator[torch.Tensor]:
+        """What of the UNet's modules stands at these dotted paths."""
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            yield getattr(self.unet.get_submodule(parent), name)
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor, and check what it returns before the UNet sees it."""

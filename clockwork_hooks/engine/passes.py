@@ -90,6 +90,7 @@ class Pass:
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
         shared: what skipped calls return in all passes of a plan that one has proved; None before.
+        scratch: storages that what stands in for skipped outputs may be written to.
 
     Attributes:
         taint: follows what stands in for skipped outputs: nothing may come of it.
@@ -113,8 +114,9 @@ class Pass:
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
         proves: bool = False,
         shared: dict[tuple[str, int], Any] | None = None,
+        scratch: Collection[int] = (),
     ) -> None:
-        self._proves, self._differs, self.taint = proves, False, Taint()
+        self._proves, self._differs, self.taint = proves, False, Taint(scratch)
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
         self.exits: dict[int, Emitted] = {}
@@ -131,7 +133,8 @@ class Pass:
         """A pass that does the same, with another `emit`; `traced`: torch.compile will trace it."""
         kind = TracedPass if traced else Pass
         plan, copies, looks, keeps_entry = self.plan, self.copies, self.looks, self.keeps_entry
-        return kind(plan, self.kind, emit, copies=copies, looks=looks, keeps_entry=keeps_entry)
+        scratch = self.taint.scratch
+        return kind(plan, self.kind, emit, copies=copies, looks=looks, keeps_entry=keeps_entry, scratch=scratch)
 
     @property
     def exit(self) -> torch.Tensor | None:

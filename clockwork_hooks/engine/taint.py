@@ -12,13 +12,13 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import tensors
+from clockwork_hooks._tree import address, tensors
 from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
@@ -36,12 +36,15 @@ class SkippedValueError(RuntimeError):
 class Taint:
     """Follows the placeholders of one pass, within its `with` block.
 
+    Args:
+        scratch: storages that may be written to, as each call overwrites them before it reads them.
+
     Attributes:
         used: has something of them come where nothing of them may be?
     """
 
-    def __init__(self) -> None:
-        self.used = False
+    def __init__(self, scratch: Collection[int] = ()) -> None:
+        self.used, self.scratch = False, scratch
         self._placeholders: list[weakref.ref[Any]] = []
         self._around: Taint | None = None
 
@@ -174,8 +177,7 @@ class Tainted(torch.Tensor):
         named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
         if traits.shape_only or (traits.first_only and not isinstance(args[0], Tainted)):
             return func(*plain, **named)
-        real = traits.writes and not all(isinstance(one, Tainted) for one in written_by(func, args, kwargs or {}))
-        if traits.reads or real:
+        if traits.reads or (traits.writes and not all(map(_may_be_written, written_by(func, args, kwargs or {})))):
             refuse()
         return _tainted(func(*plain, **named), own)
 
@@ -210,6 +212,13 @@ def _traits(func: Any) -> _Traits:
         reads |= bool(values) and not sizes
     shape_only = name in SHAPE_ONLY or name in _METADATA
     return _Traits(shape_only, name in FIRST_ONLY, reads, schema is not None and schema.is_mutable)
+
+
+def _may_be_written(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, Tainted):
+        return True
+    scratch = () if _here.taint is None else _here.taint.scratch
+    return bool(scratch) and address(tensor.untyped_storage()) in scratch
 
 
 def _plain(value: Any, own: list[Tainted]) -> Any:

@@ -111,6 +111,12 @@ class Trace:
         read |= {node.meta["was"] for node in self.nodes if "was" in node.meta} | set(self.outputs)
         return tuple(path for path, node in self.inputs.items() if "dtype" in node.meta and node not in read)
 
+    @functools.cached_property
+    def scratch(self) -> tuple[str, ...]:
+        """Dotted paths of the buffers that the call overwrites before anything reads them."""
+        pairs = ((node, list(node.users)) for node in self.nodes if node.op == "get_attr")
+        return tuple(str(node.target) for node, users in pairs if len(users) == 1 and _overwrites(users[0], node))
+
     def ancestors(self, call: ModuleCall) -> Iterator[ModuleCall]:
         """The calls around `call`, innermost first, without the call itself."""
         while call.parent >= 0:
@@ -142,6 +148,10 @@ def sources(node: fx.Node) -> tuple[fx.Node, ...]:
         if schema.name in FIRST_ONLY:
             return (*node.all_input_nodes[:1], *after)
     return (*node.all_input_nodes, *after)
+
+
+def _overwrites(node: fx.Node, memory: fx.Node) -> bool:
+    return node.target is torch.ops.aten.copy_.default and node.args[0] is memory and node.args[1] is not memory
 
 
 def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:

@@ -63,6 +63,7 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         signature=facts.trace.signature,
         residuals=facts.residuals,
         unread=facts.trace.unread,
+        scratch=facts.trace.scratch,
         uncounted=facts.trace.uncounted,
         structure=facts.structure,
     )

@@ -120,6 +120,8 @@ class Region(Report):
         residuals: paths of the inputs that are only added to feature maps, as a ControlNet's outputs are: like the
             sample, they change in every step and tell no branch.
         unread: paths of the tensor inputs that no operator of the traced call has read.
+        scratch: dotted paths of the buffers that the traced call overwrites before it reads them: what is skipped may
+            be written there, as it comes into no later call.
         uncounted: operators of the traced call that are in no count of MACs, which then are lower bounds.
         full_macs: multiply-accumulates of a full pass, attention products counted, at the traced batch.
         macs: those of the skipped calls.
@@ -157,6 +159,7 @@ class Region(Report):
     signature: tuple[Any, ...] = field(repr=False, compare=False)
     residuals: tuple[str, ...] = field(default=(), repr=False, compare=False)
     unread: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    scratch: tuple[str, ...] = field(default=(), repr=False, compare=False)
     uncounted: tuple[str, ...] = field(default=(), repr=False, compare=False)
     inner: Region | None = field(default=None, repr=False, compare=False)
     structure: str = field(default="", repr=False, compare=False)
@@ -288,6 +291,7 @@ class Region(Report):
             "edges": [{"paths": edge.paths, "resolution": edge.resolution, "node": edge.node} for edge in edges],
             "sides": [side.node for side in self.sides],
             "unread": self.unread,
+            "scratch": self.scratch,
             "uncounted": self.uncounted,
         }
         sealed: dict[str, Any] = plain({**passes, "seal": seal(self.structure, {**self.data(), "passes": passes})})

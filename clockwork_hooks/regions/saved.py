@@ -77,6 +77,7 @@ def _region(data: Mapping[str, Any], saved: Mapping[str, Any]) -> Region:
     fields: dict[str, Any] = {name: data[name] for name in names.split()}
     fields |= {name: tuple(data[name]) for name in ("resolution", "bottleneck", "times", "residuals")}
     fields |= {name: tuple(saved[name]) for name in ("unread", "uncounted", "signature")}
+    fields["scratch"] = tuple(saved.get("scratch", ()))
     return Region(
         **fields,
         entry=entry,
