@@ -123,11 +123,16 @@ class Trace:
             call = self.calls[call.parent]
             yield call
 
+    @functools.cached_property
+    def sources(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """Of each node, those whose values it needs."""
+        return tuple(map(sources, self.nodes))
+
     def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
         """The nodes whose values depend on those of `starts`, these included."""
         reached = set(starts)
-        for node in self.nodes:
-            if node not in reached and any(source in reached for source in sources(node)):
+        for node, needed in zip(self.nodes, self.sources, strict=True):
+            if node not in reached and any(source in reached for source in needed):
                 reached.add(node)
         return reached
 

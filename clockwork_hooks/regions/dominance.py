@@ -36,7 +36,7 @@ class Dominance:
     def __init__(self, trace: Trace) -> None:
         self.nodes = trace.nodes
         count = len(self.nodes)
-        self.sources = [[node.meta["index"] for node in sources(node)] for node in self.nodes]
+        self.sources = [[node.meta["index"] for node in needed] for needed in trace.sources]
         self.users: list[list[int]] = [[] for _ in range(count)]
         for v, taken in enumerate(self.sources):
             for u in taken:
