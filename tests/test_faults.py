@@ -104,7 +104,7 @@ def test_in_our_own_code_it_leaves_the_wrapper_on(
     """The first call takes seconds to analyse, and reading a time waits for the device: there Ctrl-C will come."""
     judge, error = Judge(Tiny()), make()
     # a private name: no time that a user passes can raise at will
-    part, name = {"analysis": (ch.Choice, "find"), "time": (times, "is_number")}[where]
+    part, name = {"analysis": (ch.Choice, "among"), "time": (times, "is_number")}[where]
     with ch.wrap(judge.unet) as cw, cw.trajectory():
         for step, t in enumerate((900, 800) if where == "time" else (), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)

@@ -374,7 +374,7 @@ def test_sensitivities_are_measured_with_the_calibrated_adaptor_in_place():
 
 
 def test_what_follows_a_trend_is_judged_with_the_trend():
-    """What moves on a straight line is exact wherever two full passes come first; an adaptor for any steps lags behind."""
+    """What moves on a line is exact wherever two full passes come first; an adaptor for any steps lags behind."""
     unet = Drifting()
     generate, batches = calibration.sampler(unet, times=STEPS), [(4, 2.0), (4, 2.0)]
     region = ch.find_region(unet, torch.zeros(8, 2, 8, 8), 950.0, torch.zeros(8, 3))

@@ -99,14 +99,14 @@ def test_two_threads_that_trace_at_once_patch_once(monkeypatch: pytest.MonkeyPat
         return forward
 
     monkeypatch.setattr(Installed, "_patch", slowly)
-    find, meet = Choice.find, threading.Barrier(2)
+    among, meet = Choice.among, threading.Barrier(2)
 
     def together(*args: Any, **kwargs: Any) -> Any:
-        region = find(*args, **kwargs)
+        region = among(*args, **kwargs)
         meet.wait(10)
         return region
 
-    monkeypatch.setattr(Choice, "find", together)
+    monkeypatch.setattr(Choice, "among", together)
     with ch.wrap(unet):
         threads = [threading.Thread(target=descend, args=(unet,)) for _ in range(2)]
         for thread in threads:
@@ -341,15 +341,15 @@ def test_compiled_in_place_is_compiled_again() -> None:
 
 
 def test_removed_while_another_thread_analyses_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, reached, removed, find = Tiny(), threading.Event(), threading.Event(), Choice.find
+    unet, reached, removed, among = Tiny(), threading.Event(), threading.Event(), Choice.among
     expected, before = descend(unet), snapshot(unet)
 
     def slow(*args: Any) -> ch.Region:
         reached.set()
         assert removed.wait(10)
-        return find(*args)
+        return among(*args)
 
-    monkeypatch.setattr(Choice, "find", slow)
+    monkeypatch.setattr(Choice, "among", slow)
     cw, outputs = ch.wrap(unet), []
     thread = threading.Thread(target=lambda: outputs.extend(descend(unet)))
     thread.start()
