@@ -525,7 +525,8 @@ class _Planner:
             )
         least = sorted(enough, key=lambda option: option.error)
         few = list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
-        return [*few, *(option for option in early if option not in few)]
+        taken = [(option.region, option.steps) for option in few]
+        return [*few, *(option for option in early if (option.region, option.steps) not in taken)]
 
     def _early(self, wanted: float) -> list[Option]:
         """Of what is calibrated the early rule that saves so much: only when calibrated for it, it follows a trend."""
@@ -535,7 +536,8 @@ class _Planner:
                 steps = tuple(sorted(set(range(1, self.steps + 1)) - early_steps(full, self.steps)))
                 option = self._option(name, f"rule early, {full} full", steps, None)
                 if option.gain(self.weigh) >= wanted - _SLACK:
-                    options.append(self.measured(option))
+                    same = (one for one in self.options if (one.region, one.steps) == (name, steps))
+                    options.append(next(same, None) or self.measured(option))
                     break
         return sorted(options, key=lambda option: option.error)[:1]
 
