@@ -80,7 +80,7 @@ def train(model: Any, xs: Tensor, text: Tensor) -> None:
 
 def expected(xs: Tensor, text: Tensor) -> list[Tensor]:
     """A wrapped UNet in one process."""
-    with ch.wrap(Tiny()) as cw:
+    with ch.wrap(Tiny()) as cw, cw.trajectory():
         outputs = sample(cw, xs, text)
         assert cw.stats.adaptor_passes == 2
     return outputs
@@ -107,7 +107,9 @@ def under_ddp(xs: Tensor, text: Tensor) -> None:
         model = DistributedDataParallel(unet)
         before = snapshot(unet)
         cw = cw or ch.wrap(unet)
-        assert equal(sample(model, xs, text), expected(xs, text))
+        with cw.trajectory():
+            outputs = sample(model, xs, text)
+        assert equal(outputs, expected(xs, text))
         assert cw.stats.adaptor_passes == 2
         cw.remove()
         assert equal(sample(model, xs, text), sample(Tiny(), xs, text))
@@ -119,7 +121,9 @@ def ddp_wrapped(xs: Tensor, text: Tensor) -> None:
     """`wrap(ddp)` finds the region one module deeper."""
     model = DistributedDataParallel(Tiny())
     with ch.wrap(model) as cw:
-        assert equal(sample(model, xs, text), expected(xs, text))
+        with cw.trajectory():
+            outputs = sample(model, xs, text)
+        assert equal(outputs, expected(xs, text))
         assert cw.stats.adaptor_passes == 2
         assert cw.region is not None
         assert cw.region.exit.path == "module.up"
@@ -129,7 +133,7 @@ def training_under_ddp(xs: Tensor, text: Tensor) -> None:
     """All passes are full, and the gradients are the mean over the processes."""
     unet = Tiny().train()
     model = DistributedDataParallel(unet)
-    with ch.wrap(unet) as cw:
+    with ch.wrap(unet) as cw, cw.trajectory():
         train(model, xs, text)
         assert cw.stats.reasons == {"first step": 1, "training": 2, "scheduled": 1}
     for parameter, grad in zip(unet.parameters(), mean_gradients(xs, text), strict=True):
@@ -152,7 +156,9 @@ def under_fsdp(xs: Tensor, text: Tensor) -> None:
             cw = ch.wrap(unet) if wrapped_first else None
             sharded(unet, parts)
             cw = cw or ch.wrap(unet)
-            assert equal(sample(unet, xs, text), expected(xs, text))
+            with cw.trajectory():
+                outputs = sample(unet, xs, text)
+            assert equal(outputs, expected(xs, text))
             assert cw.stats.adaptor_passes == 2
             cw.remove()
             assert equal(sample(unet, xs, text), sample(Tiny(), xs, text))

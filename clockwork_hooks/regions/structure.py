@@ -64,6 +64,7 @@ class _Description:
 
     def __init__(self, unet: nn.Module) -> None:
         self._classes: dict[type, str] = {}
+        self._objects: dict[int, Any] = {}  # held, so that their numbers stay theirs
         numbers = {id(module): k for k, module in enumerate(unet.modules())}
         lines: list[Any] = [f"torch {torch.__version__} python {sys.version_info[:2]}"]
         lines += [self._module(module, numbers) for module in unet.modules()]
@@ -123,6 +124,10 @@ class _Description:
 
     def _object(self, value: Any, depth: int) -> Any:
         own = {} if isinstance(value, nn.Module) else getattr(value, "__dict__", {})
+        if own:  # each is described once: FSDP's hold each other, and hundreds of paths lead from one to the next
+            if id(value) in self._objects:
+                return [self._name(type(value)), list(self._objects).index(id(value))]
+            self._objects[id(value)] = value
         return [self._name(type(value)), self._mapping(own, depth)]
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> list[Any]:
