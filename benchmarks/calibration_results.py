@@ -65,7 +65,7 @@ class Rows:
         return min(keys, key=lambda key: self.mean(key, "choose"), default=None)
 
 
-_NEAR = 0.015  # of the MACs: a row that saves a little less than the peer is named too
+_NEAR = 0.02  # of the MACs: a row that saves a little less than the peer is named too
 
 # -- targets ---------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ def environment(data: Data) -> str:
     seen = data["gpu_latency"]["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items() if version)
     where = f"{seen['device']}, CUDA {seen['cuda']}; {versions}; {seen['date']}; measured by `{seen['command']}`."
+    beside = seen.get("then")
+    where += f" And by `{beside}." if beside else ""
     before = seen.get("before")
     more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
     earlier = data["gpu_latency"].get("earlier")

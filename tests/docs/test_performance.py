@@ -55,14 +55,14 @@ def test_planned_and_calibrated_rows_are_judged() -> None:
     """On rows of a run that had them: speed-up in one mode, MACs saved, minutes and memory of a calibration."""
     row = {"model": "sd15", "batch": 2, "steps": 50, "mode": "compile", "clock": None, "cut": "widest", "tflops": None}
     plain = {**row, "kind": "plain", "side": "plain", "adaptor": None, "ms_per_step": 7.0, "macs_ratio": 1.0}
-    side = "clockwork, planned, affine+trend, widest cut"
-    ours = {**row, "kind": "clockwork", "side": side, "adaptor": "affine+trend", "ms_per_step": 2.0, "macs_ratio": 0.32}
+    side = "clockwork, planned, exit+entry+before+trend, widest cut"
+    ours = {**row, "kind": "clockwork", "side": side, "adaptor": "exit+entry+before+trend", "ms_per_step": 2.0, "macs_ratio": 0.32}
     solved = {"model": "sdxl", "schedule": "every(2)", "seconds": 250.0, "memory_ratio": 1.2}
     data = {"latency": [plain, ours], "passes": [], "calibrate": [solved]}
     seen = {one.what: (one.measured, one.met) for one in verdicts(Latencies(data)) if one.met is not None}
     assert seen == {
-        "sd15, batch 2, 50 steps, compiled: planned, affine+trend against plain compiled": ("3.50×", True),
-        "sd15, 50 steps: MACs saved, planned, affine+trend": ("68.0%", True),
+        "sd15, batch 2, 50 steps, compiled: planned, exit+entry+before+trend against plain compiled": ("3.50×", True),
+        "sd15, 50 steps: MACs saved, planned, exit+entry+before+trend": ("68.0%", True),
         "sdxl: calibrate, 64 prompts, 20 steps, every(2)": ("250 s", False),
         "sdxl: calibrate, 64 prompts, 20 steps, every(2): peak memory against sampling's": ("1.200", True),
     }
