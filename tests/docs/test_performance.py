@@ -55,8 +55,9 @@ def test_planned_and_calibrated_rows_are_judged() -> None:
     """On rows of a run that had them: speed-up in one mode, MACs saved, minutes and memory of a calibration."""
     row = {"model": "sd15", "batch": 2, "steps": 50, "mode": "compile", "clock": None, "cut": "widest", "tflops": None}
     plain = {**row, "kind": "plain", "side": "plain", "adaptor": None, "ms_per_step": 7.0, "macs_ratio": 1.0}
-    side = "clockwork, planned, exit+entry+before+trend, widest cut"
-    ours = {**row, "kind": "clockwork", "side": side, "adaptor": "exit+entry+before+trend", "ms_per_step": 2.0, "macs_ratio": 0.32}
+    kind = "exit+entry+before+trend"
+    side = f"clockwork, planned, {kind}, widest cut"
+    ours = {**row, "kind": "clockwork", "side": side, "adaptor": kind, "ms_per_step": 2.0, "macs_ratio": 0.32}
     solved = {"model": "sdxl", "schedule": "every(2)", "seconds": 250.0, "memory_ratio": 1.2}
     data = {"latency": [plain, ours], "passes": [], "calibrate": [solved]}
     seen = {one.what: (one.measured, one.met) for one in verdicts(Latencies(data)) if one.met is not None}
