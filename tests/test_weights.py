@@ -165,6 +165,38 @@ def test_what_has_no_values_or_keeps_no_count() -> None:
         assert seen.state() == seen.state()
 
 
+def test_memory_of_parameters_stays_resizable() -> None:
+    """FSDP lets it go and takes it again; what is let go is never the same."""
+    unet = nn.Linear(4, 4)
+    seen = Weights(unet)
+    before, memory = seen.state(), unet.weight.untyped_storage()
+    size = memory.nbytes()
+    memory.resize_(0)
+    assert seen.state() != before
+    assert seen.state() != seen.state()
+    memory.resize_(size)
+    assert seen.state() == seen.state()
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (1, 8, 1, 1), (3, 4)])
+def test_values_of_parameters_of_any_strides(shape: tuple[int, ...]) -> None:
+    """Transposed, a part of a larger one, and expanded: no error, and a write to all values is seen."""
+    larger = torch.randn(*shape[:-1], 2 * shape[-1])
+    unet = nn.Module()
+    for one in (
+        larger.transpose(0, 1),
+        larger[..., shape[-1] :],
+        larger[..., ::2],
+        larger[:1].expand(shape[1], *larger.shape[1:]),
+    ):
+        unet.weight = nn.Parameter(one)
+        seen = Weights(unet)
+        before = seen.state()
+        assert seen.state() == before
+        larger.data.mul_(2)
+        assert seen.state() != before
+
+
 def test_some_of_many() -> None:
     """Evenly, the last one among them; a change of all is a change of these."""
     many = nn.ModuleList(nn.Linear(2, 2) for _ in range(50))

@@ -518,7 +518,6 @@ def _address(tensor: torch.Tensor) -> int:
 
 _PARAMETERS, _LAYERS = 16, 8
 _VALUES_READ = 3  # read of each parameter
-_NUMPYS = frozenset({torch.float32, torch.float16, torch.float64})
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -591,19 +590,26 @@ class _Watched:
         return version(parameter), _values(parameter.detach())
 
 
-def _values(parameter: torch.Tensor) -> bytes:
-    """A few of them, bit by bit: NaN is equal to itself. NumPy picks them in half of the time that torch takes.
+def _values(parameter: torch.Tensor) -> Hashable:
+    """A few of them, bit by bit: NaN is equal to itself. No copy of the others, whatever their strides.
 
-    Five questions to torch are asked only of what NumPy does not read as it is: 155 → 100 µs a call of the demo model.
+    Not through NumPy, which takes 16 µs less a call: torch lets nobody resize memory that NumPy has seen, and FSDP
+    resizes that of parameters. Memory that is let go says nothing, and is never the same.
     """
-    if parameter.dtype not in _NUMPYS or parameter.is_neg():
-        if parameter.is_quantized or parameter.is_conj() or parameter.is_neg():
-            parameter = parameter.dequantize() if parameter.is_quantized else parameter.resolve_conj().resolve_neg()
-        parameter = parameter.view(_INTEGERS.get(parameter.element_size(), parameter.dtype))
-    values = parameter.numpy()
-    step = max(values.size // _VALUES_READ, 1)
-    picked: bytes = values.flat[: _VALUES_READ * step : step].tobytes()  # no copy of the others, whatever their strides
-    return picked
+    if parameter.is_quantized or parameter.is_conj() or parameter.is_neg():
+        parameter = parameter.dequantize() if parameter.is_quantized else parameter.resolve_conj().resolve_neg()
+    if parameter.is_contiguous():
+        elements = parameter.numel()
+        count, step = min(elements, _VALUES_READ), max(elements // _VALUES_READ, 1)
+    else:  # along its diagonal
+        count = _VALUES_READ
+        axes = zip(parameter.shape, parameter.stride(), strict=True)
+        step = sum((size - 1) // (count - 1) * stride for size, stride in axes)
+    try:
+        picked = parameter.as_strided((count,), (step,))
+    except RuntimeError:  # there is no such memory
+        return object()
+    return tuple(picked.view(_INTEGERS.get(picked.element_size(), picked.dtype)).tolist())
 
 
 def _counts(parameter: Any) -> bool:
