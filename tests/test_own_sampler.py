@@ -93,8 +93,8 @@ def test_the_command_line_takes_it(capsys, tmp_path, monkeypatch):
     words = [
         "plan",
         "tests.test_own_sampler:build",
-        "--min-saving",
-        "0.2",
+        "--max-error",
+        "0.9",
         "--clock",
         "2",
         "--probes",

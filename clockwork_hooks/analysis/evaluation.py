@@ -22,6 +22,7 @@ from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.analysis.sampling import check_runs
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import ArgumentError, named_options
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.find import Choice
@@ -239,6 +240,7 @@ def evaluate(
 
     Source: arXiv 2312.08128, Sec. 5 (what is measured there: FID, CLIP score, FLOPs, latency).
     """
+    check_unet(unet)
     batches, judges = check_runs(generate, conditions, seeds), list(metrics) or [Paired()]
     _check(variants)
     tallies = [_Tally(PLAIN, Variant(), None)]
