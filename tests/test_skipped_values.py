@@ -322,6 +322,26 @@ def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
             unet(x, TIMES[6], c)
 
 
+class Exchanged(Twisted):
+    """It counts nothing, so that no adaptor pass but the first is put back."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x) + torch.as_tensor(t) / 1000
+        low = self.body(self.act(self.down(h)))
+        out = self.head(torch.cat([h, self.up(low)], 1))
+        return by_data(self, out, low) if t < 450 else out
+
+
+def test_memory_that_is_exchanged_at_later_steps_only() -> None:
+    """What was there before is gone with the first such step, and reading what is there now would crash the process."""
+    unet, (x, c) = Exchanged(by_data), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
+        for t in TIMES[:5]:
+            unet(x, t, c)
+        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+            unet(x, TIMES[5], c)
+
+
 def read_and_caught(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     """It is kept, and the next call reads it where every error is caught."""
     before = swap(unet.table, "low", low)

@@ -458,7 +458,7 @@ class Engine:
             use.changes = before.changed if not use.proved else use.changes
             use.proved, use.used = True, 0
             return outcome
-        return self._again(call, signature, place, before, outcome)
+        return self._again(call, signature, pass_, before, outcome)
 
     def _compare(self, state: State, call: UNetCall, signature: Derived, reason: str | None) -> Outcome:
         """The first call of other sizes, in full: are the module calls those of the recorded one?"""
@@ -507,9 +507,7 @@ class Engine:
             if not use.proved or use.used >= _DIFFERED:
                 signature.regions, signature.why = (), reasons.USED
 
-    def _again(
-        self, call: UNetCall, signature: Signature, place: Position, before: Before, outcome: Outcome
-    ) -> Outcome:
+    def _again(self, call: UNetCall, signature: Signature, pass_: Pass, before: Before, outcome: Outcome) -> Outcome:
         """The full pass in the place of an adaptor pass that called modules, or used values, as the trace does not."""
         use = signature.regions[call.decision.region if call.decision else 0]
         unproved = not signature.traced and not use.proved
@@ -522,9 +520,15 @@ class Engine:
         if not before.restore():
             raise WrapError(
                 "an adaptor pass that has to be run again in full needs its arguments as they were",
-                seen={"step": place.step, "why again": why, "meanwhile": "the UNet has written to them"},
+                seen={
+                    "step": call.place and call.place.step,
+                    "why again": why,
+                    "meanwhile": "the UNet has written to them",
+                },
                 do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
             )
+        if outcome.used and pass_.taint.exchanged(self.unet):
+            raise _lost(call)
         again = self.full_pass(call)
         again.macs, again.reason, again.used = outcome.macs + signature.full_macs, why, outcome.used
         if unproved and not outcome.used:

@@ -73,12 +73,16 @@ class Taint:
         if not self._alive():
             return False
         if torch.is_grad_enabled():  # autograd holds what a checkpoint would run again; so only modules are asked
-            return any(self._is_one(one) for module in unet.modules() for one in _within(dict(vars(module)), _DEEPEST))
+            return any(map(self._is_one, _held(unet)))
         for generation in range(3):  # a function that calls itself is a cycle, and holds its variables until then
             gc.collect(generation)
             if not self._alive():
                 return False
         return True
+
+    def exchanged(self, unet: nn.Module) -> bool:
+        """Is a placeholder's memory, which is none, that of a tensor of the UNet's? To read it crashes the process."""
+        return any(self._is_one(one) and not isinstance(one, Tainted) for one in _held(unet))
 
     def _is_one(self, tensor: torch.Tensor) -> bool:
         if isinstance(tensor, Tainted) or tensor.layout != torch.strided or tensor.is_nested:
@@ -88,6 +92,10 @@ class Taint:
 
     def _alive(self) -> bool:
         return any(placeholder() is not None for placeholder in self._placeholders)
+
+
+def _held(unet: nn.Module) -> Iterator[torch.Tensor]:
+    return (one for module in unet.modules() for one in _within(dict(vars(module)), _DEEPEST))
 
 
 def _within(value: Any, depth: int) -> Iterator[torch.Tensor]:
