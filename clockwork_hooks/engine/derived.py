@@ -19,7 +19,7 @@ import math
 import operator
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,20 @@ class Derived(Signature):
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
+def _of_operator(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors that an operator takes or returns: alone, or in lists, as its schema has them.
+
+    `tensors` looks into containers of any kind, and takes a third of what watching a call of a small SD costs.
+    """
+    own: list[torch.Tensor] = []
+    for one in values:
+        if isinstance(one, torch.Tensor):
+            own.append(one)
+        elif isinstance(one, (list, tuple)):
+            own += [each for each in one if isinstance(each, torch.Tensor)]
+    return own
+
+
 class Left(TorchDispatchMode):
     """What of the tensors that a call makes of its inputs outlives it: a module may read it in the next step.
 
@@ -152,11 +166,15 @@ class Left(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        of_inputs = any(id(one) in self._inputs or self._comes_of_inputs(one) for one in tensors((args, kwargs)))
+        of_inputs = any(
+            id(one) in self._inputs or self._comes_of_inputs(one) for one in _of_operator((*args, *kwargs.values()))
+        )
         out = func(*args, **kwargs)
-        for one in (*tensors(out), *written_by(func, args, kwargs)) if of_inputs else ():
-            if id(one) not in self._inputs:
-                self._products[id(one)] = weakref.ref(one)
+        if of_inputs:
+            written = written_by(func, args, kwargs)
+            for one in (*_of_operator((out,)), *written):
+                if id(one) not in self._inputs:
+                    self._products[id(one)] = weakref.ref(one)
         return out
 
     def _comes_of_inputs(self, tensor: torch.Tensor) -> bool:
