@@ -506,11 +506,45 @@ def dropped(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped])
+def selected(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Which rows are taken says a mask that is no part of it."""
+    rows = torch.ones(len(low), dtype=torch.bool)
+    return out + low[rows].shape[0] + low.masked_select(rows[:, None, None, None]).ndim
+
+
+@torch.jit.script
+def scripted_size(low: Tensor) -> int:
+    return low.size(0) + low.dim() + low.numel() if low.is_floating_point() else 0
+
+
+def scripted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """TorchScript asks for sizes in its own way."""
+    return out + scripted_size(low)
+
+
+@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped, selected, scripted])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_what_needs_no_value_is_served(twist: Any, mode: Any) -> None:
     assert either(twist, mode) == 3 * "FAFAFAFA"
     assert either(twist, mode, clock=4) == 3 * "FAAAFAAA"
+
+
+def in_place(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Zeros that share one number cannot be written to."""
+    low.add_(1)
+    return out
+
+
+def as_complex(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Nor be seen as complex numbers."""
+    return out + torch.view_as_complex(low.reshape(-1, 2)).ndim
+
+
+@pytest.mark.parametrize("twist", [in_place, as_complex])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_error_of_what_stands_in_is_nobodys(twist: Any, mode: Any) -> None:
+    """An operator refuses it that takes the real one: the pass is full."""
+    assert either(late(twist), mode) == 3 * "FAFAFFFF"
 
 
 def test_an_error_of_the_unet_is_its_own() -> None:

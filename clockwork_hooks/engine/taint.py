@@ -25,8 +25,15 @@ from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 __all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder", "may_cause", "refuse"]
 
 _DEEPEST = 4
-# They return what is no tensor, and look at no value.
-_METADATA = frozenset({"aten::is_same_size", "aten::is_pinned", "aten::_has_compatible_shallow_copy_type"})
+# They return what is no tensor, and look at no value. TorchScript asks for sizes through operators in inference mode.
+_METADATA = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("size", "dim", "numel", "is_floating_point", "is_complex"),
+        *("is_same_size", "is_pinned", "_has_compatible_shallow_copy_type"),
+    )
+)
+_SELECTS = frozenset({"aten::index", "aten::masked_select"})  # the shape follows from the values of what selects
 
 
 class SkippedValueError(RuntimeError):
@@ -126,9 +133,13 @@ def refuse() -> NoReturn:
 
 
 def may_cause(error: BaseException) -> bool:
-    """May a placeholder have caused an error of torch's or Python's own? Did code that holds one raise it, that is."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
+    """May a placeholder have caused an error of torch's or Python's own?
+
+    Did code that holds one raise it, that is, or an operator that takes one? Memory that zeros share is not as the real
+    one: some cannot be written to, nor seen as complex numbers.
+    """
+    traceback, operator = error.__traceback__, Tainted.__torch_dispatch__.__func__.__code__  # type: ignore[attr-defined]
+    while traceback is not None and traceback.tb_next is not None and traceback.tb_frame.f_code is not operator:
         traceback = traceback.tb_next
     values = None if traceback is None else dict(traceback.tb_frame.f_locals)
     return type(error).__module__.split(".")[0] in ("builtins", "torch") and any(
@@ -185,7 +196,8 @@ class Tainted(torch.Tensor):
         named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
         if traits.shape_only or (traits.first_only and not isinstance(args[0], Tainted)):
             return func(*plain, **named)
-        if traits.reads or (traits.writes and not all(map(_may_be_written, written_by(func, args, kwargs or {})))):
+        reads = traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs)))
+        if reads or (traits.writes and not all(map(_may_be_written, written_by(func, args, kwargs or {})))):
             refuse()
         return _tainted(func(*plain, **named), own)
 
@@ -199,12 +211,16 @@ _storage = torch.Tensor.untyped_storage
 
 
 class _Traits(NamedTuple):
-    """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?"""
+    """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?
+
+    One that selects reads only what follows its first argument.
+    """
 
     shape_only: bool
     first_only: bool
     reads: bool
     writes: bool
+    selects: bool
 
 
 @functools.cache
@@ -219,7 +235,8 @@ def _traits(func: Any) -> _Traits:
         sizes = func.namespace == "aten" and beside and set(values) == {"int"}  # attention returns some
         reads |= bool(values) and not sizes
     shape_only = name in SHAPE_ONLY or name in _METADATA
-    return _Traits(shape_only, name in FIRST_ONLY, reads, schema is not None and schema.is_mutable)
+    writes = schema is not None and schema.is_mutable
+    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS)
 
 
 def _may_be_written(tensor: torch.Tensor) -> bool:
