@@ -126,20 +126,21 @@ _under_way: weakref.WeakSet[Taint] = weakref.WeakSet()  # of all threads
 
 def refuse() -> NoReturn:
     """Somebody asks for a value of a placeholder, or writes one to memory that is real."""
-    # a UNet may start threads of its own, and whose they are nobody knows
-    for taint in list(_under_way) if _here.taint is None else (_here.taint,):
-        taint.used = True
+    _mark()
     raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
 
 
-def may_cause(error: BaseException) -> bool:
-    """May a placeholder have caused an error of torch's or Python's own?
+def _mark() -> None:
+    """Something of a placeholder has come where nothing of one may be."""
+    # a UNet may start threads of its own, and whose they are nobody knows
+    for taint in list(_under_way) if _here.taint is None else (_here.taint,):
+        taint.used = True
 
-    Did code that holds one raise it, that is, or an operator that takes one? Memory that zeros share is not as the real
-    one: some cannot be written to, nor seen as complex numbers.
-    """
-    traceback, operator = error.__traceback__, Tainted.__torch_dispatch__.__func__.__code__  # type: ignore[attr-defined]
-    while traceback is not None and traceback.tb_next is not None and traceback.tb_frame.f_code is not operator:
+
+def may_cause(error: BaseException) -> bool:
+    """May a placeholder have caused an error of torch's or Python's own? Did code that holds one raise it, that is."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     values = None if traceback is None else dict(traceback.tb_frame.f_locals)
     return type(error).__module__.split(".")[0] in ("builtins", "torch") and any(
@@ -199,7 +200,12 @@ class Tainted(torch.Tensor):
         reads = traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs)))
         if reads or (traits.writes and not all(map(_may_be_written, written_by(func, args, kwargs or {})))):
             refuse()
-        return _tainted(func(*plain, **named), own)
+        try:
+            out = func(*plain, **named)
+        except Exception:  # memory that zeros share cannot be written to, for one; and the UNet may catch it
+            _mark()
+            raise
+        return _tainted(out, own)
 
 
 def _throws() -> Any:
