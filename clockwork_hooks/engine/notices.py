@@ -8,7 +8,7 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -185,19 +185,11 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
             continue
         if not any(_watcher(vars(inner)) for inner in walk(module)):
             continue  # nearly always: no path is written
-        for path, inner in _within(top, module):
+        for path, inner in module.named_modules(prefix=top, remove_duplicate=False):
             what = _watcher(vars(inner))
             if what and not any(path == name or path.startswith(f"{name}.") for name in keep):
                 watching[path] = what
     return watching
-
-
-def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The module and all inside of it, with their paths."""
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _within(f"{path}.{name}", child)
 
 
 def _watcher(module: Mapping[str, Any]) -> str | None:
