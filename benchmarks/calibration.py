@@ -182,6 +182,9 @@ EARLY_50 = {
     "searched for": (1, 2, 3, 5, 7, 13, 18, 22, 27, 32, 37, 42, 46, 50),  # likewise, 23 trials
     "spaced as at 20 steps": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 36, 44, 50),
     "early(4)": (1, 2, 3, 4, 6, 10, 13, 18, 23, 29, 35, 42, 50),
+    "early(5)": (1, 2, 3, 6, 11, 16, 23, 31, 40, 50),
+    "early(6)": (1, 2, 4, 8, 13, 20, 29, 39, 50),
+    "early(7)": (1, 2, 5, 10, 17, 26, 37, 50),
 }
 
 GROUPS: tuple[Group, ...] = (
@@ -189,7 +192,7 @@ GROUPS: tuple[Group, ...] = (
     _long(20, ((3, 2, 1), (2, 2, 1), (4, 2, 1)), (IDENTITY, AFFINE, BEFORE, FREE, TREND),
           *fewer(10, 9, 12, 8), *deepcache((0, 2), (0, 3)), *_transfer(20), spaced_by_hand=EARLY_20),
     _long(50, ((5, 3, 1), (4, 2, 1)), (AFFINE, IDENTITY, BEFORE, FREE, TREND),
-          *fewer(19, 16, 13), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
+          *fewer(19, 16, 13, 12, 11), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
     _other("guidance-4", Sampler(guidance=4.0)),
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
     _long(16, ((2, 2, 1),), (TREND, IDENTITY, AFFINE, BEFORE, FREE), *fewer(8, 9), spaced_by_hand=EARLY_16),

@@ -1,6 +1,7 @@
 """The main rows of `benchmarks/calibration.py` on a model that is not ours in kind: an unconditional EDM UNet.
 
     python -m benchmarks.second_model train --out DIR --minutes 5                      # on a GPU
+    python -m benchmarks.second_model plan --model DIR/second_model.safetensors       # which steps: before `run`
     python -m benchmarks.second_model run --out DIR --model DIR/second_model.safetensors --minutes 4
     python -m benchmarks.second_model table DIR/second_model.json                      # as Markdown
     python -m benchmarks.second_model render [DIR/second_model.json]                   # into docs/calibration.md
@@ -9,8 +10,10 @@ The network is denoising-diffusion-pytorch's `Unet` (`benchmarks/second_model_tr
 own, and `ch.calibrate` is given both. Rows are judged as in `benchmarks/calibration.py`: chosen on some noises, judged
 on others, every row written as soon as it is there, the most important ones first, none measured again. There is no row
 of DeepCache: its package knows diffusers' UNets only, and its arithmetic (the cached feature as it is, one full step in
-`interval`) is that of the identity at the same cut and clock. In miniature, on a CPU: `train --minutes 0.1 --dim 8
---batch 8 --pool 64`, then `run --pictures 4 --seeds 1 --match "edm-8/(plain|affine, widest, 3 4 6 7)$"`.
+`interval`) is that of the identity at the same cut and clock. `plan` asks `ch.plan` for adaptor steps, on noises that
+judge nothing, and writes them to `benchmarks/results/second_model_plan.json`; rows at those steps come first. In
+miniature, on a CPU: `train --minutes 0.1 --dim 8 --batch 8 --pool 64`, `plan --noises 2 --steps 8 --out DIR`, then `run
+--pictures 4 --seeds 1 --match "edm-8/(plain|affine, widest, 3 4 6 7)$"`.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ from clockwork_hooks.metrics import Better, Frechet, Paired
 from clockwork_hooks.reports.tables import table
 
 RESULT = Path(__file__).parent / "results" / "second_model.json"
+PLANNED = RESULT.with_name("second_model_plan.json")
 BEGIN, END = "<!-- second model: python -m benchmarks.second_model render -->", "<!-- end of second model -->"
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
 _JUDGING = 5  # judging pictures takes about as long as so many steps
@@ -75,12 +79,19 @@ def _spaced(steps: int, clock: int, first: int, *names: str) -> list[Row]:
     return kinds("widest", every(steps, clock, first, 1), *names, what=what)
 
 
-# At 8 steps, found by `ch.plan` on 16 noises that judge nothing (seeds from 7,100,000 on), an adaptor for any steps in
-# place: what errors at the largest σ and at the last ones do to the pictures is small, and features change most in
-# between. Relative L2 of these sets there: 16% (predicted) and 31%; of 3 4 6 7: 46%, of clock 2: 32%. Likewise at 20
-# steps, on 10 noises: 4.9%; of clock 2: 7.1%, of early(2): 10.9%.
-ENDS, MORE_ENDS = (2, 7, 8), (2, 6, 7, 8)
-ENDS_20 = (2, 3, 5, 12, 14, 15, 16, 18, 19, 20)
+SAVINGS = {8: (0.2, 0.32, 0.43), 20: (0.4, 0.5), 50: (0.65, 0.72)}  # steps of the sampler → asked of `ch.plan`
+_PLANNING = 7_100_000  # seed of the noise that is planned with: none of the judged or calibrated ones
+
+
+def _planned(steps: int) -> list[Row]:
+    """Rows at the steps that `ch.plan` has chosen for this model."""
+    if not PLANNED.exists():
+        return []
+    rows, plans = list[Row](), json.loads(PLANNED.read_text(encoding="utf-8"))["plans"]
+    for plan in (plan for plan in plans if plan["steps"] == steps):
+        at = tuple(plan["adaptor steps"])
+        rows += kinds(plan["region"], at, TREND, BEFORE, AFFINE, what=f"planned, {len(at)} adaptor steps")
+    return list({row.label: row for row in rows}.values())
 
 
 def _early(steps: int, clock: int, *names: str) -> list[Row]:
@@ -92,26 +103,14 @@ def _plan() -> list[tuple[int, Row]]:
     """(steps of the sampler, row), the most important first."""
     usual, plain = (IDENTITY, AFFINE, FREE, BEFORE, TREND), Row("plain")
     plan: list[tuple[int, Sequence[Row]]] = [
-        (8, (plain, *kinds("widest", BOTH, *usual), *kinds("default", CLOCK2, *usual), *fewer(5, 4, 6))),
-        (8, (*kinds("widest", MORE_ENDS, AFFINE, BEFORE, TREND), *kinds("widest", ENDS, AFFINE, BEFORE, TREND))),
-        (
-            20,
-            (
-                plain,
-                *_spaced(20, 3, 2, TREND, FREE, BEFORE, AFFINE, IDENTITY),
-                *kinds("widest", ENDS_20, AFFINE, BEFORE, TREND),
-                *_early(20, 2, TREND, BEFORE),
-                *fewer(10, 9),
-                *_spaced(20, 2, 2, TREND),
-            ),
-        ),
-        (50, (plain, *_spaced(50, 5, 3, TREND, FREE, BEFORE, IDENTITY), *_early(50, 4, TREND, BEFORE), *fewer(16))),
-        (8, (*kinds("widest", INNER, *usual), *kinds("widest", OTHER, *usual), *kinds("default", BOTH, *usual))),
-        (20, (*_spaced(20, 2, 2, FREE, BEFORE, AFFINE, IDENTITY), *fewer(12))),
-        (50, (*_spaced(50, 4, 3, TREND, FREE, IDENTITY), *_spaced(50, 3, 3, TREND, FREE, IDENTITY))),
-        (50, fewer(19, 12)),
-        (8, (*fewer(7, 3), *kinds("widest", CLOCK2, *usual), *kinds("default", INNER, *usual))),
-        (8, kinds("default", OTHER, *usual)),
+        *((steps, (plain, *_planned(steps))) for steps in SAVINGS),
+        (8, (*fewer(5, 6, 7), *kinds("widest", BOTH, *usual), *kinds("default", CLOCK2, *usual))),
+        (20, (*fewer(10, 12), *_spaced(20, 3, 2, TREND, BEFORE, AFFINE, IDENTITY), *_early(20, 2, TREND, BEFORE))),
+        (50, (*fewer(16, 13), *_early(50, 4, TREND, BEFORE), *_spaced(50, 5, 3, TREND, BEFORE, IDENTITY))),
+        (8, (*fewer(4), *kinds("widest", INNER, *usual), *kinds("default", BOTH, *usual))),
+        (20, (*_spaced(20, 2, 2, TREND, BEFORE, AFFINE, IDENTITY), *fewer(9))),
+        (50, (*_spaced(50, 4, 3, TREND, IDENTITY), *fewer(19))),
+        (8, (*fewer(3), *kinds("widest", OTHER, *usual), *kinds("default", INNER, *usual))),
     ]
     return [(steps, row) for steps, rows in plan for row in rows]
 
@@ -318,6 +317,34 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Ask `ch.plan` for the adaptor steps of least error, for each saving of `SAVINGS`."""
+    cuda = str(options.device).startswith("cuda")
+    model = SecondModel.load(options.model, options.device, torch.float16 if cuda else torch.float32)
+    call = model.noise(options.noises, 0).to(model.weight.dtype), model.weight.new_zeros(options.noises)
+    regions = {"default": ch.find_region(model.unet, *call), "widest": ch.find_regions(model.unet, *call)[0]}
+    plans = list[dict[str, Any]]()
+    for steps in options.steps:
+        for saving in SAVINGS[steps]:
+            started = time.monotonic()
+            chosen = ch.plan(
+                model.unet, lambda count, seed, steps=steps: model.sample(model.noise(count, seed), steps),
+                [options.noises], min_saving=saving, regions=regions.values(), adaptor="calibrated", log_snr=log_snr,
+                seeds=[_PLANNING], held_out_seeds=[_PLANNING + 1], probes=options.probes,
+            )  # fmt: skip
+            region = next(name for name, one in regions.items() if one.fingerprint == chosen.fingerprint)
+            uniform = {o.kind: o.measured for o in chosen.options if chosen.chosen.region == o.region and o.measured}
+            plans.append(
+                {"steps": steps, "min_saving": saving, "region": region, "adaptor steps": list(chosen.chosen.steps),
+                 "saved": chosen.chosen.saved, "rule": chosen.rule, "predicted": chosen.chosen.predicted,
+                 "measured": chosen.chosen.measured, "held out": chosen.held_out, "others": uniform}
+            )  # fmt: skip
+            say(f"{steps} steps, {percent(saving)}: {region} {plans[-1]['adaptor steps']}, {percent(chosen.held_out)} "
+                f"held out, in {time.monotonic() - started:.0f} s")  # fmt: skip
+            _write(options.out / PLANNED.name, {**environment(str(options.device), 0), "plans": plans})
+    return 0
+
+
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -487,6 +514,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--compile", action="store_true", help="torch.compile the UNet, if it works")
     one.add_argument("--log-every", type=int, default=25, help="iterations between two points of the loss curve")
     one.add_argument("--shown", type=int, default=64, help="pictures drawn at the end")
+    four = commands.add_parser("plan", help=plan.__doc__, **shape)
+    four.set_defaults(act=plan)
+    four.add_argument("--model", type=Path, required=True, help="weights that `train` wrote")
+    four.add_argument("--out", type=Path, default=RESULT.parent, help=f"folder of {PLANNED.name}")
+    four.add_argument(
+        "--steps", type=int, nargs="+", default=list(SAVINGS), choices=list(SAVINGS), help="of the sampler"
+    )
+    four.add_argument("--noises", type=int, default=32, help="pictures to plan with")
+    four.add_argument("--probes", type=int, default=12, help="adaptor steps that are tried alone, at each region")
+    four.add_argument("--device", default=device, help="where to run")
     two = commands.add_parser("run", help=run.__doc__, **shape)
     two.set_defaults(act=run)
     two.add_argument("--out", type=Path, required=True, help="folder of second_model.json")
