@@ -18,6 +18,7 @@ import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
 from clockwork_hooks._tree import tensors
 from clockwork_hooks.engine import cuda_graphs
+from clockwork_hooks.engine.hooks import Census
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -189,6 +190,58 @@ def test_new_weights_and_attributes_are_seen() -> None:
     for a, b, c in zip(old, new, zero, strict=True):
         torch.testing.assert_close(b, a + 1)
         torch.testing.assert_close(c, unet.head.bias[None, :, None, None].expand_as(c))
+
+
+def test_modules_are_looked_at_after_the_first_launch_of_a_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it the device would wait."""
+    case, unet, events = CASES["tiny"], Tiny(), []
+
+    def noting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return lambda *args: events.append("launch") or graph(*args)
+
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        cw.compile(backend=noting)
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        holds = Census.holds
+        monkeypatch.setattr(Census, "holds", lambda census, root: events.append("look") or holds(census, root))
+        events.clear()
+        [case.call(unet, k) for k in range(3)]
+    assert events == ["launch", "look", "launch", "launch"]
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "fits"), [("body", False), ("head", False), ("head", True)], ids=["patched", "other", "like the old one"]
+)
+def test_nothing_is_compiled_for_modules_that_were_exchanged(name: str, fits: bool, step: int) -> None:
+    """Where no graph fits, the call is full and the next one recorded; where one does, it runs with their weights."""
+    case, unet, plain = CASES["tiny"], Tiny(), Tiny()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        [case.call(unet, k) for k in range(step)]
+        torch.manual_seed(1)
+        other = Tiny(1).get_submodule(name).requires_grad_(fits)
+        setattr(unet, name, other)
+        setattr(plain, name, copy.deepcopy(other))
+        counters.clear()
+        cw.stats.clear()
+        got = case.call(unet, step)
+        assert counters["stats"]["unique_graphs"] == 0
+        assert cw.stats.adaptor_passes == (fits and step == 3)
+        if not cw.stats.adaptor_passes:
+            torch.testing.assert_close(got, case.call(plain, step), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_that_is_switched_off() -> None:
+    case, unet = CASES["tiny"], Tiny()
+    expected = rollout(case, unet, compiled=False)
+    counters.clear()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(rollout(case, unet, compiled=True), expected)
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_what_cannot_be_one_graph_says_so_and_leaves_the_wrapper_alive() -> None:

@@ -100,3 +100,15 @@ def test_dynamo_without_the_option_for_checkpoints(monkeypatch: pytest.MonkeyPat
             unet(X, t)
         with pytest.raises(ch.CompileError, match="one graph"):
             unet(X, TIMES[2])
+
+
+def test_without_dynamos_run_compiled_passes_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells then that no graph fits: modules are looked at before each launch."""
+    unet, plain = Tiny(), Tiny()
+    with torch.no_grad(), ch.wrap(unet) as cw, ch.wrap(plain):
+        monkeypatch.delattr("torch._dynamo.run")
+        cw.compile(backend="eager")
+        for _ in range(2):
+            for t in TIMES:
+                torch.testing.assert_close(unet(X, t), plain(X, t))
+        assert cw.stats.adaptor_passes == 4

@@ -6,6 +6,10 @@
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
 then, so each callable is one graph; exits leave it and enter it as ordinary tensors.
+
+A callable is launched in two tries. The first runs a graph that dynamo has, and compiles nothing; if none fits, nothing
+of the UNet has run. Before the second try, which compiles, the engine looks whether modules have been exchanged. So a
+look at all modules comes before a launch only where compiling takes far longer.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch
 from clockwork_hooks._tree import leaves, map_leaves, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.passes import Emitted, Outcome, Pass
+from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
 
 if TYPE_CHECKING:
@@ -36,7 +40,13 @@ _NUMBERS = itertools.count()
 
 # args, kwargs, (cached exit, what is known of earlier steps) → output, region → exit, entry, those of others, complete
 Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, dict[str, torch.Tensor], bool]"]
+# The same: one runs a graph that is there, or raises `_NoGraphFits`; the other compiles one if need be.
+Tries = tuple[Static, Static]
 Cached = tuple["torch.Tensor | None", stand_in.Past]
+
+
+class _NoGraphFits(Exception):
+    """None of the graphs that dynamo has is for such a call; nothing has run."""
 
 
 class Compiled:
@@ -48,11 +58,9 @@ class Compiled:
         pooled: outputs lie in the memory of CUDA graphs, which the next call overwrites.
     """
 
-    guards = False
-
     def __init__(self, engine: Engine, options: dict[str, Any], *, pooled: bool) -> None:
         self.engine, self.options, self.pooled = engine, options, pooled
-        self._static: dict[tuple[Any, ...], Static] = {}
+        self._static: dict[tuple[Any, ...], Tries] = {}
         self._lock = threading.Lock()
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
@@ -69,6 +77,7 @@ class Compiled:
 
         Raises:
             CompileError: it is not one graph.
+            Exchanged: no graph fits, as modules are others than the recorded; nothing has run.
             AdaptorError: the adaptor returned what does not fit the region.
         """
         args, kwargs = with_tensor_time(call)
@@ -99,18 +108,26 @@ class Compiled:
     def launch(
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
-        """Compile the pass if need be, and run it."""
+        """Run the pass, compiled first if need be."""
         key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies))
         with self._lock:
             static = self._static.get(key)
             if static is None:
-                static = self._static[key] = torch.compile(self._make(call, pass_), fullgraph=True, **self.options)
+                static = self._static[key] = self._tries(self._make(call, pass_))
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
+        run, compile_and_run = static
         try:
             with _counting_in_checkpoints():
                 call.inside = True
-                output, exits, entry, others, complete = static(args, kwargs, cached)
+                try:
+                    results = run(args, kwargs, cached, False)
+                except _NoGraphFits:
+                    call.inside = False
+                    if not self.engine.intact:
+                        raise Exchanged from None
+                    call.inside = True
+                    results = compile_and_run(args, kwargs, cached)
                 call.inside = False
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -122,6 +139,7 @@ class Compiled:
             ) from error
         finally:
             self.engine.tracing = None  # where nothing is compiled (`TORCHDYNAMO_DISABLE`) the static callable set it
+        output, exits, entry, others, complete = results
         if self.pooled:
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
@@ -129,12 +147,20 @@ class Compiled:
             others = {name: other.clone() for name, other in others.items()}
         return outcome_of(pass_, output, exits, entry, others, complete=complete)
 
+    def _tries(self, static: Static) -> Tries:
+        """How a static callable is launched: `torch._dynamo.run` calls it as it is where no graph fits."""
+        compiled: Static = torch.compile(static, fullgraph=True, **self.options)
+        run = getattr(torch._dynamo, "run", None)
+        return static if run is None else run(compiled), compiled
+
     def _make(self, call: UNetCall, pass_: Pass) -> Static:
         engine, adaptor, forward = self.engine, self.engine.chain[pass_.plan.index].adaptor, call.forward
         kind = pass_.kind
         position = time_leaf(call) if "position" in needs_of(adaptor) else None
 
-        def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached) -> Any:
+        def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached, compiles: bool = True) -> Any:
+            if not torch.compiler.is_compiling() and not compiles:  # in a graph the first is a constant: no guard
+                raise _NoGraphFits
             time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -97,8 +97,6 @@ class Captured(Compiled):
         ArgumentError: the UNet is not on a CUDA device.
     """
 
-    guards = True
-
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, {}, pooled=True)
         device = next(

@@ -131,12 +131,9 @@ class Observer(Protocol):
 class StaticCalls(Protocol):
     """Runs passes as static callables: compiled, or captured as CUDA graphs.
 
-    Attributes:
-        guards: passes raise `Exchanged` where modules are others than the recorded. Then the engine, too, asks after
-            the first pass of a trajectory: before it, the device would wait (1.3 ms for SD v1.5's modules).
+    What was compiled or captured of other modules does not count, so the engine, too, looks at modules after the first
+    pass of a trajectory: before it, the device would wait (1.3 ms for SD v1.5's modules).
     """
-
-    guards: bool
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """Is this a pass that one can stand for?"""
@@ -299,8 +296,7 @@ class Engine:
             return self._record(state, call)
         call.place = self._place(state, call, call.signature)
         begins = call.place.trajectory != self._looked_at
-        guarded = self.static is not None and self.static.guards
-        if begins and not guarded and self._exchanged(call.place):
+        if begins and self.static is None and self._exchanged(call.place):
             self.forget()
             return self._record(state, call)
         call.decision = self.decide(state, call, call.signature, call.place)
@@ -319,7 +315,7 @@ class Engine:
             return self._record(state, call)
         if outcome.kind == "full" and holds_placeholder(outcome.output):
             raise _lost(call)
-        if begins and guarded and self._exchanged(call.place):  # by a pass that ran as it is: in full, so it is right
+        if begins and self.static is not None and self._exchanged(call.place):  # what has run is full, so it is right
             self.forget()
         self._remember(call, call.signature, call.place, outcome)
         if batch is not None:
