@@ -51,7 +51,9 @@ def _collect(value: Any, path: str, pairs: list[tuple[str, Any]], whole: Callabl
 
 def tensors(value: Any) -> list[torch.Tensor]:
     """The tensors among the leaves, in order."""
-    return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+    pairs: list[tuple[str, Any]] = []
+    _collect(value, "", pairs, None)
+    return [leaf for _, leaf in pairs if isinstance(leaf, torch.Tensor)]
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
@@ -84,7 +86,7 @@ def _is_container(value: Any) -> bool:
         return False
     if isinstance(value, Leaf):
         return False
-    return isinstance(value, (list, tuple, Mapping)) or dataclasses.is_dataclass(value) or _is_record(value)
+    return isinstance(value, (list, tuple, dict, Mapping)) or dataclasses.is_dataclass(value) or _is_record(value)
 
 
 def _is_record(value: Any) -> bool:
@@ -105,7 +107,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return list(value.items())
     if isinstance(value, (list, tuple)):
         return enumerate(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
-from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms, may_be_form
+from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms
+from clockwork_hooks.graph.arguments import Inputs
 
 __all__ = ["Branch", "Call", "Feature", "Position", "Timeline", "Trail"]
 
@@ -211,6 +212,8 @@ class Position:
         changed: paths of the inputs by which the branch is a new one, of those that tell it from the one most alike.
         restarts: trajectories of a step or two that began by their times, one after another.
         certain: can no other loop have made the call?
+        calls: where each region's exit is remembered.
+        befores: the same of the step before; None for a region of which there is none.
         turn: the step that the schedule is asked about: of the trajectory; where branches that pause are remembered, of
             the branch alone.
     """
@@ -226,23 +229,16 @@ class Position:
     restarts: int = 0
     turn: int = 1
     certain: bool = False
+    calls: tuple[Call, ...] = ()
+    befores: tuple[Call | None, ...] = ()
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
-        self.call.inner = tuple(Call() for _ in range(regions - 1))
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """Where each region's exit is remembered."""
-        return (self.call, *self.call.inner)
-
-    @property
-    def befores(self) -> tuple[Call | None, ...]:
-        """The same of the step before; None for a region of which there is none."""
-        before = None if self.before is None else self.before.inner
-        if before is None or len(before) != len(self.call.inner):  # the call before was another signature's
-            return (self.before, *(None for _ in self.call.inner))
-        return (self.before, *before)
+        self.call.inner = inner = tuple([Call() for _ in range(regions - 1)])
+        before: tuple[Call | None, ...] = () if self.before is None else self.before.inner
+        if len(before) != len(inner):  # the call before was another signature's
+            before = (None,) * len(inner)
+        self.calls, self.befores = (self.call, *inner), (self.before, *before)
 
     def release(self, regions: int) -> None:
         """Let go of what the first so many regions emitted in the step before: it serves once."""
@@ -349,10 +345,8 @@ class Timeline:
         time: float | None,
         place: Place | None,
         conditions: Sequence[Any],
+        inputs: Inputs,
         *,
-        has_time: bool = True,
-        paths: Sequence[str] = (),
-        unread: Collection[str] = (),
         key: Hashable = None,
     ) -> Position:
         """Place a call.
@@ -361,30 +355,30 @@ class Timeline:
             time: its time; None if that cannot be told.
             place: where it stands in its list, if it comes from one.
             conditions: every input but the sample and the time.
-            has_time: does the UNet have a time input at all?
-            paths: of the conditions.
-            unread: those that no operator of the recorded call has read.
+            inputs: what is known of them in all such calls.
             key: of the branch, where the caller knows it.
         """
         if self.declared:
             self._check_declared(time)
         elif time is None:
             self.reset()
-            return self.nowhere(reasons.UNREADABLE if has_time else reasons.NO_TIME)
+            return self.nowhere(reasons.NO_TIME if inputs.time is None else reasons.UNREADABLE)
         else:
             self._tick(time, place)
         self._calls += 1
         if self._calls > _MOST_CALLS:
             self.branches.clear()
             return self.nowhere(reasons.CROWDED)
-        originals, conditions = conditions, self._without_forms(time, paths, conditions, unread)
+        originals = conditions
+        if inputs.forms:
+            conditions = self._without_forms(time, conditions, inputs)
         branch, changed = self._branch(conditions, key)
         if branch.step != self.step:
             branch.enter(self.step, declared=self.declared, placed=self.mark is not None)
         if conditions and branch.seen.renewed(conditions) and not branch.names:
             if self._calls == 1:
                 self._begin_again(time, place)
-                return self.at(time, place, originals, has_time=has_time, paths=paths, unread=unread, key=key)
+                return self.at(time, place, originals, inputs, key=key)
             self._doubt = reasons.RENEWED  # calls of this step have been counted already
         here = self.mark if self.declared else place
         call, ordinal = Call(here.index - self._start.index if here and self._start else 0), len(branch.calls)
@@ -400,17 +394,13 @@ class Timeline:
         alone = self._alone(here, conditions)
         if self.step > 1 and not doubt:
             doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
-        names = tuple(paths[k] for k in changed if k < len(paths))
+        names = tuple([inputs.paths[k] for k in changed if k < len(inputs.paths)]) if changed else ()
         self._restarts = 0 if self.step > 2 else self._restarts
         turn = self.step if self._oldest == 1 else branch.seen.steps
         certain = alone and not self.unsure
         return Position(
             self.trajectory, self.step, branch, ordinal, call, before, doubt, names, self._restarts, turn, certain
         )
-
-    def may_have_forms(self, conditions: Sequence[Any]) -> bool:
-        """Is one of these a number, so that it matters whether it goes with the time?"""
-        return any(may_be_form(value, unread=False) for value in conditions)
 
     def nowhere(self, doubt: str) -> Position:
         """A call of which nothing is remembered."""
@@ -427,9 +417,10 @@ class Timeline:
         if len(again) < len(things):
             self._things = {key: one for key, one in self._things.items() if _is_alive(one)}
             self._things |= {key: _reference(thing) for key, thing in things.items() if key not in again}
-        if self.trusted or self._others is None:
+        others = () if self.trusted or self._others is None else self._others()
+        if not others:
             return True
-        others = [other for other in self._others() if other is not self and other.step]
+        others = [other for other in others if other is not self and other.step]
         return not others or any(not any(other._uses(key, things[key]) for other in others) for key in again)
 
     def _uses(self, key: int, thing: Any) -> bool:
@@ -518,11 +509,9 @@ class Timeline:
 
     # -- branches ------------------------------------------------------------------------------------------------
 
-    def _without_forms(
-        self, time: float | None, paths: Sequence[str], conditions: Sequence[Any], unread: Collection[str]
-    ) -> Sequence[Any]:
+    def _without_forms(self, time: float | None, conditions: Sequence[Any], inputs: Inputs) -> Sequence[Any]:
         """The conditions with `FORM` in the place of what is the time in another form; the branches know none of it."""
-        forms = self._forms.among(time, paths, conditions, unread)
+        forms = self._forms.among(time, inputs.paths, conditions, inputs.unread)
         if not forms:
             return conditions
         for branch in self.branches:
@@ -535,10 +524,10 @@ class Timeline:
         With it: where a new one's conditions differ from those of the branch most alike.
         """
         names = (*self.names, *(() if key is None else (key,)))
-        alike = [branch for branch in self.branches if branch.names == names]
-        for branch in alike:
-            if branch.conditions.same(conditions):
+        for branch in self.branches:
+            if branch.names == names and branch.conditions.same(conditions):
                 return branch, ()
+        alike = [branch for branch in self.branches if branch.names == names]
         again = self._renewed(alike, conditions) if names else self._equal(alike, conditions)
         if again is not None:
             return again, ()

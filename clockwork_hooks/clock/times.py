@@ -20,7 +20,7 @@ __all__ = ["Jumps", "MixedTimes", "Place", "Strides", "TimeForms", "TimeReader",
 _LARGEST_LIST = 1 << 16  # elements
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where a time stands in a list of times.
 
@@ -77,25 +77,29 @@ class TimeReader:
         """
         if not isinstance(value, torch.Tensor):
             return (float(value) if is_number(value) else None), None
-        if value.is_meta or value.numel() == 0 or isinstance(value, FakeTensor):
+        count = value.numel()
+        if value.is_meta or count == 0 or isinstance(value, FakeTensor):
             return None, None
-        storage, place = value.untyped_storage(), None
-        size = storage.nbytes() // value.element_size()
-        one = value.numel() == 1 or not any(value.stride())  # one entry, or one that is expanded to all rows
+        storage, place, is_cpu = value.untyped_storage(), None, value.is_cpu
+        size = storage.nbytes() // value.dtype.itemsize
+        one = count == 1 or not any(value.stride())  # one entry, or one that is expanded to all rows
         listed = one and size > 1
-        if size <= _LARGEST_LIST and (listed or not value.is_cpu):
+        if size <= _LARGEST_LIST and (listed or not is_cpu):
             copy = self._copy(value, storage, trusted=listed)
             if listed and copy.varied:
                 index = int(value.storage_offset())
                 place = Place(copy.storage, index, index in (0, size - 1), copy.values)
-            if not value.is_cpu:
+            if not is_cpu:
                 value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
-        if value.numel() == 1:
-            return float(value.reshape(()).tolist()), place
-        first = value.flatten()[0]
-        if not one and not bool((value == first).all()):
-            return None, None
-        return float(first.tolist()), place
+        if count > 1:
+            first = value.flatten()[0]
+            if not one and not bool((value == first).all()):
+                return None, None
+            value = first
+        number = value.tolist()
+        while isinstance(number, list):  # an operator that reshapes would take 8 µs where caches are cold
+            number = number[0]
+        return float(number), place
 
     def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
         """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""
@@ -288,6 +292,9 @@ class MixedTimes:
     def _enters(self, place: Place) -> bool:
         """An entry of the list: the next one, after as many computed times as in the interval before?"""
         before, self._place, confirmed = self._place, place, False
+        if not self._computed:
+            self._fractions = ()
+            return False
         if before is not None and before.times == place.times and before.values is not None:
             way = place.index - before.index
             fractions = self._within(before, way) if abs(way) == 1 else ()
@@ -302,8 +309,6 @@ class MixedTimes:
     def _within(self, place: Place, way: int) -> tuple[float, ...]:
         """Where the computed times stand between this entry and the one next to it: 0 to 1."""
         values = place.values
-        if not self._computed:
-            return ()
         if values is None or not 0 <= place.index + way < len(values):
             return (float("inf"),) * len(self._computed)
         first, second = float(values[place.index]), float(values[place.index + way])

@@ -24,9 +24,10 @@ from torch import nn
 from clockwork_hooks._tree import address
 from clockwork_hooks.adaptors.base import Adaptor, needs_of
 from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.times import may_be_form
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
-from clockwork_hooks.graph.arguments import Arguments
+from clockwork_hooks.graph.arguments import Arguments, Inputs
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
@@ -54,6 +55,9 @@ class ClockedRegion:
         keep: modules that run on adaptor passes too.
         region: once it is known.
         usual: where the schedule depends on the number of steps, the one that the adaptor was made for; 0 for none.
+        needs: what the adaptor takes beyond the four inputs of `Adaptor`.
+        keeps_entry: do later steps look at what flowed into the region?
+        keeps_trail: does the adaptor look at how the exit moved between the last two full passes?
     """
 
     wanted: Region | Choice
@@ -65,20 +69,20 @@ class ClockedRegion:
     keep: tuple[str, ...] = ()
     region: Region | None = None
     usual: int = field(default=0, init=False)
+    needs: frozenset[str] = field(default=frozenset(), init=False)
+    keeps_entry: bool = field(default=False, init=False)
+    keeps_trail: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        counts = stand_in.schedules_of(self.adaptor)[1] if self.schedule.counts_from_end else ()
+        self.take(self.adaptor, self.schedule)
+
+    def take(self, adaptor: Adaptor, schedule: Schedule) -> None:
+        """This adaptor and this schedule from now on; what passes ask of them is worked out here."""
+        self.adaptor, self.schedule, self.needs = adaptor, schedule, needs_of(adaptor)
+        counts = stand_in.schedules_of(adaptor)[1] if schedule.counts_from_end else ()
         self.usual = counts[0] if len(counts) == 1 else 0
-
-    @property
-    def keeps_entry(self) -> bool:
-        """Do later steps look at what flowed into the region?"""
-        return self.schedule.threshold is not None or "entry_cached" in needs_of(self.adaptor)
-
-    @property
-    def keeps_trail(self) -> bool:
-        """Does the adaptor look at how the exit moved between the last two full passes?"""
-        return "trend" in needs_of(self.adaptor)
+        self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
+        self.keeps_trail = "trend" in self.needs
 
     def skips(self, step: int, steps: int | None) -> bool:
         """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""
@@ -122,16 +126,16 @@ class Homes:
     def __init__(self) -> None:
         self._homes: dict[int, weakref.ref[torch.Tensor]] = {}
 
-    def taken(self, exit: torch.Tensor) -> bool:
-        """Does a kept exit lie in this one's memory?"""
-        home = self._homes.get(address(exit.untyped_storage()))
-        return home is not None and home() is not None
-
-    def add(self, exit: torch.Tensor) -> None:
-        """This exit is kept."""
+    def add(self, exit: torch.Tensor) -> bool:
+        """This exit is kept; False, and it is not, if one that is kept lies in its memory."""
+        home = address(exit.untyped_storage())
+        before = self._homes.get(home)
+        if before is not None and before() is not None:
+            return False
         if len(self._homes) >= _MOST_HOMES:
             self._homes = {home: one for home, one in list(self._homes.items()) if one() is not None}
-        self._homes[address(exit.untyped_storage())] = weakref.ref(exit)
+        self._homes[home] = weakref.ref(exit)
+        return True
 
 
 @dataclass(slots=True)
@@ -143,8 +147,6 @@ class RegionUse:
         plan: what its adaptor passes skip, with the calls of all patched modules counted.
         rest_macs: what an adaptor pass runs, without its adaptor.
         adaptor_macs: of the adaptor, once it has run.
-        copies: code that the trace does not know writes to the exit, or might: inference tensors keep no count of
-            writes.
         homes: where exits lie that are no copies.
         proved: has an adaptor pass shown that nothing of what is skipped is used, beside the exit?
         used: so many adaptor passes, one after another, have shown the opposite.
@@ -157,7 +159,6 @@ class RegionUse:
     plan: CutPlan
     rest_macs: int
     adaptor_macs: int | None = None
-    copies: bool = field(default_factory=torch.is_inference_mode_enabled)
     homes: Homes = field(default_factory=Homes)
     proved: bool = False
     used: int = 0
@@ -181,8 +182,9 @@ class Signature:
             has to show that it holds.
         traced: does its plan come of such a call recorded here?
         uncounted: operators of the trace that may multiply and accumulate, and are in no count.
-        ignored: says of a path whether the user wants nothing to be told by it.
-        places: (leaf of the time, leaves that tell the branch, their paths), once `place` has looked.
+        inputs: what the leaves of its calls' arguments are, once `see` has looked at one.
+        copies: regions whose exit is kept as a copy: code that the trace does not know writes to it, or might, as
+            inference tensors keep no count of writes.
     """
 
     full_macs: int
@@ -196,32 +198,29 @@ class Signature:
     recorded: bool = True
     traced: bool = True
     uncounted: tuple[str, ...] = ()
-    ignored: Callable[[str], bool] = lambda path: False
-    places: tuple[int | None, tuple[int, ...], tuple[str, ...]] | None = None
+    inputs: Inputs = field(init=False)
+    copies: set[int] = field(init=False)
 
-    def place(self, arguments: Arguments) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
-        """Where among the arguments' leaves the time is, and what tells the branch: all but sample, time, residuals.
+    def __post_init__(self) -> None:
+        self.copies = set(range(len(self.regions))) if torch.is_inference_mode_enabled() else set()
+
+    def see(self, arguments: Arguments, ignored: Callable[[str], bool]) -> None:
+        """Find out what the leaves of these arguments are: all tell the branch but sample, time and residuals.
 
         Nor do those tell one that the user ignores.
         """
-        if self.places is None:
-            paths = list(arguments.paths)
-            residuals = self.regions[0].region.residuals if self.regions else ()
-            apart = {self.sample, self.time, *residuals}
-            conditions = tuple(k for k, path in enumerate(paths) if path not in apart and not self.ignored(path))
-            at = paths.index(self.time) if self.time in paths else None
-            self.places = at, conditions, tuple(paths[k] for k in conditions)
-        return self.places
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Paths of the tensors among the arguments that no operator of the recorded call has read."""
-        return self.regions[0].region.unread if self.regions else ()
-
-    @property
-    def copies(self) -> frozenset[int]:
-        """Regions whose exit is kept as a copy."""
-        return frozenset(index for index, use in enumerate(self.regions) if use.copies)
+        region = self.regions[0].region if self.regions else None
+        unread, residuals = (region.unread, region.residuals) if region else ((), ())
+        paths, apart = list(arguments.paths), {self.sample, self.time, *residuals}
+        conditions = tuple(k for k, path in enumerate(paths) if path not in apart and not ignored(path))
+        self.inputs = Inputs(
+            paths.index(self.time) if self.time in paths else None,
+            conditions,
+            tuple(paths[k] for k in conditions),
+            unread,
+            any(may_be_form(arguments.flat[k], unread=paths[k] in unread) for k in conditions),
+            any(may_be_form(arguments.flat[k], unread=False) for k in conditions),
+        )
 
 
 def single(region: Region, time: str | None) -> Signature:

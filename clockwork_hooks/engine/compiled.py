@@ -201,7 +201,7 @@ def outcome_of(
 
 def time_leaf(call: UNetCall) -> int | None:
     """Which leaf of the arguments the time is."""
-    return None if call.signature is None else call.signature.place(call.arguments)[0]
+    return None if call.signature is None else call.signature.inputs.time
 
 
 def with_tensor_time(call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -23,7 +23,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from clockwork_hooks._tree import address, tensors, version
-from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States
@@ -81,6 +80,7 @@ class UNetCall:
         signature: what calls of this key have in common, once one was recorded.
         place: which step, branch and trajectory it belongs to, once that is known.
         weights: state of the UNet's weights.
+        time: its time input as it was passed, once its place is known; None where there is none.
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
@@ -95,6 +95,7 @@ class UNetCall:
     signature: Signature | None = None
     place: Position | None = None
     weights: Hashable = None
+    time: Any = None
     decision: Decision | None = None
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
@@ -105,12 +106,6 @@ class UNetCall:
         output = self.forward(*self.args, **self.kwargs)
         self.inside = False
         return output
-
-    @property
-    def time(self) -> Any:
-        """The time input as it was passed; None where there is none."""
-        at = None if self.signature is None else self.signature.place(self.arguments)[0]
-        return None if at is None else self.arguments.flat[at]
 
 
 class Observer(Protocol):
@@ -257,7 +252,14 @@ class Engine:
 
     def skips_at(self, step: int, steps: int | None = None) -> bool:
         """May this step skip any region, in a trajectory of so many? None where that is not known."""
-        return any(clocked.skips(step, steps) for clocked in self.chain)
+        return self._due(step, steps) is not None
+
+    def _due(self, step: int, steps: int | None) -> int | None:
+        """The widest region whose clock does not strike; None where all do."""
+        for region, clocked in enumerate(self.chain):
+            if clocked.skips(step, steps):
+                return region
+        return None
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -352,30 +354,24 @@ class Engine:
             given: the arguments' leaves before the call, where it has run already and may have written to them.
         """
         timeline, leaves = state.timeline, call.arguments.flat if originals is None else originals
-        at, conditions, paths = signature.place(call.arguments)
-        time = None if at is None else call.arguments.flat[at]
+        inputs = signature.inputs
+        at = inputs.time
+        call.time = time = None if at is None else call.arguments.flat[at]
         if state.sampler is not None and at is not None:
             _declare(timeline, state.sampler.begins(state.reader.read(time)[0]), ordered=not state.sampler.each)
         elif self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
-        values = [leaves[k] for k in conditions]
+        values = [leaves[k] for k in inputs.conditions]
         # of declared steps the time does not matter but to what may be the time in another form
-        asked = at is not None and (not timeline.declared or timeline.opened or timeline.may_have_forms(values))
+        asked = at is not None and (not timeline.declared or timeline.opened or inputs.read_forms)
         number, entry = state.reader.read(time) if asked else (None, None)
-        place = timeline.at(
-            number,
-            entry,
-            values,
-            has_time=signature.time is not None,
-            paths=paths,
-            unread=signature.unread,
-            key=None if self.branch is None else _key(self.branch, call.arguments),
-        )
+        key = None if self.branch is None else _key(self.branch, call.arguments)
+        place = timeline.at(number, entry, values, inputs, key=key)
         place.split(len(signature.regions))
         if state.sampler is not None:
             state.sampler.placed((place.branch.names, place.branch.number))
             place.turn -= state.sampler.each and place.turn > 1  # its first two evaluations are full
-        if call.trains or all(clocked.schedule.never_skips for clocked in self.chain):
+        if place.restarts and (call.trains or all(clocked.schedule.never_skips for clocked in self.chain)):
             place.restarts = 0  # nobody expects these to be a run
         call.weights = self.weights.state()
         return place
@@ -384,11 +380,10 @@ class Engine:
         """Full, and why; or the region whose adaptor stands in, and what it emitted before. It only asks."""
         if not signature.regions:
             return Decision(signature.why)
-        steps = state.timeline.steps
-        due = (index for index, clocked in enumerate(self.chain) if clocked.skips(place.turn, steps))
-        region = next(due, None)  # the widest whose clock does not strike
-        if place.turn <= 1 or region is None:
+        region = self._due(place.turn, state.timeline.steps)
+        if region is None:
             return Decision(place.scheduled)
+        clocked = self.chain[region]
         if isinstance(signature, Derived) and not signature.seen:
             return Decision(reasons.TRACED, region)
         reason = place.doubt or (reasons.TRAINING if call.trains else None)
@@ -398,12 +393,12 @@ class Engine:
         if reason is not None or memory is None or memory.feature is None:
             return Decision(reason, region)
         reason = memory.feature.stale(call.key, call.weights)
-        if reason is None and memory.feature.entry is None and self.chain[region].keeps_entry:
+        if reason is None and memory.feature.entry is None and clocked.keeps_entry:
             reason = reasons.TRACED if memory.missing == reasons.TRACED else reasons.UNSEEN
-        if reason is None and self.chain[region].keeps_trail:
+        if reason is None and clocked.keeps_trail:
             trail = memory.feature.trail
             reason = reasons.TREND if trail is None or trail.broken else None
-        schedule = self.chain[region].schedule
+        schedule = clocked.schedule
         if reason is None and schedule.threshold is not None:
             step, verdict = state.decided
             if step == (place.trajectory, place.step):
@@ -418,14 +413,12 @@ class Engine:
         if decision.reason == reasons.LONGEST:  # it holds for the other calls of the step
             state.decided = ((place.trajectory, place.step), decision.reason)
         reason = decision.reason or (reasons.TEACHER if self.teaches else None)
-        call.trails = self._trails(call, place)
+        call.trails = self._trails(call, place) if self._keeps_trail else ()
         place.release(len(place.befores) if reason else decision.region + 1)
         if isinstance(signature, Derived) and not signature.seen:
             return self._compare(state, call, signature, reason)
         if not signature.regions or (reason is not None and self._idle(state, place)):
-            with _nothing_lost(call, Taint()):
-                output = call.run()
-            return Outcome(output, watched=False, macs=signature.full_macs, reason=reason)
+            return Outcome(_in_full(call, Taint()), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
         pass_ = self._pass(state, call, Decision(reason, decision.region, decision.feature))
@@ -555,8 +548,11 @@ class Engine:
         try:
             if pass_.looks:
                 pass_.enter(call.args, call.kwargs)
-            with pass_.taint if pass_.kind == "adaptor" else _nothing_lost(call, pass_.taint):
-                output = call.run()
+            if pass_.kind == "full":
+                output = _in_full(call, pass_.taint)
+            else:
+                with pass_.taint:
+                    output = call.run()
         finally:
             self.active.pass_ = None
         return pass_.outcome(output)
@@ -568,7 +564,7 @@ class Engine:
             return None
         exits = (call.exit[1] for call in signature.regions[0].plan.skipped)
         exit = next(slot.shape for slot in exits if slot is not None)
-        batch = Batch(names, call.arguments.signature, signature.place(call.arguments)[2], exit)
+        batch = Batch(names, call.arguments.signature, signature.inputs.paths, exit)
         sample = call.arguments.get(signature.sample)
         if not state.timeline.rows_exact and not batch.fits(sample):
             return None
@@ -586,7 +582,7 @@ class Engine:
             decision = Decision(reasons.NEW)
         if decision.reason not in HELPED or not call.place.certain or call.trains:
             return decision
-        values = [call.arguments.flat[k] for k in call.signature.place(call.arguments)[1]]
+        values = [call.arguments.flat[k] for k in call.signature.inputs.conditions]
         feature = serves(state.timeline, call.place, batch, values, call.key, call.weights)
         if feature is None or (feature.entry is None and self.chain[0].keeps_entry):
             return decision
@@ -603,16 +599,17 @@ class Engine:
             elif not outcome.complete:
                 memory.missing = reasons.DIFFERED
             elif index in outcome.written:
-                use.copies = True  # a user's hook, or FreeU switched on after the trace: from now on we keep a copy
+                signature.copies.add(index)  # a user's hook, or FreeU switched on after the trace: from now on a copy
                 memory.missing = reasons.WRITTEN
             elif emitted is not None:
-                if outcome.kind == "full" and not use.copies and use.homes.taken(emitted.exit):
-                    self._let_go(emitted.exit)
-                    use.copies, copy = True, emitted.exit.clone()
-                    emitted = Emitted(copy, version(copy))
-                memory.feature = self._feature(call, outcome, index, emitted)
-                if outcome.kind == "full":
-                    use.homes.add(memory.feature.exit)
+                feature = self._feature(call, outcome, index, emitted)
+                full = outcome.kind == "full" and index not in signature.copies
+                if full and not use.homes.add(feature.exit):
+                    self._let_go(feature.exit)
+                    signature.copies.add(index)
+                    feature.exit = feature.exit.clone()
+                    feature.version = version(feature.exit)
+                memory.feature = feature
             elif before is not None:  # inside of what was skipped: what it emitted before waits
                 memory.feature, memory.missing = before.take(), before.missing
 
@@ -633,7 +630,7 @@ class Engine:
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
         feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         clocked = self.chain[index]
-        if call.time is not None and (clocked.keeps_trail or "position_cached" in needs_of(clocked.adaptor)):
+        if call.time is not None and (clocked.keeps_trail or "position_cached" in clocked.needs):
             feature.position = stand_in.scalar(call.time, emitted.exit.device)
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
@@ -651,7 +648,7 @@ class Engine:
 
         Steps that are not known to be one trajectory yet go on too: who uses the trail asks when they are known to be.
         """
-        if not self._keeps_trail or place.doubt not in (None, reasons.EVIDENCE):
+        if place.doubt not in (None, reasons.EVIDENCE):
             return ()
         features = [None if before is None else before.feature for before in place.befores]
         return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
@@ -713,14 +710,14 @@ class Engine:
             judge=judge,
             proves=emit is None and not call.signature.recorded,
             shared=use.shared if use.proved else None,
-            scratch=[address(memory.untyped_storage()) for memory in self._attributes(use.region.scratch)],
+            scratch=self._scratch(use.region.scratch) if use.region.scratch else (),
         )
 
-    def _attributes(self, paths: Sequence[str]) -> Iterator[torch.Tensor]:
-        """What of the UNet's modules stands at these dotted paths."""
-        for path in paths:
-            parent, _, name = path.rpartition(".")
-            yield getattr(self.unet.get_submodule(parent), name)
+    def _scratch(self, paths: Sequence[str]) -> list[int]:
+        """The storages of the tensors that stand at these dotted paths among the attributes of the UNet's modules."""
+        places = [path.rpartition(".") for path in paths]
+        held = [getattr(self.unet.get_submodule(parent), name) for parent, _, name in places]
+        return [address(tensor.untyped_storage()) for tensor in held]
 
     def _emit(self, call: UNetCall, decision: Decision, captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the adaptor, and check what it returns before the UNet sees it."""
@@ -730,7 +727,7 @@ class Engine:
         adaptor, cached = clocked.adaptor, decision.feature.exit
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
-        position = call.time if "position" in needs_of(adaptor) else None
+        position = call.time if "position" in clocked.needs else None
         inputs = stand_in.inputs(captured, cached, stand_in.Past.of(decision.feature), position)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
@@ -827,10 +824,10 @@ class Engine:
         call.weights = self.weights.state()  # also where modules that were exchanged have begun it anew
         call.place.split(len(call.signature.regions))
         uses = zip(call.signature.regions, call.place.calls, self.chain, strict=False)
-        for use, memory, clocked in uses:  # these inputs may have no region
+        for index, (use, memory, clocked) in enumerate(uses):  # these inputs may have no region
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
-                exit = exit.clone() if use.copies else exit
+                exit = exit.clone() if index in call.signature.copies else exit
                 memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights)
                 if clocked.keeps_trail:
                     at = None if call.time is None else stand_in.scalar(call.time, exit.device)
@@ -884,7 +881,8 @@ class Engine:
 
     def _put(self, call: UNetCall, signature: Signature) -> Signature:
         """Keep a signature; of many, the one that no call has had for longest is let go."""
-        signature.key, signature.ignored = call.key, self._binder.ignores
+        signature.key = call.key
+        signature.see(call.arguments, self._binder.ignores)
         for oldest in _put_last(self._signatures, call.key, signature):
             self._recordings.pop(oldest, None)
             if self.static is not None:
@@ -974,16 +972,16 @@ class Engine:
         self._count_plain(timeline.nowhere(reasons.COMPILED), reasons.COMPILED, None)
 
 
-@contextlib.contextmanager
-def _nothing_lost(call: UNetCall, taint: Taint) -> Iterator[None]:
+def _in_full(call: UNetCall, taint: Taint) -> Any:
     """Run a full pass, which has no placeholders: one that it asks for a value was kept by an earlier pass."""
     try:
         with taint:
-            yield
+            output = call.run()
     except SkippedValueError as error:
         raise _lost(call) from error
     if taint.used:
         raise _lost(call)
+    return output
 
 
 def _lost(call: UNetCall) -> WrapError:
@@ -1063,10 +1061,11 @@ def _empty(arguments: Arguments) -> bool:
 
 def _autocast(arguments: Arguments) -> torch.dtype | None:
     """What autocast computes in on the inputs' device; None where it is off."""
-    kind = "cpu" if arguments.device is None else arguments.device.type
-    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    kind = _autocast_kind(arguments.device)
+    return torch.get_autocast_dtype(kind) if kind and torch.is_autocast_enabled(kind) else None
 
 
-_has_autocast = functools.cache(torch.amp.is_autocast_available)  # by kind of device
+@functools.cache  # to ask a device for its type takes 12 µs where caches are cold
+def _autocast_kind(device: torch.device | None) -> str | None:
+    kind = "cpu" if device is None else device.type
+    return kind if torch.amp.is_autocast_available(kind) else None

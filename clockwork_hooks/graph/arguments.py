@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["Arguments", "Binder", "find_sample", "is_number", "may_be_label", "time_candidates"]
+__all__ = ["Arguments", "Binder", "Inputs", "find_sample", "is_number", "may_be_label", "time_candidates"]
 
 SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
 TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
@@ -90,7 +90,27 @@ class Arguments:
 
     def get(self, path: str) -> Any:
         """The leaf at a dotted path; None where it was not passed."""
-        return next((leaf for own, leaf in self.leaves() if own == path), None)
+        return self.flat[self.paths.index(path)] if path in self.paths else None
+
+
+class Inputs(NamedTuple):
+    """What the leaves of the arguments are, in all calls of one input signature.
+
+    Attributes:
+        time: which leaf the time is; None where there is none.
+        conditions: which leaves tell the branch.
+        paths: of those.
+        unread: paths of the tensors that no operator of the recorded call has read.
+        forms: may any condition be the time in another form?
+        read_forms: may one that is read?
+    """
+
+    time: int | None
+    conditions: tuple[int, ...]
+    paths: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    forms: bool = True
+    read_forms: bool = True
 
 
 class Binder:

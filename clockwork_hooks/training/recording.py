@@ -182,7 +182,7 @@ class TrajectoryRecorder:
             DistillError: `generate` never calls the UNet.
         """
         self.engine.teaches = student is None
-        self._clocked.adaptor, self._clocked.schedule = student or (self._identity, _ALWAYS)
+        self._clocked.take(*(student or (self._identity, _ALWAYS)))
         self._needs = needs or (lambda step: Needs())
         self._replace, self._copies = replace, Copies(device)
         self.engine.states.forget()
