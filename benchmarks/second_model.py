@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,13 +84,14 @@ _PLANNING = 7_100_000  # seed of the noise that is planned with: none of the jud
 
 
 def _planned(steps: int) -> list[Row]:
-    """Rows at the steps that `ch.plan` has chosen for this model."""
+    """Rows at the steps that were found for this model: by `search`, which looks at pictures, and by `ch.plan`."""
     if not PLANNED.exists():
         return []
-    rows, plans = list[Row](), json.loads(PLANNED.read_text(encoding="utf-8"))["plans"]
-    for plan in (plan for plan in plans if plan["steps"] == steps):
-        at = tuple(plan["adaptor steps"])
-        rows += kinds(plan["region"], at, TREND, BEFORE, AFFINE, what=f"planned, {len(at)} adaptor steps")
+    rows, found = list[Row](), json.loads(PLANNED.read_text(encoding="utf-8"))
+    for by, sets in (("searched for", found.get("searches", [])), ("planned", found["plans"])):
+        for one in (one for one in sets if one["steps"] == steps):
+            at = tuple(one["adaptor steps"])
+            rows += kinds(one["region"], at, TREND, BEFORE, AFFINE, what=f"{by}, {len(at)} adaptor steps")
     return list({row.label: row for row in rows}.values())
 
 
@@ -230,13 +231,14 @@ class Judge:
         if row.kind in (None, IDENTITY):
             return row.kind, {}
         model, most = self.model, min(row.captions, self.samples)
+        schedule = row.at or None  # None: for any steps
         batches = [(min(256, most - at), _SEED + at) for at in range(0, most, 256)]
         if steps > 20:  # several batches of a long sampler say more than enough
             batches = batches[:1]
         self._wait()
         adaptor = ch.calibrate(
             model.unet, lambda batch: model.sample(model.noise(*batch), steps), batches,
-            schedule=row.at, region=self.region(row.region), kind=row.kind, log_snr=log_snr,
+            schedule=schedule, region=self.region(row.region), kind=row.kind, log_snr=log_snr,
         )  # fmt: skip
         return adaptor, {"calibration": adaptor.report.to_dict()}
 
@@ -345,6 +347,61 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def search(options: argparse.Namespace) -> int:
+    """Move full steps by one or two places as long as pictures of noises that judge nothing come nearer to scenes.
+
+    `ch.plan` goes by the distance to the plain latents. What is wrong with a picture's last details is little of that
+    distance, and much of Fréchet's.
+    """
+    cuda = str(options.device).startswith("cuda")
+    judge = Judge.make(options, torch.float16 if cuda else torch.float32)
+    path = options.out / PLANNED.name
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"plans": []}
+    steps, region = options.steps, judge.region("widest")
+    any_steps = judge.adaptor(steps, Row(BEFORE, BEFORE, "widest", ()))[0]
+    for full in options.full:
+        until = time.monotonic() + options.seconds
+        planned = [frozenset(one["adaptor steps"]) for one in data["plans"] if one["steps"] == steps]
+        starts = [frozenset(range(1, steps + 1)) - one for one in planned if steps - len(one) == full]
+        starts += [frozenset(1 + round(k * (steps - 1) / (full - 1)) for k in range(full))]
+        tried: dict[frozenset[int], float] = {}
+
+        def distance(chosen: frozenset[int], tried: dict[frozenset[int], float] = tried) -> float:
+            if chosen not in tried:
+                at = tuple(step for step in range(1, steps + 1) if step not in chosen)
+                row = Row(BEFORE, BEFORE, "widest", at)
+                tried[chosen] = judge.scores(steps, row, any_steps, "choose")[0]["Fréchet"][0]
+            return tried[chosen]
+
+        best, better = min(starts, key=distance), True
+        first = distance(best)
+        while better and time.monotonic() < until:
+            better = False
+            for moved in _moves(best, steps):
+                if time.monotonic() >= until:
+                    break
+                if moved not in tried and distance(moved) < distance(best):
+                    best, better = moved, True
+                    say(f"{distance(best):.1f} after {len(tried)} sets: {' '.join(map(str, sorted(best)))}")
+                    break
+        at = [step for step in range(1, steps + 1) if step not in best]
+        data.setdefault("searches", []).append(
+            {"steps": steps, "region": "widest", "adaptor steps": at, "kind": BEFORE, "pictures": options.pictures,
+             "sets tried": len(tried), "Fréchet at first": first, "Fréchet": distance(best),
+             "MACs of the region": region and region.macs_share, **environment(str(options.device), _PLANNING)}
+        )  # fmt: skip
+        _write(path, data)
+    return 0
+
+
+def _moves(full: frozenset[int], steps: int) -> Iterator[frozenset[int]]:
+    """One full step, all but the first, one or two places earlier or later."""
+    for step in sorted(full - {1}, reverse=True):
+        for by in (1, -1, 2, -2):
+            if 1 < step + by <= steps and step + by not in full:
+                yield full - {step} | {step + by}
+
+
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -451,11 +508,13 @@ def page(data: Mapping[str, Any]) -> str:
     shape, regions = model["shape"], dict.fromkeys(row["region line"] for row in data["rows"].values() if row["kind"])
     macs = data["rows"]["edm-8/plain"]["macs_per_image"] / 8 if "edm-8/plain" in data["rows"] else 0
     missing = [key for key in (key_of(steps, row) for steps, row in PLAN) if key not in data["rows"]]
+    before = model.get("before") or {"minutes": 0, "iterations": 0}
+    minutes, iterations = f"{model['minutes'] + before['minutes']:g}", model["iterations"] + before["iterations"]
     text = f"""\
 The same on a network of another code base: denoising-diffusion-pytorch's `Unet` (dim {shape["dim"]}, multipliers \
 {", ".join(map(str, shape["dim_mults"]))};
 {model["parameters"] / 1e6:.1f}M parameters, {macs / 1e9:.2f} GMACs a pass), unconditional, preconditioned as EDM is
-(arXiv 2206.00364), trained on the demo's scenes for {model["minutes"]:g} minutes ({model["iterations"]:,} iterations \
+(arXiv 2206.00364), trained on the demo's scenes for {minutes} minutes ({iterations:,} iterations \
 of {model["batch"]}, {model["device"]}).
 Its sampler is a loop of our own: DPM++ 2M over Karras' σ from {SIGMA_MAX:g} to {SIGMA_MIN:g}, no guidance.
 
@@ -524,6 +583,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     four.add_argument("--noises", type=int, default=32, help="pictures to plan with")
     four.add_argument("--probes", type=int, default=12, help="adaptor steps that are tried alone, at each region")
     four.add_argument("--device", default=device, help="where to run")
+    five = commands.add_parser("search", help=search.__doc__, **shape)
+    five.set_defaults(act=search, captions=0, seeds=_PLANNING)
+    five.add_argument("--model", type=Path, required=True, help="weights that `train` wrote")
+    five.add_argument("--out", type=Path, default=RESULT.parent, help=f"folder of {PLANNED.name}")
+    five.add_argument("--steps", type=int, default=20, help="of the sampler")
+    five.add_argument("--full", type=int, nargs="+", default=[10, 8], help="full steps")
+    five.add_argument(
+        "--seconds", type=float, default=100, help="begin no trial after these, for each number of full steps"
+    )
+    five.add_argument("--pictures", type=int, default=2048, help="that sets are tried on")
+    five.add_argument("--calibration", type=int, default=512, help="samples to calibrate on, at most")
+    five.add_argument("--batch", type=int, default=1024, help="pictures sampled at once")
+    five.add_argument("--device", default=device, help="where to run")
     two = commands.add_parser("run", help=run.__doc__, **shape)
     two.set_defaults(act=run)
     two.add_argument("--out", type=Path, required=True, help="folder of second_model.json")

@@ -268,7 +268,7 @@ def train(options: argparse.Namespace) -> int:
                 before = now
         if iteration % 500 == 0:
             pool.refresh(options.pool // 16)
-    return _finish(options, SecondModel(average.module.eval(), model.shape), iteration, curve)
+    return _finish(options, SecondModel(average.module.eval(), model.shape, model.facts), iteration, curve)
 
 
 def _finish(options: argparse.Namespace, model: SecondModel, iteration: int, curve: list[dict[str, float]]) -> int:
@@ -277,7 +277,7 @@ def _finish(options: argparse.Namespace, model: SecondModel, iteration: int, cur
     model.facts = {
         **environment(str(options.device), options.seed), "minutes": options.minutes, "iterations": iteration,
         "batch": options.batch, "rate": options.rate, "decay": options.decay, "loss": sum(tail) / len(tail),
-        "start": None if options.start is None else str(options.start),
+        "before": None if options.start is None else {name: model.facts[name] for name in ("minutes", "iterations")},
         "parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
     }  # fmt: skip
     model.save(options.out / WEIGHTS)

@@ -136,10 +136,11 @@ def test_in_another_process(tmp_path: Path) -> None:
         "    cw(torch.zeros(1, 2, 8, 8), TIMES[0].clone(), torch.ones(1, 3))\n"
         "    cw.region.save(sys.argv[1])\n"
     )
-    seals = []
+    seals, root = [], str(Path(__file__).parent.parent)
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     for number in ("7", "11"):
         path = tmp_path / f"{number}.json"
-        environment = {**os.environ, "PYTHONHASHSEED": number, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONHASHSEED": number, "PYTHONPATH": paths}
         subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
         seals.append(json.loads(path.read_text())["passes"]["seal"])
     assert seals[0] == seals[1]

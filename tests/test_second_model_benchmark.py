@@ -162,8 +162,7 @@ def test_rows_that_do_not_fit_wait_for_the_next_run(
     assert second_model.main([*run, "--minutes", "1.5"]) == 0
     first = list(load(tmp_path / "second_model.json")["rows"])
     assert clock[0] <= 90
-    assert first[:2] == ["edm-8/plain", "edm-8/identity, widest, 3 4 6 7"]
-    assert "edm-20/plain" in first
+    assert first[:2] == ["edm-8/plain", "edm-20/plain"]
     assert "edm-50/plain" not in first  # 55 seconds
     assert "rows are not there yet" in capsys.readouterr().out
     clock[0] = 0.0
@@ -212,3 +211,24 @@ def test_trained_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         second_model.main(["train", "--out", str(tmp_path / "on"), "--start", str(weights), "--minutes", "0.02", *size])
         == 0
     )
+
+
+def test_rows_at_the_steps_that_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    found = {"steps": 20, "region": "widest", "adaptor steps": [2, 4]}
+    path.write_text(json.dumps({"plans": [found, {**found, "steps": 8}], "searches": [found]}), encoding="utf-8")
+    monkeypatch.setattr(second_model, "PLANNED", path)
+    rows = second_model._planned(20)
+    assert {row.at for row in rows} == {(2, 4)}
+    assert [row.label.split("widest, ")[1] for row in rows[::3]] == [
+        "searched for, 2 adaptor steps",
+        "planned, 2 adaptor steps",
+    ]
+    monkeypatch.setattr(second_model, "PLANNED", tmp_path / "none.json")
+    assert second_model._planned(20) == []
+
+
+def test_a_search_moves_one_full_step() -> None:
+    full = frozenset({1, 2, 8})
+    moved = list(second_model._moves(full, 8))
+    assert set(moved) == {frozenset(one) for one in ({1, 2, 7}, {1, 2, 6}, {1, 3, 8}, {1, 4, 8})}

@@ -25,6 +25,7 @@ from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 
 ROOT = Path(ch.__file__).parents[1]
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of other processes
 
 
 def quick(unet: nn.Module, adaptor: Any, generate: Any = None, **options: Any) -> ch.DistillResult:
@@ -82,7 +83,7 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path) -> None:
         print(json.dumps(result.losses))
     """
     program = script(tmp_path, body)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PATHS}
     killed = tmp_path / "killed"
     child = subprocess.Popen([sys.executable, program, killed, "0.1"], env=environment)
     deadline = time.monotonic() + 60
@@ -140,7 +141,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
         os._exit(0)  # all is written: no teardown of modules that hold gloo's threads
     """
     program = script(tmp_path, body)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     two = [*launch, str(program), "2", "8", str(tmp_path / "two")]
