@@ -54,6 +54,7 @@ class ClockedRegion:
         clock: full every so many steps; 0 where something else says which steps are full.
         keep: modules that run on adaptor passes too.
         region: once it is known.
+        follows: an adaptor pass has written what is skipped to memory of its own: later ones follow it there.
         usual: where the schedule depends on the number of steps, the one that the adaptor was made for; 0 for none.
         needs: what the adaptor takes beyond the four inputs of `Adaptor`.
         keeps_entry: do later steps look at what flowed into the region?
@@ -68,6 +69,7 @@ class ClockedRegion:
     clock: int = 0
     keep: tuple[str, ...] = ()
     region: Region | None = None
+    follows: bool = field(default=False, init=False)
     usual: int = field(default=0, init=False)
     needs: frozenset[str] = field(default=frozenset(), init=False)
     keeps_entry: bool = field(default=False, init=False)

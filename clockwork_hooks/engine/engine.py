@@ -30,6 +30,7 @@ from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, form
+from clockwork_hooks.engine.fresh import Following, Watching
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
 from clockwork_hooks.engine.passes import Active, Emit, Emitted, Exchanged, Outcome, Pass
@@ -518,11 +519,28 @@ class Engine:
             )
         if outcome.used and pass_.taint.exchanged(self.unet):
             raise _lost(call)
-        again = self.full_pass(call)
-        again.macs, again.reason, again.used = outcome.macs + signature.full_macs, why, outcome.used
+        clocked = self.chain[pass_.plan.index]
+        began = self._begin_to_follow(call, clocked, pass_.taint) if outcome.used else None
+        again = began or self.full_pass(call)
+        again.macs, again.reason = outcome.macs + signature.full_macs, why
+        again.used = outcome.used and not (began and clocked.follows)
         if unproved and not outcome.used:
             self._doubt(call)
         return again
+
+    def _begin_to_follow(self, call: UNetCall, clocked: ClockedRegion, taint: Taint) -> Outcome | None:
+        """The full pass after one that failed as it wrote a placeholder to memory of its own; None if it was another.
+
+        If nobody keeps what the full pass makes, later adaptor passes follow placeholders into such memory.
+        """
+        if clocked.follows or not taint.wrote_to_its_own:
+            return None
+        full = self._full(call, Watching)
+        outcome = self.execute(call, full, None, eager=True)
+        clocked.follows = not full.taint.outlives(
+            self.unet, (outcome.output, outcome.exits, outcome.captured, outcome.entry)
+        )
+        return outcome
 
     def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
         """The arguments, for the case that the adaptor pass which begins now has to be run again.
@@ -536,9 +554,11 @@ class Engine:
 
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
-        decision = call.decision or Decision(None)
-        full = decision._replace(reason=reasons.DIFFERED)
-        return self.execute(call, self._pass(self.states.current(), call, full), None, eager=True)
+        return self.execute(call, self._full(call), None, eager=True)
+
+    def _full(self, call: UNetCall, taint: type[Taint] = Taint) -> Pass:
+        decision = (call.decision or Decision(None))._replace(reason=reasons.DIFFERED)
+        return self._pass(self.states.current(), call, decision, taint)
 
     def execute(self, call: UNetCall, pass_: Pass, feature: Feature | None, *, eager: bool = False) -> Outcome:
         """Let the UNet run with a pass that its patched modules ask."""
@@ -690,7 +710,7 @@ class Engine:
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def _pass(self, state: State, call: UNetCall, decision: Decision) -> Pass:
+    def _pass(self, state: State, call: UNetCall, decision: Decision, taint: type[Taint] | None = None) -> Pass:
         assert call.signature is not None  # the call has a place
         use, clocked = call.signature.regions[decision.region], self.chain[decision.region]
         emit: Emit | None = None
@@ -700,6 +720,8 @@ class Engine:
             decided = call.place is not None and state.decided[0] == (call.place.trajectory, call.place.step)
             if clocked.schedule.threshold is not None and not decided:
                 judge = partial(self._judge, state, call, decision)
+        scratch = self._scratch(use.region.scratch) if use.region.scratch else ()
+        taint = taint or (Following if clocked.follows and emit is not None else Taint)
         return Pass(
             use.plan,
             "full" if emit is None else "adaptor",
@@ -710,7 +732,7 @@ class Engine:
             judge=judge,
             proves=emit is None and not call.signature.recorded,
             shared=use.shared if use.proved else None,
-            scratch=self._scratch(use.region.scratch) if use.region.scratch else (),
+            taint=taint(scratch),
         )
 
     def _scratch(self, paths: Sequence[str]) -> list[int]:

@@ -90,10 +90,9 @@ class Pass:
         judge: looks at the entry when the region begins, None if it has not come; a reason makes the pass full.
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
         shared: what skipped calls return in all passes of a plan that one has proved; None before.
-        scratch: storages that what stands in for skipped outputs may be written to.
+        taint: follows what stands in for skipped outputs: nothing may come of it.
 
     Attributes:
-        taint: follows what stands in for skipped outputs: nothing may come of it.
         captured: boundary tensors by name, once they have been seen.
         exits: region → what it emitted.
         entry: the entry's copy.
@@ -114,9 +113,9 @@ class Pass:
         judge: Callable[[torch.Tensor | None], str | None] | None = None,
         proves: bool = False,
         shared: dict[tuple[str, int], Any] | None = None,
-        scratch: Collection[int] = (),
+        taint: Taint | None = None,
     ) -> None:
-        self._proves, self._differs, self.taint = proves, False, Taint(scratch)
+        self._proves, self._differs, self.taint = proves, False, taint or Taint()
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
         self.exits: dict[int, Emitted] = {}
@@ -131,10 +130,15 @@ class Pass:
 
     def like(self, emit: Emit | None, *, traced: bool = False) -> Pass:
         """A pass that does the same, with another `emit`; `traced`: torch.compile will trace it."""
-        kind = TracedPass if traced else Pass
-        plan, copies, looks, keeps_entry = self.plan, self.copies, self.looks, self.keeps_entry
-        scratch = self.taint.scratch
-        return kind(plan, self.kind, emit, copies=copies, looks=looks, keeps_entry=keeps_entry, scratch=scratch)
+        return (TracedPass if traced else Pass)(
+            self.plan,
+            self.kind,
+            emit,
+            copies=self.copies,
+            looks=self.looks,
+            keeps_entry=self.keeps_entry,
+            taint=None if traced else self.taint.like(),  # what is traced has no placeholders
+        )
 
     @property
     def exit(self) -> torch.Tensor | None:
@@ -208,11 +212,14 @@ class Pass:
 
     def outcome(self, output: Any) -> Outcome:
         """What the pass has led to, now that the UNet has returned."""
+        written = frozenset(region for region, emitted in self.exits.items() if not emitted.untouched)
+        if self.taint.follows:
+            self._leave()
         return Outcome(
-            output,
+            self.taint.real(output),
             self.kind,
             self.exits,
-            frozenset(region for region, emitted in self.exits.items() if not emitted.untouched),
+            written,
             self.complete(),
             self.entry,
             self.captured,
@@ -220,6 +227,14 @@ class Pass:
             blanks=self.blanks,
             reached=bool(self._counts),
         )
+
+    def _leave(self) -> None:
+        """Nothing that is kept is followed any more."""
+        self.captured, self.entry = self.taint.real((self.captured, self.entry))
+        for region, emitted in self.exits.items():
+            exit = self.taint.real(emitted.exit)
+            if exit is not emitted.exit:
+                self._keep(region, exit)
 
     def complete(self) -> bool:
         """Did every patched module get exactly the calls of the trace, and every exit come?"""
@@ -264,10 +279,12 @@ class Pass:
             if self.taint.reaches(tuple(self.captured.values())):
                 refuse()
             self.adapting = True
-            exit = self._emit(self.captured)
+            with self.taint.aside():
+                exit = self._emit(self.taint.real(self.captured))
+                given = exit.clone() if leaf.written or self.plan.index in self.copies else exit
             self.adapting = False
             self._keep(self.plan.index, exit)
-            return exit.clone() if leaf.written or self.plan.index in self.copies else exit
+            return given
         return self.taint.on(placeholder(leaf))
 
     def _keep(self, region: int, exit: torch.Tensor) -> None:

@@ -4,16 +4,18 @@ Nobody may look into what stands in for a skipped output. A recorded call shows 
 that step: not what Python reads (`low.mean().item()`), what NumPy or a kernel without an operator reads, what the UNet
 keeps for its next call, nor what it does at another step. So in every adaptor pass a placeholder is a tensor without
 memory, and whatever an operator makes of one is one too. Who asks for a value of it gets an exception, also in C++.
+Who writes one to memory that is real does too, unless that memory was made in this pass and is followed (fresh.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -22,7 +24,10 @@ from clockwork_hooks._tree import address, tensors
 from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
-__all__ = ["SkippedValueError", "Taint", "Tainted", "holds_placeholder", "may_cause", "refuse"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SkippedValueError", "Taint", "Tainted", "here", "holds_placeholder", "is_dense", "may_cause", "refuse"]
 
 _DEEPEST = 4
 # They return what is no tensor, and look at no value. TorchScript asks for sizes through operators in inference mode.
@@ -48,11 +53,15 @@ class Taint:
 
     Attributes:
         used: has something of them come where nothing of them may be?
+        follows: may they be written to memory that was made in this pass?
     """
+
+    follows = False
 
     def __init__(self, scratch: Collection[int] = ()) -> None:
         self.used, self.scratch = False, scratch
         self._placeholders: list[weakref.ref[Any]] = []
+        self._refused: list[weakref.ref[Any]] = []  # memory that one was to be written to
         self._around: Taint | None = None
 
     def __enter__(self) -> Taint:
@@ -64,41 +73,77 @@ class Taint:
         _here.taint, self._around = self._around, None
         _under_way.discard(self)
 
+    def like(self) -> Self:
+        """The same for another pass."""
+        return type(self)(self.scratch)
+
     def on(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
         tainted = Tainted(placeholder)
-        # its storage lives as long as the tensor, and where another tensor's `.data` was exchanged for it, longer
-        self._placeholders.append(weakref.ref(_storage(tainted) if _throws() else tainted))
+        self.add(tainted)
         return tainted
+
+    def add(self, own: torch.Tensor) -> None:
+        """Such a tensor is of this pass: it must not outlive it."""
+        # its storage lives as long as the tensor, and where another tensor's `.data` was exchanged for it, longer
+        self._placeholders.append(weakref.ref(_storage(own) if _throws() else own))
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """What runs within is no part of the UNet: the adaptor."""
+        return contextlib.nullcontext()
+
+    def real(self, values: Any) -> Any:
+        """The same, for those who know nothing of this pass."""
+        return values
 
     def reaches(self, values: Any) -> bool:
         """Is any of these values made of a placeholder, or has one come where none may be?"""
         return self.used or holds_placeholder(values)
 
-    def outlives(self, unet: nn.Module) -> bool:
-        """The pass is over: does anybody hold something made of a placeholder, for the next call?"""
-        if not self._alive():
+    def outlives(self, unet: nn.Module, results: Any = ()) -> bool:
+        """The pass is over: does anybody hold something made of a placeholder, for the next call?
+
+        Args:
+            unet: the UNet.
+            results: of the pass; they may.
+        """
+        if not _alive(self._placeholders):
             return False
+        may = [_storage(tensor) for tensor in tensors(results) if is_dense(tensor)]
+        self._placeholders = [one for one in self._placeholders if all(one() is not storage for storage in may)]
         if torch.is_grad_enabled():  # autograd holds what a checkpoint would run again; so only modules are asked
-            return any(map(self._is_one, _held(unet)))
-        for generation in range(3):  # a function that calls itself is a cycle, and holds its variables until then
-            gc.collect(generation)
-            if not self._alive():
-                return False
-        return True
+            return any(map(self.is_one, _held(unet)))
+        return _alive(self._placeholders, collect=True)
+
+    def was_refused(self, memory: torch.Tensor) -> None:
+        """A placeholder was to be written to this memory, which is real."""
+        if is_dense(memory):
+            self._refused.append(weakref.ref(memory.untyped_storage()))
+
+    @property
+    def wrote_to_its_own(self) -> bool:
+        """The pass is over: was one to be written to memory, all of which is gone with the pass?"""
+        return bool(self._refused) and not _alive(self._refused, collect=True)
 
     def exchanged(self, unet: nn.Module) -> bool:
         """Is a placeholder's memory, which is none, that of a tensor of the UNet's? To read it crashes the process."""
-        return any(self._is_one(one) and not isinstance(one, Tainted) for one in _held(unet))
+        return any(self.is_one(one) and not isinstance(one, Tainted) for one in _held(unet))
 
-    def _is_one(self, tensor: torch.Tensor) -> bool:
-        if isinstance(tensor, Tainted) or tensor.layout != torch.strided or tensor.is_nested:
+    def is_one(self, tensor: torch.Tensor) -> bool:
+        """Is this one of the pass's own, or one whose memory was exchanged for such a one's?"""
+        if isinstance(tensor, Tainted) or not is_dense(tensor):
             return isinstance(tensor, Tainted)
         storage = tensor.untyped_storage()  # what `.data` was exchanged for
         return any(placeholder() is storage for placeholder in self._placeholders)
 
-    def _alive(self) -> bool:
-        return any(placeholder() is not None for placeholder in self._placeholders)
+
+def _alive(references: Iterable[weakref.ref[Any]], *, collect: bool = False) -> bool:
+    """Does anybody hold any of these; `collect`: also once all that nobody reaches was collected?"""
+    for generation in range(3 if collect else 0):  # a function that calls itself is a cycle, and holds its variables
+        if all(one() is None for one in references):
+            return False
+        gc.collect(generation)
+    return any(one() is not None for one in references)
 
 
 def _held(unet: nn.Module) -> Iterator[torch.Tensor]:
@@ -114,6 +159,11 @@ def _within(value: Any, depth: int) -> Iterator[torch.Tensor]:
             yield from _within(one, depth - 1)
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Does it lie in one piece of memory?"""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 class _Here(threading.local):
     """The pass that follows its placeholders in this thread."""
 
@@ -124,9 +174,16 @@ _here = _Here()
 _under_way: weakref.WeakSet[Taint] = weakref.WeakSet()  # of all threads
 
 
-def refuse() -> NoReturn:
+def here() -> Taint | None:
+    """The pass that follows its placeholders in this thread."""
+    return _here.taint
+
+
+def refuse(written: torch.Tensor | None = None) -> NoReturn:
     """Somebody asks for a value of a placeholder, or writes one to memory that is real."""
     _mark()
+    if written is not None and _here.taint is not None:
+        _here.taint.was_refused(written)
     raise SkippedValueError("an adaptor pass has no values of what it skips, and something asks for one")
 
 
@@ -150,7 +207,11 @@ def may_cause(error: BaseException) -> bool:
 
 def holds_placeholder(values: Any) -> bool:
     """Is any of these values one, or made of one?"""
-    return any(isinstance(tensor, Tainted) for tensor in tensors(values))
+    return any(map(_is_placeholder, tensors(values)))
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, Tainted) and value.taints
 
 
 class Tainted(torch.Tensor):
@@ -179,6 +240,22 @@ class Tainted(torch.Tensor):
         return tainted
 
     plain: torch.Tensor
+    taints = True  # is what an operator makes of it a placeholder?
+
+    def takes_placeholder(self) -> bool:
+        """One is about to be written to it: may it?"""
+        return True
+
+    def lies_under(self, out: torch.Tensor) -> bool:
+        """Is its memory real, and what an operator has returned a view of that?"""
+        return False
+
+    def over(self, out: torch.Tensor) -> Tainted:
+        """Such a view, followed as this one is."""
+        raise NotImplementedError
+
+    def is_known_elsewhere(self) -> None:
+        """Who is no operator knows the memory from now on, or may."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse()
@@ -195,17 +272,27 @@ class Tainted(torch.Tensor):
         own: list[Tainted] = []
         traits, plain = _traits(func), [_plain(arg, own) for arg in args]
         named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
-        if traits.shape_only or (traits.first_only and not isinstance(args[0], Tainted)):
+        if traits.shape_only:
             return func(*plain, **named)
-        reads = traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs)))
-        if reads or (traits.writes and not all(map(_may_be_written, written_by(func, args, kwargs or {})))):
+        if traits.reshapes:
             refuse()
+        tainted = _is_placeholder(args[0]) if traits.first_only else any(one.taints for one in own)
+        if tainted:
+            if traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs))):
+                refuse()
+            for tensor in written_by(func, args, kwargs or {}) if traits.writes else ():
+                if not _takes_placeholder(tensor):
+                    refuse(tensor)
+        if traits.foreign:
+            for one in own:
+                one.is_known_elsewhere()
         try:
             out = func(*plain, **named)
         except Exception:  # memory that zeros share cannot be written to, for one; and the UNet may catch it
-            _mark()
+            if tainted:
+                _mark()
             raise
-        return _tainted(out, own)
+        return _tainted(out, own) if tainted else _real(out, own)
 
 
 def _throws() -> Any:
@@ -219,7 +306,8 @@ _storage = torch.Tensor.untyped_storage
 class _Traits(NamedTuple):
     """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?
 
-    One that selects reads only what follows its first argument.
+    One that selects reads only what follows its first argument; one that reshapes gives a tensor another shape, where
+    Python sees the old one; one that is foreign may do with memory as it likes.
     """
 
     shape_only: bool
@@ -227,6 +315,8 @@ class _Traits(NamedTuple):
     reads: bool
     writes: bool
     selects: bool
+    reshapes: bool
+    foreign: bool
 
 
 @functools.cache
@@ -234,7 +324,6 @@ def _traits(func: Any) -> _Traits:
     schema, tags = getattr(func, "_schema", None), getattr(func, "tags", ())
     name = getattr(schema, "name", "")
     reads = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
-    reads |= torch.Tag.inplace_view in tags  # the shape that Python sees stays the old one
     if schema is not None and schema.returns:
         values = [str(one.type) for one in schema.returns if "Tensor" not in str(one.type)]
         beside = len(values) < len(schema.returns)
@@ -242,12 +331,13 @@ def _traits(func: Any) -> _Traits:
         reads |= bool(values) and not sizes
     shape_only = name in SHAPE_ONLY or name in _METADATA
     writes = schema is not None and schema.is_mutable
-    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS)
+    reshapes, foreign = torch.Tag.inplace_view in tags, getattr(func, "namespace", "") != "aten"
+    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign)
 
 
-def _may_be_written(tensor: torch.Tensor) -> bool:
+def _takes_placeholder(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, Tainted):
-        return True
+        return tensor.takes_placeholder()
     scratch = () if _here.taint is None else _here.taint.scratch
     return bool(scratch) and address(tensor.untyped_storage()) in scratch
 
@@ -263,9 +353,27 @@ def _plain(value: Any, own: list[Tainted]) -> Any:
 def _tainted(out: Any, own: list[Tainted]) -> Any:
     """What an operator returns, with placeholders in the place of tensors; it may return what it was given."""
     if isinstance(out, torch.Tensor):
-        if out.layout != torch.strided or out.is_nested:  # how much such a tensor holds is a value
+        if not is_dense(out):  # how much such a tensor holds is a value
             refuse()
-        same = next((one for one in own if one.plain is out), None)
+        same = _same(out, own)
+        if not all(one.takes_placeholder() for one in own if one.lies_under(out)):
+            refuse()
         taint = _here.taint
         return same if same is not None else Tainted(out) if taint is None else taint.on(out)
     return type(out)([_tainted(one, own) for one in out]) if type(out) in (list, tuple) else out
+
+
+def _same(out: torch.Tensor, own: list[Tainted]) -> Tainted | None:
+    """The argument that an operator returns as it is, or as it has written to it."""
+    same = next((one for one in own if one.plain is out), None)
+    if same is not None and same.shape != out.shape:  # the shape that Python sees stays the old one
+        refuse()
+    return same
+
+
+def _real(out: Any, own: list[Tainted]) -> Any:
+    """What an operator has made of followed memory that is real: it is followed where it is a view of that."""
+    if isinstance(out, torch.Tensor):
+        same = _same(out, own)
+        return same if same is not None else next((one.over(out) for one in own if one.lies_under(out)), out)
+    return type(out)([_real(one, own) for one in out]) if type(out) in (list, tuple) else out
