@@ -51,9 +51,17 @@ def _collect(value: Any, path: str, pairs: list[tuple[str, Any]], whole: Callabl
 
 def tensors(value: Any) -> list[torch.Tensor]:
     """The tensors among the leaves, in order."""
-    pairs: list[tuple[str, Any]] = []
-    _collect(value, "", pairs, None)
-    return [leaf for _, leaf in pairs if isinstance(leaf, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    _add_tensors(value, found)
+    return found
+
+
+def _add_tensors(value: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif _is_container(value):
+        for _, item in _items(value):
+            _add_tensors(item, found)
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:

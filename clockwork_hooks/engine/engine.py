@@ -289,14 +289,18 @@ class Engine:
         reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
         if reason is not None:
             return self._run_apart(state, call, reason)
-        if call.key not in self._signatures:
+        call.signature = self._signatures.get(call.key)
+        if call.signature is None:
             if _empty(call.arguments):
                 return self._run_apart(state, call, reasons.EMPTY)
             if call.key in self._unanalysed:
                 return self._run_apart(state, call, reasons.UNANALYSED)
-        call.signature = self._signature(call)
-        if call.signature is None:
-            return self._record(state, call)
+            call.signature = self._unrecorded(call)
+            if call.signature is None:
+                return self._record(state, call)
+        call.key = call.signature.key
+        if len(self._signatures) > _SIGNATURES // 2:  # their order begins to matter
+            _put_last(self._signatures, call.key, call.signature)
         call.place = self._place(state, call, call.signature)
         begins = call.place.trajectory != self._looked_at
         if begins and self.static is None and self._exchanged(call.place):
@@ -755,6 +759,8 @@ class Engine:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
         else:
             exit = stand_in.call(adaptor, inputs)
+        if exit is cached and not self.check_finite:
+            return decision.feature.exit
         step = None if call.place is None else call.place.step
         where = {"step": step, "region": use.region, "adaptor": adaptor}
         return stand_in.owned(stand_in.check(exit, cached, finite=self.check_finite, where=where), cached)
@@ -780,19 +786,12 @@ class Engine:
 
     # -- the first call of a signature ---------------------------------------------------------------------------
 
-    def _signature(self, call: UNetCall) -> Signature | None:
-        """What is known of such calls; None if the first of them is yet to be recorded."""
-        signature = self._signatures.get(call.key)
-        if signature is not None and len(self._signatures) > _SIGNATURES // 2:  # their order begins to matter
-            _put_last(self._signatures, signature.key, signature)
-        signature = signature or self._adopt(call)
+    def _unrecorded(self, call: UNetCall) -> Signature | None:
+        """What can be known of the first of such calls before it runs; None if it is to be recorded as it runs."""
+        signature = self._adopt(call)
         if signature is None and self.records_first:
             signature = self._learn(call, record(self.unet, call.args, call.kwargs, time=self.time))
-        if signature is None:
-            signature = self._derive(call)
-        if signature is not None:
-            call.key = signature.key
-        return signature
+        return signature or self._derive(call)
 
     def _derive(self, call: UNetCall) -> Signature | None:
         """The signature of a call that differs from a recorded one in sizes alone; its first call will compare them."""

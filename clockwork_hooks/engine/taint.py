@@ -171,7 +171,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_under_way: weakref.WeakSet[Taint] = weakref.WeakSet()  # of all threads
+_under_way: set[Taint] = set()  # of all threads
 
 
 def here() -> Taint | None:
