@@ -285,6 +285,22 @@ def test_options_that_torch_refuses_are_refused_before_any_call(options: dict[st
         cw.compile(**options)
 
 
+def test_a_filter_of_guards_stays_the_users() -> None:
+    """Since torch takes it out of the options that it gets."""
+    seen: list[int] = []
+
+    def keep(guards: Any) -> list[bool]:
+        seen.append(len(guards))
+        return [True] * len(guards)
+
+    case, unet, options = CASES["tiny"], Tiny(), {"guard_filter_fn": keep}
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        cw.compile(backend="eager", options=options)
+        [case.call(unet, k) for k in range(len(TIMES))]
+    assert len(seen) >= 2  # of full passes and of adaptor passes
+    assert options == {"guard_filter_fn": keep}
+
+
 def test_an_adaptor_whose_output_no_longer_fits_is_told() -> None:
     """It would fit where the UNet broadcasts; the first adaptor pass is not the only one that is checked."""
 

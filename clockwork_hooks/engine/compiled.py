@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import numbers
+import re
 import threading
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ class Compiled:
 
     Args:
         engine: decides what runs.
-        options: what `torch.compile` gets beside `fullgraph=True`.
+        options: mode, backend and options of `torch.compile`.
         pooled: outputs lie in the memory of CUDA graphs, which the next call overwrites.
     """
 
@@ -149,7 +150,7 @@ class Compiled:
 
     def _tries(self, static: Static) -> Tries:
         """How a static callable is launched: `torch._dynamo.run` calls it as it is where no graph fits."""
-        compiled: Static = torch.compile(static, fullgraph=True, **self.options)
+        compiled: Static = torch.compile(static, fullgraph=True, **_without_our_guards(**self.options))
         run = getattr(torch._dynamo, "run", None)
         return static if run is None else run(compiled), compiled
 
@@ -177,6 +178,28 @@ class Compiled:
             return output, exits, traced.entry, traced.others, traced.complete()
 
         return _with_code_of_its_own(static, f"{kind}_pass_{next(_NUMBERS)}")
+
+
+def _without_our_guards(mode: str | None, backend: Any, options: dict[str, Any] | None) -> dict[str, Any]:
+    """The same for `torch.compile`, with no guards on pass and engine: while the callable lives they are the same.
+
+    With them, the guards of an adaptor pass of SD v1.5 take 102 µs in the place of 87, cold 192 in the place of 162;
+    those of a pass by hand take 81 and 157.
+    """
+    if mode not in (None, "default"):
+        if backend != "inductor":
+            return {"mode": mode, "backend": backend}
+        options = torch._inductor.list_mode_options(mode)
+    return {"backend": backend, "options": {"guard_filter_fn": _are_not_ours, **(options or {})}}
+
+
+def _are_not_ours(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to keep: none on what `static` closes over, nor on which engine it is that patched modules ask."""
+    return [
+        not re.match(r"(pass_|engine)\b", guard.name)
+        and not (guard.guard_type == "DUPLICATE_INPUT" and type(guard.value).__module__.startswith(__package__))
+        for guard in guards
+    ]
 
 
 def let_go(static: dict[tuple[Any, ...], Any], signature: Hashable) -> None:

@@ -124,7 +124,8 @@ def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[s
 def _try(chosen: dict[str, Any]) -> None:
     """Let `torch.compile` look at its options now: at a call it would end a trajectory."""
     try:
-        torch.compile(lambda: None, fullgraph=True, **chosen)
+        options = chosen["options"] and dict(chosen["options"])  # torch takes its own out of it
+        torch.compile(lambda: None, fullgraph=True, **{**chosen, "options": options})
     except Exception as error:
         raise ArgumentError(
             "mode, backend and options are those of torch.compile",
