@@ -454,7 +454,7 @@ class Timeline:
         if not jump and self._way_before not in (0, direction) and self.step == 1:
             self._begin(time, place)  # its first step was another one's last
             return
-        doubt = self._jumps.doubt(place) if jump and place else None if mixed else self._strides.doubt(stride)
+        doubt = self._jumps.doubt(place, jump) if jump and place else None if mixed else self._strides.doubt(stride)
         self._jumps.stay(place)
         self._time, self._direction, self._farthest = time, direction, max(self._farthest, stride)
         self._advance()

@@ -187,7 +187,7 @@ class Jumps:
         >>> place = lambda index: Place(held(times.untyped_storage()), index)
         >>> jumps = Jumps()
         >>> jumps.begin(place(4))
-        >>> [jumps.doubt(place(index)) is None for index in (5, 6, 7)]
+        >>> [jumps.doubt(place(index), 1) is None for index in (5, 6, 7)]
         [False, True, True]
     """
 
@@ -224,9 +224,8 @@ class Jumps:
         """May what came with this jump be the next step? `second`: of the trajectory."""
         return jump is not None and (jump in (0, self._jump) or (second and abs(jump) == 1))
 
-    def doubt(self, place: Place) -> str | None:
-        """Move on to this place of the list: why that may not be the next step's; None where it is."""
-        jump = self.to(place) or 0
+    def doubt(self, place: Place, jump: int) -> str | None:
+        """Move on to this place of the list, by this jump: why that may not be the next step's; None where it is."""
         self._count = self._count + 1 if jump == self._jump else 1
         self._jump, self._place = jump, place
         neighbours = abs(jump) == 1

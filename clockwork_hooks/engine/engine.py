@@ -477,8 +477,7 @@ class Engine:
         """Run an adaptor pass, and see whether anything was used of what stands in for skipped outputs."""
         outcome = self.execute(call, pass_, feature)
         if outcome.kind == "adaptor":
-            exits = [emitted.exit for emitted in outcome.exits.values()]
-            values = (outcome.output, exits, list(outcome.captured.values()), outcome.entry)
+            values = (outcome.output, outcome.exits, outcome.captured, outcome.entry)
             outcome.used = outcome.used or pass_.taint.reaches(values) or pass_.taint.outlives(self.unet)
         return outcome
 

@@ -233,7 +233,8 @@ def walk(unet: nn.Module) -> list[nn.Module]:
     while rest:
         module = rest.pop()
         modules.append(module)
-        rest += [child for child in module._modules.values() if child is not None]
+        if children := module._modules:  # most have none
+            rest += [child for child in children.values() if child is not None]
     return modules
 
 

@@ -183,7 +183,12 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
             module = unet.get_submodule(top)
         except AttributeError:
             continue
-        if not any(_watcher(vars(inner)) for inner in walk(module)):
+        suspects = [
+            own
+            for own in map(vars, walk(module))
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "processor" in own
+        ]
+        if not any(map(_watcher, suspects)):
             continue  # nearly always: no path is written
         for path, inner in module.named_modules(prefix=top, remove_duplicate=False):
             what = _watcher(vars(inner))
@@ -194,7 +199,7 @@ def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) 
 
 def _watcher(module: Mapping[str, Any]) -> str | None:
     for hooks in (module["_forward_hooks"], module["_forward_pre_hooks"]):
-        for hook in hooks.values() if hooks else ():
+        for hook in hooks.values():
             if not _is_harmless(hook):
                 return f"a forward hook, {_name(hook)}"
     own = module.get("forward")

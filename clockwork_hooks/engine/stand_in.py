@@ -241,7 +241,10 @@ def scalar(value: Any, device: torch.device) -> torch.Tensor:
 
 
 def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("time", "text", *needs_of(adaptor))}
+    named = {"time": arguments.time, "text": arguments.text}
+    for name in needs_of(adaptor):
+        named[name] = getattr(arguments, name)
+    return named
 
 
 class _Function(nn.Module):

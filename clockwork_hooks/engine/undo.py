@@ -66,7 +66,7 @@ class Before:
         self.versions = [version(tensor) for tensor in self.tensors]
         self._copies: dict[int, torch.Tensor] = {}
         for k, tensor in enumerate(self.tensors):
-            small = tensor.numel() <= size and (unsure or self.versions[k] < 0)
+            small = (unsure or self.versions[k] < 0) and tensor.numel() <= size
             if tensor is always or small or k in written:
                 self._copies[k] = tensor.detach().clone()
 
