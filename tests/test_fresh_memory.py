@@ -182,6 +182,15 @@ class Copies(torch.autograd.Function):
         return torch.cat([g[:, :8], 2 * g[:, 8:]], 1)
 
 
+def inverse_order(unet: Pieced, z: Tensor) -> Tensor:
+    """Entries that nobody has written to would be no indices."""
+    tokens = z.flatten(1)
+    rank = (tokens[:, :, None] > tokens[:, None, :]).sum(2)
+    inverse = torch.full(rank.shape, 10**9)
+    inverse.scatter_(1, rank, torch.arange(rank.shape[1]).expand(rank.shape))
+    return joined(unet, tokens.gather(1, inverse).gather(1, rank).reshape(z.shape))
+
+
 def by_function(unet: Pieced, z: Tensor) -> Tensor:
     return Copies.apply(z)
 
@@ -203,7 +212,7 @@ def read_while_real(unet: Pieced, z: Tensor) -> Tensor:
 
 WAYS = [slices, of_the_real_input, by_out, product_by_out, indices, scattered, masked, added_in_place, index_copied]
 WAYS += [many_at_once, channels_last, cloned, padded, views_from_before, overwritten, other_bits, by_function]
-WAYS += [checkpointed, read_while_real]
+WAYS += [checkpointed, read_while_real, inverse_order]
 
 
 # -- what costs a full pass --------------------------------------------------------------------------------------------
@@ -274,13 +283,23 @@ def by_data(unet: Pieced, y: Tensor) -> Any:
 
 @torch.no_grad()
 def resized(unet: Pieced, z: Tensor) -> Tensor:
-    return joined(unet, torch.cat([z], out=torch.empty(0)))
+    y = torch.empty(0)
+    torch.cat([z], out=y)
+    return joined(unet, z) + len(y)
+
+
+def reshaped(unet: Pieced, z: Tensor) -> Tensor:
+    y = torch.zeros(z.shape)
+    y.unsqueeze_(0)
+    y[0] = z
+    return joined(unet, z) + y.ndim
 
 
 def set_to(unet: Pieced, z: Tensor) -> Tensor:
-    y = torch.empty(0)
-    y.set_(torch.zeros_like(z).copy_(z))
-    return joined(unet, y)
+    y, w = torch.empty(z.shape), torch.zeros_like(z)
+    y.set_(w)
+    w.copy_(z.detach())
+    return joined(unet, z) + y.mean().item()
 
 
 def to_the_buffer(unet: Pieced, z: Tensor) -> Tensor:
@@ -310,6 +329,7 @@ BREAKERS: dict[str, Join] = {
     "kept in the world": keeps(in_the_world),
     "kept by data": keeps(by_data),
     "resized": resized,
+    "reshaped": reshaped,
     "set": set_to,
     "a buffer": to_the_buffer,
     "a module's output": adds(lambda unet, y, z: unet.side(y[:, 0, 0, :3]).detach().copy_(z[:, :, 0, 0]).mean().item()),
@@ -438,6 +458,22 @@ def test_what_is_real_leaves_the_pass_as_it_is(mode: Any) -> None:
         one.detach().numpy()
     assert all(type(entry) is Tensor for entry in given)
     assert cw.stats.adaptor_passes == 4
+
+
+def test_memory_of_the_adaptor_is_its_own() -> None:
+    """It may keep what it makes."""
+    kept: list[Tensor] = []
+
+    def adaptor(entry: Tensor, exit_cached: Tensor, *, time: Any, text: Any) -> Tensor:
+        kept.append(torch.zeros_like(exit_cached))
+        return exit_cached + kept[0]
+
+    unet, (x, c) = Pieced(slices), inputs()
+    with torch.no_grad(), ch.wrap(unet, adaptor) as cw, cw.trajectory(steps=8):  # type: ignore[arg-type]
+        for t in TIMES:
+            unet(x, t, c)
+    assert cw.stats.adaptor_passes == 3
+    assert all(type(one) is Tensor for one in kept)
 
 
 def test_gradients_are_those_of_the_same_pass() -> None:

@@ -540,9 +540,8 @@ class Engine:
             return None
         full = self._full(call, Watching)
         outcome = self.execute(call, full, None, eager=True)
-        clocked.follows = not full.taint.outlives(
-            self.unet, (outcome.output, outcome.exits, outcome.captured, outcome.entry)
-        )
+        results = (outcome.output, outcome.exits, outcome.captured, outcome.entry)
+        clocked.follows = not full.taint.outlives(self.unet, results)
         return outcome
 
     def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
