@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
 from tests.small_unet import Tiny, reference
+from tests.tape import FakeCuda
+from tests.test_compile import cuda  # noqa: F401  (a fixture)
 from tests.test_skipped_values import TIMES, USED, inputs
 
 Join = Callable[["Pieced", Tensor], Tensor]
@@ -575,6 +577,21 @@ def test_compiled_passes() -> None:
         assert cw.stats.reasons[USED] == 1
         assert cw.stats.adaptor_passes == 7
     torch._dynamo.reset()
+
+
+def test_captured_passes(cuda: FakeCuda) -> None:  # noqa: F811
+    """Likewise; a pass that is captured follows, too."""
+    unet, plain, (x, c) = Pieced(slices), Pieced(joined), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, ch.wrap(plain) as other:
+        cw.compile(mode="cudagraphs")
+        for run in range(3):
+            with cw.trajectory(steps=8), other.trajectory(steps=8):
+                for t in TIMES:
+                    got, expected = unet(x, torch.tensor(t), c), plain(x, torch.tensor(t), c)
+                    assert torch.equal(got, expected) or not run
+        assert cw.stats.reasons[USED] == 1
+        assert cw.stats.adaptor_passes == 11
+    assert cuda.captures
 
 
 def test_another_size() -> None:
