@@ -210,6 +210,19 @@ class Mixes(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("clocks", [{1: 2, 2: 4}, {2: 4, 1: 2}])
+def test_the_steps_that_an_adaptor_was_made_for(clocks: dict[int, int]) -> None:
+    """The warning is of the adaptor that runs, in whatever order the regions came."""
+    model, made, other = Wide(), Mixes(8, 8), Mixes(32, 32)
+    made.facts = {"schedule": "every(2)", "steps": 8}
+    with ch.wrap(model, {1: made, 2: other}, clocks=clocks) as cw, cw.trajectory(steps=12):
+        model(torch.randn(1, 3, 16, 16), TIMES[0])
+        with pytest.warns(ch.OtherStepsWarning, match="Mixes was made for 8 steps, and this run has 12"):
+            model(torch.randn(1, 3, 16, 16), TIMES[1])
+        assert cw.stats.regions == {"level 1": 1}
+
+
+@torch.no_grad()
 def test_each_region_has_its_adaptor() -> None:
     """With the entry of its own region, in a pass that ran the region around it; its output is what serves next."""
     model = Wide()

@@ -191,13 +191,10 @@ REASONS: dict[str, tuple[str, str]] = {
 }
 
 
-def stands_apart(*, compiling: bool = False) -> str | None:
+def stands_apart() -> str | None:
     """Why the call that begins now is none of a sampling loop's; None where it is. Reads six flags of torch.
 
     The flags have no public names. Where torch lacks one of them nobody can tell, so every call is a full pass.
-
-    Args:
-        compiling: what `torch.compiler.is_compiling()` says.
 
     Example:
         >>> import torch
@@ -211,23 +208,19 @@ def stands_apart(*, compiling: bool = False) -> str | None:
         [None, 'within a transform of torch.func']
     """
     try:
-        return COMPILED if compiling else _by_flags()
+        if _C._get_tracing_state() is not None:
+            return COMPILED
+        if _C._len_torch_dispatch_stack() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None:
+            return COMPILED  # by `make_fx`
+        if _C._functorch.peek_interpreter_stack() is not None:
+            return TRANSFORMED
+        if _C._current_graph_task_id() != -1:  # it is run again
+            return REPEATED
+        hooks = _C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
+            return REPEATED
+        if not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
+            return REPEATED
     except AttributeError:
         return UNTOLD
-
-
-def _by_flags() -> str | None:
-    if _C._get_tracing_state() is not None:
-        return COMPILED
-    if _C._len_torch_dispatch_stack() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None:
-        return COMPILED  # by `make_fx`
-    if _C._functorch.peek_interpreter_stack() is not None:
-        return TRANSFORMED
-    if _C._current_graph_task_id() != -1:  # it is run again
-        return REPEATED
-    hooks = _C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
-        return REPEATED
-    if not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
-        return REPEATED
     return None

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import address
-from clockwork_hooks.adaptors.base import Adaptor, needs_of
+from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor, needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.times import may_be_form
 from clockwork_hooks.engine import stand_in
+from clockwork_hooks.engine.notices import OtherSteps
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments, Inputs
 from clockwork_hooks.graph.recorder import ModuleCall
@@ -57,8 +58,10 @@ class ClockedRegion:
         follows: an adaptor pass has written what is skipped to memory of its own: later ones follow it there.
         usual: where the schedule depends on the number of steps, the one that the adaptor was made for; 0 for none.
         needs: what the adaptor takes beyond the four inputs of `Adaptor`.
+        looks: has it a use for boundary tensors? The identity has none, so none are picked up for it.
         keeps_entry: do later steps look at what flowed into the region?
         keeps_trail: does the adaptor look at how the exit moved between the last two full passes?
+        other_steps: warns of a number of steps; None where there is nothing to warn of.
     """
 
     wanted: Region | Choice
@@ -72,8 +75,10 @@ class ClockedRegion:
     follows: bool = field(default=False, init=False)
     usual: int = field(default=0, init=False)
     needs: frozenset[str] = field(default=frozenset(), init=False)
+    looks: bool = field(default=False, init=False)
     keeps_entry: bool = field(default=False, init=False)
     keeps_trail: bool = field(default=False, init=False)
+    other_steps: OtherSteps | None = None
 
     def __post_init__(self) -> None:
         self.take(self.adaptor, self.schedule)
@@ -83,6 +88,7 @@ class ClockedRegion:
         self.adaptor, self.schedule, self.needs = adaptor, schedule, needs_of(adaptor)
         counts = stand_in.schedules_of(adaptor)[1] if schedule.counts_from_end else ()
         self.usual = counts[0] if len(counts) == 1 else 0
+        self.looks = type(adaptor) is not IdentityAdaptor
         self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
         self.keeps_trail = "trend" in self.needs
 

@@ -195,14 +195,10 @@ class Engine:
         self.active = Active()
         self.installed = Installed(self)
         self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
-        self._other_steps = [
-            OtherSteps(
-                type(one.adaptor).__name__,
-                stand_in.schedule_of(one.adaptor)[1],
-                one.schedule if one.schedule.counts_from_end and not one.usual else None,
-            )
-            for one in chain
-        ]
+        for one in chain:
+            counts = stand_in.schedule_of(one.adaptor)[1]
+            asks = one.schedule if one.schedule.counts_from_end and not one.usual else None
+            one.other_steps = OtherSteps(type(one.adaptor).__name__, counts, asks) if counts or asks else None
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()
@@ -310,9 +306,8 @@ class Engine:
         batch = self._batch(state, call, call.signature)
         if batch is not None:
             call.decision = self._by_rows(state, call, batch, call.decision)
-        if call.decision.reason is None:
-            pipeline = self.step_reader is not None
-            self._other_steps[call.decision.region].look(call.place.step, state.timeline.steps, pipeline=pipeline)
+        if call.decision.reason is None and (other := self.chain[call.decision.region].other_steps) is not None:
+            other.look(call.place.step, state.timeline.steps, pipeline=self.step_reader is not None)
         for observer in self.observers:
             observer.before(call)
         try:
@@ -676,8 +671,8 @@ class Engine:
         return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
-        if not self.records_first:  # who records trajectories wants to see them, not to save
-            self._no_adaptor_pass.count(outcome.reason, place)
+        if outcome.reason is not None and not self.records_first:  # who records trajectories wants to see them
+            self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
@@ -729,7 +724,7 @@ class Engine:
             "full" if emit is None else "adaptor",
             emit,
             copies=call.signature.copies,
-            looks=self.looks or self._keeps_entry or (emit is not None and stand_in.looks(clocked.adaptor)),
+            looks=self.looks or self._keeps_entry or (emit is not None and clocked.looks),
             keeps_entry=clocked.keeps_entry,
             judge=judge,
             proves=emit is None and not call.signature.recorded,
@@ -966,7 +961,7 @@ class Engine:
         """See to it that the modules with skipped calls ask the pass that runs."""
         if self.installed.intact(plan):
             return
-        looks = self.looks or self._keeps_entry or any(stand_in.looks(one.adaptor) for one in self.chain)
+        looks = self.looks or self._keeps_entry or any(one.looks for one in self.chain)
         self.installed.add(plan, self._modules(), looks=looks)
 
     # -- calls that are not ours ---------------------------------------------------------------------------------

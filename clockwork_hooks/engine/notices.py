@@ -50,18 +50,20 @@ class NoAdaptorPass:
 
     def __init__(self) -> None:
         self.needless: tuple[str, ...] = ()
-        self._warned, self._steps, self._calls, self._at = False, 0, 0, (0, 0)
+        self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
-    def count(self, reason: str | None, place: Position) -> None:
-        """One pass has run; `reason` says why it was full."""
+    def count(self, reason: str, place: Position, adapted: int) -> None:
+        """A full pass has run, for this reason; there were so many adaptor passes before it."""
         if self._warned:
             return
-        if reason in (None, reasons.MOVED, reasons.LONGEST):  # nothing stands in the way of an adaptor pass
-            self._steps = self._calls = 0
+        open_ = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
+        if open_ or adapted != self._adapted:
+            self._adapted, self._steps, self._calls = adapted, 0, 0
             self._doubted.clear()
             self._changed.clear()
+        if open_:
             return
         self._calls += 1
         if place.changed:
@@ -71,7 +73,7 @@ class NoAdaptorPass:
             if reason not in _QUIET:
                 self._doubted[reason] += 1
         if place.restarts >= _RESTARTS and self._calls >= _RESTARTS:
-            self._warn(reason or reasons.FIRST, place)
+            self._warn(reason, place)
         elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
             leading = self._doubted.most_common(1)[0][0]
             if self._steps >= _PATIENCE.get(leading, _STEPS):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._numbers import shape
-from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, IdentityAdaptor, needs_of
+from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, needs_of
 from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole
 from clockwork_hooks.graph.macs import node_macs
 from clockwork_hooks.graph.tracing import recording
@@ -30,7 +30,6 @@ __all__ = [
     "count_and_call",
     "fits",
     "inputs",
-    "looks",
     "owned",
     "place",
     "region_options",
@@ -153,11 +152,6 @@ def place(adaptor: Adaptor, like: torch.Tensor) -> None:
     if isinstance(adaptor, nn.Module):
         with torch.inference_mode(False):
             adaptor.to(like.device, like.dtype)
-
-
-def looks(adaptor: Adaptor) -> bool:
-    """Has it a use for boundary tensors? The identity has none, so none are picked up for it."""
-    return type(adaptor) is not IdentityAdaptor
 
 
 def fits(exit: Any, cached: torch.Tensor) -> bool:

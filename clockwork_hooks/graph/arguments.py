@@ -114,7 +114,7 @@ class Inputs(NamedTuple):
 
 
 class Binder:
-    """Names the arguments of a module's calls; worked out once per call form, parameter names stay in `forms`.
+    """Names the arguments of a module's calls.
 
     Args:
         forward: of the module.
@@ -124,15 +124,20 @@ class Binder:
     def __init__(self, forward: Callable[..., Any], ignored: Collection[str] = ()) -> None:
         self.ignored = tuple(ignored)
         try:
-            self._parameters: inspect.Signature | None = inspect.signature(forward)
+            parameters = list(inspect.signature(forward).parameters.values())
         except (TypeError, ValueError):
-            self._parameters = None
-        self.forms: dict[tuple[Any, ...], tuple[str, ...]] = {}
+            parameters = []
+        self._names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        self._rest = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), None)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Name one call's arguments."""
+        names = self._names[: len(args)]
+        if len(names) < len(args):
+            first = 0 if self._rest else len(names)
+            names += [f"{self._rest or 'argument'}[{first + k}]" for k in range(len(args) - len(names))]
         ignored = self.ignores if self.ignored else None
-        return Arguments(self.names(len(args), tuple(kwargs)), (*args, *kwargs.values()), ignored)
+        return Arguments((*names, *kwargs), (*args, *kwargs.values()), ignored)
 
     def ignores(self, path: str) -> bool:
         """Is what is at this path not to matter?"""
@@ -142,24 +147,6 @@ class Binder:
         """What is ignored and is not there, in a call of these paths."""
         there = [f"{path}." for path in paths]
         return tuple(one for one in self.ignored if not any(path.startswith(f"{one}.") for path in there))
-
-    def names(self, positional: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
-        """The names for so many positional arguments and these keywords; `forms` has those that were asked for."""
-        form = self.forms.get((positional, *keywords))  # reading a signature takes 30 µs between two calls of a UNet
-        if form is None:
-            form = self.forms[(positional, *keywords)] = (*self._positional(positional), *keywords)
-        return form
-
-    def _positional(self, count: int) -> list[str]:
-        names: list[str] = []
-        parameters = self._parameters.parameters.values() if self._parameters else ()
-        for parameter in parameters:
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                names += [f"{parameter.name}[{k}]" for k in range(count - len(names))]
-            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                names.append(parameter.name)
-        names += [f"argument[{k}]" for k in range(len(names), count)]
-        return names[:count]
 
 
 def _sizes(nested: torch.Tensor) -> tuple[Any, ...]:
