@@ -98,9 +98,11 @@ def wrap_pipeline(
     check_names(options, wrap_pipeline)
     models = _unets(pipe)
     chosen = _chosen(pipe, models, unets)
+    shared = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
+    for option, value in shared.items():
+        _check_own(option, value, models)
     handle = WrappedPipeline(pipe, {})
     wrappers: dict[str, ClockworkWrapper] = {}
-    shared = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
     try:
         for name in chosen:
             own = {key: _own(value, name) for key, value in shared.items()}
@@ -260,6 +262,17 @@ def _when(clock: int | None, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "schedule": Schedule.spread(2 if clock is None else clock)}
 
 
+def _check_own(option: str, value: Any, unets: Iterable[str]) -> None:
+    """A mapping names UNets that are wrapped: one that is misspelt would be left out without a word."""
+    unknown = [name for name in value if name not in unets] if isinstance(value, Mapping) else []
+    if unknown:
+        raise ArgumentError(
+            f"{option}= gives each UNet its own by the UNet's name",
+            seen={"no such UNet": ", ".join(map(str, unknown)), "UNets": ", ".join(unets)},
+            do=f'pass {option}={{"{next(iter(unets))}": ...}}',
+        )
+
+
 def _own(value: Any, name: str) -> Any:
     """An option of one UNet: a mapping names the UNets that have it."""
     return value.get(name) if isinstance(value, Mapping) else value
@@ -300,6 +313,12 @@ def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: Iterable[str] | 
     wanted = list(present) if unets is None else [unets] if isinstance(unets, str) else list(unets)
     unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
+        if not present and isinstance(pipe, nn.Module):
+            raise ArgumentError(
+                "a pipeline holds its UNets; this is a model",
+                seen={"got": type(pipe).__name__},
+                do="pass the pipeline, or wrap the model alone: ch.wrap(unet)",
+            )
         raise ArgumentError(
             "a pipeline has UNets, and unets= names some of them",
             seen={

@@ -1,4 +1,4 @@
-"""The error tree, and the two warnings.
+"""The error tree, and the three warnings.
 
     ClockworkError
     ├── ArgumentError (ValueError)        an option has a value outside its rule
@@ -13,6 +13,7 @@
     ├── ModelNotFoundError                a preset, folder or factory names no model
     └── DemoError                         the demo's prompt or weights cannot be used
     NoEffectWarning (UserWarning)         wrapping changes nothing
+    OtherStepsWarning (UserWarning)       an adaptor runs at other steps than those that it was made for
     SkippedModuleWarning (UserWarning)    somebody looks at modules that adaptor passes skip
 
 Every message has three parts: the rule, what was seen (one value a line), and what to do. Below a traceback (Python

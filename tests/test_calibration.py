@@ -508,6 +508,14 @@ def test_options_outside_their_rule(options, said):
     assert "forward" not in vars(unet.up)
 
 
+def test_what_is_no_unet_or_too_few_steps():
+    unet = Blocks()
+    with pytest.raises(ch.ArgumentError, match=r"(?s)what is measured is a UNet.*in this order"):
+        calibrate(sampler(unet), unet, [(2, 2.0)])
+    with pytest.raises(ch.ArgumentError, match="sample in more steps"):
+        calibrate(unet, sampler(unet, times=TIMES[:1]), [(2, 2.0)])
+
+
 def test_nothing_stays_on_the_unet():
     unet = Blocks(mix=1.0)
     before = snapshot(unet)

@@ -139,12 +139,14 @@ def test_files(drawn, tmp_path):
     _, figure = drawn
     figure.save(tmp_path / "u.svg")
     assert (tmp_path / "u.svg").read_text(encoding="utf-8") == figure.to_svg()
-    figure.save(tmp_path / "u.png")
-    with Image.open(tmp_path / "u.png") as picture:
+    figure.save(tmp_path / "new" / "folder" / "u.png")
+    with Image.open(tmp_path / "new" / "folder" / "u.png") as picture:
         assert picture.size[0] == 1920
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
     with pytest.raises(ch.ArgumentError, match="SVG or PNG"):
         figure.save(tmp_path / "u.gif")
+    with pytest.raises(ch.ArgumentError, match="can be written"):
+        figure.save(tmp_path / "u.svg" / "in-a-file.svg")
 
 
 def test_without_a_region():

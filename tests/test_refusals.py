@@ -89,6 +89,11 @@ def test_the_way_back_up_of_a_transformer_is_named_with_the_layer_that_it_comes_
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_class_is_no_model() -> None:
+    with pytest.raises(ch.WrapError, match=r"the class Linear\nWhat to do: pass an instance: unet = Linear\(\.\.\.\)"):
+        ch.wrap(nn.Linear)
+
+
 def test_a_model_of_torch_jit_cannot_be_wrapped() -> None:
     with pytest.raises(
         ch.WrapError, match=r"(?s)torch\.jit has its calls fixed.*made of: Conv2d.*nn\.Module that it was"

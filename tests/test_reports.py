@@ -48,6 +48,15 @@ class Cells(HTMLParser):
         self._open = False
 
 
+def test_a_long_name_leaves_room_for_the_other_columns():
+    """Of eighty columns, as most terminals have."""
+    row = ("clock 3, first 2 full, calibrated for it (chosen)", "3 4 6 7", "level 1, 93.1% of MACs", "exit+entry", "1")
+    out = StringIO()
+    Console(file=out, width=80).print(table("Tuning", ("schedule", "steps", "region", "adaptor", ">error"), [row]))
+    lines = out.getvalue().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 6  # title, heads, rule, and a row of three lines at most
+
+
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_no_cell_is_cut_however_narrow_the_terminal(width):
     """Cells fold at spaces; where that does not do, each row is a record, every cell beside its heading."""

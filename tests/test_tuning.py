@@ -31,6 +31,8 @@ def test_the_schedule_is_the_one_that_spares_the_steps_that_matter():
         assert tuning.chosen.error < 1e-3 < max(one.error for one in tuning.trials)
         assert tuning.chosen.saved >= 0.3
         assert all(one.saved >= 0.3 for one in tuning.trials)
+        assert "calibrated" in tuning.chosen.rule
+        assert "calibrated" not in tuning.identity.rule
     assert "forward" not in vars(unet.up)
     assert Tuning.from_json(tuning.to_json()) == tuning
     assert "(chosen)" in str(tuning)
@@ -83,6 +85,8 @@ def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
         (BATCHES, {"saving": 0.9}, "a saving is one that some schedule reaches"),
         (BATCHES, {"saving": 40}, "a saving is a share of the MACs"),
         (BATCHES[:1], {}, "some conditions are calibrated with and others judged on"),
+        ("a lighthouse in a storm", {}, "some conditions are calibrated with and others judged on"),
+        (BATCHES, {"options": {"output_type": "pil"}}, "is what the pipeline is called with beside prompt"),
         (BATCHES, {"generate": None}, "what is tuned is a diffusers pipeline"),
     ],
 )
@@ -90,6 +94,15 @@ def test_options_outside_their_rule(arguments, options, said):
     unet = Blocks(mix=1.0)
     with pytest.raises(ch.ArgumentError, match=said):
         tune(unet, arguments, **{"generate": sampler(unet), **options})
+    assert "forward" not in vars(unet.up)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path):
+    unet, calls = Blocks(mix=1.0), []
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ch.ArgumentError, match="folder= is a folder that can be written to"):
+        tune(unet, BATCHES, generate=lambda batch, seed: calls.append(seed), folder=tmp_path / "file")
+    assert not calls
     assert "forward" not in vars(unet.up)
 
 

@@ -159,6 +159,6 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
             'an adaptor is None, "identity", the folder of a saved one, or a module called as '
             "adaptor(entry, exit_cached, time=..., text=...)",
             seen={"adaptor": repr(adaptor)[:80]},
-            do="pass one of these",
+            do="pass one of these; a clock goes by its name: clock=2",
         )
     return adaptor

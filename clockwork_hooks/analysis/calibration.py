@@ -275,8 +275,10 @@ def calibrate(
         if not sums.places:
             raise ArgumentError(
                 "a calibrated step is one that the sampler takes, from its second on",
-                seen={"schedule": steps, "steps seen": sums.last_step},
-                do="pass the schedule that the sampler is to be run with",
+                seen={"schedule": steps or "all steps from the second on", "steps seen": sums.last_step},
+                do="pass the schedule that the sampler is to be run with"
+                if sums.last_step > 1
+                else "sample in more steps: a trajectory's first step is always full",
             )
         solver = Solver(chosen, sums, kind, ridge, levels, trends=steps is not None)
         if steps is not None and later and KINDS[solver.name].trend:  # the trend is that of the schedule's full steps

@@ -198,9 +198,15 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
     """Trace the first call that `generate(batch, seed)` makes; the loop goes no further.
 
     Raises:
-        ArgumentError: it makes none.
+        ArgumentError: it makes none, or `unet` is no module.
         TraceError: the call could not be recorded.
     """
+    if not isinstance(unet, nn.Module):
+        raise ArgumentError(
+            "what is measured is a UNet, and generate(batch, seed) the sampler that calls it",
+            seen={"unet": type(unet).__name__, "generate": type(generate).__name__},
+            do="pass (unet, generate, [batch]), in this order; for a pipeline pipe.unet",
+        )
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.sampling import Candidate, Measured, Runs, first_call, region_name
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import ArgumentError, named_options
+from clockwork_hooks.errors import ArgumentError, first_line, named_options, share
 from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
@@ -44,6 +44,8 @@ _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
 _COLUMNS = 4  # of pictures before and after
 _EARLY = "early"  # the rule of `Schedule.early`
+_FITTED = ", calibrated for it"  # after the rule of an adaptor that serves its steps alone
+_OWN_OPTIONS = ("prompt", "generator", "output_type")  # that the pipeline is called with by `tune` itself
 _MOST_RULES = len(_FIRST) * len(_LAST) + 1  # that `spaced` returns
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
 
@@ -196,23 +198,17 @@ def tune(
         True
         >>> cw.remove()
     """
-    if not isinstance(saving, (int, float)) or not 0 < saving < 1:
-        raise ArgumentError("a saving is a share of the MACs", seen={"saving": saving}, do="pass saving=0.4")
-    begun, unet, batches = time.perf_counter(), _unet(pipe, generate), list(conditions)
+    share("saving", saving, rule="a saving is a share of the MACs", example=0.4, ends=False)
+    begun, unet, batches = time.perf_counter(), _unet(pipe, generate), _batches(conditions)
     check_unet(unet)
+    _check_options(options or {})
     shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
         batches = [[prompt] for prompt in batches]
         generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
         guidance = _guidance(pipe, options or {}) if guidance is None else guidance
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
-    if len(batches) < 2:
-        raise ArgumentError(
-            "some conditions are calibrated with and others judged on",
-            seen={"conditions": len(batches)},
-            do="pass a dozen prompts, or two batches",
-        )
-    home = None if folder is None else Path(folder) / _key(pipe, unet, options, saving)
+    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving))
     if home is not None and (home / _FILE).exists():
         adaptor = CalibratedAdaptor.from_pretrained(home)
         tuning = Tuning.from_json((home / _FILE).read_text(encoding="utf-8"))
@@ -328,11 +324,11 @@ class _Tuner:
             for one in dict.fromkeys((best, *early)):  # only an adaptor for its own steps follows a trend
                 bar.update(task, description=f"calibrate for {one.rule}")
                 adaptor = self.calibrated(region, one.steps, bar, task)
-                rule = f"{one.rule}, calibrated for it"
+                rule = f"{one.rule}{_FITTED}"
                 finalists.append((self.tried(region, rule, one.steps, adaptor), adaptor))
             reached = [pair for pair in finalists if pair[0].saved >= saving] or finalists[:1]
             last, adaptor = min(reached, key=lambda pair: pair[0].error)
-            identity = self.tried(region, last.rule, last.steps, None)
+            identity = self.tried(region, last.rule.removesuffix(_FITTED), last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
         return adaptor, region, Tuning(last, identity, everything, count, saving, time.perf_counter() - begun)
 
@@ -391,6 +387,43 @@ def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
             do="pass tune(pipe, prompts), or tune(unet, batches, generate=generate)",
         )
     return unet
+
+
+def _batches(conditions: Iterable[Any]) -> list[Any]:
+    """The conditions as a list of two at least; one prompt is not a list of letters."""
+    several = isinstance(conditions, Iterable) and not isinstance(conditions, (str, Tensor))
+    batches = list(conditions) if several else []
+    if len(batches) < 2:
+        raise ArgumentError(
+            "some conditions are calibrated with and others judged on",
+            seen={"conditions": len(batches) if several else repr(conditions)[:80]},
+            do="pass a list: a dozen prompts, or two batches",
+        )
+    return batches
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """What the pipeline is called with beside what `tune` gives it."""
+    own = [name for name in _OWN_OPTIONS if name in options]
+    if own:
+        raise ArgumentError(
+            f"options= is what the pipeline is called with beside {', '.join(_OWN_OPTIONS)}",
+            seen={"options": ", ".join(options)},
+            do=f"leave out {', '.join(own)}; prompts are the second argument",
+        )
+
+
+def _home(folder: Path) -> Path:
+    """The folder, made before minutes of work whose result is to lie in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            "folder= is a folder that can be written to",
+            seen={"folder": folder, "error": first_line(error)},
+            do="name another one",
+        ) from error
+    return folder
 
 
 def _pipeline(pipe: Any, options: Mapping[str, Any], form: str) -> Generate:

@@ -381,7 +381,7 @@ def tune(
     cw.remove()
     adaptor.save_pretrained(folder)  # type: ignore[attr-defined]
     deliver(tuning, format, "tuning", [str(folder)])
-    typer.echo(f'The adaptor, for wrap(unet, "{folder}"), which runs it at {cw.schedule}: {folder}', err=True)
+    typer.echo(f'wrap(unet, "{folder}") takes the adaptor, and runs it by the schedule {cw.schedule}', err=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clockwork_hooks._numbers import count
 from clockwork_hooks._version import __version__
 from clockwork_hooks.cli.app import INSTALL, app, epilog
 from clockwork_hooks.cli.options import Format, FormatOption, deliver
@@ -132,7 +133,7 @@ def devices() -> Iterator[tuple[str, str]]:
     """Name of each device that torch can use, and what it is."""
     import torch
 
-    yield "cpu", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"
+    yield "cpu", f"{platform.machine()}, torch uses {count(torch.get_num_threads(), 'thread')}"
     for k in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(k)
         yield f"cuda:{k}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, compute {about.major}.{about.minor}"

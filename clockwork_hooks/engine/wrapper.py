@@ -48,10 +48,13 @@ def check_unet(unet: Any) -> None:
         error.wrapper = wrapper
         raise error
     if not isinstance(unet, nn.Module):
+        is_class = isinstance(unet, type)
         raise WrapError(
             "only an nn.Module can be wrapped",
-            seen={"got": type(unet).__name__},
-            do="pass the UNet itself, for a pipeline wrap(pipe.unet)",
+            seen={"got": f"the class {unet.__name__}" if is_class else type(unet).__name__},
+            do=f"pass an instance: unet = {unet.__name__}(...)"
+            if is_class
+            else "pass the UNet itself, for a pipeline wrap(pipe.unet)",
         )
     if isinstance(unet, torch.jit.ScriptModule):
         raise WrapError(

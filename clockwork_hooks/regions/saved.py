@@ -42,7 +42,7 @@ def saved_choice(path: str | Path) -> Choice:
     Raises:
         ArgumentError: there is no such file, or it holds no region.
     """
-    with reading(Region, _text(path)) as data:
+    with reading(Region, _text(path), path) as data:
         options = _options(data, [call["path"] for call in data["skipped"]])
         return Choice(**options, strict=True if "fingerprint" in options else None)
 
@@ -60,7 +60,7 @@ def saved_region(path: str | Path, unet: nn.Module) -> Region | None:
     Raises:
         ArgumentError: there is no such file, or it holds no region.
     """
-    with reading(Region, _text(path)) as data:
+    with reading(Region, _text(path), path) as data:
         saved = data.get("passes")
         if saved is None or saved["seal"] != seal(structure(unet), data):
             return None

@@ -228,8 +228,13 @@ def _as_type(hint: Any, value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reading(kind: type[Report], text: str) -> Iterator[dict[str, Any]]:
+def reading(kind: type[Report], text: str, file: str | Path | None = None) -> Iterator[dict[str, Any]]:
     """The data of a report that `to_json` wrote; what is wrong with it, here or within, is one error.
+
+    Args:
+        kind: of report.
+        text: its JSON.
+        file: that it was read from, for the error.
 
     Raises:
         ArgumentError: the text is no JSON, follows another schema, or lacks something.
@@ -243,7 +248,7 @@ def reading(kind: type[Report], text: str) -> Iterator[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(
             f"a {kind.__name__.lower()} is what {kind.__name__}.to_json wrote",
-            seen={"error": f"{type(error).__name__}: {error}"},
+            seen={**({} if file is None else {"file": file}), "error": f"{type(error).__name__}: {error}"},
             do="write it again",
         ) from error
 

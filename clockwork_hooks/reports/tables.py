@@ -96,7 +96,8 @@ class Table:
         columns = [[head, *(row[k] for row in self.rows)] for k, head in enumerate(heads)]
         words = [max((len(word) for text in column for word in text.split()), default=1) for column in columns]
         rows = [max(map(len, [*column[1:], ""])) for column in columns]  # what holds a cell in one line
-        whole = [rows[k] if k == 0 or self.columns[k].startswith(">") else 0 for k in range(len(heads))]
+        whole = [rows[k] if self.columns[k].startswith(">") else 0 for k in range(len(heads))]
+        whole[0] = min(rows[0], room // 3)  # names stay whole, and long ones leave room for the others
         widths = [max(map(len, column)) for column in columns]
         while sum(widths) + len(widths) + 1 > room:
             k = max(range(len(heads)), key=lambda k: (widths[k] > words[k], widths[k] > whole[k], widths[k]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from clockwork_hooks._numbers import macs, percent, shape
-from clockwork_hooks.errors import ArgumentError, need
+from clockwork_hooks.errors import ArgumentError, first_line, need
 
 __all__ = ["WIDTH", "Block", "Box", "Diagram", "Drawing", "Line", "Skip", "Word", "save", "svg"]
 
@@ -122,18 +122,28 @@ def _svg_of(item: Box | Line | Word) -> str:
 def save(drawing: Drawing, path: str | Path) -> None:
     """Write the drawing to an .svg or a .png file.
 
+    Its folder is made if need be.
+
     Raises:
-        ArgumentError: another ending, or a PNG where matplotlib is missing.
+        ArgumentError: another ending, a file that cannot be written, or a PNG where matplotlib is missing.
     """
     target = Path(path)
-    if target.suffix == ".svg":
-        target.write_text(svg(drawing), encoding="utf-8")
-    elif target.suffix == ".png":
-        _png(drawing, target)
-    else:
+    if target.suffix not in (".svg", ".png"):
         raise ArgumentError(
             "a diagram is written as SVG or PNG", seen={"file": target}, do="end the name with .svg or .png"
         )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".svg":
+            target.write_text(svg(drawing), encoding="utf-8")
+        else:
+            _png(drawing, target)
+    except OSError as error:
+        raise ArgumentError(
+            "a diagram goes to a file that can be written",
+            seen={"file": target, "error": first_line(error)},
+            do="name another one",
+        ) from error
 
 
 def _png(drawing: Drawing, target: Path) -> None:

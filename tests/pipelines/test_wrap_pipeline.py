@@ -493,7 +493,7 @@ class Turns:
         ("aaaa", {}, "FFFF"),
         ("aaaa", {"ignore": "number"}, "FAFA"),
         ("aaaa", {"ignore": {"unet": ["number"]}}, "FAFA"),
-        ("aaaa", {"ignore": {"other": ["number"]}}, "FFFF"),
+        ("aaaa", {"ignore": {}}, "FFFF"),
         ("abababab", {"ignore": "number", "reuse": "same condition"}, "FFAAFFAA"),
         ("abababab", {"ignore": "number", "reuse": {"unet": "same condition"}, "clock": 2}, "FFAAFFAA"),
         ("abab", {"ignore": ["number"]}, "FFFF"),
@@ -541,6 +541,17 @@ def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
         wrap_pipeline(SimpleNamespace(text=torch.nn.Linear(1, 1)))
     with pytest.raises(ch.ArgumentError, match="its UNets: unet\n  unets: decoder"):
         wrap_pipeline(pipe, unets=["decoder"])
+    with pytest.raises(ch.ArgumentError, match="this is a model"):
+        wrap_pipeline(pipe.unet)
+
+
+@pytest.mark.parametrize("options", [{"schedule": {"unett": {2}}}, {"clocks": {1: 2, 2: 4}}])
+def test_a_mapping_that_names_no_unet_is_refused(pipe: Any, options: dict[str, Any]) -> None:
+    """It would be left out, and the UNet would run by the default clock."""
+    before = snapshot(pipe.unet)
+    with pytest.raises(ch.ArgumentError, match=r"gives each UNet its own by the UNet's name\n  no such UNet: "):
+        wrap_pipeline(pipe, **options)
+    assert snapshot(pipe.unet) == before
 
 
 @torch.no_grad()
