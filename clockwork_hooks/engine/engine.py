@@ -80,7 +80,7 @@ class UNetCall:
         trains: is the UNet in training mode, with gradients on?
         signature: what calls of this key have in common, once one was recorded.
         place: which step, branch and trajectory it belongs to, once that is known.
-        weights: state of the UNet's weights.
+        weights: state of the UNet's weights; None where nothing is kept of the call, nor serves it.
         time: its time input as it was passed, once its place is known; None where there is none.
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
@@ -373,7 +373,8 @@ class Engine:
             place.turn -= state.sampler.each and place.turn > 1  # its first two evaluations are full
         if place.restarts and (call.trains or all(clocked.schedule.never_skips for clocked in self.chain)):
             place.restarts = 0  # nobody expects these to be a run
-        call.weights = self.weights.state()
+        if self.skips_at(place.turn, timeline.steps) or not self._idle(state, place):  # else nobody asks for them
+            call.weights = self.weights.state()
         return place
 
     def decide(self, state: State, call: UNetCall, signature: Signature, place: Position) -> Decision:
