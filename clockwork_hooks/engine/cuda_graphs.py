@@ -110,6 +110,7 @@ class Captured(Compiled):
                 do="move it there first, or call cw.compile(), which compiles for any device",
             )
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._on_devices: dict[Hashable, bool] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._moves = 0
@@ -126,6 +127,7 @@ class Captured(Compiled):
         super().forget(signature)
         self._wait()
         let_go(self._graphs, signature)
+        self._on_devices.clear()
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """Is this pass one that a graph can stand for?"""
@@ -134,7 +136,10 @@ class Captured(Compiled):
         if torch.is_grad_enabled():
             _warn("a captured pass has no gradients: it runs as it is; call the UNet under torch.no_grad()")
             return False
-        return all(tensor.device.type in ("cuda", "cpu") for tensor in tensors(call.arguments.values))
+        if call.key not in self._on_devices:  # the key says on which
+            devices = {tensor.device.type for tensor in tensors(call.arguments.values)}
+            self._on_devices[call.key] = devices <= {"cuda", "cpu"}
+        return self._on_devices[call.key]
 
     def launch(
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
@@ -228,7 +233,7 @@ class Captured(Compiled):
         try:
             with pass_.taint:
                 outcome = pass_.outcome(call.forward(*args, **kwargs))
-            outcome.used = pass_.taint.reaches(outcome.output)
+            outcome.used = pass_.taint.reaches((outcome.output, outcome.exits, outcome.captured, outcome.entry))
             return outcome
         finally:
             engine.active.pass_ = None
