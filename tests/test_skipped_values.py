@@ -454,6 +454,75 @@ def test_compiled_passes(twist: Any) -> None:
     torch._dynamo.reset()
 
 
+def marked(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """A backend that shows in the output that its graph has run."""
+    return lambda *args: [one + 64 if one.shape[1:2] == (2,) else one for one in graph(*args)]
+
+
+class Saturating(Twisted):
+    """Its Python does something else from the fourth call on, and the same ever after."""
+
+    stage = 1
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x) + torch.as_tensor(t) / 1000
+        low = self.body(self.act(self.down(h)))
+        out = self.head(torch.cat([h, self.up(low)], 1))
+        out = self.twist(self, out, low) if self.stage >= 4 else out
+        self.stage = min(4, self.stage + 1)
+        return out
+
+
+def mentioned(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """Something else is done, and nothing is used."""
+    return out * 2
+
+
+@pytest.mark.filterwarnings("ignore:6 denoising steps without")
+@pytest.mark.parametrize(
+    ("twist", "served", "stance"),
+    [
+        (added, "FAFFFFFF", "default"),
+        (added, "FAFFFFFF", "force_eager"),
+        (on_self, "FAFFFFFF", "default"),
+        (part_on_self, "FAFFFFFF", "default"),
+        (mentioned, "FAFAFAFA", "default"),
+        (mentioned, "FAFAFAFA", "force_eager"),
+    ],
+)
+def test_compiled_passes_of_a_unet_that_changes(twist: Twist, served: str, stance: Any) -> None:
+    """Each graph is proved before it runs: by a pass that runs as it is, in the state that the graph is for."""
+    torch._dynamo.reset()
+    unet, plain, (x, c), letters = Saturating(twist), Saturating(twist), inputs(), ""
+    graphs = 0
+    with torch.no_grad(), ch.wrap(unet) as cw, torch.compiler.set_stance(stance):
+        cw.compile(backend=marked)
+        for run in range(3):
+            before = None
+            with cw.trajectory(steps=8):
+                for t in TIMES:
+                    got, state = unet(x, torch.tensor(t), c), dict(vars(plain))
+                    graphs += bool((got > 32).all()) and run == 2
+                    got = torch.where(got > 32, got - 64, got)
+                    full, exit = reference(plain, x, torch.tensor(t), c)
+                    if torch.allclose(got, full, atol=1e-4):
+                        letters += "F"
+                    else:
+                        vars(plain).clear()
+                        vars(plain).update(state)
+                        exit = before
+                        assert torch.allclose(
+                            got, reference(plain, x, torch.tensor(t), c, exit=before)[0], atol=1e-4
+                        ), t
+                        letters += "A"
+                    before = exit
+    assert letters[:8] == served
+    assert set(letters[8:]) == set(served[4:])
+    if twist is mentioned:
+        assert graphs == (8 if stance == "default" else 0)
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:6 denoising steps without")
 def test_another_size() -> None:
     """Of those, too, the first adaptor pass shows it."""

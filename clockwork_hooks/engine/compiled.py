@@ -30,6 +30,7 @@ from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
+from clockwork_hooks.regions.cut import Kind
 
 if TYPE_CHECKING:
     from clockwork_hooks.clock.timeline import Feature
@@ -50,6 +51,14 @@ class _NoGraphFits(Exception):
     """None of the graphs that dynamo has is for such a call; nothing has run."""
 
 
+class _Withheld(Exception):
+    """The graph that fits is yet to be proved; nothing has run."""
+
+    def __init__(self, graph: _Proved) -> None:
+        super().__init__()
+        self.graph = graph
+
+
 class Compiled:
     """Runs the passes of a compiled wrapper.
 
@@ -65,7 +74,7 @@ class Compiled:
         self._lock = threading.Lock()
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
-        """The first adaptor pass of a signature runs as it is: its MACs are counted, and it is proved.
+        """The first adaptor pass of a signature runs as it is, as its MACs are counted.
 
         So does one of which an adaptive schedule decides only when the region begins.
         """
@@ -114,7 +123,7 @@ class Compiled:
         with self._lock:
             static = self._static.get(key)
             if static is None:
-                static = self._static[key] = self._tries(self._make(call, pass_))
+                static = self._static[key] = self._tries(self._make(call, pass_), pass_.kind)
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
         run, compile_and_run = static
@@ -130,6 +139,11 @@ class Compiled:
                     call.inside = True
                     results = compile_and_run(args, kwargs, cached)
                 call.inside = False
+        except (_NoGraphFits, _Withheld) as error:
+            call.inside = False
+            if isinstance(error, _Withheld):
+                pass_.proves_for(error.graph.release)
+            return self.engine.execute(call, pass_, None, eager=True)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -148,9 +162,12 @@ class Compiled:
             others = {name: other.clone() for name, other in others.items()}
         return outcome_of(pass_, output, exits, entry, others, complete=complete)
 
-    def _tries(self, static: Static) -> Tries:
+    def _tries(self, static: Static, kind: Kind) -> Tries:
         """How a static callable is launched: `torch._dynamo.run` calls it as it is where no graph fits."""
-        compiled: Static = torch.compile(static, fullgraph=True, **_without_our_guards(**self.options))
+        options = _without_our_guards(**self.options)
+        if kind == "adaptor":
+            options["backend"] = _proving(options["backend"])
+        compiled: Static = torch.compile(static, fullgraph=True, **options)
         run = getattr(torch._dynamo, "run", None)
         return static if run is None else run(compiled), compiled
 
@@ -160,7 +177,8 @@ class Compiled:
         position = time_leaf(call) if "position" in needs_of(adaptor) else None
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached, compiles: bool = True) -> Any:
-            if not torch.compiler.is_compiling() and not compiles:  # in a graph the first is a constant: no guard
+            # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
+            if not torch.compiler.is_compiling() and not (compiles and kind == "full"):
                 raise _NoGraphFits
             time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
 
@@ -178,6 +196,36 @@ class Compiled:
             return output, exits, traced.entry, traced.others, traced.complete()
 
         return _with_code_of_its_own(static, f"{kind}_pass_{next(_NUMBERS)}")
+
+
+class _Proved:
+    """A compiled graph of adaptor passes: it runs once a pass that ran as it is has shown that it may.
+
+    A graph is for one state of the UNet: in another one its Python may use what is skipped in another way.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run, self._proved = run, False
+
+    def release(self) -> None:
+        """From now on it runs."""
+        self._proved = True
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self._proved:  # the code around it changes what the UNet counts after it has run: nothing has changed
+            raise _Withheld(self)
+        return self._run(*inputs)
+
+
+def _proving(backend: Any) -> Callable[..., _Proved]:
+    """A backend of torch.compile whose graphs have to be proved."""
+
+    def compile(graph: Any, inputs: Any, **given: Any) -> _Proved:
+        if backend == "inductor" and "options" in given:  # as torch.compile names them
+            given["config_patches"] = given.pop("options")
+        return _Proved(torch._dynamo.lookup_backend(backend)(graph, inputs, **given))
+
+    return compile
 
 
 def _without_our_guards(mode: str | None, backend: Any, options: dict[str, Any] | None) -> dict[str, Any]:

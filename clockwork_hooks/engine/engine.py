@@ -448,6 +448,7 @@ class Engine:
         if outcome.complete and not outcome.used and not self.installed.closed:
             use.changes = before.changed if not use.proved else use.changes
             use.proved, use.used = True, 0
+            pass_.proved()
             return outcome
         return self._again(call, signature, pass_, before, outcome)
 

@@ -123,6 +123,7 @@ class Pass:
         self.reason: str | None = None
         self.blanks = self.adapting = False
         self._emit, self._judge, self._shared = emit, judge, shared
+        self._somebody: Callable[[], None] | None = None
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._moves = plan.moves(kind, looks=looks or proves)
         self._counts: dict[str, int] = {}
@@ -139,6 +140,15 @@ class Pass:
             keeps_entry=self.keeps_entry,
             taint=None if traced else self.taint.like(),  # what is traced has no placeholders
         )
+
+    def proves_for(self, somebody: Callable[[], None]) -> None:
+        """Have somebody called once this pass has shown that nothing of what it skips is used, nor kept."""
+        self._somebody, self._shared = somebody, None  # of what other passes share nobody can tell who keeps it
+
+    def proved(self) -> None:
+        """It has."""
+        if self._somebody is not None:
+            self._somebody()
 
     @property
     def exit(self) -> torch.Tensor | None:
