@@ -1,13 +1,15 @@
-"""How many files of the package a newcomer passes through: those whose functions run, for five ways through it.
+"""How many files and functions of the package a newcomer passes through: those that run, for five ways through it.
 
     python benchmarks/files_entered.py
 
-Counted with `sys.setprofile`: distinct files with a function that ran. The first round only imports. Nothing is timed.
+Counted with `sys.setprofile`: distinct functions that ran, and their files. The first round only imports.
+Nothing is timed.
 """
 
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,24 +36,25 @@ class Small(torch.nn.Module):
         return self.head(torch.cat([fine, self.up(self.body(self.down(fine)) * t)], 1))
 
 
-def entered(way: Callable[[], object]) -> list[str]:
-    """The files, below the package, whose functions the call runs."""
-    files: set[str] = set()
+def entered(way: Callable[[], object]) -> tuple[list[str], int]:
+    """The files, below the package, whose functions the call runs, and how many functions they are."""
+    functions: set[types.CodeType] = set()
 
     def seen(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_name != "<module>":
-            files.add(frame.f_code.co_filename)
+        code = frame.f_code
+        if event == "call" and code.co_name != "<module>" and code.co_filename.startswith(f"{ROOT}/"):
+            functions.add(code)
 
     sys.setprofile(seen)
     try:
         way()
     finally:
         sys.setprofile(None)
-    return sorted(str(Path(file).relative_to(ROOT)) for file in files if file.startswith(f"{ROOT}/"))
+    return sorted({str(Path(code.co_filename).relative_to(ROOT)) for code in functions}), len(functions)
 
 
-def ways() -> dict[str, list[str]]:
-    """Name → files."""
+def ways() -> dict[str, tuple[list[str], int]]:
+    """Name → files, and how many functions."""
     x, times = torch.randn(1, 3, 16, 16), torch.linspace(900.0, 100.0, 9)
     unet, other = Small().eval(), Small().eval()
     with torch.no_grad(), ch.wrap(unet, clock=2):
@@ -70,5 +73,5 @@ def ways() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     ways()
-    for name, files in ways().items():
-        print(f"{name}: {len(files)}\n    {' '.join(files)}")
+    for name, (files, functions) in ways().items():
+        print(f"{name}: {len(files)} files, {functions} functions\n    {' '.join(files)}")
