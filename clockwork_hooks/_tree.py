@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.multiprocessing import reductions
 
-__all__ = ["Leaf", "address", "held", "leaves", "map_leaves", "tensors", "version"]
+__all__ = ["Leaf", "address", "flat", "held", "leaves", "map_leaves", "tensors", "version"]
 
 
 class Leaf:
@@ -49,19 +49,24 @@ def _collect(value: Any, path: str, pairs: list[tuple[str, Any]], whole: Callabl
         _collect(item, f"{path}.{key}" if path else str(key), pairs, whole)
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors among the leaves, in order."""
-    found: list[torch.Tensor] = []
-    _add_tensors(value, found)
+def flat(value: Any) -> list[Any]:
+    """The leaves in order, without their paths, which take longer to write than to find."""
+    found: list[Any] = []
+    _add_leaves(value, found)
     return found
 
 
-def _add_tensors(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
+def _add_leaves(value: Any, found: list[Any]) -> None:
+    if isinstance(value, torch.Tensor) or not _is_container(value):
         found.append(value)
-    elif _is_container(value):
+    else:
         for _, item in _items(value):
-            _add_tensors(item, found)
+            _add_leaves(item, found)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves, in order."""
+    return [leaf for leaf in flat(value) if isinstance(leaf, torch.Tensor)]
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:

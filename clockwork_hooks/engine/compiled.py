@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clockwork_hooks._tree import leaves, map_leaves, version
+from clockwork_hooks._tree import flat, map_leaves, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
@@ -180,7 +180,7 @@ class Compiled:
             # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
             if not torch.compiler.is_compiling() and not (compiles and kind == "full"):
                 raise _NoGraphFits
-            time = None if position is None else [leaf for _, leaf in leaves((args, kwargs))][position]
+            time = None if position is None else flat((args, kwargs))[position]
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
                 exit, past = cached

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import leaves, map_leaves, tensors, version
+from clockwork_hooks._tree import flat, leaves, map_leaves, tensors, version
 from clockwork_hooks.adaptors.base import needs_of
 from clockwork_hooks.clock.conditions import Weights
 from clockwork_hooks.engine import stand_in
@@ -145,9 +145,9 @@ class Captured(Compiled):
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
         """Replay the pass, captured first if need be."""
-        flat = [leaf for _, leaf in leaves((args, kwargs, cached))]
-        values = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        constants = tuple(leaf for leaf in flat if not isinstance(leaf, torch.Tensor))
+        inputs = flat((args, kwargs, cached))
+        values = [leaf for leaf in inputs if isinstance(leaf, torch.Tensor)]
+        constants = tuple(leaf for leaf in inputs if not isinstance(leaf, torch.Tensor))
         with self._lock:
             gone = bool(self._freed) if self._watched else self._moved_away()
             if gone:
@@ -220,7 +220,7 @@ class Captured(Compiled):
     def _pass(self, call: UNetCall, wanted: Pass, args: Any, kwargs: Any, cached: Cached) -> Outcome:
         """Run a pass like the wanted one on other inputs."""
         engine, exit, adaptor = self.engine, cached[0], self.engine.chain[wanted.plan.index].adaptor
-        time = [leaf for _, leaf in leaves((args, kwargs))][time_leaf(call) or 0] if needs_of(adaptor) else None
+        time = flat((args, kwargs))[time_leaf(call) or 0] if needs_of(adaptor) else None
         adapt = None
         if exit is not None:
 

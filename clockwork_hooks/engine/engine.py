@@ -427,8 +427,7 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
-        static = self._is_static(call, pass_)
-        before = self._before(call, signature, stateless=use.proved and not use.changes, static=static)
+        before = self._before(call, signature, stateless=use.proved and not use.changes)
         try:
             outcome = self.execute(call, pass_, decision.feature)
         except Exception as error:
@@ -534,17 +533,15 @@ class Engine:
         clocked.follows = not full.taint.outlives(self.unet, results)
         return outcome
 
-    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool, static: bool) -> Before:
+    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
         """The arguments, for the case that the adaptor pass which begins now has to be run again.
 
-        And what the UNet's modules hold, until one such pass has left all of that as it was. Passes that have run as
-        they are have shown whether the sample is written to; so of a static one it is copied only if it is.
+        And what the UNet's modules hold, until one such pass has left all of that as it was.
         """
         sample = call.arguments.get(signature.sample)
         size = sample.numel() if isinstance(sample, torch.Tensor) else 0
         written, unet, unsure = signature.written, None if stateless else self.unet, not stateless
-        always = None if static else sample
-        return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=always, unet=unet)
+        return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample, unet=unet)
 
     def full_pass(self, call: UNetCall) -> Outcome:
         """Run a placed call in full, whatever was decided; its own exit is the outcome's."""
@@ -556,8 +553,7 @@ class Engine:
 
     def execute(self, call: UNetCall, pass_: Pass, feature: Feature | None, *, eager: bool = False) -> Outcome:
         """Let the UNet run with a pass that its patched modules ask, or a static callable that stands for it."""
-        if not eager and self._is_static(call, pass_):
-            assert self.static is not None
+        if self.static is not None and not eager and self.static.ready(call, pass_):
             return self.static.run(call, pass_, feature)
         outcome = self._as_it_is(call, pass_)
         if outcome.kind == "adaptor":
@@ -578,9 +574,6 @@ class Engine:
         finally:
             self.active.pass_ = None
         return pass_.outcome(output)
-
-    def _is_static(self, call: UNetCall, pass_: Pass) -> bool:
-        return self.static is not None and self.static.ready(call, pass_)
 
     def _batch(self, state: State, call: UNetCall, signature: Signature) -> Batch | None:
         """The rows of the call, where the user has named them, and one region without a threshold is skipped."""
