@@ -79,7 +79,7 @@ def test_an_interrupted_adaptor_pass_leaves_no_trace(where: str, compiled: bool)
     cw = ch.wrap(unet, Meets() if where == "adaptor" else None, clock=2)
     if compiled:
         cw.compile(backend=_interruptible(meet))
-    for t in TIMES[:3]:
+    for t in (*TIMES, *TIMES[:3]) if compiled else TIMES[:3]:  # a graph runs once a pass has proved it
         unet(x, t)
     trip.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
