@@ -122,6 +122,8 @@ def test_score() -> None:
     [
         ({"seeds": ()}, "seeds: 0"),
         ({"variants": {"plain": {}}}, "always there"),
+        ({"variants": {"clock 2": 2}}, "variants are a name and the options"),
+        ({"variants": ["clock 2"]}, "variants are a name and the options"),
         ({"generate": lambda batch, seed: torch.zeros(3)}, "returned: "),
         ({"conditions": []}, "batches: 0"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -161,4 +162,21 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
             seen={"adaptor": repr(adaptor)[:80]},
             do="pass one of these; a clock goes by its name: clock=2",
         )
+    _check_signature(adaptor)
     return adaptor
+
+
+def _check_signature(adaptor: Any) -> None:
+    """Said here, a wrong signature costs no run; it is not asked of what has none (C functions)."""
+    try:
+        signature = inspect.signature(adaptor.forward if isinstance(adaptor, nn.Module) else adaptor)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, **dict.fromkeys(("time", "text", *needs_of(adaptor))))
+    except TypeError as error:
+        raise AdaptorError(
+            "an adaptor is called as adaptor(entry, exit_cached, time=..., text=...), and with what its `needs` name",
+            seen={"adaptor": repr(adaptor)[:80], "its arguments": signature, "error": error},
+            do="write a module whose forward(self, entry, exit_cached, *, time, text) returns the exit",
+        ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -325,6 +326,14 @@ def _result(tally: _Tally, judges: Sequence[Metric], seeds: int) -> VariantResul
 
 
 def _check(variants: Mapping[str, Any]) -> None:
+    named = isinstance(variants, Mapping)
+    wrong = [name for name in variants if not isinstance(variants[name], (Variant, Mapping, NoneType))] if named else ()
+    if not named or wrong:
+        raise ArgumentError(
+            "variants are a name and the options of `wrap` for each",
+            seen={"variants": repr(variants)[:80]},
+            do='pass {"clock 2": {"clock": 2}}',
+        )
     if PLAIN in variants:
         raise ArgumentError(
             'the variant "plain" is always there: the UNet as it is',

@@ -132,9 +132,11 @@ def before_after(pictures: Tensor, chosen: Trial) -> Figure:
     figure = Figure(figsize=(1.6 * columns + 0.4, 3.6), dpi=160, layout="constrained")
     titles = ("plain", f"{percent(chosen.saved)} fewer MACs")
     for axes, row, title in zip(figure.subplots(2, columns, squeeze=False), pictures, titles, strict=True):
-        for cell in axes:
+        for cell in axes[len(row) :]:
             cell.set_axis_off()
         for cell, picture in zip(axes, row, strict=False):
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_color("0.8")  # a white picture has an edge too
             cell.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         axes[0].set_title(title, fontsize=9, loc="left")
     return figure

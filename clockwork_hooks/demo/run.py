@@ -120,10 +120,9 @@ class DemoResult(Report):
             f"{count(len(settings['prompts']), 'prompt')}, {count(settings['steps'], 'DPM++ step')}, guidance "
             f"{settings['guidance']:g}, seed {settings['seed']}. MACs of the UNet and its adaptor, attention products "
             "and both guidance branches counted.",
-            f"DeepCache's setting: the part below is skipped in every step that is no multiple of {settings['clock']} "
-            f"from the first on ({settings['every']}), and its output of the step before is used as it is. Identity: "
-            f"the same in as many steps, with the first two and the last one full ({settings['spread']}). Calibrated: "
-            "at these steps, corrected by a linear adaptor."
+            f"F is a full step; in a step A the part named below is skipped. DeepCache's setting: {settings['every']}; "
+            "what the part returned one step before is used as it is. Identity: the same at other steps, "
+            f"{settings['spread']}. Calibrated: at these steps, corrected by a linear adaptor."
             if settings["clock"] > 1
             else "Clock 1: every step is full.",
             f"Calibrated just now: {calibration['kind']}, from {calibration['captions']} captions that are not drawn "
