@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,16 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         for name, data in pictures.items():
             files.append(File.generated(config, str(path.with_name(name)), content=data))
     return files
+
+
+def on_page_markdown(markdown: str, **more: Any) -> str:
+    """Links go to the notebook, as a reader of the repository needs them; on the site they go to its page.
+
+    Example:
+        >>> on_page_markdown("[five minutes](notebooks/pipeline.ipynb)")
+        '[five minutes](notebooks/pipeline.md)'
+    """
+    return re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
 
 
 def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:

@@ -131,7 +131,7 @@ def test_what_cannot_be_wrapped() -> None:
     for thing in (None, torch.zeros(1), Tiny, SimpleNamespace(unet=unet)):
         with pytest.raises(ch.WrapError) as caught:
             ch.wrap(thing)  # type: ignore[arg-type]
-        check(caught.value, type(thing).__name__)
+        check(caught.value, thing.__name__ if isinstance(thing, type) else type(thing).__name__)
     cw = ch.wrap(unet)
     before = snapshot(unet)
     for thing in (unet, cw):

@@ -70,3 +70,16 @@ def test_a_notebook_is_a_page(name: str) -> None:
         assert re.search(rf"!\[[^\]]{{20,}}\]\({file}\)", text)
         assert data.startswith((b"\x89PNG", b"<svg"))
     assert not re.search(r"/(tmp|home|work|root)/", text)
+
+
+def test_links_lead_to_files_of_the_repository_and_to_pages_of_the_site() -> None:
+    links = 0
+    for page in (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!\w+://|#)([^)#\s]+)", text):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
+            links += 1
+    assert links > 100
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert "(notebooks/pipeline.ipynb)" in index
+    assert "(notebooks/pipeline.md)" in notebook_pages.on_page_markdown(index)
