@@ -216,6 +216,16 @@ def test_results_that_are_no_numbers_are_nothing_to_compare_with(measure):
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
+def test_a_wrapped_or_compiled_unet_is_refused(measure):
+    unet = tiny()
+    compiled = torch.compile(unet, backend="eager")
+    with pytest.raises(ch.WrapError, match=r"the output of torch\.compile"):
+        measure(compiled, sampler(compiled), [1])
+    with ch.wrap(unet), pytest.raises(ch.WrapError, match="wrapped once"):
+        measure(unet, sampler(unet), [1])
+
+
+@pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
 def test_a_sampler_that_never_calls_the_unet(measure):
     unet, other = tiny(), tiny()
     with pytest.raises(ch.ArgumentError, match="calls of the UNet: 0"):

@@ -30,7 +30,7 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.hooks import Installed
 from clockwork_hooks.engine.passes import Active, Outcome, Pass
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_whole
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.metrics import relative_l2
@@ -199,6 +199,7 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
 
     Raises:
         ArgumentError: it makes none, or `unet` is no module.
+        WrapError: the UNet is wrapped, or compiled.
         TraceError: the call could not be recorded.
     """
     if not isinstance(unet, nn.Module):
@@ -207,6 +208,7 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
             seen={"unet": type(unet).__name__, "generate": type(generate).__name__},
             do="pass (unet, generate, [batch]), in this order; for a pipeline pipe.unet",
         )
+    check_unet(unet)
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

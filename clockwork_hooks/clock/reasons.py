@@ -82,7 +82,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "nothing; for a sampler with a time per row, `with cw.step():`",
     ),
     EVIDENCE: (
-        "plain times are believed after three equal strides, or five that follow a trend, and entries in the middle of "
+        "plain times are believed after three equal strides, or five that follow a trend, and items in the middle of "
         "a list after two: before that they may be drawn at random, as in score distillation",
         "`with cw.trajectory():` around each run; or take its times from one tensor, `for t in timesteps`; for a "
         'sampler that evaluates between its steps, `with cw.sampler("dpm_2_ancestral", sigmas):` with its own name',
