@@ -277,6 +277,21 @@ def in_the_world(unet: Pieced, y: Tensor) -> Any:
     return then
 
 
+def exchanged(unet: Pieced, y: Tensor, z: Tensor) -> Any:
+    """What is written to one of them is in the other."""
+    w = unet.own * 0
+    y.data = w
+    y.copy_(z)
+    return w.mean().item()
+
+
+def exchanged_back(unet: Pieced, y: Tensor, z: Tensor) -> Any:
+    w = torch.ones(1)
+    w.data = y
+    y.copy_(z)
+    return w.mean().item()
+
+
 def by_data(unet: Pieced, y: Tensor) -> Any:
     then = unet.own.clone()
     unet.own.data = y
@@ -332,6 +347,8 @@ BREAKERS: dict[str, Join] = {
     "kept by data": keeps(by_data),
     "resized": resized,
     "reshaped": reshaped,
+    "exchanged": adds(exchanged),
+    "exchanged back": adds(exchanged_back),
     "set": set_to,
     "a buffer": to_the_buffer,
     "a module's output": adds(lambda unet, y, z: unet.side(y[:, 0, 0, :3]).detach().copy_(z[:, :, 0, 0]).mean().item()),
@@ -460,6 +477,21 @@ def test_what_is_real_leaves_the_pass_as_it_is(mode: Any) -> None:
         one.detach().numpy()
     assert all(type(entry) is Tensor for entry in given)
     assert cw.stats.adaptor_passes == 4
+
+
+def test_what_is_returned_may_be_anothers_data() -> None:
+    """It is what it was exchanged for."""
+
+    class Exchanges(Pieced):
+        def last(self, out: Tensor) -> Tensor:
+            y = torch.zeros(1)
+            y.data = out
+            return y if self.now == TIMES[3] else out
+
+    unet, plain, (x, c) = Exchanges(slices), Exchanges(joined), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=4):
+        for t in TIMES[:4]:
+            assert torch.equal(unet(x, t, c), plain(x, t, c))
 
 
 def test_memory_of_the_adaptor_is_its_own() -> None:

@@ -199,6 +199,13 @@ def statistics(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     return out
 
 
+def normed(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A norm keeps running statistics, and its schema does not say so."""
+    mean, variance = unet.swapped + torch.zeros(low.shape[1]), torch.ones(low.shape[1])
+    torch.nn.functional.batch_norm(low.detach(), mean, variance, training=True)
+    return out + mean.sum()
+
+
 def counted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     """How often it was called matters too: a pass that is run again is no second call."""
     return out + unet.calls + low.mean().item()
@@ -301,8 +308,8 @@ def either(twist: Twist, mode: Any = torch.no_grad, clock: int = 2) -> str:
 
 @pytest.mark.parametrize(
     "twist",
-    [*map(adding, READS.values()), added, written, part_on_self],
-    ids=[*READS, "added", "written", "kept in part"],
+    [*map(adding, READS.values()), added, written, normed, part_on_self],
+    ids=[*READS, "added", "written", "normed", "kept in part"],
 )
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_what_is_used_at_later_steps_only(twist: Any, mode: Any) -> None:
@@ -581,6 +588,12 @@ def selected(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     return out + low[rows].shape[0] + low.masked_select(rows[:, None, None, None]).ndim
 
 
+def in_evaluation(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """A norm reads its running statistics, and writes none."""
+    torch.nn.functional.batch_norm(low, torch.zeros(low.shape[1]), torch.ones(low.shape[1]))
+    return out
+
+
 @torch.jit.script
 def scripted_size(low: Tensor) -> int:
     return low.size(0) + low.dim() + low.numel() if low.is_floating_point() else 0
@@ -591,7 +604,7 @@ def scripted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     return out + scripted_size(low)
 
 
-@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped, selected, scripted])
+@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped, selected, scripted, in_evaluation])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_what_needs_no_value_is_served(twist: Any, mode: Any) -> None:
     assert either(twist, mode) == 3 * "FAFAFAFA"

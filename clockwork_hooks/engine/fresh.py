@@ -95,7 +95,11 @@ class Following(_Looking):
 
     def real(self, values: Any) -> Any:
         """With real memory in the place of what is followed, as far as that holds no placeholder."""
-        return map_leaves(_out, values) if any(isinstance(one, Fresh) for one in tensors(values)) else values
+        fresh = [one for one in tensors(values) if isinstance(one, Fresh)]
+        if any(one.exchanged for one in fresh):
+            self.used = True
+            refuse()
+        return map_leaves(_out, values) if fresh else values
 
 
 class _Mode(TorchDispatchMode):

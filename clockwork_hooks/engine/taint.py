@@ -39,6 +39,7 @@ _METADATA = frozenset(
     )
 )
 _SELECTS = frozenset({"aten::index", "aten::masked_select"})  # the shape follows from the values of what selects
+_STATISTICS, _TRAINS = {"running_mean", "running_var"}, {"training", "train", "use_input_stats"}
 
 
 class SkippedValueError(RuntimeError):
@@ -236,10 +237,11 @@ class Tainted(torch.Tensor):
                 device=plain.device,
             )
             throw(tainted)
-        tainted.plain = plain
+        tainted.plain, tainted._home = plain, address(_storage(tainted))
         return tainted
 
     plain: torch.Tensor
+    _home: int
     taints = True  # is what an operator makes of it a placeholder?
 
     def takes_placeholder(self) -> bool:
@@ -256,6 +258,11 @@ class Tainted(torch.Tensor):
 
     def is_known_elsewhere(self) -> None:
         """Who is no operator knows the memory from now on, or may."""
+
+    @property
+    def exchanged(self) -> bool:
+        """Was its memory exchanged for another tensor's, by `.data = other`? Then the plain one is not what it is."""
+        return address(_storage(self)) != self._home
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse()
@@ -280,7 +287,7 @@ class Tainted(torch.Tensor):
         if tainted:
             if traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs))):
                 refuse()
-            for tensor in written_by(func, args, kwargs or {}) if traits.writes else ():
+            for tensor in _written_by(func, args, kwargs or {}) if traits.writes else ():
                 if not _takes_placeholder(tensor):
                     refuse(tensor)
         if traits.foreign:
@@ -330,9 +337,17 @@ def _traits(func: Any) -> _Traits:
         sizes = func.namespace == "aten" and beside and set(values) == {"int"}  # attention returns some
         reads |= bool(values) and not sizes
     shape_only = name in SHAPE_ONLY or name in _METADATA
-    writes = schema is not None and schema.is_mutable
+    writes = schema is not None and (schema.is_mutable or any(one.name in _STATISTICS for one in schema.arguments))
     reshapes, foreign = torch.Tag.inplace_view in tags, getattr(func, "namespace", "") != "aten"
     return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign)
+
+
+def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The arguments that an operator writes to; of running statistics, which norms write to, no schema says so."""
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    if all(given.get(name, True) for name in _TRAINS):
+        return written_by(func, args, kwargs) + tensors([given.get(name) for name in sorted(_STATISTICS)])
+    return written_by(func, args, kwargs)
 
 
 def _takes_placeholder(tensor: torch.Tensor) -> bool:
@@ -345,6 +360,8 @@ def _takes_placeholder(tensor: torch.Tensor) -> bool:
 def _plain(value: Any, own: list[Tainted]) -> Any:
     """An operator's argument without placeholders, which are added to `own`."""
     if isinstance(value, Tainted):
+        if value.exchanged:
+            refuse()
         own.append(value)
         return value.plain
     return [_plain(one, own) for one in value] if type(value) in (list, tuple) else value
