@@ -58,12 +58,12 @@ class NoAdaptorPass:
         """A full pass has run, for this reason; there were so many adaptor passes before it."""
         if self._warned:
             return
-        open_ = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
-        if open_ or adapted != self._adapted:
+        in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
+        if in_turn or adapted != self._adapted:
             self._adapted, self._steps, self._calls = adapted, 0, 0
             self._doubted.clear()
             self._changed.clear()
-        if open_:
+        if in_turn:
             return
         self._calls += 1
         if place.changed:
