@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from clockwork_hooks._tree import version
+from clockwork_hooks._tree import copied, version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
 from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms
@@ -48,7 +48,7 @@ class Trail:
         cls, trail: Trail | None, exit: torch.Tensor, position: torch.Tensor | None, *, first: bool = False
     ) -> Trail:
         """The trail that goes on from this one with a full pass; from none, it begins there."""
-        exit = exit.detach().clone()  # modules and samplers may write to what was emitted
+        exit = copied(exit)  # modules and samplers may write to what was emitted
         if trail is None or trail.exit.shape != exit.shape:
             return cls(exit, position, first)
         positions = None

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from clockwork_hooks._tree import leaves, map_leaves, version
+from clockwork_hooks._tree import copied, leaves, map_leaves, version
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
@@ -263,7 +263,7 @@ class Pass:
             if self.reason is not None:
                 self.kind, self._moves = "full", self.plan.moves("full", looks=self.looks)
         if self.keeps_entry and entry is not None:
-            self.entry = entry.detach().clone()  # code that still runs may write to the tensor itself
+            self.entry = copied(entry)  # code that still runs may write to the tensor itself
 
     def _pick(self, wanted: Wanted, value: Any) -> None:
         values = [leaf for _, leaf in leaves(value)]
@@ -271,7 +271,7 @@ class Pass:
             if leaf >= len(values):
                 self._differs = True
                 continue
-            self.captured[name] = values[leaf].detach().clone() if name.startswith("entry ") else values[leaf]
+            self.captured[name] = copied(values[leaf]) if name.startswith("entry ") else values[leaf]
 
     def _stand_in(self, path: str, k: int, output: Any) -> Any:
         """What a skipped call returns."""
@@ -286,7 +286,7 @@ class Pass:
         if not isinstance(leaf, Slot):
             return leaf
         if leaf.exit and self._emit is not None:
-            if self.taint.reaches(tuple(self.captured.values())):
+            if self.taint.used or (self.captured and self.taint.reaches(self.captured)):
                 refuse()
             self.adapting = True
             with self.taint.aside():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address, version
+from clockwork_hooks._tree import address, copied, version
 
 __all__ = ["Before"]
 
@@ -68,7 +68,7 @@ class Before:
         for k, tensor in enumerate(self.tensors):
             small = (unsure or self.versions[k] < 0) and tensor.numel() <= size
             if tensor is always or small or k in written:
-                self._copies[k] = tensor.detach().clone()
+                self._copies[k] = copied(tensor)
 
     @property
     def written(self) -> set[int]:
