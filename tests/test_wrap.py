@@ -569,6 +569,11 @@ def test_attributes_pass_through() -> None:
             assert torch.equal(cw(x, 900), copy.deepcopy(unet)(x, 900))
         with pytest.raises(AttributeError, match="nowhere"):
             _ = cw.nowhere
+        for name in ("clock", "enable"):  # set on the wrapper, they would have no effect
+            with pytest.raises(AttributeError, match=r"what can be set is cw\.enabled"):
+                setattr(cw, name, 3)
+        cw.stem = replaced = copy.deepcopy(unet.stem)
+        assert unet.stem is replaced
         assert "Tiny" in repr(cw)
         assert "every(2)" in repr(cw)
         assert cw.schedule.preview(4) == "F A F A"

@@ -137,10 +137,14 @@ def _try(chosen: dict[str, Any]) -> None:
         ) from error
 
 
+_OWN = ("unet", "_engine")  # what a wrapper holds itself
+
+
 class ClockworkWrapper:
     """A wrapped UNet: made by `wrap`.
 
-    Calls and unknown attributes go to the UNet, so `pipe.unet = cw` works as well as leaving the pipeline alone.
+    Calls go to the UNet, and so do attributes that are the UNet's, read or set: `pipe.unet = cw` works as well as
+    leaving the pipeline alone.
 
     Attributes:
         unet: the UNet itself.
@@ -155,8 +159,20 @@ class ClockworkWrapper:
         """Call the UNet."""
         return self.unet(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The wrapper's own, or the UNet's; another name would be set and read by nobody, as in `cw.clock = 3`."""
+        if name in _OWN or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        elif hasattr(self.unet, name):
+            setattr(self.unet, name, value)
+        else:
+            raise AttributeError(
+                f"{type(self).__name__} and {type(self.unet).__name__} have no attribute {name!r}: what can be set is "
+                "cw.enabled, and what the UNet has; for another clock or schedule, cw.remove() and wrap again"
+            )
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("unet", "_engine"):  # not set yet: copying and unpickling look for them
+        if name in _OWN:  # not set yet: copying and unpickling look for them
             raise AttributeError(name)
         return getattr(self.unet, name)
 
