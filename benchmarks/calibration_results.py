@@ -284,7 +284,7 @@ def shown(data: Mapping[str, Any]) -> str:
         ("main-8", 0.45, {"plain, 5 steps": "plain, 5 steps", "DeepCache": "DeepCache, branch 0, interval 2",
                           "identity, clock 2": "identity, default, 2 4 6 8"}),
         ("main-20", 0.5, {"plain, 10 steps": "plain, 10 steps", "DeepCache": "DeepCache, branch 0, interval 2"}),
-        ("main-50", 0.65, {"plain, 16 steps": "plain, 16 steps", "DeepCache": "DeepCache, branch 0, interval 3"}),
+        ("main-50", 0.75, {"plain, 12 steps": "plain, 12 steps", "DeepCache": "DeepCache, branch 0, interval 3"}),
     ):  # fmt: skip
         best = str(rows.calibrated(group, share)).split("/")[1]
         named = {"plain": "plain", **others, "calibrated": best}

@@ -36,8 +36,7 @@ def environment(data: Data) -> str:
     where += f" And by `{beside}." if beside else ""
     before = seen.get("before")
     more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
-    earlier = data["gpu_latency"].get("earlier")
-    if earlier:
+    for earlier in data["gpu_latency"].get("earlier", []):
         then = earlier["environment"]
         more += f" Of an earlier run, with the engine of that day: {earlier['rows']}; {then['device']}, {then['date']}, `{then['command']}`."  # noqa: E501
     return where + more

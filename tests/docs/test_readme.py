@@ -102,20 +102,19 @@ def test_times_on_a_gpu() -> None:
 
 def test_the_first_screen_says_what_the_tables_say() -> None:
     text = TEXT["README.md"]
-    assert "at 46% fewer MACs in 8 steps of the demo model,\n  51% fewer in 20 and 67% fewer in 50" in text
+    assert "at 46% fewer MACs in 8 steps of the demo model,\n  51% fewer in 20 and 76% fewer in 50" in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     quality, steps = {}, ""
     for cells in (line for line in lines if len(line) == 7):
         steps = cells[0] or steps
         quality[steps, cells[1].strip("*").split(",")[0]] = cells[2:]
-    for steps, claimed in (("8", 46), ("20", 51), ("50", 67)):
+    for steps, claimed in (("8", 46), ("20", 51), ("50", 76)):
         _, saved, fréchet, *_ = quality[steps, "calibrated"]
         assert round(float(saved[:-1])) == claimed
         distance, (plain, spread) = float(fréchet.split()[0]), map(float, quality[steps, "plain"][2].split(" ± "))
         assert distance <= plain + spread
-    assert "up to three times as [fast]" in text
     faster = [float(cells[1][:-1]) for cells in lines if len(cells) == 2 and cells[0].startswith("sd15")]
-    assert round(max(faster)) == 3
+    assert f"up to {max(faster):.1f} times as [fast]" in text
     performance, calibration = (
         " ".join((ROOT / f"docs/{name}.md").read_text("utf-8").split()) for name in ("performance", "calibration")
     )
@@ -124,12 +123,11 @@ def test_the_first_screen_says_what_the_tables_say() -> None:
         "50 steps, captured", "8 steps, captured", "50 steps, compiled", "8 steps, compiled"
     )} for model in ("sd15", "sdxl"))  # fmt: skip
     captured = (
-        f"captured calls of SD 1.5's UNet are three times as fast in 50 steps and {sd15['8 steps, captured']:.1f} times"
+        f"captured calls of SD 1.5's UNet are {sd15['50 steps, captured']:.1f} times as fast in 50 steps and "
+        f"{sd15['8 steps, captured']:.1f} times in 8"
     )
-    assert round(sd15["50 steps, captured"] or 0, 1) == 3
     assert captured in performance
-    assert f"compiled ones {sd15['50 steps, compiled']:.1f} to " in performance
-    assert f"and {sd15['8 steps, compiled']:.1f} times" in performance
+    assert f"compiled ones {sd15['50 steps, compiled']:.1f} and {sd15['8 steps, compiled']:.1f} times" in performance
     assert f"SDXL's are {sdxl['50 steps, captured']:.1f} and {sdxl['8 steps, captured']:.1f} times" in performance
     assert "[46% fewer MACs in 8 steps, 51% in 20](#measured-on-the-demo-model)" in calibration
 
