@@ -28,6 +28,7 @@ from clockwork_hooks.graph.tracing import SHAPE_ONLY
 
 __all__ = ["Following", "Fresh", "Watching"]
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MAKES = SHAPE_ONLY | {
     f"aten::{name}"
     for name in (
@@ -126,7 +127,7 @@ class _Mode(TorchDispatchMode):
 
     def _look(self, arg: Any) -> None:
         """A tensor whose `.data` was exchanged for one without memory crashes the process where it is read."""
-        if isinstance(arg, torch.Tensor) and not isinstance(arg, Tainted):
+        if type(arg) in _PLAIN:
             try:
                 arg.data_ptr()
             except RuntimeError:  # of these, or of another kind that has no such memory

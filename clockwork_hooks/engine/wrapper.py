@@ -451,8 +451,9 @@ class ClockworkWrapper:
         not decide on, and of a step of several calls all but the first.
 
         Each is compiled once per input signature, when its first pass comes; switching between them compiles nothing.
-        The first call of a signature is still recorded as it runs, and its first adaptor pass counted. Called again,
-        it begins anew; `remove()` undoes it.
+        The first call of a signature is still recorded as it runs, and its first adaptor pass counted. An adaptor pass
+        for which a graph is compiled runs as it is, and shows whether the graph may. Called again, it begins anew;
+        `remove()` undoes it.
 
         Args:
             mode: of `torch.compile` (None, "reduce-overhead", "max-autotune"), or "cudagraphs": both passes are
