@@ -233,8 +233,14 @@ def unet_arguments(conditions: Conditions, rows: int) -> dict[str, Any]:
     """Keyword arguments of the UNet's call, each tensor with as many rows as the source.
 
     Raises:
-        ArgumentError: a tensor has other rows.
+        ArgumentError: a tensor has other rows, or it is neither a tensor nor a mapping.
     """
+    if not isinstance(conditions, (Tensor, Mapping)):
+        raise ArgumentError(
+            "what the UNet is told is a tensor of hidden states, or the keyword arguments of its call",
+            seen={"got": repr(conditions)[:80]},
+            do="encode the text: pipe.encode_prompt(text, ...)[0]",
+        )
     arguments = {"encoder_hidden_states": conditions} if isinstance(conditions, Tensor) else dict(conditions)
     wrong = {
         path: shape(leaf.shape) or "no rows"

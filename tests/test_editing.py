@@ -311,6 +311,7 @@ def test_the_example_runs(capsys):
         ({"scheduler": object()}, "alphas_cumprod"),
         ({"scheduler": scheduler(prediction_type="sample")}, "predicts noise or v"),
         ({"conditions": None}, "told about the source"),
+        ({"target": "a cat"}, "what the UNet is told is a tensor of hidden states"),
         ({"source": torch.zeros(1, 3, 16, 16)}, "source: 1×3×16×16\n  the UNet's in_channels: 4"),
         ({"source": torch.zeros(1, 4, 16, 16, dtype=torch.uint8)}, "floating latents"),
         ({"source": "a picture.png"}, "floating latents"),
