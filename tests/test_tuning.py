@@ -79,6 +79,38 @@ def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
         assert other.adaptor.tuning.saving == 0.35
 
 
+@pytest.mark.parametrize("change", ["guidance", "weights"])
+def test_another_model_or_guidance_is_tuned_anew(tmp_path, change):
+    """A model that was trained on has the same shapes."""
+    unet, calls = Blocks(**WORLDS["affine"]), []
+
+    def generate(batch, seed):
+        calls.append(seed)
+        return sampler(unet)(batch, seed)
+
+    options = {"generate": generate, "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    tune(unet, BATCHES, **options).remove()
+    calls.clear()
+    if change == "guidance":
+        options["guidance"] = 3.0
+    else:
+        with torch.no_grad():
+            unet.up.weight.mul_(1.01)
+    tune(unet, BATCHES, **options).remove()
+    assert len(calls) > 5
+
+
+def test_a_broken_file_in_the_folder_is_named(tmp_path):
+    unet = Blocks(**WORLDS["affine"])
+    options = {"generate": sampler(unet), "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    tune(unet, BATCHES, **options).remove()
+    (file,) = tmp_path.glob("*/tuning.json")
+    file.write_text("{")
+    with pytest.raises(ch.ArgumentError, match=r"(?s)tuning\.json.*delete .*tunes anew"):
+        tune(unet, BATCHES, **options)
+    assert "forward" not in vars(unet.up)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "said"),
     [

@@ -45,6 +45,7 @@ QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how
 _COLUMNS = 4  # of pictures before and after
 _EARLY = "early"  # the rule of `Schedule.early`
 _FITTED = ", calibrated for it"  # after the rule of an adaptor that serves its steps alone
+_FEW = 4  # values of each weight that a folder's name depends on
 _OWN_OPTIONS = ("prompt", "generator", "output_type")  # that the pipeline is called with by `tune` itself
 _MOST_RULES = len(_FIRST) * len(_LAST) + 1  # that `spaced` returns
 _HELD_OUT = 4  # one batch in so many is judged on, at least one
@@ -163,7 +164,7 @@ def tune(
     steps full, and a clock between them; or full steps farther and farther apart) and save enough are run end to end on
     conditions that were not calibrated with. The one whose results are nearest to the plain ones is calibrated once
     more for its own steps, and so is the one with growing distances; the nearer one is taken. Minutes on a GPU; with
-    `folder=` it is done once, for a model, sampler, number of steps and saving.
+    `folder=` it is done once, for a model with its weights, sampler, number of steps, guidance and saving.
 
     Args:
         pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
@@ -210,10 +211,10 @@ def tune(
         generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
         guidance = _guidance(pipe, options or {}) if guidance is None else guidance
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
-    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving))
+    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions))
     if home is not None and (home / _FILE).exists():
         adaptor = CalibratedAdaptor.from_pretrained(home)
-        tuning = Tuning.from_json((home / _FILE).read_text(encoding="utf-8"))
+        tuning = _kept(home / _FILE)
         adaptor.tuning = tuning
         region = choose(first_call(unet, generate, batches[0], 0), unet, **adaptor.region_options)
         return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
@@ -415,6 +416,18 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def _kept(file: Path) -> Tuning:
+    """What an earlier call has saved."""
+    try:
+        return Tuning.from_json(file.read_text(encoding="utf-8"))
+    except (ArgumentError, OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(
+            "folder= holds what an earlier ch.tune has saved",
+            seen={"file": file, "error": first_line(error)},
+            do=f"delete {file.parent}: the next call tunes anew",
+        ) from error
+
+
 def _home(folder: Path) -> Path:
     """The folder, made before minutes of work whose result is to lie in it."""
     try:
@@ -459,9 +472,26 @@ def _guidance(pipe: Any, options: Mapping[str, Any]) -> float | None:
     return float(scale) if isinstance(scale, (int, float)) and scale > 1 else None
 
 
-def _key(pipe: Any, unet: nn.Module, options: Mapping[str, Any] | None, saving: float) -> str:
-    """A folder's name for this model, sampler, number of steps and saving."""
+def _key(
+    pipe: Any,
+    unet: nn.Module,
+    options: Mapping[str, Any] | None,
+    saving: float,
+    guidance: float | None,
+    regions: Sequence[Region] | None,
+) -> str:
+    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions and saving."""
     scheduler = getattr(pipe, "scheduler", None)
     parts = [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
     parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
+    parts += [str([_few(p) for p in unet.parameters()]), str(guidance), str([one.fingerprint for one in regions or ()])]
     return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"
+
+
+def _few(weights: Tensor) -> list[Any]:
+    """Some values spread over it, to tell a model from another one of its architecture; none of weights on meta."""
+    if weights.device.type == "meta":
+        return []
+    flat = weights.detach().flatten()
+    some = flat[:: max(flat.numel() // _FEW, 1)][:_FEW]
+    return list((some.float() if some.is_floating_point() else some).tolist())
