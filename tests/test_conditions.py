@@ -227,3 +227,28 @@ def test_values_that_are_equal_but_not_the_same() -> None:
     circle: list[Any] = []
     circle.append(circle)
     assert Conditions([circle]).same([circle])
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "a row of a table with odd rows": lambda: torch.arange(21.0).view(3, 7)[1:2, :6],
+    "no columns, of rows that lie one apart": lambda: torch.zeros(3, 0),
+    "a column of numbers larger than eight bytes": lambda: torch.ones(1, 5, dtype=torch.complex128).t(),
+    "an odd stride that nothing follows": lambda: torch.arange(8, dtype=torch.int32).as_strided((1, 2), (3, 1)),
+    "an element that is expanded": lambda: torch.ones(()).expand(1, 8),
+    "the middle of eight bytes": lambda: torch.arange(8, dtype=torch.int32)[1:5],
+    "transposed": lambda: torch.arange(8.0).view(2, 4).t(),
+    "several axes, in another order": lambda: torch.arange(32.0).view(2, 4, 4).transpose(0, 1),
+    "one number": lambda: torch.ones((), dtype=torch.int16),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_how_a_tensor_lies_in_memory_does_not_matter(make: Callable[[], Tensor]) -> None:
+    value = make()
+    conditions, dense = Conditions([value]), value.clone(memory_format=torch.contiguous_format)
+    assert conditions.same([make()])
+    assert conditions.same([dense])
+    assert Conditions([dense]).same([value])
+    if value.numel():
+        dense.view(-1)[-1] += 1
+        assert not conditions.same([dense])
