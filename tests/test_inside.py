@@ -757,6 +757,49 @@ def test_a_unet_without_a_time_is_told() -> None:
             unet(torch.randn(1, 2, 8, 8))
 
 
+def _a_run_each_call(unet: nn.Module, cw: ch.ClockworkWrapper, t: Tensor) -> None:
+    with cw.trajectory():
+        unet(torch.ones(1, 2, 8, 8), t)
+
+
+def _reset_each_call(unet: nn.Module, cw: ch.ClockworkWrapper, t: Tensor) -> None:
+    cw.reset()
+    unet(torch.ones(1, 2, 8, 8), t)
+
+
+def _always_one_time(unet: nn.Module, cw: ch.ClockworkWrapper, t: Tensor) -> None:
+    unet(torch.ones(1, 2, 8, 8), TIMES[3].clone())
+
+
+@pytest.mark.parametrize(("call", "calls"), [(_a_run_each_call, 24), (_reset_each_call, 24), (_always_one_time, 128)])
+def test_calls_that_are_all_first_steps_are_told(call: Callable[..., None], calls: int) -> None:
+    unet, times = Tiny(), torch.linspace(900.0, 100.0, 160)
+    with ch.wrap(unet) as cw:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for t in times[: calls - 1]:
+                call(unet, cw, t)
+        with pytest.warns(ch.NoEffectWarning, match="stands inside the loop over the steps"):
+            call(unet, cw, times[calls - 1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for t in times[calls:]:
+                call(unet, cw, t)
+        assert cw.stats.adaptor_passes == 0
+
+
+def test_who_learns_or_skips_nothing_is_not_told_of_first_steps() -> None:
+    unet = Tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ch.wrap(unet, schedule=()) as cw:
+            for t in torch.linspace(900.0, 100.0, 40):
+                _a_run_each_call(unet, cw, t)
+        with torch.enable_grad(), ch.wrap(unet.train()) as cw:
+            for t in torch.linspace(900.0, 100.0, 40):
+                _a_run_each_call(unet, cw, t)
+
+
 @pytest.mark.parametrize(
     "schedule", [ch.Schedule.every(2), ch.Schedule.every(4), {9, 10}, ch.Schedule.adaptive(threshold=1e-6), ()]
 )

@@ -672,7 +672,10 @@ class Engine:
         return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
-        if outcome.reason is not None and not self.records_first:  # who records trajectories wants to see them
+        silent = self.records_first  # who records trajectories wants to see them
+        if outcome.reason == reasons.FIRST:  # nobody expects these to be a run
+            silent = silent or (self.unet.training and torch.is_grad_enabled()) or not self._patches
+        if outcome.reason is not None and not silent:
             self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):

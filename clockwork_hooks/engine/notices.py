@@ -36,6 +36,13 @@ _UP_AND_DOWN = (
     'if the calls are of one run, `with cw.sampler("dpm_2_ancestral", sigmas):` around it, with its sampler\'s name '
     '("edm" for EDM, "karras_ve"); or `with cw.step():` around the evaluations of each step, as for RePaint',
 )
+_RUNS, _EVALUATIONS = 24, 128  # of one step, in a row; of one step: a picture in tiles has many
+_ONE_STEP = (
+    "each call is of the first step of a run: `with cw.trajectory():` or `cw.reset()` stands inside the loop over the "
+    "steps, or `with cw.step():` around all of it; or the time is the same in every call",
+    "put `with cw.trajectory():` around the whole run, and `with cw.step():` around the evaluations of one step; for "
+    "single evaluations, in which there is nothing to reuse: `cw.enabled = False`",
+)
 _PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
 # Libraries whose hooks and forwards move or compute what the module itself does, and look at nothing.
 _HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
@@ -51,6 +58,7 @@ class NoAdaptorPass:
     def __init__(self) -> None:
         self.needless: tuple[str, ...] = ()
         self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
+        self._runs, self._evaluations = 0, 0  # since a second step
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
@@ -60,12 +68,17 @@ class NoAdaptorPass:
             return
         in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
         if in_turn or adapted != self._adapted:
-            self._adapted, self._steps, self._calls = adapted, 0, 0
+            self._adapted, self._steps, self._calls, self._runs, self._evaluations = adapted, 0, 0, 0, 0
             self._doubted.clear()
             self._changed.clear()
         if in_turn:
             return
         self._calls += 1
+        self._evaluations += 1
+        if reason not in (reasons.FIRST, reasons.TRACED):
+            self._runs = self._evaluations = 0
+        elif self._at[0] != place.trajectory:
+            self._runs += 1
         if place.changed:
             self._changed.update(place.changed)
         if place.trajectory == 0 or self._at != (place.trajectory, place.step):
@@ -74,14 +87,16 @@ class NoAdaptorPass:
                 self._doubted[reason] += 1
         if place.restarts >= _RESTARTS and self._calls >= _RESTARTS:
             self._warn(reason, place)
+        elif self._runs >= _RUNS or self._evaluations >= _EVALUATIONS:
+            self._warn(reasons.FIRST, place, _ONE_STEP)
         elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
             leading = self._doubted.most_common(1)[0][0]
             if self._steps >= _PATIENCE.get(leading, _STEPS):
                 self._warn(leading, place)
 
-    def _warn(self, leading: str, place: Position) -> None:
+    def _warn(self, leading: str, place: Position, why: tuple[str, str] | None = None) -> None:
         self._warned = True
-        cause, remedy = reasons.REASONS[leading]
+        cause, remedy = why or reasons.REASONS[leading]
         if place.restarts >= _DOUBTED and leading in (reasons.FIRST, reasons.EVIDENCE):
             cause, remedy = _UP_AND_DOWN
         paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
