@@ -394,7 +394,7 @@ def to_table(found: Sequence[Row]) -> Table:
         expected = row.sampler.expected()
         made = ["the same" if one == expected else one for one in (row.plain, row.pipeline, row.declared)]
         why = row.sampler.undeclared and f"`wrap`: {row.sampler.undeclared}"
-        declare = "its times are no entries of a list: declare its steps" if row.sampler.by_time else ""
+        declare = "its times are no items of a list: declare its steps" if row.sampler.by_time else ""
         notes = [why, declare, row.sampler.note]
         cells.append((row.sampler.name, expected, *made, "; ".join(note for note in notes if note)))
     unfit = [(name, why) for name, why in UNFIT.items() if name in scheduler_names()]

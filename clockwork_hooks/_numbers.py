@@ -59,9 +59,14 @@ def flops(value: int | None) -> str | None:
 
 
 def percent(share: float | None) -> str | None:
-    """0.309 → "30.9%"; two digits where one decimal would be nothing, 0.000031 → "0.0031%"; None stays None."""
+    """0.309 → "30.9%"; two digits where one decimal would be nothing, 0.000031 → "0.0031%"; None stays None.
+
+    What is less than 0.001% is said to be so.
+    """
     if share is None:
         return None
+    if 0 < share < 0.00001:
+        return "<0.001%"
     return f"{100 * share:.2g}%" if 0 < abs(share) < 0.0005 else f"{share:.1%}"
 
 

@@ -249,7 +249,8 @@ def test_numbers_always_have_units():
     assert macs(0) == "0 MACs"
     assert macs(None) is flops(None) is percent(None) is None
     assert quantity(999_999_999, "MACs") == "1.00 GMACs"
-    assert [percent(share) for share in (0.3094, 0.0, 0.00061, 0.000031)] == ["30.9%", "0.0%", "0.1%", "0.0031%"]
+    shown = ["30.9%", "0.0%", "0.1%", "0.0031%", "<0.001%"]
+    assert [percent(share) for share in (0.3094, 0.0, 0.00061, 0.000031, 1.2e-7)] == shown
     assert shape((1, 4, 64)) == "1×4×64"
     assert [duration(s) for s in (0.29, 0.9996, 2.64, 59.96, 4980)] == [
         "290 ms", "1 s", "2.64 s", "1 min 0 s", "1 h 23 min"

@@ -201,6 +201,8 @@ def test_an_adaptor_that_does_not_fit_is_an_error(cifar):
     with pytest.raises(AdaptorError, match="exit's shape"):
         report_of(cifar, adaptor=Mix(region, out=3))
     with pytest.raises(AdaptorError, match="region's boundary"):
+        report_of(cifar, adaptor=lambda entry, exit_cached, **more: exit_cached @ entry[0, 0, :3])
+    with pytest.raises(AdaptorError, match="an adaptor is called as"):
         report_of(cifar, adaptor=lambda entry: entry)
     with pytest.raises(AdaptorError, match="a saved adaptor is a folder"):
         report_of(cifar, adaptor="resnet")

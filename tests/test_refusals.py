@@ -94,6 +94,7 @@ def test_a_class_is_no_model() -> None:
         ch.wrap(nn.Linear)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_model_of_torch_jit_cannot_be_wrapped() -> None:
     with pytest.raises(
         ch.WrapError, match=r"(?s)torch\.jit has its calls fixed.*made of: Conv2d.*nn\.Module that it was"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import inspect
 import json
@@ -204,7 +205,7 @@ def tune(
     share("saving", saving, rule="a saving is a share of the MACs", example=0.4, ends=False)
     begun, unet, batches = time.perf_counter(), _unet(pipe, generate), _batches(conditions)
     check_unet(unet)
-    _check_options(options or {})
+    _check_options(pipe, options or {})
     shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
         batches = [[prompt] for prompt in batches]
@@ -405,14 +406,23 @@ def _batches(conditions: Iterable[Any]) -> list[Any]:
     return batches
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """What the pipeline is called with beside what `tune` gives it."""
+def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """What the pipeline is called with beside what `tune` gives it; it takes no notice of names unknown to it."""
     own = [name for name in _OWN_OPTIONS if name in options]
     if own:
         raise ArgumentError(
             f"options= is what the pipeline is called with beside {', '.join(_OWN_OPTIONS)}",
             seen={"options": ", ".join(options)},
             do=f"leave out {', '.join(own)}; prompts are the second argument",
+        )
+    names = set() if isinstance(pipe, nn.Module) else set(inspect.signature(type(pipe).__call__).parameters)
+    unknown = [name for name in options if name not in names] if names else []
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.4)
+        raise ArgumentError(
+            "options= are arguments of the pipeline's call",
+            seen={"pipeline": type(pipe).__name__, "unknown": ", ".join(unknown)},
+            do=f"write {near[0]!r}" if near else "see the pipeline's documentation for its arguments",
         )
 
 
