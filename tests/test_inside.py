@@ -788,6 +788,19 @@ def test_calls_that_are_all_first_steps_are_told(call: Callable[..., None], call
         assert cw.stats.adaptor_passes == 0
 
 
+def test_a_schedule_whose_steps_are_never_reached_is_told() -> None:
+    """Two whole runs are waited for: the first one may be a short trial."""
+    unet = Tiny()
+    with ch.wrap(unet, schedule={9, 10}) as cw:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for t in (*TIMES[:6], *TIMES[:6]):
+                unet(torch.ones(1, 2, 8, 8), t)
+        with pytest.warns(ch.NoEffectWarning, match="runs have 6 steps, and the schedule gives none of these"):
+            unet(torch.ones(1, 2, 8, 8), TIMES[0])
+        assert set(cw.stats.reasons) == {"first step", "scheduled"}
+
+
 def test_who_learns_or_skips_nothing_is_not_told_of_first_steps() -> None:
     unet = Tiny()
     with warnings.catch_warnings():

@@ -43,6 +43,7 @@ _ONE_STEP = (
     "put `with cw.trajectory():` around the whole run, and `with cw.step():` around the evaluations of one step; for "
     "single evaluations, in which there is nothing to reuse: `cw.enabled = False`",
 )
+_WHOLE_RUNS = 2  # that none of the adaptor's steps was in
 _PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
 # Libraries whose hooks and forwards move or compute what the module itself does, and look at nothing.
 _HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
@@ -59,6 +60,7 @@ class NoAdaptorPass:
         self.needless: tuple[str, ...] = ()
         self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
         self._runs, self._evaluations = 0, 0  # since a second step
+        self._whole_runs, self._reached = 0, 0  # by the schedule alone, and the last step of the longest
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
@@ -69,16 +71,14 @@ class NoAdaptorPass:
         in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
         if in_turn or adapted != self._adapted:
             self._adapted, self._steps, self._calls, self._runs, self._evaluations = adapted, 0, 0, 0, 0
+            self._whole_runs = self._reached = 0
             self._doubted.clear()
             self._changed.clear()
         if in_turn:
             return
         self._calls += 1
         self._evaluations += 1
-        if reason not in (reasons.FIRST, reasons.TRACED):
-            self._runs = self._evaluations = 0
-        elif self._at[0] != place.trajectory:
-            self._runs += 1
+        self._count_runs(reason, place)
         if place.changed:
             self._changed.update(place.changed)
         if place.trajectory == 0 or self._at != (place.trajectory, place.step):
@@ -89,10 +89,26 @@ class NoAdaptorPass:
             self._warn(reason, place)
         elif self._runs >= _RUNS or self._evaluations >= _EVALUATIONS:
             self._warn(reasons.FIRST, place, _ONE_STEP)
+        elif self._whole_runs >= _WHOLE_RUNS:
+            self._warn(reasons.SCHEDULED, place, _not_reached(self._reached))
         elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
             leading = self._doubted.most_common(1)[0][0]
             if self._steps >= _PATIENCE.get(leading, _STEPS):
                 self._warn(leading, place)
+
+    def _count_runs(self, reason: str, place: Position) -> None:
+        """Runs of one step in a row, and whole runs in which the schedule alone made all passes full."""
+        begins = reason == reasons.FIRST and self._at[0] != place.trajectory
+        if reason not in (reasons.FIRST, reasons.TRACED):
+            self._runs = self._evaluations = 0
+        else:
+            self._runs += begins
+        if reason == reasons.SCHEDULED:
+            self._reached = max(self._reached, place.step)
+        elif begins:
+            self._whole_runs += self._at[1] > 1
+        elif reason != reasons.FIRST:
+            self._whole_runs, self._reached = -1, 0  # of the run under way nothing can be said
 
     def _warn(self, leading: str, place: Position, why: tuple[str, str] | None = None) -> None:
         self._warned = True
@@ -103,12 +119,23 @@ class NoAdaptorPass:
         seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
         if leading == reasons.NEW and self.needless:
             seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
+        asked = "" if leading == reasons.SCHEDULED else ", though the schedule asks for some"
         _warn(
-            f"{self._steps} denoising steps without an adaptor pass, though the schedule asks for some: nothing is "
-            f"saved\n  most are full because: {leading}\n  cause: {cause}\n{seen}"
+            f"{self._steps} denoising steps without an adaptor pass{asked}: nothing is saved\n"
+            f"  most are full because: {leading}\n  cause: {cause}\n{seen}"
             f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
             NoEffectWarning,
         )
+
+
+def _not_reached(steps: int) -> tuple[str, str]:
+    """Cause and remedy, where runs have so many steps."""
+    return (
+        f"runs have {steps} steps, and the schedule gives none of these to the adaptor",
+        "choose steps that there are: `schedule=ch.Schedule.every(2)`. An adaptor that was tuned or calibrated "
+        "elsewhere counts steps as its loop did: `wrap_pipeline` counts those of the scheduler, `wrap` and `ch.tune` "
+        "each time",
+    )
 
 
 def _ignoring(paths: Iterable[str]) -> str:
