@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import dlpack
 
@@ -129,6 +130,9 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "caught in a thread": lambda low: in_thread(lambda: caught(lambda: low.mean().item())),
     "beside a tensor": lambda low: with_mean(low)[1],
     "how many": lambda low: low.relu().to_sparse().values().shape[0],
+    "split there": lambda low: torch.arange(9.0).tensor_split(low.abs().sum().long().view(1) % 7 + 1)[0].shape[0],
+    "so many classes": lambda low: F.one_hot(low.abs().sum((0, 2, 3)).long()).shape[1],
+    "so many times": lambda low: torch.ones(3).repeat_interleave(low.abs().sum((0, 2, 3)).long()[:3] + 1).shape[0],
     "another shape": lambda low: low.unsqueeze_(0).ndim,
 }
 

@@ -39,6 +39,7 @@ _METADATA = frozenset(
     )
 )
 _SELECTS = frozenset({"aten::index", "aten::masked_select"})  # the shape follows from the values of what selects
+_COMPOSITE = "CompositeImplicitAutograd"
 _STATISTICS, _TRAINS = {"running_mean", "running_var"}, {"training", "train", "use_input_stats"}
 
 
@@ -281,6 +282,8 @@ class Tainted(torch.Tensor):
         named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
         if traits.shape_only:
             return func(*plain, **named)
+        if traits.made_of_others:
+            return func.decompose(*args, **(kwargs or {}))
         if traits.reshapes:
             refuse()
         tainted = _is_placeholder(args[0]) if traits.first_only else any(one.taints for one in own)
@@ -314,7 +317,8 @@ class _Traits(NamedTuple):
     """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?
 
     One that selects reads only what follows its first argument; one that reshapes gives a tensor another shape, where
-    Python sees the old one; one that is foreign may do with memory as it likes.
+    Python sees the old one; one that is foreign may do with memory as it likes. What one that is made of others reads is
+    seen of those: autograd takes it apart, and inference mode does not.
     """
 
     shape_only: bool
@@ -324,6 +328,7 @@ class _Traits(NamedTuple):
     selects: bool
     reshapes: bool
     foreign: bool
+    made_of_others: bool
 
 
 @functools.cache
@@ -339,7 +344,8 @@ def _traits(func: Any) -> _Traits:
     shape_only = name in SHAPE_ONLY or name in _METADATA
     writes = schema is not None and (schema.is_mutable or any(one.name in _STATISTICS for one in schema.arguments))
     reshapes, foreign = torch.Tag.inplace_view in tags, getattr(func, "namespace", "") != "aten"
-    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign)
+    composite = schema is not None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign, composite)
 
 
 def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
