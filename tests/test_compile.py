@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.snapshot import snapshot
 from tests.tape import FakeCuda
 from tests.test_adaptive import Still
 from tests.test_nested import Recursive
+from tests.test_skipped_values import Saturating, added, inputs
 from tests.zoo.third_party import trainers
 
 TIMES = (900, 700, 500, 300, 200, 100)
@@ -242,6 +245,45 @@ def test_a_compiler_that_is_switched_off() -> None:
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(rollout(case, unet, compiled=True), expected)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+class Meanwhile:
+    """While a call runs, another thread compiles something of its own."""
+
+    def before(self, call: Any) -> None:
+        """Returns when the compiler is at work."""
+        self.works, self.done = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=self.backend)(x0))
+        self.thread.start()
+        assert self.works.wait(60)
+
+    def backend(self, graph: Any, inputs: Any) -> Any:
+        """Takes a while; two do not compile at the same time."""
+        self.works.set()
+        self.done.wait(1)
+        return graph
+
+    def after(self, call: Any, outcome: Any) -> None:
+        """The call is over."""
+        self.done.set()
+        self.thread.join()
+
+
+x0 = torch.zeros(2)
+
+
+def test_another_thread_compiles_meanwhile() -> None:
+    """What torch says of the process says nothing of this thread: no unproved pass runs uncompiled for a graph."""
+    unet, plain = Saturating(added), Saturating(added)
+    (x, c), letters = inputs(), ""
+    with ch.wrap(unet, clock=4) as cw, cw.trajectory(steps=8):
+        cw.compile(backend="eager")
+        for k in range(4):
+            with cw.observed(Meanwhile()) if k == 3 else nullcontext():
+                got = unet(x, torch.tensor(900 - 100 * k), c)
+            letters += "F" if torch.equal(got, plain(x, torch.tensor(900 - 100 * k), c)) else "A"
+        assert cw.pass_kind is None
+    assert letters == "FAAF"  # the fourth call adds something of what is skipped
 
 
 def test_what_cannot_be_one_graph_says_so_and_leaves_the_wrapper_alive() -> None:

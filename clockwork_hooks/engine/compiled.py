@@ -178,7 +178,7 @@ class Compiled:
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached, compiles: bool = True) -> Any:
             # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
-            if not torch.compiler.is_compiling() and not (compiles and kind == "full"):
+            if not torch.compiler.is_dynamo_compiling() and not (compiles and kind == "full"):
                 raise _NoGraphFits
             time = None if position is None else flat((args, kwargs))[position]
 

@@ -262,7 +262,7 @@ class Engine:
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call; stands in front of the UNet's forward."""
-        if torch.compiler.is_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
+        if torch.compiler.is_dynamo_compiling():  # by `unet.compile()` after `wrap`: set aside from the next call on
             torch.compiler.disable(self._set_aside)()
             return forward(*args, **kwargs)
         state = self.states.current()

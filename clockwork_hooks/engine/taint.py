@@ -317,8 +317,8 @@ class _Traits(NamedTuple):
     """What is known of an operator: does its result depend on shapes alone, does it read values, does it write?
 
     One that selects reads only what follows its first argument; one that reshapes gives a tensor another shape, where
-    Python sees the old one; one that is foreign may do with memory as it likes. What one that is made of others reads is
-    seen of those: autograd takes it apart, and inference mode does not.
+    Python sees the old one; one that is foreign may do with memory as it likes. One that is made of others reads what
+    those read: autograd takes it apart, inference mode does not.
     """
 
     shape_only: bool
