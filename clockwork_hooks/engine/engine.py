@@ -673,8 +673,9 @@ class Engine:
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         silent = self.records_first  # who records trajectories wants to see them
-        if outcome.reason == reasons.FIRST:  # nobody expects these to be a run
-            silent = silent or (self.unet.training and torch.is_grad_enabled()) or not self._patches
+        if outcome.reason == reasons.FIRST:  # nobody expects these to be a run, or anything to be saved
+            training = self.unet.training and torch.is_grad_enabled()
+            silent = silent or training or bool(self.observers) or not self._patches
         if outcome.reason is not None and not silent:
             self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
