@@ -415,14 +415,16 @@ def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
             seen={"options": ", ".join(options)},
             do=f"leave out {', '.join(own)}; prompts are the second argument",
         )
-    names = set() if isinstance(pipe, nn.Module) else set(inspect.signature(type(pipe).__call__).parameters)
-    unknown = [name for name in options if name not in names] if names else []
+    arguments = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
+    forwards = any(one.kind is one.VAR_KEYWORD for one in arguments.values())
+    known = not arguments or (forwards and not type(pipe).__module__.startswith("diffusers."))  # those drop the rest
+    unknown = [] if known else [name for name in options if name not in arguments]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(unknown[0], arguments, n=2, cutoff=0.4)
         raise ArgumentError(
             "options= are arguments of the pipeline's call",
             seen={"pipeline": type(pipe).__name__, "unknown": ", ".join(unknown)},
-            do=f"write {near[0]!r}" if near else "see the pipeline's documentation for its arguments",
+            do=f"write {' or '.join(near)}" if near else "see the pipeline's documentation for its arguments",
         )
 
 
