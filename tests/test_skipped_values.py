@@ -680,6 +680,23 @@ def test_an_error_that_comes_once_is_raised() -> None:
             unet(x, TIMES[3], c)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adaptor_writes_to_nothing_of_the_unets(mode: Any, compiled: bool) -> None:
+    """What flows into the region flows past it, too."""
+
+    def clamps(entry: Tensor, exit_cached: Tensor, *, time: Any = None, text: Any = None) -> Tensor:
+        return exit_cached + entry.relu_().mean()
+
+    unet, (x, c) = Twisted(lambda unet, out, low: out), inputs()
+    with mode(), ch.wrap(unet, clamps) as cw, cw.trajectory(steps=len(TIMES)):
+        if compiled:
+            cw.compile(backend="eager")
+        unet(x, TIMES[0], c)
+        with pytest.raises(ch.AdaptorError, match="written to: entry"):
+            unet(x, TIMES[1], c)
+
+
 def test_an_error_of_the_adaptor_is_its_own() -> None:
     """No full pass hides it."""
 

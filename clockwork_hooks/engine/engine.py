@@ -753,14 +753,16 @@ class Engine:
             stand_in.place(adaptor, cached)
         position = call.time if "position" in clocked.needs else None
         inputs = stand_in.inputs(captured, cached, stand_in.Past.of(decision.feature), position)
+        step = None if call.place is None else call.place.step
+        where = {"step": step, "region": use.region, "adaptor": adaptor}
+        lent = stand_in.Lent(captured, compares=use.adaptor_macs is None)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
         else:
             exit = stand_in.call(adaptor, inputs)
+        lent.check(where)
         if exit is cached and not self.check_finite:
             return decision.feature.exit
-        step = None if call.place is None else call.place.step
-        where = {"step": step, "region": use.region, "adaptor": adaptor}
         return stand_in.owned(stand_in.check(exit, cached, finite=self.check_finite, where=where), cached)
 
     def _judge(self, state: State, call: UNetCall, decision: Decision, entry: torch.Tensor | None) -> str | None:

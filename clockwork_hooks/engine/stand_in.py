@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._numbers import shape
+from clockwork_hooks._tree import copied, version
 from clockwork_hooks.adaptors.base import Adaptor, AdaptorInputs, needs_of
 from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole
 from clockwork_hooks.graph.macs import node_macs
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from clockwork_hooks.clock.timeline import Feature
 
 __all__ = [
+    "Lent",
     "Past",
     "call",
     "check",
@@ -53,6 +55,34 @@ class Past(NamedTuple):
         trail = feature.trail
         trend = (None, None) if trail is None else (trail.trend, trail.positions)
         return cls(feature.entry, feature.position, *trend)
+
+
+class Lent:
+    """The UNet's tensors that an adaptor is given; what comes after the region reads them, too.
+
+    Args:
+        captured: those that came.
+        compares: where tensors keep no count of writes, in inference mode, look at values: waits for the device.
+    """
+
+    __slots__ = ("_before",)
+
+    def __init__(self, captured: Mapping[str, torch.Tensor], *, compares: bool) -> None:
+        self._before = [
+            (name, one, version(one), copied(one) if compares and version(one) < 0 else None)
+            for name, one in captured.items()
+        ]
+
+    def check(self, where: Mapping[str, object]) -> None:
+        """Raise `AdaptorError` if one of them was written to."""
+        for name, one, then, copy in self._before:
+            same = copy is None or torch.allclose(one, copy, rtol=0, atol=0, equal_nan=True)
+            if version(one) != then or not same:
+                raise AdaptorError(
+                    "an adaptor does not write to what flows on in the UNet",
+                    seen={"written to": name, **_words(where)},
+                    do="let it write to a copy, as of entry.clone(); a layer with inplace=True writes to what it takes",
+                )
 
 
 def inputs(
