@@ -303,6 +303,28 @@ def test_what_cannot_be_one_graph_says_so_and_leaves_the_wrapper_alive() -> None
     assert snapshot(unet) == before
 
 
+def test_a_unet_that_counts_is_told_what_a_graph_is_for() -> None:
+    """Each number is another graph, and dynamo has its limit."""
+
+    class Counts(Tiny):
+        calls = 0
+
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            self.calls += 1
+            return super().forward(x * self.calls, t, c, **more)
+
+    unet, calls = Counts(), 0
+    before = snapshot(unet)
+    with ch.wrap(unet, clock=20) as cw, cw.trajectory():
+        cw.compile(backend="eager")
+        with pytest.raises(ch.CompileError, match=r"one of a few values\n.*\n  graphs: 8"):  # noqa: PT012
+            for calls in range(30):
+                unet(torch.ones(1, 2, 8, 8), torch.tensor(900.0 - 10 * calls))
+        assert unet.calls == calls  # nothing of the call that failed has run
+    del unet.calls
+    assert snapshot(unet) == before
+
+
 def test_modes_are_checked() -> None:
     with ch.wrap(Tiny(), clock=2) as cw:
         with pytest.raises(ch.ArgumentError, match="reduce-overhead"):

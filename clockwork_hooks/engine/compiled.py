@@ -147,6 +147,13 @@ class Compiled:
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
+            if type(error).__name__ == "FailOnRecompileLimitHit":
+                raise CompileError(
+                    "what a UNet's Python holds is a constant of a compiled pass: it may be one of a few values",
+                    seen={"pass": pass_.kind, "graphs": torch._dynamo.config.recompile_limit},
+                    do="have the UNet count in a buffer, not in a number of Python (torch has logged what differed); "
+                    "or raise torch._dynamo.config.recompile_limit",
+                ) from error
             raise CompileError(
                 "a compiled UNet is one graph, for full passes and for adaptor passes",
                 seen={"pass": pass_.kind, "error": str(error).strip().split("\n", 1)[0]},
