@@ -117,6 +117,7 @@ def test_the_cache_is_what_the_report_says() -> None:
     assert held_tensors(cw) == []
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")  # all calls are at one time
 def test_calls_at_one_time_without_end_are_bounded() -> None:
     """A loss at a fixed time, over data without end: 128 calls of a step are remembered, then none."""
     with ch.wrap(Tiny()) as cw:

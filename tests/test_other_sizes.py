@@ -347,6 +347,7 @@ def test_an_adaptor_is_given_the_boundary(backend: str | None, recordings: list[
     assert {(2, 8, size, size) for size in (8, 16, 12)} <= adaptor.shapes
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")  # all calls are at one time
 def test_many_sizes_are_let_go(recordings: list[Any]) -> None:
     """64 signatures are kept, and those that were used last; memory stays what it is."""
     cw = ch.wrap(Tiny())

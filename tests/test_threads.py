@@ -1,10 +1,12 @@
 """Several loops at once, copies and files: each one as if it were alone."""
 
 import asyncio
+import contextlib
 import copy
 import gc
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,3 +279,27 @@ def test_threads_tasks_and_runs_that_end_leave_nothing() -> None:
             assert len(list(states)) <= here + 4
         assert tensors_held() <= before
         assert len(list(states)) == here
+
+
+def test_many_loops_that_begin_together_are_told_nothing() -> None:
+    """Thirty first steps in a row, of clients of one server, are no run of one step."""
+    unet = Tiny()
+    with warnings.catch_warnings(), ch.wrap(unet) as cw:
+        warnings.simplefilter("error")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(cw.trajectory(f"client {k}")) for k in range(30)]
+            loops = [picture(run, 4, k) for k, run in enumerate(clients)]
+            for _ in range(3):
+                for loop in loops:
+                    next(loop)
+
+        async def task(k: int) -> None:
+            loop = picture(cw, 4, k)
+            for _ in range(3):
+                next(loop)
+                await asyncio.sleep(0)
+
+        async def tasks() -> None:
+            await asyncio.gather(*(task(k) for k in range(30)))
+
+        asyncio.run(tasks())

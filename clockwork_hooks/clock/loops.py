@@ -69,6 +69,12 @@ class States:
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
 
+    @property
+    def alone(self) -> bool:
+        """Is there one loop now? Of trajectories that are declared the open ones count, else threads and tasks."""
+        declared = {id(block.state) for block in self.blocks.opened() if block.state is not None}
+        return len(declared) == 1 if declared else sum(not state.timeline.trusted for state in self) == 1
+
     def __iter__(self) -> Iterator[State]:
         with self._lock:
             return iter(list(self._all))
@@ -284,6 +290,10 @@ class Blocks:
         if not blocks:
             self._by_frame.pop(id(frame), None)
 
+    def opened(self) -> list[Block]:
+        """All of them."""
+        return [block for blocks in list(self._by_frame.values()) for block in list(blocks)]
+
     def around(self) -> tuple[list[Block], bool]:
         """The blocks that the caller is inside of, outermost first; and whether it may be inside of others.
 
@@ -296,7 +306,7 @@ class Blocks:
             inside += reversed(self._by_frame.get(id(frame), ()))
             frame = frame.f_back
         context = get_ident(), current_task()
-        others = [block for blocks in list(self._by_frame.values()) for block in list(blocks) if block not in inside]
+        others = [block for block in self.opened() if block not in inside]
         return inside[::-1], any(block.context == context for block in others)
 
 

@@ -677,7 +677,7 @@ class Engine:
             training = self.unet.training and torch.is_grad_enabled()
             silent = silent or training or bool(self.observers) or not self._patches
         if outcome.reason is not None and not silent:
-            self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
+            self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes, alone=self.states.alone)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)

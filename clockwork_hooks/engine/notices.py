@@ -64,8 +64,15 @@ class NoAdaptorPass:
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
-    def count(self, reason: str, place: Position, adapted: int) -> None:
-        """A full pass has run, for this reason; there were so many adaptor passes before it."""
+    def count(self, reason: str, place: Position, adapted: int, *, alone: bool) -> None:
+        """A full pass has run, for this reason.
+
+        Args:
+            reason: why it was full.
+            place: of the call.
+            adapted: how many adaptor passes there were before it.
+            alone: is there one sampling loop? The calls of several come in any order, which tells nothing of runs.
+        """
         if self._warned:
             return
         in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
@@ -77,8 +84,10 @@ class NoAdaptorPass:
         if in_turn:
             return
         self._calls += 1
-        self._evaluations += 1
-        self._count_runs(reason, place)
+        if alone:
+            self._count_runs(reason, place)
+        else:
+            self._runs, self._evaluations, self._whole_runs = 0, 0, -1
         if place.changed:
             self._changed.update(place.changed)
         if place.trajectory == 0 or self._at != (place.trajectory, place.step):
@@ -102,7 +111,7 @@ class NoAdaptorPass:
         if reason not in (reasons.FIRST, reasons.TRACED):
             self._runs = self._evaluations = 0
         else:
-            self._runs += begins
+            self._runs, self._evaluations = self._runs + begins, self._evaluations + 1
         if reason == reasons.SCHEDULED:
             self._reached = max(self._reached, place.step)
         elif begins:
@@ -119,9 +128,10 @@ class NoAdaptorPass:
         seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
         if leading == reasons.NEW and self.needless:
             seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
+        what = f"{self._calls} calls" if self._steps < 2 else f"{self._steps} denoising steps"
         asked = "" if leading == reasons.SCHEDULED else ", though the schedule asks for some"
         _warn(
-            f"{self._steps} denoising steps without an adaptor pass{asked}: nothing is saved\n"
+            f"{what} without an adaptor pass{asked}: nothing is saved\n"
             f"  most are full because: {leading}\n  cause: {cause}\n{seen}"
             f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
             NoEffectWarning,
