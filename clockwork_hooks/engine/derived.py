@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import address, leaves, map_leaves, tensors
+from clockwork_hooks._tree import address, flat, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
@@ -216,7 +216,7 @@ class _Watch:
         if k in self._recorded.outputs:
             self._outputs[k] = map_leaves(_slot, output)
         if k in self._recorded.inputs:
-            self._inputs[k] = [_slot(leaf) for _, leaf in leaves((args, kwargs))]
+            self._inputs[k] = [_slot(leaf) for leaf in flat((args, kwargs))]
 
     def apply(self, signature: Signature) -> bool:
         """Give a signature the sizes that were seen; False, and nothing is done, if calls were others than recorded."""
@@ -251,7 +251,7 @@ class _Watch:
 
     def _skipped(self, call: SkippedCall) -> SkippedCall | None:
         output = self._outputs[self._recorded.scaling.at[call.path, call.ordinal]]
-        recorded, now = ([leaf for _, leaf in leaves(value)] for value in (call.output, output))
+        recorded, now = (flat(value) for value in (call.output, output))
         if len(recorded) != len(now) or not all(map(_alike, recorded, now)):
             return None
         flags = iter([leaf for leaf in recorded if isinstance(leaf, Slot)])
@@ -266,10 +266,10 @@ class _Watch:
 
     def _port(self, port: Port) -> Port | None:
         if not port.path:
-            values = [_slot(leaf) for _, leaf in leaves(self._arguments)]
+            values = [_slot(leaf) for leaf in flat(self._arguments)]
         else:
             k = self._recorded.scaling.at[port.path, port.ordinal]
-            values = self._inputs[k] if port.side == "input" else [leaf for _, leaf in leaves(self._outputs[k])]
+            values = self._inputs[k] if port.side == "input" else flat(self._outputs[k])
         leaf = values[port.leaf] if port.leaf < len(values) else None
         same = isinstance(leaf, Slot) and len(leaf.shape) == len(port.shape) and leaf.dtype == port.dtype
         return replace(port, shape=leaf.shape) if same and isinstance(leaf, Slot) else None
@@ -421,7 +421,7 @@ class _Sources:
         self._batch = trace.inputs[trace.sample].meta["shape"][0]
         self._returned: dict[fx.Node, int] = {}
         for call in trace.calls[1:]:
-            first = next((leaf for _, leaf in leaves(call.output) if isinstance(leaf, TensorSpec)), None)
+            first = next((leaf for leaf in flat(call.output) if isinstance(leaf, TensorSpec)), None)
             if first is not None:
                 self._returned[first.node] = call.index  # the innermost begins last
 
@@ -507,7 +507,7 @@ def _returning(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
 
 def _shape(call: ModuleCall) -> tuple[int, ...]:
     """Shape of the first tensor that a call returns; () where it returns none."""
-    first = next((leaf for _, leaf in leaves(call.output) if isinstance(leaf, TensorSpec)), None)
+    first = next((leaf for leaf in flat(call.output) if isinstance(leaf, TensorSpec)), None)
     return () if first is None else first.shape
 
 

@@ -351,7 +351,7 @@ class Engine:
             state: of the loop.
             call: the call.
             signature: of the call.
-            given: the arguments' leaves before the call, where it has run already and may have written to them.
+            originals: the arguments' leaves before the call, where it has run already and may have written to them.
         """
         timeline, leaves = state.timeline, call.arguments.flat if originals is None else originals
         inputs = signature.inputs
@@ -672,17 +672,21 @@ class Engine:
         return tuple(None if one is None or one.stale(call.key, call.weights) else one.trail for one in features)
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
-        silent = self.records_first  # who records trajectories wants to see them
-        if outcome.reason == reasons.FIRST:  # nobody expects these to be a run, or anything to be saved
-            training = self.unet.training and torch.is_grad_enabled()
-            silent = silent or training or bool(self.observers) or not self._patches
-        if outcome.reason is not None and not silent:
-            self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes, alone=self.states.alone)
+        if outcome.reason is not None and not self.records_first:  # who records trajectories wants to see them
+            if outcome.reason == reasons.FIRST:
+                self._no_adaptor_pass.runs_tell = self._runs_tell
+            self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)
             kind = f"full: {outcome.reason}" if outcome.reason else f"adaptor {outcome.skipped}".strip()
             log.debug("trajectory %d, step %d, branch %s, call %d: %s", *where, kind)
+
+    @property
+    def _runs_tell(self) -> bool:
+        """Does a run without an adaptor pass tell anything? Not where loops take turns, or where none is meant."""
+        meant = self._patches and not self.observers and not (self.unet.training and torch.is_grad_enabled())
+        return meant and self.states.alone
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record such a call ahead, apart from any run, in the modes in which it may come."""

@@ -54,25 +54,20 @@ class NoAdaptorPass:
 
     Attributes:
         needless: paths of `ignore=` that the last recorded call had no argument at.
+        runs_tell: does it tell anything that the run under way has no adaptor pass?
     """
 
     def __init__(self) -> None:
         self.needless: tuple[str, ...] = ()
+        self.runs_tell = True
         self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
         self._runs, self._evaluations = 0, 0  # since a second step
         self._whole_runs, self._reached = 0, 0  # by the schedule alone, and the last step of the longest
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
-    def count(self, reason: str, place: Position, adapted: int, *, alone: bool) -> None:
-        """A full pass has run, for this reason.
-
-        Args:
-            reason: why it was full.
-            place: of the call.
-            adapted: how many adaptor passes there were before it.
-            alone: is there one sampling loop? The calls of several come in any order, which tells nothing of runs.
-        """
+    def count(self, reason: str, place: Position, adapted: int) -> None:
+        """A full pass has run, for this reason; there were so many adaptor passes before it."""
         if self._warned:
             return
         in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
@@ -84,7 +79,7 @@ class NoAdaptorPass:
         if in_turn:
             return
         self._calls += 1
-        if alone:
+        if self.runs_tell:
             self._count_runs(reason, place)
         else:
             self._runs, self._evaluations, self._whole_runs = 0, 0, -1

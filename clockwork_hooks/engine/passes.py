@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from clockwork_hooks._tree import copied, leaves, map_leaves, version
+from clockwork_hooks._tree import copied, flat, map_leaves, version
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
@@ -266,7 +266,7 @@ class Pass:
             self.entry = copied(entry)  # code that still runs may write to the tensor itself
 
     def _pick(self, wanted: Wanted, value: Any) -> None:
-        values = [leaf for _, leaf in leaves(value)]
+        values = flat(value)
         for name, leaf in wanted:  # another region's entry is kept for the next steps, as `entry` is
             if leaf >= len(values):
                 self._differs = True
@@ -319,7 +319,7 @@ class TracedPass(Pass):
 
 
 def _leaf(value: Any, index: int) -> Any:
-    values = [leaf for _, leaf in leaves(value)]
+    values = flat(value)
     return values[index] if index < len(values) else None
 
 
