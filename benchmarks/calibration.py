@@ -56,7 +56,7 @@ class Row:
         kind: of adaptor; None for plain, "deepcache" for the peer.
         region: "default" or "widest".
         at: the adaptor steps.
-        taken: steps of the sampler, where they are not the group's.
+        taken: steps of the sampler, where they are not the group's; an adaptor is calibrated with as many.
         captions: that the adaptor is calibrated on.
         calibrated_at: steps of the sampler that it is calibrated with, where they are not the group's: all of them.
         refit: fitted again on what the student reaches.
@@ -108,6 +108,12 @@ def kinds(region: str, at: tuple[int, ...], *names: str, what: str = "", **more:
     return [Row(f"{name}, {region}, {steps}", name, region, at, **more) for name in names]
 
 
+def other_steps(steps: int, full: Sequence[int], *names: str) -> list[Row]:
+    """The sampler with another number of steps, of which these are full: the best for its MACs, not for its steps."""
+    at = tuple(step for step in range(1, steps + 1) if step not in full)
+    return kinds("widest", at, *names, what=f"{steps} steps, full {' '.join(map(str, full))}", taken=steps)
+
+
 ALL = (IDENTITY, AFFINE, ENTRY, BEFORE)
 CLOCK2, BOTH, INNER, OTHER = every(8, 2), (3, 4, 6, 7), (3, 5, 7), (3, 5, 6, 8)
 
@@ -125,7 +131,34 @@ def _main() -> Group:
     rows += [*kinds("default", BOTH, FREE, TREND), *kinds("widest", OTHER, FREE, TREND)]
     rows += [*kinds("default", CLOCK2, FREE, TREND)]
     rows += [*kinds("widest", BOTH, EXIT), *kinds("widest", CLOCK2, *ALL), *kinds("default", OTHER, *ALL)]
+    for at in ((3, 4, 6, 7, 8), (3, 4, 5, 7, 8)):
+        rows += [*kinds("widest", at, BEFORE, TREND, ENTRY), *kinds("default", at, BEFORE)]
+    for steps, clock in ((16, 4), (16, 3), (12, 3), (20, 5), (12, 2)):
+        rows += other_steps(steps, early(steps, clock), TREND)
     return Group("main-8", Sampler(), tuple(rows))
+
+
+def early(steps: int, clock: int) -> tuple[int, ...]:
+    """Full steps of `Schedule.early`."""
+    at = ch.Schedule.early(clock).adaptor_steps(steps)
+    return tuple(step for step in range(1, steps + 1) if step not in at)
+
+
+def _guided() -> Group:
+    """Guidance 4, where the plain sampler is better with 5 steps than with 8."""
+    group = _other("guidance-4", Sampler(guidance=4.0))
+    rows = [*group.rows, *fewer(6, 3)]
+    for steps, full in (
+        (5, (1, 2, 4, 5)),
+        (5, (1, 2, 4)),
+        (6, (1, 2, 4, 6)),
+        (6, (1, 2, 3, 5)),
+        (6, (1, 3, 5)),
+        (5, (1, 3, 5)),
+    ):
+        rows += other_steps(steps, full, BEFORE, AFFINE)
+    rows += other_steps(5, (1, 2, 4, 5), TREND, FREE)
+    return dataclasses.replace(group, rows=tuple(rows))
 
 
 def _long(
@@ -159,7 +192,7 @@ def _transfer(steps: int) -> list[Row]:
 def _other(name: str, sampler: Sampler) -> Group:
     if sampler.steps == 8:
         rows = [*kinds("widest", BOTH, IDENTITY, AFFINE, BEFORE, TREND), *kinds("default", CLOCK2, IDENTITY, BEFORE)]
-        return Group(name, sampler, (*rows, *fewer(5, 4)))
+        return Group(name, sampler, (*rows, *fewer(5, 4), *deepcache((0, 2))))
     spaced = {
         name: tuple(s for s in range(1, sampler.steps + 1) if s not in EARLY_20[name])
         for name in ("early(2)", "searched for")
@@ -167,9 +200,10 @@ def _other(name: str, sampler: Sampler) -> Group:
     rows = kinds("widest", spaced["early(2)"], TREND, what="10 full steps, early(2)")
     rows += [*kinds("widest", spaced["searched for"], TREND, FREE, what="9 full steps, searched for"), *fewer(10)]
     rows += kinds("widest", every(sampler.steps, 2, 2, 1), IDENTITY, what="clock 2, first 2 and last 1 full")
-    return Group(name, sampler, tuple(rows))
+    return Group(name, sampler, (*rows, *deepcache((0, 2))))
 
 
+SHORT = ((6, (1, 3)), (5, (1, 3)), (6, (1, 2)), (8, (1, 3)), (5, (1, 2)), (8, (1, 4)))
 EARLY_20 = {
     "denser early": (1, 2, 4, 6, 9, 12, 15, 18, 20),
     "denser late": (1, 2, 5, 8, 11, 14, 16, 18, 20),
@@ -193,14 +227,16 @@ GROUPS: tuple[Group, ...] = (
           *fewer(10, 9, 12, 8), *deepcache((0, 2), (0, 3)), *_transfer(20), spaced_by_hand=EARLY_20),
     _long(50, ((5, 3, 1), (4, 2, 1)), (AFFINE, IDENTITY, BEFORE, FREE, TREND),
           *fewer(19, 16, 13, 12, 11), *deepcache((0, 3), (0, 5)), spaced_by_hand=EARLY_50),
-    _other("guidance-4", Sampler(guidance=4.0)),
+    _guided(),
     *(_other(f"{name}-8", Sampler(name)) for name in ("ddim", "euler", "unipc", "pndm")),
     _long(16, ((2, 2, 1),), (TREND, IDENTITY, AFFINE, BEFORE, FREE), *fewer(8, 9), spaced_by_hand=EARLY_16),
     Group("main-4", Sampler(steps=4), (*kinds("widest", (3,), IDENTITY, AFFINE, BEFORE, FREE, TREND), *fewer(3),
                                        *kinds("default", (2, 4), IDENTITY, BEFORE),
                                        *kinds("widest", (3, 4), AFFINE, ENTRY, BEFORE, FREE, TREND),
                                        *kinds("widest", (2, 4), AFFINE, ENTRY, BEFORE),
-                                       *kinds("default", (3, 4), AFFINE, ENTRY, BEFORE))),
+                                       *kinds("default", (3, 4), AFFINE, ENTRY, BEFORE),
+                                       *(row for steps, full in SHORT for row in other_steps(steps, full, BEFORE)),
+                                       *other_steps(6, (1, 3), TREND, ENTRY))),
     *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),
 )  # fmt: skip
 
@@ -268,7 +304,7 @@ class Judge:
         """The calibrated adaptor of a row, and what its calibration says."""
         if row.kind in (None, IDENTITY, "deepcache"):
             return row.kind, {}
-        model, steps = self.bench.model, row.calibrated_at or sampler.steps
+        model, steps = self.bench.model, row.calibrated_at or row.taken or sampler.steps
         batches, noises = [], iter(range(_SEED, 2 * _SEED))
         for at in range(0, min(row.captions, len(self.captions)), 256):
             batches.append(self.captions[at : min(at + 256, row.captions)])

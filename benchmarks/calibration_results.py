@@ -55,12 +55,21 @@ class Rows:
         """Fréchet distance."""
         return statistics.fmean(self.row(key)["scores"][part]["Fréchet"])
 
-    def calibrated(self, group: str, saved: float = 0, condition: Callable[[Any], bool] = bool) -> str | None:
-        """The calibrated row that saves so much whose distance is lowest *on the captions that rows are chosen by*."""
+    def calibrated(
+        self, group: str, saved: float = 0, condition: Callable[[Any], bool] = bool, *, any_steps: bool = False
+    ) -> str | None:
+        """The calibrated row that saves so much whose distance is lowest *on the captions that rows are chosen by*.
+
+        Args:
+            group: of the row.
+            saved: share of MACs, at least.
+            condition: that the row meets, too.
+            any_steps: of the sampler; else as many as the group's plain row takes.
+        """
         keys = [
             key for key, row in self.data["rows"].items()
             if key.split("/")[0] == group and row["kind"] not in (None, IDENTITY, "deepcache")
-            and self.saved(key) >= saved and condition(row)
+            and (any_steps or row["taken"] is None) and self.saved(key) >= saved and condition(row)
         ]  # fmt: skip
         return min(keys, key=lambda key: self.mean(key, "choose"), default=None)
 
@@ -148,7 +157,7 @@ def _peers(rows: Rows) -> list[str]:
             continue
         beaten, others, alone = [], [], []
         for peer in peers:
-            key = rows.calibrated(group.name, rows.saved(peer) - 0.005)
+            key = rows.calibrated(group.name, rows.saved(peer) - 0.005, any_steps=True)
             label = peer.split("/")[1]
             if key is None:
                 alone.append(f"{label} ({percent(rows.saved(peer))})")
@@ -159,7 +168,7 @@ def _peers(rows: Rows) -> list[str]:
             if statistics.fmean(gap) + half(gap) < 0:
                 beaten.append(text)
                 continue
-            near = rows.calibrated(group.name, rows.saved(peer) - _NEAR)
+            near = rows.calibrated(group.name, rows.saved(peer) - _NEAR, any_steps=True)
             if near is not None and near != key:
                 text = f"{text[:-1]}; `{near.split('/')[1]}`, {percent(rows.saved(near))}: " \
                        f"{interval(rows.gap(near, peer))})"  # fmt: skip
@@ -176,7 +185,7 @@ def _peers(rows: Rows) -> list[str]:
 
 
 def _is_peer(row: Mapping[str, Any]) -> bool:
-    return row["kind"] == "deepcache" or row["taken"] is not None
+    return row["kind"] == "deepcache" or (row["kind"] is None and row["taken"] is not None)
 
 
 def half(gap: Sequence[float]) -> float:
