@@ -145,7 +145,7 @@ def student_errors(
     Returns:
         "feature": step → ‖made - true‖ / ‖true‖ of the region's exit; "output": the same of the guided output.
     """
-    from clockwork_hooks.training.recording import Needs, TrajectoryRecorder
+    from clockwork_hooks.training.trajectory import Needs, TrajectoryRecorder
 
     recorder = TrajectoryRecorder(bench.model.unet, region=bench.region(group))
     try:

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clockwork_hooks.adaptors.base import Adaptor, resolve_adaptor
+from clockwork_hooks.adaptors import stand_in
+from clockwork_hooks.adaptors.stand_in import Adaptor, resolve_adaptor
 from clockwork_hooks.clock.samplers import find_sampler
-from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError, ClockworkError, NoEffectWarning, SkippedModuleWarning

@@ -16,11 +16,10 @@ from torch import nn
 
 from clockwork_hooks._tree import address, held
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.base import resolve_adaptor
+from clockwork_hooks.adaptors.stand_in import resolve_adaptor, schedules_of
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import check_names, wrap
-from clockwork_hooks.engine.stand_in import schedules_of
 from clockwork_hooks.engine.stats import RunReport
 from clockwork_hooks.engine.wrapper import ClockworkWrapper
 from clockwork_hooks.errors import ArgumentError

@@ -32,9 +32,8 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
-from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.operators import operator_name
-from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.adaptors.base import resolve_adaptor
+from clockwork_hooks.adaptors.stand_in import resolve_adaptor
 from clockwork_hooks.cli import main
 from tests.test_analysis import sampler, tiny
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.adaptors.stand_in import masked_mean
 from clockwork_hooks.engine.passes import Pass
-from clockwork_hooks.engine.stand_in import masked_mean
 from tests.small_unet import Tiny
 from tests.zoo import ZOO
 

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from clockwork_hooks.errors import ArgumentError, CountError
 from clockwork_hooks.graph import operators
-from clockwork_hooks.graph.macs import node_macs
-from clockwork_hooks.graph.operators import kind, operator_name
+from clockwork_hooks.graph.operators import kind, node_macs, operator_name
 from clockwork_hooks.graph.tracing import record, recording
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reports": {"_numbers", "_version", "errors"},
     "regions": BASE | {"graph", "reports"},
     "clock": {"_tree", "graph"},
-    "adaptors": BASE | {"regions", "reports"},
+    "adaptors": BASE | {"clock", "graph", "regions", "reports", "schedule"},
     "engine": CORE,
     "comfyui": CORE,
     "diffusers": CORE,

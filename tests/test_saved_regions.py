@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import clockwork_hooks as ch
 from clockwork_hooks.engine import passes
 from clockwork_hooks.engine.engine import Engine
+from clockwork_hooks.regions.fingerprint import structure
 from clockwork_hooks.regions.region import seal
-from clockwork_hooks.regions.structure import structure
 from tests.oracle import Judge
 from tests.schemas import follows_its_schema
 from tests.small_unet import Tiny

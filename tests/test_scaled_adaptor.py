@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks.adaptors import LearnedAdaptor, ResNetAdaptor, ScaledResNetAdaptor
-from clockwork_hooks.graph.macs import node_macs
+from clockwork_hooks.graph.operators import node_macs
 from clockwork_hooks.graph.tracing import recording
 
 EXIT, ENTRY = ({"channels": c, "space": (8, 8)} for c in (4, 3))

@@ -9,8 +9,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.engine import cuda_graphs
-from clockwork_hooks.training.recording import TrajectoryRecorder
-from clockwork_hooks.training.trajectory import Buffer
+from clockwork_hooks.training.trajectory import Buffer, TrajectoryRecorder
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.training.recording import TrajectoryRecorder
 from clockwork_hooks.training.result import latest_checkpoint
-from clockwork_hooks.training.trajectory import Buffer
+from clockwork_hooks.training.trajectory import Buffer, TrajectoryRecorder
 from tests.small_unet import Tiny
 from tests.training_parts import GUIDANCE, TIMES, Small, sampler
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
-from clockwork_hooks.adaptors.networks import ResidualAdaptor
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, ResidualAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.normal_equations import KINDS, NormalEquations, Shape
 from clockwork_hooks.clock import reasons

@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor
+from clockwork_hooks.adaptors.stand_in import Adaptor, IdentityAdaptor
 
 if TYPE_CHECKING:
-    from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
-    from clockwork_hooks.adaptors.learned import LearnedAdaptor
-    from clockwork_hooks.adaptors.networks import ResidualAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
+    from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, ResidualAdaptor
+    from clockwork_hooks.adaptors.learned import LearnedAdaptor, ResNetAdaptor, ScaledResNetAdaptor, UNetAdaptor
 
 __all__ = [
     "Adaptor",
@@ -29,10 +28,10 @@ __all__ = [
 HOMES = {  # class → the module that it is imported from when it is first asked for, or loaded
     "CalibratedAdaptor": "calibrated",
     "LearnedAdaptor": "learned",
-    "ResNetAdaptor": "networks",
-    "ResidualAdaptor": "networks",
-    "ScaledResNetAdaptor": "networks",
-    "UNetAdaptor": "networks",
+    "ResNetAdaptor": "learned",
+    "ResidualAdaptor": "calibrated",
+    "ScaledResNetAdaptor": "learned",
+    "UNetAdaptor": "learned",
 }
 KINDS = {"resnet": "ResNetAdaptor", "scaled-resnet": "ScaledResNetAdaptor", "unet": "UNetAdaptor"}  # of `distill`
 

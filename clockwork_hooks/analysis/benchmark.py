@@ -14,10 +14,9 @@ from torch import nn
 from clockwork_hooks._numbers import count, percent, shape
 from clockwork_hooks._tree import tensors
 from clockwork_hooks._version import versions
-from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, resolve_adaptor
+from clockwork_hooks.adaptors.stand_in import AdaptorLike, is_identity, region_options, resolve_adaptor
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.engine.stand_in import region_options
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, named, whole
 from clockwork_hooks.graph.tracing import record

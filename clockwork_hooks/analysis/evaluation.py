@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
-from clockwork_hooks.adaptors.base import resolve_adaptor
+from clockwork_hooks.adaptors.stand_in import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.analysis.sampling import check_runs
 from clockwork_hooks.analysis.timing import device_name, measured

@@ -21,12 +21,17 @@ from torch import nn
 
 from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, needs_of, resolve_adaptor
-from clockwork_hooks.engine.stand_in import check_region, region_options
+from clockwork_hooks.adaptors.stand_in import (
+    AdaptorLike,
+    check_region,
+    is_identity,
+    needs_of,
+    region_options,
+    resolve_adaptor,
+)
 from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, named, whole
 from clockwork_hooks.graph.arguments import Binder
-from clockwork_hooks.graph.macs import node_macs
-from clockwork_hooks.graph.operators import Handle, Kind, kind, operator_name
+from clockwork_hooks.graph.operators import Handle, Kind, kind, node_macs, operator_name
 from clockwork_hooks.graph.operators import handles as counted_by
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record

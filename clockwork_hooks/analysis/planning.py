@@ -22,8 +22,8 @@ from torch import nn
 
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, percent
-from clockwork_hooks.adaptors.base import AdaptorLike
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
+from clockwork_hooks.adaptors.stand_in import AdaptorLike
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.sampling import (
     Adaptors,

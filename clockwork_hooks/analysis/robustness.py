@@ -26,8 +26,8 @@ from clockwork_hooks._numbers import count, shape
 from clockwork_hooks._tree import leaves, map_leaves
 from clockwork_hooks.analysis.sampling import Watch, check_runs, final, first_call, reference
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, named_options, share
-from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.operators import is_spatial
+from clockwork_hooks.graph.recorder import TensorSpec
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.blocks import View
 from clockwork_hooks.regions.dominance import Dominance

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate
 from clockwork_hooks._tree import map_leaves
-from clockwork_hooks.adaptors import Adaptor
-from clockwork_hooks.adaptors.base import AdaptorLike, is_identity, needs_of, resolve_adaptor
+from clockwork_hooks.adaptors import Adaptor, stand_in
+from clockwork_hooks.adaptors.stand_in import AdaptorLike, is_identity, needs_of, resolve_adaptor
 from clockwork_hooks.analysis.timing import now
 from clockwork_hooks.clock.timeline import Position, Trail
-from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.hooks import Installed

@@ -162,7 +162,7 @@ def _set(options: dict[str, Any], text: str) -> None:
 
 
 def _adaptor(table: Any) -> Any:
-    from clockwork_hooks.training.setup import kind_of
+    from clockwork_hooks.training.distill import kind_of
 
     own = {"kind": table} if isinstance(table, str) else dict(table)
     kind = kind_of(own.pop("kind", "resnet"))

@@ -1,15 +1,6 @@
-"""Every reason that `cw.stats.reasons` counts: what causes it, what to do about it, and which calls stand apart.
+"""Every reason that `cw.stats.reasons` counts: what causes it, and what to do about it."""
 
-Calls that are compiled, traced, transformed or run again by a backward pass stand apart from any sampling loop. What a
-transform computes is of the UNet, not of an approximation that depends on the call before, and a call that is run again
-has to do what it did the first time. So both are full passes, and belong to no trajectory.
-"""
-
-from __future__ import annotations
-
-from torch import _C, is_inference_mode_enabled
-
-__all__ = ["REASONS", "stands_apart"]
+__all__ = ["REASONS"]
 
 FIRST = "first step"
 SCHEDULED = "scheduled"
@@ -189,38 +180,3 @@ REASONS: dict[str, tuple[str, str]] = {
         "a version of torch in the range of pyproject.toml; report it if it happens there",
     ),
 }
-
-
-def stands_apart() -> str | None:
-    """Why the call that begins now is none of a sampling loop's; None where it is. Reads six flags of torch.
-
-    The flags have no public names. Where torch lacks one of them nobody can tell, so every call is a full pass.
-
-    Example:
-        >>> import torch
-        >>> seen = []
-        >>> def f(x):
-        ...     seen.append(stands_apart())
-        ...     return x * x
-        >>> f(torch.ones(1)), torch.func.vjp(f, torch.ones(1))[0]
-        (tensor([1.]), tensor([1.]))
-        >>> seen
-        [None, 'within a transform of torch.func']
-    """
-    try:
-        if _C._get_tracing_state() is not None:
-            return COMPILED
-        if _C._len_torch_dispatch_stack() and _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None:
-            return COMPILED  # by `make_fx`
-        if _C._functorch.peek_interpreter_stack() is not None:
-            return TRANSFORMED
-        if _C._current_graph_task_id() != -1:  # it is run again
-            return REPEATED
-        hooks = _C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
-            return REPEATED
-        if not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
-            return REPEATED
-    except AttributeError:
-        return UNTOLD
-    return None

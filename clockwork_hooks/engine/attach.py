@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from clockwork_hooks._numbers import shape
-from clockwork_hooks.adaptors.base import AdaptorLike, resolve_adaptor
-from clockwork_hooks.engine import stand_in
+from clockwork_hooks.adaptors import stand_in
+from clockwork_hooks.adaptors.stand_in import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import address
-from clockwork_hooks.adaptors.base import Adaptor, IdentityAdaptor, needs_of
+from clockwork_hooks.adaptors import stand_in
+from clockwork_hooks.adaptors.stand_in import Adaptor, IdentityAdaptor, needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.times import may_be_form
-from clockwork_hooks.engine import stand_in
-from clockwork_hooks.engine.notices import OtherSteps
+from clockwork_hooks.engine.stats import OtherSteps
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments, Inputs
 from clockwork_hooks.graph.recorder import ModuleCall

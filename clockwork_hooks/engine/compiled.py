@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clockwork_hooks._tree import flat, map_leaves, version
-from clockwork_hooks.adaptors.base import needs_of
-from clockwork_hooks.engine import stand_in
+from clockwork_hooks.adaptors import stand_in
+from clockwork_hooks.adaptors.stand_in import needs_of
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
 from clockwork_hooks.regions.cut import Kind

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import flat, leaves, map_leaves, tensors, version
-from clockwork_hooks.adaptors.base import needs_of
+from clockwork_hooks.adaptors import stand_in
+from clockwork_hooks.adaptors.stand_in import needs_of
 from clockwork_hooks.clock.conditions import Weights
-from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, time_leaf
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning

@@ -35,7 +35,6 @@ from clockwork_hooks._tree import address, flat, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
-from clockwork_hooks.graph.bindings import TensorSpec
 from clockwork_hooks.graph.operators import (
     CONVOLUTIONS,
     LENGTH_FIRST,
@@ -45,7 +44,7 @@ from clockwork_hooks.graph.operators import (
     kind,
     qualified_name,
 )
-from clockwork_hooks.graph.recorder import ModuleCall, eager, written_by
+from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, eager, written_by
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 

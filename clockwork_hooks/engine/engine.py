@@ -23,21 +23,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from clockwork_hooks._tree import address, tensors, version
+from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Snapshot, Weights
-from clockwork_hooks.clock.loops import State, States
+from clockwork_hooks.clock.loops import State, States, stands_apart
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
-from clockwork_hooks.engine import stand_in
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, form
 from clockwork_hooks.engine.fresh import Following, Watching
 from clockwork_hooks.engine.hooks import Census, Installed
-from clockwork_hooks.engine.notices import NoAdaptorPass, OtherSteps, Watchers, warn_of_failure
-from clockwork_hooks.engine.passes import Active, Emit, Emitted, Exchanged, Outcome, Pass
+from clockwork_hooks.engine.passes import Active, Before, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
-from clockwork_hooks.engine.stats import Stats
+from clockwork_hooks.engine.stats import NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
 from clockwork_hooks.engine.taint import SkippedValueError, Taint, holds_placeholder, may_cause
-from clockwork_hooks.engine.undo import Before
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder
@@ -282,7 +280,7 @@ class Engine:
             state.calls.clear()
 
     def _serve(self, state: State, call: UNetCall) -> Any:
-        reason = reasons.stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
+        reason = stands_apart() or (reasons.COMPILED if _fake(call.arguments) else None)
         if reason is not None:
             return self._run_apart(state, call, reason)
         call.signature = self._signatures.get(call.key)

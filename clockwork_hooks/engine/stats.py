@@ -1,19 +1,45 @@
-"""What ran, what it cost, and why each full pass was full."""
+"""What ran, what it cost, and why each full pass was full; and what a user is told of it once, in a warning.
+
+The warnings are of no adaptor pass, of another number of steps, and of somebody who looks at skipped modules.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import sys
 import threading
+import types
+import warnings
 from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from clockwork_hooks._numbers import macs, percent, quantity
+from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.timeline import Position
+from clockwork_hooks.engine.hooks import walk
+from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
 from clockwork_hooks.reports.report import Report
+from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
 
-__all__ = ["Counts", "RunReport", "Stats", "TrajectoryStats"]
+__all__ = [
+    "Counts",
+    "NoAdaptorPass",
+    "OtherSteps",
+    "RunReport",
+    "Stats",
+    "TrajectoryStats",
+    "Watchers",
+    "warn_of_failure",
+    "watchers",
+]
 
 
 @dataclass(slots=True)
@@ -215,3 +241,284 @@ class RunReport(Report):
     def data(self) -> dict[str, Any]:
         """All fields; counts as integers, MACs in units."""
         return {name: getattr(self, name) for name in RunReport.__slots__} | {"saving": self.saving}
+
+
+# Nothing is amiss where passes are full for these.
+_QUIET = frozenset(
+    {
+        *(reasons.FIRST, reasons.SCHEDULED, reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
+        *(reasons.COMPILED, reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE, reasons.UNANALYSED),
+    }
+)
+_STEPS, _DOUBTED = 6, 3
+_RESTARTS = 12
+_UP_AND_DOWN = (
+    "times run up and down, so that call after call seems to begin a trajectory: a sampler that evaluates between its "
+    "steps or adds noise before each, as dpm_2_ancestral, dpmpp_2s_ancestral, EDM with churn and KarrasVe do",
+    'if the calls are of one run, `with cw.sampler("dpm_2_ancestral", sigmas):` around it, with its sampler\'s name '
+    '("edm" for EDM, "karras_ve"); or `with cw.step():` around the evaluations of each step, as for RePaint',
+)
+_RUNS, _EVALUATIONS = 24, 128  # of one step, in a row; of one step: a picture in tiles has many
+_ONE_STEP = (
+    "each call is of the first step of a run: `with cw.trajectory():` or `cw.reset()` stands inside the loop over the "
+    "steps, or `with cw.step():` around all of it; or the time is the same in every call",
+    "put `with cw.trajectory():` around the whole run, and `with cw.step():` around the evaluations of one step; for "
+    "single evaluations, in which there is nothing to reuse: `cw.enabled = False`",
+)
+_WHOLE_RUNS = 2  # that none of the adaptor's steps was in
+_PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
+# Libraries whose hooks and forwards move or compute what the module itself does, and look at nothing.
+_HARMLESS = ("torch", "accelerate", "diffusers", "peft", "clockwork_hooks")
+
+
+class NoAdaptorPass:
+    """Counts denoising steps without an adaptor pass, and warns once: of the leading reason, and what to do.
+
+    Attributes:
+        needless: paths of `ignore=` that the last recorded call had no argument at.
+        runs_tell: does it tell anything that the run under way has no adaptor pass?
+    """
+
+    def __init__(self) -> None:
+        self.needless: tuple[str, ...] = ()
+        self.runs_tell = True
+        self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
+        self._runs, self._evaluations = 0, 0  # since a second step
+        self._whole_runs, self._reached = 0, 0  # by the schedule alone, and the last step of the longest
+        self._doubted: Counter[str] = Counter()
+        self._changed: Counter[str] = Counter()
+
+    def count(self, reason: str, place: Position, adapted: int) -> None:
+        """A full pass has run, for this reason; there were so many adaptor passes before it."""
+        if self._warned:
+            return
+        in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
+        if in_turn or adapted != self._adapted:
+            self._adapted, self._steps, self._calls, self._runs, self._evaluations = adapted, 0, 0, 0, 0
+            self._whole_runs = self._reached = 0
+            self._doubted.clear()
+            self._changed.clear()
+        if in_turn:
+            return
+        self._calls += 1
+        if self.runs_tell:
+            self._count_runs(reason, place)
+        else:
+            self._runs, self._evaluations, self._whole_runs = 0, 0, -1
+        if place.changed:
+            self._changed.update(place.changed)
+        if place.trajectory == 0 or self._at != (place.trajectory, place.step):
+            self._at, self._steps = (place.trajectory, place.step), self._steps + 1
+            if reason not in _QUIET:
+                self._doubted[reason] += 1
+        if place.restarts >= _RESTARTS and self._calls >= _RESTARTS:
+            self._warn(reason, place)
+        elif self._runs >= _RUNS or self._evaluations >= _EVALUATIONS:
+            self._warn(reasons.FIRST, place, _ONE_STEP)
+        elif self._whole_runs >= _WHOLE_RUNS:
+            self._warn(reasons.SCHEDULED, place, _not_reached(self._reached))
+        elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
+            leading = self._doubted.most_common(1)[0][0]
+            if self._steps >= _PATIENCE.get(leading, _STEPS):
+                self._warn(leading, place)
+
+    def _count_runs(self, reason: str, place: Position) -> None:
+        """Runs of one step in a row, and whole runs in which the schedule alone made all passes full."""
+        begins = reason == reasons.FIRST and self._at[0] != place.trajectory
+        if reason not in (reasons.FIRST, reasons.TRACED):
+            self._runs = self._evaluations = 0
+        else:
+            self._runs, self._evaluations = self._runs + begins, self._evaluations + 1
+        if reason == reasons.SCHEDULED:
+            self._reached = max(self._reached, place.step)
+        elif begins:
+            self._whole_runs += self._at[1] > 1
+        elif reason != reasons.FIRST:
+            self._whole_runs, self._reached = -1, 0  # of the run under way nothing can be said
+
+    def _warn(self, leading: str, place: Position, why: tuple[str, str] | None = None) -> None:
+        self._warned = True
+        cause, remedy = why or reasons.REASONS[leading]
+        if place.restarts >= _DOUBTED and leading in (reasons.FIRST, reasons.EVIDENCE):
+            cause, remedy = _UP_AND_DOWN
+        paths = [path for path, _ in self._changed.most_common(3)] if leading == reasons.NEW else []
+        seen = f"  arguments with another value in each step: {', '.join(paths)}\n" if paths else ""
+        if leading == reasons.NEW and self.needless:
+            seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
+        what = f"{self._calls} calls" if self._steps < 2 else f"{self._steps} denoising steps"
+        asked = "" if leading == reasons.SCHEDULED else ", though the schedule asks for some"
+        _warn(
+            f"{what} without an adaptor pass{asked}: nothing is saved\n"
+            f"  most are full because: {leading}\n  cause: {cause}\n{seen}"
+            f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
+            NoEffectWarning,
+        )
+
+
+def _not_reached(steps: int) -> tuple[str, str]:
+    """Cause and remedy, where runs have so many steps."""
+    return (
+        f"runs have {steps} steps, and the schedule gives none of these to the adaptor",
+        "choose steps that there are: `schedule=ch.Schedule.every(2)`. An adaptor that was tuned or calibrated "
+        "elsewhere counts steps as its loop did: `wrap_pipeline` counts those of the scheduler, `wrap` and `ch.tune` "
+        "each time",
+    )
+
+
+def _ignoring(paths: Iterable[str]) -> str:
+    """What to write where nothing within the region depends on these arguments."""
+    names = "".join(f'"{path}", ' for path in paths).rstrip()
+    return f"; or, if nothing in the region depends on it: ch.wrap(unet, ignore=({names}))" if names else ""
+
+
+class OtherSteps:
+    """Warns once of a number of steps: another one than the adaptor was made for, or one that a schedule has to know.
+
+    Args:
+        adaptor: its class, for the message.
+        counts: numbers of steps that it was made for; none where it does not say.
+        asks: the schedule, where it depends on the number of steps and only the run can tell it.
+    """
+
+    def __init__(self, adaptor: str, counts: Collection[int], asks: Schedule | None = None) -> None:
+        self._adaptor, self._counts, self._asks = adaptor, counts, asks
+
+    def look(self, step: int, steps: int | None, *, pipeline: bool = False) -> None:
+        """An adaptor pass at this step of a run of so many steps; None where that is not known.
+
+        Of a pipeline it is known where its scheduler says it, and a user who passed a clock can do nothing elsewhere.
+        """
+        if steps is None and self._asks is not None and not pipeline:
+            asks, self._asks = self._asks, None
+            _warn(
+                f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n"
+                "  steps: not known, so spread and early run as every, and last_full has no effect\n"
+                "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
+                f"schedule=Schedule.at(Schedule.{asks}.adaptor_steps(20))",
+                OtherStepsWarning,
+            )
+        if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
+            return
+        counts, self._counts = self._counts, ()
+        _warn(
+            f"an adaptor is best in the number of steps that it was made for: {self._adaptor} was made for "
+            f"{' or '.join(map(str, counts))} steps, and this run has {steps or f'{step} or more'}\n"
+            "What to do: calibrate or train one with this number of steps",
+            OtherStepsWarning,
+        )
+
+
+class Watchers:
+    """Warns once of code of others that looks at modules which adaptor passes skip."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def look(self, unet: nn.Module, paths: Iterable[str], keep: Iterable[str]) -> None:
+        """Look at the modules with skipped calls, and at all inside them, but for those that are kept."""
+        if self._warned:
+            return
+        watching = watchers(unet, paths, tuple(keep))
+        if watching:
+            self._warned = True
+            lines = [f"  {path}: {what}" for path, what in list(watching.items())[:8]]
+            more = [f"  and {len(watching) - 8} more"] if len(watching) > 8 else []
+            tops = [path for path in watching if not any(path.startswith(f"{other}.") for other in watching)]
+            names = json.dumps(tops)  # all of them: a controller that counts needs every layer that it counts
+            _warn(
+                "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
+                + "\n".join([*lines, *more])
+                + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; "
+                "clockwork-hooks explain SkippedModuleWarning says more",
+                SkippedModuleWarning,
+            )
+
+
+def warn_of_failure(error: Exception) -> None:
+    """The recorded call of a later input signature could not be analysed: its calls are full."""
+    _warn(
+        "calls of one input signature could not be analysed: they are full passes, and others are served as before\n"
+        f"  error: {type(error).__name__}: {error}"
+        + (
+            "" if isinstance(error, ClockworkError) else "\nWhat to do: report it, with the UNet and the input's shapes"
+        ),
+        NoEffectWarning,
+    )
+
+
+def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
+    """Modules at and below these paths that code of others looks at: path → what it is."""
+    watching: dict[str, str] = {}
+    for top in paths:
+        try:
+            module = unet.get_submodule(top)
+        except AttributeError:
+            continue
+        suspects = [
+            own
+            for own in map(vars, walk(module))
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "processor" in own
+        ]
+        if not any(map(_watcher, suspects)):
+            continue  # nearly always: no path is written
+        for path, inner in module.named_modules(prefix=top, remove_duplicate=False):
+            what = _watcher(vars(inner))
+            if what and not any(path == name or path.startswith(f"{name}.") for name in keep):
+                watching[path] = what
+    return watching
+
+
+def _watcher(module: Mapping[str, Any]) -> str | None:
+    for hooks in (module["_forward_hooks"], module["_forward_pre_hooks"]):
+        for hook in hooks.values():
+            if not _is_harmless(hook):
+                return f"a forward hook, {_name(hook)}"
+    own = module.get("forward")
+    if isinstance(own, types.FunctionType) and not _is_harmless(own):
+        return f"a forward of somebody else's, {_name(own)}"
+    processor = module.get("processor")
+    if processor is not None and not isinstance(processor, nn.Module) and _has_state(processor):
+        return f"an attention processor with state, {type(processor).__name__}"
+    return None
+
+
+def _is_harmless(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.split(".")[0] in _HARMLESS and "pipelines" not in home  # pipelines hook in to look at maps
+
+
+def _has_state(processor: Any) -> bool:
+    """Does it hold what one call may leave for another: attributes of an object of no library's class?"""
+    foreign = [
+        kind
+        for kind in type(processor).__mro__
+        if kind is not object and not kind.__module__.startswith(("diffusers.models.", "peft.", "builtins"))
+    ]
+    if not foreign:
+        return False
+    held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
+    return bool(getattr(processor, "__dict__", None)) or any(not _is_code(value) for value in held)
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, (staticmethod, classmethod, property))
+
+
+def _name(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the caller's that called the UNet."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(names: Mapping[str, Any]) -> bool:
+    return str(names.get("__name__")).split(".")[0] in ("clockwork_hooks", "torch")

@@ -20,10 +20,8 @@ from torch.nn.parameter import is_lazy
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
-from clockwork_hooks.graph.bindings import TensorSpec
-from clockwork_hooks.graph.macs import node_macs
-from clockwork_hooks.graph.operators import kind, operator_name
-from clockwork_hooks.graph.recorder import ModuleCall, Recorder
+from clockwork_hooks.graph.operators import kind, node_macs, operator_name
+from clockwork_hooks.graph.recorder import ModuleCall, Recorder, TensorSpec
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
 

@@ -1,26 +1,311 @@
-"""Make a region of one trace: from its exit and the nodes inside to what is skipped, picked up and saved."""
+"""Make a region of one trace: from its exit and the nodes inside to what is skipped, picked up and saved.
+
+`Facts` is what the search and the making of regions look up in a trace: dominance, levels, embeddings, and what calls
+take and return. `Embeddings` are the tensors that tell an adaptor the time and the text, found by what the graph does
+with them: among what feeds the region and does not depend on the sample. A condition is an *embedding*: a vector (B,
+D) or tokens (B, L, D) whose last axis a linear layer reads, or made. So masks, sizes and maps are none, whatever
+their names.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import fx, nn
 
-from clockwork_hooks._tree import map_leaves
-from clockwork_hooks.graph.bindings import TensorSpec
-from clockwork_hooks.graph.operators import operator_name
-from clockwork_hooks.graph.recorder import ModuleCall
+from clockwork_hooks._tree import leaves, map_leaves
+from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
+from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec
+from clockwork_hooks.graph.tracing import Trace, module_paths
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
-from clockwork_hooks.regions.dominance import Mask
-from clockwork_hooks.regions.facts import Facts, Leaf, index_of
+from clockwork_hooks.regions.dominance import Dominance, Mask
+from clockwork_hooks.regions.fingerprint import Fingerprints, structure
+from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Boundary, Region, Side
 
-__all__ = ["between", "build", "without"]
+__all__ = ["Embeddings", "Facts", "Leaf", "between", "build", "index_of", "nodes_of", "without"]
+
+Leaf = tuple[ModuleCall, int, TensorSpec]  # a call, and the k-th leaf of what it takes or returns
+
+
+def index_of(spec: TensorSpec) -> int:
+    """The index of the node that holds a recorded tensor."""
+    return int(spec.node.meta["index"])
+
+
+def nodes_of(value: object) -> list[int]:
+    """The nodes that hold the recorded tensors of a call's inputs or output."""
+    return [index_of(leaf) for _, leaf in leaves(value) if isinstance(leaf, TensorSpec)]
+
+
+class Facts:
+    """Tables of one trace. What is asked for every region is looked up once: regions can be many.
+
+    Attributes:
+        trace: what was recorded.
+        dominance, levels, embeddings: of the trace.
+        macs, positions, worked_at: one value a node; positions of its tensor, 0 where the shape tells none, and of the
+            level that it works at.
+        operator, input: is the node an operator, is it an input? Likewise.
+        total_parameters: of the UNet.
+        residuals: paths of the inputs that are only added to feature maps.
+        root: the call of the UNet itself.
+        calls: path of a module → its calls.
+        takers, givers: node → where calls take it in, and where they return it.
+        producers: node → the calls of registered modules that return it, the outermost first.
+        writers: storage → the nodes that write to it in place.
+        stand_ins: (call, how many calls of its module come before) → the skipped call, once one was made that is the
+            same in every region.
+    """
+
+    def __init__(self, trace: Trace, unet: nn.Module) -> None:
+        self.trace, self._unet = trace, unet
+        self.dominance, self.levels = Dominance(trace), Levels(trace)
+        self.embeddings = Embeddings(trace, self.dominance)
+        self.residuals = self.dominance.residuals(trace.inputs)
+        self.total_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        named = module_paths(unet)
+        self._modules = {named[id(module)]: module for module in unet.modules() if id(module) in named}
+        self._parameters: dict[str, dict[int, int]] = {}
+        self.stand_ins: dict[tuple[int, int], SkippedCall] = {}
+        self._read_nodes()
+        self._read_calls()
+
+    @functools.cached_property
+    def fingerprints(self) -> Fingerprints:
+        """What tells the trace's regions apart, and is the same in every code of the network."""
+        return Fingerprints(self.trace, self.dominance, self.levels)
+
+    @functools.cached_property
+    def structure(self) -> str:
+        """What the UNet is made of."""
+        try:
+            return structure(self._unet)
+        except (
+            Exception
+        ):  # not all that modules hold can be read: accelerate's maps of weights name more than they have
+            return ""
+
+    def _read_nodes(self) -> None:
+        nodes = self.trace.nodes
+        self.macs = np.array(self.trace.macs, dtype=np.int64)
+        self.positions = np.array([self.levels.positions(node) or 0 for node in nodes], dtype=np.int64)
+        self.worked_at = np.array(self.levels.at, dtype=np.int64)
+        self.operator: Mask = np.array([node.op == "call_function" for node in nodes])
+        self.input: Mask = np.array([node.op == "placeholder" for node in nodes])
+        self.writers: dict[object, list[int]] = {}
+        for n, node in enumerate(nodes):
+            if "was" in node.meta and node.meta.get("storage") is not None:
+                self.writers.setdefault(node.meta["storage"], []).append(n)
+
+    def _read_calls(self) -> None:
+        calls = self.trace.calls
+        self.root = next(call for call in calls if call.path is not None)
+        self.calls: dict[str, list[ModuleCall]] = {}
+        self.takers: dict[int, list[Leaf]] = {}
+        self.givers: dict[int, list[Leaf]] = {}
+        for call in calls:
+            if call.path is not None:
+                self.calls.setdefault(call.path, []).append(call)
+            for value, table in ((call.inputs, self.takers), (call.output, self.givers)):
+                for k, (_, leaf) in enumerate(leaves(value)):
+                    if isinstance(leaf, TensorSpec):
+                        table.setdefault(index_of(leaf), []).append((call, k, leaf))
+        registered = ((n, [call for call, *_ in givers if call.path]) for n, givers in self.givers.items())
+        self.producers = {n: producers for n, producers in registered if producers}
+        self._firsts, self._lasts = (np.array([getattr(call, end) for call in calls]) for end in ("first", "last"))
+        self._registered = np.array([bool(call.path) for call in calls])
+        self._conditions: dict[bool | None, list[tuple[ModuleCall, int]]] = {True: [], False: [], None: []}
+        for n, givers in self.givers.items():
+            if self.dominance.live[n] and not self.dominance.dep[n]:
+                self._conditions[self.embeddings.is_time(n)] += [(call, n) for call, *_ in givers]
+
+    def name(self, n: int) -> str:
+        """What to call node n: the innermost module that returns it, else its operator and where it ran."""
+        node = self.trace.nodes[n]
+        if n in self.producers:
+            return str(self.producers[n][-1].path)
+        if node.op != "call_function":
+            return str(node.name)
+        return f"{operator_name(node)} in {node.meta['module'] or 'the root'}"
+
+    def skippable(self, inside: Mask) -> list[ModuleCall]:
+        """Outermost registered calls with all their live operators inside, one at least depending on the sample."""
+        counts = self.operator & self.dominance.lives
+        outside = np.concatenate([[0], np.cumsum(counts & ~inside)])
+        carrying = np.concatenate([[0], np.cumsum(counts & inside & self.dominance.depends)])
+        whole = outside[self._lasts] == outside[self._firsts]
+        whole &= carrying[self._lasts] > carrying[self._firsts]
+        chosen, indices, k = list[ModuleCall](), np.flatnonzero(self._registered & whole), 0
+        starts = self._firsts[indices].tolist()  # calls are in order of their beginning
+        while k < len(starts):
+            chosen.append(self.trace.calls[indices[k]])
+            k = bisect_left(starts, chosen[-1].last, k + 1)
+        return chosen
+
+    def from_conditions(self, *, time: bool) -> list[tuple[ModuleCall, int]]:
+        """(call, node) of what calls return that comes from the time alone, or from other conditions."""
+        return self._conditions[time]
+
+    def parameters(self, calls: list[ModuleCall]) -> int:
+        """How many parameters the modules of these calls have; one that several share counts once."""
+        sizes: dict[int, int] = {}
+        for path in {str(call.path) for call in calls}:
+            if path not in self._parameters:
+                module = self._modules.get(path)
+                self._parameters[path] = {id(p): p.numel() for p in module.parameters()} if module is not None else {}
+            sizes |= self._parameters[path]
+        return sum(sizes.values())
+
+    def macs_by_level(self, run: Mask) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+        """(spatial shape, MACs on the way down, MACs on the way up) of these nodes, widest first."""
+        nodes = np.flatnonzero(run & (self.macs > 0))
+        at = self.worked_at[nodes]
+        turn = nodes[at == at[at > 0].min()].max() if at.any() else 0  # the last one of the lowest level
+        rows = []
+        for p in sorted(set(at.tolist()), reverse=True):
+            down, up = (int(self.macs[nodes[(at == p) & arm]].sum()) for arm in (nodes <= turn, nodes > turn))
+            rows.append((self.levels.spatial.get(p, ()), down, up))
+        return tuple(rows)
+
+
+_CAT = frozenset({"aten::cat", "aten::concat"})
+_KEPT = {f"aten::{name}" for name in ("repeat", "repeat_interleave", "index_select", "dropout", "native_dropout")}
+_NORMED = {f"aten::{name}" for name in ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")}
+_MIXED = {f"aten::{name}" for name in ("silu", "gelu", "relu", "where", "add", "mul")}
+# what leaves an embedding one: views, casts and copies, norms over its width, a sum with another embedding
+_PASSED = VIEWS | _CAT | _KEPT | _NORMED | {"getitem"}
+
+
+class Embeddings:
+    """The time and the text of one trace."""
+
+    def __init__(self, trace: Trace, dominance: Dominance) -> None:
+        self._trace, self._dominance = trace, dominance
+        self._reached = {
+            path: {n.meta["index"] for n in trace.reachable([node])}
+            for path, node in trace.inputs.items()
+            if path != trace.sample
+        }
+        self._embeddings: dict[int, bool] = {}
+
+    def inputs(self, n: int) -> tuple[str, ...]:
+        """Paths of the inputs that node n's value comes from, the sample left out."""
+        return tuple(path for path, reached in self._reached.items() if n in reached)
+
+    def is_time(self, n: int) -> bool | None:
+        """Does node n's value come from the time? None where it comes from no input but the sample."""
+        paths = self.inputs(n)
+        return bool(set(paths) & set(self._trace.times[:1])) if paths else None
+
+    def time(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
+        """Nodes that hold the time's embedding, best first.
+
+        Args:
+            sides: what feeds the region.
+            returned: nodes made from the time that module calls of an adaptor pass return, before the exit: where the
+                embedding is made inside the region, it is one of these.
+        """
+        fed = [side.node for side in sides if side.kind == "time"]
+        nodes = self._vectors(fed) or self._on_the_way(returned) or self._tokens(fed)
+        return nodes or [n for n in fed if getattr(self._trace.nodes[n].meta.get("dtype"), "is_floating_point", False)]
+
+    def text(self, sides: Sequence[Side], returned: Iterable[int]) -> list[int]:
+        """Nodes that hold the text's embedding, or that of another condition: pooled vectors first, then tokens.
+
+        A pooled vector often enters through the time embedding (SDXL): then the input itself is the node. `returned`
+        are nodes made from conditions other than the time.
+        """
+        fed = [side.node for side in sides if side.kind == "context"]
+        conditions = {path for side in sides for path in side.inputs} - set(self._trace.times[:1])
+        inputs = [node.meta["index"] for path, node in self._trace.inputs.items() if path in conditions]
+        vectors, tokens = self._vectors(fed) + self._vectors(inputs), self._tokens(fed) + self._tokens(inputs)
+        return vectors or tokens or self._on_the_way(returned)
+
+    def mask(self, text: int) -> int | None:
+        """The input that says which of the text's tokens are padding: boolean or called a mask, and (B, L)."""
+        rows, length = self._trace.nodes[text].meta["shape"][:2]
+        for path, node in self._trace.inputs.items():
+            sizes, dtype = node.meta.get("shape", ()), node.meta.get("dtype")
+            called = "mask" in path.rsplit(".", 1)[-1].lower()
+            fits = len(sizes) == 2 and sizes[1] == length and sizes[0] > 0 and rows % sizes[0] == 0
+            if fits and (called or dtype == torch.bool):
+                return int(node.meta["index"])
+        return None
+
+    # -- what is an embedding? ---------------------------------------------------------------------------------------
+
+    def _vectors(self, nodes: Iterable[int]) -> list[int]:
+        return [n for n in dict.fromkeys(nodes) if self._rank(n) == 2 and self._embeds(n)]
+
+    def _tokens(self, nodes: Iterable[int]) -> list[int]:
+        return [n for n in dict.fromkeys(nodes) if self._rank(n) == 3 and self._embeds(n)]
+
+    def _on_the_way(self, returned: Iterable[int]) -> list[int]:
+        """Vectors that modules make on the way; the most used first: an embedding is shared, a projection is not."""
+        return sorted(self._vectors(returned), key=lambda n: (-len(self._dominance.users[n]), -n))
+
+    def _rank(self, n: int) -> int:
+        """Number of axes, those of size one at the end left out; 0 where nothing has a width."""
+        node = self._trace.nodes[n]
+        sizes = node.meta.get("shape", ())
+        if not sizes or not node.meta["dtype"].is_floating_point:
+            return 0
+        if len(sizes) > 2 and math.prod(sizes[2:]) == 1:
+            return 2 if sizes[1] > 1 else 0
+        return len(sizes) if sizes[-1] > 1 else 0
+
+    def _embeds(self, n: int) -> bool:
+        """Is the last axis (the second, where one-sized axes follow) what a linear layer reads, or made?"""
+        if n not in self._embeddings:
+            self._embeddings[n] = self._is_written(n) or self._is_read(n)
+        return self._embeddings[n]
+
+    def _is_written(self, n: int) -> bool:
+        node = self._trace.nodes[n]
+        for _ in range(8):
+            if _reads_features(node) or (self._rank(n) == 2 and kind(node) == "convolution"):
+                return True
+            before = [source for source in node.all_input_nodes if source.op == "call_function"]
+            if node.op != "call_function" or qualified_name(node.target) not in _PASSED | _MIXED or not before:
+                return False
+            node = before[0]
+        return False
+
+    def _is_read(self, n: int) -> bool:
+        width = self._trace.nodes[n].meta["shape"][-1]
+        ways, seen = [self._trace.nodes[n]], {n}
+        while ways:
+            at = ways.pop()
+            for user in at.users:
+                if user.op == "output":
+                    continue
+                index, last = user.meta["index"], (user.meta.get("shape") or (0,))[-1]
+                if index in seen:
+                    continue
+                seen.add(index)
+                if _reads_features(user) and at in user.all_input_nodes[:2]:
+                    return True
+                passed = _PASSED if self._dominance.dep[index] else _PASSED | _MIXED
+                name = qualified_name(user.target) if user.op == "call_function" else ""
+                if (last == width and name in passed) or (last > width and name in _CAT):
+                    ways.append(user)
+        return False
+
+
+def _reads_features(node: fx.Node) -> bool:
+    """Is this a linear layer, an embedding, or attention with its projections?"""
+    if node.op != "call_function":
+        return False
+    return kind(node) == "linear" or operator_name(node) == "embedding" or qualified_name(node.target) in BLOCKS
 
 
 def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str) -> Region | None:

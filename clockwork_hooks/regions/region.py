@@ -12,7 +12,7 @@ import torch
 from clockwork_hooks._numbers import macs, quantity, shape
 from clockwork_hooks.errors import AdaptorError
 from clockwork_hooks.regions.cut import CutPlan, SkippedCall
-from clockwork_hooks.regions.structure import digest
+from clockwork_hooks.regions.fingerprint import digest
 from clockwork_hooks.reports.report import Report, plain
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Region(Report):
         by_level: (spatial shape, MACs on the way down, MACs on the way up) inside, widest first.
         inner: the same region without the downsampler into it and the upsampler out of it (the paper's cut).
         fingerprint: equal for the same region of the same architecture at any batch, size, dtype and device.
-        structure: the digest of the UNet that it was found in (`regions/structure.py`); "" where it holds for none.
+        structure: the digest of the UNet that it was found in (`regions/fingerprint.py`); "" where it holds for none.
     """
 
     SCHEMA = "region/1"

@@ -17,9 +17,8 @@ from torch import nn
 from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions.cut import CutPlan, dtype_of
 from clockwork_hooks.regions.find import Choice
-from clockwork_hooks.regions.fingerprint import is_portable
+from clockwork_hooks.regions.fingerprint import is_portable, structure
 from clockwork_hooks.regions.region import Boundary, Layout, Region, Side, seal
-from clockwork_hooks.regions.structure import structure
 from clockwork_hooks.reports.report import reading
 
 __all__ = ["described_region", "name_advice", "region_differences", "saved_choice", "saved_options", "saved_region"]

@@ -15,9 +15,8 @@ from clockwork_hooks._numbers import shape
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.build import between, build
+from clockwork_hooks.regions.build import Facts, between, build, nodes_of
 from clockwork_hooks.regions.dominance import Edge
-from clockwork_hooks.regions.facts import Facts, nodes_of
 from clockwork_hooks.regions.region import Region
 
 __all__ = ["Search", "listed", "of_fingerprint"]

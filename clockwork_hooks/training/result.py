@@ -20,7 +20,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
-from clockwork_hooks.training.learner import Learner
+from clockwork_hooks.training.trainer import Learner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
