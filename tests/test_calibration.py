@@ -1,5 +1,6 @@
 """Calibrated adaptors on UNets whose exits are known to be linear in what the adaptor reads."""
 
+import concurrent.futures
 import json
 import math
 import weakref
@@ -514,6 +515,115 @@ def test_what_is_no_unet_or_too_few_steps():
         calibrate(sampler(unet), unet, [(2, 2.0)])
     with pytest.raises(ch.ArgumentError, match="sample in more steps"):
         calibrate(unet, sampler(unet, times=TIMES[:1]), [(2, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("log_snr", "said"),
+    [
+        (lambda time: math.inf if time < 300 else -time, r"(?s)a finite number for every time.*time: 250.*inf"),
+        (lambda time: math.log(time / 250 - 1), "(?s)a finite number.*time: 250.*math domain error"),
+        (lambda time: None, "(?s)a finite number.*None"),
+        (lambda time: 1.0, "tells any two times of the sampler apart"),
+        (lambda time: max(-time, -700.0), "(?s)tells any two times.*at 790.*at 900"),
+        (math.sin, "rises with the time, or falls with it"),
+    ],
+)
+def test_a_log_snr_that_is_none(log_snr, said):
+    """Weights of NaN came of some, without a word."""
+    unet = Blocks()
+    before = snapshot(unet)
+    with pytest.raises(ch.ArgumentError, match=said):
+        calibrate(unet, sampler(unet), [(4, 2.0)], log_snr=log_snr)
+    assert snapshot(unet) == before
+
+
+@pytest.mark.parametrize("schedule", [None, {2, 3}])
+@pytest.mark.parametrize("step", [1, 3])
+def test_what_is_not_finite_makes_no_adaptor(step, schedule):
+    unet = Blocks(mix=1.0)
+
+    def generate(count, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        x, c = torch.randn(count, 2, 8, 8, generator=generator), torch.randn(count, 3, generator=generator)
+        for k, time in enumerate(TIMES, 1):
+            if k == step:
+                x = x / torch.arange(count).reshape(-1, 1, 1, 1).clamp(max=1)
+            x = x - 0.1 * unet(x, time, c)
+        return x
+
+    with pytest.raises(ch.ArgumentError, match=f"(?s)is finite numbers.*in step {max(step, 2)}.*its dtype"):
+        calibrate(unet, generate, [4], schedule=schedule)
+
+
+def one_branch(unet, *, modes=(torch.no_grad,), conditions=True):
+    """No guidance; in these modes by turns, and with the condition in every step or in every other one."""
+
+    def generate(count, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        x, c = torch.randn(count, 2, 8, 8, generator=generator), torch.randn(count, 3, generator=generator)
+        for k, time in enumerate(TIMES):
+            with modes[k % len(modes)]():
+                x = x - 0.1 * unet(x, time, c if conditions or k % 2 else 0 * c)
+        return x
+
+    return generate
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_guidance_that_the_sampler_does_not_have(rows):
+    """Halves of one row are none: its weights were those of no sums at all."""
+    unet = Blocks(mix=1.0)
+    with pytest.raises(ch.ArgumentError, match=r"(?s)guidance combines two branches.*leave guidance= out"):
+        calibrate(unet, one_branch(unet), [rows], guidance=2.0)
+    assert calibrate(unet, one_branch(unet), [rows]).table.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"modes": (torch.no_grad, torch.inference_mode)}, "inputs or modes changed since the step before: 5 calls"),
+        ({"conditions": False}, "conditions are new in this step"),
+    ],
+)
+def test_who_has_no_calibrated_step_is_told_why(options, reason):
+    unet = Blocks(mix=1.0)
+    with pytest.raises(ch.ArgumentError, match=rf"(?s)full, {reason}.*like the same call of the step before"):
+        calibrate(unet, one_branch(unet, **options), [4])
+
+
+def test_a_sampler_with_gradients_on_holds_no_graph():
+    unet = Blocks(mix=1.0)
+    plain, inputs = calibrate(unet, one_branch(unet), [4, 4], clock=3), []
+    unet.stem.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+
+    def generate(count, seed=0):
+        result = one_branch(unet, modes=(torch.enable_grad,))(count, seed).detach()
+        del inputs[-1]  # the last call's may be held until its result is gone
+        held.append(sum(one() is not None for one in inputs))
+        return result
+
+    held = []
+    adaptor = calibrate(unet, generate, [4, 4], clock=3)
+    assert held == [0] * len(held)
+    assert adaptor.report.kind == plain.report.kind
+
+
+def test_a_sampler_that_calls_the_unet_in_a_thread():
+    """It finds no result where its first call is all that was wanted. Steps that it has no evidence for are named."""
+    unet = Blocks(mix=1.0)
+
+    def generate(count, seed=0):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            done = pool.submit(one_branch(unet), count, seed)
+            try:
+                return done.result()
+            except BaseException as error:
+                raise RuntimeError("the worker failed") from error
+
+    with pytest.warns(ch.OtherStepsWarning, match=r"(?s)steps: 2, 3, 4, 5\n.*not known to be one trajectory") as caught:
+        adaptor = calibrate(unet, generate, [4])
+    assert [step.step for step in adaptor.report.steps] == [6]
+    assert caught[0].filename == __file__
 
 
 def test_nothing_stays_on_the_unet():

@@ -332,3 +332,27 @@ def test_nothing_stale_in_a_loop_that_is_not_named_anywhere(loop: Loop, schedule
             runs.append(judge.letters)
     assert runs[0] == runs[1]
     assert runs[0].count("A") >= LOOPS[loop][within]
+
+
+class TakesAnyTime(Tiny):
+    """A UNet that copes with NaN and infinity."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        return super().forward(x, torch.as_tensor(t).nan_to_num(950.0, 990.0, 10.0), c, **more)
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("listed", [True, False], ids=["one list", "tensors"])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_no_times(odd: float, listed: bool) -> None:
+    """From infinity to infinity is no step: two calls of one step, of which the second was served by the first."""
+    judge, random = Judge(TakesAnyTime()), torch.Generator().manual_seed(0)
+    for places in itertools.combinations(range(len(TIMES)), 2):
+        times = torch.tensor([odd if k in places else float(time) for k, time in enumerate(TIMES)])
+        judge.begin()
+        with ch.wrap(judge.unet):
+            for step, time in enumerate(times, 1):
+                for _ in range(2):
+                    judge.call(noise(random), time if listed else time.clone(), step=step)
+    assert judge.share > 0.05 or not listed

@@ -13,6 +13,8 @@ import bisect
 import itertools
 import math
 import time as clocks
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +29,14 @@ from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, carried, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
+from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, is_number, named_options
+from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
@@ -206,8 +209,9 @@ def calibrate(
             and the kernel also with "+trend", how the exit moved between the last two full passes, which costs nothing
             and tells most where steps are many; or "auto", which tries all but the kernel.
         ridge: relative to the diagonal; None to have it chosen.
-        log_snr: raw time → log-SNR, or a diffusers scheduler; None takes it from `generate.scheduler`, else uses the
-            time itself. Weights between two calibrated positions are interpolated in it.
+        log_snr: raw time → log-SNR, a finite number that rises or falls with the time; or a diffusers scheduler. None
+            takes it from `generate.scheduler`, else uses the time itself. Weights between two calibrated positions are
+            interpolated in it.
         refit: fit again on what the student reaches, where adaptor steps follow each other.
         console: where the progress bar goes; None for standard error.
 
@@ -272,14 +276,7 @@ def calibrate(
         if steps is not None and later:
             steps = Schedule.at(steps.adaptor_steps(sums.last_step))
             sums.places = {time: place for time, place in sums.places.items() if steps.skips(place.step)}
-        if not sums.places:
-            raise ArgumentError(
-                "a calibrated step is one that the sampler takes, from its second on",
-                seen={"schedule": steps or "all steps from the second on", "steps seen": sums.last_step},
-                do="pass the schedule that the sampler is to be run with"
-                if sums.last_step > 1
-                else "sample in more steps: a trajectory's first step is always full",
-            )
+        _check_seen(sums, steps)
         solver = Solver(chosen, sums, kind, ridge, levels, trends=steps is not None)
         if steps is not None and later and KINDS[solver.name].trend:  # the trend is that of the schedule's full steps
             bar.update(task, total=2 * len(batches))
@@ -378,8 +375,83 @@ def _log_snr(source: Any, generate: Any) -> Callable[[float], float] | None:
                 seen={"log_snr": type(source).__name__},
                 do="pass log_snr=lambda sigma: -2 * math.log(sigma)",
             )
-        return source  # type: ignore[no-any-return]
+        return _checked(source)
     return log_snr
+
+
+def _checked(log_snr: Callable[[float], float]) -> Callable[[float], float]:
+    """The user's own function, with an error where it has no number for a time."""
+
+    def at(time: float) -> float:
+        level: Any = None
+        try:
+            level = log_snr(time)
+            if math.isfinite(number := float(level)):
+                return number
+        except (TypeError, ValueError, ArithmeticError) as error:
+            level = f"{type(error).__name__}: {first_line(error)}"
+        raise ArgumentError(
+            "log_snr gives a finite number for every time that the UNet is called with",
+            seen={"time": time, "log_snr": level},
+            do="bound what it is computed of: -2 * math.log(max(sigma, 1e-6))",
+        )
+
+    return at
+
+
+def _check_seen(sums: Sums, steps: Schedule | None) -> None:
+    """Raise `ArgumentError` where what was seen does not make an adaptor."""
+    if not sums.places:
+        do = "pass the schedule that the sampler is to be run with"
+        if sums.refused:
+            do = "let each call be like the same call of the step before: docs/timeline.md says what a reason means"
+        elif sums.last_step <= 1:
+            do = "sample in more steps: a trajectory's first step is always full"
+        raise ArgumentError(
+            "a calibrated step is one that the sampler takes, from its second on",
+            seen={
+                "schedule": steps or "all steps from the second on",
+                "steps seen": sums.last_step,
+                **{f"full, {reason}": count(calls, "call") for reason, calls in sums.refused.most_common(3)},
+            },
+            do=do,
+        )
+    if sums.guidance is not None and not sums.combined:
+        raise ArgumentError(
+            "guidance combines two branches: the halves of a batch, or two calls of a step",
+            seen={"guidance": sums.guidance, "rows a call": sums.samples, "calls a step": "one"},
+            do="leave guidance= out where the sampler has none",
+        )
+    wanted = (steps or _ALL).adaptor_steps(sums.last_step)
+    missing = sorted(set(wanted) - {place.step for place in sums.places.values()})
+    if missing and sums.refused:
+        _warn_of_missing(missing, sums.refused)
+    if sums.log_snr is not None:
+        _check_monotonic(sums.log_snr, sorted(sums.times))
+
+
+def _warn_of_missing(missing: Sequence[int], refused: Counter[str]) -> None:
+    why = "".join(f"\n  full, {reason}: {count(calls, 'call')}" for reason, calls in refused.most_common(3))
+    warnings.warn(
+        "steps that cannot use an adaptor are not calibrated\n"
+        f"  steps: {', '.join(map(str, missing))}{why}\n"
+        "What to do: nothing where they are full in use too; else let each call be like the same call of the step "
+        "before, in the thread that calls generate: docs/timeline.md says what a reason means",
+        OtherStepsWarning,
+        stacklevel=5,
+    )
+
+
+def _check_monotonic(log_snr: Callable[[float], float], times: Sequence[float]) -> None:
+    levels = torch.tensor([log_snr(time) for time in times])  # float32, as the adaptor's table has them
+    ways = levels.diff().sign()
+    wrong = (ways != (1 if ways.sum() > 0 else -1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ArgumentError(
+            "log_snr rises with the time, or falls with it, and tells any two times of the sampler apart",
+            seen={f"at {times[k]:g}": float(levels[k]) for k in (0, wrong[0], wrong[0] + 1, len(times) - 1)},
+            do="pass the log-SNR of the model's own noise schedule, or leave log_snr= out",
+        )
 
 
 # -- what is seen ---------------------------------------------------------------------------------------------------
@@ -453,6 +525,8 @@ class Sums:
         samples: rows of a step, at most.
         held_out: "rows" or "positions".
         last_step: seen.
+        combined: how often two branches were combined.
+        refused: why calls could not have been adaptor passes, whatever the schedule says; how many.
     """
 
     region: Region
@@ -466,6 +540,8 @@ class Sums:
     samples: int = 0
     held_out: str = "rows"
     last_step: int = 0
+    combined: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
@@ -491,8 +567,11 @@ class Sums:
         time, before = self.read(call)
         if call.decision is not None and call.decision.reason is None:
             self.add(call, outcome, time, before)
+        elif call.decision is not None and call.decision.reason not in (None, reasons.FIRST, reasons.SCHEDULED):
+            self.refused[call.decision.reason] += 1
         self.remember(call, outcome, time)
 
+    @torch.no_grad()  # some samplers switch gradients on: each sum would hold the graph of all that it adds up
     def remember(self, call: UNetCall, outcome: Outcome, time: float | None) -> None:
         """Keep what a pass emitted that the schedule has in full; where it is for any schedule, every pass."""
         emitted = outcome.exits.get(0)
@@ -528,6 +607,7 @@ class Sums:
             self.times.add(time)
         return time, before
 
+    @torch.no_grad()
     def add(self, call: UNetCall, outcome: Outcome, time: float | None, before: float | None) -> Place | None:
         """Add what a full pass emitted, and what an adaptor would have had to predict it from."""
         emitted, feature = outcome.exits.get(0), call.decision.feature if call.decision else None
@@ -557,13 +637,14 @@ class Sums:
             self._add(place, whole)
             self._guide(place, call.place.branch.number, call.place.ordinal, whole)
             return place
-        half = count if self.guidance is None else count // 2
+        halves = self.guidance is not None and count % 2 == 0
+        half = count // 2 if halves else count
         if outcome.entry is not None and len(outcome.entry) != count:
             pair(slice(None))  # it raises: a part of each would not show that they are of other samples
         for start, stop in self._parts(half, emitted.exit.numel() // max(count * self.shape.exit, 1)):
             first = pair(slice(start, stop))
             self._add(place, first, start, half)
-            if self.guidance is not None:
+            if halves:
                 second = pair(slice(half + start, half + stop))
                 self._add(place, second, start, half)
                 self._add(place, self._guided(first, second), start, half)
@@ -586,6 +667,7 @@ class Sums:
 
     def _guided(self, first: Pair, second: Pair) -> Pair:
         assert self.guidance is not None  # asked only then
+        self.combined += 1
         if self.unconditional == "second":
             first, second = second, first
         return first.combined(second, self.guidance)
@@ -698,6 +780,8 @@ class Solver:
             self.places = sorted(sums.places.values(), key=lambda place: place.position or 0.0)
         self.rank = max(sums.shape.exit // _RANK, 1)
         names = self._candidates() if kind == "auto" else [kind]
+        for place in sorted(self.places, key=lambda place: place.step):
+            _check_finite(place)
         self.identity = [place.held.identity for place in self.places]
         self.errors = {name: [self.best(place, KINDS[name]) for place in self.places] for name in names}
         self.kinds = {
@@ -812,6 +896,7 @@ class Solver:
 
     def again(self, position: float | None, place: Place) -> int:
         """Take other sums for a position, and choose the ridge anew; returns which position it is."""
+        _check_finite(place)
         k = next(k for k, one in enumerate(self.places) if one.position == position)
         self.places[k], self.identity[k] = place, place.held.identity
         self.errors[self.name][k] = self.best(place, KINDS[self.name])
@@ -850,6 +935,16 @@ class Solver:
             samples=sums.samples,
             held_out=sums.held_out,
             seconds=seconds,
+        )
+
+
+def _check_finite(place: Place) -> None:
+    """Raise `ArgumentError` where NaN or infinity came into the sums: no weights follow from them."""
+    if not (place.fit.finite and place.held.finite):
+        raise ArgumentError(
+            "what flows through the region is finite numbers",
+            seen={"not finite": f"in step {place.step}", "time": place.position},
+            do="mend the sampler, or its dtype, first: bfloat16 holds larger numbers than float16",
         )
 
 

@@ -165,9 +165,11 @@ class NormalEquations:
         """Positions seen."""
         return float(self.gram[0, 0])
 
+    @property
     def finite(self) -> bool:
         """Are all sums numbers?"""
-        return bool(self.gram.isfinite().all() and self.cross.isfinite().all())
+        sums = (self.gram, self.cross, self.square, self.exit_square, self.trend_gram, self.trend_square)
+        return all(bool(one.isfinite().all()) for one in sums)
 
     @property
     def identity(self) -> float:

@@ -220,6 +220,9 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
             generate(batch, seed)
     except Enough:
         pass
+    except Exception:  # a sampler that calls the UNet in a thread misses that thread's result
+        if not seen:
+            raise
     finally:
         handle.remove()
     if not seen:

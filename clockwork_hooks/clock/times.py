@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -72,11 +73,13 @@ class TimeReader:
     def read(self, value: Any) -> tuple[float | None, Place | None]:
         """The time, None if it cannot be told or differs between rows; and its place, if it comes from a list.
 
+        NaN and infinity are no times: a stride from there, or to there, says nothing.
+
         Args:
             value: a number, or a tensor with one element or one per row.
         """
         if not isinstance(value, torch.Tensor):
-            return (float(value) if is_number(value) else None), None
+            return (_finite(value) if is_number(value) else None), None
         count = value.numel()
         if value.is_meta or count == 0 or isinstance(value, FakeTensor):
             return None, None
@@ -99,7 +102,8 @@ class TimeReader:
         number = value.tolist()
         while isinstance(number, list):  # an operator that reshapes would take 8 µs where caches are cold
             number = number[0]
-        return float(number), place
+        number = _finite(number)
+        return number, None if number is None else place
 
     def _copy(self, value: torch.Tensor, storage: torch.UntypedStorage, *, trusted: bool) -> _Copy:
         """The storage's copy, made again when it was written to; where no counter tells, only a list is trusted."""
@@ -113,6 +117,14 @@ class TimeReader:
             varied = bool((values != values[0]).any())
             copy = self._copies[key] = _Copy(held(storage), written, values, varied)
         return copy
+
+
+def _finite(number: Any) -> float | None:
+    try:
+        number = float(number)
+    except (TypeError, ValueError, OverflowError):  # complex, a date of numpy's, an int beyond all floats
+        return None
+    return number if math.isfinite(number) else None
 
 
 EQUAL_STRIDES = 2  # as often as this the stride was the one before
