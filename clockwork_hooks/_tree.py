@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.multiprocessing import reductions
 
-__all__ = ["Leaf", "address", "copied", "flat", "held", "leaves", "map_leaves", "tensors", "version"]
+__all__ = ["Leaf", "address", "copied", "flat", "held", "leaf_at", "leaves", "map_leaves", "tensors", "version"]
 
 
 class Leaf:
@@ -54,6 +54,12 @@ def flat(value: Any) -> list[Any]:
     found: list[Any] = []
     _add_leaves(value, found)
     return found
+
+
+def leaf_at(value: Any, index: int) -> Any:
+    """The leaf of that index; None where there are fewer."""
+    found = flat(value)
+    return found[index] if index < len(found) else None
 
 
 def _add_leaves(value: Any, found: list[Any]) -> None:

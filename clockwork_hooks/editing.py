@@ -33,7 +33,7 @@ from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
 from clockwork_hooks.graph.operators import operator_name
-from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec
+from clockwork_hooks.graph.recorder import ModuleCall, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.levels import Levels
 from clockwork_hooks.regions.region import Region
@@ -389,8 +389,7 @@ def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
         and sum(source in carrying for source in node.all_input_nodes) > 1
     }
     for call in trace.calls:
-        inputs = [leaf.node for _, leaf in leaves(call.inputs) if isinstance(leaf, TensorSpec)]
-        whole = next((node for node in inputs if node in joined), None)
+        whole = next((spec.node for spec in specs_in(call.inputs) if spec.node in joined), None)
         if whole is not None and call.path:
             joined.discard(whole)  # the outermost call that takes it in; what is inside of it comes later
             blocks.append((levels.positions(whole) or 0, call))

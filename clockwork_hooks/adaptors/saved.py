@@ -26,10 +26,10 @@ from torch import nn
 from clockwork_hooks import adaptors
 from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks._version import __version__
-from clockwork_hooks.errors import AdaptorError, first_line
+from clockwork_hooks.errors import AdaptorError, ClockworkError, first_line
 from clockwork_hooks.reports.tables import table
 
-__all__ = ["SavedAdaptor"]
+__all__ = ["SavedAdaptor", "check_facts"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CARD = """---
@@ -90,14 +90,7 @@ class SavedAdaptor(
                 seen={"on the meta device": ", ".join(meta[:5])},
                 do="load it first",
             )
-        try:
-            json.dumps(self.facts)
-        except (TypeError, ValueError) as error:
-            raise AdaptorError(
-                "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
-                seen={"error": first_line(error), "facts": self.facts},
-                do="convert them, e.g. float(tensor)",
-            ) from error
+        check_facts(self.facts)
         save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
         self._hub_mixin_config = {
             "kind": type(self).__name__,
@@ -170,6 +163,18 @@ class SavedAdaptor(
             "tables": "\n\n".join(part.to_markdown() for part in tables),
         }
         return super().generate_model_card(*args, **{**card, **kwargs})
+
+
+def check_facts(facts: Mapping[str, Any], error: type[ClockworkError] = AdaptorError) -> None:
+    """Raise `error` if JSON cannot hold what is saved with an adaptor."""
+    try:
+        json.dumps(dict(facts))
+    except (TypeError, ValueError) as wrong:
+        raise error(
+            "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
+            seen={"facts": repr(facts)[:80], "error": first_line(wrong)},
+            do="convert them, e.g. float(tensor)",
+        ) from wrong
 
 
 def _cell(value: Any) -> Any:

@@ -34,6 +34,7 @@ __all__ = [
     "IdentityAdaptor",
     "Lent",
     "Past",
+    "as_module",
     "call",
     "check",
     "check_region",
@@ -290,9 +291,14 @@ def call(adaptor: Adaptor, arguments: AdaptorInputs) -> Any:
     return adaptor(arguments.entry, arguments.exit_cached, **_keywords(adaptor, arguments))
 
 
+def as_module(adaptor: Adaptor) -> nn.Module:
+    """The adaptor as what can be recorded: one that is no module is put into one."""
+    return adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
+
+
 def count_and_call(adaptor: Adaptor, arguments: AdaptorInputs) -> tuple[Any, int]:
     """`call`, recorded: also the MACs that the adaptor took."""
-    module = adaptor if isinstance(adaptor, nn.Module) else _Function(adaptor)
+    module = as_module(adaptor)
     with recording(module, (arguments.entry, arguments.exit_cached), _keywords(adaptor, arguments)) as recorder:
         exit = call(module, arguments)
     return exit, sum(map(node_macs, recorder.bindings.nodes))
@@ -451,8 +457,6 @@ def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:
 
 
 class _Function(nn.Module):
-    """An adaptor that is no module, as one: for the recorder."""
-
     def __init__(self, function: Adaptor) -> None:
         super().__init__()
         self._function = (function,)  # a tuple: whatever it is, it is no submodule

@@ -31,10 +31,8 @@ from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 __all__ = ["Drift", "measure_drift"]
 

@@ -23,6 +23,7 @@ from clockwork_hooks._numbers import count, flops, macs, percent, shape
 from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.adaptors.stand_in import (
     AdaptorLike,
+    as_module,
     check_region,
     is_identity,
     needs_of,
@@ -465,17 +466,6 @@ def _count(
     return tuple(counted), tuple(rows)
 
 
-class _Call(nn.Module):
-    """An adaptor as a module with named arguments, so that any callable can be traced."""
-
-    def __init__(self, adaptor: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.adaptor = adaptor
-
-    def forward(self, entry: torch.Tensor | None, exit_cached: torch.Tensor, **sides: Any) -> torch.Tensor:
-        return self.adaptor(entry, exit_cached, **sides)
-
-
 def _adaptor_macs(adaptor: Adaptor, region: Region, *, attention: bool, norms: str | None) -> int:
     """MACs of one call of the adaptor on tensors of the boundary's shapes."""
     if is_identity(adaptor):
@@ -508,11 +498,11 @@ def _adaptor_macs(adaptor: Adaptor, region: Region, *, attention: bool, norms: s
 def _trace_adaptor(adaptor: Callable[..., torch.Tensor], region: Region) -> Trace:
     """On a copy without weights where that works, else on the adaptor itself."""
     try:
-        return record(_Call(_on_meta(adaptor)), *_boundary(region, torch.device("meta"), adaptor))
+        return record(as_module(_on_meta(adaptor)), *_boundary(region, torch.device("meta"), adaptor))
     except Exception:  # no copy, or an operator without a meta kernel: the adaptor's own device tells what is wrong
         weights = list(adaptor.parameters()) if isinstance(adaptor, nn.Module) else []
         device = weights[0].device if weights else torch.device("cpu")
-        return record(_Call(adaptor), *_boundary(region, device, adaptor))
+        return record(as_module(adaptor), *_boundary(region, device, adaptor))
 
 
 def _on_meta(adaptor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

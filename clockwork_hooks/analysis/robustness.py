@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, shape
-from clockwork_hooks._tree import leaves, map_leaves
+from clockwork_hooks._tree import flat, leaf_at, map_leaves
 from clockwork_hooks.analysis.sampling import Watch, check_runs, final, first_call, reference
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, named_options, share
 from clockwork_hooks.graph.operators import is_spatial
-from clockwork_hooks.graph.recorder import TensorSpec
+from clockwork_hooks.graph.recorder import TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.blocks import View
 from clockwork_hooks.regions.dominance import Dominance
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = ["FeatureMap", "Robustness", "choose_maps", "find_maps", "leaf_of", "measure_robustness"]
+__all__ = ["FeatureMap", "Robustness", "choose_maps", "find_maps", "measure_robustness"]
 
 Kind = Literal["first", "down", "bottleneck", "up"]
 
@@ -68,12 +68,6 @@ class FeatureMap:
     leaf: int
     shape: tuple[int, ...]
     resolution: tuple[int, ...]
-
-
-def leaf_of(output: Any, k: int) -> Tensor | None:
-    """The k-th leaf of what a module returned, if it is a tensor."""
-    values = [leaf for _, leaf in leaves(output)]
-    return values[k] if k < len(values) and isinstance(values[k], Tensor) else None
 
 
 def find_maps(trace: Trace, unet: nn.Module) -> tuple[FeatureMap, ...]:
@@ -131,7 +125,7 @@ class _Search:
         # on, as an `nn.Identity` on a shortcut does, is on one of its ways alone
         self.producers: dict[int, tuple[Any, int]] = {}
         for call in trace.calls:
-            for k, (_, leaf) in enumerate(leaves(call.output)):
+            for k, leaf in enumerate(flat(call.output)):
                 n = leaf.node.meta["index"] if isinstance(leaf, TensorSpec) else -1
                 if call.path and call.first <= n < call.last and self.dom.dep[n]:
                     self.producers[n] = (call, k)
@@ -172,13 +166,8 @@ class _Search:
         """Of what whole blocks at the lowest level return, the last one that all skips go round."""
         crossing, floor = self._crossing(), self.worked[-1]
         whole = {(block.first, block.last) for block in View(self.trace, None).whole()}
-        returned = {
-            leaf.node.meta["index"]
-            for call in self.trace.calls
-            if (call.first, call.last) in whole
-            for _, leaf in leaves(call.output)
-            if isinstance(leaf, TensorSpec)
-        }
+        blocks = [call for call in self.trace.calls if (call.first, call.last) in whole]
+        returned = {spec.node.meta["index"] for block in blocks for spec in specs_in(block.output)}
         low = [n for n in returned & self.producers.keys() if self.at[n] == floor and self.dom.live[n]]
         return max(low, key=lambda n: (crossing[n], n), default=None)
 
@@ -392,8 +381,8 @@ def _disturbed(
         if counts["root"] != watch.calls:
             counts.update(root=watch.calls, call=0)
         ordinal, counts["call"] = counts["call"], counts["call"] + 1
-        feature = leaf_of(output, one.leaf)
-        if ordinal != one.call or watch.step < start or feature is None:
+        feature = leaf_at(output, one.leaf)
+        if ordinal != one.call or watch.step < start or not isinstance(feature, Tensor):
             return None
         generator = torch.Generator(feature.device).manual_seed(1_000_003 * (seed + 1) + watch.calls)
         noise = torch.randn(feature.shape, generator=generator, device=feature.device, dtype=torch.float32)

@@ -28,14 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["check_alone", "check_names", "check_region", "plan_parts", "wrap"]
 
 
-def check_region(region: Any, unet: nn.Module) -> None:
-    """Raise `ArgumentError` if this is no region, or one of another UNet."""
-    if not isinstance(region, Region):
-        raise ArgumentError(
-            "a region comes from find_region or find_regions",
-            seen={"region": type(region).__name__},
-            do="pass region=ch.find_region(unet, *args, level=1)",
-        )
+def check_region(region: Region, unet: nn.Module) -> None:
+    """Raise `ArgumentError` if it is one of another UNet."""
     paths = set(module_paths(unet).values())
     needed = (*region.cut_plan.counts, *(port.path for port in region.cut_plan.ports.values()))
     missing = [path for path in dict.fromkeys(needed) if path not in paths]

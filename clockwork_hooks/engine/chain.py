@@ -29,7 +29,6 @@ from clockwork_hooks.clock.times import may_be_form
 from clockwork_hooks.engine.stats import OtherSteps
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments, Inputs
-from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
 from clockwork_hooks.regions.find import Choice, keeping, match, skipped_nodes
@@ -322,7 +321,7 @@ def _plans(trace: Trace, regions: list[Region], keeps_entry: list[bool]) -> list
             path = str(call.path)
             full, seen = counts.get(path, (0, 0))
             visible[path, call.ordinal] = seen
-            counts[path] = (full + 1, seen + _happens(trace, call, chosen))
+            counts[path] = (full + 1, seen + trace.happens(call, chosen))
         whole: dict[tuple[str, int], tuple[tuple[int, SkippedCall], ...]] = {}
         around: dict[tuple[str, int], tuple[tuple[int, SkippedCall], ...]] = {}
         for other, exit in enumerate(exits):
@@ -346,9 +345,4 @@ def _plans(trace: Trace, regions: list[Region], keeps_entry: list[bool]) -> list
 def _visible(trace: Trace, port: Port, skipped: set[int]) -> int:
     """Which of its module's calls a port is where those calls are skipped."""
     before = (call for call in trace.calls if call.path == port.path and call.ordinal < port.ordinal)
-    return sum(_happens(trace, call, skipped) for call in before)
-
-
-def _happens(trace: Trace, call: ModuleCall, skipped: set[int]) -> bool:
-    """Does this call happen where those are skipped?"""
-    return all(around.index not in skipped for around in trace.ancestors(call))
+    return sum(trace.happens(call, skipped) for call in before)

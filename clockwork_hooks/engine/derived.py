@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import address, flat, map_leaves, tensors
+from clockwork_hooks._tree import address, flat, leaf_at, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
@@ -44,7 +44,7 @@ from clockwork_hooks.graph.operators import (
     kind,
     qualified_name,
 )
-from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, eager, written_by
+from clockwork_hooks.graph.recorder import ModuleCall, eager, specs_in, written_by
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 
@@ -265,11 +265,10 @@ class _Watch:
 
     def _port(self, port: Port) -> Port | None:
         if not port.path:
-            values = [_slot(leaf) for leaf in flat(self._arguments)]
+            leaf = _slot(leaf_at(self._arguments, port.leaf))
         else:
             k = self._recorded.scaling.at[port.path, port.ordinal]
-            values = self._inputs[k] if port.side == "input" else flat(self._outputs[k])
-        leaf = values[port.leaf] if port.leaf < len(values) else None
+            leaf = leaf_at((self._inputs if port.side == "input" else self._outputs)[k], port.leaf)
         same = isinstance(leaf, Slot) and len(leaf.shape) == len(port.shape) and leaf.dtype == port.dtype
         return replace(port, shape=leaf.shape) if same and isinstance(leaf, Slot) else None
 
@@ -420,8 +419,7 @@ class _Sources:
         self._batch = trace.inputs[trace.sample].meta["shape"][0]
         self._returned: dict[fx.Node, int] = {}
         for call in trace.calls[1:]:
-            first = next((leaf for leaf in flat(call.output) if isinstance(leaf, TensorSpec)), None)
-            if first is not None:
+            for first in specs_in(call.output)[:1]:
                 self._returned[first.node] = call.index  # the innermost begins last
 
     def of(self, node: fx.Node) -> int | None:
@@ -506,8 +504,7 @@ def _returning(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
 
 def _shape(call: ModuleCall) -> tuple[int, ...]:
     """Shape of the first tensor that a call returns; () where it returns none."""
-    first = next((leaf for leaf in flat(call.output) if isinstance(leaf, TensorSpec)), None)
-    return () if first is None else first.shape
+    return next((spec.shape for spec in specs_in(call.output)), ())
 
 
 def _numel(node: fx.Node) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address, copied, flat, map_leaves, version
+from clockwork_hooks._tree import address, copied, flat, leaf_at, map_leaves, version
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
@@ -202,7 +202,7 @@ class Pass:
         if move.gives:
             self._pick(move.gives, output)
         for at in move.exits:
-            exit = output if isinstance(output, torch.Tensor) else _leaf(output, at.leaf)
+            exit = output if isinstance(output, torch.Tensor) else leaf_at(output, at.leaf)
             if isinstance(exit, torch.Tensor):
                 self._keep(at.region, exit.clone() if at.written or at.region in self.copies else exit)
         return output
@@ -325,11 +325,6 @@ class TracedPass(Pass):
     def _keep(self, region: int, exit: torch.Tensor) -> None:
         adapted = self.kind == "adaptor" and region == self.plan.index
         self.exits[region] = Emitted(exit if adapted else exit.clone(), 0)
-
-
-def _leaf(value: Any, index: int) -> Any:
-    values = flat(value)
-    return values[index] if index < len(values) else None
 
 
 # -- what stands in the place of a skipped output -----------------------------------------------------------------

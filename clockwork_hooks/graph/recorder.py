@@ -28,7 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import Leaf, address, held, leaves, map_leaves, tensors
+from clockwork_hooks._tree import Leaf, address, flat, held, map_leaves, tensors
 from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.operators import is_spatial
 
@@ -41,6 +41,7 @@ __all__ = [
     "TensorSpec",
     "describe",
     "eager",
+    "specs_in",
     "written_by",
 ]
 
@@ -92,6 +93,11 @@ class TensorSpec(Leaf):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+def specs_in(value: object) -> list[TensorSpec]:
+    """What stands for the tensors of a call's inputs or output, in order."""
+    return [leaf for leaf in flat(value) if isinstance(leaf, TensorSpec)]
 
 
 class Bindings:
@@ -230,7 +236,7 @@ class Bindings:
     def reveal(self, tensor: torch.Tensor, first: int, taken: Any) -> None:
         """Unseen code made its values, out of what its call took and all since the node of index `first`."""
         source = self.node(tensor)
-        inside = {leaf.node for _, leaf in leaves(taken) if isinstance(leaf, TensorSpec)} | set(self.nodes[first:])
+        inside = {spec.node for spec in specs_in(taken)} | set(self.nodes[first:])
         now = self.add("call_function", _ALIAS, (source,))
         now.meta["after"] = tuple(sorted(inside - {source, now}, key=lambda node: int(node.meta["index"])))
         self._blank.discard(self.storage(tensor))

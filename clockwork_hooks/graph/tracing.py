@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.graph.operators import kind, node_macs, operator_name
-from clockwork_hooks.graph.recorder import ModuleCall, Recorder, TensorSpec
+from clockwork_hooks.graph.recorder import ModuleCall, Recorder, specs_in
 
 __all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
 
@@ -120,6 +119,10 @@ class Trace:
         while call.parent >= 0:
             call = self.calls[call.parent]
             yield call
+
+    def happens(self, call: ModuleCall, skipped: Collection[int]) -> bool:
+        """Does the call happen, itself skipped or not, where the calls of these indices are skipped?"""
+        return all(around.index not in skipped for around in self.ancestors(call))
 
     @functools.cached_property
     def sources(self) -> tuple[tuple[fx.Node, ...], ...]:
@@ -261,7 +264,7 @@ def _unchanged(unet: nn.Module) -> Iterator[None]:
 def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: str | None = None) -> Trace:
     """Turn a stopped recorder into a trace: find outputs, sample and time."""
     bindings = recorder.bindings
-    returned = [leaf for _, leaf in leaves(recorder.calls[0].output) if isinstance(leaf, TensorSpec)]
+    returned = specs_in(recorder.calls[0].output)
     sample = find_sample(arguments, [spec.shape for spec in returned])
     if sample is None:
         raise TraceError(

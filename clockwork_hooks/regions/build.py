@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from clockwork_hooks._tree import leaves, map_leaves
+from clockwork_hooks._tree import flat, map_leaves
 from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
-from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec
+from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 from clockwork_hooks.regions.dominance import Dominance, Mask
@@ -43,7 +43,7 @@ def index_of(spec: TensorSpec) -> int:
 
 def nodes_of(value: object) -> list[int]:
     """The nodes that hold the recorded tensors of a call's inputs or output."""
-    return [index_of(leaf) for _, leaf in leaves(value) if isinstance(leaf, TensorSpec)]
+    return [index_of(spec) for spec in specs_in(value)]
 
 
 class Facts:
@@ -116,7 +116,7 @@ class Facts:
             if call.path is not None:
                 self.calls.setdefault(call.path, []).append(call)
             for value, table in ((call.inputs, self.takers), (call.output, self.givers)):
-                for k, (_, leaf) in enumerate(leaves(value)):
+                for k, leaf in enumerate(flat(value)):
                     if isinstance(leaf, TensorSpec):
                         table.setdefault(index_of(leaf), []).append((call, k, leaf))
         registered = ((n, [call for call, *_ in givers if call.path]) for n, givers in self.givers.items())
@@ -486,7 +486,7 @@ def _count(facts: Facts, skipping: _Skipping) -> dict[str, tuple[int, int]]:
         seen = 0
         for call in facts.calls[path]:
             skipping.visible[call.index] = seen
-            seen += _happens(facts, call, skipping)
+            seen += facts.trace.happens(call, skipping.chosen)
         counts[path] = len(facts.calls[path]), seen
     return counts
 
@@ -517,7 +517,11 @@ def _stand_in(facts: Facts, call: ModuleCall, skipping: _Skipping) -> SkippedCal
 def _returned(facts: Facts, skipping: _Skipping, *, time: bool) -> Iterator[int]:
     """Nodes from the time, or from other conditions, that calls of an adaptor pass return before the exit."""
     for call, n in facts.from_conditions(time=time):
-        if call.last <= skipping.last.first and call.index not in skipping.chosen and _happens(facts, call, skipping):
+        if (
+            call.last <= skipping.last.first
+            and call.index not in skipping.chosen
+            and facts.trace.happens(call, skipping.chosen)
+        ):
             yield n
 
 
@@ -529,7 +533,7 @@ def _port(facts: Facts, n: int, skipping: _Skipping) -> Port | None:
             if call.index > skipping.last.index:
                 return
             fits = call.path is not None and call is not facts.root and (call.index in skipping.chosen) is skipped
-            if fits and _happens(facts, call, skipping):
+            if fits and facts.trace.happens(call, skipping.chosen):
                 yield call, k, leaf
 
     ways: tuple[tuple[Literal["input", "output"], Iterator[Leaf]], ...] = (
@@ -544,13 +548,10 @@ def _port(facts: Facts, n: int, skipping: _Skipping) -> Port | None:
     return None
 
 
-def _happens(facts: Facts, call: ModuleCall, skipping: _Skipping) -> bool:
-    """Does this call happen in an adaptor pass?"""
-    return all(around.index not in skipping.chosen for around in facts.trace.ancestors(call))
-
-
 def _seen(facts: Facts, call: ModuleCall, skipping: _Skipping) -> int:
     """How many calls of its module come before it in an adaptor pass."""
     if call.index in skipping.visible:
         return skipping.visible[call.index]
-    return sum(_happens(facts, other, skipping) for other in facts.calls[str(call.path)] if other.index < call.index)
+    return sum(
+        facts.trace.happens(other, skipping.chosen) for other in facts.calls[str(call.path)] if other.index < call.index
+    )

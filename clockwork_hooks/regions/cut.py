@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clockwork_hooks._tree import Leaf, leaves
+from clockwork_hooks._tree import Leaf, flat, leaves
 
 __all__ = [
     "CutPlan",
@@ -64,7 +64,7 @@ class SkippedCall:
     @property
     def exit(self) -> tuple[int, Slot | None]:
         """Which leaf of the output is the exit, and its slot; (-1, None) if none is."""
-        outputs = enumerate(leaf for _, leaf in leaves(self.output))
+        outputs = enumerate(flat(self.output))
         return next(((k, leaf) for k, leaf in outputs if isinstance(leaf, Slot) and leaf.exit), (-1, None))
 
 

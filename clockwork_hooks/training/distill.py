@@ -6,7 +6,6 @@ How a run is set up is here too: arguments checked, learners made, the UNet froz
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, seeded, with_seed
 from clockwork_hooks._version import versions
+from clockwork_hooks.adaptors.saved import check_facts
 from clockwork_hooks.adaptors.stand_in import check_region, is_identity, region_options, resolve_adaptor
 from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError, named, need
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = [
     "accelerated",
     "check",
-    "check_facts",
     "check_folder",
     "chosen",
     "distill",
@@ -166,7 +165,7 @@ def distill(
     check(mode, prompts, images, add_noise, settings.graphs)
     weights = guidance_of(guidance)
     generates = samplers_of(generate)
-    check_facts(facts)
+    check_facts(facts or {}, ArgumentError)  # now, not when it is trained
     adaptor = loaded(adaptor)
     home = Path(folder) if folder is not None else None
     check_folder(home, resume)
@@ -374,18 +373,6 @@ def samplers_of(generate: Any) -> tuple[Callable[[Any, int], Any], ...]:
             do="pass generate=lambda batch, seed: sample(batch, seed)",
         )
     return tuple(with_seed(one, seeding=False) for one in several)
-
-
-def check_facts(facts: Mapping[str, Any] | None) -> None:
-    """Raise `ArgumentError` if JSON cannot hold what is to be saved with the adaptor: now, not when it is trained."""
-    try:
-        json.dumps(dict(facts or {}))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            "the facts saved with an adaptor are what JSON holds: numbers, strings, lists, dicts",
-            seen={"facts": repr(facts)[:80], "error": error},
-            do="convert them, e.g. float(tensor)",
-        ) from error
 
 
 def check_folder(folder: Path | None, resume: bool) -> None:
