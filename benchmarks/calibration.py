@@ -108,10 +108,10 @@ def kinds(region: str, at: tuple[int, ...], *names: str, what: str = "", **more:
     return [Row(f"{name}, {region}, {steps}", name, region, at, **more) for name in names]
 
 
-def other_steps(steps: int, full: Sequence[int], *names: str) -> list[Row]:
+def other_steps(steps: int, full: Sequence[int], *names: str, region: str = "widest") -> list[Row]:
     """The sampler with another number of steps, of which these are full: the best for its MACs, not for its steps."""
     at = tuple(step for step in range(1, steps + 1) if step not in full)
-    return kinds("widest", at, *names, what=f"{steps} steps, full {' '.join(map(str, full))}", taken=steps)
+    return kinds(region, at, *names, what=f"{steps} steps, full {' '.join(map(str, full))}", taken=steps)
 
 
 ALL = (IDENTITY, AFFINE, ENTRY, BEFORE)
@@ -133,7 +133,7 @@ def _main() -> Group:
     rows += [*kinds("widest", BOTH, EXIT), *kinds("widest", CLOCK2, *ALL), *kinds("default", OTHER, *ALL)]
     for at in ((3, 4, 6, 7, 8), (3, 4, 5, 7, 8)):
         rows += [*kinds("widest", at, BEFORE, TREND, ENTRY), *kinds("default", at, BEFORE)]
-    for steps, clock in ((16, 4), (16, 3), (12, 3), (20, 5), (12, 2)):
+    for steps, clock in ((16, 4), (16, 3), (12, 3), (20, 5), (12, 2), (10, 3), (20, 4)):
         rows += other_steps(steps, early(steps, clock), TREND)
     return Group("main-8", Sampler(), tuple(rows))
 
@@ -158,6 +158,16 @@ def _guided() -> Group:
     ):
         rows += other_steps(steps, full, BEFORE, AFFINE)
     rows += other_steps(5, (1, 2, 4, 5), TREND, FREE)
+    for steps, full in (
+        (6, (1, 3, 5)),
+        (5, (1, 3, 5)),
+        (7, (1, 3, 5, 7)),
+        (6, (1, 3, 5, 6)),
+        (5, (1, 3, 4, 5)),
+        (7, (1, 3, 5)),
+    ):
+        rows += other_steps(steps, full, BEFORE, region="default")
+    rows += other_steps(5, (1, 3, 4, 5), BEFORE, AFFINE)
     return dataclasses.replace(group, rows=tuple(rows))
 
 
@@ -236,7 +246,7 @@ GROUPS: tuple[Group, ...] = (
                                        *kinds("widest", (2, 4), AFFINE, ENTRY, BEFORE),
                                        *kinds("default", (3, 4), AFFINE, ENTRY, BEFORE),
                                        *(row for steps, full in SHORT for row in other_steps(steps, full, BEFORE)),
-                                       *other_steps(6, (1, 3), TREND, ENTRY))),
+                                       *other_steps(6, (1, 3), TREND, ENTRY), *other_steps(12, early(12, 4), TREND))),
     *(_other(f"{name}-20", Sampler(name, 20)) for name in ("ddim", "euler", "unipc", "pndm")),
 )  # fmt: skip
 

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, duration, percent
+from clockwork_hooks._tree import version
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, carried, like_exit
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
+from clockwork_hooks.clock.timeline import Feature
 from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
@@ -499,14 +501,23 @@ class Place:
     on_policy: bool = False
 
 
-@dataclass(slots=True)
-class _FullPasses:
-    """The last two full passes of a branch's call: what the region emitted, and the times."""
+@dataclass(frozen=True, slots=True)
+class _FullPass:
+    """What the region emitted in a full pass, as the engine keeps it, and how that differs from the one before."""
 
     exit: Tensor
+    written: int
     time: float | None
-    older: Tensor | None = None
+    trend: Tensor | None = None
     before: float | None = None
+
+    @classmethod
+    def after(cls, last: _FullPass | None, kept: Feature | None, exit: Tensor, time: float | None) -> _FullPass:
+        """Goes on from the last one; of an exit that was not kept, or whose writes nobody counts, a copy is kept."""
+        own = exit.clone() if kept is None or kept.version < 0 else kept.exit
+        if last is None or last.exit.shape != own.shape or version(last.exit) != last.written:
+            return cls(own, version(own), time)
+        return cls(own, version(own), time, own - last.exit, last.time)
 
 
 @dataclass
@@ -545,7 +556,7 @@ class Sums:
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
-    _trails: dict[tuple[int, int], _FullPasses] = field(default_factory=dict)
+    _trails: dict[tuple[int, int], _FullPass] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.exit = Layout.of_boundary(self.region.exit)
@@ -579,22 +590,20 @@ class Sums:
             return
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
-            last, exit = self._trails.get(key), emitted.exit.clone()
-            same = last is not None and last.exit.shape == exit.shape
-            older = (last.exit, last.time) if same and last is not None else ()
-            self._trails[key] = _FullPasses(exit, time, *older)
+            kept = call.place.call.feature
+            self._trails[key] = _FullPass.after(self._trails.get(key), kept, emitted.exit, time)
 
-    def _trail(self, call: UNetCall, time: float | None, before: float | None) -> tuple[_FullPasses | None, float]:
-        """The last two full passes, and how many times a straight line in log-SNR carries on what lies between them."""
+    def _trail(self, call: UNetCall, time: float | None, before: float | None) -> tuple[Tensor | None, float]:
+        """The last two full passes' trend, and how many times a straight line in log-SNR carries it on."""
         assert call.place is not None  # it has run, or is about to
         last = self._trails.get((call.place.branch.number, call.place.ordinal))
-        if last is None or last.older is None:
+        if last is None or last.trend is None:
             return None, 0.0
         times = [one for one in (time, before, last.time, last.before) if one is not None]
         if len(times) < 4:
-            return last, 1.0
+            return last.trend, 1.0
         levels = torch.tensor([one if self.log_snr is None else self.log_snr(one) for one in times])
-        return last, float(carried(levels[0] - levels[1], levels[2] - levels[3]))
+        return last.trend, float(carried(levels[0] - levels[1], levels[2] - levels[3]))
 
     def read(self, call: UNetCall) -> tuple[float | None, float | None]:
         """The times of a call, and of the call that served it; each call is read once."""
@@ -617,7 +626,7 @@ class Sums:
         if place is None:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
             place = self.places[time] = Place(call.place.step, time, before, fit, held)
-        trail, farther = self._trail(call, time, before)
+        trend, farther = self._trail(call, time, before)
 
         def pair(rows: slice) -> Pair:
             exit, cached = emitted.exit[rows], feature.exit[rows]
@@ -625,10 +634,8 @@ class Sums:
             if self.entry is not None and outcome.entry is not None and feature.entry is not None:
                 entries = (self._entry(outcome.entry[rows], exit), self._entry(feature.entry[rows], cached))
             around = around_of(self.exit.to_map(cached).float()).flatten(2).movedim(1, -1) if self.kernel else None
-            trend = None
-            if trail is not None and trail.older is not None:
-                trend = (self._rows(trail.exit[rows]) - self._rows(trail.older[rows])) * farther
-            return Pair(self._rows(cached), self._rows(exit), *entries, around, trend)
+            carried_on = None if trend is None else self._rows(trend[rows]) * farther
+            return Pair(self._rows(cached), self._rows(exit), *entries, around, carried_on)
 
         count = len(emitted.exit)
         self.samples = max(self.samples, count)
@@ -877,7 +884,7 @@ class Solver:
     def knot(self, place: Place, ridge: float, basis: Tensor | None) -> Knot:
         """Solve with all that was seen at a position."""
         kind, whole = KINDS[self.name], place.fit + place.held
-        own, weights = torch.arange(whole.shape.exit, device=whole.gram.device), whole.solve(kind, ridge)
+        own, weights = torch.arange(whole.shape.exit, device=whole.cross.device), whole.solve(kind, ridge)
         gain, inner = None, None
         if kind.form in ("linear", "kernel"):
             inner = self._as_read(weights[1:-1], kind)
@@ -989,7 +996,7 @@ class Refit:
         if place is not None and time in self.solver.sums.places:
             place.on_policy = True
             k = self.solver.again(time, place)
-            basis = None if self.adaptor.basis is None else self.adaptor.basis.to(place.fit.gram)
+            basis = None if self.adaptor.basis is None else self.adaptor.basis.to(place.fit.cross)
             knot = self.solver.knot(place, self.solver.errors[self.solver.name][k][0], basis)
             self.adaptor.put(k, knot)
 

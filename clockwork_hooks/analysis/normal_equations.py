@@ -85,7 +85,7 @@ class NormalEquations:
 
     Attributes:
         shape: channels.
-        gram: (p, p), of features with features; its first entry is the number of positions.
+        upper: (p·(p + 1) / 2,), the upper triangle of `gram`: there is one for each position of a calibration.
         cross: (p, C), of features with targets.
         square: (C,), of targets with themselves.
         exit_square: of exits with themselves.
@@ -95,7 +95,7 @@ class NormalEquations:
     """
 
     shape: Shape
-    gram: Tensor
+    upper: Tensor
     cross: Tensor
     square: Tensor
     exit_square: Tensor
@@ -109,7 +109,7 @@ class NormalEquations:
     def empty(cls, shape: Shape, device: torch.device) -> NormalEquations:
         """Nothing seen yet; on a device without float64 the sums are on the CPU."""
         device = torch.device("cpu") if device.type == "mps" else device
-        zeros = torch.zeros(shape.features, shape.features, dtype=torch.float64, device=device)
+        zeros = torch.zeros(shape.features * (shape.features + 1) // 2, dtype=torch.float64, device=device)
         endless = torch.full((shape.exit,), torch.inf, dtype=torch.float64, device=device)
         cross, square = zeros.new_zeros(shape.features, shape.exit), zeros.new_zeros(shape.exit)
         trends = torch.zeros_like(cross), torch.zeros_like(square), torch.zeros_like(square)
@@ -127,20 +127,20 @@ class NormalEquations:
         """Add positions: (n, C) exits, cached and true, and trends; (n, E) entries, now and before; (n, A) around."""
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            was, now = (x[rows].to(self.gram.device).double() for x in (cached, exit))
+            was, now = (x[rows].to(self.upper.device).double() for x in (cached, exit))
             columns = [was.new_ones(len(was), 1), was]
             if entry is not None and before is not None:
-                here, there = (x[rows].to(self.gram.device).double() for x in (entry, before))
+                here, there = (x[rows].to(self.upper.device).double() for x in (entry, before))
                 columns += [here - there, there]
             if around is not None:
-                columns.append(around[rows].to(self.gram.device).double())
+                columns.append(around[rows].to(self.upper.device).double())
             features, target = torch.cat(columns, 1), now - was
-            self.gram.addmm_(features.T, features)
+            self.upper += (features.T @ features)[self._triangle()]
             self.cross.addmm_(features.T, target)
             self.square += target.square().sum(0)
             self.exit_square += now.square().sum()
             if trend is not None:
-                own = trend[rows].to(self.gram.device).double()
+                own = trend[rows].to(self.upper.device).double()
                 self.trend_gram.addmm_(features.T, own)
                 self.trend_cross += (own * target).sum(0)
                 self.trend_square += own.square().sum(0)
@@ -149,7 +149,7 @@ class NormalEquations:
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(
             self.shape,
-            self.gram + other.gram,
+            self.upper + other.upper,
             self.cross + other.cross,
             self.square + other.square,
             self.exit_square + other.exit_square,
@@ -163,12 +163,25 @@ class NormalEquations:
     @property
     def count(self) -> float:
         """Positions seen."""
-        return float(self.gram[0, 0])
+        return float(self.upper[0])
+
+    @property
+    def gram(self) -> Tensor:
+        """(p, p), of features with features; its first entry is the number of positions."""
+        gram = self.upper.new_empty(self.shape.features, self.shape.features)
+        rows, columns = self._triangle()
+        gram[rows, columns] = gram[columns, rows] = self.upper
+        return gram
+
+    def _triangle(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the upper triangle."""
+        rows, columns = torch.triu_indices(self.shape.features, self.shape.features, device=self.upper.device)
+        return rows, columns
 
     @property
     def finite(self) -> bool:
         """Are all sums numbers?"""
-        sums = (self.gram, self.cross, self.square, self.exit_square, self.trend_gram, self.trend_square)
+        sums = (self.upper, self.cross, self.square, self.exit_square, self.trend_gram, self.trend_square)
         return all(bool(one.isfinite().all()) for one in sums)
 
     @property
@@ -226,20 +239,21 @@ class NormalEquations:
         cross, trend = self._rest(weights[-1]), weights[-1:]
         gain = self.affine(weights, ridge)
         low_rank = gain + (weights[:-1] - gain) @ basis.T @ basis
-        low_rank[0] = (cross[0] - self.gram[0, 1:] @ low_rank[1:]) / self.gram[0, 0].clamp_min(1)
+        gram = self.gram
+        low_rank[0] = (cross[0] - gram[0, 1:] @ low_rank[1:]) / gram[0, 0].clamp_min(1)
         return torch.cat((low_rank, trend))
 
     def _gain(self, cross: Tensor, ridge: float) -> Tensor:
-        own = 1 + torch.arange(self.shape.exit, device=self.gram.device)
-        above, below = cross[own, own - 1].sum(), self.gram.diagonal()[own].sum()
+        own, gram = 1 + torch.arange(self.shape.exit, device=cross.device), self.gram
+        above, below = cross[own, own - 1].sum(), gram.diagonal()[own].sum()
         weights = torch.zeros_like(cross)
         weights[own, own - 1] = above / (below * (1 + ridge)).clamp_min(1e-300)
         return weights
 
     def _affine(self, cross: Tensor, ridge: float) -> Tensor:
-        own = 1 + torch.arange(self.shape.exit, device=self.gram.device)
-        count, mean, target = self.gram[0, 0].clamp_min(1), self.gram[0, own], cross[0]
-        variance = self.gram.diagonal()[own] - mean.square() / count
+        own, gram = 1 + torch.arange(self.shape.exit, device=cross.device), self.gram
+        count, mean, target = gram[0, 0].clamp_min(1), gram[0, own], cross[0]
+        variance = gram.diagonal()[own] - mean.square() / count
         covariance = cross[own, own - 1] - mean * target / count
         gain = covariance / (variance * (1 + ridge)).clamp_min(1e-12 * variance.amax().clamp_min(1e-300))
         weights = torch.zeros_like(cross)
@@ -248,7 +262,7 @@ class NormalEquations:
 
     def _linear(self, cross: Tensor, reads: Sequence[str], ridge: float) -> Tensor:
         """Centred, so that the ridge does not pull at the bias."""
-        change = self.shape.change(reads, self.gram)
+        change = self.shape.change(reads, self.upper)
         gram, cross = change @ self.gram @ change.T, change @ cross
         count, mean = gram[0, 0].clamp_min(1), gram[0, 1:]
         covariance = gram[1:, 1:] - torch.outer(mean, mean) / count
@@ -265,8 +279,9 @@ class NormalEquations:
     def added(self, weights: Tensor, ridge: float) -> Tensor:
         """(C, C): the covariance of what these low-rank weights add to gain, bias and trend."""
         inner = weights[:-1] - self.affine(weights, ridge)
-        mean = self.gram[:1] / self.gram[0, 0].clamp_min(1)
-        covariance: Tensor = inner.T @ (self.gram - self.gram[0, 0] * mean.T @ mean) @ inner
+        gram = self.gram
+        mean = gram[:1] / gram[0, 0].clamp_min(1)
+        covariance: Tensor = inner.T @ (gram - gram[0, 0] * mean.T @ mean) @ inner
         return covariance
 
 
