@@ -670,6 +670,56 @@ def test_an_adaptor_is_told_where_its_cached_exit_comes_from(lift):
     assert seen == [(TIMES[2], TIMES[1]), (TIMES[3], TIMES[2]), (TIMES[5], TIMES[4])]
 
 
+class WritesItsTime(Blocks):
+    """In place, before the region or after it."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.late = late
+
+    def forward(self, x, t, c):
+        now = t.clone()
+        if not self.late:
+            t.div_(1000)
+        output = super().forward(x, now, c)
+        t.fill_(0.0)
+        return output
+
+
+BUFFER = torch.zeros(1)
+
+
+@pytest.mark.parametrize("unet", [Blocks(), WritesItsTime(False), WritesItsTime(True)], ids=["reads", "early", "late"])
+@pytest.mark.parametrize(
+    "lift", [torch.tensor, lambda time: torch.full((4, 1, 1, 1), time), BUFFER.fill_], ids=["one", "rows", "a buffer"]
+)
+def test_times_are_those_of_the_calls_whatever_is_written_to_them(lift, unet):
+    """Of a buffer for the time the adaptor was told that no time had passed; of the recorded call, nothing."""
+    seen = []
+
+    class Told(nn.Module):
+        needs = frozenset({"position", "position_cached"})
+
+        def forward(self, entry, exit_cached, *, time, text, position, position_cached):
+            seen.append((position.item(), position_cached.item()))
+            return exit_cached
+
+    def generate(batch, seed=0):
+        x, c = torch.randn(4, 2, 8, 8), torch.randn(4, 3)
+        for time in TIMES:
+            x = x - 0.1 * unet(x, lift(time), c)
+        return x
+
+    with torch.no_grad(), ch.wrap(unet, Told(), schedule={2, 3, 6}) as cw:
+        for _ in range(2):
+            with cw.trajectory():
+                generate(4)
+    pairs = [(TIMES[1], TIMES[0]), (TIMES[2], TIMES[1]), (TIMES[5], TIMES[4])]
+    assert seen == pairs * 2
+    report = calibrate(unet, generate, [4], schedule={2, 3, 6}).report
+    assert [(one.step, one.position) for one in report.steps] == [(2, TIMES[1]), (3, TIMES[2]), (6, TIMES[5])]
+
+
 def test_a_region_is_named_as_wrap_takes_it(tmp_path):
     unet = Blocks()
     region = ch.find_region(unet, torch.randn(4, 2, 8, 8), 900.0, torch.randn(4, 3))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.training.trajectory import TrajectoryRecorder
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -63,6 +64,30 @@ def test_what_was_prepared_is_judged() -> None:
             for step, t in enumerate(TIMES.clone()[:8]):
                 judge.call(torch.randn(batch, 2, 8, 8, generator=random), t, step=step)
     assert judge.letters == "FAFAFAFA" * 2
+
+
+class Doubles(Tiny):
+    """Writes to its sample."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        return super().forward(x.mul_(2), t, c, **more)
+
+
+@torch.no_grad()
+def test_what_is_recorded_apart_leaves_its_arguments() -> None:
+    """They were written to twice where a trajectory is recorded: what an adaptor learned from began elsewhere."""
+    unet, x, t, c = Doubles(), torch.randn(2, 2, 8, 8), torch.tensor(900.0), torch.randn(2, 3)
+    want = unet(x.clone(), t, c)
+    with ch.wrap(unet) as cw:
+        sample = x.clone()
+        cw.prepare(sample, t, c)
+        assert torch.equal(sample, x)
+        assert torch.equal(unet(sample, t, c), want)
+    recorder = TrajectoryRecorder(unet)
+    outputs: list[Tensor] = []
+    recorder.record(lambda batch: outputs.append(unet(x.clone(), t, c)), None)
+    recorder.remove()
+    assert torch.equal(outputs[0], want)
 
 
 def test_prepare_within_a_run_and_after_remove() -> None:

@@ -106,8 +106,8 @@ class AdaptorInputs(NamedTuple):
         entry_cached: what flowed into the region one step before, when it emitted `exit_cached`; shaped as `entry`.
             Where nothing of it was kept, the pass is full.
         position: the UNet's time input of this call, as it was passed, float32 of shape (): which step it is.
-        position_cached: likewise of the call that `exit_cached` comes from: how far the two are apart. None where that
-            call was recorded as it ran.
+        position_cached: likewise of the call that `exit_cached` comes from: how far the two are apart. None where the
+            UNet takes no time.
         trend: what the region emitted in the last full pass less what it emitted in the full pass before that one;
             shaped as `exit_cached`, and without gradients. None in a trajectory that had one full pass so far; where it
             is missing for another reason, the pass is full.

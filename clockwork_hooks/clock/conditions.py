@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import version
+from clockwork_hooks._tree import copied, version
 from clockwork_hooks.graph.arguments import is_number
 
 __all__ = ["FORM", "Conditions", "Seen", "Snapshot", "Weights"]
 
 _LARGEST_COPY = 1 << 22  # elements
+_LARGEST_TIME = 1 << 10
 _MOST_PARTS = 4096
 _DEEPEST = 64
 
@@ -196,12 +197,20 @@ FORM = _Value(type(None), "the time in another form")
 
 
 class Snapshot:
-    """An object as it was given to a call, though the call may have written to it since."""
+    """An object as it was given to a call, though the call may have written to it since.
 
-    __slots__ = ("_version", "parts", "value")
+    Attributes:
+        value: the object.
+        parts: what it held.
+        time: a copy of a tensor that may be the call's time.
+    """
+
+    __slots__ = ("_version", "parts", "time", "value")
 
     def __init__(self, value: Any) -> None:
         self.value, self.parts = value, [_remember(part) for part in _parts_of(value)]
+        small = type(value) is torch.Tensor and _plain(value) and not value.is_meta and value.numel() <= _LARGEST_TIME
+        self.time = copied(value) if small else None
         self._version = version(value) if isinstance(value, torch.Tensor) else -1
 
     @classmethod

@@ -60,6 +60,7 @@ class ClockedRegion:
         looks: has it a use for boundary tensors? The identity has none, so none are picked up for it.
         keeps_entry: do later steps look at what flowed into the region?
         keeps_trail: does the adaptor look at how the exit moved between the last two full passes?
+        tells_time: is the adaptor told the time of this call, or of earlier ones?
         other_steps: warns of a number of steps; None where there is nothing to warn of.
     """
 
@@ -77,6 +78,7 @@ class ClockedRegion:
     looks: bool = field(default=False, init=False)
     keeps_entry: bool = field(default=False, init=False)
     keeps_trail: bool = field(default=False, init=False)
+    tells_time: bool = field(default=False, init=False)
     other_steps: OtherSteps | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class ClockedRegion:
         self.looks = type(adaptor) is not IdentityAdaptor
         self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
         self.keeps_trail = "trend" in self.needs
+        self.tells_time = self.keeps_trail or not self.needs.isdisjoint({"position", "position_cached"})
 
     def skips(self, step: int, steps: int | None) -> bool:
         """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""

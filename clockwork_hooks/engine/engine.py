@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from clockwork_hooks._tree import address, tensors, version
+from clockwork_hooks._tree import address, copied, tensors, version
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Snapshot, Weights
@@ -79,7 +80,8 @@ class UNetCall:
         signature: what calls of this key have in common, once one was recorded.
         place: which step, branch and trajectory it belongs to, once that is known.
         weights: state of the UNet's weights; None where nothing is kept of the call, nor serves it.
-        time: its time input as it was passed, once its place is known; None where there is none.
+        time: its time input as it was passed, once its place is known; a copy, where somebody is told of it after the
+            call. None where there is none.
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
@@ -184,6 +186,7 @@ class Engine:
         self.unet, self.chain, self.time, self.branch = unet, chain, time, branch
         self._keeps_entry = any(clocked.keeps_entry for clocked in chain)
         self._keeps_trail = any(clocked.keeps_trail for clocked in chain)
+        self._tells_time = any(clocked.tells_time for clocked in chain)
         self.check_finite, self.keep_graph = check_finite, keep_graph
         self.enabled, self.looks, self.teaches, self.records_first = True, False, False, False
         self.observers: list[Observer] = []
@@ -354,7 +357,11 @@ class Engine:
         timeline, leaves = state.timeline, call.arguments.flat if originals is None else originals
         inputs = signature.inputs
         at = inputs.time
-        call.time = time = None if at is None else call.arguments.flat[at]
+        time = None if at is None else leaves[at]
+        time = time.time if type(time) is Snapshot else time  # the recorded call has written to it
+        call.time = time
+        if isinstance(time, torch.Tensor) and (self._tells_time or self.observers):
+            call.time = copied(time)  # a loop, or the UNet, may write its next one over it
         if state.sampler is not None and at is not None:
             _declare(timeline, state.sampler.begins(state.reader.read(time)[0]), ordered=not state.sampler.each)
         elif self.step_reader is not None and signature.time is not None:
@@ -646,8 +653,7 @@ class Engine:
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
         feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         clocked = self.chain[index]
-        if call.time is not None and (clocked.keeps_trail or "position_cached" in clocked.needs):
-            feature.position = stand_in.scalar(call.time, emitted.exit.device)
+        feature.position = self._position(call, clocked, emitted.exit)
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
             feature.entry, feature.age = before.entry, before.age + 1  # compared with the last full pass
@@ -658,6 +664,11 @@ class Engine:
                 trail if own and adapted else Trail.after(trail, emitted.exit, feature.position, first=first)
             )
         return feature
+
+    def _position(self, call: UNetCall, clocked: ClockedRegion, exit: torch.Tensor) -> torch.Tensor | None:
+        """The time of the call that has emitted an exit, where the region's adaptor is told of it."""
+        tells = call.time is not None and clocked.tells_time
+        return stand_in.scalar(call.time, exit.device) if tells else None
 
     def _trails(self, call: UNetCall, place: Position) -> tuple[Trail | None, ...]:
         """The trails that this call's regions go on with: those of the step before, if that is what came before it.
@@ -694,7 +705,7 @@ class Engine:
             state.calls.append(calls[0])  # what the recording calls is the UNet's own
             if all(call.key in self._signatures or self._adopt_ahead(call) for call in calls):
                 return
-            trace = record(self.unet, args, kwargs, time=self.time)
+            trace = self._record_apart(calls[0])
             for call in calls:
                 if call.key not in self._signatures:
                     with torch.inference_mode(call.key[4]):
@@ -792,8 +803,16 @@ class Engine:
         """What can be known of the first of such calls before it runs; None if it is to be recorded as it runs."""
         signature = self._adopt(call)
         if signature is None and self.records_first:
-            signature = self._learn(call, record(self.unet, call.args, call.kwargs, time=self.time))
+            signature = self._learn(call, self._record_apart(call))
         return signature or self._derive(call)
+
+    def _record_apart(self, call: UNetCall) -> Trace:
+        """Record such a call apart from any run; what it has written to its arguments is taken back."""
+        before = Before(call.args, call.kwargs, size=math.inf, unsure=True)
+        try:
+            return record(self.unet, call.args, call.kwargs, time=self.time)
+        finally:
+            before.restore()
 
     def _derive(self, call: UNetCall) -> Signature | None:
         """The signature of a call that differs from a recorded one in sizes alone; its first call will compare them."""
@@ -851,9 +870,9 @@ class Engine:
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
                 exit = exit.clone() if index in call.signature.copies else exit
-                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights)
+                at = self._position(call, clocked, exit)
+                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights, position=at)
                 if clocked.keeps_trail:
-                    at = None if call.time is None else stand_in.scalar(call.time, exit.device)
                     memory.feature.trail = Trail.after(None, exit, at, first=call.place.turn == 1)
                 use.homes.add(memory.feature.exit)
         if (batch := self._batch(state, call, call.signature)) is not None:
