@@ -35,7 +35,7 @@ from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
 from clockwork_hooks.graph.operators import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.schedule import Schedule, check_clock

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.regions.dominance import Dominance
+from clockwork_hooks.regions.flow import Dominance
 from clockwork_hooks.reports.u_drawing import Box, Drawing, Line, Word, save, svg
 
 LEFT, TOP, STEP, WIDE, HIGH, ROW, PANEL = 92.0, 96.0, 120.0, 92.0, 44.0, 92.0, 252.0

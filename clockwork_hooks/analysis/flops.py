@@ -38,7 +38,7 @@ from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
 from clockwork_hooks.regions.find import Choice, region_or_choice, skipped_nodes, split_options
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table

@@ -30,9 +30,8 @@ from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.recorder import TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.blocks import View
-from clockwork_hooks.regions.dominance import Dominance
 from clockwork_hooks.regions.find import choose, regions_of
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Dominance, Levels
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport

@@ -16,9 +16,8 @@ from torch import nn
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.tracing import Trace, record
-from clockwork_hooks.regions.dominance import Dominance
 from clockwork_hooks.regions.find import Choice, region_or_choice, skipped_nodes, split_options
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Dominance, Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.u_drawing import Block, Diagram, Skip
 

@@ -26,9 +26,8 @@ from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, 
 from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
-from clockwork_hooks.regions.dominance import Dominance, Mask
 from clockwork_hooks.regions.fingerprint import Fingerprints, structure
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 from clockwork_hooks.regions.region import Boundary, Region, Side
 
 __all__ = ["Embeddings", "Facts", "Leaf", "between", "build", "index_of", "nodes_of", "without"]

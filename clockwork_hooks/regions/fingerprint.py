@@ -40,8 +40,7 @@ from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.dominance import Dominance, Mask
-from clockwork_hooks.regions.levels import Levels
+from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 
 __all__ = ["PREFIX", "Fingerprints", "digest", "is_portable", "structure"]
 

@@ -16,7 +16,7 @@ from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.build import Facts, between, build, nodes_of
-from clockwork_hooks.regions.dominance import Edge
+from clockwork_hooks.regions.flow import Edge
 from clockwork_hooks.regions.region import Region
 
 __all__ = ["Search", "listed", "of_fingerprint"]
