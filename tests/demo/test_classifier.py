@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from clockwork_hooks.demo.captions import CaptionError, decode, parse, write_captions
-from clockwork_hooks.demo.classifier import UNREADABLE, attribute_accuracy, score
+from clockwork_hooks.demo.classifier import UNREADABLE, add_noise, attribute_accuracy, blur, half_denoised, score
 from clockwork_hooks.demo.evaluate import Attributes
 from clockwork_hooks.demo.model import DEMO_PROMPTS, DemoModel
 from clockwork_hooks.demo.scenes import COLUMNS, Scenes, draw_split, render
-from clockwork_hooks.demo.train_classifier import add_noise, blur, half_denoised
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.metrics import frechet_distance, statistics_of
 

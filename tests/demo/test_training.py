@@ -10,8 +10,7 @@ from torch import Tensor
 
 from clockwork_hooks.demo.evaluate import evaluate
 from clockwork_hooks.demo.model import DemoModel, load_demo
-from clockwork_hooks.demo.train import main
-from clockwork_hooks.demo.train_generator import Options, ScenePool, Trainer
+from clockwork_hooks.demo.train import Options, ScenePool, Trainer, main
 from clockwork_hooks.demo.weights import save_half, write_json
 
 TINY = Options(device="cpu", batch=2, pool=32)
