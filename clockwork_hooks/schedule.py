@@ -419,21 +419,21 @@ class _Early:
         full = 0 if steps is None else -(-steps // self.clock)
         if steps is None or full < 3:
             return (step - 1) % self.clock != 0
-        return step not in early_steps(full, steps)
+        return step in early_steps(full, steps)
 
 
 @functools.lru_cache(maxsize=256)
-def early_steps(full: int, steps: int) -> frozenset[int]:
-    """So many full steps of all, their distances growing: those of `early`, whatever the clock.
+def early_steps(full: int, steps: int) -> tuple[int, ...]:
+    """The adaptor steps of `early` where so many of all are full, whatever the clock.
 
     Example:
-        >>> sorted(early_steps(9, 20))
-        [1, 2, 3, 4, 6, 8, 12, 16, 20]
+        >>> early_steps(9, 20)  # the distances of the full ones grow: 1, 2, 3, 4, 6, 8, 12, 16, 20
+        (5, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19)
     """
     at = [1]
     for k in range(1, full):
         at.append(max(1 + round((steps - 1) * (k / (full - 1)) ** 2), at[-1] + 1))
-    return frozenset(at)
+    return tuple(step for step in range(1, steps + 1) if step not in at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -422,8 +422,7 @@ class _Planner:
             if not outcome.adaptor_passes:  # one step
                 continue
             self.shares.setdefault(one.name, _shares(outcome, self.steps))
-            chosen = tuple(s for s in range(1, self.steps + 1) if not schedule.is_full(s))
-            option = self._option(one.name, f"clock {clock}", chosen, None)
+            option = self._option(one.name, f"clock {clock}", schedule.adaptor_steps(self.steps), None)
             self.options.append(replace(option, measured=outcome.error, saved=outcome.saved))
 
     def rules(self, one: Candidate, clocks: Sequence[int]) -> None:
@@ -533,7 +532,7 @@ class _Planner:
         options = []
         for name in self.solved & self.shares.keys():
             for full in range(self.steps - 1, 2, -1):
-                steps = tuple(sorted(set(range(1, self.steps + 1)) - early_steps(full, self.steps)))
+                steps = early_steps(full, self.steps)
                 option = self._option(name, f"rule early, {full} full", steps, None)
                 if option.gain(self.weigh) >= wanted - _SLACK:
                     same = (one for one in self.options if (one.region, one.steps) == (name, steps))

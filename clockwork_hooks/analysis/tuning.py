@@ -372,7 +372,7 @@ def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int
                     rules.setdefault(at, f"clock {clock}" + (f", {' and '.join(ends)} full" if ends else ""))
                     break
     for full in range(steps - 1, 2, -1):
-        at = tuple(s for s in range(1, steps + 1) if s not in early_steps(full, steps))
+        at = early_steps(full, steps)
         if share * len(at) / steps > saving:
             rules.setdefault(at, f"{_EARLY}, {full} full")
             break

@@ -62,16 +62,13 @@ def reference_statistics(model: DemoModel, count: int, seed: int = 8) -> Statist
     return statistics_of(model.classifier.features, (chunk.float() / 255 for chunk in images.split(_CHUNK)))
 
 
-def sample_many(
-    model: DemoModel, prompts: Sequence[str], *, batch: int = 1024, seed: int = 0, **options: Any
-) -> Tensor:
-    """Sample any number of prompts in batches, each with its own seed.
+def sample_many(model: DemoModel, prompts: Sequence[str], *, batch: int = 1024, **options: Any) -> Tensor:
+    """Sample any number of prompts in batches, each with its number as its seed.
 
     Args:
         model: to sample from.
         prompts: N captions.
         batch: prompts at a time.
-        seed: of the first batch, counted up from there.
         options: of `DemoModel.sample`.
 
     Returns:
@@ -79,7 +76,7 @@ def sample_many(
     """
     starts = range(0, len(prompts), batch)
     return torch.cat(
-        [model.sample(prompts[at : at + batch], seed=seed + number, **options) for number, at in enumerate(starts)]
+        [model.sample(prompts[at : at + batch], seed=number, **options) for number, at in enumerate(starts)]
     )
 
 

@@ -309,19 +309,14 @@ class TextEncoder(nn.Module):
     """Token ids to hidden states for cross-attention.
 
     Padding is attended to like any word (as in Stable Diffusion), so no mask travels with the hidden states.
-
-    Args:
-        width: of the hidden states.
-        layers: transformer layers.
-        heads: attention heads of a layer.
     """
 
-    def __init__(self, width: int = TEXT_WIDTH, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.token = nn.Embedding(len(VOCABULARY), width)
-        self.position = nn.Embedding(MAX_TOKENS, width)
-        self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.token = nn.Embedding(len(VOCABULARY), TEXT_WIDTH)
+        self.position = nn.Embedding(MAX_TOKENS, TEXT_WIDTH)
+        self.layers = nn.ModuleList(_Layer(TEXT_WIDTH, heads=4) for _ in range(2))
+        self.norm = nn.LayerNorm(TEXT_WIDTH)
         nn.init.normal_(self.token.weight, std=0.5)
         nn.init.normal_(self.position.weight, std=0.1)
 
@@ -332,7 +327,7 @@ class TextEncoder(nn.Module):
             tokens: (B, 18) int64 token ids, as `captions.encode` gives them.
 
         Returns:
-            (B, 18, width) hidden states.
+            (B, 18, TEXT_WIDTH) hidden states.
         """
         hidden: Tensor = self.token(tokens) + self.position.weight
         for layer in self.layers:

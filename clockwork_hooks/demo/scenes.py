@@ -183,19 +183,16 @@ def held_out(attributes: Ints) -> NDArray[np.bool_]:
     return np.asarray(mixed % np.uint64(_HELD_OUT_EVERY) == 0)
 
 
-def render(
-    scenes: Scenes, *, size: int = IMAGE_SIZE, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
+def render(scenes: Scenes, *, size: int = IMAGE_SIZE, device: torch.device | str = "cpu") -> Tensor:
     """Render scenes with anti-aliased edges, from signed distances.
 
     Args:
         scenes: N scenes.
         size: image side in pixels.
         device: where to render.
-        dtype: of the result.
 
     Returns:
-        (N, 3, size, size) RGB in [0, 1].
+        (N, 3, size, size) RGB in [0, 1], float32.
     """
     attributes = torch.as_tensor(scenes.attributes, device=device)
     centre, radius, angle, tint = (
@@ -216,7 +213,7 @@ def render(
         cover = (0.5 - distance * scale).clamp(0, 1) * (r > 0)
         paint = (colours[colour] + tint[:, which]).clamp(0, 1)[:, :, None, None]
         image = torch.lerp(image, paint, cover[:, None])
-    return image.to(dtype)
+    return image
 
 
 def _distance(x: Tensor, y: Tensor, r: Tensor, shape: Tensor) -> Tensor:

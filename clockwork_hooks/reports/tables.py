@@ -172,14 +172,13 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line) }
 """
 
 
-def page(title: str, parts: Iterable[Table | str], *, data: Mapping[str, Any], about: str = "") -> str:
+def page(title: str, parts: Iterable[Table | str], *, data: Mapping[str, Any]) -> str:
     r"""An HTML page.
 
     Args:
         title: its heading.
         parts: tables, SVG pictures (text that begins with "<svg"), and other text, which is set as it is typed.
         data: the report as plain data, kept in the page for programs: `<script type="application/json" id="data">`.
-        about: a sentence below the heading.
 
     Returns:
         The page's text.
@@ -195,7 +194,7 @@ def page(title: str, parts: Iterable[Table | str], *, data: Mapping[str, Any], a
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"{f'<p>{escape(about)}</p>' if about else ''}\n{body}\n"
+        f"\n{body}\n"
         f"<footer><p>clockwork_hooks {escape(__version__)}. Method: arXiv 2312.08128.</p></footer>\n"
         f'<script type="application/json" id="data">{stored}</script>\n</body>\n</html>\n'
     )
