@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Generate", "seed_of", "seeded", "with_seed"]
-
 Generate = Callable[..., Any]  # generate(batch, seed), or generate(batch)
 
 

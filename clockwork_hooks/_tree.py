@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.multiprocessing import reductions
 
-__all__ = ["Leaf", "address", "copied", "flat", "held", "leaf_at", "leaves", "map_leaves", "tensors", "version"]
-
 
 class Leaf:
     """Base of dataclasses that stand for a tensor: a leaf, not a container."""

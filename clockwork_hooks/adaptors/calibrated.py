@@ -23,8 +23,6 @@ from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarnin
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region
 
-__all__ = ["FORMS", "CalibratedAdaptor", "Knot", "Positions", "ResidualAdaptor", "around_of", "carried", "like_exit"]
-
 FORMS = ("affine", "linear", "kernel", "low rank")
 _ENDLESS = 3e38  # a bound that bounds nothing: the identity's
 _LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that

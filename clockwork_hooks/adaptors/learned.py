@@ -21,24 +21,6 @@ from clockwork_hooks.errors import AdaptorError, ArgumentError
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region, name_advice, region_differences, saved_options
 
-__all__ = [
-    "LearnedAdaptor",
-    "ResBlock",
-    "ResNetAdaptor",
-    "ScaledResNetAdaptor",
-    "UNetAdaptor",
-    "conv",
-    "cropped",
-    "down",
-    "fit",
-    "norm",
-    "padded",
-    "up",
-    "vector",
-    "vector_width",
-    "zero",
-]
-
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _UP: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 

@@ -29,8 +29,6 @@ from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError, ClockworkError, first_line
 from clockwork_hooks.reports.tables import table
 
-__all__ = ["SavedAdaptor", "check_facts"]
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CARD = """---
 {{ card_data }}

@@ -27,32 +27,6 @@ from clockwork_hooks.schedule import Schedule
 if TYPE_CHECKING:
     from clockwork_hooks.clock.timeline import Feature
 
-__all__ = [
-    "Adaptor",
-    "AdaptorInputs",
-    "AdaptorLike",
-    "IdentityAdaptor",
-    "Lent",
-    "Past",
-    "as_module",
-    "call",
-    "check",
-    "check_region",
-    "check_schedule",
-    "count_and_call",
-    "fits",
-    "inputs",
-    "is_identity",
-    "needs_of",
-    "owned",
-    "place",
-    "region_options",
-    "resolve_adaptor",
-    "scalar",
-    "schedule_of",
-    "schedules_of",
-]
-
 
 @runtime_checkable
 class Adaptor(Protocol):

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = ["MODES", "BenchRow", "Benchmark", "bench", "clock_name", "twin"]
-
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:

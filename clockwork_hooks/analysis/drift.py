@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = ["Drift", "measure_drift"]
-
 
 @dataclass(frozen=True, slots=True)
 class Drift(FieldReport):

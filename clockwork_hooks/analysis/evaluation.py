@@ -34,8 +34,6 @@ from clockwork_hooks.reports.tables import Table, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Evaluation", "Score", "Variant", "VariantResult", "evaluate"]
-
 
 @dataclass(frozen=True, slots=True)
 class Score:

@@ -45,8 +45,6 @@ from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.reports.u_drawing import Diagram
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["FlopsReport", "MacsRow", "OperatorMacs", "Uncounted", "counting", "flops_report"]
-
 
 @dataclass(frozen=True, slots=True)
 class OperatorMacs:

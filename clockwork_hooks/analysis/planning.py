@@ -51,18 +51,6 @@ from clockwork_hooks.schedule import Schedule, early_steps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Option",
-    "Plan",
-    "Sensitivity",
-    "Weigh",
-    "adaptive_steps",
-    "plan",
-    "probe_steps",
-    "rule_of_thumb",
-    "threshold_for",
-]
-
 Weigh = Literal["MACs", "ms"]
 
 

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = ["FeatureMap", "Robustness", "choose_maps", "find_maps", "measure_robustness"]
-
 Kind = Literal["first", "down", "bottleneck", "up"]
 
 

@@ -38,25 +38,6 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
-__all__ = [
-    "Adaptors",
-    "Ages",
-    "Candidate",
-    "Measured",
-    "Runs",
-    "Series",
-    "Watch",
-    "candidates",
-    "check_clocks",
-    "check_runs",
-    "final",
-    "first_call",
-    "follow",
-    "reference",
-    "region_name",
-    "relative_error",
-]
-
 Adaptors = AdaptorLike | list[AdaptorLike] | tuple[AdaptorLike, ...]
 
 

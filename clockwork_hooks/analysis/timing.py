@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Timing", "device_name", "in_turns", "measured", "now", "synchronize", "timed"]
-
 T = TypeVar("T")
 
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.progress import TaskID
 
-__all__ = ["Trial", "Tuning", "spaced", "tune"]
-
 _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is

@@ -8,8 +8,6 @@ import typer
 
 from clockwork_hooks._version import __version__
 
-__all__ = ["EXIT_CODES", "INSTALL", "LOOK", "MEASURE", "TRAIN", "TRY", "Interrupted", "app", "epilog"]
-
 LOOK, MEASURE, TRAIN, TRY, INSTALL = (
     "Look at a model (no weights, no GPU)",
     "Measure",

@@ -12,8 +12,6 @@ from clockwork_hooks.analysis.flops import FlopsReport
 from clockwork_hooks.errors import ArgumentError, is_number
 from clockwork_hooks.reports.tables import Table, table
 
-__all__ = ["BudgetCheck", "check_budget", "read_budget"]
-
 PASSES = ("full", "adaptor_pass", "trajectory")
 LIMITS = (*(f"{name}_macs" for name in PASSES), *(f"{name}_flops" for name in PASSES), "parameters")
 

@@ -10,8 +10,6 @@ from clockwork_hooks.cli.app import TRY, app, epilog
 from clockwork_hooks.cli.options import Clock, Format, FormatOption, OutFolder, Seed, Steps, check_out, deliver
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["demo", "edit", "play"]
-
 DEMO_EXAMPLES = (
     "demo",
     "demo --steps 20 --clock 4 --out my-folder",

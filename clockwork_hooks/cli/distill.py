@@ -18,8 +18,6 @@ from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, Interrupted, app
 from clockwork_hooks.cli.options import Format, FormatOption, check_out, deliver
 from clockwork_hooks.errors import ArgumentError, first_line
 
-__all__ = ["distill"]
-
 DEMO: dict[str, Any] = {
     "source": {"kind": "demo", "sampler": "dpm++", "steps": 8},
     "adaptor": {"kind": "resnet"},

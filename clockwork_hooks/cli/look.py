@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from clockwork_hooks.regions.region import Region
     from clockwork_hooks.reports.u_drawing import Diagram
 
-__all__ = ["RegionList", "flops", "regions"]
-
 FLOPS_EXAMPLES = (
     "flops sd15 --guidance",
     "flops sd15 --cut paper --no-attention --guidance   (the paper's own numbers)",

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from clockwork_hooks.analysis.tuning import Trial
 
-__all__ = ["bench", "drift", "perturb", "plan", "tune"]
-
 BENCH_EXAMPLES = (
     "bench sd15 --guidance   (on a GPU in half precision; on a CPU a tenth of its width, with a note)",
     "bench my_package.unet:build --clock 2 --clock 4 --rounds 9 --out bench.html",

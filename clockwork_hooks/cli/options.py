@@ -22,39 +22,6 @@ from clockwork_hooks.reports.report import PICTURES, TEXTS
 if TYPE_CHECKING:
     from clockwork_hooks.reports.report import Report
 
-__all__ = [
-    "Adaptors",
-    "Batch",
-    "Clock",
-    "Clocks",
-    "Cut",
-    "CutOption",
-    "Device",
-    "Entry",
-    "Exit",
-    "Format",
-    "FormatOption",
-    "Frames",
-    "Guidance",
-    "Level",
-    "Model",
-    "Modules",
-    "Out",
-    "OutFolder",
-    "Resolution",
-    "Seed",
-    "Share",
-    "Size",
-    "Steps",
-    "as_option",
-    "check_out",
-    "deliver",
-    "on_device",
-    "region_choice",
-    "show",
-    "spatial",
-]
-
 MODEL_HELP = (
     "A preset (sd15, sd21, sdxl, svd, kandinsky22, deepfloyd-if, ddpm-cifar10), a folder with a diffusers config.json, "
     "or package.module:factory, a function that returns (model, args, kwargs)."

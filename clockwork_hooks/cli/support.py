@@ -22,9 +22,6 @@ from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 
-__all__ = ["Installation", "Part", "doctor", "explain", "parts"]
-
-
 # extra → what it is for; the requirements themselves come from the installed package
 PURPOSES = {
     "": "everything",

@@ -32,8 +32,6 @@ from torch import nn
 from clockwork_hooks._tree import copied, version
 from clockwork_hooks.graph.arguments import is_number
 
-__all__ = ["FORM", "Conditions", "Seen", "Snapshot", "Weights"]
-
 _LARGEST_COPY = 1 << 22  # elements
 _LARGEST_TIME = 1 << 10
 _MOST_PARTS = 4096

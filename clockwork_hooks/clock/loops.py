@@ -28,8 +28,6 @@ from clockwork_hooks.clock.samplers import SamplerSteps
 from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import TimeReader
 
-__all__ = ["BranchBlock", "State", "States", "TrajectoryBlock", "stands_apart"]
-
 _OPENERS = ("__enter__", "__aenter__", "enter_context", "enter_async_context")
 
 

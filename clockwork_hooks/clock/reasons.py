@@ -1,7 +1,5 @@
 """Every reason that `cw.stats.reasons` counts: what causes it, and what to do about it."""
 
-__all__ = ["REASONS"]
-
 FIRST = "first step"
 SCHEDULED = "scheduled"
 MOVED = "scheduled: the entry changed by more than the threshold"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SAMPLERS", "Sampler", "SamplerSteps", "find_sampler", "steps_as_it_runs"]
-
 
 @dataclass(frozen=True, slots=True)
 class Sampler:

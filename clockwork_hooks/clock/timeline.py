@@ -22,8 +22,6 @@ from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
 from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms
 from clockwork_hooks.graph.arguments import Inputs
 
-__all__ = ["Branch", "Call", "Feature", "Position", "Timeline", "Trail"]
-
 
 @dataclass(frozen=True, slots=True)
 class Trail:

@@ -16,8 +16,6 @@ from clockwork_hooks._tree import address, held, version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.graph.arguments import is_number
 
-__all__ = ["Jumps", "MixedTimes", "Place", "Strides", "TimeForms", "TimeReader", "may_be_form"]
-
 _LARGEST_LIST = 1 << 16  # elements
 
 

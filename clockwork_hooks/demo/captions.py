@@ -27,19 +27,6 @@ from clockwork_hooks.demo.scenes import (
 )  # fmt: skip
 from clockwork_hooks.errors import DemoError
 
-__all__ = [
-    "ANY",
-    "EXAMPLES",
-    "MAX_TOKENS",
-    "VOCABULARY",
-    "CaptionError",
-    "UnknownWordError",
-    "decode",
-    "encode",
-    "parse",
-    "write_captions",
-]
-
 Ints = NDArray[np.int64]
 
 ANY = -1  # an attribute that a caption leaves open

@@ -32,22 +32,6 @@ from clockwork_hooks.demo.scenes import (
 )
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = [
-    "FEATURES",
-    "UNREADABLE",
-    "Accuracy",
-    "AttributeClassifier",
-    "add_noise",
-    "attribute_accuracy",
-    "blur",
-    "damage",
-    "half_denoised",
-    "judge_classifier",
-    "morph_partner",
-    "score",
-    "train_classifier",
-]
-
 UNREADABLE = -2
 FEATURES = 160
 _CHUNK = 1024  # images per forward pass when reading

@@ -35,23 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-__all__ = [
-    "EDITS",
-    "GUIDANCE",
-    "UNTIL_FEATURES",
-    "EditRow",
-    "Gap",
-    "SceneEdits",
-    "SceneScore",
-    "Way",
-    "draw_edits",
-    "edit_scenes",
-    "layout_error",
-    "objects",
-    "scores_of",
-    "usual_ways",
-]
-
 _DRAWS = 10_000
 
 

@@ -16,8 +16,6 @@ from clockwork_hooks.demo.model import DemoModel
 from clockwork_hooks.demo.scenes import draw_split, render_bytes
 from clockwork_hooks.metrics import Better, Statistics, frechet_distance, statistics_of
 
-__all__ = ["Attributes", "evaluate", "held_out_prompts", "reference_statistics", "sample_many", "sweep_guidance"]
-
 _CHUNK = 2048
 
 

@@ -24,21 +24,6 @@ from clockwork_hooks.errors import ArgumentError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "DEMO_PROMPTS",
-    "GUIDANCE",
-    "LATENT_SHAPE",
-    "SCHEDULERS",
-    "TEXT_WIDTH",
-    "DemoModel",
-    "TextEncoder",
-    "load_demo",
-    "new_unet",
-    "to_images",
-    "to_latents",
-    "to_picture",
-]
-
 GUIDANCE = 1.5  # measured: above 2, grey backgrounds darken
 LATENT_SHAPE = (12, 32, 32)
 TRAIN_STEPS = 1000

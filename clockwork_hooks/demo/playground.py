@@ -32,8 +32,6 @@ from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["ADAPTORS", "Playground", "serve"]
-
 PAGE = Path(__file__).with_name("playground.html")
 ADAPTORS = ("identity", "calibrated", "trained")
 MOST_STEPS, MOST_BYTES = 50, 10_000

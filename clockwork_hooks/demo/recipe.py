@@ -15,8 +15,6 @@ from clockwork_hooks.demo.captions import decode, write_captions
 from clockwork_hooks.demo.model import GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_latents
 from clockwork_hooks.demo.scenes import Scenes, draw_split, render_bytes
 
-__all__ = ["Recipe"]
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

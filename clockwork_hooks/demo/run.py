@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from clockwork_hooks.adaptors import CalibratedAdaptor
     from clockwork_hooks.regions.region import Region
 
-__all__ = ["DemoResult", "Row", "demo", "draw_grid"]
-
 ROUNDS = 2
 PLAIN, DEEPCACHE, IDENTITY, CALIBRATED = "plain", "DeepCache's setting", "identity", "calibrated"
 CAPTIONS = 16  # training captions that the adaptor is calibrated with

@@ -17,11 +17,6 @@ from torch import Tensor
 
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = [
-    "BACKGROUNDS", "COLOURS", "COLUMNS", "IMAGE_SIZE", "LAYOUTS", "PLACES", "SHAPES", "SIZES", "Scenes",
-    "draw_scenes", "draw_split", "held_out", "render", "render_bytes",
-]  # fmt: skip
-
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 

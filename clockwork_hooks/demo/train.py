@@ -32,8 +32,6 @@ from clockwork_hooks.demo.scenes import IMAGE_SIZE, draw_split, render_bytes
 from clockwork_hooks.demo.weights import WEIGHTS, read_json, read_tensors, save_half, write_json, write_tensors
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["Options", "ScenePool", "Trainer", "main", "train_generator"]
-
 Log = Callable[[dict[str, Any]], None]
 _SHARD_BYTES = 15 * 2**20
 STORED = {"weights": torch.float32, "average": torch.float16, "first": torch.bfloat16, "second": torch.bfloat16}

@@ -12,17 +12,6 @@ from torch import Tensor, nn
 
 from clockwork_hooks.errors import DemoError
 
-__all__ = [
-    "WEIGHTS",
-    "WeightsError",
-    "load_module",
-    "read_json",
-    "read_tensors",
-    "save_half",
-    "write_json",
-    "write_tensors",
-]
-
 WEIGHTS = Path(__file__).parent / "weights"
 
 

@@ -25,8 +25,6 @@ from clockwork_hooks.schedule import Schedule, check_clock
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["check_alone", "check_names", "check_region", "plan_parts", "wrap"]
-
 
 def check_region(region: Region, unet: nn.Module) -> None:
     """Raise `ArgumentError` if it is one of another UNet."""

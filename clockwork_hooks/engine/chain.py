@@ -36,8 +36,6 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["ClockedRegion", "Homes", "RegionUse", "Signature", "prepare", "single"]
-
 _MOST_HOMES = 256
 
 

@@ -48,8 +48,6 @@ from clockwork_hooks.graph.recorder import ModuleCall, eager, specs_in, written_
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
 
-__all__ = ["Derived", "Recorded", "Scaling", "form"]
-
 
 def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A call's key without its sizes: equal for calls that differ in these alone."""

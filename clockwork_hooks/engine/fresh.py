@@ -26,8 +26,6 @@ from clockwork_hooks.engine.taint import Taint, Tainted, here, is_dense, refuse
 from clockwork_hooks.graph.recorder import eager
 from clockwork_hooks.graph.tracing import SHAPE_ONLY
 
-__all__ = ["Following", "Fresh", "Watching"]
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MAKES = SHAPE_ONLY | {
     f"aten::{name}"

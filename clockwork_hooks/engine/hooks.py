@@ -20,8 +20,6 @@ from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
-__all__ = ["Census", "Forward", "Installed", "PastHooks", "RootForward", "RootHook", "walk"]
-
 # (the forward that it stands for, args, kwargs) → what the call returns
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -183,6 +181,7 @@ class Observer:
         self.owner, self.path, self.side = owner, path, side
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """A module has been given its input, or has returned."""
         pass_ = self.owner.tracing or self.owner.active.pass_
         if pass_ is not None and pass_.looks:
             pass_.observe(self.path, self.side, output if self.side == "output" else (args, kwargs))

@@ -23,8 +23,6 @@ from clockwork_hooks._tree import address, copied, flat, leaf_at, map_leaves, ve
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
-__all__ = ["Active", "Before", "Emit", "Emitted", "Exchanged", "Outcome", "Owner", "Pass", "TracedPass", "placeholder"]
-
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 

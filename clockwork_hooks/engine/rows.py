@@ -18,9 +18,6 @@ from clockwork_hooks.clock.conditions import Conditions
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["HELPED", "Batch", "Rows", "serves"]
-
-
 # why a call is full where rows may help: it is of no branch of the step before, or of one with another batch
 HELPED = frozenset({reasons.NEW, reasons.CHANGED})
 

@@ -29,18 +29,6 @@ from clockwork_hooks.schedule import Schedule
 if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
 
-__all__ = [
-    "Counts",
-    "NoAdaptorPass",
-    "OtherSteps",
-    "RunReport",
-    "Stats",
-    "TrajectoryStats",
-    "Watchers",
-    "warn_of_failure",
-    "watchers",
-]
-
 
 @dataclass(slots=True)
 class Counts:

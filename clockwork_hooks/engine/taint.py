@@ -27,8 +27,6 @@ from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SkippedValueError", "Taint", "Tainted", "here", "holds_placeholder", "is_dense", "may_cause", "refuse"]
-
 _DEEPEST = 4
 # They return what is no tensor, and look at no value. TorchScript asks for sizes through operators in inference mode.
 _METADATA = frozenset(

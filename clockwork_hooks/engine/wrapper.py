@@ -29,8 +29,6 @@ from clockwork_hooks.errors import ArgumentError, WrapError, whole
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = ["MODES", "ClockworkWrapper", "check_unet", "static_calls"]
-
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 POOLED = ("reduce-overhead", "max-autotune")
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError
 
-__all__ = ["Arguments", "Binder", "Inputs", "find_sample", "is_number", "may_be_label", "time_candidates"]
-
 SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
 TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
 TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")

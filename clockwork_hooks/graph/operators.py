@@ -35,18 +35,6 @@ from torch import fx
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import ArgumentError, CountError, is_whole
 
-__all__ = [
-    "Handle",
-    "Kind",
-    "handle",
-    "handles",
-    "is_attention",
-    "is_spatial",
-    "kind",
-    "node_macs",
-    "operator_name",
-]
-
 Kind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
 
 

@@ -32,19 +32,6 @@ from clockwork_hooks._tree import Leaf, address, flat, held, map_leaves, tensors
 from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.operators import is_spatial
 
-__all__ = [
-    "Bindings",
-    "LikelyExits",
-    "ModuleCall",
-    "NodeMeta",
-    "Recorder",
-    "TensorSpec",
-    "describe",
-    "eager",
-    "specs_in",
-    "written_by",
-]
-
 _ALIAS = torch.ops.aten.alias.default
 _BLANK = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -22,8 +22,6 @@ from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_
 from clockwork_hooks.graph.operators import kind, node_macs, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder, specs_in
 
-__all__ = ["Trace", "finish", "module_paths", "record", "recording", "sources", "trace"]
-
 LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided")
 SHAPE_ONLY = frozenset(f"aten::{name}" for name in (*LIKE, *NEW))

@@ -21,8 +21,6 @@ from clockwork_hooks.regions.flow import Dominance, Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.u_drawing import Block, Diagram, Skip
 
-__all__ = ["View", "diagram", "diagram_of"]
-
 _MOST = 9  # blocks of one arm of one level; more are drawn together
 _LEAST = 0.001  # of all MACs: what is less and no convolution gets no block of its own
 

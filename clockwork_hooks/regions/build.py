@@ -30,8 +30,6 @@ from clockwork_hooks.regions.fingerprint import Fingerprints, structure
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 from clockwork_hooks.regions.region import Boundary, Region, Side
 
-__all__ = ["Embeddings", "Facts", "Leaf", "between", "build", "index_of", "nodes_of", "without"]
-
 Leaf = tuple[ModuleCall, int, TensorSpec]  # a call, and the k-th leaf of what it takes or returns
 
 

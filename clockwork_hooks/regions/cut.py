@@ -10,21 +10,6 @@ import torch
 
 from clockwork_hooks._tree import Leaf, flat, leaves
 
-__all__ = [
-    "CutPlan",
-    "ExitAt",
-    "Exits",
-    "Kind",
-    "Move",
-    "Moves",
-    "Port",
-    "SkippedCall",
-    "Slot",
-    "dtype_of",
-    "entry_of",
-    "fits",
-]
-
 Kind = Literal["full", "adaptor"]
 
 

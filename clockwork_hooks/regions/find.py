@@ -30,24 +30,6 @@ from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search, listed, of_fingerprint
 
-__all__ = [
-    "Choice",
-    "ChoiceOptions",
-    "by_ends",
-    "by_modules",
-    "check_keep",
-    "choose",
-    "find_region",
-    "find_regions",
-    "keeping",
-    "match",
-    "near",
-    "region_or_choice",
-    "regions_of",
-    "skipped_nodes",
-    "split_options",
-]
-
 
 class ChoiceOptions(TypedDict, total=False):
     """The options of a `Choice` that functions also take one by one."""

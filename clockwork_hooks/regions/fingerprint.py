@@ -42,8 +42,6 @@ from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, q
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 
-__all__ = ["PREFIX", "Fingerprints", "digest", "is_portable", "structure"]
-
 PREFIX = "graph-"  # those of earlier versions have none: they were made of the modules' names
 _SAME = {  # one operator by several names, among them those of whole operators and of what they come down to
     "multiply": "mul",

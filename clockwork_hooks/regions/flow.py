@@ -31,8 +31,6 @@ from torch import fx
 from clockwork_hooks.graph.operators import is_spatial, kind, operator_name
 from clockwork_hooks.graph.tracing import Trace, sources
 
-__all__ = ["Dominance", "Levels", "Mask"]
-
 Edge = tuple[int, int]
 Mask = NDArray[np.bool_]  # a set of nodes, one value a node
 

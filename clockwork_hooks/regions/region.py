@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
     from clockwork_hooks.reports.u_drawing import Diagram
 
-__all__ = ["Boundary", "Layout", "Region", "Side"]
-
 _ARMS: tuple[tuple[Literal["down", "up"], int], ...] = (("down", 1), ("up", -1))
 
 

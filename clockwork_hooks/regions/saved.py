@@ -21,8 +21,6 @@ from clockwork_hooks.regions.fingerprint import is_portable, structure
 from clockwork_hooks.regions.region import Boundary, Layout, Region, Side, seal
 from clockwork_hooks.reports.report import reading
 
-__all__ = ["described_region", "name_advice", "region_differences", "saved_choice", "saved_options", "saved_region"]
-
 
 def _text(path: str | Path) -> str:
     try:

@@ -19,8 +19,6 @@ from clockwork_hooks.regions.build import Facts, between, build, nodes_of
 from clockwork_hooks.regions.flow import Edge
 from clockwork_hooks.regions.region import Region
 
-__all__ = ["Search", "listed", "of_fingerprint"]
-
 SMALLEST, LARGEST = 0.20, 0.97
 _TRIES = 12
 

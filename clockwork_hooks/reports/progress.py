@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["ProgressBar"]
-
 EVERY = 30.0  # seconds between lines where there is no terminal
 
 

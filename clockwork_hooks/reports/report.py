@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from clockwork_hooks.reports.tables import Table
 
-__all__ = ["FieldReport", "Picture", "Report", "plain", "reading"]
-
 TEXTS = (".json", ".md", ".html")
 PICTURES = (".svg", ".png")
 

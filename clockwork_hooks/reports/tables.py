@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import rich.table
     import rich.text
 
-__all__ = ["Table", "page", "table"]
-
 
 @dataclass(frozen=True, slots=True)
 class Table:

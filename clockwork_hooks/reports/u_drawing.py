@@ -17,8 +17,6 @@ from typing import Any, Literal, Protocol
 from clockwork_hooks._numbers import macs, percent, shape
 from clockwork_hooks.errors import ArgumentError, first_line, need
 
-__all__ = ["WIDTH", "Block", "Box", "Diagram", "Drawing", "Line", "Skip", "Word", "save", "svg"]
-
 WIDTH = 960.0
 # kind → (fill, line) on light and on dark paper
 COLOURS = {

@@ -45,23 +45,6 @@ if TYPE_CHECKING:
 
     from clockwork_hooks.adaptors import LearnedAdaptor
 
-__all__ = [
-    "accelerated",
-    "check",
-    "check_folder",
-    "chosen",
-    "distill",
-    "frozen",
-    "kind_of",
-    "learners_of",
-    "loaded",
-    "local_device",
-    "quietly",
-    "samplers_of",
-    "students_of",
-    "tf32",
-]
-
 
 def distill(
     unet: nn.Module,

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from clockwork_hooks.errors import ArgumentError, DistillError, is_number
 
-__all__ = ["LOSSES", "Guidance", "Loss", "Outcome", "guidance_of", "guidance_weights", "guided", "loss_of"]
-
 Scale = float | Sequence[float] | None
 Guidance = Scale | Callable[[int, float | None], Scale]
 Weights = tuple[float, ...] | None

@@ -10,8 +10,6 @@ from typing import Any, Literal, get_args
 from clockwork_hooks.errors import ArgumentError, is_number, no_option, whole
 from clockwork_hooks.training.losses import Loss
 
-__all__ = ["MODES", "Mode", "Student", "TrainingOptions"]
-
 Mode = Literal["unrolled", "forward_noise", "on_policy"]
 MODES: tuple[str, ...] = get_args(Mode)
 _CHOICES = {"decay": ("constant", "cosine"), "precision": ("no", "bf16", "fp16"), "tracker": (None, "tensorboard")}

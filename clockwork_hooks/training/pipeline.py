@@ -10,8 +10,6 @@ import torch
 
 from clockwork_hooks.errors import ArgumentError, need
 
-__all__ = ["pipeline_arguments", "read_dataset", "read_prompts"]
-
 
 def pipeline_arguments(
     *,

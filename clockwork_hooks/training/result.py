@@ -25,8 +25,6 @@ from clockwork_hooks.training.trainer import Learner
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DistillResult", "StudentResult", "latest_checkpoint", "load_checkpoint", "save_adaptor", "save_checkpoint"]
-
 
 @dataclass(frozen=True, slots=True)
 class StudentResult:

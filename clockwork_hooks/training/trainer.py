@@ -36,8 +36,6 @@ from clockwork_hooks.training.trajectory import (
     TrajectoryRecorder,
 )
 
-__all__ = ["Learner", "Trainer", "status"]
-
 _HALF_SCALE = 2.0**16  # gradients of a mean over a UNet's output are too small for float16, which they pass through
 
 

@@ -38,19 +38,6 @@ from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-__all__ = [
-    "TENSORS",
-    "Buffer",
-    "Copies",
-    "Needs",
-    "Noise",
-    "RecordedCall",
-    "StepCalls",
-    "Trajectory",
-    "TrajectoryRecorder",
-    "steps_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Needs:
