@@ -233,8 +233,8 @@ def is_whole(value: object, least: float = -math.inf, most: float = math.inf) ->
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Is it an int or a float, and finite? True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Is it an int or a float, and finite? True and False are none, nor is an int larger than any float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def whole(name: str, value: object, *, least: int, rule: str = "", example: int | None = None) -> None:

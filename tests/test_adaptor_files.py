@@ -1,9 +1,11 @@
 """Adaptors on disk: they come back as they were saved, belong to one region, and a damaged file is refused."""
 
+import contextlib
+import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ from torch import nn
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import LearnedAdaptor
 from clockwork_hooks.regions.region import Layout
+from tests.small_unet import Tiny
+from tests.snapshot import snapshot
 from tests.test_adaptors import alive, region_of, rollout
 from tests.zoo import ZOO
 from tests.zoo.case import ZooCase
@@ -236,6 +240,47 @@ def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ch.AdaptorError, match="a saved adaptor is a folder"):
         LearnedAdaptor.from_pretrained(folder)
+
+
+WRONG = [None, 0, -1, 3.5, "", "x", [], {}, True, 10**400, ["a"], {"a": 1}, [[1]]]
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where all values of some JSON stand."""
+    yield at
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield from places(part, (*at, name))
+
+
+def put(value: Any, at: tuple[Any, ...], wrong: Any) -> Any:
+    """The same JSON with another value there."""
+    if not at:
+        return wrong
+    changed = copy.copy(value)
+    changed[at[0]] = put(value[at[0]], at[1:], wrong)
+    return changed
+
+
+def test_a_region_that_was_changed_by_hand(tmp_path: Path) -> None:
+    """Any value of the wrong type, anywhere: it is refused, or tells nothing, and the UNet is as it was."""
+    unet, call = Tiny(), (torch.randn(1, 2, 8, 8), torch.tensor(900.0))
+    before = snapshot(unet)
+    ch.ResNetAdaptor.for_region(ch.find_region(unet, *call), width=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    refused = []
+    for at in places(config["region"]):
+        for wrong in WRONG:
+            changed = {**config, "region": put(config["region"], at, wrong)}
+            (tmp_path / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+            try:
+                with torch.no_grad(), ch.wrap(unet, tmp_path), contextlib.suppress(ch.AdaptorError):
+                    unet(*call)
+            except ch.AdaptorError as error:
+                refused.append(" ".join(map(str, error.seen.values())))
+            assert snapshot(unet) == before, (at, wrong)
+    assert len(refused) > 50
+    assert all("region" in seen for seen in refused)
 
 
 @pytest.mark.parametrize(

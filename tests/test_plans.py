@@ -223,6 +223,13 @@ def test_milliseconds_are_weighed_when_asked(monkeypatch):
     assert max(o.saved_ms for o in plan.options if o.region.startswith("level 2")) == pytest.approx(0)
     assert ">ms saved" in plan.table().columns
     assert ch.Plan.from_json(plan.to_json()) == plan
+    data = json.loads(plan.to_json())
+    broken = [{**data, "choice": one} for one in (None, 3, ["level"], {"level": 0}, {"unknown": 1})]
+    broken += [{**data, "chosen": {**data["chosen"], "threshold": one}} for one in (10**400, "x", -1)]
+    broken += [{**data, "chosen": {**data["chosen"], "steps": one}} for one in (None, [0], ["x"], 3)]
+    for one in [*broken, [data], 7]:
+        with pytest.raises(ch.ArgumentError):
+            ch.Plan.from_json(json.dumps(one))
 
 
 # -- adaptive schedules --------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from clockwork_hooks import adaptors
 from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks._version import __version__
 from clockwork_hooks.errors import AdaptorError, ClockworkError, first_line
+from clockwork_hooks.regions.saved import misdescribed
 from clockwork_hooks.reports.tables import table
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -219,7 +220,10 @@ def _folder(name: str | os.PathLike[str], **hub: Any) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a JSON object is expected, not {str(config)[:40]}")
         wrong = [name for name, kind in _PARTS.items() if not isinstance(config[name], kind)]  # type: ignore[arg-type]
+        wrong += [] if wrong or not config["region"] else [f"region.{name}" for name in misdescribed(config["region"])]
     except FileNotFoundError:
         raise _refused(folder, "missing", CONFIG) from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -44,7 +44,7 @@ from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.saved import described_region, saved_options
 from clockwork_hooks.reports.plots import Plot, plots
 from clockwork_hooks.reports.progress import ProgressBar
-from clockwork_hooks.reports.report import FieldReport
+from clockwork_hooks.reports.report import FieldReport, reading
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule, early_steps
 
@@ -198,7 +198,9 @@ class Plan(FieldReport):
         Raises:
             ArgumentError: the text is no plan, or lacks its adaptor.
         """
-        plan = super(Plan, cls).from_json(text)
+        with reading(cls, text):
+            plan = super(Plan, cls).from_json(text)
+            _ = plan.region, plan.schedule  # a field of another type is an error of the file
         if adaptor is None and plan.adaptor_folder is None and plan.adaptor_name != "identity":
             raise ArgumentError(
                 "a plan is used with the adaptor that it was made with",

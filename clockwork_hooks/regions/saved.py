@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from clockwork_hooks.errors import AdaptorError, ArgumentError
+from clockwork_hooks.errors import AdaptorError, ArgumentError, is_whole
 from clockwork_hooks.regions.cut import CutPlan, dtype_of
 from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.fingerprint import is_portable, structure
@@ -111,6 +111,23 @@ def described_region(region: Region) -> dict[str, Any]:
         "entries": [_port(entry) for entry in region.entries],
         "skipped": [f"{call.path} (call {call.ordinal})" for call in region.skipped],
     }
+
+
+def misdescribed(saved: Mapping[str, Any]) -> list[str]:
+    """What a file says of a region, and cannot be: names of the parts. Earlier versions leave some of them out."""
+    known = {name: value for name, value in saved.items() if value is not None or name in ("level", "cut", "skipped")}
+    cut, edges = known.get("cut", "outer"), [known.get("entry", {}), known.get("exit", {})]
+    entries, skipped = known.get("entries", []), known.get("skipped", [])
+    right = {
+        "fingerprint": isinstance(known.get("fingerprint", ""), str),
+        "level": is_whole(known.get("level", 1), 0 if cut == "hand" else 1),
+        "cut": cut in ("outer", "paper", "hand"),
+        "entry": isinstance(edges[0], Mapping) and (cut != "hand" or isinstance(edges[0].get("path"), str)),
+        "exit": isinstance(edges[1], Mapping) and (cut != "hand" or isinstance(edges[1].get("path"), str)),
+        "entries": isinstance(entries, list) and all(isinstance(one, Mapping) for one in entries),
+        "skipped": isinstance(skipped, list) and all(isinstance(one, str) for one in skipped),
+    }
+    return [name for name, is_right in right.items() if not is_right]
 
 
 def region_differences(saved: Mapping[str, Any], region: Region) -> dict[str, str]:

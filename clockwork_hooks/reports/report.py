@@ -240,10 +240,12 @@ def reading(kind: type[Report], text: str, file: str | Path | None = None) -> It
     wanted = f"clockwork_hooks/{kind.SCHEMA}"
     try:
         data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"it is no JSON object: {str(data)[:40]}")
         if data.get("schema") != wanted:
             raise ValueError(f"its schema is {data.get('schema')!r}, not {wanted!r}")
         yield data
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ArgumentError(
             f"a {kind.__name__.lower()} is what {kind.__name__}.to_json wrote",
             seen={**({} if file is None else {"file": file}), "error": f"{type(error).__name__}: {error}"},
