@@ -9,6 +9,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.analysis.tuning import Tuning, spaced, tune
 from clockwork_hooks.reports.progress import ProgressBar
 from tests.schemas import follows_its_schema
+from tests.snapshot import snapshot
 from tests.test_calibration import TIMES, WORLDS, Blocks, sampler
 
 BATCHES = [(6, 2.0), (6, 2.0), (4, 2.0)]
@@ -136,6 +137,42 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path):
         tune(unet, BATCHES, generate=lambda batch, seed: calls.append(seed), folder=tmp_path / "file")
     assert not calls
     assert "forward" not in vars(unet.up)
+
+
+@pytest.mark.parametrize("regions", [3, [], ["level 1"], ch.Choice(level=1)])
+def test_regions_that_are_none(regions):
+    unet = Blocks()
+    with pytest.raises(ch.ArgumentError, match="candidates are regions"):
+        tune(unet, BATCHES, generate=sampler(unet), regions=regions)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_stays_on_the_unet_where_the_end_fails(error, tmp_path, monkeypatch):
+    """The last run, of the pictures after, and what is written to the folder come once the UNet is wrapped."""
+    unet, runs, last = Blocks(**WORLDS["affine"]), [], 0
+    before = snapshot(unet)
+
+    def generate(batch, seed):
+        runs.append(seed)
+        if len(runs) == last:
+            raise error
+        return sampler(unet)(batch, seed)
+
+    def fail(tuning, path):
+        raise error
+
+    options = {"generate": generate, "saving": 0.3, "guidance": 2.0}
+    tune(unet, BATCHES, **options).remove()
+    last = len(runs)
+    runs.clear()
+    with pytest.raises(error):
+        tune(unet, BATCHES, **options)
+    assert snapshot(unet) == before
+    last = 0
+    monkeypatch.setattr(Tuning, "save", fail)
+    with pytest.raises(error):
+        tune(unet, BATCHES, folder=tmp_path, **options)
+    assert snapshot(unet) == before
 
 
 def test_a_saving_beyond_the_widest_region_is_refused_before_calibrating():

@@ -230,7 +230,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise _refused(folder, CONFIG, f"{type(error).__name__}: {first_line(error)}") from error
     if wrong:
         raise _refused(folder, f"wrong in {CONFIG}", ", ".join(wrong))
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _weights(folder: Path, expected: Mapping[str, torch.Tensor], digest: str | None) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def candidates(
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     if not several:
         raise ArgumentError("something stands in for a region", seen={"adaptor": adaptor}, do="pass adaptor=None")
-    matches = None if regions is None else _matches(trace, unet, tuple(regions))
+    matches = None if regions is None else _matches(trace, unet, check_regions(regions))
     by_name: dict[str, Candidate] = {}
     for one in several:
         argument, used = None if is_identity(one) else one, resolve_adaptor(one)
@@ -100,13 +100,19 @@ def candidates(
     return tuple(by_name.values())
 
 
-def _matches(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
+def check_regions(regions: Iterable[Region]) -> tuple[Region, ...]:
+    """The regions of an argument; raises `ArgumentError` where there are none, or it holds something else."""
+    chosen = tuple(regions) if isinstance(regions, Iterable) else (regions,)
     if not chosen or not all(isinstance(region, Region) for region in chosen):
         raise ArgumentError(
-            "candidates are regions of the UNet",
+            "candidates are regions of the UNet, in a list",
             seen={"regions": [type(region).__name__ for region in chosen] or "none"},
             do="pass some of ch.find_regions(unet, *args)",
         )
+    return chosen
+
+
+def _matches(trace: Trace, unet: nn.Module, chosen: tuple[Region, ...]) -> tuple[Region, ...]:
     search = Search(trace, unet)
     matches = [match(search, region) for region in chosen]
     if None in matches:

@@ -22,7 +22,7 @@ from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
-from clockwork_hooks.analysis.sampling import Candidate, Measured, Runs, first_call, region_name
+from clockwork_hooks.analysis.sampling import Candidate, Measured, Runs, check_regions, first_call, region_name
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, first_line, named_options, share
@@ -203,6 +203,7 @@ def tune(
     share("saving", saving, rule="a saving is a share of the MACs", example=0.4, ends=False)
     begun, unet, batches = time.perf_counter(), _unet(pipe, generate), _batches(conditions)
     check_unet(unet)
+    regions = None if regions is None else check_regions(regions)
     _check_options(pipe, options or {})
     shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
@@ -221,16 +222,19 @@ def tune(
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
     before = tuner.pictures(shown or generate)
     cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
-    after = tuner.pictures(shown or generate)
-    if before is not None and after is not None:
-        tuning = replace(tuning, pictures=torch.stack((before, after)))
-    adaptor.tuning = tuning
-    cw.stats.clear()  # of the pictures: the next report is of the caller's own runs
-    if home is not None:
-        adaptor.save_pretrained(home)
-        tuning.save(home / _FILE)
-        for figure in tuning.figures():
-            figure.save(home / "before-after.png")
+    with contextlib.ExitStack() as unless_done:
+        unless_done.callback(cw.remove)
+        after = tuner.pictures(shown or generate)
+        if before is not None and after is not None:
+            tuning = replace(tuning, pictures=torch.stack((before, after)))
+        adaptor.tuning = tuning
+        cw.stats.clear()  # of the pictures: the next report is of the caller's own runs
+        if home is not None:
+            adaptor.save_pretrained(home)
+            tuning.save(home / _FILE)
+            for figure in tuning.figures():
+                figure.save(home / "before-after.png")
+        unless_done.pop_all()
     return cw
 
 
