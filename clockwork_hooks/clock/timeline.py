@@ -232,7 +232,7 @@ class Position:
 
     def split(self, regions: int) -> None:
         """Remember so many regions apart, one inside the other; the first is the call's own."""
-        self.call.inner = inner = tuple([Call() for _ in range(regions - 1)])
+        self.call.inner = inner = tuple(Call() for _ in range(regions - 1))
         before: tuple[Call | None, ...] = () if self.before is None else self.before.inner
         if len(before) != len(inner):  # the call before was another signature's
             before = (None,) * len(inner)
@@ -392,7 +392,7 @@ class Timeline:
         alone = self._alone(here, conditions)
         if self.step > 1 and not doubt:
             doubt = reasons.ELSEWHERE if self.unsure else None if alone else reasons.SHARED
-        names = tuple([inputs.paths[k] for k in changed if k < len(inputs.paths)]) if changed else ()
+        names = tuple(inputs.paths[k] for k in changed if k < len(inputs.paths))
         self._restarts = 0 if self.step > 2 else self._restarts
         turn = self.step if self._oldest == 1 else branch.seen.steps
         certain = alone and not self.unsure

