@@ -28,6 +28,8 @@ BEGIN, END = "<!-- measured: python -m benchmarks.calibration_results -->", "<!-
 BEGIN_SPACING, END_SPACING = "<!-- spacing: python -m benchmarks.spacing, for each row -->", "<!-- end of spacing -->"
 BEGIN_README = "<!-- calibration table: tests/docs/test_calibration_results.py compares it with its JSON -->"
 END_README = "<!-- end of calibration table -->"
+BEGIN_BUDGET, END_BUDGET = "<!-- budget: tests/docs/test_calibration_results.py -->", "<!-- end of budget -->"
+BUDGETS = ROOT / "docs" / "quality_per_mac.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,29 @@ class Rows:
             and (any_steps or row["taken"] is None) and self.saved(key) >= saved and condition(row)
         ]  # fmt: skip
         return min(keys, key=lambda key: self.mean(key, "choose"), default=None)
+
+    def plain(self) -> dict[int, str]:
+        """How many steps → the row of plain sampling that takes so many, of the main sampler, the fewest first."""
+        rows = {
+            int(row["taken"] or row["sampler"]["steps"]): key for key, row in self.data["rows"].items()
+            if key.startswith("main-") and row["kind"] is None
+        }  # fmt: skip
+        return dict(sorted(rows.items()))
+
+    def within(self, most: float) -> str | None:
+        """The calibrated row of the main sampler, in any number of steps, that is best for so many MACs a picture."""
+        keys = [
+            key for key, row in self.data["rows"].items()
+            if key.startswith("main-") and row["kind"] not in (None, IDENTITY, "deepcache")
+            and row["macs_per_image"] <= most
+        ]  # fmt: skip
+        return min(keys, key=lambda key: self.mean(key, "choose"), default=None)
+
+    def steps(self, key: str) -> tuple[int, int]:
+        """All steps of a row, and the full ones."""
+        row = self.row(key)
+        count = int(row["taken"] or row["sampler"]["steps"])
+        return count, count - len(row["at"])
 
 
 _NEAR = 0.02  # of the MACs: a row that saves a little less than the peer is named too
@@ -222,6 +247,7 @@ diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {ru
 `benchmarks/results/calibration.json`."""
     parts = ["## Measured on the demo model", text]
     parts += ["![Fréchet distance over MACs saved, 8 steps](calibration_macs.png)"]
+    parts += ["### For the MACs of so many plain steps", _BUDGETS, budgets(data)]
     parts += ["### Targets", "\n".join(verdicts(rows))]
     parts += [_cost(cost)] if cost else []
     parts += ["### All rows", markdown(data), "### Not measured", _unmeasured(data)]
@@ -311,6 +337,92 @@ def shown(data: Mapping[str, Any]) -> str:
     return table("", heads, lines).to_markdown().split("\n", 2)[2]
 
 
+def budget(data: Mapping[str, Any], plain: int = 5) -> str:
+    """README's sentence on what the MACs of so many plain steps buy."""
+    rows = Rows(data)
+    steps = rows.plain()
+    best = str(rows.within(rows.row(steps[plain])["macs_per_image"]))
+    count, full = rows.steps(best)
+    return (
+        f"for the MACs of {plain} plain steps, {count} steps with {full} full ones\nhave a Fréchet distance of "
+        f"{rows.mean(best):.1f}; {plain} plain steps have {rows.mean(steps[plain]):.1f}, 8 have "
+        f"{rows.mean(steps[8]):.1f}."
+    )
+
+
+_BUDGETS = """\
+More steps, and fewer of them full: for each number of plain steps, the best calibrated row *of any number of steps*
+that takes no more MACs. An adaptor pass of the widest region is 7% of a full one, so twelve steps with four full ones
+cost less than five plain steps.
+
+![Fréchet distance over MACs a picture, in any number of steps](quality_per_mac.png)"""
+
+
+def budgets(data: Mapping[str, Any]) -> str:
+    """A table: what plain sampling makes of its MACs, and what the best calibrated row makes of as many at most."""
+    rows, lines = Rows(data), []
+    for count, plain in rows.plain().items():
+        best = rows.within(rows.row(plain)["macs_per_image"])
+        if best is None or count > _LONGEST:
+            continue
+        steps, full = rows.steps(best)
+        share = rows.row(best)["macs_per_image"] / rows.row(plain)["macs_per_image"]
+        lines.append((str(count), macs(rows.row(plain)["macs_per_image"]), f"{rows.mean(plain):.1f}",
+                      f"{steps} steps, {full} full", f"{percent(share)}", f"{rows.mean(best):.1f}",
+                      interval(rows.gap(best, plain)), rows.row(best)["kind"]))  # fmt: skip
+    heads = (">plain steps", ">MACs/image", ">Fréchet ↓", "calibrated", ">of these MACs", ">Fréchet ↓",
+             ">less plain's", "kind")  # fmt: skip
+    return table("", heads, lines).to_markdown().split("\n", 2)[2]
+
+
+_APART = 2.5  # GMACs between two points with a label
+_LONGEST = 20  # of plain steps: beyond, both have what the model can do
+
+
+def plot_budgets(data: Mapping[str, Any], path: Path = BUDGETS) -> Path:
+    """Fréchet distance over MACs a picture, in any number of steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = Rows(data)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+
+    def point(key: str) -> tuple[float, float]:
+        return rows.row(key)["macs_per_image"] / 1e9, rows.mean(key)
+
+    plain = {count: key for count, key in rows.plain().items() if count <= _LONGEST}
+    best = list(dict.fromkeys(filter(None, (rows.within(rows.row(key)["macs_per_image"]) for key in plain.values()))))
+    most = max(rows.row(key)["macs_per_image"] for key in plain.values())
+    others = [key for key, row in data["rows"].items() if key.startswith("main-") and row["kind"] == "deepcache"
+              and row["macs_per_image"] <= most]  # fmt: skip
+    for keys, mark, label in (
+        (list(plain.values()), "o-", "plain"), (others, "D", "DeepCache"), (best, "*-", "calibrated, no training"),
+    ):  # fmt: skip
+        axis.plot(
+            *zip(*map(point, keys), strict=True), mark, label=label, markersize=9 if mark == "*-" else 6, alpha=0.85
+        )
+    for count, key in plain.items():
+        axis.annotate(f"{count}", point(key), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    last = 0.0
+    for key in best:
+        steps, full = rows.steps(key)
+        if point(key)[0] - last > _APART:
+            last = point(key)[0]
+            axis.annotate(f"{steps} ({full})", point(key), textcoords="offset points", xytext=(-4, -13), fontsize=8,
+                          ha="right")  # fmt: skip
+    axis.set_xlabel("GMACs a picture; at the points: steps, in brackets the full ones")
+    axis.set_ylabel("Fréchet, lower is better")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return path
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
@@ -383,8 +495,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data, cost = load(RESULT), load(COST) if COST.exists() else None
     text = between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(data, cost))
     PAGE.write_text(between(text, BEGIN_SPACING, END_SPACING, spacings()), encoding="utf-8")
-    README.write_text(between(README.read_text(encoding="utf-8"), BEGIN_README, END_README, shown(data)), "utf-8")
-    for path in (PAGE, README, plot(data)):
+    readme = between(README.read_text(encoding="utf-8"), BEGIN_README, END_README, shown(data))
+    README.write_text(between(readme, BEGIN_BUDGET, END_BUDGET, budget(data)), encoding="utf-8")
+    for path in (PAGE, README, plot(data), plot_budgets(data)):
         print(path)
     return 0
 

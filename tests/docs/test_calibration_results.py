@@ -23,6 +23,7 @@ def test_page_and_readme_say_what_was_measured(data: dict[str, Any]) -> None:
     assert results.between(page, results.BEGIN_SPACING, results.END_SPACING, results.spacings()) == page
     readme = results.README.read_text(encoding="utf-8")
     assert results.between(readme, results.BEGIN_README, results.END_README, results.shown(data)) == readme
+    assert results.between(readme, results.BEGIN_BUDGET, results.END_BUDGET, results.budget(data)) == readme
 
 
 def test_readme_says_that_plain_is_reached(data: dict[str, Any]) -> None:
@@ -53,5 +54,23 @@ def test_choice_reads_the_other_captions(data: dict[str, Any]) -> None:
     assert "not measured" in results.verdicts(rows)[3]
 
 
-def test_plot(data: dict[str, Any], tmp_path: Path) -> None:
+def test_what_a_budget_buys_is_chosen_by_the_other_captions(data: dict[str, Any]) -> None:
+    changed = copy.deepcopy(data)
+    rows = results.Rows(changed)
+    budget = rows.row(rows.plain()[8])["macs_per_image"]
+    best = str(rows.within(budget))
+    assert rows.row(best)["macs_per_image"] <= budget
+    gap = rows.gap(best, rows.plain()[8])
+    assert sum(gap) / len(gap) + results.half(gap) < 0  # as the README says: better than plain sampling
+    assert rows.steps("main-8/affine, widest, 3 4 6 7") == (8, 4)
+    other = "main-8/affine, widest, 3 4 6 7"
+    changed["rows"][other]["scores"]["judge"]["Fréchet"] = [0.0, 0.0, 0.0]
+    assert rows.within(budget) == best
+    changed["rows"][other]["scores"]["choose"]["Fréchet"] = [0.0]
+    assert rows.within(budget) == other
+    assert rows.within(0) is None
+
+
+def test_plots(data: dict[str, Any], tmp_path: Path) -> None:
     assert results.plot(data, tmp_path / "plot.png").stat().st_size > 10_000
+    assert results.plot_budgets(data, tmp_path / "budgets.png").stat().st_size > 10_000
