@@ -1,5 +1,6 @@
 """Rows of a batch that come, go and change places: named, each is served by its own, or the pass is full."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks.clock import reasons
 from tests.small_unet import Tiny, reference
 
 TIMES = torch.linspace(900, 100, 9)
@@ -248,3 +250,59 @@ def test_rows_whose_memory_another_call_has_taken_are_let_go() -> None:
     exits = [reference(plain, x[k : k + 1], TIMES[0], c[k : k + 1])[1] for k in range(2)]
     full, kept = reference(plain, x, TIMES[1], c)[0], reference(plain, x, TIMES[1], c, exit=torch.cat(exits))[0]
     assert any(torch.allclose(output, expected, atol=1e-6) for expected in (full, kept))
+
+
+class Told(nn.Module):
+    """Returns the cached exit, and notes the times that it is told."""
+
+    needs = frozenset({"position", "position_cached"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, float]] = []
+
+    def forward(
+        self, entry: Any, exit_cached: Tensor, *, time: Any, text: Any, position: Tensor, position_cached: Tensor
+    ) -> Tensor:
+        self.seen.append((position.item(), position_cached.item()))
+        return exit_cached
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adaptor_is_told_one_time_which_is_that_of_all_rows(named: bool) -> None:
+    """All rows got the weights of the first row's time; declared steps may have rows at different times."""
+    unet, told = Tiny(), Told()
+    x, c = torch.randn(2, 2, 8, 8), torch.randn(2, 3)
+    steps = [(9.0, 9.0), (8.0, 8.0), (7.0, 6.0), (6.0, 5.0), (5.0, 4.0), (4.0, 4.0), (3.0, 3.0)]
+    with ch.wrap(unet, told, schedule=lambda step: step != 6) as cw:
+        for rows in steps:
+            with cw.step(), cw.rows(["a", "b"]) if named else contextlib.nullcontext():
+                unet(x, torch.tensor(rows), c)
+        assert told.seen == [(8.0, 9.0), (3.0, 4.0)]
+        assert cw.stats.reasons[reasons.TIMES] == 3
+    with ch.wrap(unet, clock=2) as cw:  # who reads no time is served
+        for rows in steps:
+            with cw.step():
+                unet(x, torch.tensor(rows), c)
+        assert cw.stats.adaptor_passes == 3
+
+
+@torch.no_grad()
+def test_rows_that_come_of_calls_at_several_times() -> None:
+    """They have no one time that their exits come from."""
+    unet, told = Tiny(), Told()
+    x, c = torch.randn(2, 2, 8, 8), torch.randn(2, 3)
+    for first, second, seen in ((9.0, 8.5, []), (9.0, 9.0, [(8.0, 9.0)])):
+        told.seen.clear()
+        with ch.wrap(unet, told, schedule=lambda step: True) as cw:
+            unet(x, torch.tensor(9.0), c)  # the first call of a signature is recorded
+            unet(x[:1], torch.tensor(9.0), c[:1])
+            cw.reset()
+            with cw.step():
+                for row, time in enumerate((first, second)):
+                    with cw.rows(["ab"[row]]):
+                        unet(x[row : row + 1], torch.tensor(time), c[row : row + 1])
+            with cw.step(), cw.rows(["a", "b"]):
+                unet(x, torch.tensor(8.0), c)
+        assert told.seen == seen

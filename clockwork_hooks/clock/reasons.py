@@ -6,6 +6,7 @@ MOVED = "scheduled: the entry changed by more than the threshold"
 LONGEST = "scheduled: the longest run of adaptor steps is over"
 UNSEEN = "the entry was not seen before the region began"
 TREND = "one full pass since the last doubt: its trend is not known"
+TIMES = "rows at different times, of which the adaptor would be told one"
 TRACED = "traced"
 TRAINING = "training"
 NO_TIME = "no time input: declare cw.step()"
@@ -55,6 +56,11 @@ REASONS: dict[str, tuple[str, str]] = {
         "the adaptor reads how the exit moved between the last two full passes, and only one came since conditions, "
         "weights or inputs changed, or a call could not be placed",
         'nothing; once per change. An adaptor of a kind without "+trend" does without',
+    ),
+    TIMES: (
+        "the adaptor reads the time as one number, as a calibrated one does, and the steps of rows at different times "
+        "were declared",
+        "a call for each time; or an adaptor that reads no time, or a time per row, as a trained one does",
     ),
     TRACED: (
         "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "

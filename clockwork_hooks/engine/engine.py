@@ -82,6 +82,7 @@ class UNetCall:
         weights: state of the UNet's weights; None where nothing is kept of the call, nor serves it.
         time: its time input as it was passed, once its place is known; a copy, where somebody is told of it after the
             call. None where there is none.
+        times_differ: are its rows at different times, in which an adaptor is told one?
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
@@ -97,6 +98,7 @@ class UNetCall:
     place: Position | None = None
     weights: Hashable = None
     time: Any = None
+    times_differ: bool = False
     decision: Decision | None = None
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
@@ -369,7 +371,11 @@ class Engine:
         values = [leaves[k] for k in inputs.conditions]
         # of declared steps the time does not matter but to what may be the time in another form
         asked = at is not None and (not timeline.declared or timeline.opened or inputs.read_forms)
-        number, entry = state.reader.read(time) if asked else (None, None)
+        told = self._tells_time and isinstance(time, torch.Tensor) and _may_differ(time)
+        number, entry = state.reader.read(time) if asked or told else (None, None)
+        call.times_differ = told and number is None
+        if not asked:
+            number, entry = None, None
         key = None if self.branch is None else _key(self.branch, call.arguments)
         place = timeline.at(number, entry, values, inputs, key=key)
         place.split(len(signature.regions))
@@ -399,6 +405,8 @@ class Engine:
         if reason is not None or memory is None or memory.feature is None:
             return Decision(reason, region)
         reason = memory.feature.stale(call.key, call.weights)
+        if reason is None and call.times_differ and clocked.tells_time:
+            reason = reasons.TIMES
         if reason is None and memory.feature.entry is None and clocked.keeps_entry:
             reason = reasons.TRACED if memory.missing == reasons.TRACED else reasons.UNSEEN
         if reason is None and clocked.keeps_trail:
@@ -605,6 +613,8 @@ class Engine:
             decision = Decision(reasons.NEW)
         if decision.reason not in HELPED or not call.place.certain or call.trains:
             return decision
+        if call.times_differ and self.chain[0].tells_time:
+            return Decision(reasons.TIMES)
         values = [call.arguments.flat[k] for k in call.signature.inputs.conditions]
         feature = serves(state.timeline, call.place, batch, values, call.key, call.weights)
         if feature is None or (feature.entry is None and self.chain[0].keeps_entry):
@@ -667,7 +677,7 @@ class Engine:
 
     def _position(self, call: UNetCall, clocked: ClockedRegion, exit: torch.Tensor) -> torch.Tensor | None:
         """The time of the call that has emitted an exit, where the region's adaptor is told of it."""
-        tells = call.time is not None and clocked.tells_time
+        tells = call.time is not None and clocked.tells_time and not call.times_differ
         return stand_in.scalar(call.time, exit.device) if tells else None
 
     def _trails(self, call: UNetCall, place: Position) -> tuple[Trail | None, ...]:
@@ -1072,6 +1082,11 @@ def _declare(timeline: Timeline, begun: str | None, *, ordered: bool) -> None:
     if begun is not None:
         timeline.declare()
         timeline.opened = ordered
+
+
+def _may_differ(time: torch.Tensor) -> bool:
+    """Has a time several elements, which are not one that is expanded to all rows?"""
+    return time.numel() > 1 and any(time.stride())
 
 
 def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) -> Hashable:

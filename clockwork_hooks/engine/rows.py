@@ -108,7 +108,7 @@ def serves(
         key: its input signature and modes.
         weights: state of the UNet's weights.
     """
-    exits, entries, position = list[torch.Tensor](), list[torch.Tensor](), None
+    exits, entries, features = list[torch.Tensor](), list[torch.Tensor](), list[Feature]()
     for index, name in enumerate(batch.names):
         own = [rows for rows in timeline.rows if rows.step >= place.step - 1 and name in rows.batch.names]
         if len(own) != 1 or own[0].step != place.step - 1:  # it is told by its name once in a step
@@ -123,10 +123,17 @@ def serves(
             return None
         exits.append(feature.exit[row : row + 1])
         entries += [] if feature.entry is None else [feature.entry[row : row + 1]]
-        position = feature.position
+        features += [] if features and features[-1] is feature else [feature]
+    positions = [feature.position for feature in features]
+    if any(not _at_one_time(positions[0], one) for one in positions[1:]):
+        return None
     exit = torch.cat(exits)
     entry = torch.cat(entries) if len(entries) == len(exits) else None
-    return Feature(key, exit, version(exit), weights, entry, position=position)
+    return Feature(key, exit, version(exit), weights, entry, position=positions[0])
+
+
+def _at_one_time(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _rows_of(sample: Any) -> int | None:
