@@ -5,7 +5,8 @@
 One thread of this CPU; sides run in turns, and what is measured is the thread's own CPU time, so other processes
 disturb little. "First call" is that of a UNet wrapped anew, in a process that has wrapped others: its call is recorded,
 its region found. "Cold" is the first in a fresh interpreter, with all that is imported on the way. "Other sizes" are
-calls of another prompt length, batch or resolution than the recorded one. Ratios to the same calls of the plain UNet go
+calls of another prompt length, batch or resolution than the recorded one. "Collections" are first calls in a process
+that has imported what pipelines import, with the garbage collector left alone and not. Ratios to the same calls go
 to benchmarks/results/first_call.json (or where FIRST_CALL_OUT says).
 """
 
@@ -110,6 +111,37 @@ def test_first_call(name: str, benchmark: Any, results: Results) -> None:
         _row(results, f"other {what}", name, [(one + two) / 2 for one, _, two in pairs], [pair[1] for pair in pairs])
     assert len(cw._engine._recordings) == before, "a call was recorded"
     benchmark.pedantic(call, (cw.unet,), rounds=1)
+
+
+@pytest.mark.parametrize("name", ["demo", "sd15, a tenth as wide", "small SD"])
+def test_collections(name: str, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First calls, collections after them included: as they are, and with the collector left alone."""
+    import diffusers  # noqa: F401  # half a million objects, which a full collection looks at
+    import transformers  # noqa: F401
+
+    preset, narrow, size, rounds = MODELS[name]
+    model = build(preset, "cpu", torch.float32, tiny=narrow)
+    call = call_of(model, size)
+
+    def first() -> float:
+        unet = model.twin()
+        with ch.wrap(unet):
+            start = time.thread_time()
+            call(unet)
+            _ = [[k] for k in range(2000)]  # what was put off comes now
+            return time.thread_time() - start
+
+    first()
+    before, after = [], []
+    for _ in range(max(rounds, 9)):
+        with monkeypatch.context() as left_alone:
+            left_alone.setattr(gc, "disable", lambda: None)
+            before.append(first())
+        after.append(first())
+    results.add(
+        "collections", model=name, left_alone_ms=1e3 * statistics.median(before), ms=1e3 * statistics.median(after),
+        left_alone_worst_ms=1e3 * max(before), worst_ms=1e3 * max(after), rounds=len(before),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["demo", "sd15, a tenth as wide"])

@@ -644,3 +644,34 @@ def test_tokens_are_not_taken_for_the_bottleneck() -> None:
             unet(torch.randn(1, 4, 16, 16), t, encoder_hidden_states=text)
     assert dict(cw.stats.reasons) == {"first step": 1, "scheduled": 1}
     assert cw.stats.adaptor_passes == 2
+
+
+def test_garbage_is_collected_as_before_the_first_call() -> None:
+    """While the call is recorded nothing is collected; after it, and after an error in it, the user's setting holds."""
+    seen: list[bool] = []
+
+    class Watched(Tiny):
+        fails = False
+
+        def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+            seen.append(gc.isenabled())
+            if self.fails:
+                raise RuntimeError("of the UNet itself")
+            return super().forward(x, t, **kwargs)
+
+    model = Watched().eval()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            for model.fails in (False, True):
+                with ch.wrap(model), torch.no_grad():
+                    for time in TIMES[:3]:
+                        if model.fails:
+                            with pytest.raises(RuntimeError, match="of the UNet itself"):
+                                model(noise(), time)
+                        else:
+                            model(noise(), time)
+                        assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
+    assert seen[:3] == [False, True, True]  # recorded; the passes after it are as ever

@@ -39,7 +39,7 @@ from clockwork_hooks.engine.stats import NoAdaptorPass, OtherSteps, Stats, Watch
 from clockwork_hooks.engine.taint import SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
-from clockwork_hooks.graph.recorder import Recorder
+from clockwork_hooks.graph.recorder import Recorder, garbage_kept
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
 from clockwork_hooks.regions.cut import CutPlan, entry_of
 from clockwork_hooks.regions.region import Region
@@ -848,6 +848,7 @@ class Engine:
         self.chain[0].region = region
         return self._begin(self._new(call, single(region, times[0] if times else None)))
 
+    @garbage_kept()
     def _record(self, state: State, call: UNetCall) -> Any:
         """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
         for observer in self.observers if call.decision is None else ():  # else they know of it

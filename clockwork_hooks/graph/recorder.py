@@ -10,12 +10,13 @@ dispatch mode torch.compile would give up on it for good.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import operator
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypedDict
@@ -37,6 +38,22 @@ _BLANK = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Collect no garbage in the block: what a recording makes stays, and so much of it asks for a look at all objects.
+
+    A first call takes 232 ms in the place of 537 where a process has imported diffusers and transformers (SD v1.5's
+    structure, a tenth as wide; CPU time, medians in turns: `-k collections` of benchmarks/bench_first_call.py).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class NodeMeta(TypedDict, total=False):

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
 from clockwork_hooks.graph.operators import kind, node_macs, operator_name
-from clockwork_hooks.graph.recorder import ModuleCall, Recorder, specs_in
+from clockwork_hooks.graph.recorder import ModuleCall, Recorder, garbage_kept, specs_in
 
 LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided")
@@ -184,6 +184,7 @@ def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:
     return record(unet, args, kwargs)
 
 
+@garbage_kept()
 def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, time: str | None = None) -> Trace:
     """`trace`, with the name of the time input where the user gave it."""
     if not isinstance(unet, nn.Module):
