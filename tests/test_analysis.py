@@ -396,6 +396,8 @@ def test_a_plan_is_what_wrap_runs(tmp_path):
         ({"max_error": 0.1, "probes": 0}, "probes"),
         ({"max_error": 0.1, "clocks": (1,)}, "clocks that skip"),
         ({"max_error": 0.1, "regions": ["level 1"]}, "candidates are regions"),
+        ({"max_error": 0.1, "regions": 3}, "candidates are regions"),
+        ({"max_error": 0.1, "regions": [], "adaptor": "calibrated"}, "candidates are regions"),
     ],
 )
 def test_bad_budgets_are_told(options, said):

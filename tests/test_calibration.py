@@ -591,6 +591,21 @@ def test_who_has_no_calibrated_step_is_told_why(options, reason):
         calibrate(unet, one_branch(unet, **options), [4])
 
 
+def test_a_unet_that_takes_no_time_is_told_so():
+    class Timeless(Blocks):
+        def forward(self, x, c):
+            return super().forward(x, 0.0, c)
+
+    unet = Timeless()
+
+    def generate(count, seed=0):
+        for _ in range(5):
+            unet(torch.randn(count, 2, 8, 8), torch.randn(count, 3))
+
+    with pytest.raises(ch.ArgumentError, match=r"(?s)no time input.*its time as an argument"):
+        calibrate(unet, generate, [4])
+
+
 def test_a_sampler_with_gradients_on_holds_no_graph():
     unet = Blocks(mix=1.0)
     plain, inputs = calibrate(unet, one_branch(unet), [4, 4], clock=3), []

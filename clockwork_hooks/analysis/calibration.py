@@ -407,6 +407,8 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
         do = "pass the schedule that the sampler is to be run with"
         if sums.refused:
             do = "let each call be like the same call of the step before: docs/timeline.md says what a reason means"
+            if sums.refused[reasons.NO_TIME]:
+                do = "pass the UNet its time as an argument with a usual name, timestep or sigma: each has its weights"
         elif sums.last_step <= 1:
             do = "sample in more steps: a trajectory's first step is always full"
         raise ArgumentError(

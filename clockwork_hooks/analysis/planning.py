@@ -33,6 +33,7 @@ from clockwork_hooks.analysis.sampling import (
     Series,
     candidates,
     check_clocks,
+    check_regions,
     check_runs,
     first_call,
     follow,
@@ -298,7 +299,7 @@ def plan(
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})
-    regions = None if regions is None else tuple(regions)
+    regions = None if regions is None else check_regions(regions)
     trace = first_call(unet, generate, batches[0], seeds[0])
     pairs = candidates(trace, unet, regions, ready) if ready or not several else ()
     if len(ready) < len(several):
