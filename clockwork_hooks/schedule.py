@@ -191,6 +191,16 @@ class Schedule:
                 do='write "every(2, first_full=2, last_full=1)", "spread(2)" or "at([3, 4, 6, 7])"',
             ) from error
 
+    def written(self, steps: int) -> str:
+        """Text that `parse` reads; of a function, which cannot be written, its steps in a run of so many.
+
+        Example:
+            >>> Schedule.where(lambda step: step > 3).written(6)
+            'at([4, 5, 6])'
+        """
+        own = isinstance(self.uses_adaptor, (_Ticks, _Spread, _Early, _Among)) or self.threshold is not None
+        return str(self if own else Schedule.at(self.adaptor_steps(steps)))
+
     @classmethod
     def at(cls, steps: Iterable[int]) -> Schedule:
         """The adaptor at exactly these steps, numbered from 1 as in the paper's Tab. 3: `Schedule.at({2, 4, 6, 8})`.

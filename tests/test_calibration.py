@@ -591,6 +591,16 @@ def test_who_has_no_calibrated_step_is_told_why(options, reason):
         calibrate(unet, one_branch(unet, **options), [4])
 
 
+def test_steps_that_a_function_names_are_those_of_the_adaptor(tmp_path):
+    """Text does not hold the function: saved or not, the adaptor ran at clock 2."""
+    unet = Blocks(**WORLDS["affine"])
+    adaptor = calibrate(unet, sampler(unet), [(4, 2.0)], schedule=lambda step: step in (3, 4, 6))
+    adaptor.save_pretrained(tmp_path)
+    for one in (adaptor, tmp_path):
+        with ch.wrap(unet, one) as cw:
+            assert cw.schedule.adaptor_steps(len(TIMES)) == (3, 4, 6)
+
+
 def test_a_unet_that_takes_no_time_is_told_so():
     class Timeless(Blocks):
         def forward(self, x, c):

@@ -188,3 +188,23 @@ def test_a_sampler_says_how_many_steps_it_takes() -> None:
         assert passes(9)[:15] == Schedule.spread(2).preview(9)[:15]
     with pytest.raises(ch.errors.ArgumentError, match="steps"):
         cw.trajectory(steps=0)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.every(3, first_full=2, last_full=1),
+        Schedule.spread(2),
+        Schedule.early(3),
+        Schedule.at({2, 5}),
+        Schedule.adaptive(0.2),
+        Schedule.where(lambda step: step % 3 > 0),
+    ],
+    ids=str,
+)
+def test_what_is_written_is_read(schedule: Schedule) -> None:
+    again = Schedule.parse(schedule.written(9))
+    if schedule.threshold is not None or not str(schedule).startswith("where"):
+        assert again == schedule
+    else:
+        assert again.adaptor_steps(9) == schedule.adaptor_steps(9) == (2, 4, 5, 7, 8)

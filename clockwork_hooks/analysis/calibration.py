@@ -292,7 +292,7 @@ def calibrate(
     adaptor = solver.adaptor()
     adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
     adaptor.facts = {
-        "schedule": None if steps is None else str(steps),
+        "schedule": None if steps is None else steps.written(sums.last_step),
         "kind": solver.name,
         "steps": sums.last_step,
         "guidance": guidance,

@@ -263,7 +263,7 @@ def _result(trainer: Trainer, region: Region, settings: Mapping[str, Any], folde
             losses=tuple(learner.losses),
             errors=dict(sorted(learner.errors.items())),
             updates=learner.updates,
-            schedules=tuple(map(str, learner.schedules)),
+            schedules=tuple(one.written(max(trainer.steps.values(), default=0)) for one in learner.schedules),
             identity_errors=dict(sorted(learner.identity_errors.items())),
         )
         for learner in trainer.learners
