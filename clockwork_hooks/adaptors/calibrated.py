@@ -172,7 +172,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}
         matrix["kernel"] = (self.reads + (3**self.exit.rank - 1) * channels) * channels
         along = channels if reads_trend else 0
-        self._widths = (channels, channels, 1, along, channels, gain, matrix[form])  # what a row holds, in order
+        self._widths = (2 * channels, 1, along, channels, gain, matrix[form])  # what a row holds, in order
         table = torch.zeros(knots + 1, sum(self._widths))  # the last row is the identity
         table[:, :channels], table[:, channels : 2 * channels], table[:, 2 * channels] = -_ENDLESS, _ENDLESS, 1.0
         self.table = nn.Parameter(table, requires_grad=False)
@@ -272,7 +272,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             trend: how the exit moved between the last two full passes; None adds nothing.
             trend_positions: the UNet's raw times in these two, (2,).
         """
-        low, high, stretch, farther, along, bias, gain, matrix = self._row(position, position_cached, trend_positions)
+        bounds, stretch, farther, along, bias, gain, matrix = self._row(position, position_cached, trend_positions)
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
         if exit_cached.shape[axis] != self.exit.channels:
             raise AdaptorError(
@@ -281,7 +281,8 @@ class CalibratedAdaptor(LearnedAdaptor):
                 do="calibrate one for this region",
             )
         sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
-        low, high, bias = (one.to(exit_cached.dtype).reshape(sizes) for one in (low, high, bias * stretch))
+        low, high = bounds.to(exit_cached.dtype).reshape(2, *sizes)
+        bias = (bias * stretch).to(exit_cached.dtype).reshape(sizes)
         if self.form in ("linear", "kernel"):
             own = self.reads * self.exit.channels
             exit = self._product(entry, exit_cached, entry_cached, matrix[:own], stretch, axis) + bias
@@ -293,7 +294,8 @@ class CalibratedAdaptor(LearnedAdaptor):
             if self.basis is not None:
                 exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=exit)
         if trend is not None:
-            exit = torch.addcmul(exit, trend, (along * farther).to(exit_cached.dtype).reshape(sizes))
+            along = along if farther is None else along * farther
+            exit = torch.addcmul(exit, trend, along.to(exit_cached.dtype).reshape(sizes))
         return exit.clamp(low, high).to(exit_cached.dtype)
 
     def _product(
@@ -355,7 +357,9 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     # -- which row of the table ----------------------------------------------------------------------------------------
 
-    def _row(self, position: Tensor | None, before: Tensor | None, full: Tensor | None) -> tuple[Tensor, ...]:
+    def _row(
+        self, position: Tensor | None, before: Tensor | None, full: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         """Bounds, stretch, how far a trend goes on, the trend's gain, bias, gain and matrix at a position.
 
         Args:
@@ -369,30 +373,28 @@ class CalibratedAdaptor(LearnedAdaptor):
             return self._split(self.table[-1])
         asked = [position, *([] if before is None else [before]), *([] if full is None else [full])]
         times = torch.cat([one.reshape(-1) for one in asked]).to(self.grid)
-        pieces = self.grid[torch.searchsorted(self.grid[:, 0].contiguous(), times, right=True).sub(1).clamp_min(0)]
+        pieces = self.grid[torch.searchsorted(self.grid[1:, 0].contiguous(), times, right=True)]
         past = (times - pieces[:, 0]).unsqueeze(1)
-        levels, places = (pieces[:, 1::2] + past * pieces[:, 2::2]).unbind(1)
+        levels, places = torch.addcmul(pieces[:, 1::2], past, pieces[:, 2::2]).unbind(1)
         place = places[0]
-        k = place.floor()
-        self._look(k)
-        whole = place == k  # then the other row counts nothing: it may be the identity's, whose bounds are endless
-        other = torch.where(whole, k, k + 1)
-        rows = self.table[torch.stack((k, other)).long()]
+        row = place.floor()
+        self._look(row)
+        # at a whole place both rows are the same: the next one may be the identity's, whose bounds are endless
+        rows = self.table[torch.stack((row, place.ceil())).long()]
         stride = None if before is None else levels[0] - levels[1]
-        return self._split(torch.lerp(rows[0], rows[1], place - k), stride, None if full is None else levels[-2:])
+        return self._split(torch.lerp(rows[0], rows[1], place - row), stride, None if full is None else levels[-2:])
 
-    def _split(self, row: Tensor, stride: Tensor | None = None, full: Tensor | None = None) -> tuple[Tensor, ...]:
-        low, high, calibrated, *weights = row.split(self._widths)
+    def _split(
+        self, row: Tensor, stride: Tensor | None = None, full: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        bounds, calibrated, along, bias, gain, matrix = row.split(self._widths)
         stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, _LONGEST)
-        farther = torch.ones_like(calibrated)
-        if full is not None:
-            way = full[0] - full[1]
-            farther = carried(calibrated if stride is None else stride, way)
-        return low, high, stretch, farther, *weights
+        farther = None if full is None else carried(calibrated if stride is None else stride, full[0] - full[1])
+        return bounds, stretch, farther, along, bias, gain, matrix
 
     def _look(self, row: Tensor) -> None:
         """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""
-        if not torch.compiler.is_compiling() and self._lookout.sees(row == len(self.table) - 1):
+        if not torch.compiler.is_compiling() and self._lookout.sees(row, len(self.table) - 1):
             inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
             warnings.warn(
                 "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
@@ -426,13 +428,14 @@ class _Lookout:
         self.seen: Tensor | None = None  # on the device: has it happened?
         self.copied: tuple[Tensor, torch.cuda.Event] | None = None  # that, on its way to the host
 
-    def sees(self, happened: Tensor) -> bool:
-        """Has it happened, in this call or one before? True once; of a GPU as soon as the answer has come."""
+    def sees(self, row: Tensor, last: int) -> bool:
+        """Was the last row asked for, in this call or before? True once; of a GPU as soon as the answer has come."""
         if self.said:
             return False
-        if happened.device.type == "cpu":
-            self.said = bool(happened)
-        elif happened.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if row.device.type == "cpu":
+            self.said = bool(row == last)
+        elif row.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            happened = row == last
             self.seen = happened if self.seen is None else self.seen | happened
             if self.copied is None:
                 there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.seen, non_blocking=True)
