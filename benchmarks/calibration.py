@@ -135,6 +135,8 @@ def _main() -> Group:
         rows += [*kinds("widest", at, BEFORE, TREND, ENTRY), *kinds("default", at, BEFORE)]
     for steps, clock in ((16, 4), (16, 3), (12, 3), (20, 5), (12, 2), (10, 3), (20, 4)):
         rows += other_steps(steps, early(steps, clock), TREND)
+    rows += other_steps(12, (1, 2, 3, 8), BEFORE, TREND)  # what `ch.tune(saving=0.6)` finds
+    rows += other_steps(10, (1, 2, 3, 7), BEFORE)
     return Group("main-8", Sampler(), tuple(rows))
 
 
@@ -168,6 +170,17 @@ def _guided() -> Group:
     ):
         rows += other_steps(steps, full, BEFORE, region="default")
     rows += other_steps(5, (1, 3, 4, 5), BEFORE, AFFINE)
+    for steps, full in (
+        (6, (1, 3, 4, 5, 6)),
+        (5, (1, 2, 3, 5)),
+        (5, (1, 2, 3, 4)),
+        (5, (1, 2, 4, 5)),
+        (6, (1, 2, 4, 5, 6)),
+        (6, (1, 2, 3, 4, 6)),
+    ):
+        rows += other_steps(steps, full, BEFORE, region="default")
+    for full in ((1, 2, 3, 5), (1, 2, 3, 4)):
+        rows += other_steps(5, full, BEFORE)
     return dataclasses.replace(group, rows=tuple(rows))
 
 
