@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -221,9 +222,11 @@ class Schedule:
     @classmethod
     def where(cls, uses_adaptor: Callable[[int], bool]) -> Schedule:
         """The adaptor at each step (from 1) for which `uses_adaptor(step)` is true."""
-        if not callable(uses_adaptor):
+        if not _takes_a_step(uses_adaptor):
             raise ArgumentError(
-                "a schedule's rule is a function of the step", seen={"got": repr(uses_adaptor)}, do="pass step -> bool"
+                "a schedule's rule is a function of the step",
+                seen={"got": repr(uses_adaptor)[:80]},
+                do="pass step -> bool; an adaptor goes by its name: adaptor=",
             )
         return cls(uses_adaptor, f"where({getattr(uses_adaptor, '__name__', 'rule')})")
 
@@ -454,6 +457,19 @@ class _Among:
 
     def __call__(self, step: int) -> bool:
         return step in self.steps
+
+
+def _takes_a_step(rule: object) -> bool:
+    """Is it a function that can be called with one number? Of one written in C nobody can tell."""
+    if not callable(rule):
+        return False
+    try:
+        inspect.signature(getattr(rule, "forward", rule)).bind(2)  # a module's own signature takes anything
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def check_clock(clock: object) -> None:

@@ -15,6 +15,7 @@ from clockwork_hooks.clock.times import TimeForms
 from clockwork_hooks.errors import ArgumentError, NoEffectWarning
 from tests.oracle import Judge
 from tests.small_unet import Tiny
+from tests.snapshot import snapshot
 
 TIMES = torch.linspace(900, 100, 9)
 
@@ -353,3 +354,21 @@ def test_a_prompt_that_was_away_for_long_is_full() -> None:
 def test_reuse_is_one_of_two() -> None:
     with pytest.raises(ArgumentError, match="same condition"):
         ch.wrap(Tiny(), reuse="always")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reuse": ["step before"]}, "same condition"),
+        ({"ignore": None}, "names arguments by dotted paths"),
+        ({"ignore": 3}, "names arguments by dotted paths"),
+        ({"schedule": ch.IdentityAdaptor()}, "a function of the step"),
+        ({"schedule": lambda: True}, "a function of the step"),
+    ],
+)
+def test_options_of_another_type_are_refused_before_the_first_call(options: dict[str, Any], said: str) -> None:
+    unet = Tiny()
+    before = snapshot(unet)
+    with pytest.raises(ArgumentError, match=said):
+        ch.wrap(unet, **options)
+    assert snapshot(unet) == before

@@ -85,7 +85,7 @@ _OLDEST = {"step before": 1, "same condition": 4}
 
 def _oldest(reuse: str) -> int:
     """How many steps back a branch's own step before may be."""
-    if reuse not in _OLDEST:
+    if not isinstance(reuse, str) or reuse not in _OLDEST:
         raise ArgumentError(
             "a feature is reused in the step after its own, or in the next step of the same condition",
             seen={"reuse": repr(reuse)},
@@ -107,7 +107,7 @@ def _check_branch(branch: Any) -> Any:
 
 def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
     """The paths to ignore; raise `ArgumentError` if there are others than texts."""
-    paths = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    paths = tuple(ignore) if isinstance(ignore, Iterable) and not isinstance(ignore, str) else (ignore,)
     if not all(isinstance(path, str) and path for path in paths):
         raise ArgumentError(
             "ignore= names arguments by dotted paths",
