@@ -281,3 +281,38 @@ def test_an_entry_that_comes_too_late_costs_a_full_pass():
     assert cw.region.entry.path == "second"
     assert run(unet, cw, samples())[1] == "F" * 8
     assert cw.stats.reasons == {reasons.FIRST: 1, reasons.UNSEEN: 7}
+
+
+class Told(torch.nn.Module):
+    """Notes what it is given of the step before."""
+
+    needs = frozenset({"entry_cached", "position_cached"})
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, entry, exit_cached, *, time, text, entry_cached, position_cached):
+        self.seen.append((entry.clone(), entry_cached.clone(), position_cached.item()))
+        return exit_cached
+
+
+def test_an_adaptor_is_given_the_entry_of_the_step_before_and_the_schedule_that_of_the_last_full_pass():
+    """Where adaptor steps follow each other it was given the one, with the exit and the time of the other."""
+    unet, told, entries = Still(), Told(), []
+    plain = copy.deepcopy(unet)
+    plain.down.register_forward_pre_hook(lambda module, args: entries.append(args[0].clone()))
+    xs = samples(5, size=5.0)
+    xs = [x + 0.01 * step for step, x in enumerate(xs)]
+    with ch.wrap(unet, told, schedule=Schedule.adaptive(0.5, longest=8)) as cw:
+        for x, t in zip(xs, TIMES, strict=True):
+            plain(x, t)
+        _, letters = run(unet, cw, xs)
+        told.seen.clear()
+        _, letters = run(unet, cw, xs)
+    assert letters == "FAAAFAAA"
+    steps = [k for k, letter in enumerate(letters) if letter == "A"]
+    for k, (entry, before, time) in zip(steps, told.seen, strict=True):
+        torch.testing.assert_close(entry, entries[k])
+        torch.testing.assert_close(before, entries[k - 1])
+        assert time == TIMES[k - 1]

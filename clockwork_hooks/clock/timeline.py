@@ -74,7 +74,8 @@ class Feature:
         exit: the tensor.
         version: its counter of in-place writes, when it was kept.
         weights: state of the UNet's weights in the call.
-        entry: what flowed into the region, where somebody looks at it; of an adaptive schedule, in the last full pass.
+        entry: what flowed into the region, where somebody looks at it.
+        full_entry: of an adaptive schedule, what flowed in in the last full pass, if that is another one.
         age: and how many adaptor passes came since.
         position: the time input of that call, (), where somebody looks at it.
         trail: of the full passes up to that call, where somebody looks at it.
@@ -85,9 +86,15 @@ class Feature:
     version: int
     weights: Hashable
     entry: torch.Tensor | None = None
+    full_entry: torch.Tensor | None = None
     age: int = 0
     position: torch.Tensor | None = None
     trail: Trail | None = None
+
+    @property
+    def compared(self) -> torch.Tensor | None:
+        """What an adaptive schedule compares the entry with."""
+        return self.entry if self.full_entry is None else self.full_entry
 
     def stale(self, key: Hashable, weights: Hashable) -> str | None:
         """Why it may not serve a call of this key and these weights; None where it may."""
@@ -160,7 +167,8 @@ class Branch:
         calls = [each for call in (*self.before, *self.calls) for each in (call, *call.inner)]
         features = [call.feature for call in calls if call.feature is not None]
         tensors = [feature.exit for feature in features]
-        tensors += [feature.entry for feature in features if feature.entry is not None]
+        entries = (entry for feature in features for entry in (feature.entry, feature.full_entry))
+        tensors += [entry for entry in entries if entry is not None]
         tensors += [tensor for feature in features if feature.trail is not None for tensor in feature.trail.tensors]
         storages = map(torch.Tensor.untyped_storage, tensors)
         return self.conditions.nbytes + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

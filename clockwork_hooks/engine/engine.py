@@ -666,7 +666,8 @@ class Engine:
         feature.position = self._position(call, clocked, emitted.exit)
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
-            feature.entry, feature.age = before.entry, before.age + 1  # compared with the last full pass
+            feature.full_entry, feature.age = before.compared, before.age + 1
+            feature.entry = feature.entry if "entry_cached" in clocked.needs else feature.full_entry  # nobody reads it
         if clocked.keeps_trail:
             trail = call.trails[index] if index < len(call.trails) else None
             first = call.place is not None and call.place.turn == 1
@@ -790,7 +791,7 @@ class Engine:
 
     def _judge(self, state: State, call: UNetCall, decision: Decision, entry: torch.Tensor | None) -> str | None:
         """Why the pass that has come to this entry is full after all; None if the adaptor may stand in."""
-        before = None if decision.feature is None else decision.feature.entry
+        before = None if decision.feature is None else decision.feature.compared
         if call.place is None or entry is None or before is None or entry.shape != before.shape:
             return reasons.UNSEEN
         step = (call.place.trajectory, call.place.step)
