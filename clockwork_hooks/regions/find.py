@@ -12,7 +12,6 @@ Whatever takes `region=` takes a `Region` or a `Choice`; the options of a choice
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -443,7 +442,7 @@ def keeping(search: Search, region: Region, keep: tuple[str, ...]) -> Region:
 
 def near(path: str, paths: Iterable[str]) -> str:
     """The paths most like a wrong one, for an error."""
-    return ", ".join(difflib.get_close_matches(path, list(dict.fromkeys(paths)), n=5, cutoff=0.4)) or "none"
+    return ", ".join(get_close_matches(path, list(dict.fromkeys(paths)), n=5, cutoff=0.4)) or "none"
 
 
 # -- by its two ends ------------------------------------------------------------------------------------------------

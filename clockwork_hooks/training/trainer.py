@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -245,7 +244,7 @@ class Learner:
         predict: Callable[..., Tensor] | None = None,
     ) -> Outcome:
         """What the loss looks at, with the adaptor's predictions, or with those of `predict`."""
-        predict = predict or partial(self._predict, self.model)
+        predict = predict or functools.partial(self._predict, self.model)
         features, outputs = [], []
         adapted = {id(call) for call in step.adapted(schedule)}
         predictions: list[Tensor] = []
