@@ -210,8 +210,10 @@ class Pass:
 
         Not where it returns the exit: what hooks make of that belongs to what the adaptor stands in for.
         """
+        if self.kind != "adaptor":
+            return False
         move = self._moves.calls.get((path, self._counts.get(path, 0)))
-        if move is None or move.skipped is None or move.exits or self.kind != "adaptor":
+        if move is None or move.skipped is None or move.exits:
             return False
         if self._outside:
             if move.takes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address, tensors
+from clockwork_hooks._tree import address, flat, tensors
 from clockwork_hooks.graph.recorder import written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
@@ -207,7 +207,7 @@ def may_cause(error: BaseException) -> bool:
 
 def holds_placeholder(values: Any) -> bool:
     """Is any of these values one, or made of one?"""
-    return any(map(_is_placeholder, tensors(values)))
+    return any(map(_is_placeholder, flat(values)))
 
 
 def _is_placeholder(value: Any) -> bool:
