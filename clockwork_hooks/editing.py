@@ -20,9 +20,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, fx, nn
 
 from clockwork_hooks._numbers import shape
@@ -39,9 +40,6 @@ from clockwork_hooks.regions.flow import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.schedule import Schedule, check_clock
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["Edit", "Injection", "Inversion", "edit", "edit_macs", "find_injection", "invert"]
 

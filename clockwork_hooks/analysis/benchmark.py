@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from clockwork_hooks._numbers import count, percent, shape
@@ -30,7 +31,6 @@ from clockwork_hooks.schedule import check_clock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from torch import nn
 
 from clockwork_hooks._generate import Generate, with_seed
@@ -32,7 +33,6 @@ from clockwork_hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
@@ -39,7 +40,6 @@ from clockwork_hooks.reports.tables import Table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 Kind = Literal["first", "down", "bottleneck", "up"]
 

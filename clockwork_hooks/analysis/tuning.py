@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import TaskID
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, with_seed
@@ -36,7 +37,6 @@ from clockwork_hooks.schedule import Schedule, early_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.progress import TaskID
 
 _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -20,8 +20,6 @@ from clockwork_hooks.cli.options import Adaptors, Clocks, Format, FormatOption, 
 from clockwork_hooks.errors import ArgumentError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
     from clockwork_hooks.analysis.tuning import Trial

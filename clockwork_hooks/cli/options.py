@@ -12,15 +12,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from clockwork_hooks.errors import ArgumentError, ModelNotFoundError, RegionNotFoundError, first_line
-from clockwork_hooks.reports.report import PICTURES, TEXTS
-
-if TYPE_CHECKING:
-    from clockwork_hooks.reports.report import Report
+from clockwork_hooks.reports.report import PICTURES, TEXTS, Report
 
 MODEL_HELP = (
     "A preset (sd15, sd21, sdxl, svd, kandinsky22, deepfloyd-if, ddpm-cifar10), a folder with a diffusers config.json, "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from clockwork_hooks._numbers import count, duration, macs, percent
@@ -33,7 +34,6 @@ from clockwork_hooks.schedule import Schedule, check_clock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 _DRAWS = 10_000
 

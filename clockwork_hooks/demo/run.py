@@ -28,6 +28,7 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.errors import DemoError, need, whole
 from clockwork_hooks.metrics import psnr
 from clockwork_hooks.regions.find import find_regions
+from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Bitmap
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clockwork_hooks.adaptors import CalibratedAdaptor
-    from clockwork_hooks.regions.region import Region
 
 ROUNDS = 2
 PLAIN, DEEPCACHE, IDENTITY, CALIBRATED = "plain", "DeepCache's setting", "identity", "calibrated"

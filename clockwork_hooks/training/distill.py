@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import TaskID
 from torch import Tensor, nn
 
 from clockwork_hooks._generate import Generate, seeded, with_seed
@@ -41,8 +42,6 @@ from clockwork_hooks.training.trainer import Learner, Trainer, status
 from clockwork_hooks.training.trajectory import Buffer, Noise, TrajectoryRecorder
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from clockwork_hooks.adaptors import LearnedAdaptor
 
 
