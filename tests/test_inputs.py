@@ -1,5 +1,6 @@
 """Which argument is the sample, which the time, and which trace serves which call."""
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, is_number, time_candidates
+from tests import small_unet
 from tests.bendable import Tiny, noise, outputs, proven
 from tests.oracle import Judge
 from tests.zoo.proof import same
@@ -317,3 +319,46 @@ def test_an_empty_batch_is_a_plain_full_pass_and_nothing_is_learned_of_it() -> N
             unet(noise(), T - step / 4)
         assert len(cw.regions) == 1
         assert cw.stats.reasons["first step"] == 1
+
+
+def scaled(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def call(self: Any, x: Tensor, scale: Any, t: Any, c: Any = None) -> Any:
+        return forward(self, x * scale, t, c)
+
+    return call
+
+
+def turned(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def call(self: Any, t: Any, x: Tensor, *rest: Any) -> Any:
+        return forward(self, x, t, *rest)
+
+    return call
+
+
+def handed_on(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        return forward(self, *arguments, **options)
+
+    return call
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decorate", [scaled, turned, handed_on])
+def test_a_decorated_forward_is_called_by_its_own_parameters(decorate: Any) -> None:
+    """`functools.wraps` shows those of the function inside: the time went by another name, and nothing was saved."""
+
+    class UNet(small_unet.Tiny):
+        forward = decorate(small_unet.Tiny.forward)
+
+    unet, x, c = UNet(), torch.randn(1, 2, 8, 8), torch.randn(1, 3)
+    calls = {scaled: lambda t: (x, 0.5, t, c), turned: lambda t: (t, x, c), handed_on: lambda t: (x, t, c)}
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        for t in torch.linspace(900, 200, 8):
+            unet(*calls[decorate](t))
+        assert cw.stats.adaptor_passes == 7
+        assert cw.region is not None
+        assert cw.region.sample == "x"
+        assert cw.region.times == ("t",)

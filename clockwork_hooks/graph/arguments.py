@@ -121,10 +121,7 @@ class Binder:
 
     def __init__(self, forward: Callable[..., Any], ignored: Collection[str] = ()) -> None:
         self.ignored = tuple(ignored)
-        try:
-            parameters = list(inspect.signature(forward).parameters.values())
-        except (TypeError, ValueError):
-            parameters = []
+        parameters = _parameters(forward)
         self._names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         self._rest = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), None)
 
@@ -145,6 +142,23 @@ class Binder:
         """What is ignored and is not there, in a call of these paths."""
         there = [f"{path}." for path in paths]
         return tuple(one for one in self.ignored if not any(path.startswith(f"{one}.") for path in there))
+
+
+def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What a forward takes. Of a decorated one the names of what is inside, if it hands its arguments on by position.
+
+    One with parameters of its own is called by these, though `functools.wraps` shows others.
+    """
+    try:
+        own, inner = (
+            list(inspect.signature(forward, follow_wrapped=follows).parameters.values()) for follows in (False, True)
+        )
+    except (TypeError, ValueError):
+        return []
+    placed = [one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    hands_on = any(one.kind is one.VAR_POSITIONAL for one in own)
+    alike = placed == [one.name for one in inner[: len(placed)]]
+    return inner if hands_on and alike else own
 
 
 def _sizes(nested: torch.Tensor) -> tuple[Any, ...]:
