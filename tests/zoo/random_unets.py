@@ -240,6 +240,7 @@ def _expect(name: str, plan: Plan, net: Net, model: nn.Module, args: tuple[Tenso
         consumer = f"{root}{owner.name_of('down 0')}"
     else:
         consumer = None
+    called = {path for path, _ in model.named_modules()}  # calls of a module that levels share have its first name
     return ZooCase(
         name=name,
         model=model,
@@ -251,6 +252,6 @@ def _expect(name: str, plan: Plan, net: Net, model: nn.Module, args: tuple[Tenso
         exit_resolution=tuple(n // 2 for n in size) if low else size,
         source="our own, random",
         note=f"{plan}: the last encoder block of the top level enters, the top level's upsampling leaves.",
-        skipped=frozenset(skipped - set(exits)),
+        skipped=frozenset((skipped & called) - set(exits)),
         outside=frozenset(paths),
     )
