@@ -578,6 +578,26 @@ def test_guidance_that_the_sampler_does_not_have(rows):
     assert calibrate(unet, one_branch(unet), [rows]).table.isfinite().all()
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_guidance_that_ends_before_the_adaptor_steps(calls):
+    unet = Blocks(mix=1.0)
+
+    def generate(batch, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        x, c = torch.randn(1, 2, 8, 8, generator=generator), torch.randn(2, 3, generator=generator)
+        for time in TIMES:
+            if time < 700:
+                x = x - 0.1 * unet(x, time, c[:1])
+            elif calls == 1:
+                x = x - 0.1 * unet(torch.cat([x, x]), time, c).sum(0, keepdim=True)
+            else:
+                x = x - 0.1 * (unet(x, time, c[:1]) + unet(x, time, c[1:]))
+
+    adaptor = calibrate(unet, generate, [1], guidance=2.0, schedule={5, 6})
+    assert adaptor.table.isfinite().all()
+    assert [step.step for step in adaptor.report.steps] == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

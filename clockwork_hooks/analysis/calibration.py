@@ -420,7 +420,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
             },
             do=do,
         )
-    if sums.guidance is not None and not sums.combined:
+    if sums.guidance is not None and not sums.guided:
         raise ArgumentError(
             "guidance combines two branches: the halves of a batch, or two calls of a step",
             seen={"guidance": sums.guidance, "rows a call": sums.samples, "calls a step": "one"},
@@ -538,7 +538,7 @@ class Sums:
         samples: rows of a step, at most.
         held_out: "rows" or "positions".
         last_step: seen.
-        combined: how often two branches were combined.
+        guided: were there two branches in any step: two calls, or a batch that has halves?
         refused: why calls could not have been adaptor passes, whatever the schedule says; how many.
     """
 
@@ -553,7 +553,7 @@ class Sums:
     samples: int = 0
     held_out: str = "rows"
     last_step: int = 0
-    combined: int = 0
+    guided: bool = False
     refused: Counter[str] = field(default_factory=Counter)
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
@@ -590,6 +590,7 @@ class Sums:
         emitted = outcome.exits.get(0)
         if emitted is None or call.place is None or call.decision is None:
             return
+        self.guided |= len(emitted.exit) % 2 == 0 or call.place.branch.number > 1
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
             kept = call.place.call.feature
@@ -676,7 +677,6 @@ class Sums:
 
     def _guided(self, first: Pair, second: Pair) -> Pair:
         assert self.guidance is not None  # asked only then
-        self.combined += 1
         if self.unconditional == "second":
             first, second = second, first
         return first.combined(second, self.guidance)
