@@ -38,7 +38,7 @@ def environment(data: Data) -> str:
     more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
     for earlier in data["gpu_latency"].get("earlier", []):
         then = earlier["environment"]
-        more += f" Of an earlier run, with the engine of that day: {earlier['rows']}; {then['device']}, {then['date']}, `{then['command']}`."  # noqa: E501
+        more += f" Of another run, with the engine of that time: {earlier['rows']}; {then['device']}, {then['date']}, `{then['command']}`."  # noqa: E501
     return where + more
 
 
