@@ -305,19 +305,57 @@ def _reads_features(node: fx.Node) -> bool:
     return kind(node) == "linear" or operator_name(node) == "embedding" or qualified_name(node.target) in BLOCKS
 
 
+class Part:
+    """A part of the trace that leaves through one node, which a call returns: what a region of it would skip.
+
+    A region is more than ten times as dear to make, so a search makes them of the parts that it is asked for.
+
+    Attributes:
+        exit: the node.
+        entries: nodes that flow in, in order.
+        entry: the one at the highest resolution.
+        macs_share: of the calls that would be skipped, in the MACs of a full pass.
+    """
+
+    def __init__(self, facts: Facts, exit: int, inside: Mask, skipping: _Skipping) -> None:
+        edges, self.sides = facts.dominance.crossing(inside)
+        self.facts, self.exit, self.inside, self.skipping = facts, exit, inside, skipping
+        self.entries = sorted({u for u, _ in edges})
+        self.entry = max(self.entries, key=lambda u: (facts.positions[u], u), default=-1)
+        self.macs_share = int(facts.macs[skipping.nodes].sum()) / (facts.trace.full_macs or 1)
+
+    @classmethod
+    def of(cls, facts: Facts, exit: int, nodes: Iterable[int]) -> Part | None:
+        """The part of these nodes; None where nothing enters it, or no skippable module call returns its exit."""
+        if exit not in facts.producers:
+            return None
+        inside = facts.dominance.mask(nodes) & ~facts.input
+        skipping = _skipping(facts, inside, exit)
+        part = None if skipping is None else cls(facts, exit, inside, skipping)
+        return part if part is not None and part.entries else None
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """Of the entry."""
+        facts = self.facts
+        shape: tuple[int, ...] = facts.trace.nodes[self.entry].meta["shape"][2:]
+        return facts.levels.spatial.get(facts.positions[self.entry], shape)
+
+    def region(self, *, level: int, cut: str) -> Region:
+        """The region of it."""
+        return _region(self.facts, self, level=level, cut=cut)
+
+
 def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str) -> Region | None:
     """The region that leaves through node `exit`; None where no skippable module call returns it."""
-    if exit not in facts.producers:
-        return None
-    inside = facts.dominance.mask(nodes) & ~facts.input
-    skipping = _skipping(facts, inside, exit)
-    edges, side_nodes = facts.dominance.crossing(inside)
-    if skipping is None or not edges:
-        return None
-    entry_nodes = sorted({u for u, _ in edges})
-    entry = max(entry_nodes, key=lambda u: (facts.positions[u], u))
-    entries = tuple(_boundary(facts, u) for u in entry_nodes)
-    sides = tuple(_side(facts, n) for n in side_nodes if not facts.trace.nodes[n].meta.get("constant"))
+    part = Part.of(facts, exit, nodes)
+    return None if part is None else part.region(level=level, cut=cut)
+
+
+def _region(facts: Facts, part: Part, *, level: int, cut: str) -> Region:
+    exit, inside, skipping, entry = part.exit, part.inside, part.skipping, part.entry
+    entries = tuple(_boundary(facts, u) for u in part.entries)
+    sides = tuple(_side(facts, n) for n in part.sides if not facts.trace.nodes[n].meta.get("constant"))
     cut_plan = _cut_plan(facts, skipping, entry, sides)
     costs = _costs(facts, skipping)
     left = Counter(
@@ -333,14 +371,14 @@ def build(facts: Facts, exit: int, nodes: Iterable[int], *, level: int, cut: str
         sides=sides,
         level=level,
         cut=cut,
-        resolution=facts.levels.spatial.get(facts.positions[entry], facts.trace.nodes[entry].meta["shape"][2:]),
+        resolution=part.resolution,
         bottleneck=next((space for space, *_ in reversed(costs["by_level"]) if math.prod(space) > 1), ()),
         leftover=tuple(sorted(left.items())),
         sample=facts.trace.sample,
         times=facts.trace.times,
         full_macs=facts.trace.full_macs or 1,
         **costs,
-        fingerprint=facts.fingerprints.of(entry_nodes, exit, inside),
+        fingerprint=facts.fingerprints.of(part.entries, exit, inside),
         cut_plan=cut_plan,
         signature=facts.trace.signature,
         residuals=facts.residuals,

@@ -169,6 +169,10 @@ class Choice:
             return by_modules(search.facts, self.modules)
         if self.entry is not None and self.exit is not None:
             return by_ends(search.facts, self.entry, self.exit)
+        if self.fingerprint is None and not self.strict and self.cut == "outer":
+            region = self._of_links(search)
+            if region is not None:
+                return region
         regions = search.chain()
         if self.fingerprint is not None:
             same = of_fingerprint(regions, self.fingerprint, level=self.level, cut=self.cut)
@@ -182,7 +186,7 @@ class Choice:
                 "ch.plan(unet, generate, ...); so too if an earlier version made it, whose fingerprints do not begin "
                 f"with {PREFIX}",
             )
-        level = 1 if self.level is self.resolution is self.share is None else self.level
+        level = self._level
         fitting = [region for region in regions if level in (None, region.level)]
         if not fitting:
             raise _none_such(regions, "level", level, [region.level for region in regions])
@@ -194,7 +198,7 @@ class Choice:
                 do='pass cut="outer"',
             )
         there: list[object] = [shape(edge.resolution) for _, edge in pairs]
-        pairs = [(region, edge) for region, edge in pairs if self._has_resolution(edge)]
+        pairs = [(region, edge) for region, edge in pairs if self._has_resolution(edge.resolution)]
         if not pairs:
             raise _none_such(regions, "resolution", self.resolution, there)
         if self.share is None:
@@ -206,10 +210,24 @@ class Choice:
             raise _none_such(regions, "share", percent(self.share), [percent(edge.macs_share) for _, edge in pairs])
         return fitting[-1]
 
-    def _has_resolution(self, region: Region) -> bool:
+    def _of_links(self, search: Search) -> Region | None:
+        """The outer region that fits, of which alone a region is made; None where none does, or there is a doubt."""
+        fitting = [link for link in search.links() if self._level in (None, link.level)]
+        fitting = [link for link in fitting if self._has_resolution(link.part.resolution)]
+        if self.share is not None:
+            fitting = [link for link in fitting if link.part.macs_share >= self.share]
+        elif fitting and fitting[-1].part.resolution in search.small:
+            return None
+        return search.region(fitting[-1]) if fitting else None
+
+    @property
+    def _level(self) -> int | None:
+        return 1 if self.level is self.resolution is self.share is None else self.level
+
+    def _has_resolution(self, resolution: tuple[int, ...]) -> bool:
         if self.resolution is None or isinstance(self.resolution, tuple):
-            return self.resolution in (None, region.resolution)
-        return set(region.resolution) == {self.resolution}
+            return self.resolution in (None, resolution)
+        return set(resolution) == {self.resolution}
 
 
 def split_options(

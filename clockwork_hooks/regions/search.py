@@ -15,7 +15,7 @@ from clockwork_hooks._numbers import shape
 from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.build import Facts, between, build, nodes_of
+from clockwork_hooks.regions.build import Facts, Part, between, nodes_of
 from clockwork_hooks.regions.flow import Edge
 from clockwork_hooks.regions.region import Region
 
@@ -49,20 +49,28 @@ class _Candidate:
     positions: int
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A part of the chain, and the level below which it lies."""
+
+    part: Part
+    level: int
+
+
 class Search:
     """The search of one trace.
 
     Attributes:
         facts: what it looks up.
-        rejected: lines about what is no region.
         small: resolutions of the levels below which the region is too small.
     """
 
     def __init__(self, trace: Trace, unet: nn.Module) -> None:
         self.facts = Facts(trace, unet)
-        self.rejected: list[str] = []
         self.small: set[tuple[int, ...]] = set()
-        self._chain: tuple[Region, ...] = ()
+        self._rejected: list[Part | str] = []
+        self._links: tuple[Link, ...] = ()
+        self._regions: dict[Link, Region] = {}
         self._lows: dict[int, list[int]] = {}
         self._cuts: dict[Edge, Region | None] = {}
 
@@ -72,32 +80,42 @@ class Search:
         Raises:
             RegionNotFoundError: there is none.
         """
-        self._chain = self._chain or self._nested()
-        return self._chain
+        return tuple(map(self.region, self.links()))
 
-    def _nested(self) -> tuple[Region, ...]:
-        self.rejected = []
-        chosen: list[tuple[_Candidate, Region]] = []
+    def region(self, link: Link) -> Region:
+        """The region of a part of the chain."""
+        if link not in self._regions:
+            region = link.part.region(level=link.level, cut="outer")
+            self._regions[link] = replace(region, inner=self._inner(region))
+        return self._regions[link]
+
+    def links(self) -> tuple[Link, ...]:
+        """The chain, of which no region is made yet; raises as `chain` does."""
+        self._links = self._links or self._nested()
+        return self._links
+
+    def _nested(self) -> tuple[Link, ...]:
+        self._rejected = []
+        chosen: list[tuple[_Candidate, Part]] = []
         dominance = self.facts.dominance
         macs = dominance.totals(self.facts.trace.macs)
         for candidate in sorted(self._candidates(), key=lambda c: (-macs[c.exits[0]], -dominance.size(c.exits[0]))):
             around = chosen[-1][0] if chosen else None
             if around and not dominance.within(candidate.exits[0], around.exits[0]):
                 continue
-            region = self._region(candidate)
-            if region is None:
+            part = self._part(candidate)
+            if part is None:
                 continue
-            if SMALLEST <= region.macs_share <= LARGEST:
-                chosen.append((candidate, region))
+            if SMALLEST <= part.macs_share <= LARGEST:
+                chosen.append((candidate, part))
                 continue
-            self.rejected.append(region.line)
-            if region.macs_share < SMALLEST and self._holds_most(candidate, around):
-                self.small.add(region.resolution)
+            self._rejected.append(part)
+            if part.macs_share < SMALLEST and self._holds_most(candidate, around):
+                self.small.add(part.resolution)
         if not chosen:
             raise self.no_region()
         edges = sorted({candidate.positions for candidate, _ in chosen}, reverse=True)
-        levelled = [replace(region, level=edges.index(candidate.positions) + 1) for candidate, region in chosen]
-        return tuple(replace(region, inner=self._inner(region)) for region in levelled)
+        return tuple(Link(part, edges.index(candidate.positions) + 1) for candidate, part in chosen)
 
     def _candidates(self) -> Iterable[_Candidate]:
         """Exits grouped by their entry edges, where the exit is back at the entries' resolution."""
@@ -130,13 +148,13 @@ class Search:
                 after[n] = any(after[u] for u in dominance.sources[n]) or macs > 0
         return after
 
-    def _region(self, candidate: _Candidate) -> Region | None:
-        """The candidate's region from the top-most of its exits that a module call returns."""
+    def _part(self, candidate: _Candidate) -> Part | None:
+        """The candidate's part from the top-most of its exits that a module call returns."""
         for o in candidate.exits:
-            region = build(self.facts, o, self.facts.dominance.members(o), level=0, cut="outer")
-            if region is not None:
-                return region
-        self.rejected.append(f"{self.facts.name(candidate.exits[0])}: no module returns the exit")
+            part = Part.of(self.facts, o, self.facts.dominance.members(o))
+            if part is not None:
+                return part
+        self._rejected.append(f"{self.facts.name(candidate.exits[0])}: no module returns the exit")
         return None
 
     def _holds_most(self, candidate: _Candidate, around: _Candidate | None) -> bool:
@@ -179,8 +197,8 @@ class Search:
             "resolutions": ", ".join(dict.fromkeys(map(shape, levels.spatial.values()))) or "none",
             "why": _reason(self.facts, self.small),
         }
-        for k, line in enumerate(self.rejected):
-            seen[f"rejected {k}"] = line
+        for k, one in enumerate(self._rejected):
+            seen[f"rejected {k}"] = one if isinstance(one, str) else one.region(level=0, cut="outer").line
         seen.update(listed(wider))
         return RegionNotFoundError(
             "a region is a part that works below the resolution of its entry and leaves through one tensor that a "
