@@ -765,6 +765,32 @@ def test_times_are_those_of_the_calls_whatever_is_written_to_them(lift, unet):
     assert [(one.step, one.position) for one in report.steps] == [(2, TIMES[1]), (3, TIMES[2]), (6, TIMES[5])]
 
 
+def test_compiled_passes_are_told_the_time_that_the_call_came_with():
+    """A UNet that writes to its time before the region told the adaptor of a compiled pass what it had written."""
+
+    class Scales(nn.Module):
+        needs = frozenset({"position"})
+
+        def forward(self, entry, exit_cached, *, time, text, position):
+            return exit_cached * (1 + position / 1000)
+
+    outputs = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        unet = WritesItsTime(late=False)
+        x, c = torch.randn(4, 2, 8, 8), torch.randn(4, 3)
+        with torch.no_grad(), ch.wrap(unet, Scales(), schedule={2, 3, 6}) as cw:
+            if compiles:
+                cw.compile(backend="eager")
+            for _ in range(3):
+                with cw.trajectory():
+                    outputs.append([unet(x, torch.tensor(time), c) for time in TIMES])
+            assert cw.stats.adaptor_passes == 9
+    for eager, compiled in zip(outputs[:3], outputs[3:], strict=True):
+        for one, other in zip(eager, compiled, strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
 def test_a_region_is_named_as_wrap_takes_it(tmp_path):
     unet = Blocks()
     region = ch.find_region(unet, torch.randn(4, 2, 8, 8), 900.0, torch.randn(4, 3))

@@ -187,7 +187,7 @@ class Compiled:
             # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
             if not torch.compiler.is_dynamo_compiling() and not (compiles and kind == "full"):
                 raise _NoGraphFits
-            time = None if position is None else flat((args, kwargs))[position]
+            time = None if position is None else flat((args, kwargs))[position].clone()  # a UNet may write to its own
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
                 exit, past = cached

@@ -220,7 +220,7 @@ class Captured(Compiled):
     def _pass(self, call: UNetCall, wanted: Pass, args: Any, kwargs: Any, cached: Cached) -> Outcome:
         """Run a pass like the wanted one on other inputs."""
         engine, exit, adaptor = self.engine, cached[0], self.engine.chain[wanted.plan.index].adaptor
-        time = flat((args, kwargs))[time_leaf(call) or 0] if needs_of(adaptor) else None
+        time = _copy(flat((args, kwargs))[time_leaf(call) or 0]) if needs_of(adaptor) else None
         adapt = None
         if exit is not None:
 
