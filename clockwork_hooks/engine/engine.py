@@ -849,9 +849,12 @@ class Engine:
         self.chain[0].region = region
         return self._begin(self._new(call, single(region, times[0] if times else None)))
 
-    @garbage_kept()
     def _record(self, state: State, call: UNetCall) -> Any:
         """Run the first call of a signature, or of modules that were exchanged, in full, and record it as it runs."""
+        with garbage_kept():
+            return self._run_recorded(state, call)
+
+    def _run_recorded(self, state: State, call: UNetCall) -> Any:
         for observer in self.observers if call.decision is None else ():  # else they know of it
             observer.before(call)
         snapshots = [Snapshot.of(leaf) for leaf in call.arguments.flat]

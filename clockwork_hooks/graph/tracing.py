@@ -184,7 +184,6 @@ def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:
     return record(unet, args, kwargs)
 
 
-@garbage_kept()
 def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, time: str | None = None) -> Trace:
     """`trace`, with the name of the time input where the user gave it."""
     if not isinstance(unet, nn.Module):
@@ -199,7 +198,8 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
         )
     arguments = Binder(unet.forward)(args, kwargs)
     devices = {tensor.device for tensor in unet.parameters() if tensor.device.type == "cuda"}
-    with torch.inference_mode(), torch.random.fork_rng(devices=sorted(devices, key=str)), _unchanged(unet):
+    random = torch.random.fork_rng(devices=sorted(devices, key=str))
+    with garbage_kept(), torch.inference_mode(), random, _unchanged(unet):
         try:
             with recording(unet, args, kwargs, arguments, restore=True) as recorder:
                 unet(*args, **kwargs)
