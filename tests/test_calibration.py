@@ -802,3 +802,52 @@ def test_a_region_is_named_as_wrap_takes_it(tmp_path):
     assert len({adaptor.report.region for adaptor in adaptors}) == 1
     with pytest.raises(ch.ArgumentError, match="comes from find_region"):
         calibrate(unet, sampler(unet), [(2, 1.5)], region=1)
+
+
+# -- a UNet whose time cannot be told ------------------------------------------------------------------------------
+
+
+class TwoNumbers(Blocks):
+    """Either number may be the time."""
+
+    def forward(self, x, gamma, strength, c):
+        return super().forward(x * strength, gamma, c)
+
+
+def named_sampler(unet, steps=6):
+    """Levels from 900 downward."""
+
+    def generate(batch, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        x, c = torch.randn(4, 2, 8, 8, generator=generator), torch.ones(4, 3)
+        for k in range(steps):
+            x = x - 0.1 * unet(x, 900.0 - 100 * k, 1.5, c)
+        return x
+
+    return generate
+
+
+def test_the_time_is_named_where_it_cannot_be_told():
+    unet = TwoNumbers()
+    generate = named_sampler(unet)
+    for ask in (
+        lambda **time: calibrate(unet, generate, [4], schedule={3, 5}, **time),
+        lambda **time: ch.plan(unet, generate, [4], min_saving=0.1, clocks=(2,), probes=2, **time),
+        lambda **time: ch.tune(unet, [4, 4], generate=generate, saving=0.1, **time),
+    ):
+        with pytest.raises(ch.AmbiguousInputError, match='name it: time="gamma"'):
+            ask()
+    adaptor = calibrate(unet, generate, [4], schedule={3, 5}, time="gamma")
+    assert [step.position for step in adaptor.report.steps] == [700.0, 500.0]
+    with torch.no_grad(), ch.wrap(unet, adaptor, time="gamma") as cw, cw.trajectory():
+        generate(4)
+    assert cw.stats.adaptor_passes == 2
+    plan = ch.plan(unet, generate, [4], min_saving=0.1, clocks=(2,), probes=2, time="gamma")
+    with torch.no_grad(), ch.wrap(unet, plan=plan) as cw, cw.trajectory():  # its region knows the time
+        generate(4)
+    assert cw.stats.adaptor_passes == len(plan.schedule.adaptor_steps(6))
+    cw = ch.tune(unet, [4, 4], generate=generate, saving=0.1, time="gamma")
+    with torch.no_grad(), cw.trajectory():
+        generate(4)
+    assert cw.stats.adaptor_passes == len(cw.adaptor.tuning.chosen.steps)
+    cw.remove()

@@ -198,7 +198,7 @@ def test_an_ambiguous_time_is_asked_for() -> None:
     assert traced.times == ("fps", "bucket")
     with pytest.raises(ch.AmbiguousInputError, match="fps, bucket") as caught:
         _ = traced.time
-    assert 'wrap(unet, time="fps")' in str(caught.value)
+    assert 'name it: time="fps"' in str(caught.value)
     before = outputs(lambda t: model(noise(), one, t), (two,))
     with ch.wrap(model) as cw, cw.trajectory(), pytest.raises(ch.AmbiguousInputError):
         model(noise(), one, two)

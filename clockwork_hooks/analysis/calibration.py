@@ -184,6 +184,7 @@ def calibrate(
     ridge: float | None = None,
     log_snr: Any = None,
     refit: bool = True,
+    time: str | None = None,
     console: Console | None = None,
 ) -> CalibratedAdaptor:
     """Solve for a linear adaptor from one run of your own sampler; no gradient, seconds on a GPU.
@@ -216,6 +217,7 @@ def calibrate(
             interpolated in it.
         refit: fit again on what the student reaches, where adaptor steps follow each other.
         console: where the progress bar goes; None for standard error.
+        time: name of the argument that holds the time, where it cannot be told; `wrap` has to be told, too.
 
     Returns:
         The adaptor, for `wrap(unet, adaptor, ...)`; its `report` says what was measured, `save_pretrained` saves it.
@@ -250,7 +252,7 @@ def calibrate(
     sample = with_seed(generate, seeding=False)
     steps = _schedule(schedule, clock)
     _check(guidance, unconditional, kind, ridge)
-    trace = first_call(unet, sample, batches[0], 0)
+    trace = first_call(unet, sample, batches[0], 0, time=time)
     wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, {})
     chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(Search(trace, unet), wanted)
     if chosen is None:

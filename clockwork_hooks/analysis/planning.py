@@ -247,6 +247,7 @@ def plan(
     seeds: Sequence[int] = (0,),
     held_out: Iterable[Any] | None = None,
     held_out_seeds: Sequence[int] = (1_000_003,),
+    time: str | None = None,
     console: Console | None = None,
 ) -> Plan:
     """Choose region, adaptor and schedule from measured error against MACs or milliseconds.
@@ -274,6 +275,7 @@ def plan(
         probes: steps at which a single adaptor step is measured, for each candidate.
         held_out: batches to verify with; None for the same with other seeds.
         held_out_seeds: of the noise to verify with.
+        time: name of the argument that holds the time, where it cannot be told.
 
     Returns:
         The plan, with predicted, measured and held-out error; `.to_json()`, `.table()`, `.plot(...)`.
@@ -298,9 +300,9 @@ def plan(
     generate = with_seed(generate)
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
-    solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr})
+    solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr, "time": time})
     regions = None if regions is None else check_regions(regions)
-    trace = first_call(unet, generate, batches[0], seeds[0])
+    trace = first_call(unet, generate, batches[0], seeds[0], time=time)
     pairs = candidates(trace, unet, regions, ready) if ready or not several else ()
     if len(ready) < len(several):
         pairs += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))

@@ -180,8 +180,8 @@ def check_clocks(clocks: Sequence[int]) -> None:
         raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 
 
-def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Trace:
-    """Trace the first call that `generate(batch, seed)` makes; the loop goes no further.
+def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int, *, time: str | None = None) -> Trace:
+    """Trace the first call that `generate(batch, seed)` makes; the loop goes no further. `time` names its time input.
 
     Raises:
         ArgumentError: it makes none, or `unet` is no module.
@@ -214,7 +214,7 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tr
         handle.remove()
     if not seen:
         raise _never(unet)
-    return record(unet, *seen[0])
+    return record(unet, *seen[0], time=time)
 
 
 def final(generate: Generate, batch: Any, seed: int) -> Tensor:

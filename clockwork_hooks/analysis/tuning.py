@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import inspect
 import json
-import time
+import time as clocks
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -155,6 +155,7 @@ def tune(
     regions: Sequence[Region] | None = None,
     folder: str | Path | None = None,
     on_trial: Callable[[Trial], object] | None = None,
+    time: str | None = None,
     console: Console | None = None,
 ) -> ClockworkWrapper:
     """Calibrate, choose the steps, and wrap: `cw = ch.tune(pipe, prompts, saving=0.4)`.
@@ -177,6 +178,7 @@ def tune(
         folder: where the result is kept, and looked for.
         on_trial: called with every trial as it ends, for who wants to see them before the last one.
         console: where the progress bar goes; None for standard error.
+        time: name of the argument that holds the time, where it cannot be told.
 
     Returns:
         The wrapper. `cw.adaptor.tuning` says what was tried; None where it was read from the folder.
@@ -201,7 +203,7 @@ def tune(
         >>> cw.remove()
     """
     share("saving", saving, rule="a saving is a share of the MACs", example=0.4, ends=False)
-    begun, unet, batches = time.perf_counter(), _unet(pipe, generate), _batches(conditions)
+    begun, unet, batches = clocks.perf_counter(), _unet(pipe, generate), _batches(conditions)
     check_unet(unet)
     regions = None if regions is None else check_regions(regions)
     _check_options(pipe, options or {})
@@ -216,9 +218,10 @@ def tune(
         adaptor = CalibratedAdaptor.from_pretrained(home)
         tuning = _kept(home / _FILE)
         adaptor.tuning = tuning
-        region = choose(first_call(unet, generate, batches[0], 0), unet, **adaptor.region_options)
+        region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **adaptor.region_options)
         return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
-    tuner = _Tuner(unet, generate, batches, guidance, log_snr, on_trial or (lambda trial: None))
+    solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
+    tuner = _Tuner(unet, generate, batches, solving, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
     before = tuner.pictures(shown or generate)
     cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
@@ -246,14 +249,13 @@ class _Tuner:
         unet: nn.Module,
         generate: Generate,
         batches: list[Any],
-        guidance: float | None,
-        log_snr: Any,
+        options: Mapping[str, Any],
         on_trial: Callable[[Trial], object],
     ) -> None:
         self.on_trial = on_trial
         held = max(len(batches) // _HELD_OUT, 1)
         self.unet, self.generate, self.fitted = unet, generate, batches[:-held]
-        self.options = {"guidance": guidance, "log_snr": log_snr}
+        self.options = options
         self.runs = Runs(unet, generate, [(batch, 1) for batch in batches[-held:]])
 
     def calibrated(
@@ -299,7 +301,8 @@ class _Tuner:
         self, saving: float, regions: Sequence[Region] | None, begun: float, console: Any
     ) -> tuple[CalibratedAdaptor, Region, Tuning]:
         """The best adaptor, its region, and all that was tried."""
-        trace = first_call(self.unet, self.generate, *self.runs.runs[0])  # what is tried then needs no trace
+        first = self.runs.runs[0]  # what is tried then needs no trace
+        trace = first_call(self.unet, self.generate, *first, time=self.options["time"])
         wanted = regions or [choose(trace, self.unet), regions_of(trace, self.unet)[0]]
         most = max(region.macs_share for region in wanted)
         if saving >= most:  # said before minutes of calibration: no schedule skips a region in every step
@@ -336,7 +339,7 @@ class _Tuner:
             last, adaptor = min(reached, key=lambda pair: pair[0].error)
             identity = self.tried(region, last.rule.removesuffix(_FITTED), last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
-        return adaptor, region, Tuning(last, identity, everything, count, saving, time.perf_counter() - begun)
+        return adaptor, region, Tuning(last, identity, everything, count, saving, clocks.perf_counter() - begun)
 
 
 def _unreachable(saving: float, most: float, more: Mapping[str, Any] | None = None, *, do: str) -> ArgumentError:

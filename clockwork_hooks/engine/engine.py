@@ -15,7 +15,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -913,6 +913,10 @@ class Engine:
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
         """Find the regions in a trace, and see to them."""
+        if len(trace.times) > 1:  # a region that was found for a named time knows it
+            known = [one.wanted.times for one in self.chain if isinstance(one.wanted, Region)]
+            fitting = (times for times in known if len(times) == 1 and times[0] in trace.times)
+            trace = replace(trace, times=next(fitting, trace.times))
         signature = self._new(call, prepare(trace, self.unet, self.chain))
         recorded = Recorded.of(signature, trace)
         if recorded is not None:

@@ -85,7 +85,7 @@ class Trace:
         raise AmbiguousInputError(
             "the time is the one input that tells the denoising step",
             seen={"model": self.model, "inputs that may be the time": ", ".join(self.times)},
-            do=f'name it: wrap(unet, time="{self.times[0]}")',
+            do=f'name it: time="{self.times[0]}"',
         )
 
     @property
