@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict
@@ -169,60 +169,42 @@ class Choice:
             return by_modules(search.facts, self.modules)
         if self.entry is not None and self.exit is not None:
             return by_ends(search.facts, self.entry, self.exit)
-        if self.fingerprint is None and not self.strict and self.cut == "outer":
-            region = self._of_links(search)
-            if region is not None:
-                return region
-        regions = search.chain()
+        links = search.links()
         if self.fingerprint is not None:
-            same = of_fingerprint(regions, self.fingerprint, level=self.level, cut=self.cut)
+            same = of_fingerprint(search.chain(), self.fingerprint, level=self.level, cut=self.cut)
             if same is not None:
                 return same
         if self.strict:
             raise RegionNotFoundError(
                 "the region is the one that was found before, of this very architecture",
-                seen={"model": search.facts.trace.model, "fingerprint": self.fingerprint, **listed(regions)},
+                seen={"model": search.facts.trace.model, "fingerprint": self.fingerprint, **listed(search.chain())},
                 do="use it with the UNet that it was found for, or leave it out; for a plan, measure this UNet: "
                 "ch.plan(unet, generate, ...); so too if an earlier version made it, whose fingerprints do not begin "
                 f"with {PREFIX}",
             )
-        level = self._level
-        fitting = [region for region in regions if level in (None, region.level)]
+        level = 1 if self.level is self.resolution is self.share is None else self.level
+        fitting = [link for link in links if level in (None, link.level)]
         if not fitting:
-            raise _none_such(regions, "level", level, [region.level for region in regions])
-        pairs = [(r, edge) for r in fitting if (edge := r if self.cut == "outer" else r.inner) is not None]
+            raise _none_such(search, "level", level, [link.level for link in links])
+        edges = ((link, link.part if self.cut == "outer" else search.region(link).inner) for link in fitting)
+        pairs = [(link, edge) for link, edge in edges if edge is not None]
         if not pairs:
             raise RegionNotFoundError(
                 "the paper's cut lies between the region's downsampler and its upsampler",
-                seen={"region": fitting[-1].line},
+                seen={"region": search.region(fitting[-1]).line},
                 do='pass cut="outer"',
             )
         there: list[object] = [shape(edge.resolution) for _, edge in pairs]
-        pairs = [(region, edge) for region, edge in pairs if self._has_resolution(edge.resolution)]
+        pairs = [(link, edge) for link, edge in pairs if self._has_resolution(edge.resolution)]
         if not pairs:
-            raise _none_such(regions, "resolution", self.resolution, there)
-        if self.share is None:
-            if pairs[-1][0].resolution in search.small:
-                raise search.no_region(regions)
-            return pairs[-1][1]
-        fitting = [edge for _, edge in pairs if edge.macs_share >= self.share]
-        if not fitting:
-            raise _none_such(regions, "share", percent(self.share), [percent(edge.macs_share) for _, edge in pairs])
-        return fitting[-1]
-
-    def _of_links(self, search: Search) -> Region | None:
-        """The outer region that fits, of which alone a region is made; None where none does, or there is a doubt."""
-        fitting = [link for link in search.links() if self._level in (None, link.level)]
-        fitting = [link for link in fitting if self._has_resolution(link.part.resolution)]
-        if self.share is not None:
-            fitting = [link for link in fitting if link.part.macs_share >= self.share]
-        elif fitting and fitting[-1].part.resolution in search.small:
-            return None
-        return search.region(fitting[-1]) if fitting else None
-
-    @property
-    def _level(self) -> int | None:
-        return 1 if self.level is self.resolution is self.share is None else self.level
+            raise _none_such(search, "resolution", self.resolution, there)
+        if self.share is None and pairs[-1][0].part.resolution in search.small:
+            raise search.no_region(search.chain())
+        wide = [(link, edge) for link, edge in pairs if edge.macs_share >= (self.share or 0)]
+        if not wide:
+            raise _none_such(search, "share", percent(self.share or 0), [percent(e.macs_share) for _, e in pairs])
+        link, edge = wide[-1]
+        return edge if isinstance(edge, Region) else search.region(link)
 
     def _has_resolution(self, resolution: tuple[int, ...]) -> bool:
         if self.resolution is None or isinstance(self.resolution, tuple):
@@ -287,11 +269,11 @@ def _check_names(names: list[str], options: tuple[str, ...]) -> None:
             raise no_option(name, options, rule=rule)
 
 
-def _none_such(regions: tuple[Region, ...], name: str, wanted: object, there: list[object]) -> RegionNotFoundError:
+def _none_such(search: Search, name: str, wanted: object, there: Sequence[object]) -> RegionNotFoundError:
     values = list(dict.fromkeys(there))
     return RegionNotFoundError(
         f"there is no region of this {name}",
-        seen={name: wanted, f"{name}s with a region": values, **listed(regions)},
+        seen={name: wanted, f"{name}s with a region": values, **listed(search.chain())},
         do=f"pass {'a smaller share' if name == 'share' else f'one of these {name}s'}, or name modules: {{modules}}",
         arguments={"modules": ...},
     )
