@@ -216,8 +216,8 @@ def calibrate(
             takes it from `generate.scheduler`, else uses the time itself. Weights between two calibrated positions are
             interpolated in it.
         refit: fit again on what the student reaches, where adaptor steps follow each other.
-        console: where the progress bar goes; None for standard error.
         time: name of the argument that holds the time, where it cannot be told; `wrap` has to be told, too.
+        console: where the progress bar goes; None for standard error.
 
     Returns:
         The adaptor, for `wrap(unet, adaptor, ...)`; its `report` says what was measured, `save_pretrained` saves it.

@@ -125,6 +125,7 @@ class NormalEquations:
         trend: Tensor | None = None,
     ) -> None:
         """Add positions: (n, C) exits, cached and true, and trends; (n, E) entries, now and before; (n, A) around."""
+        triangle = self._triangle()
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
             was, now = (x[rows].to(self.upper.device).double() for x in (cached, exit))
@@ -135,7 +136,7 @@ class NormalEquations:
             if around is not None:
                 columns.append(around[rows].to(self.upper.device).double())
             features, target = torch.cat(columns, 1), now - was
-            self.upper += (features.T @ features)[self._triangle()]
+            self.upper += (features.T @ features)[triangle]
             self.cross.addmm_(features.T, target)
             self.square += target.square().sum(0)
             self.exit_square += now.square().sum()

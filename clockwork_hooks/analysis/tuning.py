@@ -177,8 +177,8 @@ def tune(
         regions: to try; None for the default one and the widest.
         folder: where the result is kept, and looked for.
         on_trial: called with every trial as it ends, for who wants to see them before the last one.
-        console: where the progress bar goes; None for standard error.
         time: name of the argument that holds the time, where it cannot be told.
+        console: where the progress bar goes; None for standard error.
 
     Returns:
         The wrapper. `cw.adaptor.tuning` says what was tried; None where it was read from the folder.
@@ -213,7 +213,7 @@ def tune(
         generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
         guidance = _guidance(pipe, options or {}) if guidance is None else guidance
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
-    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions))
+    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions, time))
     if home is not None and (home / _FILE).exists():
         adaptor = CalibratedAdaptor.from_pretrained(home)
         tuning = _kept(home / _FILE)
@@ -496,12 +496,14 @@ def _key(
     saving: float,
     guidance: float | None,
     regions: Sequence[Region] | None,
+    time: str | None,
 ) -> str:
-    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions and saving."""
+    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions, time and saving."""
     scheduler = getattr(pipe, "scheduler", None)
     parts = [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
     parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
     parts += [str([_few(p) for p in unet.parameters()]), str(guidance), str([one.fingerprint for one in regions or ()])]
+    parts += [] if time is None else [time]
     return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"
 
 

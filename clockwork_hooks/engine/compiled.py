@@ -181,7 +181,7 @@ class Compiled:
     def _make(self, call: UNetCall, pass_: Pass) -> Static:
         engine, adaptor, forward = self.engine, self.engine.chain[pass_.plan.index].adaptor, call.forward
         kind = pass_.kind
-        position = time_leaf(call) if "position" in needs_of(adaptor) else None
+        position = told_leaf(call, adaptor)
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached, compiles: bool = True) -> Any:
             # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
@@ -280,6 +280,11 @@ def outcome_of(
 def time_leaf(call: UNetCall) -> int | None:
     """Which leaf of the arguments the time is."""
     return None if call.signature is None else call.signature.inputs.time
+
+
+def told_leaf(call: UNetCall, adaptor: Any) -> int | None:
+    """Which leaf of the arguments the time is that the adaptor is told: copy it, as a UNet may write to its own."""
+    return time_leaf(call) if "position" in needs_of(adaptor) else None
 
 
 def with_tensor_time(call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:

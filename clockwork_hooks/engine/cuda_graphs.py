@@ -26,9 +26,8 @@ from torch import nn
 
 from clockwork_hooks._tree import flat, leaves, map_leaves, tensors, version
 from clockwork_hooks.adaptors import stand_in
-from clockwork_hooks.adaptors.stand_in import needs_of
 from clockwork_hooks.clock.conditions import Weights
-from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, time_leaf
+from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, told_leaf
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
 
@@ -220,7 +219,8 @@ class Captured(Compiled):
     def _pass(self, call: UNetCall, wanted: Pass, args: Any, kwargs: Any, cached: Cached) -> Outcome:
         """Run a pass like the wanted one on other inputs."""
         engine, exit, adaptor = self.engine, cached[0], self.engine.chain[wanted.plan.index].adaptor
-        time = _copy(flat((args, kwargs))[time_leaf(call) or 0]) if needs_of(adaptor) else None
+        position = told_leaf(call, adaptor)
+        time = None if position is None else flat((args, kwargs))[position].clone()
         adapt = None
         if exit is not None:
 
