@@ -12,11 +12,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, interval, markdown
 from clockwork_hooks._numbers import macs, percent
 from clockwork_hooks.reports.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "calibration.json"
@@ -382,7 +385,6 @@ _LONGEST = 20  # of plain steps: beyond, both have what the model can do
 def plot_budgets(data: Mapping[str, Any], path: Path = BUDGETS) -> Path:
     """Fréchet distance over MACs a picture, in any number of steps."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = Rows(data)
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -411,16 +413,7 @@ def plot_budgets(data: Mapping[str, Any], path: Path = BUDGETS) -> Path:
             last = point(key)[0]
             axis.annotate(f"{steps} ({full})", point(key), textcoords="offset points", xytext=(-4, -13), fontsize=8,
                           ha="right")  # fmt: skip
-    axis.set_xlabel("GMACs a picture; at the points: steps, in brackets the full ones")
-    axis.set_ylabel("Fréchet, lower is better")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    return path
+    return _saved(figure, "GMACs a picture; at the points: steps, in brackets the full ones", path)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -430,7 +423,6 @@ def _spread(values: Sequence[float]) -> str:
 def plot(data: Mapping[str, Any], path: Path = PLOT) -> Path:
     """Fréchet distance over MACs saved at 8 steps."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = Rows(data)
     keys = [key for key in data["rows"] if key.startswith("main-8/") and rows.row(key)["captions"] == 512
@@ -455,7 +447,15 @@ def plot(data: Mapping[str, Any], path: Path = PLOT) -> Path:
             axis.annotate(f"{count} steps", (100 * rows.saved(key), rows.mean(key)), textcoords="offset points",
                           xytext=(6, -11), fontsize=8)  # fmt: skip
     axis.axhline(rows.mean("main-8/plain"), color="grey", linewidth=0.8, linestyle=":")
-    axis.set_xlabel("MACs saved, % of plain sampling with 8 steps")
+    return _saved(figure, "MACs saved, % of plain sampling with 8 steps", path)
+
+
+def _saved(figure: Figure, across: str, path: Path) -> Path:
+    """Label what lies across, and Fréchet distances upward, and save the figure."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis = figure.axes[0]
+    axis.set_xlabel(across)
     axis.set_ylabel("Fréchet, lower is better")
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
