@@ -206,6 +206,14 @@ class Pipeline:
         return (sampler(self.unet)((len(prompt), guidance_scale), generator.initial_seed()),)
 
 
+class Pictures(Pipeline):
+    """Of a pipeline that returns pictures."""
+
+    def __call__(self, prompt, **options):
+        (latents,) = super().__call__(prompt, **options)
+        return (latents[:, [0, 1, 0]].sigmoid() if options["output_type"] == "pt" else latents,)
+
+
 def test_a_pipeline_is_called_with_prompts_and_its_own_options():
     pipe = Pipeline(Blocks(**WORLDS["affine"]))
     with pytest.raises(ch.ArgumentError, match=r"unknown: num_steps\nWhat to do: write num_inference_steps"):
@@ -231,3 +239,11 @@ def test_pictures_before_and_after(tmp_path):
     assert not torch.equal(*pictures)
     (figure,) = tmp_path.glob("*/before-after.png")
     assert figure.stat().st_size > 1000
+
+
+def test_pictures_come_of_several_prompts():
+    """A pipeline makes one a prompt: as many are shown as of a batch of four."""
+    pipe, prompts = Pictures(Blocks(**WORLDS["affine"])), [str(number) for number in range(20)]
+    with tune(pipe, prompts, saving=0.3) as cw:
+        assert cw.adaptor.tuning.pictures.shape == (2, 4, 3, 8, 8)
+    assert [call[0] for call in pipe.calls if call[1] == "pt"] == 2 * [[one] for one in prompts[-5:-1]]

@@ -45,7 +45,7 @@ low-resolution part of {{ model }} at the steps at which that does not run.
 
 {{ tables }}
 
-An adaptor is tied to the sampler and the number of steps that it was trained with.
+An adaptor is for the sampler and the number of steps that it was calibrated or trained with.
 """
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WHAT = f"a saved adaptor is a folder with {CONFIG} and {WEIGHTS}"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _FILE = "tuning.json"
 _FIRST, _LAST = (1, 2, 3), (0, 1)  # so many first and last steps are full
 QUIET = Console(quiet=True)  # of what is part of a longer work, which tells how far it is
-_COLUMNS = 4  # of pictures before and after
+_SHOWN = 4  # pictures before and after
 _EARLY = "early"  # the rule of `Schedule.early`
 _FITTED = ", calibrated for it"  # after the rule of an adaptor that serves its steps alone
 _FEW = 4  # values of each weight that a folder's name depends on
@@ -128,13 +128,11 @@ def before_after(pictures: Tensor, chosen: Trial) -> Figure:
     """Two rows of pictures: plain, and with the adaptor at its steps."""
     from matplotlib.figure import Figure
 
-    columns = max(pictures.shape[1], _COLUMNS)  # one picture is as large as one of four
+    columns = pictures.shape[1]
     figure = Figure(figsize=(1.6 * columns + 0.4, 3.6), dpi=160, layout="constrained")
     titles = ("plain", f"{percent(chosen.saved)} fewer MACs")
     for axes, row, title in zip(figure.subplots(2, columns, squeeze=False), pictures, titles, strict=True):
-        for cell in axes[len(row) :]:
-            cell.set_axis_off()
-        for cell, picture in zip(axes, row, strict=False):
+        for cell, picture in zip(axes, row, strict=True):
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_color("0.8")  # a white picture has an edge too
             cell.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -223,11 +221,11 @@ def tune(
     solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
     tuner = _Tuner(unet, generate, batches, solving, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
-    before = tuner.pictures(shown or generate)
+    before = tuner.pictures(shown or generate, "plain pictures", console)
     cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
     with contextlib.ExitStack() as unless_done:
         unless_done.callback(cw.remove)
-        after = tuner.pictures(shown or generate)
+        after = tuner.pictures(shown or generate, "pictures with the adaptor", console)
         if before is not None and after is not None:
             tuning = replace(tuning, pictures=torch.stack((before, after)))
         adaptor.tuning = tuning
@@ -285,12 +283,22 @@ class _Tuner:
         return trial
 
     @torch.no_grad()
-    def pictures(self, generate: Generate) -> Tensor | None:
+    def pictures(self, generate: Generate, what: str, console: Console | None) -> Tensor | None:
         """The first few of those held out, on the CPU; None where results are none."""
-        images = generate(*self.runs.runs[0])
-        if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
-            return None
-        return images[:4].float().clamp(0, 1).cpu()
+        shown: list[Tensor] = []
+        with ProgressBar(console) as bar:
+            task = bar.add_task(f"draw {what}", total=_SHOWN)
+            for run in self.runs.runs:
+                images = generate(*run)
+                if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
+                    return None
+                if shown and images.shape[1:] != shown[0].shape:
+                    break
+                shown += images.float().clamp(0, 1).cpu()
+                bar.update(task, completed=len(shown))
+                if len(shown) >= _SHOWN:
+                    break
+        return torch.stack(shown[:_SHOWN])
 
     def _total(self, regions: int, rules: int) -> int:
         """Runs of the sampler in all, for so many regions and rules to try."""
