@@ -55,8 +55,8 @@ PLAY_EXAMPLES = ("play", "play --port 0 --no-browser   (any port that is free; i
 
 @app.command(epilog=epilog(*PLAY_EXAMPLES), rich_help_panel=TRY)
 def play(
-    port: Annotated[int, typer.Option(help="Of this machine; 0 for one that is free.", min=0, max=65535)] = 7860,
-    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    port: Annotated[int, typer.Option(help="Port of this machine; 0 for one that is free.", min=0, max=65535)] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Draw a prompt plain and with Clockwork on a page: click the steps, see MACs, time and PSNR. Ctrl-C ends it."""
     from clockwork_hooks.demo.playground import serve
@@ -99,19 +99,21 @@ def edit(
         str | None,
         typer.Option(help="Caption of the source: size, colour, shape, place, background.", show_default="4 scenes"),
     ] = None,
-    replace: Annotated[str | None, typer.Option(help="Words of it to replace.", show_default=False)] = None,
-    by: Annotated[str | None, typer.Option(help="Words in their place.", show_default=False)] = None,
+    replace: Annotated[str | None, typer.Option(help="Words of the source to replace.", show_default=False)] = None,
+    by: Annotated[str | None, typer.Option(help="Words that take their place.", show_default=False)] = None,
     scenes: Annotated[
-        int, typer.Option(help="Edit so many scenes drawn at random; 0 for the 4 of the docs.", min=0, max=256)
+        int, typer.Option(help="Number of scenes, drawn at random; 0 for the 4 of the docs.", min=0, max=256)
     ] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps of a trajectory.", min=1, max=1000)] = 20,
     inversion_steps: Annotated[int, typer.Option(help="DDIM steps of the inversion.", min=1, max=1000)] = 40,
     clock: Clock = 2,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
+    guidance_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
     until_features: Annotated[
         float, typer.Option(help="τ_f: share of the steps in which features are injected, 0 to 1.")
     ] = 0.3,
-    until_attention: Annotated[float, typer.Option(help="τ_A: likewise for self-attention.")] = 0.5,
+    until_attention: Annotated[
+        float, typer.Option(help="τ_A: share of the steps in which self-attention is injected.")
+    ] = 0.5,
     seed: Seed = 3,
 ) -> None:
     """Edit scenes by their text, plain, with Clockwork and without injection: cost, text, layout, a picture."""

@@ -69,11 +69,13 @@ def distill(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint, if any.")] = False,
     buffer_gb: Annotated[
-        float | None, typer.Option(help="Bound of the recorded features, in 10⁹ bytes.", show_default="4")
+        float | None, typer.Option(help="Most memory for recorded features, in 10⁹ bytes.", show_default="4")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another value for an option; source.steps=4 reaches a table."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change an option; source.steps=4 changes one of a table. Repeatable."
+        ),
     ] = None,
     format: FormatOption = Format.table,
 ) -> None:

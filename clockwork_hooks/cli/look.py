@@ -53,7 +53,7 @@ def flops(
         bool, typer.Option("--attention/--no-attention", help="Count attention products; the paper leaves them out.")
     ] = True,
     norms: Annotated[bool, typer.Option("--norms", help="Add fvcore's estimate for normalisations.")] = False,
-    depth: Annotated[int, typer.Option(help="Names of a module path that the table by module keeps.", min=1)] = 2,
+    depth: Annotated[int, typer.Option(help="Length of module paths in the table by module, in names.", min=1)] = 2,
     check: Annotated[
         Path | None,
         typer.Option(

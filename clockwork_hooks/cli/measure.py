@@ -65,16 +65,18 @@ def bench(
     format: options.FormatOption = options.Format.table,
     out: options.Out = None,
     clock: options.Clocks = None,
-    adaptor: Annotated[str, typer.Option(help="identity, or the folder of a saved adaptor.")] = "identity",
+    adaptor: Annotated[
+        str, typer.Option(help="identity (the cached exit as it is), or the folder of a saved adaptor.")
+    ] = "identity",
     mode: Annotated[
         list[Mode] | None,
         typer.Option(
-            help="eager; compile, under torch.compile; cudagraphs, captured. Repeatable; plain runs likewise.",
+            help="How passes run, plain ones too: eager; compile (torch.compile); cudagraphs (captured). Repeatable.",
             show_default="eager",
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and inputs.", show_default="float16 on a GPU, else float32")
+        Dtype | None, typer.Option(help="Type of weights and inputs.", show_default="float16 on a GPU, else float32")
     ] = None,
     tiny: Annotated[
         bool | None,
@@ -145,8 +147,8 @@ SAMPLED_HELP = (
 )
 Sampled = Annotated[str, typer.Argument(metavar="[MODEL]", help=SAMPLED_HELP)]
 DemoSteps = Annotated[int, typer.Option(help="Denoising steps of the demo's sampler; a factory has its own.", min=1)]
-DemoBatch = Annotated[int, typer.Option(help="Samples of a batch: so many of the demo's prompts.", min=1, max=16)]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the noise; repeatable.", show_default="0")]
+DemoBatch = Annotated[int, typer.Option(help="Samples in a batch: how many of the demo's prompts.", min=1, max=16)]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; repeatable.", show_default="0")]
 CLOCKS, SEEDS = (2, 3, 4), (0,)
 DRIFT_EXAMPLES = (
     "drift   (the demo model)",
@@ -239,23 +241,33 @@ def plan(
     format: FormatOption = Format.table,
     out: OutFolder = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Relative L2 error of the result that is allowed, 0 to 1.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Relative L2 error of the result that is allowed, 0 to 1. Pass this or --min-saving.",
+            show_default=False,
+        ),
     ] = None,
     min_saving: Annotated[
         float | None,
-        typer.Option(help="Share of a trajectory's MACs that must be saved. One of the two.", show_default=False),
+        typer.Option(
+            help="Share of a trajectory's MACs that must be saved, 0 to 1. Pass this or --max-error.",
+            show_default=False,
+        ),
     ] = None,
-    weigh: Annotated[Unit, typer.Option(help="Savings are of MACs, or of the time spent in the UNet.")] = Unit.macs,
+    weigh: Annotated[
+        Unit, typer.Option(help="What a saving is a share of: MACs, or the time (ms) spent in the UNet.")
+    ] = Unit.macs,
     adaptor: Annotated[
         list[str] | None,
         typer.Option(
             "--adaptor",
-            help="identity; calibrated, which is solved for here; or the folder of a saved adaptor; repeatable.",
+            help="identity (the cached exit as it is); calibrated, which is solved for here; or the folder of a saved "
+            "adaptor; repeatable.",
             show_default="identity",
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of classifier-free guidance.", show_default="none")
+        float | None, typer.Option(help="Scale of classifier-free guidance.", show_default="none")
     ] = None,
     clock: Clocks = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Measure adaptive schedules too.")] = False,
@@ -346,10 +358,10 @@ TUNE_EXAMPLES = (
 def tune(
     model: Sampled = "demo",
     steps: DemoSteps = 8,
-    batch: Annotated[int, typer.Option(help="Samples of a batch of the demo's, of which four are made.", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Samples in a batch; the demo has four batches.", min=1)] = 4,
     saving: Annotated[float, typer.Option(help="Share of a trajectory's MACs to save, between 0 and 1.")] = 0.4,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of classifier-free guidance.", show_default="the demo's, or none")
+        float | None, typer.Option(help="Scale of classifier-free guidance.", show_default="the demo's, or none")
     ] = None,
     format: FormatOption = Format.table,
     out: Annotated[

@@ -56,13 +56,13 @@ Adaptors = Annotated[
     list[str] | None,
     typer.Option(
         "--adaptor",
-        help="identity, or the folder of a saved adaptor; repeatable, to compare several.",
+        help="identity (the cached exit as it is), or the folder of a saved adaptor; repeatable, to compare several.",
         show_default="identity",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Guidance = Annotated[
-    bool, typer.Option("--guidance", help="Classifier-free guidance: two samples for each one of the batch.")
+    bool, typer.Option("--guidance", help="Classifier-free guidance: a call has two samples for each one of the batch.")
 ]
 
 

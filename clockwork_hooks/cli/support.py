@@ -172,7 +172,8 @@ def pages() -> dict[str, Path]:
 @app.command(epilog=epilog(*EXPLAIN_EXAMPLES), rich_help_panel=INSTALL)
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="[ERROR]", help="Its name, as the last line of an error says it.")
+        str,
+        typer.Argument(metavar="[ERROR]", help="Name of the error or warning, as the last line of its message has it."),
     ] = "index",
 ) -> None:
     """Print causes and fixes of an error or a warning; without a name, the list of all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -49,6 +50,25 @@ def test_four_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.width > 4 * run.SIDE
         assert grid.height > 2 * run.SIDE
+
+
+@pytest.mark.parametrize(("plain", "rounds"), [([2, 2], 2), ([9, 2, 2], 3), ([9, 5, 3, 2], 4)])
+def test_a_time_that_other_work_disturbed_is_taken_again(
+    plain: list[float], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them have to agree, or the report says that they do not."""
+    times = iter(plain)
+
+    def measured(sample: Any, device: Any) -> tuple[Any, float]:
+        return sample(), 1.0 if "forward" in vars(model.unet) else next(times)
+
+    model = run.load_demo()
+    monkeypatch.setattr(run, "load_demo", lambda: model)
+    monkeypatch.setattr(run, "measured", measured)
+    result = drawn(tmp_path / "out", steps=2)
+    assert result.settings["rounds"] == rounds
+    assert [row.speed_up for row in result.rows] == [1.0, 2.0, 2.0, 2.0]
+    assert ("disturbed" in result.table().to_markdown()) == (plain[-2] != plain[-1])
 
 
 def test_where_no_step_is_the_adaptors_nothing_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
