@@ -1,9 +1,11 @@
 """What was a call conditioned on? A private copy tells, however the tensor came to have other values, or not."""
 
+import logging
 import threading
+import types
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,6 +174,51 @@ def closure() -> Callable[[], Tensor]:
     return lambda: c
 
 
+LOG = logging.getLogger(__name__)
+SETTINGS = SimpleNamespace(strength=1.0)
+OTHER = types.ModuleType("other")
+
+
+class Strength:
+    value = 1.0
+
+
+def helper(x: float) -> float:
+    return helpers_helper(x) if x > 1 else x
+
+
+def helpers_helper(x: float) -> float:
+    return helper(x - 1) * SETTINGS.strength
+
+
+@lru_cache
+def remembering(x: float) -> float:
+    LOG.debug("computed")
+    return x * SETTINGS.strength
+
+
+def of_another_module() -> Callable[[], float]:
+    OTHER.strength = 1.0  # type: ignore[attr-defined]
+    return lambda: OTHER.strength
+
+
+def of_a_class() -> Callable[[], float]:
+    Strength.value = 1.0
+    return lambda: Strength.value
+
+
+def with_settings(function: Callable[..., Any]) -> Callable[[], Any]:
+    def make() -> Any:
+        SETTINGS.strength = 1.0
+        return function
+
+    return make
+
+
+def strengthen(_: Any) -> None:
+    SETTINGS.strength = 2.0
+
+
 def tagged() -> Tensor:
     value = torch.ones(2).as_subclass(Tagged)
     value.strength = torch.ones(1)
@@ -187,6 +234,12 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], bool]] = { 
     "dict": (lambda: {"a": [torch.ones(1)]}, lambda one: one["a"].append(1), True),
     "twenty deep": (deep, lambda one: deepest(one).c.data.add_(1), True),
     "closure": (closure, lambda one: one.__closure__[0].cell_contents.data.add_(1), True),
+    "a comprehension": (with_settings(lambda x: {SETTINGS.strength * y for y in x}), strengthen, True),
+    "a function within": (with_settings(lambda x: lambda: SETTINGS.strength * x), strengthen, True),
+    "what its helpers read": (with_settings(lambda x: helper(x)), strengthen, True),
+    "what one that remembers reads": (with_settings(lambda x: remembering(x)), strengthen, True),
+    "a class of its module": (of_a_class, lambda _: setattr(Strength, "value", 2.0), True),
+    "a setting of another module": (of_another_module, lambda _: setattr(OTHER, "strength", 2.0), True),
     "partial": (lambda: partial(print, torch.ones(2)), lambda one: one.args[0].data.add_(1), True),
     "a list with an attribute": (lambda: Names("a"), lambda one: setattr(one, "scale", 2), True),
     "text with an attribute": (lambda: Word("a"), lambda one: setattr(one, "scale", 2), True),

@@ -1,5 +1,6 @@
 """UNets with operators, arguments and outputs that are rare: they are served and counted, or refused in plain words."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import clockwork_hooks as ch
 from clockwork_hooks._tree import leaves, map_leaves
+from tests import small_unet
 from tests.bendable import Tiny, noise, proven
+from tests.oracle import Judge
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +289,25 @@ def test_objects_are_opened_and_rebuilt_in_their_class() -> None:
     assert (output.sample.tolist(), output.note) == ([1, 1], "note")
     for closed in (nn.Linear(2, 2), lambda: output, object(), torch.Generator()):
         assert list(leaves(closed)) == [("", closed)]
+
+
+# -- TorchScript ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["stem", "body", "up", "head"])
+def test_modules_of_torchscript_within_the_unet_are_served(path: str) -> None:
+    """The UNet itself is Python; any part of it, skipped or not, may be TorchScript."""
+    unet = small_unet.Tiny()
+    plain = copy.deepcopy(unet)
+    module = unet.get_submodule(path)
+    setattr(unet, path, torch.jit.script(module if path == "up" else nn.Sequential(module, nn.Identity()).eval()))
+    judge = Judge(unet, plain)
+    with torch.no_grad(), ch.wrap(unet, clock=2):
+        for run in range(2):
+            judge.begin()
+            for k, t in enumerate(torch.linspace(900, 200, 8)):
+                judge.call(torch.randn(1, 2, 8, 8), t, torch.ones(1, 3), step=8 * run + k)
+    assert judge.letters == "FAFAFAFA" * 2
 
 
 # -- batches ------------------------------------------------------------------------------------------------------

@@ -259,6 +259,26 @@ def test_nothing_is_made_of_what_is_skipped(twist: Any, mode: Any) -> None:
     assert cw.stats.macs_run < 1.1 * cw.stats.macs_plain
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_noise_that_the_unet_draws_is_drawn_once(own: bool) -> None:
+    """A pass that is run again draws the numbers of the plain UNet, and so does all that comes after it."""
+
+    def noisy(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+        return out + torch.randn(out.shape, generator=unet.table.get("generator")) * (1 + low.detach().mean().item())  # type: ignore[call-overload, no-any-return]
+
+    def outputs(unet: Twisted) -> list[Tensor]:
+        torch.manual_seed(1)
+        unet.table = {"generator": torch.Generator().manual_seed(2)} if own else {}  # type: ignore[dict-item]
+        return [unet(x, t, c) for t in torch.tensor(TIMES)]
+
+    unet, (x, c) = Twisted(noisy), inputs()
+    with torch.no_grad():
+        plain = outputs(unet)
+        with pytest.warns(ch.NoEffectWarning), ch.wrap(unet) as cw:
+            assert all(map(torch.equal, outputs(unet), plain))
+        assert cw.stats.reasons[USED] == 7
+
+
 def test_under_autograd_modules_are_asked() -> None:
     """What holds a tensor there may be the graph. What a function keeps is noticed where it is used: an error."""
     unet, (x, c) = Twisted(in_closure), inputs()

@@ -15,6 +15,7 @@ import decimal
 import enum
 import fractions
 import functools
+import logging
 import pathlib
 import re
 import types
@@ -162,7 +163,7 @@ _VALUES = frozenset(
     | {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone}
 )
 # there is one of each, and nobody changes it
-_SINGLE = (enum.Enum, types.ModuleType, types.BuiltinFunctionType, type(...), type(NotImplemented))
+_SINGLE = (enum.Enum, types.ModuleType, types.BuiltinFunctionType, type(...), type(NotImplemented), logging.Logger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,11 +370,42 @@ def _rank(value: Any) -> tuple[str, str]:
 
 
 def _function(value: types.FunctionType) -> Sequence[Any]:
-    """What it does and what it sees: closure, defaults, attributes, and the data that it reads from its module."""
-    seen = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+    """What it and the functions of its module that it calls do, hold and read from there: data, classes, modules."""
+    there, functions = value.__globals__, _callees(value)
+    names = sorted({name for one in functions for name in _names(one.__code__)})
+    seen = {name: there[name] for name in names if name in there}
     data = {name: one for name, one in seen.items() if not isinstance(one, (types.FunctionType, type, *_SINGLE))}
-    cells = [_Object(cell) if _empty(cell) else cell.cell_contents for cell in value.__closure__ or ()]
-    return (value.__code__, value.__qualname__, cells, value.__defaults__, value.__kwdefaults__, data, vars(value))
+    classes = {name: one for name, one in seen.items() if isinstance(one, type) and one.__module__ == value.__module__}
+    modules = [vars(one) for one in seen.values() if isinstance(one, types.ModuleType)]
+    settings = [{name: one[name] for name in names if name in one and _is_plain(one[name])} for one in modules]
+    return (*(part for one in functions for part in _does(one)), data, classes, settings)
+
+
+def _callees(function: types.FunctionType) -> list[types.FunctionType]:
+    """It, and the functions of its module that it names, that those name, and so on."""
+    functions, there = [function], function.__globals__
+    for one in functions:  # grows as it is read
+        named = (there.get(name) for name in _names(one.__code__))
+        own = (each for each in named if isinstance(each, types.FunctionType) and each.__globals__ is there)
+        functions += [each for each in dict.fromkeys(own) if each not in functions]
+    return functions
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Of the globals and attributes that it names, also within a comprehension or a function of its own."""
+    inner = (name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _does(function: types.FunctionType) -> Sequence[Any]:
+    cells = [_Object(cell) if _empty(cell) else cell.cell_contents for cell in function.__closure__ or ()]
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    return (function.__code__, function.__qualname__, cells, *defaults, vars(function))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or type(value) in _VALUES
 
 
 def _empty(cell: types.CellType) -> bool:
@@ -403,6 +435,7 @@ _KINDS: tuple[tuple[Any, Callable[[Any], Sequence[Any] | None], bool], ...] = (
     (slice, lambda value: (value.start, value.stop, value.step), True),
     (types.MappingProxyType, _items, True),
     (types.FunctionType, _function, True),
+    (functools._lru_cache_wrapper, lambda value: (value.__wrapped__,), True),
     (types.MethodType, lambda value: (value.__func__, value.__self__), True),
     (functools.partial, lambda value: (value.func, value.args, value.keywords, vars(value)), True),
     (type, lambda value: (_Object(value), _shared_data(value)), True),
@@ -564,8 +597,8 @@ class Weights:
             self._look()
         marks: list[Hashable] = []
         values = array("d")  # one array, as the state of the step before is cold
-        for owner, name in self._parameters:
-            marks.append(_mark(owner.get(name), values))
+        for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
+            marks.append(_mark(owner[name] if name in owner else None, values))  # noqa: SIM401
         return (adapters, values.tobytes(), *marks, *map(_switches, self._layers))
 
     def _look(self) -> None:

@@ -1,8 +1,8 @@
 """One pass of the UNet: which module calls it skips, what it picks up at the boundary, what stands for the exit.
 
-A UNet may write to its sample, pop from a list, fill in a dict, count its calls. An adaptor pass that has to be run
-again in full must not see that (`Before`): containers get their contents back, and tensors that were written to their
-values, where we have a copy.
+A UNet may write to its sample, pop from a list, fill in a dict, count its calls, draw noise. An adaptor pass that has
+to be run again in full must not see that (`Before`): containers get their contents back, tensors that were written to
+their values, where we have a copy, and torch's generators draw the same numbers again.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ class Owner(Protocol):
     tracing: Pass | None
 
 
-_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Generator)
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 _OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _DEEPEST = 6
 _MODULE = frozenset(vars(nn.Module())) - {"training"}
@@ -416,8 +416,12 @@ class Before:
         self.tensors: list[torch.Tensor] = []
         self._contents: list[Callable[[], None]] = []
         self.marks: list[int] = []
+        self._generators: list[torch.Generator] = [torch.default_generator]
         for value in (*args, *kwargs.values()):
             self._look(value, 0)
+        devices = {tensor.get_device() for tensor in self.tensors if tensor.is_cuda}
+        self._generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
+        self._random = [(generator, _state(generator)) for generator in self._generators]
         self.versions = [version(tensor) for tensor in self.tensors]
         self._copies: dict[int, torch.Tensor] = {}
         for k, tensor in enumerate(self.tensors):
@@ -447,6 +451,9 @@ class Before:
                     self.tensors[k].copy_(copy)
         for restore in self._contents:
             restore()
+        for generator, state in self._random:
+            if state is not None:
+                generator.set_state(state)
         if self._own is not None:
             self._own.restore()
         return True
@@ -456,6 +463,9 @@ class Before:
         if isinstance(value, torch.Tensor):
             if self._objects or (type(value) is torch.Tensor and value.layout == torch.strided):
                 self.tensors.append(value)
+            return
+        if isinstance(value, torch.Generator):
+            self._generators.append(value)
             return
         if isinstance(value, (*_PLAIN, *_OPAQUE)) or depth > _DEEPEST:
             return
@@ -527,6 +537,14 @@ class _Own:
             if address(tensor.untyped_storage()) != address(memory.untyped_storage()):
                 tensor.data = memory
         self._before.restore()
+
+
+def _state(generator: torch.Generator) -> torch.Tensor | None:
+    """Where a generator is; None within the capture of a CUDA graph, which asks for none."""
+    try:
+        return generator.get_state()
+    except RuntimeError:
+        return None
 
 
 def _refill(value: Any, contents: list[Any]) -> None:

@@ -1,0 +1,110 @@
+"""A wrapped UNet whose modules are given another class, as ToMe does, or whose classes are given another forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+from tests.oracle import Judge
+from tests.small_unet import Tiny
+
+Change = Callable[[nn.Module, nn.Module], Any]
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def of_their_own(unet: Tiny) -> Tiny:
+    """Its root, its body and its head have classes that no other test sees."""
+    for module in (unet, unet.body, unet.head):
+        module.__class__ = type("Own", (type(module),), {})
+    return unet
+
+
+def another_class(path: str) -> Change:
+    def change(unet: nn.Module, plain: nn.Module) -> None:
+        for one in (unet, plain):
+            one.get_submodule(path).__class__ = Doubled
+
+    return change
+
+
+def another_root(unet: nn.Module, plain: nn.Module) -> None:
+    class Negative(type(unet)):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Tensor:
+            return -super().forward(*args)
+
+    unet.__class__ = plain.__class__ = Negative
+
+
+def another_forward(path: str) -> Change:
+    def change(unet: nn.Module, plain: nn.Module) -> None:
+        cls: Any = type(plain.get_submodule(path))
+        before = cls.forward
+        cls.forward = lambda self, *args: 2 * before(self, *args)
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "a skipped module's class": another_class("body"),
+    "another module's class": another_class("head"),
+    "the UNet's class": another_root,
+    "the forward of a skipped module's class": another_forward("body"),
+    "the forward of another module's class": another_forward("head"),
+    "the forward of the UNet's class": another_forward(""),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("within", [False, True])
+def test_what_runs_is_what_the_class_says_now(name: str, within: bool) -> None:
+    """In the middle of a run, before a full step, and between two runs."""
+    unet = of_their_own(Tiny())
+    plain = copy.deepcopy(unet)
+    judge, times, c = Judge(unet, plain), torch.linspace(900, 200, 8), torch.randn(1, 3)
+    with torch.no_grad(), ch.wrap(unet, clock=2):
+        for run in range(2):
+            judge.begin()
+            for k, t in enumerate(times.clone()):
+                if (run, k) == ((1, 4) if within else (1, 0)):
+                    CHANGES[name](unet, plain)
+                judge.call(torch.randn(1, 2, 8, 8), t, c, step=k)
+    assert judge.letters == "FAFAFAFA" * 2
+    x = torch.randn(1, 2, 8, 8)
+    assert torch.equal(unet(x, 1.0, c), plain(x, 1.0, c))  # what was put in is still there
+    assert "forward" not in vars(unet)
+    assert "forward" not in vars(unet.body)
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+def test_another_forward_with_another_region_is_recorded_anew() -> None:
+    """The new one joins the skipped part in a second place: the next run's first call finds that."""
+
+    class Own(Tiny):
+        pass
+
+    def forward(self: Tiny, x: Tensor, t: Any, c: Tensor | None = None) -> Tensor:
+        h = self.stem(x)
+        low = self.body(self.act(self.down(h)))
+        return self.head(torch.cat([h, self.up(low)], 1)) + low.mean((2, 3), keepdim=True)[:, :2]
+
+    unet = Own()
+    plain = copy.deepcopy(unet)
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw:
+        for run in range(2):
+            for t in torch.linspace(900, 200, 8):
+                x = torch.randn(1, 2, 8, 8)
+                same = torch.equal(unet(x, t), plain(x, t))
+                assert same or run == 0
+            Own.forward = forward  # type: ignore[assignment, method-assign]
+        assert cw.stats.adaptor_passes == 4  # of the first run
+        assert cw.stats.reasons["no region for these inputs"] == 7
