@@ -37,7 +37,7 @@ from clockwork_hooks._numbers import percent
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.flops import counting
 from clockwork_hooks.demo.evaluate import held_out_prompts, reference_statistics
-from clockwork_hooks.demo.model import load_demo
+from clockwork_hooks.demo.model import GUIDANCE, load_demo
 from clockwork_hooks.demo.recipe import Recipe
 from clockwork_hooks.metrics import Frechet, Paired
 from clockwork_hooks.reports.tables import table
@@ -82,6 +82,16 @@ class Group:
     name: str
     sampler: Sampler
     rows: tuple[Row, ...]
+
+
+_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC", "pndm": "PNDM"}
+
+
+def called(group: Group) -> str:
+    """The sampler of a group in words."""
+    sampler = group.sampler
+    usual = "" if sampler.guidance == GUIDANCE else f", guidance {sampler.guidance:g}"
+    return f"{_SAMPLERS[sampler.scheduler]}, {sampler.steps} steps{usual}"
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What `benchmarks/results/calibration.json` says: the end of docs/calibration.md, README's first table, a plot.
+"""What `benchmarks/results/calibration.json` says: in docs/calibration.md and its tables, in README, in two plots.
 
-python -m benchmarks.calibration_results              # writes all three
+python -m benchmarks.calibration_results              # writes all of them
 python -m benchmarks.calibration_results FILE...      # ... of these files, which become the result
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, interval, markdown
+from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, called, interval, markdown
 from clockwork_hooks._numbers import macs, percent
 from clockwork_hooks.reports.tables import table
 
@@ -27,7 +27,9 @@ SECOND = ROOT / "benchmarks" / "results" / "second_model.json"  # of benchmarks/
 TRAINED = ROOT / "benchmarks" / "results" / "trained_from_closed_form.json"  # of its script, likewise
 COST = ROOT / "benchmarks" / "results" / "calibration_cost.json"
 PAGE, README, PLOT = ROOT / "docs" / "calibration.md", ROOT / "README.md", ROOT / "docs" / "calibration_macs.png"
+TABLES = ROOT / "docs" / "calibration_tables.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.calibration_results -->", "<!-- end of measured -->"
+BEGIN_ROWS, END_ROWS = "<!-- rows: python -m benchmarks.calibration_results -->", "<!-- end of rows -->"
 BEGIN_SPACING, END_SPACING = "<!-- spacing: python -m benchmarks.spacing, for each row -->", "<!-- end of spacing -->"
 BEGIN_README = "<!-- calibration table: tests/docs/test_calibration_results.py compares it with its JSON -->"
 END_README = "<!-- end of calibration table -->"
@@ -176,40 +178,80 @@ def _four(rows: Rows) -> str:
     return _verdict(target, statistics.fmean(gap) + half(gap) < 0, text)
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A peer, and the calibrated row that saves at least as much.
+
+    Attributes:
+        key: of the peer.
+        calibrated: the row; None where none saves so much.
+        beaten: its distance is lower, and so is the interval's upper end.
+        near: where the peer is not beaten, a row that saves a little less; None where that is the same one.
+    """
+
+    key: str
+    calibrated: str | None
+    beaten: bool = False
+    near: str | None = None
+
+
+def peers(rows: Rows, group: str) -> list[Peer]:
+    """DeepCache, and plain sampling with fewer steps, of a group: each against a calibrated row of any steps."""
+    if f"{group}/plain" not in rows.data["rows"]:
+        return []
+    found = []
+    for key in [key for key, row in rows.data["rows"].items() if key.split("/")[0] == group and _is_peer(row)]:
+        calibrated = rows.calibrated(group, rows.saved(key) - 0.005, any_steps=True)
+        if calibrated is None:
+            found.append(Peer(key, None))
+            continue
+        gap = rows.gap(calibrated, key)
+        beaten = statistics.fmean(gap) + half(gap) < 0
+        near = None if beaten else rows.calibrated(group, rows.saved(key) - _NEAR, any_steps=True)
+        found.append(Peer(key, calibrated, beaten, near if near != calibrated else None))
+    return found
+
+
 def _peers(rows: Rows) -> list[str]:
-    """Each peer against the calibrated row that saves at least as much."""
+    """Of each group, how many peers are beaten."""
     lines = []
     for group in GROUPS:
-        peers = [k for k, row in rows.data["rows"].items() if k.split("/")[0] == group.name and _is_peer(row)]
-        if not peers or f"{group.name}/plain" not in rows.data["rows"]:
+        found = peers(rows, group.name)
+        met = [peer for peer in found if peer.calibrated is not None]
+        if not found:
             continue
-        beaten, others, alone = [], [], []
-        for peer in peers:
-            key = rows.calibrated(group.name, rows.saved(peer) - 0.005, any_steps=True)
-            label = peer.split("/")[1]
-            if key is None:
-                alone.append(f"{label} ({percent(rows.saved(peer))})")
-                continue
-            gap = rows.gap(key, peer)
-            by = f"by `{key.split('/')[1]}`, {percent(rows.saved(key))}: {interval(gap)}"
-            text = f"{label} ({percent(rows.saved(peer))}; {by})"
-            if statistics.fmean(gap) + half(gap) < 0:
-                beaten.append(text)
-                continue
-            near = rows.calibrated(group.name, rows.saved(peer) - _NEAR, any_steps=True)
-            if near is not None and near != key:
-                text = f"{text[:-1]}; `{near.split('/')[1]}`, {percent(rows.saved(near))}: " \
-                       f"{interval(rows.gap(near, peer))})"  # fmt: skip
-            others.append(text)
-        parts = [f"Beaten: {'; '.join(beaten)}."] if beaten else []
-        parts += [f"Not beaten: {'; '.join(others)}."] if others else []
-        parts += [f"No calibrated row saves as much as {'; '.join(alone)}."] if alone else []
-        target = f"{group.name}, DeepCache and plain sampling with fewer steps beaten at equal MACs"
-        if beaten or others:
-            lines.append(_verdict(target, not others, " ".join(parts)))
-        else:
-            lines.append(f"- {target}: not measured. {' '.join(parts)}")
+        target = f"{called(group)}: DeepCache and plain sampling with fewer steps are beaten at equal MACs"
+        if not met:
+            lines.append(f"- {target}: not measured.")
+            continue
+        others = [_label(rows, peer) for peer in met if not peer.beaten]
+        alone = [_label(rows, peer) for peer in found if peer.calibrated is None]
+        text = f"{len(met) - len(others)} of {len(met)}." + (f" Not beaten: {', '.join(others)}." if others else "")
+        text += f" No calibrated row saves as much as {', '.join(alone)}." if alone else ""
+        lines.append(_verdict(target, not others, text))
     return lines
+
+
+def _label(rows: Rows, peer: Peer) -> str:
+    return f"{peer.key.split('/')[1].replace(',', '')} ({percent(rows.saved(peer.key))})"
+
+
+def one_by_one(rows: Rows) -> str:
+    """A table: each peer, and the calibrated row that it is held against."""
+    cells = []
+    for group in GROUPS:
+        for peer in peers(rows, group.name):
+            own = (group.name, peer.key.split("/")[1], percent(rows.saved(peer.key)))
+            if peer.calibrated is None:
+                cells.append((*own, "none saves as much", "", "", ""))
+                continue
+            for key in filter(None, (peer.calibrated, peer.near)):
+                said = "yes" if peer.beaten else "**no**" if key == peer.calibrated else "saves a little less"
+                cells.append(
+                    (*own, key.split("/")[1], percent(rows.saved(key)), interval(rows.gap(key, peer.key)), said)
+                )
+    heads = ("group", "peer", ">MACs saved", "calibrated row", ">MACs saved", ">Fréchet, less the peer's", "beaten")
+    return table("", heads, cells).to_markdown().split("\n", 2)[2]
 
 
 def _is_peer(row: Mapping[str, Any]) -> bool:
@@ -236,13 +278,15 @@ def page(data: Mapping[str, Any], cost: Mapping[str, Any] | None) -> str:
     rows, run = Rows(data), data["runs"][-1]
     versions = run["versions"]
     text = f"""\
-Each row of the tables below is measured on two sets of {run["captions"]:,} held-out captions: one to choose rows by
+Each row ([all of them](calibration_tables.md)) is measured on two sets of {run["captions"]:,} held-out captions: \
+one to choose rows by
 (one seed), one to judge them on ({run["seeds"]} seeds; same captions, same noise for every row). All that follows, and
 every target, is about the second set; where a target needs one row of many, the first set alone chose it.
 No gradient step anywhere: up to {run["calibration"]} training captions, one or two runs of the sampler.
 *Fréchet*: squared Fréchet distance to rendered scenes in the
 features of the shipped classifier; *less plain's*: mean and 95% interval of the paired difference over the seeds (the
-captions' own sampling error is not in it). "widest" and "default" are regions, numbers are the adaptor steps.
+captions' own sampling error is not in it). A row is named after the kind of adaptor, the region (the widest one, or the
+default), and the adaptor steps.
 
 {run["device"]}, {run["dtype"].removeprefix("torch.")}, seeds 0 to {run["seeds"] - 1}; torch {versions["torch"]},
 diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {run["python"]}; by
@@ -252,9 +296,30 @@ diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {ru
     parts += ["![Fréchet distance over MACs saved, 8 steps](calibration_macs.png)"]
     parts += ["### For the MACs of so many plain steps", _BUDGETS, budgets(data)]
     parts += ["### Targets", "\n".join(verdicts(rows))]
+    parts += ["Peer by peer: [all rows](calibration_tables.md#peers-one-by-one)."]
     parts += [_cost(cost)] if cost else []
-    parts += ["### All rows", markdown(data), "### Not measured", _unmeasured(data)]
     return "\n\n".join(parts)
+
+
+def all_rows(data: Mapping[str, Any]) -> str:
+    """The demo model's part of docs/calibration_tables.md."""
+    groups = "\n".join(f"- {group.name}: {called(group)}" for group in GROUPS)
+    parts = [
+        "## The demo model",
+        "How rows are measured: [calibration](calibration.md#measured-on-the-demo-model). Groups:",
+    ]
+    parts += [groups, "### Peers, one by one", _PEERS, one_by_one(Rows(data))]
+    parts += ["### Rows", _ROWS, markdown(data), "### Planned, and not run", _unmeasured(data)]
+    return "\n\n".join(parts)
+
+
+_PEERS = """\
+Each peer, and the calibrated row of its group that saves at least as many MACs (less half a point) and was best on
+the captions to choose by. *beaten*: the whole 95% interval of the difference lies below 0."""
+_ROWS = """\
+A row is named after the kind of adaptor, the region (the widest one, or the default), and the adaptor steps, or the
+full ones where it says so. *less plain's*: mean and 95% interval of the paired difference to the plain row. *to choose
+by*: the distance on the other set of captions."""
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
@@ -379,6 +444,7 @@ def budgets(data: Mapping[str, Any]) -> str:
 
 
 _APART = 2.5  # GMACs between two points with a label
+_STEEP = 12  # plain steps: the distance falls fast up to there
 _LONGEST = 20  # of plain steps: beyond, both have what the model can do
 
 
@@ -405,7 +471,15 @@ def plot_budgets(data: Mapping[str, Any], path: Path = BUDGETS) -> Path:
             *zip(*map(point, keys), strict=True), mark, label=label, markersize=9 if mark == "*-" else 6, alpha=0.85
         )
     for count, key in plain.items():
-        axis.annotate(f"{count}", point(key), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        at = (-5, -12) if count < _STEEP else (2, 5)  # below the curve, until the other one is near
+        axis.annotate(f"{count}", point(key), textcoords="offset points", xytext=at, fontsize=8, ha="right")
+    for key in others:
+        row = rows.row(key)
+        steps = row["sampler"]["steps"]
+        full = -(-steps // row["interval"])
+        axis.annotate(
+            f"{steps} ({full})", point(key), textcoords="offset points", xytext=(0, 7), fontsize=8, ha="center"
+        )
     last = 0.0
     for key in best:
         steps, full = rows.steps(key)
@@ -446,6 +520,7 @@ def plot(data: Mapping[str, Any], path: Path = PLOT) -> Path:
         if key in data["rows"]:
             axis.annotate(f"{count} steps", (100 * rows.saved(key), rows.mean(key)), textcoords="offset points",
                           xytext=(6, -11), fontsize=8)  # fmt: skip
+    axis.margins(x=0.1)  # the last label lies beside its point
     axis.axhline(rows.mean("main-8/plain"), color="grey", linewidth=0.8, linestyle=":")
     return _saved(figure, "MACs saved, % of plain sampling with 8 steps", path)
 
@@ -456,7 +531,7 @@ def _saved(figure: Figure, across: str, path: Path) -> Path:
 
     axis = figure.axes[0]
     axis.set_xlabel(across)
-    axis.set_ylabel("Fréchet, lower is better")
+    axis.set_ylabel("Fréchet distance, lower is better")
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -479,25 +554,35 @@ def load(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def rewrite(result: Path, newer: Path | None, begin: str, end: str, section: Callable[[dict[str, Any]], str]) -> int:
-    """Write one section of the page from a result; from a newer file, where there is one, which becomes the result."""
+def rewrite(
+    result: Path,
+    newer: Path | None,
+    begin: str,
+    end: str,
+    section: Callable[[dict[str, Any]], str],
+    *,
+    page: Path = PAGE,
+) -> int:
+    """Write one section of a page from a result; from a newer file, where there is one, which becomes the result."""
     if newer is not None:
         result.write_text(newer.read_text(encoding="utf-8"), encoding="utf-8")
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), begin, end, section(load(result))), encoding="utf-8")
-    print(PAGE)
+    page.write_text(between(page.read_text(encoding="utf-8"), begin, end, section(load(result))), encoding="utf-8")
+    print(page)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page's part, README's table and the plot."""
+    """Write the parts of the pages, README's table and the plots."""
     for name in sys.argv[1:] if arguments is None else arguments:
         (RESULT.parent / Path(name).name).write_text(Path(name).read_text(encoding="utf-8"), encoding="utf-8")
     data, cost = load(RESULT), load(COST) if COST.exists() else None
     text = between(PAGE.read_text(encoding="utf-8"), BEGIN, END, page(data, cost))
     PAGE.write_text(between(text, BEGIN_SPACING, END_SPACING, spacings()), encoding="utf-8")
+    text = between(TABLES.read_text(encoding="utf-8"), BEGIN_ROWS, END_ROWS, all_rows(data))
+    TABLES.write_text(text, encoding="utf-8")
     readme = between(README.read_text(encoding="utf-8"), BEGIN_README, END_README, shown(data))
     README.write_text(between(readme, BEGIN_BUDGET, END_BUDGET, budget(data)), encoding="utf-8")
-    for path in (PAGE, README, plot(data), plot_budgets(data)):
+    for path in (PAGE, TABLES, README, plot(data), plot_budgets(data)):
         print(path)
     return 0
 

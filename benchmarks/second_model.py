@@ -4,7 +4,7 @@
     python -m benchmarks.second_model plan --model DIR/second_model.safetensors       # which steps: before `run`
     python -m benchmarks.second_model run --out DIR --model DIR/second_model.safetensors --minutes 4
     python -m benchmarks.second_model table DIR/second_model.json                      # as Markdown
-    python -m benchmarks.second_model render [DIR/second_model.json]                   # into docs/calibration.md
+    python -m benchmarks.second_model render [DIR/second_model.json]                   # into docs/calibration*.md
 
 The network is denoising-diffusion-pytorch's `Unet` (`benchmarks/second_model_training.py`), the sampler a loop of our
 own, and `ch.calibrate` is given both. Rows are judged as in `benchmarks/calibration.py`: chosen on some noises, judged
@@ -53,7 +53,7 @@ from benchmarks.calibration import (
     interval,
     kinds,
 )
-from benchmarks.calibration_results import Rows, half, load, rewrite
+from benchmarks.calibration_results import TABLES, Rows, half, load, rewrite
 from benchmarks.harness import environment, say
 from benchmarks.second_model_training import SIGMA_MAX, SIGMA_MIN, SecondModel, log_snr, train
 from clockwork_hooks._numbers import percent
@@ -66,6 +66,7 @@ from clockwork_hooks.reports.tables import table
 RESULT = Path(__file__).parent / "results" / "second_model.json"
 PLANNED = RESULT.with_name("second_model_plan.json")
 BEGIN, END = "<!-- second model: python -m benchmarks.second_model render -->", "<!-- end of second model -->"
+BEGIN_ROWS, END_ROWS = "<!-- second model's rows: python -m benchmarks.second_model render -->", "<!-- end of rows -->"
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
 _JUDGING = 5  # judging pictures takes about as long as so many steps
 _SMALLEST = 0.2  # share of the MACs of a region that has rows
@@ -507,7 +508,6 @@ def page(data: Mapping[str, Any]) -> str:
     run, model = data["runs"][-1], data["runs"][-1]["model"]
     shape, regions = model["shape"], dict.fromkeys(row["region line"] for row in data["rows"].values() if row["kind"])
     macs = data["rows"]["edm-8/plain"]["macs_per_image"] / 8 if "edm-8/plain" in data["rows"] else 0
-    missing = [key for key in (key_of(steps, row) for steps, row in PLAN) if key not in data["rows"]]
     before = model.get("before") or {"minutes": 0, "iterations": 0}
     minutes, iterations = f"{model['minutes'] + before['minutes']:g}", model["iterations"] + before["iterations"]
     text = f"""\
@@ -518,8 +518,9 @@ The same on a network of another code base: denoising-diffusion-pytorch's `Unet`
 of {model["batch"]}, {model["device"]}).
 Its sampler is a loop of our own: DPM++ 2M over Karras' σ from {SIGMA_MAX:g} to {SIGMA_MIN:g}, no guidance.
 
-Rows as above: {run["pictures"]:,} noises to choose by (one seed), others to judge on ({run["seeds"]} seeds, the same \
-for every row);
+Rows ([all of them](calibration_tables.md#a-second-model)) as above: {run["pictures"]:,} noises to choose by \
+(one seed), others to judge on ({run["seeds"]} seeds,
+the same for every row);
 adaptors calibrated on {run["calibration"]} samples from other noises (at most 256 at 50 steps). *readable*: the share
 of pictures of which the demo's classifier reads every attribute. There is no row of DeepCache: its package knows
 diffusers' UNets only, and its arithmetic at a cut and clock is that of the identity.
@@ -529,7 +530,14 @@ diffusers' UNets only, and its arithmetic at a cut and clock is that of the iden
 Regions:
 
 {chr(10).join(f"- {line}" for line in regions)}"""
-    parts = ["## Measured on a second model", text, "\n".join(verdicts(data)), markdown(data)]
+    return "\n\n".join(["## Measured on a second model", text, "\n".join(verdicts(data))])
+
+
+def all_rows(data: Mapping[str, Any]) -> str:
+    """The section of docs/calibration_tables.md."""
+    how = "How rows are measured: [calibration](calibration.md#measured-on-a-second-model)."
+    parts = ["## A second model", how, markdown(data)]
+    missing = [key for key in (key_of(steps, row) for steps, row in PLAN) if key not in data["rows"]]
     if missing:
         counts = Counter(key.split("/")[0] for key in missing)
         groups = ", ".join(f"{count} of {group}" for group, count in counts.items())
@@ -545,8 +553,9 @@ def show(options: argparse.Namespace) -> int:
 
 
 def render(options: argparse.Namespace) -> int:
-    """Write the section of docs/calibration.md, from benchmarks/results/second_model.json or a file that becomes it."""
-    return rewrite(RESULT, options.file, BEGIN, END, page)
+    """Write the sections of both pages, from benchmarks/results/second_model.json or a file that becomes it."""
+    rewrite(RESULT, options.file, BEGIN, END, page)
+    return rewrite(RESULT, None, BEGIN_ROWS, END_ROWS, all_rows, page=TABLES)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

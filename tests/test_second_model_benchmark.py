@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import second_model
-from benchmarks.calibration_results import PAGE, between, load
+from benchmarks.calibration_results import PAGE, TABLES, between, load
 from benchmarks.second_model import PLAN, RESULT, key_of, page, verdicts
 from benchmarks.second_model_training import (
     SIGMA_MAX,
@@ -122,9 +122,9 @@ def test_verdicts_turn_with_the_numbers() -> None:
     bad = verdicts(_measured({best: 10.0, plain: 5.0}))
     assert any("**not beaten**: " in line and "5 (37.5%; `affine, widest, 3 4 6 7`" in line for line in bad)
     data = _measured({})
-    assert "Planned, not measured" not in page(data)
+    assert "Planned, not measured" not in second_model.all_rows(data)
     del data["rows"][best]
-    assert "Planned, not measured: 1 of edm-8 " in page(data)
+    assert "Planned, not measured: 1 of edm-8 " in second_model.all_rows(data)
 
 
 def test_rows_that_do_not_fit_wait_for_the_next_run(
@@ -175,6 +175,9 @@ def test_page_says_what_was_measured() -> None:
     text = PAGE.read_text(encoding="utf-8")
     section = page(load(RESULT)) if RESULT.exists() else ""
     assert between(text, second_model.BEGIN, second_model.END, section) == text
+    text = TABLES.read_text(encoding="utf-8")
+    rows = second_model.all_rows(load(RESULT)) if RESULT.exists() else ""
+    assert between(text, second_model.BEGIN_ROWS, second_model.END_ROWS, rows) == text
 
 
 @pytest.mark.slow

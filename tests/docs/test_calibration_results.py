@@ -20,6 +20,8 @@ def test_page_and_readme_say_what_was_measured(data: dict[str, Any]) -> None:
     cost = results.load(results.COST) if results.COST.exists() else None
     page = results.PAGE.read_text(encoding="utf-8")
     assert results.between(page, results.BEGIN, results.END, results.page(data, cost)) == page
+    tables = results.TABLES.read_text(encoding="utf-8")
+    assert results.between(tables, results.BEGIN_ROWS, results.END_ROWS, results.all_rows(data)) == tables
     assert results.between(page, results.BEGIN_SPACING, results.END_SPACING, results.spacings()) == page
     readme = results.README.read_text(encoding="utf-8")
     assert results.between(readme, results.BEGIN_README, results.END_README, results.shown(data)) == readme
