@@ -1,7 +1,6 @@
 """`ch.trace`: the graph is faithful, whatever the model does, and nothing of the model has changed afterwards."""
 
 import dataclasses
-import resource
 import subprocess
 import sys
 import types
@@ -659,14 +658,19 @@ def test_torch_compile_s_wrapper_is_not_in_the_paths_below_it() -> None:
 # -- cost ---------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import resource, sys, time, torch
+import pathlib, resource, sys, time, torch
 torch.set_num_threads(2)
 import clockwork_hooks as ch
 from clockwork_hooks.models import load_model
 unet, args, kwargs = load_model(sys.argv[1])
 start = time.perf_counter()
 ch.trace(unet, *args, **kwargs)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+took = time.perf_counter() - start
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = pathlib.Path("/proc/self/status")
+if status.exists():  # on Linux the former begins with what the parent had at the fork
+    most = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+print(took, most)
 """
 
 
@@ -675,4 +679,4 @@ def test_time_and_memory_of_a_trace_on_meta(name: str, seconds: float) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=True)
     took, resident = map(float, done.stdout.split())
     assert took < seconds
-    assert resident * resource.getpagesize() / 4096 < 1.5 * 1024**2  # KiB
+    assert resident < (1.5 * 1024**2 if sys.platform != "darwin" else 1.5 * 1024**3)  # KiB; bytes on macOS
