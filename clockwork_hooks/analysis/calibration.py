@@ -57,7 +57,7 @@ _MANY = 640  # channels from which on a low rank is tried
 _RANK = 8  # its rank: channels of the exit by this
 _EXACT = 1e-3  # of the identity's error: no kind need leave less
 _HELD_OUT = 4  # one row in so many
-_AT_ONCE = 1 << 14  # positions that are float32 at once
+_AT_ONCE = 1 << 13  # positions that are float32 at once
 _FIRST_SEED = 2_000_003  # so that what is compared later, from seed 0 say, has other noise
 _ALL = Schedule.where(lambda step: True)
 
