@@ -65,7 +65,7 @@ def test_what_a_budget_buys_is_chosen_by_the_other_captions(data: dict[str, Any]
     gap = rows.gap(best, rows.plain()[8])
     assert sum(gap) / len(gap) + results.half(gap) < 0  # as the README says: better than plain sampling
     five, ten = str(rows.within(rows.row(rows.plain()[5])["macs_per_image"])), rows.plain()[10]
-    assert abs(rows.mean(five) - rows.mean(ten)) < 0.1  # likewise: for the MACs of 5 plain steps, the quality of 10
+    assert rows.mean(five) < rows.mean(ten) + 0.1  # likewise: for the MACs of 5 plain steps, the quality of 10
     assert rows.steps("main-8/affine, widest, 3 4 6 7") == (8, 4)
     other = "main-8/affine, widest, 3 4 6 7"
     changed["rows"][other]["scores"]["judge"]["Fréchet"] = [0.0, 0.0, 0.0]
