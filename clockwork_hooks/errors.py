@@ -29,6 +29,7 @@ import importlib
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeGuard, TypeVar
@@ -57,6 +58,7 @@ __all__ = [
     "need",
     "no_option",
     "share",
+    "warn",
     "whole",
 ]
 
@@ -368,3 +370,15 @@ def named_options(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 class Enough(BaseException):
     """Leaves a sampling loop once its first call is seen, through whatever the loop catches: no error."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the caller's line that led here: the first one outside of this library and of torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(names: Mapping[str, Any]) -> bool:
+    return str(names.get("__name__")).split(".")[0] in ("clockwork_hooks", "torch")

@@ -304,6 +304,15 @@ def test_half_precision_keeps_its_table(dtype):
     assert float(output[0, 0, 0, 0]) == pytest.approx(1.3, abs=1e-2)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_report_has_log_snr_where_it_was_told(told):
+    unet = Blocks(**WORLDS["affine"])
+    adaptor = calibrate(unet, sampler(unet), [(4, 2.0)], log_snr=(lambda t: 2.0 * t) if told else None)
+    steps, kinds = adaptor.report.steps, adaptor.report.tables()[1].to_markdown()
+    assert [one.log_snr for one in steps] == [2 * one.position if told else None for one in steps]
+    assert ("log-SNR" in kinds) == told
+
+
 def test_schedulers_tell_log_snr():
     diffusers = pytest.importorskip("diffusers")
     levels = [log_snr_of(diffusers.DDIMScheduler())(t) for t in (0.0, 250.0, 250.5, 999.0)]

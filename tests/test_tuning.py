@@ -241,6 +241,22 @@ def test_pictures_before_and_after(tmp_path):
     assert figure.stat().st_size > 1000
 
 
+def test_a_warning_names_the_callers_line():
+    unet, text = Blocks(**WORLDS["affine"]), torch.ones(4, 3)
+
+    def generate(batch, seed):
+        with torch.no_grad():
+            x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+            for now in torch.linspace(1, 0.3, 8):  # two calls at one time: in doubt, until their number is regular
+                x = x - 0.1 * unet(x, now, text)
+                x = x - 0.1 * unet(x, now, text) if now < 1 else x
+        return x
+
+    with pytest.warns(ch.OtherStepsWarning, match="not calibrated") as caught:
+        tune(unet, BATCHES, generate=generate, saving=0.05).remove()
+    assert {one.filename for one in caught} == {__file__}
+
+
 def test_pictures_come_of_several_prompts():
     """A pipeline makes one a prompt: as many are shown as of a batch of four."""
     pipe, prompts = Pictures(Blocks(**WORLDS["affine"])), [str(number) for number in range(20)]

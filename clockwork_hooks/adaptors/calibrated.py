@@ -8,7 +8,6 @@ is trained from there.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.learned import LearnedAdaptor, ScaledResNetAdaptor, fit
-from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning
+from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, warn
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region
 
@@ -396,12 +395,11 @@ class CalibratedAdaptor(LearnedAdaptor):
         """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""
         if not torch.compiler.is_compiling() and self._lookout.sees(row, len(self.table) - 1):
             inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
-            warnings.warn(
+            warn(
                 "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
                 f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
                 "sampler and the number of steps that it is used with, and leave schedule= and clock= out of wrap()",
                 OtherStepsWarning,
-                stacklevel=2,
             )
 
     def distances(self, times: Sequence[float]) -> list[float | None]:

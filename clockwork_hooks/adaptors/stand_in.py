@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +17,7 @@ from torch import nn
 from clockwork_hooks import adaptors
 from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import copied, version
-from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole
+from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole, warn
 from clockwork_hooks.graph.operators import node_macs
 from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
@@ -311,14 +310,13 @@ def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
     own, counts = schedules_of(adaptor)
     steps = next(iter(counts), 0)
     if own and not any(_alike(one, schedule, steps) for one in own):
-        warnings.warn(
+        warn(
             "an adaptor is best at the steps that it was made for: "
             f"{type(adaptor).__name__} was made for {' or '.join(map(str, own))}"
             + (f" of {steps} steps" if steps else "")
             + f", and runs at {schedule}\nWhat to do: leave schedule= and clock= out, or calibrate or train one for "
             "this schedule",
             OtherStepsWarning,
-            stacklevel=3,
         )
 
 

@@ -13,7 +13,6 @@ import bisect
 import itertools
 import math
 import time as clocks
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options
+from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options, warn
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
@@ -82,7 +81,7 @@ class StepResult:
     Attributes:
         step: of the sampler, from 1.
         position: the UNet's raw time.
-        log_snr: there; the time itself where it is not known.
+        log_snr: there; None where it was not told.
         identity: ‖r(s-1) - r(s)‖ / ‖r(s)‖ of the exit r.
         error: the same of the adaptor that was chosen, held out.
         ridge: chosen on the held-out rows, relative to the diagonal.
@@ -157,7 +156,7 @@ class Calibration(FieldReport):
             (
                 str(one.step),
                 "" if one.position is None else f"{one.position:g}",
-                "" if one.log_snr is None else f"{one.log_snr:.2f}",
+                *([] if one.log_snr is None else [f"{one.log_snr:.2f}"]),
                 percent(one.identity),
                 percent(one.error),
                 f"{one.ridge:g}",
@@ -165,7 +164,8 @@ class Calibration(FieldReport):
             )
             for one in self.steps
         ]
-        heads = (">step", ">time", ">log-SNR", ">identity", ">error", ">ridge", "fitted")
+        levels = [">log-SNR"] if any(one.log_snr is not None for one in self.steps) else []
+        heads = (">step", ">time", *levels, ">identity", ">error", ">ridge", "fitted")
         return self.table(), table("Steps", heads, rows)
 
 
@@ -438,13 +438,12 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
 
 def _warn_of_missing(missing: Sequence[int], refused: Counter[str]) -> None:
     why = "".join(f"\n  full, {reason}: {count(calls, 'call')}" for reason, calls in refused.most_common(3))
-    warnings.warn(
+    warn(
         "steps that cannot use an adaptor are not calibrated\n"
         f"  steps: {', '.join(map(str, missing))}{why}\n"
         "What to do: nothing where they are full in use too; else let each call be like the same call of the step "
         "before, in the thread that calls generate: docs/timeline.md says what a reason means",
         OtherStepsWarning,
-        stacklevel=5,
     )
 
 
@@ -926,7 +925,7 @@ class Solver:
         steps = []
         for k in order:
             place, (ridge, error) = self.places[k], self.errors[self.name][k]
-            level = place.position if self.log_snr is None or place.position is None else self.log_snr(place.position)
+            level = None if self.log_snr is None or place.position is None else self.log_snr(place.position)
             steps.append(
                 StepResult(
                     place.step, place.position, level, math.sqrt(self.identity[k]), math.sqrt(error), ridge,

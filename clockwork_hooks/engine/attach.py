@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +14,7 @@ from clockwork_hooks.adaptors.stand_in import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option, warn
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, check_keep, region_or_choice
 from clockwork_hooks.regions.region import Region
@@ -245,7 +244,7 @@ def wrap(
     for clocked in chain:
         clocked.keep = keep_paths
     if all(clocked.clock == 1 for clocked in chain):
-        warnings.warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning, stacklevel=2)
+        warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning)
     return _answering(ClockworkWrapper(unet, Engine(unet, chain, **shared)), optimized)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import warnings
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.clock.conditions import Weights
 from clockwork_hooks.engine.compiled import Cached, Compiled, let_go, told_leaf
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
-from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, warn
 
 if TYPE_CHECKING:
     from clockwork_hooks.engine.engine import Engine, UNetCall
@@ -357,4 +356,4 @@ def _copy(leaf: Any) -> Any:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, NoEffectWarning, stacklevel=2)
+    warn(text, NoEffectWarning)

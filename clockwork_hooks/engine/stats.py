@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 import threading
 import types
-import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from clockwork_hooks._numbers import macs, percent, quantity
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.hooks import walk
-from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning
+from clockwork_hooks.errors import ClockworkError, NoEffectWarning, OtherStepsWarning, SkippedModuleWarning, warn
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.schedule import Schedule
 
@@ -335,7 +333,7 @@ class NoAdaptorPass:
             seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
         what = f"{self._calls} calls" if self._steps < 2 else f"{self._steps} denoising steps"
         asked = "" if leading == reasons.SCHEDULED else ", though the schedule asks for some"
-        _warn(
+        warn(
             f"{what} without an adaptor pass{asked}: nothing is saved\n"
             f"  most are full because: {leading}\n  cause: {cause}\n{seen}"
             f"What to do: {remedy.removeprefix('nothing; or ')}{_ignoring(paths)}",
@@ -378,7 +376,7 @@ class OtherSteps:
         """
         if steps is None and self._asks is not None and not pipeline:
             asks, self._asks = self._asks, None
-            _warn(
+            warn(
                 f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n"
                 "  steps: not known, so spread and early run as every, and last_full has no effect\n"
                 "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
@@ -388,7 +386,7 @@ class OtherSteps:
         if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
             return
         counts, self._counts = self._counts, ()
-        _warn(
+        warn(
             f"an adaptor is best in the number of steps that it was made for: {self._adaptor} was made for "
             f"{' or '.join(map(str, counts))} steps, and this run has {steps or f'{step} or more'}\n"
             "What to do: calibrate or train one with this number of steps",
@@ -413,7 +411,7 @@ class Watchers:
             more = [f"  and {len(watching) - 8} more"] if len(watching) > 8 else []
             tops = [path for path in watching if not any(path.startswith(f"{other}.") for other in watching)]
             names = json.dumps(tops)  # all of them: a controller that counts needs every layer that it counts
-            _warn(
+            warn(
                 "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
                 + "\n".join([*lines, *more])
                 + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; "
@@ -424,7 +422,7 @@ class Watchers:
 
 def warn_of_failure(error: Exception) -> None:
     """The recorded call of a later input signature could not be analysed: its calls are full."""
-    _warn(
+    warn(
         "calls of one input signature could not be analysed: they are full passes, and others are served as before\n"
         f"  error: {type(error).__name__}: {error}"
         + (
@@ -498,15 +496,3 @@ def _name(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__qualname__", type(hook).__name__))
-
-
-def _warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line of the caller's that called the UNet."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _is_inside(frame.f_globals):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
-
-
-def _is_inside(names: Mapping[str, Any]) -> bool:
-    return str(names.get("__name__")).split(".")[0] in ("clockwork_hooks", "torch")
