@@ -173,6 +173,24 @@ def test_a_module_that_refuses_to_be_patched() -> None:
         cw.remove()
 
 
+def test_a_unet_that_refuses_to_be_patched() -> None:
+    class Frozen(Tiny):
+        frozen = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.frozen:
+                raise RuntimeError("frozen")
+            super().__setattr__(name, value)
+
+    unet = Frozen()
+    vars(unet)["frozen"] = True
+    before = snapshot(unet)
+    with pytest.raises(ch.WrapError) as caught:
+        ch.wrap(unet)
+    check(caught.value, "module: the UNet itself", "frozen")
+    assert snapshot(unet) == before
+
+
 @pytest.mark.parametrize(
     ("unet", "args", "options", "kind", "words"),
     [

@@ -1,14 +1,17 @@
 """Gradients: of a UNet at clock 1, through an adaptor pass, and through the cached exit where that is asked for."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
+from clockwork_hooks.clock import reasons
 from tests.small_unet import Tiny, reference
 
 TIMES = (900.0, 800.0, 700.0)
@@ -174,3 +177,60 @@ def test_an_exit_whose_graph_was_lost_costs_a_pass(unet: Tiny) -> None:
             rollout(model, cw, xs).sum().backward()
             assert cw.stats.adaptor_passes == expected
             assert (xs[0].grad is not None) == bool(expected)
+
+
+# -- through a checkpoint ------------------------------------------------------------------------------------------
+
+
+class Checkpointed(Tiny):
+    """Checkpoints the last part of the UNet, from the skipped modules on; or each skipped module by itself."""
+
+    def __init__(self, part: str, *, reentrant: bool) -> None:
+        super().__init__()
+        self.part, self.reentrant = part, reentrant
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        h = self.stem(x) + self.emb(torch.full((1, 1), t / 100, dtype=x.dtype)).sin()[:, :, None, None]
+        return self.checkpoint(self.lower, h) if self.part == "all" else self.lower(h)
+
+    def lower(self, h: Tensor) -> Tensor:
+        z = self.down(h)
+        z = self.checkpoint(self.middle, z) if self.part == "modules" else self.middle(z)
+        z = self.checkpoint(self.up, z) if self.part == "modules" else self.up(z)
+        return self.head(torch.cat([h, z], 1))
+
+    def middle(self, z: Tensor) -> Tensor:
+        return self.body(self.act(z))
+
+    def checkpoint(self, function: Any, x: Tensor) -> Tensor:
+        return checkpoint(function, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize(
+    ("part", "reentrant", "served"), [("all", False, 0), ("all", True, 0), ("modules", False, 2), ("modules", True, 0)]
+)
+def test_what_a_backward_pass_runs_again_is_what_ran(part: str, reentrant: bool, served: int) -> None:
+    """A pass has the gradients of what it computed; where a second run would compute something else, it is full."""
+    unet, plain = Checkpointed(part, reentrant=reentrant).double(), Checkpointed("none", reentrant=False).double()
+    xs, exit = [noise() for _ in range(4)], None
+    with warnings.catch_warnings(), ch.wrap(unet) as cw, cw.trajectory():
+        warnings.simplefilter("ignore")
+        for k, x in enumerate(xs):
+            passes = cw.stats.adaptor_passes
+            one, other = (x.clone().requires_grad_() for _ in range(2))
+            unet(one, 900.0 - 100 * k).square().sum().backward()
+            skipped = cw.stats.adaptor_passes > passes
+            output, exit = reference(plain, other, 900.0 - 100 * k, exit=exit if skipped else None)
+            output.square().sum().backward()
+            exit = exit.detach()
+            assert one.grad is not None
+            assert torch.equal(one.grad, other.grad)
+            assert same(gradients(unet), gradients(plain))
+            for model in (unet, plain):
+                model.zero_grad()
+        assert cw.stats.adaptor_passes == served
+        assert cw.stats.reasons[reasons.REPEATED] == 3 * (not served)
+        with torch.no_grad():  # nothing will run again
+            for k, x in enumerate(xs):
+                unet(x, 900.0 - 100 * k)
+        assert cw.stats.adaptor_passes == served + 2

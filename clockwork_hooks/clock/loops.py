@@ -361,11 +361,41 @@ def stands_apart() -> str | None:
             return TRANSFORMED
         if _C._current_graph_task_id() != -1:  # it is run again
             return REPEATED
-        hooks = _C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":  # it will be
-            return REPEATED
-        if not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled():  # as in any `autograd.Function`
+        if _checkpoint() is not None or _in_function():  # it will be
             return REPEATED
     except AttributeError:
         return UNTOLD
     return None
+
+
+def saved_for_again(*, exits: bool) -> Sequence[object]:
+    """What a second run of the code that runs now is for: where it is empty at the end, there will be none.
+
+    A backward pass runs code again that stands within `torch.utils.checkpoint`, if anything was saved of what ran there
+    beside skipped modules, which grows as it runs; and within an `autograd.Function`, if it computes what is returned.
+
+    Args:
+        exits: does the region's exit come of it?
+    """
+    try:
+        if _in_function():
+            return (True,) if exits else ()
+        pack = _checkpoint()
+        if pack is None:
+            return ()
+        held = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+        saved: Sequence[object] = held["frame"].cell_contents.weak_holders
+    except (AttributeError, KeyError):  # another torch
+        return (True,)
+    return saved
+
+
+def _checkpoint() -> Any:
+    """The hook by which the innermost `torch.utils.checkpoint` around this code saves tensors; None outside of any."""
+    hooks = _C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+
+
+def _in_function() -> bool:
+    """Does the forward of an `autograd.Function` run, as in a reentrant checkpoint?"""
+    return not _C._is_fwd_grad_enabled() and not is_inference_mode_enabled()

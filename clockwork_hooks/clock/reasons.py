@@ -176,8 +176,9 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     REPEATED: (
         "the call is run again by the backward pass, or is that second run, and has to do the same both times; also "
-        "in the forward of any `autograd.Function`, as in an adjoint method",
-        "nothing; `unet.enable_gradient_checkpointing()` leaves the adaptor passes",
+        "in the forward of any `autograd.Function`, as in an adjoint method; or the UNet checkpoints skipped modules "
+        "together with others, so that the second run would not be what ran",
+        "nothing; `unet.enable_gradient_checkpointing()`, or a checkpoint for each module, leaves the adaptor passes",
     ),
     UNTOLD: (
         "a private name of torch that is asked for this is gone",

@@ -457,7 +457,7 @@ class Engine:
             outcome.macs = signature.full_macs
             return outcome
         outcome.macs, outcome.skipped = use.rest_macs + (use.adaptor_macs or 0), use.name
-        if outcome.complete and not outcome.used and not self.installed.closed:
+        if outcome.complete and not (outcome.used or outcome.repeated or self.installed.closed):
             use.changes = before.changed if not use.proved else use.changes
             use.proved, use.used = True, 0
             pass_.proved()
@@ -511,7 +511,8 @@ class Engine:
             outcome.kind, outcome.reason, outcome.skipped = "full", reasons.DIFFERED, ""
             outcome.macs = signature.full_macs
             return outcome
-        why = reasons.USED if outcome.used else reasons.DIFFERED
+        outcome.used = outcome.used and not outcome.repeated  # a graph that holds what stands in is the checkpoint's
+        why = reasons.USED if outcome.used else reasons.REPEATED if outcome.repeated else reasons.DIFFERED
         if not before.restore():
             raise WrapError(
                 "an adaptor pass that has to be run again in full needs its arguments as they were",
@@ -973,6 +974,9 @@ class Engine:
         """Calls that differ from the recorded ones again and again are recorded anew; some that always do are full."""
         if outcome.used and call.decision is not None:
             self._doubt(call, signature.regions[call.decision.region])
+            return
+        if outcome.reason == reasons.REPEATED:  # the UNet checkpoints more than what is skipped
+            signature.regions, signature.why = (), reasons.REPEATED
             return
         if outcome.complete and outcome.reason != reasons.DIFFERED:
             signature.differed, signature.recorded = 0, True  # a pass has shown as much as a recording

@@ -310,9 +310,13 @@ class Installed:
         self._closed = False
         if self._optimized is not None:
             self.answer_for(self._optimized, unet)
-        self._hook = unet.register_forward_pre_hook(RootHook(owner, look), prepend=True)
-        self._front(unet, serve)
-        self.run_eagerly(unet)
+        try:
+            self._hook = unet.register_forward_pre_hook(RootHook(owner, look), prepend=True)
+            self._front(unet, serve)
+            self.run_eagerly(unet)
+        except BaseException:
+            self.remove()
+            raise
 
     def answer_for(self, optimized: nn.Module, unet: nn.Module) -> None:
         """Let the output of `torch.compile` call the UNet that it was made of, as it is: whoever holds it is served."""
@@ -330,7 +334,7 @@ class Installed:
             self._root = RootForward(unet, serve)
             name, inner = _innermost(unet)
             if name == "forward":
-                unet.forward = self._root
+                _put(unet, self._root, "")
             else:  # behind accelerate's: it puts what it holds back when it goes
                 self._root.forward = inner
                 self._root.name, vars(unet)[name] = name, self._root
@@ -375,14 +379,7 @@ class Installed:
 
     def _patch(self, path: str, module: nn.Module) -> Forward:
         forward = Forward(self._owner, path, module)
-        try:
-            module.forward = forward
-        except Exception as error:
-            raise WrapError(
-                "a skipped module must allow an instance-level forward",
-                seen={"module": path, "class": type(module).__name__, "error": error},
-                do="pass the UNet before scripting or freezing it",
-            ) from error
+        _put(module, forward, path)
         self.run_eagerly(module)
         return forward
 
@@ -467,6 +464,18 @@ class Installed:
             while self._compiled:
                 module, compiled = self._compiled.pop()
                 module._compiled_call_impl = compiled
+
+
+def _put(module: nn.Module, forward: _Instead, path: str) -> None:
+    """Make it the forward of the module at this path."""
+    try:
+        module.forward = forward
+    except Exception as error:
+        raise WrapError(
+            "a UNet and its skipped modules allow a forward of their own, beside that of their class",
+            seen={"module": path or "the UNet itself", "class": type(module).__name__, "error": error},
+            do="pass the UNet before scripting or freezing it",
+        ) from error
 
 
 def _innermost(module: nn.Module) -> tuple[str, Callable[..., Any]]:

@@ -12,7 +12,7 @@ import math
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import address, copied, flat, leaf_at, map_leaves, version
+from clockwork_hooks.clock.loops import saved_for_again
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
 
@@ -61,6 +62,7 @@ class Outcome:
         skipped: the name of the region that an adaptor pass skipped, where there are several.
         blanks: did any skipped call return what stands in for its output?
         used: was anything of that used: read, written somewhere, left for the next call, or returned?
+        repeated: will a backward pass run skipped calls again, in the middle of others, as checkpoints do?
         reached: was any patched module called?
     """
 
@@ -77,6 +79,7 @@ class Outcome:
     skipped: str = ""
     blanks: bool = True
     used: bool = False
+    repeated: bool = False
     reached: bool = True
 
 
@@ -130,6 +133,7 @@ class Pass:
         self.reason: str | None = None
         self.blanks = self.adapting = False
         self._emit, self._judge, self._shared = emit, judge, shared
+        self._gradients, self._saved = emit is not None and torch.is_grad_enabled(), list[Sequence[object]]()
         self._somebody: Callable[[], None] | None = None
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._moves = plan.moves(kind, looks=looks or proves)
@@ -193,6 +197,8 @@ class Pass:
                 self._begin_region()
             if self.kind == "adaptor":
                 self.blanks = True
+                if self._gradients:
+                    self._saved.append(saved_for_again(exits=bool(move.exits)))
                 return self._stand_in(path, k, move.skipped.output)
         output = forward(*args, **kwargs)
         if self._proves and move.skipped is not None:
@@ -244,6 +250,7 @@ class Pass:
             self.captured,
             reason=self.reason,
             blanks=self.blanks,
+            repeated=any(self._saved),
             reached=bool(self._counts),
         )
 
@@ -315,6 +322,10 @@ class TracedPass(Pass):
 
     Copies, because a graph that writes to an exit later on would return it written to.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gradients = False  # a checkpoint in a graph runs again what is in the graph
 
     def _fill(self, leaf: Any) -> Any:
         if isinstance(leaf, Slot) and not (leaf.exit and self._emit is not None):
