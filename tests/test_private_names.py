@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import clockwork_hooks as ch
 from clockwork_hooks._tree import address
 from clockwork_hooks.clock import reasons
+from clockwork_hooks.clock.loops import saved_for_again
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
@@ -112,3 +113,13 @@ def test_without_dynamos_run_compiled_passes_run(monkeypatch: pytest.MonkeyPatch
             for t in TIMES:
                 torch.testing.assert_close(unet(X, t), plain(X, t))
         assert cw.stats.adaptor_passes == 4
+
+
+def test_a_checkpoint_that_does_not_say_what_it_holds_is_in_doubt() -> None:
+    def pack(x: Tensor) -> Tensor:
+        return x
+
+    pack.__module__ = "torch.utils.checkpoint"
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert any(saved_for_again(exits=False))
+    assert not saved_for_again(exits=True)
