@@ -383,7 +383,7 @@ def saved_for_again(*, exits: bool) -> Sequence[object]:
         pack = _checkpoint()
         if pack is None:
             return ()
-        held = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+        held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
         saved: Sequence[object] = held["frame"].cell_contents.weak_holders
     except (AttributeError, KeyError):  # another torch
         return (True,)

@@ -185,7 +185,9 @@ class Jumps:
     """How a trajectory moves in its list of times: a sampler takes the entries in turn, from one end to the other.
 
     One that begins within the list, or leaves entries out, needs evidence, as entries may be drawn at random; but not
-    in a list that has been walked along before, that way.
+    in a list that has been walked along before, that way. So does one that begins at an end of the list that the
+    trajectory before was in, and goes the way in which nothing has gone along it: loops that take turns, one entry behind
+    the other, look so at the end of their list.
 
     Args:
         trusted: the caller says that the calls are of one run, so that no evidence is asked for.
@@ -201,22 +203,23 @@ class Jumps:
         [False, True, True]
     """
 
-    __slots__ = ("_begins_outermost", "_count", "_jump", "_place", "_walked", "trusted")
+    __slots__ = ("_again", "_begins_outermost", "_count", "_jump", "_place", "_walked", "_way", "trusted")
 
     def __init__(self, *, trusted: bool = False) -> None:
         self.trusted = trusted
         self._walked: Any = None
+        self._way: Any = None  # in which a list was moved along by a trajectory that was believed
         self.leave()
 
     def leave(self) -> None:
         """The next trajectory may begin anywhere."""
         self._place: Place | None = None
-        self._jump, self._count, self._begins_outermost = 0, 0, False
+        self._jump, self._count, self._begins_outermost, self._again = 0, 0, False, False
 
     def begin(self, place: Place | None) -> None:
         """A trajectory begins here, as the jump to this place was not the one before it; the next may be like it."""
         jump = self.to(place) if place is not None else None
-        self._jump, self._count = (jump, 1) if jump else (0, 0)
+        self._jump, self._count, self._again = *((jump, 1) if jump else (0, 0)), jump is not None
         self.stay(place)
         self._begins_outermost = place is not None and place.outermost
 
@@ -238,12 +241,16 @@ class Jumps:
         """Move on to this place of the list, by this jump: why that may not be the next step's; None where it is."""
         self._count = self._count + 1 if jump == self._jump else 1
         self._jump, self._place = jump, place
-        neighbours = abs(jump) == 1
-        if neighbours and self._count >= (2 if self._begins_outermost else 3):
+        neighbours, way = abs(jump) == 1, (place.times, jump > 0)
+        outermost = self._begins_outermost and (not self._again or self._way == way)
+        if neighbours and self._count >= (2 if outermost else 3):
             self._walked = (place.times, jump)
         walked = self._walked == (place.times, jump)
-        believed = self._begins_outermost or self._count >= 2 or walked
-        return None if self.trusted or (neighbours and believed) or self._count >= 3 else reasons.EVIDENCE
+        believed = outermost or self._count >= 2 or walked
+        if not (self.trusted or (neighbours and believed) or self._count >= 3):
+            return reasons.EVIDENCE
+        self._way = way
+        return None
 
 
 class MixedTimes:

@@ -466,7 +466,7 @@ class Installed:
                 module._compiled_call_impl = compiled
 
 
-def _put(module: nn.Module, forward: _Instead, path: str) -> None:
+def _put(module: nn.Module, forward: Any, path: str) -> None:
     """Make it the forward of the module at this path."""
     try:
         module.forward = forward

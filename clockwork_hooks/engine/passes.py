@@ -133,7 +133,8 @@ class Pass:
         self.reason: str | None = None
         self.blanks = self.adapting = False
         self._emit, self._judge, self._shared = emit, judge, shared
-        self._gradients, self._saved = emit is not None and torch.is_grad_enabled(), list[Sequence[object]]()
+        self._gradients = emit is not None and torch.is_grad_enabled()
+        self._saved: list[Sequence[object]] = []
         self._somebody: Callable[[], None] | None = None
         self._outside = keeps_entry or judge is not None  # the region is yet to begin, and somebody waits for it
         self._moves = plan.moves(kind, looks=looks or proves)
