@@ -186,8 +186,8 @@ class Jumps:
 
     One that begins within the list, or leaves entries out, needs evidence, as entries may be drawn at random; but not
     in a list that has been walked along before, that way. So does one that begins at an end of the list that the
-    trajectory before was in, and goes the way in which nothing has gone along it: loops that take turns, one entry behind
-    the other, look so at the end of their list.
+    trajectory before was in, and goes the way in which nothing has gone along it: loops that take turns, one entry
+    behind the other, look so at the end of their list.
 
     Args:
         trusted: the caller says that the calls are of one run, so that no evidence is asked for.
