@@ -143,6 +143,9 @@ def evaluations_of(sampler: str, sigmas: Sequence[float]) -> Iterator[int] | Non
         sampler: its name, as ComfyUI and k-diffusion have it.
         sigmas: its noise levels, one more than steps.
 
+    Returns:
+        A number for each step, which may have no end; or None.
+
     Example:
         >>> list(evaluations_of("heun", [14.6, 2.3, 0.6, 0.0]))
         [2, 2, 1]

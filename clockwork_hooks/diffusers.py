@@ -398,6 +398,9 @@ def begins_step(scheduler: Any) -> bool:
     Args:
         scheduler: a diffusers scheduler whose `step` has run for every evaluation before this one.
 
+    Returns:
+        True for a scheduler that has one evaluation a step, and for one that is not known.
+
     Example:
         >>> from diffusers import PNDMScheduler
         >>> scheduler, sample = PNDMScheduler(skip_prk_steps=True), torch.zeros(1)
@@ -423,6 +426,13 @@ def begins_step(scheduler: Any) -> bool:
 
 def steps_from(scheduler: Any, index: int = 0) -> int:
     """How many denoising steps there are from this entry of a diffusers scheduler's list of times to its end.
+
+    Args:
+        scheduler: a diffusers scheduler whose times are set.
+        index: of the entry, from 0.
+
+    Returns:
+        Steps of the solver; some have several entries.
 
     Example:
         >>> from diffusers import PNDMScheduler

@@ -82,6 +82,13 @@ class Metric(Protocol):
 def psnr(images: Tensor, plain: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of pictures (B, ...) in [0, 1], one by one; 100 dB stands for equal ones.
 
+    Args:
+        images: to judge, (B, ...), floating.
+        plain: to compare with, of the same shape.
+
+    Returns:
+        (B,), in dB.
+
     Example:
         >>> psnr(torch.full((2, 3, 4, 4), 0.6), torch.full((2, 3, 4, 4), 0.5)).round()
         tensor([20., 20.])
@@ -91,6 +98,13 @@ def psnr(images: Tensor, plain: Tensor) -> Tensor:
 
 def relative_l2(samples: Tensor, plain: Tensor) -> Tensor:
     """‖x - plain‖ / ‖plain‖ of samples (B, ...), one by one.
+
+    Args:
+        samples: x, (B, ...), floating.
+        plain: to compare with, of the same shape.
+
+    Returns:
+        (B,), a share: 0.01 is 1%.
 
     Example:
         >>> relative_l2(torch.full((2, 3, 4, 4), 1.5), torch.ones(2, 3, 4, 4))
@@ -144,7 +158,13 @@ class Paired:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Mean (F,) and covariance (F, F) of features, in float64, and of how many pictures."""
+    """What a Fréchet distance compares.
+
+    Attributes:
+        mean: of the features, (F,), float64.
+        covariance: of the features, (F, F), float64.
+        count: how many pictures they are of; 0 where that is not known.
+    """
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
@@ -175,10 +195,20 @@ def statistics_of(features: Callable[[Tensor], Tensor], batches: Iterable[Tensor
 
 
 def statistics_of_features(rows: Tensor) -> Statistics:
-    """Mean and covariance of features (N, F).
+    """Mean and covariance of features.
+
+    Args:
+        rows: (N, F), of any dtype and device; computed in float64.
+
+    Returns:
+        Both, and N.
 
     Raises:
         ArgumentError: fewer than two rows.
+
+    Example:
+        >>> statistics_of_features(torch.tensor([[0.0], [2.0]])).covariance
+        array([[2.]])
     """
     if len(rows) < 2:
         raise ArgumentError("a covariance needs at least two pictures", seen={"pictures": len(rows)}, do="pass more")
@@ -190,6 +220,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Squared Fréchet distance of two Gaussians: ‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2(Σ_a^½ Σ_b Σ_a^½)^½).
 
     The root is taken of a symmetric product, by eigenvalues, so it is real and exact for singular covariances too.
+
+    Args:
+        a, b: statistics of the same features.
+
+    Returns:
+        The distance, in units of the features squared; 0 for equal statistics.
+
+    Example:
+        >>> same = statistics_of_features(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 0.0]]))
+        >>> moved = Statistics(same.mean + 3, same.covariance, same.count)
+        >>> round(frechet_distance(same, same), 9), round(frechet_distance(same, moved), 9)
+        (0.0, 18.0)
+
+    Source: Heusel et al., arXiv 1706.08500, Eq. 6.
     """
     root = _root(a.covariance)
     cross = np.linalg.eigvalsh(root @ b.covariance @ root)
@@ -312,8 +356,11 @@ def clip_score(folder: Path | str) -> ClipScore:
     Args:
         folder: as `CLIPModel.save_pretrained` and `CLIPProcessor.save_pretrained` write it.
 
+    Returns:
+        A metric named "CLIP": the mean cosine of a picture and its prompt, -1 to 1 (not times 100).
+
     Raises:
-        ArgumentError: there is no such folder.
+        ArgumentError: there is no such folder, or transformers is not installed.
 
     Source: Hessel et al., arXiv 2104.08718; the paper's Tab. 1.
     """

@@ -372,6 +372,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 def tiny_preset(preset: Preset) -> Preset:
     """The same architecture at a tenth of its width and a quarter of its size: what a CPU runs in a moment.
 
+    Args:
+        preset: one of `PRESETS`.
+
+    Returns:
+        Another preset. No width is below 32 channels, no edge below 16.
+
     Example:
         >>> tiny_preset(PRESETS["sd15"]).config["block_out_channels"], tiny_preset(PRESETS["sd15"]).size
         ((32, 64, 128, 128), (16, 16))
@@ -393,7 +399,13 @@ _RETURN = "`return unet, (torch.randn(1, 3, 64, 64), torch.tensor([0.5])), {}`"
 
 
 class LoadedModel(NamedTuple):
-    """A UNet and one call of it: `unet(*args, **kwargs)`."""
+    """A UNet and one call of it: `unet(*args, **kwargs)`.
+
+    Attributes:
+        unet: in `eval()`; on meta, unless another device was asked for.
+        args: the sample and the time, and what else it takes by position.
+        kwargs: what it takes by name.
+    """
 
     unet: nn.Module
     args: tuple[Any, ...]
@@ -557,8 +569,15 @@ def find_factory(module: str, factory: str, *, bare: bool = True) -> Any:
         module, factory: the two parts of the name.
         bare: it is to be called without arguments.
 
+    Returns:
+        What the name stands for; it has not been called.
+
     Raises:
         ModelNotFoundError: there is none, or it needs arguments.
+
+    Example:
+        >>> find_factory("torch.nn", "Identity")
+        <class 'torch.nn.modules.linear.Identity'>
     """
     sys.path.insert(0, str(Path.cwd()))
     try:

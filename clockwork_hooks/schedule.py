@@ -473,10 +473,16 @@ def _takes_a_step(rule: object) -> bool:
 
 
 def check_clock(clock: object) -> None:
-    """A clock is an int of at least 1.
+    """Check that a clock is an int of at least 1.
+
+    Args:
+        clock: what somebody passed.
 
     Raises:
-        ArgumentError: it is not.
+        ArgumentError: it is another number, or none.
+
+    Example:
+        >>> check_clock(2)
     """
     rule = "a clock is an int of at least 1: one full pass every `clock` steps"
     whole("clock", clock, least=1, rule=rule, example=2)

@@ -246,6 +246,12 @@ def handle(operator: str, count: Handle | None) -> None:
 def handles(counts: Mapping[str, Handle] | None) -> Iterator[None]:
     """`handle` for several operators, within the block and for this thread and task only.
 
+    Args:
+        counts: operator → what counts it, as in `handle`; None for no change.
+
+    Raises:
+        ArgumentError: as in `handle`.
+
     Example:
         >>> import torch, clockwork_hooks as ch
         >>> with handles({"aten::fft_fft": lambda args, output: 5}):
@@ -279,6 +285,12 @@ def handle_of(node: fx.Node) -> Handle | None:
 
 def operator_name(node: fx.Node) -> str:
     """The operator's name as a reader knows it: "conv2d", "linear", "add"; with its namespace where that is not aten.
+
+    Args:
+        node: of a trace's graph, which stands for an operator.
+
+    Returns:
+        The name that reports print, and that `handle` takes.
 
     Example:
         >>> import torch, clockwork_hooks as ch

@@ -507,7 +507,15 @@ def _schedules(clock: Any, schedule: Any) -> list[Schedule]:
 
 
 def local_device() -> str:
-    """Where this process trains: its own GPU under `accelerate launch`, else the first one, else the CPU."""
+    """Where this process trains: its own GPU under `accelerate launch`, else the first one, else the CPU.
+
+    Returns:
+        A device that torch takes.
+
+    Example:
+        >>> local_device().partition(":")[0] in ("cuda", "cpu")
+        True
+    """
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,6 +1,7 @@
 """The documentation: every page is reached, every public name is described, nothing is fetched."""
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -38,6 +39,23 @@ def test_the_api_page_has_every_public_name_once() -> None:
     assert sorted(described) == sorted(set(ch.__all__) - {"__version__"})
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["adaptors", "comfyui", "diffusers", "editing", "graph", "metrics", "models", "regions", "schedule", "training"],
+)
+def test_the_api_page_has_what_the_modules_for_users_have(module: str) -> None:
+    """Functions and classes; constants and aliases of types say what they are where they stand."""
+    described = re.findall(
+        r"^::: clockwork_hooks\.(?:\w+\.)?(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M
+    )
+    assert len(described) == len(set(described))
+    home = importlib.import_module(f"clockwork_hooks.{module}")
+    wanted = {
+        name for name in home.__all__ if inspect.isclass(getattr(home, name)) or inspect.isroutine(getattr(home, name))
+    }
+    assert wanted <= set(described)
+
+
 def test_the_tree_has_every_file_of_every_package_once() -> None:
     """The table of docs/design.md."""
     text = (DOCS / "design.md").read_text(encoding="utf-8")
@@ -46,6 +64,18 @@ def test_the_tree_has_every_file_of_every_package_once() -> None:
     assert {package: sorted(re.findall(r"`(\w+)`", files)) for package, files in tree.items()} == {
         home.name: sorted(path.stem for path in home.glob("*.py") if path.stem != "__init__") for home in homes
     }
+
+
+def test_what_the_table_of_where_to_change_what_names_is_there() -> None:
+    """Of docs/design.md: a file, and a name that it defines."""
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    table = text.split("## Where to change what", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| [^|]* \| `([\w/.]+)` \| `([\w.]+)` \|$", table, re.M)
+    assert len(rows) == len(re.findall(r"^\| ", table, re.M)) - 1  # the heads have no code
+    for file, names in rows:
+        value: Any = importlib.import_module(f"clockwork_hooks.{file.removesuffix('.py').replace('/', '.')}")
+        for name in names.split("."):
+            value = getattr(value, name)
 
 
 def test_the_site_fetches_nothing() -> None:
