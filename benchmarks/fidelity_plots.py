@@ -40,24 +40,23 @@ def _pareto(results: Results, path: Path, label: str, cost: Any) -> Path:
         "DeepCache": ("losses-8/DeepCache, branch 0",),
     }  # fmt: skip
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, score, better in zip(
-        figure.subplots(1, 2), SCORES, ("lower is better", "higher is better"), strict=False
-    ):
+    for axis, score in zip(figure.subplots(1, 2), SCORES, strict=False):
+        wrong = score == "attributes right"  # what is missing to 100% is what differs
         for (name, keys), marker in zip(series.items(), "os^vD", strict=True):
             shown = [key for key in keys if results.has(key) and cost(key) is not None]
             scores = [results.score(key, score) for key in shown]
-            means, spreads = [s.mean for s in scores if s], [s.spread or 0 for s in scores if s]
+            means = [100 - s.mean if wrong else s.mean for s in scores if s]
+            spreads = [s.spread or 0 for s in scores if s]
             axis.errorbar(list(map(cost, shown)), means, spreads, marker=marker, markersize=5, capsize=3, label=name)
             for key, mean in zip(shown, means, strict=True):
                 steps = results.row(key)["steps"] or results.row(key)["sampler"]["steps"]
                 axis.annotate(str(steps), (cost(key), mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axis.set_xlabel(label)
-        axis.set_ylabel(f"{score}{', %' if score == 'attributes right' else ''}, {better}")
-        if score == "Fréchet":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(f"{label}; at the points: steps")
+        axis.set_ylabel("attributes wrong, %, lower is better" if wrong else "Fréchet distance, lower is better")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
