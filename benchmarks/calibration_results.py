@@ -149,7 +149,8 @@ def _level(rows: Rows, target: str, group: str, saved: float, most: float) -> st
     gap, right = rows.gap(key, f"{group}/plain"), rows.gap(key, f"{group}/plain", "attributes right")
     lower = statistics.fmean(gap) - half(gap)
     met = (lower <= 0 if most == 0 else statistics.fmean(gap) <= most) and statistics.fmean(right) >= -0.1
-    text = f"`{key}`: {percent(rows.saved(key))} fewer, Fréchet {interval(gap)}, attributes {_points(right)} points."
+    label = f"`{key.split('/')[1]}`"
+    text = f"{label}: {percent(rows.saved(key))} fewer, Fréchet {interval(gap)}, attributes {_points(right)} points."
     return _verdict(target, met, text)
 
 
@@ -159,7 +160,7 @@ def _clock2(rows: Rows) -> str:
     if key is None:
         return f"- {target}: not measured."
     own = f"identity, {rows.row(key)['region']}, {' '.join(map(str, CLOCK2))}"
-    text = f"`{key}`: {rows.mean(key):.1f} (plain {rows.mean('main-8/plain'):.1f}, `{own}` " \
+    text = f"`{key.split('/')[1]}`: {rows.mean(key):.1f} (plain {rows.mean('main-8/plain'):.1f}, `{own}` " \
            f"{rows.mean(f'main-8/{own}'):.1f}) at {percent(rows.saved(key))} fewer MACs."  # fmt: skip
     return _verdict(target, rows.mean(key) <= 35, text)
 
@@ -172,9 +173,8 @@ def _four(rows: Rows) -> str:
         return f"- {target}: not measured."
     gap = rows.gap(key, other)
     ratio = rows.row(key)["macs_per_image"] / rows.row(other)["macs_per_image"]
-    text = (
-        f"`{key}`: Fréchet {rows.mean(key):.1f} against {rows.mean(other):.1f}: {interval(gap)}; {ratio:.2f}× the MACs."
-    )
+    means = f"{rows.mean(key):.1f} against {rows.mean(other):.1f}: {interval(gap)}"
+    text = f"`{key.split('/')[1]}`: Fréchet {means}; {ratio:.2f}× the MACs."
     return _verdict(target, statistics.fmean(gap) + half(gap) < 0, text)
 
 

@@ -464,7 +464,7 @@ def _kinds(rows: Rows, group: str, steps: str) -> str:
         if statistics.fmean(gap) + half(gap) < 0:
             better += 1
         else:
-            others.append(f"`{key.split('/')[1]}` ({interval(gap)})")
+            others.append(f"`{key.split('/')[1]}`")
     if not better + len(others):
         return ""
     text = (
