@@ -18,9 +18,14 @@ from clockwork_hooks._version import __version__
 
 if _TYPE_CHECKING:  # what type checkers, editors and the documentation see; at run time _HOME says the same
     from clockwork_hooks import adaptors as adaptors
+    from clockwork_hooks import comfyui as comfyui
     from clockwork_hooks import diffusers as diffusers
     from clockwork_hooks import editing as editing
+    from clockwork_hooks import graph as graph
     from clockwork_hooks import metrics as metrics
+    from clockwork_hooks import models as models
+    from clockwork_hooks import regions as regions
+    from clockwork_hooks import schedule as schedule
     from clockwork_hooks import training as training
     from clockwork_hooks.adaptors import (
         Adaptor,
@@ -163,14 +168,19 @@ _HOME = {
     }.items()
     for name in names.split()
 }
-_PARTS = ("adaptors", "diffusers", "editing", "metrics", "training")  # modules that are public themselves
+_PARTS = (  # modules that are public themselves
+    "adaptors", "comfyui", "diffusers", "editing", "graph", "metrics", "models", "regions", "schedule", "training",
+)  # fmt: skip
+_ELSEWHERE = {"wrap_pipeline": "diffusers", "edit": "editing", "load_model": "models"}  # asked for here, at home there
 
 
 def __getattr__(name: str) -> _Any:
     if name in _PARTS:
         return _importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _ELSEWHERE.get(name)
+        hint = "" if home is None else f"; write: from {__name__}.{home} import {name}"
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value  # asked once
     return value

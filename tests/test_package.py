@@ -118,7 +118,12 @@ def test_public_names_are_there_in_every_way() -> None:
             assert pickle.loads(pickle.dumps(value)) is value
     assert {*ch.__all__, *ch._PARTS} <= set(dir(ch))
     assert all(isinstance(getattr(ch, part), types.ModuleType) for part in ch._PARTS)
-    with pytest.raises(AttributeError, match="module 'clockwork_hooks' has no attribute 'rap'"):
+    hint = r"no attribute 'wrap_pipeline'; write: from clockwork_hooks\.diffusers import wrap_pipeline$"
+    with pytest.raises(AttributeError, match=hint):
+        _ = ch.wrap_pipeline
+    for name, module in ch._ELSEWHERE.items():
+        assert name in importlib.import_module(f"clockwork_hooks.{module}").__all__
+    with pytest.raises(AttributeError, match=r"module 'clockwork_hooks' has no attribute 'rap'$"):
         _ = ch.rap
 
 

@@ -155,7 +155,7 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
         raise ArgumentError(
             "generate(batch, seed) is a function, and conditions a list of batches for it",
             seen={"generate": type(generate).__name__, "conditions": repr(conditions)[:80]},
-            do="pass measure(unet, generate, [batch])",
+            do="pass your sampler, and a list: (unet, generate, [batch])",
         )
     batches = list(conditions)
     if not isinstance(seeds, Sequence):
