@@ -112,6 +112,10 @@ def sample_and_times(**kwargs: Any) -> tuple[str | None, tuple[str, ...]]:
         ({"h": X, "text": torch.zeros(2, 5, 8), "pooled": torch.zeros(2, 8)}, "h", ()),
         ({"h": X, "verbose": True, "mode": "full", "when": 3}, "h", ("when",)),
         ({"vector": torch.zeros(2, 8)}, None, ()),
+        ({"image": X, "x_t": X, "t": T}, "x_t", ("t",)),
+        ({"image": X, "noisy_mask": X, "t": T}, "noisy_mask", ("t",)),
+        ({"noisy_image": X, "x": X, "t": T}, "x", ("t",)),
+        ({"z": X, "x": X, "t": T}, "z", ("t",)),
     ],
 )
 def test_who_is_sample_and_time(kwargs: dict[str, Any], sample: str | None, times: tuple[str, ...]) -> None:
@@ -128,6 +132,24 @@ TIMES: dict[str, Callable[[float], Any]] = {
     "(B, 1)": lambda t: torch.full((2, 1), t),
     "long": lambda t: torch.full((2,), int(t)),
 }
+
+
+def test_an_image_that_comes_before_the_sample_is_a_condition() -> None:
+    """As where a mask is made for an image: the image stays, and the sample is another one in each step."""
+
+    class Masks(Tiny):
+        def forward(self, image: Any, x_t: Any, t: Any) -> Any:  # type: ignore[override]
+            return super().forward(image + x_t, t)
+
+    model, image, times = Masks(), noise(), torch.tensor([0.9, 0.8, 0.7, 0.6])
+    with torch.no_grad(), ch.wrap(model) as cw:
+        for t in times:
+            model(image, torch.randn_like(image), t.expand(2))
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (2, 2), cw.report()
+        for t in times.clone():
+            model(image, torch.randn_like(image), t.expand(2))
+            model(torch.randn_like(image), torch.randn_like(image), t.expand(2))  # another image each time
+        assert cw.stats.adaptor_passes == 4
 
 
 @pytest.mark.parametrize("form", TIMES)

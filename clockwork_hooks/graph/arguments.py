@@ -12,7 +12,13 @@ from torch import Tensor
 from clockwork_hooks._tree import leaves
 from clockwork_hooks.errors import ArgumentError
 
-SAMPLE_NAMES = ("sample", "x", "x_t", "xt", "noisy", "latents", "latent", "img", "image", "input", "inputs", "z")
+# Usual names of the sample, those first that say it best: beside "x_t", an "image" is what it is conditioned on.
+SAMPLE_NAMES = (
+    ("sample", "x_t", "xt", "noisy", "latents", "latent"),
+    ("x", "z"),
+    ("noisy_sample", "noisy_latents", "noisy_image", "noisy_images", "noisy_mask", "noisy_x"),
+    ("img", "image", "input", "inputs"),
+)
 TIME_NAMES = ("timestep", "timesteps", "time", "times", "t", "sigma", "sigmas", "noise_labels", "noise_level")
 TIME_PREFIXES = ("c_noise", "timestep", "time_step", "sigma", "diffusion_step", "log_snr", "logsnr", "noise_level")
 
@@ -178,16 +184,20 @@ def is_number(value: Any) -> bool:
 def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -> str | None:
     """The path of the noisy input: first what has a usual name, then what is shaped like an output, then what floats.
 
+    Of several with usual names the one whose name says most.
+
     Args:
         arguments: the call.
         outputs: shapes of the tensors that it returned, if known; a discrete sample (token ids) is found by them.
     """
 
-    def rank(item: tuple[str, torch.Tensor]) -> tuple[bool, bool, bool]:
+    def rank(item: tuple[str, torch.Tensor]) -> tuple[bool, bool, bool, int]:
         path, leaf = item
         spaces = (tuple(leaf.shape[2:]), tuple(leaf.shape[1:]))
         like = any(len(shape) > 2 and shape[2:] in spaces for shape in outputs)
-        return path not in SAMPLE_NAMES or not leaf.is_floating_point(), not like, not leaf.is_floating_point()
+        named = next((rank for rank, names in enumerate(SAMPLE_NAMES) if path in names), None)
+        floats = leaf.is_floating_point()
+        return named is None or not floats, not like, not floats, named or 0
 
     dense = [(path, leaf) for path, leaf in arguments.leaves() if isinstance(leaf, torch.Tensor) and not leaf.is_nested]
     spatial = [(path, leaf) for path, leaf in dense if leaf.ndim >= 3]
