@@ -85,6 +85,23 @@ def test_what_runs_is_what_the_class_says_now(name: str, within: bool) -> None:
     assert "forward" not in vars(unet.body)
 
 
+@pytest.mark.parametrize(
+    "name", ["a skipped module's class", "another module's class", "the forward of the UNet's class"]
+)
+def test_compiled_passes_are_of_what_the_class_says_now(name: str) -> None:
+    """What torch.compile notices; of the forward of an inner module's class it takes no notice itself."""
+    unet = of_their_own(Tiny())
+    plain = copy.deepcopy(unet)
+    judge, c = Judge(unet, plain), torch.randn(1, 3)
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        for k, t in enumerate(torch.linspace(900, 100, 12)):
+            if k == 6:
+                CHANGES[name](unet, plain)
+            judge.call(torch.randn(1, 2, 8, 8), t, c, step=k)
+    assert judge.letters == "FA" * 6
+
+
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 def test_another_forward_with_another_region_is_recorded_anew() -> None:
     """The new one joins the skipped part in a second place: the next run's first call finds that."""

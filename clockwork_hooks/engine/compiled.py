@@ -119,7 +119,8 @@ class Compiled:
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
         """Run the pass, compiled first if need be."""
-        key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies))
+        forward = id(getattr(call.forward, "__func__", call.forward))  # another one once the UNet has another class
+        key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies), forward)
         with self._lock:
             static = self._static.get(key)
             if static is None:
