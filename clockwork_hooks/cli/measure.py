@@ -87,7 +87,7 @@ def bench(
     guidance: options.Guidance = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Time a step on this machine, plain and at each clock, and hold the gain against what the MACs promise."""
+    """Time a step on this machine, plain and at each clock, and compare the gain with what the MACs promise."""
     import torch
 
     from clockwork_hooks.analysis.benchmark import bench as measure
