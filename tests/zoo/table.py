@@ -98,9 +98,10 @@ def page() -> str:
     """The whole page."""
     return f"""# The zoo
 
-Small UNets: most are built with other people's code, some are our own, of shapes that the others do not have. {len(ZOO)} are
-served, and {len(REFUSED)} are refused with the reason. `tests/zoo/` builds them; beside each stands the region that reading its
-code gives, with the lines that lead to it. For every one that is served `tests/test_zoo.py` proves:
+Small UNets: most are built with other people's code, some are our own, of shapes that the others do not have.
+{len(ZOO)} are served, and {len(REFUSED)} are refused with the reason. `tests/zoo/` builds them; beside each stands
+the region that reading its code gives, with the lines that lead to it. For every one that is served
+`tests/test_zoo.py` proves:
 
 - the region is the expected one, and none of the modules that must run lies in it;
 - every call that an adaptor pass skips may return NaN, and with the true exit the output is equal to the bit: by a
