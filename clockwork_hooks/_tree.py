@@ -49,23 +49,23 @@ def _collect(value: Any, path: str, pairs: list[tuple[str, Any]], whole: Callabl
 
 def flat(value: Any) -> list[Any]:
     """The leaves in order, without their paths, which take longer to write than to find."""
-    found: list[Any] = []
-    _add_leaves(value, found)
-    return found
+    parts: list[Any] = []
+    _add_leaves(value, parts)
+    return parts
 
 
 def leaf_at(value: Any, index: int) -> Any:
     """The leaf of that index; None where there are fewer."""
-    found = flat(value)
-    return found[index] if index < len(found) else None
+    parts = flat(value)
+    return parts[index] if index < len(parts) else None
 
 
-def _add_leaves(value: Any, found: list[Any]) -> None:
+def _add_leaves(value: Any, parts: list[Any]) -> None:
     if isinstance(value, torch.Tensor) or not _is_container(value):
-        found.append(value)
+        parts.append(value)
     else:
         for _, item in _items(value):
-            _add_leaves(item, found)
+            _add_leaves(item, parts)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

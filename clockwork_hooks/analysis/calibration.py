@@ -594,8 +594,8 @@ class Sums:
         self.guided |= len(emitted.exit) % 2 == 0 or call.place.branch.number > 1
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
-            kept = call.place.call.feature
-            self._trails[key] = _FullPass.after(self._trails.get(key), kept, emitted.exit, time)
+            feature = call.place.call.feature
+            self._trails[key] = _FullPass.after(self._trails.get(key), feature, emitted.exit, time)
 
     def _trail(self, call: UNetCall, time: float | None, before: float | None) -> tuple[Tensor | None, float]:
         """The last two full passes' trend, and how many times a straight line in log-SNR carries it on."""

@@ -214,7 +214,7 @@ def tune(
     home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions, time))
     if home is not None and (home / _FILE).exists():
         adaptor = CalibratedAdaptor.from_pretrained(home)
-        tuning = _kept(home / _FILE)
+        tuning = _saved(home / _FILE)
         adaptor.tuning = tuning
         region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **adaptor.region_options)
         return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
@@ -430,8 +430,10 @@ def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
         )
     arguments = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
     forwards = any(one.kind is one.VAR_KEYWORD for one in arguments.values())
-    known = not arguments or (forwards and not type(pipe).__module__.startswith("diffusers."))  # those drop the rest
-    unknown = [] if known else [name for name in options if name not in arguments]
+    takes_any = not arguments or (
+        forwards and not type(pipe).__module__.startswith("diffusers.")
+    )  # those drop the rest
+    unknown = [] if takes_any else [name for name in options if name not in arguments]
     if unknown:
         near = difflib.get_close_matches(unknown[0], arguments, n=2, cutoff=0.4)
         raise ArgumentError(
@@ -441,7 +443,7 @@ def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def _kept(file: Path) -> Tuning:
+def _saved(file: Path) -> Tuning:
     """What an earlier call has saved."""
     try:
         return Tuning.from_json(file.read_text(encoding="utf-8"))

@@ -115,12 +115,12 @@ def described_region(region: Region) -> dict[str, Any]:
 
 def misdescribed(saved: Mapping[str, Any]) -> list[str]:
     """What a file says of a region, and cannot be: names of the parts. Earlier versions leave some of them out."""
-    known = {name: value for name, value in saved.items() if value is not None or name in ("level", "cut", "skipped")}
-    cut, edges = known.get("cut", "outer"), [known.get("entry", {}), known.get("exit", {})]
-    entries, skipped = known.get("entries", []), known.get("skipped", [])
+    values = {name: value for name, value in saved.items() if value is not None or name in ("level", "cut", "skipped")}
+    cut, edges = values.get("cut", "outer"), [values.get("entry", {}), values.get("exit", {})]
+    entries, skipped = values.get("entries", []), values.get("skipped", [])
     right = {
-        "fingerprint": isinstance(known.get("fingerprint", ""), str),
-        "level": is_whole(known.get("level", 1), 0 if cut == "hand" else 1),
+        "fingerprint": isinstance(values.get("fingerprint", ""), str),
+        "level": is_whole(values.get("level", 1), 0 if cut == "hand" else 1),
         "cut": cut in ("outer", "paper", "hand"),
         "entry": isinstance(edges[0], Mapping) and (cut != "hand" or isinstance(edges[0].get("path"), str)),
         "exit": isinstance(edges[1], Mapping) and (cut != "hand" or isinstance(edges[1].get("path"), str)),
