@@ -34,7 +34,8 @@ HOW = """Held-out captions, that is attribute combinations that neither the gene
 same captions and the same noise for every row. *Fréchet*: squared Fréchet distance to rendered scenes in the features
 of the shipped classifier. *Attributes right*: share of what the captions ask for that the classifier, which the
 generator never saw, finds in the pictures. *PSNR*: to the plain picture from the same noise. MACs of convolutions and
-matrix products, attention products and both guidance branches counted. Mean ± standard deviation over the seeds.
+matrix products, attention products and both guidance branches counted. Mean ± standard deviation over the seeds. A
+row's name is its group with the number of steps, and what runs in it: `steps-6/identity`.
 """
 
 # -- the page ----------------------------------------------------------------------------------------------------
