@@ -46,7 +46,7 @@ def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
     for number, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source))  # as in `on_page_markdown`
             continue
         parts.append(f"```python\n{source}\n```")
         for kind, data in outputs(cell):

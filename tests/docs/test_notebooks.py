@@ -64,7 +64,8 @@ def test_a_notebook_is_a_page(name: str) -> None:
     assert note == f"*[This page as a notebook]({name}.ipynb).*"
     assert first.startswith("For those who")
     for cell in notebook["cells"]:
-        assert "".join(cell["source"]).split("\n", 1)[0] in text
+        assert "".join(cell["source"]).split("\n", 1)[0].replace("own_unet.ipynb", "own_unet.md") in text
+    assert not re.search(rf"\]\((?!{name}\.)\w+\.ipynb\)", text)  # on the site, pages lead to pages
     assert pictures
     for file, data in pictures.items():
         assert re.search(rf"!\[[^\]]{{20,}}\]\({file}\)", text)
@@ -74,7 +75,8 @@ def test_a_notebook_is_a_page(name: str) -> None:
 
 def test_links_lead_to_files_of_the_repository_and_to_pages_of_the_site() -> None:
     links = 0
-    for page in (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"):
+    docs, others = ROOT / "docs", (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+    for page in (*docs.rglob("*.md"), *docs.rglob("*.ipynb"), *others):
         text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\((?!\w+://|#)([^)#\s]+)", text):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
