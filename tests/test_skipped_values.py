@@ -10,6 +10,7 @@ import ctypes
 import io
 import math
 import pickle
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -259,16 +260,26 @@ def test_nothing_is_made_of_what_is_skipped(twist: Any, mode: Any) -> None:
     assert cw.stats.macs_run < 1.1 * cw.stats.macs_plain
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_noise_that_the_unet_draws_is_drawn_once(own: bool) -> None:
+def own_noise(unet: Twisted) -> Any:
+    return torch.randn((), generator=unet.table["generator"])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda unet: torch.randn(()), own_noise, lambda unet: random.random(), lambda unet: np.random.rand()]
+)
+def test_noise_that_the_unet_draws_is_drawn_once(draw: Callable[[Twisted], Any]) -> None:
     """A pass that is run again draws the numbers of the plain UNet, and so does all that comes after it."""
 
     def noisy(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
-        return out + torch.randn(out.shape, generator=unet.table.get("generator")) * (1 + low.detach().mean().item())  # type: ignore[call-overload, no-any-return]
+        noise = draw(unet)
+        low.detach().mean().item()
+        return out + noise  # type: ignore[no-any-return]
 
     def outputs(unet: Twisted) -> list[Tensor]:
         torch.manual_seed(1)
-        unet.table = {"generator": torch.Generator().manual_seed(2)} if own else {}  # type: ignore[dict-item]
+        random.seed(2)
+        np.random.seed(3)
+        unet.table = {"generator": torch.Generator().manual_seed(4)}  # type: ignore[dict-item]
         return [unet(x, t, c) for t in torch.tensor(TIMES)]
 
     unet, (x, c) = Twisted(noisy), inputs()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import threading
 import types
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -510,13 +512,14 @@ class Before:
 class _Own:
     """What a UNet's modules hold beside their parameters, before a pass: attributes, lists and dictionaries, buffers.
 
-    Also the variables of functions among the attributes.
+    Also the variables of functions among the attributes, and where Python's and NumPy's global generators are.
 
     Args:
         unet: the UNet.
     """
 
     def __init__(self, unet: nn.Module) -> None:
+        self._random, self._numpy = random.getstate(), np.random.get_state()
         self._modules = [
             (vars(module), {name: value for name, value in vars(module).items() if name not in _MODULE})
             for module in unet.modules()
@@ -543,6 +546,8 @@ class _Own:
             for name in [name for name in now if name not in _MODULE and name not in before]:
                 del now[name]
             now.update(before)
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
         for cell, value in self._cells:
             cell.cell_contents = value
         for tensor, memory in self._memory:
