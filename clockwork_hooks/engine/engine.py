@@ -35,7 +35,7 @@ from clockwork_hooks.engine.fresh import Following, Watching
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.passes import Active, Before, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
-from clockwork_hooks.engine.stats import NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
+from clockwork_hooks.engine.stats import MoreSteps, NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
 from clockwork_hooks.engine.taint import SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
@@ -197,7 +197,7 @@ class Engine:
         self.tracing: Pass | None = None  # set in what torch.compile traces, never while anything runs
         self.active = Active()
         self.installed = Installed(self)
-        self._no_adaptor_pass, self._watchers = NoAdaptorPass(), Watchers()
+        self._no_adaptor_pass, self._watchers, self._more_steps = NoAdaptorPass(), Watchers(), MoreSteps()
         for one in chain:
             counts = stand_in.schedule_of(one.adaptor)[1]
             asks = one.schedule if one.schedule.counts_from_end and not one.usual else None
@@ -311,6 +311,8 @@ class Engine:
             call.decision = self._by_rows(state, call, batch, call.decision)
         if call.decision.reason is None and (other := self.chain[call.decision.region].other_steps) is not None:
             other.look(call.place.step, state.timeline.steps, pipeline=self.step_reader is not None)
+        if call.decision.reason == reasons.SCHEDULED:
+            self._more_steps.look(call.place.turn, state.timeline.declared_steps, self.chain[0].schedule)
         for observer in self.observers:
             observer.before(call)
         try:

@@ -394,6 +394,26 @@ class OtherSteps:
         )
 
 
+class MoreSteps:
+    """Warns once of a run that goes on after the number of steps that was said: a clock has nothing to say of these."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def look(self, step: int, said: int | None, schedule: Schedule) -> None:
+        """A step that the schedule has full; `said`: the number of steps, None where nobody has."""
+        if self._warned or said is None or step <= said or not schedule.skips(step):
+            return
+        self._warned = True
+        warn(
+            "a run has as many steps as are said of it: those after them are full passes\n"
+            f"  steps that were said: {said}\n  this step: {step}\n"
+            "What to do: `with cw.trajectory(steps=20):`, with your own number of steps; where a sampler evaluates "
+            "between its steps, `with cw.sampler(name, sigmas):` counts for itself",
+            OtherStepsWarning,
+        )
+
+
 class Watchers:
     """Warns once of code of others that looks at modules which adaptor passes skip."""
 
