@@ -24,7 +24,7 @@ from clockwork_hooks.regions.saved import described_region
 
 FORMS = ("affine", "linear", "kernel", "low rank")
 _ENDLESS = 3e38  # a bound that bounds nothing: the identity's
-_LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
+LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
 _FARTHEST = 4.0  # a trend is carried on no farther than so many times the way that it was seen over
 _PIECES = 16  # straight ones between two calibrated positions
 
@@ -387,7 +387,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         self, row: Tensor, stride: Tensor | None = None, full: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         bounds, calibrated, along, bias, gain, matrix = row.split(self._widths)
-        stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, _LONGEST)
+        stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, LONGEST)
         farther = None if full is None else carried(calibrated if stride is None else stride, full[0] - full[1])
         return bounds, stretch, farther, along, bias, gain, matrix
 

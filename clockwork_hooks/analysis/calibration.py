@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks._tree import version
-from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, Knot, Positions, around_of, carried, like_exit
+from clockwork_hooks.adaptors.calibrated import (
+    LONGEST,
+    CalibratedAdaptor,
+    Knot,
+    Positions,
+    around_of,
+    carried,
+    like_exit,
+)
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock import reasons
@@ -200,7 +208,7 @@ def calibrate(
             a pipeline for example, which draws its own noise.
         conditions: batches of whatever `generate` takes. A few dozen samples in all do.
         guidance: scale of classifier-free guidance, where there is any: u + guidance·(c - u). Both branches may come
-            in one call, as halves of the batch, or in two calls.
+            in one call, as halves of the batch that go on from the same latents, or in two calls.
         unconditional: which half, or which of the two calls in a step, is the unconditional one.
         schedule, clock: which steps the adaptor is for, as `wrap` takes them. Neither: all from step 2, which serves
             any schedule.
@@ -426,7 +434,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
         raise ArgumentError(
             "guidance combines two branches: the halves of a batch, or two calls of a step",
             seen={"guidance": sums.guidance, "rows a call": sums.samples, "calls a step": "one"},
-            do="leave guidance= out where the sampler has none",
+            do="leave guidance= out where the sampler has none; halves are branches where both have the same latents",
         )
     wanted = (steps or _ALL).adaptor_steps(sums.last_step)
     missing = sorted(set(wanted) - {place.step for place in sums.places.values()})
@@ -472,6 +480,9 @@ class Pair:
     before: Tensor | None
     around: Tensor | None = None
     trend: Tensor | None = None
+    stretch: float = field(
+        default=1.0, kw_only=True
+    )  # how many times longer the step is than the one that weights are for
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -481,15 +492,18 @@ class Pair:
     def combined(self, other: Pair, scale: float) -> Pair:
         """This branch, and `scale` times the other's difference to it."""
         both = zip(self.tensors, other.tensors, strict=True)
-        return Pair(*(a if a is None or b is None else a + scale * (b - a) for a, b in both))  # type: ignore[arg-type]
+        return self._of(a if a is None or b is None else a + scale * (b - a) for a, b in both)
 
     def rows(self, part: slice) -> Pair:
         """A part of the samples."""
-        return Pair(*(x if x is None else x[part] for x in self.tensors))  # type: ignore[arg-type]
+        return self._of(x if x is None else x[part] for x in self.tensors)
 
     def positions(self, part: slice) -> Pair:
         """A part of the positions."""
-        return Pair(*(x if x is None else x[:, part] for x in self.tensors))  # type: ignore[arg-type]
+        return self._of(x if x is None else x[:, part] for x in self.tensors)
+
+    def _of(self, tensors: Iterable[Tensor | None]) -> Pair:
+        return Pair(*tensors, stretch=self.stretch)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -591,7 +605,7 @@ class Sums:
         emitted = outcome.exits.get(0)
         if emitted is None or call.place is None or call.decision is None:
             return
-        self.guided |= len(emitted.exit) % 2 == 0 or call.place.branch.number > 1
+        self.guided |= self._halves(call) or call.place.branch.number > 1
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
             feature = call.place.call.feature
@@ -631,6 +645,7 @@ class Sums:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
             place = self.places[time] = Place(call.place.step, time, before, fit, held)
         trend, farther = self._trail(call, time, before)
+        stretch = self._stretch(place, before)
 
         def pair(rows: slice) -> Pair:
             exit, cached = emitted.exit[rows], feature.exit[rows]
@@ -639,16 +654,16 @@ class Sums:
                 entries = (self._entry(outcome.entry[rows], exit), self._entry(feature.entry[rows], cached))
             around = around_of(self.exit.to_map(cached).float()).flatten(2).movedim(1, -1) if self.kernel else None
             carried_on = None if trend is None else self._rows(trend[rows]) * farther
-            return Pair(self._rows(cached), self._rows(exit), *entries, around, carried_on)
+            return Pair(self._rows(cached), self._rows(exit), *entries, around, carried_on, stretch=stretch)
 
         count = len(emitted.exit)
         self.samples = max(self.samples, count)
-        if self.guidance is not None and len({number for number, _ in self._befores}) > 1:
+        halves = self.guidance is not None and self._halves(call)
+        if self.guidance is not None and not halves and len({number for number, _ in self._befores}) > 1:
             whole = pair(slice(None))
             self._add(place, whole)
             self._guide(place, call.place.branch.number, call.place.ordinal, whole)
             return place
-        halves = self.guidance is not None and count % 2 == 0
         half = count // 2 if halves else count
         if outcome.entry is not None and len(outcome.entry) != count:
             pair(slice(None))  # it raises: a part of each would not show that they are of other samples
@@ -660,6 +675,24 @@ class Sums:
                 self._add(place, second, start, half)
                 self._add(place, self._guided(first, second), start, half)
         return place
+
+    def _halves(self, call: UNetCall) -> bool:
+        """Are the halves of the batch two branches of the same samples, and no samples of a step without guidance?
+
+        Both go on from the same latents; channels behind the first one may hold conditions, which differ.
+        """
+        sample = call.arguments.get(self.region.sample)
+        if not isinstance(sample, Tensor) or sample.ndim < 2 or len(sample) % 2 or not len(sample):
+            return False
+        return torch.equal(*sample[:, :1].chunk(2))
+
+    def _stretch(self, place: Place, before: float | None) -> float:
+        """How many times longer the step is than the one that the place's weights are for; as an adaptor has it."""
+        times = [time for time in (place.position, place.before, before) if time is not None]
+        if before == place.before or len(times) < 3:
+            return 1.0
+        here, first, this = (time if self.log_snr is None else self.log_snr(time) for time in times)
+        return min(max((here - this) / (here - first), 0.0), LONGEST) if here != first else 1.0
 
     @staticmethod
     def _parts(count: int, positions: int) -> list[tuple[int, int]]:
@@ -693,7 +726,8 @@ class Sums:
             self.held_out, held = "positions", max(pair.exit.shape[1] // _HELD_OUT, 1)
             parts = pair.positions(slice(0, -held)), pair.positions(slice(-held, None))
         for sums, part in zip((place.fit, place.held), parts, strict=True):
-            sums.add(*(x if x is None else x.flatten(0, 1) for x in part.tensors))  # type: ignore[arg-type]
+            tensors = (x if x is None else x.flatten(0, 1) for x in part.tensors)
+            sums.add(*tensors, stretch=part.stretch)  # type: ignore[arg-type]
 
     def _rows(self, x: Tensor) -> Tensor:
         """An exit as (B, positions, C), float32."""
@@ -908,6 +942,7 @@ class Solver:
         """Take other sums for a position, and choose the ridge anew; returns which position it is."""
         _check_finite(place)
         k = next(k for k, one in enumerate(self.places) if one.position == position)
+        place.fit.widen(self.places[k].fit, self.places[k].held)  # what was emitted there before is in bounds, too
         self.places[k], self.identity[k] = place, place.held.identity
         self.errors[self.name][k] = self.best(place, KINDS[self.name])
         return k

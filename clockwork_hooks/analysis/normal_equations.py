@@ -20,6 +20,8 @@ from torch import Tensor
 __all__ = ["KINDS", "Kind", "NormalEquations", "Shape", "shared_basis"]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_LEAST = 1e-12  # a ridge of 0 stands for it: features that move as another one does have weights then too
+_STILL = 1e-10  # a feature that moves by 1e-5 of its size stands still: sums in float64 tell no less of many rows
 _CHUNK = 1 << 11  # rows that are made float64 at once; 8192 take 0.3 GiB more for SD v1.5, and no less time
 
 
@@ -73,7 +75,8 @@ class Shape:
     def change(self, reads: Sequence[str], like: Tensor) -> Tensor:
         """(features that are read, all features): what is read, as sums of all features; 1 included."""
         eye = torch.eye(self.features, dtype=like.dtype, device=like.device)
-        exit, difference, before = eye[: 1 + self.exit], eye[1 + self.exit :][: self.entry], eye[-self.entry :]
+        exit, entries = eye[: 1 + self.exit], eye[1 + self.exit :]
+        difference, before = entries[: self.entry], entries[self.entry :][: self.entry]
         if "entry_cached" in reads:
             return eye
         return torch.cat((exit, difference + before)) if "entry" in reads else exit
@@ -123,18 +126,24 @@ class NormalEquations:
         before: Tensor | None,
         around: Tensor | None = None,
         trend: Tensor | None = None,
+        *,
+        stretch: float = 1.0,
     ) -> None:
-        """Add positions: (n, C) exits, cached and true, and trends; (n, E) entries, now and before; (n, A) around."""
+        """Add positions: (n, C) exits, cached and true, and trends; (n, E) entries, now and before; (n, A) around.
+
+        `stretch`: how many times longer their step is than the one that weights are for. Features are as an adaptor
+        takes them there: so many times as large, but for what changes by itself, the entry's difference and the trend.
+        """
         triangle = self._triangle()
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
             was, now = (x[rows].to(self.upper.device).double() for x in (cached, exit))
-            columns = [was.new_ones(len(was), 1), was]
+            columns = [was.new_full((len(was), 1), stretch), was * stretch]
             if entry is not None and before is not None:
                 here, there = (x[rows].to(self.upper.device).double() for x in (entry, before))
-                columns += [here - there, there]
+                columns += [here - there, there * stretch]
             if around is not None:
-                columns.append(around[rows].to(self.upper.device).double())
+                columns.append(around[rows].to(self.upper.device).double() * stretch)
             features, target = torch.cat(columns, 1), now - was
             self.upper += (features.T @ features)[triangle]
             self.cross.addmm_(features.T, target)
@@ -160,6 +169,11 @@ class NormalEquations:
             self.trend_cross + other.trend_cross,
             self.trend_square + other.trend_square,
         )
+
+    def widen(self, *others: NormalEquations) -> None:
+        """Take the least and the greatest exits of others for seen, too."""
+        for other in others:
+            self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
 
     @property
     def count(self) -> float:
@@ -256,7 +270,8 @@ class NormalEquations:
         count, mean, target = gram[0, 0].clamp_min(1), gram[0, own], cross[0]
         variance = gram.diagonal()[own] - mean.square() / count
         covariance = cross[own, own - 1] - mean * target / count
-        gain = covariance / (variance * (1 + ridge)).clamp_min(1e-12 * variance.amax().clamp_min(1e-300))
+        below = (variance * (1 + ridge)).clamp_min(1e-12 * variance.amax().clamp_min(1e-300))
+        gain = torch.where(_moves(variance, gram.diagonal()[own]), covariance / below, 0.0)
         weights = torch.zeros_like(cross)
         weights[own, own - 1], weights[0] = gain, (target - gain * mean) / count
         return weights
@@ -268,9 +283,10 @@ class NormalEquations:
         count, mean = gram[0, 0].clamp_min(1), gram[0, 1:]
         covariance = gram[1:, 1:] - torch.outer(mean, mean) / count
         diagonal = covariance.diagonal().clamp_min(1e-12 * covariance.diagonal().amax().clamp_min(1e-300))
-        scale = diagonal.rsqrt()
+        moves = _moves(covariance.diagonal(), gram.diagonal()[1:])
+        scale = torch.where(moves, diagonal.rsqrt(), 0.0)
         scaled = covariance * scale[:, None] * scale
-        scaled.diagonal().add_(ridge)
+        scaled.diagonal().add_(torch.where(moves, max(ridge, _LEAST), 1.0))
         target = (cross[1:] - torch.outer(mean, cross[0]) / count) * scale[:, None]
         inner = torch.linalg.solve(scaled, target) * scale[:, None]
         bias = (cross[:1] - mean[None] @ inner) / count
@@ -284,6 +300,14 @@ class NormalEquations:
         mean = gram[:1] / gram[0, 0].clamp_min(1)
         covariance: Tensor = inner.T @ (gram - gram[0, 0] * mean.T @ mean) @ inner
         return covariance
+
+
+def _moves(variance: Tensor, square: Tensor) -> Tensor:
+    """Which features do more than stand still, by their centred and their plain sum of squares?
+
+    Of the others the difference of the two is a rounding error, and a weight that followed from it could be anything.
+    """
+    return variance > _STILL * square
 
 
 def shared_basis(added: Sequence[Tensor], rank: int) -> Tensor:
