@@ -1,10 +1,12 @@
 """The package as a whole: who imports whom, what is exported, what an import costs, and that the examples run."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -137,6 +139,9 @@ def test_public_names_are_documented(name: str) -> None:
         own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
         bare = [k for k, v in own.items() if callable(v) or isinstance(v, (property, classmethod, staticmethod))]
         assert [k for k in bare if not inspect.getdoc(getattr(value, k))] == []
+    if dataclasses.is_dataclass(value):
+        public = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+        assert [one for one in public if not re.search(rf"\b{one}\b", str(value.__doc__))] == []
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if ".demo" not in name])

@@ -80,7 +80,13 @@ class Stats(Counts):
     """Counts of one wrapper over all its calls, threads and trajectories together.
 
     Attributes:
-        trajectories: the same for each of the last 64 trajectories, newest last.
+        full_passes: calls that ran the whole UNet.
+        adaptor_passes: calls in which the adaptor stood in for the region.
+        reasons: why full passes were full → how many; docs/timeline.md says what each means.
+        regions: where several regions have clocks, which one adaptor passes skipped → how many.
+        macs_run: multiply-accumulates that ran, the adaptor's included, attention products counted.
+        macs_plain: what the same calls cost without Clockwork.
+        trajectories: the same counts for each of the last 64 trajectories, newest last.
 
     Example:
         >>> stats = Stats(full_passes=4, adaptor_passes=4, macs_run=60, macs_plain=80)  # cw.stats

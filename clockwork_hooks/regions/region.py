@@ -33,6 +33,7 @@ class Boundary:
         shape: as traced, with the batch.
         dtype: as traced.
         resolution: spatial shape, e.g. (64, 64).
+        node: its operator's place in the trace.
 
     Example:
         >>> import clockwork_hooks as ch
@@ -61,6 +62,8 @@ class Side:
         inputs: paths of the inputs it comes from.
         path: module it comes out of; "" for an input itself.
         shape: as traced.
+        dtype: as traced.
+        node: its operator's place in the trace.
 
     Example:
         >>> import clockwork_hooks as ch
@@ -130,6 +133,8 @@ class Region(Report):
         inner: the same region without the downsampler into it and the upsampler out of it (the paper's cut).
         fingerprint: equal for the same region of the same architecture at any batch, size, dtype and device.
         structure: the digest of the UNet that it was found in (`regions/fingerprint.py`); "" where it holds for none.
+        cut_plan: what a pass looks up at every call (`regions/cut.py`).
+        signature: shapes, dtypes and devices of the traced call's arguments.
     """
 
     SCHEMA = "region/1"
