@@ -70,7 +70,7 @@ def test_what_is_kept_in_a_folder_is_not_tuned_again(tmp_path):
         tuned, count = first.adaptor.tuning, len(calls)
         state = first.adaptor.state_dict()
     with tune(unet, BATCHES, **options) as again:
-        assert len(calls) == count + 1  # the first call alone, to find the region
+        assert len(calls) == count + 3  # one run, for its times; and first calls alone, to find regions
         assert again.adaptor.tuning == tuned
         assert again.schedule == first.schedule
         assert all(torch.equal(again.adaptor.state_dict()[name], tensor) for name, tensor in state.items())
@@ -99,6 +99,23 @@ def test_another_model_or_guidance_is_tuned_anew(tmp_path, change):
             unet.up.weight.mul_(1.01)
     tune(unet, BATCHES, **options).remove()
     assert len(calls) > 5
+
+
+def test_another_number_of_steps_of_ones_own_sampler_is_tuned_anew(tmp_path):
+    """Steps for 6 were wrapped where the sampler takes 12, whose adaptor steps are others and save less."""
+    unet = Blocks(**WORLDS["affine"])
+    many = [900.0 - 59.0 * k for k in range(12)]
+    options = {"saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    seen = []
+    for times in (TIMES, many, TIMES):
+        with tune(unet, BATCHES, generate=sampler(unet, times), **options) as cw, torch.no_grad():
+            seen.append((cw.adaptor.tuning.steps, cw.adaptor.tuning.seconds))
+            with cw.trajectory():
+                sampler(unet, times)(BATCHES[0])
+            assert cw.stats.saving >= 0.3
+        cw.remove()
+    assert [steps for steps, _ in seen] == [6, 12, 6]
+    assert seen[2] == seen[0]  # read, and not tuned once more
 
 
 def test_a_broken_file_in_the_folder_is_named(tmp_path):

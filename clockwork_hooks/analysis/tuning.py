@@ -23,8 +23,20 @@ from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
 from clockwork_hooks.analysis.calibration import calibrate
-from clockwork_hooks.analysis.sampling import Candidate, Measured, Runs, check_regions, first_call, region_name
+from clockwork_hooks.analysis.sampling import (
+    Candidate,
+    Measured,
+    Runs,
+    Watch,
+    check_regions,
+    final,
+    first_call,
+    region_name,
+)
+from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.attach import wrap
+from clockwork_hooks.engine.engine import UNetCall
+from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, first_line, named_options, share
 from clockwork_hooks.regions.find import choose, regions_of
@@ -162,7 +174,8 @@ def tune(
     steps full, and a clock between them; or full steps farther and farther apart) and save enough are run end to end on
     conditions that were not calibrated with. The one whose results are nearest to the plain ones is calibrated once
     more for its own steps, and so is the one with growing distances; the nearer one is taken. Minutes on a GPU; with
-    `folder=` it is done once, for a model with its weights, sampler, number of steps, guidance and saving.
+    `folder=` it is done once, for a model with its weights, sampler, number of steps, guidance and saving. Of a sampler
+    of your own one run says which times it takes.
 
     Args:
         pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
@@ -211,13 +224,18 @@ def tune(
         generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
         guidance = _guidance(pipe, options or {}) if guidance is None else guidance
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
-    home = None if folder is None else _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions, time))
+    home = None
+    if folder is not None:
+        _home(Path(folder))  # before the first run
+        times = _times(unet, generate, batches[0], regions, time) if unet is pipe else None
+        home = _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions, time, times))
     if home is not None and (home / _FILE).exists():
-        adaptor = CalibratedAdaptor.from_pretrained(home)
-        tuning = _saved(home / _FILE)
-        adaptor.tuning = tuning
-        region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **adaptor.region_options)
-        return wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
+        tuning, own = _saved(home / _FILE), CalibratedAdaptor.from_pretrained(home).region_options
+        region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **own)
+        cw = wrap(unet, home, schedule=Schedule.at(tuning.chosen.steps), region=region)  # moves it to the UNet's device
+        read: Any = cw.adaptor
+        read.tuning = tuning
+        return cw
     solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
     tuner = _Tuner(unet, generate, batches, solving, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
@@ -507,14 +525,45 @@ def _key(
     guidance: float | None,
     regions: Sequence[Region] | None,
     time: str | None,
+    times: Sequence[float | None] | None,
 ) -> str:
-    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions, time and saving."""
+    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions, time and saving.
+
+    Of a sampler of one's own `times` are what tells it, and its steps.
+    """
     scheduler = getattr(pipe, "scheduler", None)
-    parts = [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
+    parts = [type(pipe).__name__, str(times)]
+    parts += [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
     parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
     parts += [str([_few(p) for p in unet.parameters()]), str(guidance), str([one.fingerprint for one in regions or ()])]
     parts += [] if time is None else [time]
     return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"
+
+
+def _times(
+    unet: nn.Module, generate: Generate, batch: Any, regions: Sequence[Region] | None, time: str | None
+) -> list[float | None]:
+    """The times of one run's calls, rounded: who would say otherwise which sampler it is, and in how many steps?"""
+    times: list[float | None] = []
+    region = regions[0] if regions else choose(first_call(unet, generate, batch, 0, time=time), unet)
+    with Watch(unet, region) as watch, watch.observed(_Times(times)), watch.trajectory():
+        final(generate, batch, 0)
+    return times
+
+
+class _Times:
+    """Notes the time of each call that it observes."""
+
+    def __init__(self, times: list[float | None]) -> None:
+        self._times, self._reader = times, TimeReader()
+
+    def before(self, call: UNetCall) -> None:
+        """A call is about to run."""
+
+    def after(self, call: UNetCall, outcome: Outcome) -> None:
+        """It has run; the first one's time is known only now."""
+        value = None if call.time is None else self._reader.read(call.time)[0]
+        self._times.append(None if value is None else float(f"{value:.6g}"))
 
 
 def _few(weights: Tensor) -> list[Any]:
