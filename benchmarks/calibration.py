@@ -191,6 +191,10 @@ def _guided() -> Group:
         rows += other_steps(steps, full, BEFORE, region="default")
     for full in ((1, 2, 3, 5), (1, 2, 3, 4)):
         rows += other_steps(5, full, BEFORE)
+    rows += other_steps(5, (1, 2, 3, 5), TREND, ENTRY)
+    for full in ((1, 2, 3, 5, 6), (1, 2, 4, 5, 6), (1, 2, 3, 4, 6)):
+        rows += other_steps(6, full, BEFORE)
+    rows += other_steps(6, (1, 2, 3, 5, 6), BEFORE, region="default")
     return dataclasses.replace(group, rows=tuple(rows))
 
 

@@ -84,15 +84,22 @@ SAVINGS = {8: (0.2, 0.32, 0.43), 20: (0.4, 0.5), 50: (0.65, 0.72)}  # steps of t
 _PLANNING = 7_100_000  # seed of the noise that is planned with: none of the judged or calibrated ones
 
 
-def _planned(steps: int) -> list[Row]:
-    """Rows at the steps that were found for this model: by `search`, which looks at pictures, and by `ch.plan`."""
+def _planned(steps: int, instead_of: int | None = None) -> list[Row]:
+    """Rows at the steps that were found for this model: by `search`, which looks at pictures, and by `ch.plan`.
+
+    Args:
+        steps: of the sampler.
+        instead_of: the rows take more steps than their group, which has so many, and few full ones.
+    """
     if not PLANNED.exists():
         return []
     rows, found = list[Row](), json.loads(PLANNED.read_text(encoding="utf-8"))
     for by, sets in (("searched for", found.get("searches", [])), ("planned", found["plans"])):
         for one in (one for one in sets if one["steps"] == steps):
             at = tuple(one["adaptor steps"])
-            rows += kinds(one["region"], at, TREND, BEFORE, AFFINE, what=f"{by}, {len(at)} adaptor steps")
+            what = f"{by}, {len(at)} adaptor steps" if instead_of is None else f"{steps} steps, {by}, {len(at)} adaptor steps"
+            names = (TREND, BEFORE, AFFINE) if instead_of is None else (TREND, BEFORE)
+            rows += kinds(one["region"], at, *names, what=what, taken=None if instead_of is None else steps)
     return list({row.label: row for row in rows}.values())
 
 
@@ -106,6 +113,7 @@ def _plan() -> list[tuple[int, Row]]:
     usual, plain = (IDENTITY, AFFINE, FREE, BEFORE, TREND), Row("plain")
     plan: list[tuple[int, Sequence[Row]]] = [
         *((steps, (plain, *_planned(steps))) for steps in SAVINGS),
+        *((8, _planned(steps, instead_of=8)) for steps in (10, 12)),
         (8, (*fewer(5, 6, 7), *kinds("widest", BOTH, *usual), *kinds("default", CLOCK2, *usual))),
         (20, (*fewer(10, 12), *_spaced(20, 3, 2, TREND, BEFORE, AFFINE, IDENTITY), *_early(20, 2, TREND, BEFORE))),
         (50, (*fewer(16, 13), *_early(50, 4, TREND, BEFORE), *_spaced(50, 5, 3, TREND, BEFORE, IDENTITY))),
@@ -231,7 +239,7 @@ class Judge:
         """The calibrated adaptor of a row, and what its calibration says."""
         if row.kind in (None, IDENTITY):
             return row.kind, {}
-        model, most = self.model, min(row.captions, self.samples)
+        model, most, steps = self.model, min(row.captions, self.samples), row.taken or steps
         schedule = row.at or None  # None: for any steps
         batches = [(min(256, most - at), _SEED + at) for at in range(0, most, 256)]
         if steps > 20:  # several batches of a long sampler say more than enough
