@@ -107,9 +107,12 @@ def fewer(*steps: int) -> list[Row]:
     return [Row(f"plain, {count} steps", taken=count) for count in steps]
 
 
-def deepcache(*pairs: tuple[int, int]) -> list[Row]:
-    """(branch, interval) of the peer."""
-    return [Row(f"DeepCache, branch {b}, interval {n}", "deepcache", branch=b, interval=n) for b, n in pairs]
+def deepcache(*pairs: tuple[int, int], taken: int | None = None) -> list[Row]:
+    """(branch, interval) of the peer; it may take more steps too."""
+    name = "DeepCache" if taken is None else f"DeepCache, {taken} steps"
+    return [
+        Row(f"{name}, branch {b}, interval {n}", "deepcache", taken=taken, branch=b, interval=n) for b, n in pairs
+    ]
 
 
 def kinds(region: str, at: tuple[int, ...], *names: str, what: str = "", **more: Any) -> list[Row]:
@@ -147,6 +150,7 @@ def _main() -> Group:
         rows += other_steps(steps, early(steps, clock), TREND)
     rows += other_steps(12, (1, 2, 3, 8), BEFORE, TREND)  # what `ch.tune(saving=0.6)` finds
     rows += other_steps(10, (1, 2, 3, 7), BEFORE)
+    rows += [*deepcache((0, 3), taken=12), *deepcache((0, 2), taken=12), *deepcache((0, 3), taken=16)]
     return Group("main-8", Sampler(), tuple(rows))
 
 
@@ -395,7 +399,7 @@ class Judge:
         if row.kind == "deepcache":
             few = self.bench.batches[0][:8]
             with _deepcache(self.bench, sampler, row), counting(unet) as calls:
-                self.bench.sample(few, 0, sampler)
+                self.bench.sample(few, 0, sampler, row.taken)
             with _deepcache(self.bench, sampler, row):
                 yield lambda pictures: sum(calls) / len(few)
             return
@@ -415,7 +419,7 @@ def _deepcache(bench: Bench, sampler: Sampler, row: Row) -> Iterator[None]:
     from DeepCache import DeepCacheSDHelper
 
     solver = bench.model.scheduler(sampler.scheduler)
-    solver.set_timesteps(sampler.steps)
+    solver.set_timesteps(row.taken or sampler.steps)
     helper = DeepCacheSDHelper(SimpleNamespace(unet=bench.model.unet, scheduler=solver))
     helper.set_params(cache_interval=row.interval, cache_branch_id=row.branch)
     helper.enable()

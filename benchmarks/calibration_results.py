@@ -475,7 +475,7 @@ def plot_budgets(data: Mapping[str, Any], path: Path = BUDGETS) -> Path:
         axis.annotate(f"{count}", point(key), textcoords="offset points", xytext=at, fontsize=8, ha="right")
     for key in others:
         row = rows.row(key)
-        steps = row["sampler"]["steps"]
+        steps = row["taken"] or row["sampler"]["steps"]
         full = -(-steps // row["interval"])
         axis.annotate(
             f"{steps} ({full})", point(key), textcoords="offset points", xytext=(0, 7), fontsize=8, ha="center"
