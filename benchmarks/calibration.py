@@ -110,9 +110,7 @@ def fewer(*steps: int) -> list[Row]:
 def deepcache(*pairs: tuple[int, int], taken: int | None = None) -> list[Row]:
     """(branch, interval) of the peer; it may take more steps too."""
     name = "DeepCache" if taken is None else f"DeepCache, {taken} steps"
-    return [
-        Row(f"{name}, branch {b}, interval {n}", "deepcache", taken=taken, branch=b, interval=n) for b, n in pairs
-    ]
+    return [Row(f"{name}, branch {b}, interval {n}", "deepcache", taken=taken, branch=b, interval=n) for b, n in pairs]
 
 
 def kinds(region: str, at: tuple[int, ...], *names: str, what: str = "", **more: Any) -> list[Row]:

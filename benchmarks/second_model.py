@@ -97,7 +97,8 @@ def _planned(steps: int, instead_of: int | None = None) -> list[Row]:
     for by, sets in (("searched for", found.get("searches", [])), ("planned", found["plans"])):
         for one in (one for one in sets if one["steps"] == steps):
             at = tuple(one["adaptor steps"])
-            what = f"{by}, {len(at)} adaptor steps" if instead_of is None else f"{steps} steps, {by}, {len(at)} adaptor steps"
+            what = f"{by}, {len(at)} adaptor steps"
+            what = what if instead_of is None else f"{steps} steps, {what}"
             names = (TREND, BEFORE, AFFINE) if instead_of is None else (TREND, BEFORE)
             rows += kinds(one["region"], at, *names, what=what, taken=None if instead_of is None else steps)
     return list({row.label: row for row in rows}.values())
