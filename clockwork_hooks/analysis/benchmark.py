@@ -231,7 +231,7 @@ def bench(
             the same mode.
         notes: sentences for the report.
         console: where the progress bar goes; None for standard error.
-        **kwargs: likewise arguments of the call.
+        **kwargs: arguments of the call by name.
 
     Returns:
         The benchmark, a `Report`.

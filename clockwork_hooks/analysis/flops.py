@@ -377,7 +377,7 @@ def flops_report(
         handles: how operators are counted that the library does not know: name → function of the arguments, with shapes
             for tensors, and the output's shape (`ch.graph.handle`).
         depth: names of a module path that the view by module keeps.
-        **kwargs: likewise arguments of the call, and options of `Choice`.
+        **kwargs: arguments of the call by name, and options of `Choice`.
 
     Returns:
         The report: totals in MACs and FLOPs, views by level, operator and module, the list of what is not counted.

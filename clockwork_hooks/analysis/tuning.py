@@ -187,7 +187,7 @@ def tune(
         log_snr: as in `calibrate`; of a pipeline, its scheduler.
         regions: to try; None for the default one and the widest.
         folder: where the result is kept, and looked for.
-        on_trial: called with every trial as it ends, for who wants to see them before the last one.
+        on_trial: called with every trial as it ends, to show them before the last one.
         time: name of the argument that holds the time, where it cannot be told.
         console: where the progress bar goes; None for standard error.
 

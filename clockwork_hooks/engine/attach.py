@@ -165,8 +165,8 @@ def wrap(
             who train through the sampler; the memory of both steps is held. Otherwise it is detached.
         keep: dotted paths of modules that run on adaptor passes too, with all that they need, as others look at them:
             ["mid_block"]. The rest of the region is skipped.
-        ignore: dotted paths of arguments that tell nothing, for who knows that nothing in the region depends on them:
-            ("transformer_options.sigmas",), ("guidance",). What is there is no condition, and its shape and type are no
+        ignore: dotted paths of arguments that nothing in the region depends on, as you know:
+            ("transformer_options.sigmas",), ("guidance",). They are no conditions, and their shapes and types are no
             part of the input signature.
         branch: gives each call a key from its arguments by name, as `with cw.branch(key):` around it does, beside it:
             lambda args: tuple(args["transformer_options"].get("cond_or_uncond", ())).

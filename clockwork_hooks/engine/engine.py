@@ -167,7 +167,7 @@ class Engine:
         enabled: off, the UNet runs as if nothing were attached.
         observers: see every call.
         looks: all passes pick boundary tensors up, for an observer; else those whose adaptor has a use for them.
-        teaches: decide as always, but run everything in full: for who records what adaptor steps would be given.
+        teaches: decide as always, but run everything in full, to record what adaptor steps would be given.
         records_first: record the first call of a signature apart, before it runs like the others.
         step_reader: declares steps that a scheduler tells; called with timeline and time before a call is placed.
         static: runs passes as static callables, once the wrapper is compiled.

@@ -32,7 +32,7 @@ def diagram(unet: nn.Module, /, *args: Any, region: Region | Choice | None = Non
         unet: any UNet; on the meta device too.
         *args: the arguments of one call.
         region: shaded in the picture, a `Region` or a `Choice`; None for the default one, if there is one.
-        **kwargs: likewise arguments of the call, and options of `Choice`.
+        **kwargs: arguments of the call by name, and options of `Choice`.
 
     Returns:
         The diagram; `.to_svg()`, `.save("unet.png")`, and notebooks show it.

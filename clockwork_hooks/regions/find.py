@@ -329,7 +329,7 @@ def find_region(unet: nn.Module, /, *args: Any, region: Choice | None = None, **
         unet: any UNet.
         *args: the arguments of one call.
         region: which one, a `Choice`; its options may be passed one by one instead: `level=2`, `share=0.9`, ...
-        **kwargs: likewise arguments of the call, and options of `Choice`.
+        **kwargs: arguments of the call by name, and options of `Choice`.
 
     Returns:
         The region.
