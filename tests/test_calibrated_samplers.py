@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.analysis.calibration import calibrate
+from clockwork_hooks.analysis.calibration import Calibration, calibrate
 from clockwork_hooks.analysis.normal_equations import KINDS, NormalEquations, Shape, shared_basis
+from tests.schemas import follows_its_schema
 from tests.test_calibration import TIMES, WORLDS, Blocks, sampler
 
 
@@ -133,3 +134,40 @@ def test_a_channel_that_stands_still_has_no_gain(name, ridge):
         weights = sums.cut(weights, ridge, shared_basis([sums.added(weights, ridge)], 1))
     assert weights[0, 1] == pytest.approx(100.03, rel=1e-4)
     assert sums.error(weights) ** 0.5 < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "exit+entry+before+trend", "kernel", "low rank"])
+@pytest.mark.parametrize("schedule", [None, {3, 4, 5, 6}])
+def test_few_samples_make_no_step_worse_than_the_identity(kind, schedule):
+    """Where the exit follows from nothing that is read, weights that fit a few samples were farther off."""
+
+    def rough(t):
+        return 1 + 0.3 * torch.randn(12, 1, 1, generator=torch.Generator().manual_seed(int(t)))
+
+    class Rough(Blocks):
+        def forward(self, x, t, c):
+            return super().forward(x, t, c + 2 * torch.sin(40 * x.mean((2, 3))[:, :1]))
+
+    unet = Rough(gain=rough)
+
+    def generate(count, seed=0):
+        x, c = noise(count, seed)
+        for time in TIMES:
+            x = x - 0.3 * unet(x, time, c[:count])
+        return x
+
+    adaptor = calibrate(unet, generate, [5], kind=kind, schedule=schedule)
+    steps = adaptor.report.steps
+    assert all(step.error <= step.identity for step in steps)
+    as_it_is = [step for step in steps if step.ridge is None]
+    assert as_it_is
+    cached, entry = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 8, 8)
+    for step in as_it_is:
+        inputs = {"position": torch.tensor(step.position)}
+        inputs |= {"entry_cached": torch.randn(2, 6, 8, 8)} if "entry_cached" in adaptor.needs else {}
+        low, high = adaptor.table[sorted(one.position for one in steps).index(step.position), :8].chunk(2)
+        within = cached.clamp(low.reshape(-1, 1, 1), high.reshape(-1, 1, 1))
+        assert torch.equal(adaptor(entry, cached, **inputs), within)
+    assert "the identity is best" in str(adaptor.report.tables()[1].to_markdown())
+    follows_its_schema(adaptor.report.to_dict())
+    assert Calibration.from_json(adaptor.report.to_json()) == adaptor.report

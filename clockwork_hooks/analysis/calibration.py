@@ -92,7 +92,8 @@ class StepResult:
         log_snr: there; None where it was not told.
         identity: ‖r(s-1) - r(s)‖ / ‖r(s)‖ of the exit r.
         error: the same of the adaptor that was chosen, held out.
-        ridge: chosen on the held-out rows, relative to the diagonal.
+        ridge: chosen on the held-out rows, relative to the diagonal; None where no weights do better there than the
+            identity, which the step then has.
         on_policy: was it fitted again on what the student reaches?
     """
 
@@ -101,8 +102,14 @@ class StepResult:
     log_snr: float | None
     identity: float
     error: float
-    ridge: float
+    ridge: float | None
     on_policy: bool = False
+
+    @property
+    def how(self) -> str:
+        """How it was fitted, where that is not the usual way."""
+        where = "on what the student reaches" if self.on_policy else ""
+        return where if self.ridge is not None else f"{where}, the identity is best".removeprefix(", ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +174,8 @@ class Calibration(FieldReport):
                 *([] if one.log_snr is None else [f"{one.log_snr:.2f}"]),
                 percent(one.identity),
                 percent(one.error),
-                f"{one.ridge:g}",
-                "on what the student reaches" if one.on_policy else "",
+                "" if one.ridge is None else f"{one.ridge:g}",
+                one.how,
             )
             for one in self.steps
         ]
@@ -817,7 +824,7 @@ class Solver:
     ) -> None:
         self.region, self.sums, self.log_snr = region, sums, log_snr
         self.trends = trends
-        self.ridges = RIDGES if ridge is None else (ridge,)
+        self.ridges = (*RIDGES, math.inf) if ridge is None else (ridge,)
         if None in sums.places:
             self.places = [sums.places[None]]
         else:
@@ -844,9 +851,12 @@ class Solver:
         return [*names, *(f"{name}+trend" for name in names if trends and name != "gain")]
 
     def best(self, place: Place, kind: Kind) -> tuple[float, float]:
-        """(ridge, held-out error²) of one position."""
+        """(ridge, held-out error²) of one position; an endless ridge is the identity: of few rows it may be best."""
         errors = []
         for ridge in self.ridges:
+            if ridge == math.inf:
+                errors.append((place.held.identity, ridge))
+                continue
             weights = place.fit.solve(kind, ridge)
             if kind.form == "low rank":
                 basis = shared_basis([place.fit.added(weights, ridge)], self.rank)
@@ -901,8 +911,10 @@ class Solver:
         """The adaptor of the kind that was chosen."""
         kind, basis = KINDS[self.name], None
         if kind.form == "low rank":
-            wholes = [(place.fit + place.held, ridge) for place, (ridge, _) in self.chosen]
-            basis = shared_basis([whole.added(whole.solve(kind, ridge), ridge) for whole, ridge in wholes], self.rank)
+            wholes = [(place.fit + place.held, ridge) for place, (ridge, _) in self.chosen if ridge < math.inf]
+            added = [whole.added(whole.solve(kind, ridge), ridge) for whole, ridge in wholes]
+            one = self.places[0].fit.cross
+            basis = shared_basis(added, self.rank) if added else one.new_zeros(self.rank, self.sums.shape.exit)
         knots = [self.knot(place, ridge, basis) for place, (ridge, _) in self.chosen]
         positions = None
         if None not in self.sums.places:
@@ -922,14 +934,14 @@ class Solver:
         """Solve with all that was seen at a position."""
         kind, whole = KINDS[self.name], place.fit + place.held
         own, weights = torch.arange(whole.shape.exit, device=whole.cross.device), whole.solve(kind, ridge)
-        gain, inner = None, None
+        identity, gain, inner = ridge == math.inf, None, None
         if kind.form in ("linear", "kernel"):
             inner = self._as_read(weights[1:-1], kind)
         elif basis is None:
             gain = weights[1:-1][own, own]
         else:
-            gain = whole.affine(weights, ridge)[1:][own, own]
-            weights = whole.cut(weights, ridge, basis)
+            gain = weights[1:-1][own, own] if identity else whole.affine(weights, ridge)[1:][own, own]
+            weights = weights if identity else whole.cut(weights, ridge, basis)
             rest = weights[1:-1].clone()
             rest[own, own] -= gain
             inner = rest @ basis.T
@@ -960,10 +972,11 @@ class Solver:
         steps = []
         for k in order:
             place, (ridge, error) = self.places[k], self.errors[self.name][k]
+            share = None if ridge == math.inf else ridge
             level = None if self.log_snr is None or place.position is None else self.log_snr(place.position)
             steps.append(
                 StepResult(
-                    place.step, place.position, level, math.sqrt(self.identity[k]), math.sqrt(error), ridge,
+                    place.step, place.position, level, math.sqrt(self.identity[k]), math.sqrt(error), share,
                     place.on_policy,
                 )
             )  # fmt: skip

@@ -11,6 +11,7 @@ of the trend (the theorem of Frisch, Waugh and Lovell), so it needs no sums of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -219,8 +220,10 @@ class NormalEquations:
 
         Args:
             kind: which.
-            ridge: relative to the diagonal of the covariance.
+            ridge: relative to the diagonal of the covariance; an endless one leaves the identity.
         """
+        if ridge == math.inf:
+            return self.cross.new_zeros(self.shape.features + 1, self.shape.exit)
         trend = self._trend(kind, ridge) if kind.trend else torch.zeros_like(self.square)
         return torch.cat((self._others(kind, ridge, self._rest(trend)), trend[None]))
 
