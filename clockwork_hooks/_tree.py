@@ -87,7 +87,7 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map_leaves(fn, item) for item in value)
     mapped = {key: map_leaves(fn, item) for key, item in _items(value)}
-    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+    if type(value) is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
         return mapped
     copied = copy.copy(value)
     for key, item in mapped.items():
@@ -96,6 +96,24 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
         else:
             object.__setattr__(copied, key, item)
     return copied
+
+
+def is_changeable(value: Any) -> bool:
+    """Is it a container whose contents can be others? A tuple's, and a read-only mapping's, cannot."""
+    closed = isinstance(value, tuple) or (isinstance(value, Mapping) and not isinstance(value, MutableMapping))
+    return _is_container(value) and not closed
+
+
+def refill(value: Any, contents: Any) -> None:
+    """Give a changeable container the contents of another one of its kind."""
+    if isinstance(value, list):
+        value[:] = contents
+    elif isinstance(value, MutableMapping):
+        value.clear()
+        value.update(contents)
+    else:
+        for name, item in _items(contents):
+            object.__setattr__(value, name, item)
 
 
 def _is_container(value: Any) -> bool:

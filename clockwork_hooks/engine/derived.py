@@ -46,7 +46,7 @@ from clockwork_hooks.graph.operators import (
 )
 from clockwork_hooks.graph.recorder import ModuleCall, eager, specs_in, written_by
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
+from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 
 
 def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -251,12 +251,12 @@ class _Watch:
         recorded, now = (flat(value) for value in (call.output, output))
         if len(recorded) != len(now) or not all(map(_alike, recorded, now)):
             return None
-        flags = iter([leaf for leaf in recorded if isinstance(leaf, Slot)])
+        recorded_leaves = iter(recorded)
 
         def flagged(leaf: Any) -> Any:
-            if not isinstance(leaf, Slot):
-                return leaf
-            before = next(flags)
+            before = next(recorded_leaves)
+            if isinstance(before, Same) or not isinstance(leaf, Slot):
+                return before if isinstance(before, Same) else leaf
             return replace(leaf, exit=before.exit, written=before.written)
 
         return replace(call, output=map_leaves(flagged, output))
@@ -289,6 +289,8 @@ def _slot(leaf: Any) -> Any:
 
 def _alike(recorded: Any, now: Any) -> bool:
     """Are these leaves of two calls' outputs the same but for sizes?"""
+    if isinstance(recorded, Same):
+        return isinstance(now, Slot)
     if not isinstance(recorded, Slot) or not isinstance(now, Slot):
         return type(recorded) is type(now)
     return len(recorded.shape) == len(now.shape) and (recorded.dtype, recorded.device) == (now.dtype, now.device)

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address, copied, flat, leaf_at, map_leaves, version
+from clockwork_hooks._tree import address, copied, flat, is_changeable, leaf_at, map_leaves, refill, version
 from clockwork_hooks.clock.loops import saved_for_again
 from clockwork_hooks.engine.taint import Taint, Tainted, refuse
-from clockwork_hooks.regions.cut import CutPlan, Kind, Slot, Wanted, fits
+from clockwork_hooks.regions.cut import CutPlan, Kind, Same, Slot, Wanted, fits
 
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -202,7 +202,9 @@ class Pass:
                 self.blanks = True
                 if self._gradients:
                     self._saved.append(saved_for_again(exits=bool(move.exits)))
-                return self._stand_in(path, k, move.skipped.output)
+                if move.skipped.same is None:
+                    return self._stand_in(path, k, move.skipped.output)
+                return self._stand_in_same(move.skipped.same, move.skipped.output, args, kwargs)
         output = forward(*args, **kwargs)
         if self._proves and move.skipped is not None:
             self._differs = self._differs or not fits(output, move.skipped.output)
@@ -300,6 +302,22 @@ class Pass:
         if shared is None:  # making them anew takes 4 to 7 µs each, 0.1 ms a pass of SD v1.5
             shared = self._shared[path, k] = map_leaves(_shared, output)
         return shared
+
+    def _stand_in_same(self, same: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a skipped call returns that returns one of its arguments: that, with what stands in put into it."""
+        values = (*args, *kwargs.values())
+        if same >= len(values) or not is_changeable(values[same]):
+            self._differs = True
+            return map_leaves(self._fill, output)
+        given = flat((args, kwargs))
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Same):
+                return given[leaf.leaf] if leaf.leaf < len(given) else None
+            return self._fill(leaf)
+
+        refill(values[same], map_leaves(fill, output))
+        return values[same]
 
     def _fill(self, leaf: Any) -> Any:
         if not isinstance(leaf, Slot):

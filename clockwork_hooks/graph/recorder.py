@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import Leaf, address, flat, held, map_leaves, tensors
+from clockwork_hooks._tree import Leaf, address, flat, held, is_changeable, map_leaves, tensors
 from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.operators import is_spatial
 
@@ -104,6 +104,9 @@ def specs_in(value: object) -> list[TensorSpec]:
     return [leaf for leaf in flat(value) if isinstance(leaf, TensorSpec)]
 
 
+Put = tuple[int, int | None]  # node, and the node that made its memory, if that was there before
+
+
 class Bindings:
     """The graph as it grows, and the tensors that its nodes stand for.
 
@@ -162,6 +165,16 @@ class Bindings:
         node.meta.update(index=len(self.nodes), call=self._call, module=self._module)
         self.nodes.append(node)
         return node
+
+    def puts(self, values: Any, first: int) -> tuple[Put, ...]:
+        """Of the tensors among these that were made or written to since the node of index `first`; adds no node."""
+        puts: list[Put] = []
+        for tensor in tensors(values):
+            ref, node = self._tensors.get(id(tensor), (None, None))
+            if ref is not None and node is not None and ref() is tensor and node.meta["index"] >= first:
+                owner = self._owners.get(node.meta.get("storage", 0), node).meta["index"]
+                puts.append((node.meta["index"], owner if owner < first else None))
+        return tuple(puts)
 
     def lift(self, value: Any) -> Any:
         """The argument with nodes for tensors."""
@@ -328,6 +341,10 @@ class ModuleCall:
         first, last: the call's nodes are those with first <= index < last.
         inputs: the arguments, (args, kwargs), with every tensor replaced by its `TensorSpec`.
         output: what the call returned, likewise.
+        same: which of the arguments is a container that the call has returned, perhaps with other contents.
+        puts: (node, what its memory was made by) of each tensor that the call has put into another argument, where
+            whoever called it may find it; of memory that was there before, its node, else None.
+        keeps: the same of its module's attributes.
     """
 
     index: int
@@ -340,6 +357,9 @@ class ModuleCall:
     last: int = -1
     inputs: Any = ((), {})
     output: Any = None
+    same: int | None = None
+    puts: tuple[Put, ...] = ()
+    keeps: tuple[Put, ...] = ()
     module: int = field(default=0, repr=False)
 
 
@@ -522,6 +542,11 @@ class Recorder(TorchDispatchMode):
         kwargs, output = rest
         if kwargs:
             call.inputs = (call.inputs[0], self.bindings.specs(dict(kwargs), before=call.first))
+        values = [*args, *kwargs.values()]
+        call.same = next((k for k, one in enumerate(values) if one is output and is_changeable(one)), None)
+        call.puts = self.bindings.puts([one for k, one in enumerate(values) if k != call.same], call.first)
+        attributes = [one for one in vars(module).values() if isinstance(one, torch.Tensor)]
+        call.keeps = self.bindings.puts(attributes, call.first)
         self._close(output)
         if self.likely is not None and call.path is not None:
             self.likely.returned(call.path, [(self.bindings.node(tensor), tensor) for tensor in tensors(output)])

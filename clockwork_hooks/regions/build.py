@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from clockwork_hooks._tree import flat, map_leaves
 from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
 from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths
-from clockwork_hooks.regions.cut import CutPlan, Port, SkippedCall, Slot
+from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 from clockwork_hooks.regions.fingerprint import Fingerprints, structure
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 from clockwork_hooks.regions.region import Boundary, Region, Side
@@ -120,6 +121,7 @@ class Facts:
         self.producers = {n: producers for n, producers in registered if producers}
         self._firsts, self._lasts = (np.array([getattr(call, end) for call in calls]) for end in ("first", "last"))
         self._registered = np.array([bool(call.path) for call in calls])
+        self._put, self._kept = ({node for call in calls for node, _ in puts(call)} for puts in (_PUTS, _KEEPS))
         self._conditions: dict[bool | None, list[tuple[ModuleCall, int]]] = {True: [], False: [], None: []}
         for n, givers in self.givers.items():
             if self.dominance.live[n] and not self.dominance.dep[n]:
@@ -134,13 +136,28 @@ class Facts:
             return str(node.name)
         return f"{operator_name(node)} in {node.meta['module'] or 'the root'}"
 
-    def skippable(self, inside: Mask) -> list[ModuleCall]:
-        """Outermost registered calls with all their live operators inside, one at least depending on the sample."""
+    def skippable(self, inside: Mask, exit: int, *, keeps: bool) -> list[ModuleCall]:
+        """Outermost registered calls with all their live operators inside, one at least depending on the sample.
+
+        Where a call puts the exit into its arguments, as modules that work on one dictionary do, code outside may read
+        it there. So such calls run, and what is skipped is within them; placeholders go through the dictionary.
+
+        Args:
+            inside: the operators.
+            exit: of the region.
+            keeps: the same goes for what calls put on their modules.
+        """
         counts = self.operator & self.dominance.lives
         outside = np.concatenate([[0], np.cumsum(counts & ~inside)])
         carrying = np.concatenate([[0], np.cumsum(counts & inside & self.dominance.depends)])
         whole = outside[self._lasts] == outside[self._firsts]
         whole &= carrying[self._lasts] > carrying[self._firsts]
+        if exit in self._put or (keeps and exit in self._kept):
+            made = np.zeros_like(inside)  # by calls that may be skipped: in an adaptor pass it is a placeholder
+            for k in np.flatnonzero(self._registered & whole).tolist():
+                made[self._firsts[k] : self._lasts[k]] = True
+            puts = (call.puts + call.keeps * keeps for call in self.trace.calls)
+            whole &= np.array([not any(_leaves(put, exit, made) for put in each) for each in puts])
         chosen, indices, k = list[ModuleCall](), np.flatnonzero(self._registered & whole), 0
         starts = self._firsts[indices].tolist()  # calls are in order of their beginning
         while k < len(starts):
@@ -172,6 +189,15 @@ class Facts:
             down, up = (int(self.macs[nodes[(at == p) & arm]].sum()) for arm in (nodes <= turn, nodes > turn))
             rows.append((self.levels.spatial.get(p, ()), down, up))
         return tuple(rows)
+
+
+_PUTS, _KEEPS = attrgetter("puts"), attrgetter("keeps")
+
+
+def _leaves(put: tuple[int, int | None], exit: int, made: Mask) -> bool:
+    """Is this what a call puts where code outside may read it: something new, or the exit in memory from outside?"""
+    node, memory = put
+    return memory is None or (node == exit and not made[memory])
 
 
 _CAT = frozenset({"aten::cat", "aten::concat"})
@@ -435,10 +461,13 @@ class _Skipping:
 
 def _skipping(facts: Facts, inside: Mask, exit: int) -> _Skipping | None:
     """The calls that lie inside; None if none of them returns the exit."""
-    calls = facts.skippable(inside)
     returning = {call.index for call in facts.producers.get(exit, ())}
-    last = next((call for call in calls if call.index in returning), None)
-    if last is None:
+    for keeps in (True, False):  # what a module keeps is seldom read by others: rather so than not at all
+        calls = facts.skippable(inside, exit, keeps=keeps)
+        last = next((call for call in calls if call.index in returning), None)
+        if last is not None:
+            break
+    else:
         return None
     nodes = np.zeros_like(inside)
     for call in calls:
@@ -533,18 +562,23 @@ def _stand_in(facts: Facts, call: ModuleCall, skipping: _Skipping) -> SkippedCal
     if call is not skipping.last and key in facts.stand_ins:
         return facts.stand_ins[key]
     written = False
+    taken = (
+        [] if call.same is None else [index_of(one) if isinstance(one, TensorSpec) else -1 for one in flat(call.inputs)]
+    )
 
     def slot(leaf: Any) -> Any:
         nonlocal written
         if not isinstance(leaf, TensorSpec):
             return leaf
         n = index_of(leaf)
+        if n in taken:  # it has left that as it was
+            return Same(taken.index(n))
         writers = facts.writers.get(facts.trace.nodes[n].meta.get("storage"), ())
         later = any(w > n and not skipping.nodes[w] for w in writers)  # by code that still runs
         written = written or bool(writers)
         return Slot(leaf.shape, leaf.dtype, leaf.device, call is skipping.last and n == skipping.exit, later)
 
-    stand_in = SkippedCall(str(call.path), call.ordinal, key[1], map_leaves(slot, call.output))
+    stand_in = SkippedCall(str(call.path), call.ordinal, key[1], map_leaves(slot, call.output), call.same)
     if call is not skipping.last and not written:
         facts.stand_ins[key] = stand_in
     return stand_in

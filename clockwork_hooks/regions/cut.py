@@ -31,6 +31,17 @@ class Slot(Leaf):
 
 
 @dataclass(frozen=True, slots=True)
+class Same(Leaf):
+    """Stands for a tensor that a call has found in its arguments, and left there.
+
+    Attributes:
+        leaf: which leaf of (args, kwargs) it is.
+    """
+
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
 class SkippedCall:
     """One module call that an adaptor pass does not run.
 
@@ -39,12 +50,14 @@ class SkippedCall:
         ordinal: which of the module's calls in a full pass, from 0.
         visible: which of the module's calls in an adaptor pass, where calls inside skipped ones do not happen.
         output: what the call returns, with a `Slot` for each tensor.
+        same: which of its arguments the call returns, with these contents; None where it returns something new.
     """
 
     path: str
     ordinal: int
     visible: int
     output: Any = field(repr=False, compare=False)
+    same: int | None = None
 
     @property
     def exit(self) -> tuple[int, Slot | None]:
@@ -82,6 +95,8 @@ def fits(output: Any, expected: Any) -> bool:
 
 
 def _fits(part: Any, slot: Any) -> bool:
+    if isinstance(slot, Same):
+        return isinstance(part, torch.Tensor)
     if not isinstance(slot, Slot):
         return type(part) is type(slot) and (type(part) not in (bool, int, str) or part == slot)
     if not isinstance(part, torch.Tensor) or part.is_nested:
@@ -116,7 +131,12 @@ class CutPlan:
     _moves: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def data(self) -> dict[str, Any] | None:
-        """The plan in JSON's own types; None where a skipped call returns something that JSON does not hold."""
+        """The plan in JSON's own types; None where a skipped call returns something that JSON does not hold.
+
+        One of its arguments, for example, with other contents.
+        """
+        if any(call.same is not None for call in self.skipped):
+            return None
         ports = {name: {**_fields(port), "dtype": str(port.dtype)} for name, port in self.ports.items()}
         try:
             skipped = [{**_fields(call), "output": _written(call.output)} for call in self.skipped]
@@ -165,7 +185,7 @@ def dtype_of(text: str) -> torch.dtype:
 
 
 def _fields(one: SkippedCall | Port) -> dict[str, Any]:
-    return {each.name: getattr(one, each.name) for each in fields(one)}
+    return {each.name: getattr(one, each.name) for each in fields(one) if each.name != "same"}
 
 
 def _written(value: Any) -> Any:
