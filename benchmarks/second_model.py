@@ -495,12 +495,12 @@ def _best(rows: Rows, group: str, steps: str) -> str:
 
 
 def _fewer(rows: Rows, group: str, steps: str) -> list[str]:
-    """Plain sampling with fewer steps against the calibrated row that saves at least as much."""
+    """Plain sampling with fewer steps against the calibrated row, of any steps, that saves at least as much."""
     beaten, others = [], []
     for key, row in rows.data["rows"].items():
-        if key.split("/")[0] != group or row["taken"] is None:
+        if key.split("/")[0] != group or row["kind"] is not None or row["taken"] is None:
             continue
-        calibrated = rows.calibrated(group, rows.saved(key) - 0.005)
+        calibrated = rows.calibrated(group, rows.saved(key) - 0.005, any_steps=True)
         if calibrated is None:
             continue
         gap = rows.gap(calibrated, key)
