@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import clockwork_hooks as ch
-from clockwork_hooks.analysis import sampling
+from clockwork_hooks.analysis import planning, sampling
 from clockwork_hooks.analysis.planning import adaptive_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.analysis.sampling import candidates
 from tests import test_calibration as calibration
@@ -392,6 +392,30 @@ def test_what_follows_a_trend_is_judged_with_the_trend():
     assert plan.held_out < 1e-3 * min(lagging.values())
     assert plan.chosen.kind.startswith("rule early") or plan.rule.startswith("early")
     assert plan.chosen.saved >= 0.4
+
+
+@pytest.mark.parametrize("least", [0.05, 0.45])
+def test_what_a_plan_saves_is_what_its_own_adaptor_saves(least, monkeypatch):
+    """Calibrated once more it may be of another kind, which costs more: such a plan saved less than was asked for."""
+    unet = calibration.Blocks(mix=0.5, gain=lambda t: 1 + t / 500)
+    generate, batches = calibration.sampler(unet, times=STEPS), [(4, 2.0), (4, 2.0)]
+
+    def calibrate(*args, schedule, **options):
+        return ch.calibrate(*args, schedule=schedule, kind="affine" if schedule is None else "exit+entry", **options)
+
+    monkeypatch.setattr(planning, "calibrate", calibrate)
+    options = {"clocks": (2,), "probes": 3, "guidance": 2.0}
+    plan = ch.plan(unet, generate, batches, adaptor="calibrated", min_saving=least, **options)
+    with ch.wrap(unet, plan=plan) as cw, torch.no_grad():
+        with cw.trajectory():
+            generate(batches[0], 0)  # the first call is recorded
+        cw.stats.clear()
+        with cw.trajectory():
+            generate(batches[0], 0)
+        assert cw.stats.saving == pytest.approx(plan.chosen.saved, abs=0.01)
+        assert cw.stats.saving >= least
+    assert plan.chosen in plan.options
+    assert plan.adaptor.facts["kind"] == ("exit+entry" if least < 0.4 else "affine")
 
 
 def test_rules_of_thumb_are_among_what_is_measured():

@@ -92,6 +92,11 @@ class Option:
         """The measured error; infinite where it was not measured."""
         return math.inf if self.measured is None else self.measured
 
+    @property
+    def names(self) -> tuple[str, str, tuple[int, ...]]:
+        """What tells it from others."""
+        return self.region, self.kind, self.steps
+
     def gain(self, weigh: Weigh) -> float:
         """What is saved, in the unit that a plan weighs."""
         return self.saved if weigh == "MACs" or self.saved_ms is None else self.saved_ms
@@ -327,13 +332,17 @@ def plan(
         best = [planner.within(max_error)] if max_error is not None else planner.saving(float(min_saving or 0))
         finalists = [(one, solver.again(planner.candidates[one.region], one.steps)) for one in best]
         tell("what is held out")
-        errors = [fresh.outcome(candidate, one.schedule).error for one, candidate in finalists]
-    error, (best_option, chosen) = min(zip(errors, finalists, strict=True), key=lambda pair: pair[0])
+        judged = [planner.judged(fresh, *pair) for pair in finalists]
+        if min_saving is not None:  # those that were measured reach it; what is calibrated anew may cost more
+            judged = [one for one in judged if one[1].gain(weigh) >= min_saving - _SLACK] or [
+                planner.judged(fresh, one, planner.candidates[one.region]) for one in best
+            ]
+    error, best_option, chosen = min(judged, key=lambda one: one[0])
     region = chosen.region
     return Plan(
         chosen=best_option,
         held_out=error,
-        options=planner.everything,
+        options=tuple(best_option if one.names == best_option.names else one for one in planner.everything),
         steps=steps,
         weigh=weigh,
         choice=saved_options(described_region(region)),
@@ -519,6 +528,14 @@ class _Planner:
         few = list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
         taken = [(option.region, option.steps) for option in few]
         return [*few, *(option for option in early if (option.region, option.steps) not in taken)]
+
+    def judged(self, runs: Runs, option: Option, candidate: Candidate) -> tuple[float, Option, Candidate]:
+        """The error on other runs, and the option with what it saves with this adaptor, which may be another one."""
+        outcome = runs.outcome(candidate, option.schedule)
+        if candidate is not self.candidates[option.region] and outcome.adaptor_passes:
+            measured = self.shares[option.region][0]
+            option = replace(option, saved=option.saved * _shares(outcome, self.steps)[0] / measured)
+        return outcome.error, option, candidate
 
     def _early(self, wanted: float) -> list[Option]:
         """Of what is calibrated the early rule that saves so much: only when calibrated for it, it follows a trend."""
