@@ -479,7 +479,10 @@ def _check_monotonic(log_snr: Callable[[float], float], times: Sequence[float]) 
 
 @dataclass(slots=True)
 class Pair:
-    """A call and the one that its cached exit comes from; rows of samples, channels last: (B, positions, channels)."""
+    """A call and the one that its cached exit comes from; rows of samples, channels last: (B, positions, channels).
+
+    `stretch` is how many times longer its step is than the one that weights are for.
+    """
 
     cached: Tensor
     exit: Tensor
@@ -487,9 +490,7 @@ class Pair:
     before: Tensor | None
     around: Tensor | None = None
     trend: Tensor | None = None
-    stretch: float = field(
-        default=1.0, kw_only=True
-    )  # how many times longer the step is than the one that weights are for
+    stretch: float = field(default=1.0, kw_only=True)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
