@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
+from clockwork_hooks.analysis import tuning
 from clockwork_hooks.analysis.tuning import Tuning, spaced, tune
 from clockwork_hooks.reports.progress import ProgressBar
 from tests.schemas import follows_its_schema
@@ -190,6 +191,26 @@ def test_nothing_stays_on_the_unet_where_the_end_fails(error, tmp_path, monkeypa
     with pytest.raises(error):
         tune(unet, BATCHES, folder=tmp_path, **options)
     assert snapshot(unet) == before
+
+
+def test_what_is_calibrated_for_its_steps_also_saves_what_was_asked_for(monkeypatch, tmp_path):
+    """It may be of another kind, which costs more: 35% were wrapped where 45% were asked for."""
+    unet = Blocks(mix=0.5, gain=lambda t: 1 + t / 500)
+
+    def calibrate(*args, schedule, **options):
+        return ch.calibrate(*args, schedule=schedule, kind="affine" if schedule is None else "exit+entry", **options)
+
+    monkeypatch.setattr(tuning, "calibrate", calibrate)
+    with tune(unet, BATCHES, generate=sampler(unet), saving=0.45, guidance=2.0) as cw, torch.no_grad():
+        for seed in (1, 2):  # the first call of all is recorded
+            cw.stats.clear()
+            with cw.trajectory():
+                sampler(unet)(BATCHES[0], seed)
+        assert cw.stats.saving >= cw.adaptor.tuning.chosen.saved >= 0.45
+        assert cw.adaptor.tuning.chosen.adaptor == cw.adaptor.facts["kind"] == "affine"
+        cw.adaptor.save_pretrained(tmp_path)
+    with ch.wrap(unet, tmp_path) as again:
+        assert again.schedule == cw.schedule
 
 
 def test_a_saving_beyond_the_widest_region_is_refused_before_calibrating():

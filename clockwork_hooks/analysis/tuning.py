@@ -334,13 +334,14 @@ class _Tuner:
         if saving >= most:  # said before minutes of calibration: no schedule skips a region in every step
             raise _unreachable(saving, most, do="ask for less than that share")
         trials: list[tuple[Trial, Region]] = []
+        adaptors: dict[Region, CalibratedAdaptor] = {}
         with ProgressBar(console) as bar:
             regions = list(dict.fromkeys(wanted))
             most_rules = _MOST_RULES * len(regions)  # how many there are is known once a run has told its steps
             task = bar.add_task("tune", total=self._total(len(regions), most_rules))
             for region in regions:
                 bar.update(task, description=f"calibrate {region_name(region)}")
-                adaptor = self.calibrated(region, None, bar, task)
+                adaptors[region] = adaptor = self.calibrated(region, None, bar, task)
                 count = int(adaptor.facts["steps"])
                 own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
                 rules = spaced(count, saving, region.macs_share - own)
@@ -361,8 +362,9 @@ class _Tuner:
                 adaptor = self.calibrated(region, one.steps, bar, task)
                 rule = f"{one.rule}{_FITTED}"
                 finalists.append((self.tried(region, rule, one.steps, adaptor), adaptor))
-            reached = [pair for pair in finalists if pair[0].saved >= saving] or finalists[:1]
+            reached = [pair for pair in finalists if pair[0].saved >= saving] or [(best, adaptors[region])]
             last, adaptor = min(reached, key=lambda pair: pair[0].error)
+            adaptor.facts["schedule"] = str(Schedule.at(last.steps))  # by which wrap(unet, folder) runs it
             identity = self.tried(region, last.rule.removesuffix(_FITTED), last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
         return adaptor, region, Tuning(last, identity, everything, count, saving, clocks.perf_counter() - begun)
