@@ -680,3 +680,22 @@ def test_time_and_memory_of_a_trace_on_meta(name: str, seconds: float) -> None:
     took, resident = map(float, done.stdout.split())
     assert took < seconds
     assert resident < (1.5 * 1024**2 if sys.platform != "darwin" else 1.5 * 1024**3)  # KiB; bytes on macOS
+
+
+@pytest.mark.parametrize("analyse", [ch.trace, ch.find_region, ch.flops_report])
+def test_a_call_without_all_arguments_says_what_the_forward_takes(analyse: Any) -> None:
+    with pytest.raises(ch.TraceError) as caught:
+        analyse(Tiny(), noise())
+    text = str(caught.value)
+    assert "Tiny.forward(" in text
+    assert "passed: Tensor" in text
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_a_type_error_within_the_forward_is_the_unet_s_own() -> None:
+    class Wrong(Tiny):
+        def forward(self, x: Any, t: Any) -> Any:
+            return super().forward(x, t) + len(t)
+
+    with pytest.raises(TypeError, match="len"):
+        ch.trace(Wrong(), noise(), 3)

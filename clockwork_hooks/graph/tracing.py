@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -173,8 +174,8 @@ def trace(unet: nn.Module, /, *args: Any, **kwargs: Any) -> Trace:
         The trace; `.graph` is a `torch.fx.Graph`.
 
     Raises:
-        TraceError: `unet` is no module or has lazy ones that were never called, no argument can be the sample, or the
-            call itself failed on meta for want of a meta kernel.
+        TraceError: `unet` is no module or has lazy ones that were never called, its forward does not take these
+            arguments, none of them can be the sample, or the call itself failed on meta for want of a meta kernel.
 
     Example:
         >>> import clockwork_hooks as ch
@@ -203,6 +204,9 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
         try:
             with recording(unet, args, kwargs, arguments, restore=True) as recorder:
                 unet(*args, **kwargs)
+        except TypeError as error:
+            _check_arguments(unet, args, kwargs, error)
+            raise
         except RuntimeError as error:  # NotImplementedError is one
             if not _for_want_of_values(error):
                 raise
@@ -212,6 +216,23 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
                 do="trace on a real device, or register a fake kernel: torch.library.register_fake",
             ) from error
     return finish(recorder, unet, arguments, time=time)
+
+
+def _check_arguments(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError) -> None:
+    """Raise `TraceError` where the forward does not take these arguments."""
+    takes = inspect.signature(unet.forward)  # also behind a decorator, as diffusers' are
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError:
+        passed = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
+        raise TraceError(
+            "a UNet is analysed in one call of it, which needs all that its forward takes",
+            seen={
+                "forward": f"{type(unet).__name__}.forward({', '.join(takes.parameters)})",
+                "passed": ", ".join(passed) or "nothing",
+            },
+            do="pass the arguments of one call behind the UNet, as your sampling loop passes them",
+        ) from error
 
 
 def _for_want_of_values(error: RuntimeError) -> bool:
