@@ -689,6 +689,7 @@ def test_a_call_without_all_arguments_says_what_the_forward_takes(analyse: Any) 
     text = str(caught.value)
     assert "Tiny.forward(" in text
     assert "passed: Tensor" in text
+    assert "'t'" in text
     assert isinstance(caught.value.__cause__, TypeError)
 
 

@@ -223,13 +223,14 @@ def _check_arguments(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     takes = inspect.signature(unet.forward)  # also behind a decorator, as diffusers' are
     try:
         takes.bind(*args, **kwargs)
-    except TypeError:
+    except TypeError as why:
         passed = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
         raise TraceError(
             "a UNet is analysed in one call of it, which needs all that its forward takes",
             seen={
                 "forward": f"{type(unet).__name__}.forward({', '.join(takes.parameters)})",
                 "passed": ", ".join(passed) or "nothing",
+                "error": str(why),
             },
             do="pass the arguments of one call behind the UNet, as your sampling loop passes them",
         ) from error
