@@ -171,3 +171,32 @@ def test_few_samples_make_no_step_worse_than_the_identity(kind, schedule):
     assert "the identity is best" in str(adaptor.report.tables()[1].to_markdown())
     follows_its_schema(adaptor.report.to_dict())
     assert Calibration.from_json(adaptor.report.to_json()) == adaptor.report
+
+
+def composed(unet, order):
+    """Two conditions in one call, and none in another one of half as many rows."""
+
+    def generate(batch, seed=0):
+        x, c = noise(8, seed)
+        for time in TIMES:
+            outputs = {}
+            for rows in order:
+                outputs[rows] = (
+                    unet(x, time, c[:8]) if rows == 8 else unet(torch.cat([x, x]), time, torch.cat([c[8:]] * 2))
+                )
+            first, second = outputs[16].chunk(2)
+            x = x - 0.1 * (outputs[8] + 2.0 * (first - outputs[8]) + 2.0 * (second - outputs[8]))
+        return x
+
+    return generate
+
+
+@pytest.mark.parametrize("order", [(8, 16), (16, 8)])
+def test_calls_of_other_sizes_are_not_combined(order):
+    """Composed conditions raised torch's own error. Two conditions are no pair of an unconditional and another one."""
+    unet = Blocks(mix=0.5, gain=lambda t: 1 + t / 500)
+    tables = [
+        calibrate(unet, composed(unet, order), [0], kind="exit", ridge=1e-4, guidance=scale).table
+        for scale in (None, 6.0)
+    ]
+    torch.testing.assert_close(tables[1], tables[0])

@@ -39,7 +39,7 @@ from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, Norma
 from clockwork_hooks.analysis.sampling import check_runs, first_call
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
-from clockwork_hooks.clock.timeline import Feature
+from clockwork_hooks.clock.timeline import Feature, Position
 from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
@@ -582,6 +582,8 @@ class Sums:
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
     _trails: dict[tuple[int, int], _FullPass] = field(default_factory=dict)
+    _step: tuple[int, frozenset[int]] = (0, frozenset())  # the last one, and branches that were called in it
+    _apart: bool = False  # has any step of this run had two: does each branch have a call of its own?
 
     def __post_init__(self) -> None:
         self.exit = Layout.of_boundary(self.region.exit)
@@ -594,6 +596,7 @@ class Sums:
         self._befores.clear()
         self._first.clear()
         self._trails.clear()
+        self._step, self._apart = (0, frozenset()), False
 
     def before(self, call: UNetCall) -> None:
         """A call is about to run; as an observer of the engine."""
@@ -613,7 +616,8 @@ class Sums:
         emitted = outcome.exits.get(0)
         if emitted is None or call.place is None or call.decision is None:
             return
-        self.guided |= self._halves(call) or call.place.branch.number > 1
+        if self.guidance is not None and not self.guided:
+            self.guided = self._apart or self._halves(call)
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
             feature = call.place.call.feature
@@ -635,6 +639,9 @@ class Sums:
         """The times of a call, and of the call that served it; each call is read once."""
         assert call.place is not None  # it has run, or is about to
         key = call.place.branch.number, call.place.ordinal
+        step, branches = self._step
+        self._step = (step, branches | {key[0]}) if step == call.place.step else (call.place.step, frozenset({key[0]}))
+        self._apart |= len(self._step[1]) > 1
         time = None if call.time is None else self._reader.read(call.time)[0]
         before, self._befores[key] = self._befores.get(key), time
         self.last_step = max(self.last_step, call.place.step)
@@ -666,12 +673,12 @@ class Sums:
 
         count = len(emitted.exit)
         self.samples = max(self.samples, count)
-        halves = self.guidance is not None and self._halves(call)
-        if self.guidance is not None and not halves and len({number for number, _ in self._befores}) > 1:
+        if self.guidance is not None and self._apart:
             whole = pair(slice(None))
             self._add(place, whole)
-            self._guide(place, call.place.branch.number, call.place.ordinal, whole)
+            self._guide(place, call.place, whole)
             return place
+        halves = self.guidance is not None and self._halves(call)
         half = count // 2 if halves else count
         if outcome.entry is not None and len(outcome.entry) != count:
             pair(slice(None))  # it raises: a part of each would not show that they are of other samples
@@ -709,12 +716,12 @@ class Sums:
         bounds = sorted({*range(0, held, at_once), *range(held, count, at_once), count})
         return list(itertools.pairwise(bounds))
 
-    def _guide(self, place: Place, branch: int, ordinal: int, pair: Pair) -> None:
-        """With the step's other branch, once both are there."""
-        other = self._first.pop(ordinal, None)
-        if other is None or other[0] != place.step or other[1] == branch:
-            self._first[ordinal] = (place.step, branch, pair)
-        else:
+    def _guide(self, place: Place, at: Position, pair: Pair) -> None:
+        """With the step's other branch, once both are there; calls of other sizes are no two branches of one sample."""
+        other = self._first.pop(at.ordinal, None)
+        if other is None or other[0] != at.step or other[1] == at.branch.number:
+            self._first[at.ordinal] = (at.step, at.branch.number, pair)
+        elif other[2].exit.shape == pair.exit.shape:
             self._add(place, self._guided(other[2], pair))
 
     def _guided(self, first: Pair, second: Pair) -> Pair:
