@@ -165,6 +165,43 @@ def test_an_exit_that_is_read_where_it_was_left(name: str, schedule: Any) -> Non
     )
 
 
+class Hidden:
+    """Holds what it is given where nobody who walks arguments finds it."""
+
+    def __init__(self) -> None:
+        self.get, self.put = Hidden.made()
+
+    @staticmethod
+    def made() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+        held: list[Any] = []
+        return lambda: held[-1], held.append
+
+
+UNSEEN: dict[str, tuple[Callable[[Tensor], Any], Put, Callable[[Upsampler, Any], Tensor]]] = {
+    "a closure": (lambda h: Hidden(), lambda _, both: both[0].put(both[1]), lambda _, place: place.get()),
+    "a closure with a default": (
+        lambda h: (hidden := Hidden(), hidden.put(h))[0],
+        lambda _, both: both[0].put(both[1]),
+        lambda _, place: place.get(),
+    ),
+    "another module": (
+        lambda h: ANOTHER,
+        lambda _, both: setattr(both[0], "last", both[1]),
+        lambda _, place: place.last,
+    ),
+    "a set": (lambda h: set(), lambda _, both: both[0].add(both[1]), lambda _, place: next(iter(place))),
+}
+ANOTHER = nn.Module()
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@pytest.mark.parametrize("schedule", [None, lambda step: True])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_who_does_not_read_the_exit_that_a_pass_gives_is_full(name: str, schedule: Any) -> None:
+    """The first adaptor pass sees that nobody has read it, and is run again."""
+    assert rollout(Leaves(*UNSEEN[name]), "upsampler.inner", schedule=schedule) == "F" * 8
+
+
 def test_at_another_size_and_compiled() -> None:
     unet = Stateful(dict, "state")
     plain = copy.deepcopy(unet)

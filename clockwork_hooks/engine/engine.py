@@ -36,7 +36,7 @@ from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.passes import Active, Before, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import MoreSteps, NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
-from clockwork_hooks.engine.taint import SkippedValueError, Taint, holds_placeholder, may_cause
+from clockwork_hooks.engine.taint import Reads, SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder, garbage_kept
@@ -49,6 +49,7 @@ __all__ = ["Decision", "Engine", "Observer", "StaticCalls", "UNetCall"]
 
 log = logging.getLogger("clockwork_hooks")
 _SIGNATURES = 64  # are kept
+_MISSED = (AttributeError, IndexError, KeyError, StopIteration, TypeError)  # of who looks for what is not there
 _DOUBTS = 2  # calls that were others at other sizes, until all such are recorded
 _DIFFERED, _RECORDINGS = 8, 8  # passes that differ until calls are recorded anew, and how often at most
 
@@ -446,7 +447,9 @@ class Engine:
         try:
             outcome = self.execute(call, pass_, decision.feature)
         except Exception as error:
-            exchanged, ours = not self.intact, pass_.taint.used or may_cause(error)
+            # where a call was skipped that puts something somewhere, it is not there
+            missed = not use.proved and pass_.blanks and type(error) in _MISSED
+            exchanged, ours = not self.intact, pass_.taint.used or missed or may_cause(error)
             if not (exchanged or (ours and not pass_.adapting)) or not before.restore():
                 raise
             call.inside = False
@@ -575,6 +578,7 @@ class Engine:
         if outcome.kind == "adaptor":
             values = (outcome.output, outcome.exits, outcome.captured, outcome.entry)
             outcome.used = pass_.taint.reaches(values) or pass_.taint.outlives(self.unet)
+            outcome.used = outcome.used or (pass_.reads is not None and pass_.reads.missed(outcome.output))
         return outcome
 
     def _as_it_is(self, call: UNetCall, pass_: Pass) -> Outcome:
@@ -585,7 +589,7 @@ class Engine:
             if pass_.kind == "full":
                 output = _in_full(call, pass_.taint)
             else:
-                with pass_.taint:
+                with pass_.reads or contextlib.nullcontext(), pass_.taint:
                     output = call.run()
         finally:
             self.active.pass_ = None
@@ -762,6 +766,7 @@ class Engine:
             proves=emit is None and not call.signature.recorded,
             shared=use.shared if use.proved else None,
             taint=taint(scratch),
+            reads=Reads() if emit is not None and not use.proved else None,
         )
 
     def _scratch(self, paths: Sequence[str]) -> list[int]:

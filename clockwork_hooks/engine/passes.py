@@ -23,7 +23,7 @@ from torch import nn
 
 from clockwork_hooks._tree import address, copied, flat, is_changeable, leaf_at, map_leaves, refill, version
 from clockwork_hooks.clock.loops import saved_for_again
-from clockwork_hooks.engine.taint import Taint, Tainted, refuse
+from clockwork_hooks.engine.taint import Reads, Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Same, Slot, Wanted, fits
 
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -103,6 +103,7 @@ class Pass:
         proves: of a full pass: see whether skipped calls return what stands in for them; else it is not complete.
         shared: what skipped calls return in all passes of a plan that one has proved; None before.
         taint: follows what stands in for skipped outputs: nothing may come of it.
+        reads: sees whether the UNet reads the exit that it is given; None where that is known.
 
     Attributes:
         captured: boundary tensors by name, once they have been seen.
@@ -126,7 +127,9 @@ class Pass:
         proves: bool = False,
         shared: dict[tuple[str, int], Any] | None = None,
         taint: Taint | None = None,
+        reads: Reads | None = None,
     ) -> None:
+        self.reads = reads
         self._proves, self._differs, self.taint = proves, False, taint or Taint()
         self.plan, self.kind, self.copies, self.looks, self.keeps_entry = plan, kind, copies, looks, keeps_entry
         self.captured: dict[str, torch.Tensor] = {}
@@ -328,8 +331,11 @@ class Pass:
             self.adapting = True
             with self.taint.aside():
                 exit = self._emit(self.taint.real(self.captured))
-                given = exit.clone() if leaf.written or self.plan.index in self.copies else exit
+                own = leaf.written or self.plan.index in self.copies or self.reads is not None
+                given = exit.clone() if own else exit
             self.adapting = False
+            if self.reads is not None:
+                self.reads.wait_for(given)
             self._keep(self.plan.index, exit)
             return given
         return self.taint.on(placeholder(leaf))

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
 from clockwork_hooks._tree import address, flat, tensors
-from clockwork_hooks.graph.recorder import written_by
+from clockwork_hooks.graph.recorder import eager, written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
 if TYPE_CHECKING:
@@ -43,6 +44,46 @@ _STATISTICS, _TRAINS = {"running_mean", "running_var"}, {"training", "train", "u
 
 class SkippedValueError(RuntimeError):
     """Code asks for a value of what an adaptor pass has skipped; the pass is run again in full."""
+
+
+class Reads(TorchDispatchMode):
+    """Sees whether an operator takes one tensor: the exit that an adaptor pass gives.
+
+    A UNet may read another one, where a skipped call would have left it: in another module's attribute, for example.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storage: Any = None
+        self._read = False
+
+    def __enter__(self) -> Reads:
+        eager.enter()  # what runs compiled would not be seen
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        eager.leave()
+
+    def wait_for(self, exit: torch.Tensor) -> None:
+        """From here on: is this read, whose memory nothing else has?"""
+        self._storage = exit.untyped_storage()
+
+    def missed(self, output: Any) -> bool:
+        """Was one given, and nobody has read it, nor is it in the output?"""
+        return self._storage is not None and not (self._read or self._among(output))
+
+    def _among(self, values: Any) -> bool:
+        plain = (tensor for tensor in tensors(values) if is_dense(tensor) and not isinstance(tensor, Tainted))
+        return any(address(tensor.untyped_storage()) == address(self._storage) for tensor in plain)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._storage is not None and not self._read:
+            self._read = self._among((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class Taint:
