@@ -200,3 +200,25 @@ def test_calls_of_other_sizes_are_not_combined(order):
         for scale in (None, 6.0)
     ]
     torch.testing.assert_close(tables[1], tables[0])
+
+
+def test_a_sampler_that_goes_both_ways_is_told_that_one_is_served():
+    """Inversion, then sampling: each time had weights for both directions, which were right for neither."""
+    unet = Blocks(gain=lambda t: 1 + t / 500)
+
+    def generate(times, seed=0):
+        x, c = noise(32, seed)
+        for time in times:
+            x = x - 0.1 * unet(x, time, c[:32])
+        return x
+
+    up = [100.0 * k for k in range(1, 10)]
+    options = {"kind": "affine", "ridge": 1e-6}
+    one_way = calibrate(unet, generate, [up], **options)
+    with pytest.warns(ch.OtherStepsWarning, match=r"(?s)one direction of time.*did: [5-8]\n.*each direction") as caught:
+        both = calibrate(unet, generate, [up + up[::-1]], **options)
+    assert caught[0].filename == __file__
+    at = sorted(step.position for step in both.report.steps)
+    own = [at.index(step.position) for step in sorted(one_way.report.steps, key=lambda step: step.position)]
+    torch.testing.assert_close(both.table[own], one_way.table[:-1])
+    assert all(step.error < 1e-3 for step in both.report.steps)

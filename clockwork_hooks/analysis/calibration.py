@@ -447,6 +447,14 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
     missing = sorted(set(wanted) - {place.step for place in sums.places.values()})
     if missing and sums.refused:
         _warn_of_missing(missing, sums.refused)
+    if sums.backwards:
+        warn(
+            "an adaptor serves one direction of time\n"
+            f"  calls that run the other way than the first ones did: {sums.backwards}\n"
+            "What to do: calibrate an adaptor for each direction, with a generate that goes only that way; this one is "
+            "the identity in the other one",
+            OtherStepsWarning,
+        )
     if sums.log_snr is not None:
         _check_monotonic(sums.log_snr, sorted(sums.times))
 
@@ -563,6 +571,7 @@ class Sums:
         last_step: seen.
         guided: were there two branches in any step: two calls, or a batch that has halves?
         refused: why calls could not have been adaptor passes, whatever the schedule says; how many.
+        backwards: calls that came to their time from the other side than the first call did: an adaptor leaves them.
     """
 
     region: Region
@@ -578,6 +587,7 @@ class Sums:
     last_step: int = 0
     guided: bool = False
     refused: Counter[str] = field(default_factory=Counter)
+    backwards: int = 0
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
@@ -661,6 +671,9 @@ class Sums:
             place = self.places[time] = Place(call.place.step, time, before, fit, held)
         trend, farther = self._trail(call, time, before)
         stretch = self._stretch(place, before)
+        if stretch == 0:
+            self.backwards += 1
+            return None
 
         def pair(rows: slice) -> Pair:
             exit, cached = emitted.exit[rows], feature.exit[rows]
