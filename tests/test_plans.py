@@ -332,7 +332,10 @@ def test_bad_options_are_told(options, said):
 
 
 @pytest.mark.parametrize("measure", [ch.measure_robustness, ch.measure_drift, lambda *a: ch.plan(*a, max_error=0.1)])
-@pytest.mark.parametrize(("generate", "conditions"), [(None, [1]), (sampler(tiny()), 3), (sampler(tiny()), "a cat")])
+@pytest.mark.parametrize(
+    ("generate", "conditions"),
+    [(None, [1]), (sampler(tiny()), 3), (sampler(tiny()), "a cat"), (sampler(tiny()), {"count": 1})],
+)
 def test_a_function_and_a_list_are_asked_for(measure, generate, conditions):
     with pytest.raises(ch.ArgumentError, match="a list of batches"):
         measure(tiny(), generate, conditions)

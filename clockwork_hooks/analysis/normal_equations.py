@@ -135,16 +135,20 @@ class NormalEquations:
         `stretch`: how many times longer their step is than the one that weights are for. Features are as an adaptor
         takes them there: so many times as large, but for what changes by itself, the entry's difference and the trend.
         """
+
+        def as_taken(x: Tensor) -> Tensor:
+            return x if stretch == 1.0 else x * stretch  # most are as they are: no copy of them
+
         triangle = self._triangle()
         for start in range(0, len(exit), _CHUNK):
             rows = slice(start, start + _CHUNK)
             was, now = (x[rows].to(self.upper.device).double() for x in (cached, exit))
-            columns = [was.new_full((len(was), 1), stretch), was * stretch]
+            columns = [was.new_full((len(was), 1), stretch), as_taken(was)]
             if entry is not None and before is not None:
                 here, there = (x[rows].to(self.upper.device).double() for x in (entry, before))
-                columns += [here - there, there * stretch]
+                columns += [here - there, as_taken(there)]
             if around is not None:
-                columns.append(around[rows].to(self.upper.device).double() * stretch)
+                columns.append(as_taken(around[rows].to(self.upper.device).double()))
             features, target = torch.cat(columns, 1), now - was
             self.upper += (features.T @ features)[triangle]
             self.cross.addmm_(features.T, target)

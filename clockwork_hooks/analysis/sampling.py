@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -151,7 +151,8 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
     Raises:
         ArgumentError: there are none, or no seeds; or `generate` is no function.
     """
-    if not callable(generate) or isinstance(conditions, str) or not isinstance(conditions, Iterable):
+    one = isinstance(conditions, (str, bytes, Mapping))  # a batch alone; its letters or keys are none
+    if not callable(generate) or one or not isinstance(conditions, Iterable):
         raise ArgumentError(
             "generate(batch, seed) is a function, and conditions a list of batches for it",
             seen={"generate": type(generate).__name__, "conditions": repr(conditions)[:80]},

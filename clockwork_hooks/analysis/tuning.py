@@ -428,7 +428,7 @@ def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
 
 def _batches(conditions: Iterable[Any]) -> list[Any]:
     """The conditions as a list of two at least; one prompt is not a list of letters."""
-    several = isinstance(conditions, Iterable) and not isinstance(conditions, (str, Tensor))
+    several = isinstance(conditions, Iterable) and not isinstance(conditions, (str, bytes, Mapping, Tensor))
     batches = list(conditions) if several else []
     if len(batches) < 2:
         raise ArgumentError(
