@@ -119,7 +119,7 @@ def test_the_output_of_torch_compile_is_wrapped() -> None:
     judge, random = Judge(unet, plain), torch.Generator().manual_seed(0)
     cw = ch.wrap(compiled)
     assert cw.unet is unet
-    assert cw._engine.static is not None
+    assert cw.compiled
     cw.compile(backend="eager")
     for call in (compiled, unet, cw):
         judge.unet = call
@@ -147,7 +147,7 @@ def test_the_output_of_torch_compile_with_several_clocks() -> None:
     own, outputs, regions = vars(compiled)["forward"], [], []
     for call in (unet, compiled):
         with ch.wrap(call, clocks={1: 2, 2: 4}) as cw:
-            assert (cw._engine.static is not None) == (call is compiled)
+            assert cw.compiled == (call is compiled)
             if call is compiled:
                 cw.compile(backend="eager")  # as it is, torch's default backend
             torch.manual_seed(1)

@@ -232,6 +232,11 @@ class ClockworkWrapper:
         return not self._engine.installed.closed
 
     @property
+    def compiled(self) -> bool:
+        """Do passes run as static callables: compiled, or captured as CUDA graphs?"""
+        return self._engine.static is not None
+
+    @property
     def position(self) -> Position | None:
         """Step and branch of the call that is under way in this thread or task; None between calls.
 

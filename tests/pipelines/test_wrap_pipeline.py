@@ -519,9 +519,9 @@ def test_a_key_for_each_call_of_a_pipeline() -> None:
 
     pipe = holder("DDIMScheduler")
     with torch.no_grad(), wrap_pipeline(pipe, schedule=ch.Schedule.every(2), branch=key) as cw:
-        drawn, states = loop(pipe, steps=4), cw.wrappers["model"]._engine.states
-        assert [branch.names for branch in states.current().timeline.branches] == [("text 0",), ("text 3",)]
-        assert cw.wrappers["model"].stats.adaptor_passes == 4
+        drawn, report = loop(pipe, steps=4), cw.wrappers["model"].report()
+        assert [branch.split("branch ")[1] for branch in report.cache] == ["'text 0'", "'text 3'"]
+        assert report.adaptor_passes == 4
     assert keys == [0.0, 3.0] * 4
     with torch.no_grad():
         assert torch.equal(drawn, replay(pipe.model, "up", every(2, [1] * 4, branches=2), lambda: loop(pipe, steps=4)))
