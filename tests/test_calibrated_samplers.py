@@ -8,7 +8,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.analysis.calibration import Calibration, calibrate
 from clockwork_hooks.analysis.normal_equations import KINDS, NormalEquations, Shape, shared_basis
 from tests.schemas import follows_its_schema
-from tests.test_calibration import TIMES, WORLDS, Blocks, sampler
+from tests.test_calibration import TIMES, WORLDS, Blocks, sampler, two_calls
 
 
 def noise(count, seed):
@@ -222,3 +222,17 @@ def test_a_sampler_that_goes_both_ways_is_told_that_one_is_served():
     own = [at.index(step.position) for step in sorted(one_way.report.steps, key=lambda step: step.position)]
     torch.testing.assert_close(both.table[own], one_way.table[:-1])
     assert all(step.error < 1e-3 for step in both.report.steps)
+
+
+@pytest.mark.parametrize("calls", [sampler, two_calls])
+def test_batches_of_one_are_held_out_as_a_whole(calls):
+    """Of one picture at a time other positions were held out, which are no other picture: errors came out too small."""
+    unet = Blocks(gain=lambda t: 1 + 0.3 * torch.randn(12, 1, 1, generator=torch.Generator().manual_seed(int(t))))
+    options = {"kind": "exit+entry+before", "guidance": 2.0}
+    report = calibrate(unet, calls(unet), [(1, 2.0)] * 6, **options).report
+    alone = calibrate(unet, calls(unet), [(1, 2.0)], **options).report
+    assert (report.held_out, alone.held_out) == ("rows", "positions")
+    other = calibrate(unet, calls(unet), [(32, 2.0)], **options).report  # what is left of many others
+    ratios = [[step.error / step.identity for step in one.steps] for one in (report, alone, other)]
+    assert max(ratios[1]) < 1e-2 < min(ratios[2]) / 3
+    assert min(ratios[0]) > 0.1

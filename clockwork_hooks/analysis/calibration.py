@@ -283,7 +283,8 @@ def calibrate(
     def fresh(batch: Any) -> Any:
         return sample(batch, next(seeds))
 
-    collect = partial(Sums, chosen, guidance=guidance, unconditional=unconditional, kernel=kind == "kernel")
+    options: dict[str, Any] = {"guidance": guidance, "unconditional": unconditional, "kernel": kind == "kernel"}
+    collect = partial(Sums, chosen, several=len(batches) > 1, **options)
     sums = collect(schedule=_ALL if steps is None or later else steps, log_snr=levels)
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
@@ -563,6 +564,7 @@ class Sums:
         guidance: scale of the guided combination; None to do without.
         unconditional: which branch is the first of the combination.
         kernel: the cached exit around each position is a feature too.
+        several: there is more than one batch.
         log_snr: of a time; None takes the time itself.
         places: position → sums.
         times: all times seen.
@@ -579,6 +581,7 @@ class Sums:
     guidance: float | None
     unconditional: str
     kernel: bool = False
+    several: bool = False
     log_snr: Callable[[float], float] | None = None
     places: dict[float | None, Place] = field(default_factory=dict)
     times: set[float] = field(default_factory=set)
@@ -593,6 +596,7 @@ class Sums:
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
     _trails: dict[tuple[int, int], _FullPass] = field(default_factory=dict)
     _step: tuple[int, frozenset[int]] = (0, frozenset())  # the last one, and branches that were called in it
+    _batch: int = 0  # how many are over
     _apart: bool = False  # has any step of this run had two: does each branch have a call of its own?
 
     def __post_init__(self) -> None:
@@ -602,7 +606,8 @@ class Sums:
         self.shape = Shape(self.exit.channels, self.entry.channels if self.entry else 0, around)
 
     def forget(self) -> None:
-        """A trajectory is over."""
+        """A batch is over."""
+        self._batch += 1
         self._befores.clear()
         self._first.clear()
         self._trails.clear()
@@ -744,9 +749,17 @@ class Sums:
         return first.combined(second, self.guidance)
 
     def _add(self, place: Place, pair: Pair, start: int = 0, count: int | None = None) -> None:
-        """Add rows of samples, `start` and those after it of `count`: the last ones are held out."""
+        """Add rows of samples, `start` and those after it of `count`: the last ones are held out.
+
+        Of batches too small for that one in so many is held out as a whole, the second one first.
+        """
         count = len(pair.exit) if count is None else count
         held = count // _HELD_OUT
+        if not held and self.several:  # other positions of a picture are no other picture: they say too much good
+            sums = place.held if self._batch % _HELD_OUT == 1 else place.fit
+            tensors = (x if x is None else x.flatten(0, 1) for x in pair.tensors)
+            sums.add(*tensors, stretch=pair.stretch)  # type: ignore[arg-type]
+            return
         if held:
             first = max(count - held - start, 0)
             parts = pair.rows(slice(0, first)), pair.rows(slice(first, None))
