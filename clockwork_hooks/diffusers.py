@@ -54,7 +54,8 @@ def wrap_pipeline(
         clock: one full step every `clock` steps: `Schedule.spread(clock)`, which runs as many full steps as
             `Schedule.every(clock)` and places them where they matter, as the scheduler tells how many steps there are.
             Neither this nor schedule=: what a saved adaptor was made for, else 2.
-        unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet".
+        unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet"; or of models that
+            are UNets by no name of theirs.
         ignore: as for `wrap`: dotted paths of arguments of the UNet that tell nothing, such as
             ("cross_attention_kwargs.scale",); a mapping gives each UNet its own, by name.
         branch: as for `wrap`: gives each call a key from its arguments by name; or a mapping.
@@ -95,8 +96,9 @@ def wrap_pipeline(
     Source: arXiv 2312.08128, Sec. 4.3.
     """
     check_names(options, wrap_pipeline)
-    models = _unets(pipe)
-    chosen = _chosen(pipe, models, unets)
+    wanted = None if unets is None else [unets] if isinstance(unets, str) else list(unets)
+    models = _unets(pipe, wanted or ())
+    chosen = _chosen(pipe, models, wanted)
     shared = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
     for option, value in shared.items():
         _check_own(option, value, models)
@@ -166,8 +168,8 @@ class WrappedPipeline:
         """
         wrapped = {id(wrapper.unet) for wrapper in self.wrappers.values()}
         for pipe in pipes:
-            own = _unets(pipe)
-            if not wrapped & {id(unet) for unet in own.values()}:
+            own = _unets(pipe, self.wrappers)
+            if not wrapped & {id(_compiled_from(unet)) for unet in own.values()}:
                 raise ArgumentError(
                     "a pipeline that is followed shares a wrapped UNet",
                     seen={
@@ -292,13 +294,26 @@ def _is_pipeline(part: Any) -> bool:
     return isinstance(getattr(type(part), "components", None), property) and callable(part)
 
 
-def _unets(pipe: Any) -> dict[str, nn.Module]:
-    """Each UNet once, under its first name; a combined pipeline holds each of its parts twice."""
+def _unets(pipe: Any, named: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Each UNet once, under its first name; a combined pipeline holds each of its parts twice.
+
+    A UNet is called so by its class, by one that this is made from, or by the pipeline's name for it; or it is one of
+    those that the caller has named.
+    """
     unets: dict[int, tuple[str, nn.Module]] = {}
     for name, part in _parts(pipe):
-        if isinstance(part, nn.Module) and "unet" in type(part).__name__.lower():
-            unets.setdefault(id(part), (name, part))
+        if isinstance(part, nn.Module):
+            unet = _compiled_from(part)
+            kinds = (kind.__name__ for kind in type(unet).__mro__ if issubclass(kind, nn.Module))
+            if name in named or any("unet" in title.lower() for title in (name.rpartition(".")[2], *kinds)):
+                unets.setdefault(id(unet), (name, part))
     return dict(unets.values())
+
+
+def _compiled_from(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was called on, where this is its output; else the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def _schedulers(pipe: Any) -> Iterator[Any]:
@@ -307,9 +322,9 @@ def _schedulers(pipe: Any) -> Iterator[Any]:
             yield part
 
 
-def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: Iterable[str] | None) -> list[str]:
+def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: list[str] | None) -> list[str]:
     """The names of the UNets to wrap, of those that are present."""
-    wanted = list(present) if unets is None else [unets] if isinstance(unets, str) else list(unets)
+    wanted = list(present) if unets is None else unets
     unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
         if not present and isinstance(pipe, nn.Module):
@@ -325,7 +340,7 @@ def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: Iterable[str] | 
                 "its UNets": ", ".join(present) or "none",
                 "unets": ", ".join(map(str, wanted)) or "none",
             },
-            do="pass names from the list; a model that no pipeline holds goes to wrap(model)",
+            do="pass names from the list, or of another model that the pipeline holds; other models go to wrap(model)",
         )
     return wanted
 

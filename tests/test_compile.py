@@ -764,6 +764,19 @@ def test_compiled_from_outside() -> None:
         assert cw.stats.reasons[OUTSIDE] == 3
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_who_compiles_a_wrapped_unet_and_samples_with_that_is_warned() -> None:
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        compiled = torch.compile(unet, backend="eager")
+        for t in range(900, 400, -100):
+            compiled(torch.randn(1, 2, 8, 8), torch.tensor([float(t)]))
+        with pytest.warns(ch.NoEffectWarning, match="`cw.compile\\(\\)` compiles"):
+            compiled(torch.randn(1, 2, 8, 8), torch.tensor([400.0]))
+        compiled(torch.randn(1, 2, 8, 8), torch.tensor([300.0]))
+        assert cw.stats.reasons[OUTSIDE] == 7
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["jit", "export", "make_fx"])
 def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:

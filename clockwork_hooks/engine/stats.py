@@ -239,7 +239,7 @@ class RunReport(Report):
 _QUIET = frozenset(
     {
         *(reasons.FIRST, reasons.SCHEDULED, reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
-        *(reasons.COMPILED, reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE, reasons.UNANALYSED),
+        *(reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE, reasons.UNANALYSED),
     }
 )
 _STEPS, _DOUBTED = 6, 3

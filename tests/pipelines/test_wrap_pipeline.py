@@ -527,6 +527,33 @@ def test_a_key_for_each_call_of_a_pipeline() -> None:
         assert torch.equal(drawn, replay(pipe.model, "up", every(2, [1] * 4, branches=2), lambda: loop(pipe, steps=4)))
 
 
+def test_a_compiled_unet_is_found_and_followed() -> None:
+    """`pipe.unet = torch.compile(pipe.unet)` hides the UNet's class."""
+    pipe = parts.text_to_image()
+    unet, plain = pipe.unet, run(pipe)
+    passes = every(2, [1] * 6)
+    expected = replay(unet, EXIT, passes, lambda: run(pipe))
+    pipe.unet = torch.compile(unet, backend="eager")
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2)) as cw:
+        cw.compile(backend="eager").follow(SimpleNamespace(unet=pipe.unet), SimpleNamespace(unet=unet))
+        torch.testing.assert_close(run(pipe), expected)
+        assert (cw.wrappers["unet"].stats.full_passes, cw.wrappers["unet"].stats.adaptor_passes) == counts(passes)
+    pipe.unet = unet
+    assert torch.equal(run(pipe), plain)
+
+
+def test_a_unet_is_one_by_its_base_class_by_the_pipelines_name_for_it_or_by_the_callers() -> None:
+    class Finetuned(UNetOfMine):
+        pass
+
+    pipe = SimpleNamespace(base=Finetuned(), unet=Tiny(1), denoiser=Tiny(2), text=torch.nn.Linear(1, 1))
+    with wrap_pipeline(pipe) as cw:
+        assert list(cw.wrappers) == ["base", "unet"]
+    with wrap_pipeline(pipe, unets=["denoiser"], region={"denoiser": None}) as cw:
+        cw.follow(SimpleNamespace(denoiser=pipe.denoiser))
+        assert list(cw.wrappers) == ["denoiser"]
+
+
 def test_all_or_none() -> None:
     """The refiner is wrapped already: the base is let go again."""
     both = BaseAndRefiner()
