@@ -393,8 +393,9 @@ def test_a_model_that_is_called_with_fewer_rows_than_told() -> None:
 @pytest.mark.parametrize("options", [{"schedule": "spread(2)"}, {"schedule": "2, 4"}])
 def test_other_schedules_go_by_the_samplers_steps(options: dict[str, Any]) -> None:
     letters = Options(**options).steps().preview(6).replace(" ", "")
-    clone, case = apply(client.model(), **options), SITUATIONS["heun"](client)
-    wanted, seen = expected(Case(clone, case.options, case.evaluations), lambda step: letters[step] == "A")
+    case = SITUATIONS["heun"](client)
+    clone = apply(case.patcher, **options)
+    wanted, seen = expected(Case(case.patcher, case.options, case.evaluations), lambda step: letters[step] == "A")
     assert seen == "".join(letter * count for letter, count in zip(letters, case.evaluations, strict=True))
     assert torch.equal(client.sample(clone, "heun"), wanted)
 
