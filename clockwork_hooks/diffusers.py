@@ -96,7 +96,7 @@ def wrap_pipeline(
     Source: arXiv 2312.08128, Sec. 4.3.
     """
     check_names(options, wrap_pipeline)
-    wanted = None if unets is None else [unets] if isinstance(unets, str) else list(unets)
+    wanted = _names(unets)
     models = _unets(pipe, wanted or ())
     chosen = _chosen(pipe, models, wanted)
     shared = {"adaptor": adaptor, "ignore": ignore, "branch": branch, "reuse": reuse, **options}
@@ -281,7 +281,7 @@ def _own(value: Any, name: str) -> Any:
 
 def _parts(pipe: Any, within: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, part) of a pipeline, and of the pipelines that it holds."""
-    for name, part in list(vars(pipe).items()):
+    for name, part in list(getattr(pipe, "__dict__", {}).items()):
         if isinstance(part, ClockworkWrapper):  # `pipe.unet = cw`
             part = part.unet
         if not isinstance(part, nn.Module) and _is_pipeline(part) and part is not pipe:
@@ -322,11 +322,28 @@ def _schedulers(pipe: Any) -> Iterator[Any]:
             yield part
 
 
+def _names(unets: Iterable[str] | None) -> list[str] | None:
+    """The names that `unets=` gives; None where it gives none."""
+    if unets is None or isinstance(unets, str):
+        return None if unets is None else [unets]
+    if not isinstance(unets, Iterable):
+        raise ArgumentError(
+            "unets= names UNets of the pipeline", seen={"unets": repr(unets)}, do='pass names, as in unets=["unet"]'
+        )
+    return list(unets)
+
+
 def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: list[str] | None) -> list[str]:
     """The names of the UNets to wrap, of those that are present."""
     wanted = list(present) if unets is None else unets
     unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
+        if isinstance(pipe, str):
+            raise ArgumentError(
+                "a pipeline is an object that is loaded; this is a text",
+                seen={"got": repr(pipe)},
+                do="load it first: DiffusionPipeline.from_pretrained(name)",
+            )
         if not present and isinstance(pipe, nn.Module):
             raise ArgumentError(
                 "a pipeline holds its UNets; this is a model",

@@ -570,6 +570,14 @@ def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
         wrap_pipeline(pipe, unets=["decoder"])
     with pytest.raises(ch.ArgumentError, match="this is a model"):
         wrap_pipeline(pipe.unet)
+    with pytest.raises(ch.ArgumentError, match="pipeline: NoneType\n  its UNets: none"):
+        wrap_pipeline(None)
+    with pytest.raises(ch.ArgumentError, match="load it first"):
+        wrap_pipeline("owner/model")
+    with pytest.raises(ch.ArgumentError, match="unets= names UNets of the pipeline\n  unets: 1"):
+        wrap_pipeline(pipe, unets=1)  # type: ignore[arg-type]
+    with wrap_pipeline(pipe) as cw, pytest.raises(ch.ArgumentError, match="shares a wrapped UNet"):
+        cw.follow("owner/model")
 
 
 @pytest.mark.parametrize("options", [{"schedule": {"unett": {2}}}, {"clocks": {1: 2, 2: 4}}])
