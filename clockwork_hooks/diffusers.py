@@ -480,9 +480,12 @@ def steps_from(scheduler: Any, index: int = 0) -> int:
     if orders:
         return sum(order == 1 for order in orders[index:]) + int(orders[index] != 1)  # it may be entered within a step
     warm_up = getattr(scheduler, "prk_timesteps", None)
-    if warm_up is not None and index == 0:
-        return count - len(warm_up) * 3 // 4 if len(warm_up) else max(count - 1, 1)
-    return count
+    if warm_up is None:
+        return count
+    if len(warm_up):  # Runge-Kutta steps of four, wherever in the list the solver has begun
+        left: int = min(count, max(len(warm_up) - scheduler.counter, 0))
+        return -(-left // 4) + count - left
+    return max(count - int(scheduler.counter == 0), 1)  # the first step is two
 
 
 def _listed(scheduler: Any, time: torch.Tensor) -> bool:

@@ -90,6 +90,32 @@ def test_img2img_may_enter_a_singlestep_solver_in_the_middle_of_a_step() -> None
         assert cw.wrappers["unet"].stats.adaptor_passes == 2, cw.report()  # the second of two has nothing before it
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("skip_prk_steps", "steps", "strength", "evaluations"),
+    [(True, 8, 0.75, [2, 1, 1, 1, 1, 1]), (False, 8, 0.8, [4, 4, 4, 1, 1, 1]), (False, 9, 0.5, [4, 4, 4, 1])],
+)
+def test_pndm_warms_up_wherever_in_its_list_it_begins(
+    skip_prk_steps: bool, steps: int, strength: float, evaluations: list[int]
+) -> None:
+    """The number of steps is right, so the last one is full, as `last_full` says."""
+    scheduler = parts.scheduler("PNDMScheduler", skip_prk_steps=skip_prk_steps, steps_offset=1)
+    pipe = parts.text_to_image("StableDiffusionImg2ImgPipeline", scheduler=scheduler)
+
+    def once() -> Tensor:
+        inputs = {**EDIT, "image": parts.picture(size=16), "strength": strength, "num_inference_steps": steps}
+        pictures: Tensor = pipe(generator=torch.Generator().manual_seed(0), **inputs).images
+        return pictures
+
+    passes = every(2, evaluations)
+    passes[-1] = ("F", passes[-1][1])
+    expected = replay(pipe.unet, EXIT, passes, once)
+    with wrap_pipeline(pipe, schedule=ch.Schedule.every(2, last_full=1)) as cw:
+        assert torch.equal(once(), expected)
+        stats = cw.wrappers["unet"].stats
+        assert (stats.full_passes, stats.adaptor_passes) == counts(passes), cw.report()
+
+
 def test_the_unets_place_in_the_pipeline_does_not_matter(pipe: Any) -> None:
     unet = pipe.unet
     with wrap_pipeline(pipe) as cw:
