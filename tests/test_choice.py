@@ -470,5 +470,5 @@ def test_a_misspelt_option_of_wrap_names_the_nearest() -> None:
             ch.wrap(Wide(), **{wrong: 2})
     with pytest.raises(ch.ArgumentError, match="pass some of these"):
         ch.wrap(Wide(), nonsense=2)
-    with pytest.raises(TypeError, match="nonsense"):  # it is the call's own business
+    with pytest.raises(ch.TraceError, match="nonsense"):  # it is the call's own business
         ch.find_region(Wide(), noise(2, 3, 16, 16), 500.0, nonsense=2)

@@ -343,7 +343,7 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
     """Counted: module calls, operators by their profiler names, and nothing is recorded: the call has its place."""
     unet = Tiny()
     with ch.wrap(unet, region=ch.find_region(unet, torch.randn(1, 2, 8, 8), 5) if passed else None) as cw:
-        for t in (900, 800, 700):
+        for t in (900, 800, 700, 600, 500):  # the first adaptor pass has shown that nothing is amiss
             unet(torch.randn(1, 2, 8, 8), t)
         calls: list[str] = []
         for path, module in unet.named_modules():
@@ -353,7 +353,7 @@ def test_an_adaptor_pass_calls_the_modules_outside_the_region_and_nothing_else(
         places: list[Any] = []
         unet.head.register_forward_hook(lambda *_: places.append((cw.position, len(modes()))))
         with Operators() as operators:
-            unet(torch.randn(1, 2, 8, 8), 600)
+            unet(torch.randn(1, 2, 8, 8), 400)
     assert calls == ["stem", "emb", "head"]
     assert [(place is not None, count) for place, count in places] == [(True, 1)]  # no mode but the one that counts
     counted = {name: operators.seen[name] for name in ("convolution", "conv2d", "conv_transpose2d", "linear", "silu")}
