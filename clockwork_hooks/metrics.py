@@ -87,12 +87,16 @@ def psnr(images: Tensor, plain: Tensor) -> Tensor:
         plain: to compare with, of the same shape.
 
     Returns:
-        (B,), in dB.
+        (B,), in dB, at least of single precision.
+
+    Raises:
+        ArgumentError: the two are no floating tensors of one shape.
 
     Example:
         >>> psnr(torch.full((2, 3, 4, 4), 0.6), torch.full((2, 3, 4, 4), 0.5)).round()
         tensor([20., 20.])
     """
+    images, plain = _comparable(images, plain)
     return (-10 * (images - plain).square().flatten(1).mean(1).log10()).clamp_max(SAME_DB)
 
 
@@ -104,14 +108,35 @@ def relative_l2(samples: Tensor, plain: Tensor) -> Tensor:
         plain: to compare with, of the same shape.
 
     Returns:
-        (B,), a share: 0.01 is 1%.
+        (B,), a share: 0.01 is 1%, at least of single precision.
+
+    Raises:
+        ArgumentError: the two are no floating tensors of one shape.
 
     Example:
         >>> relative_l2(torch.full((2, 3, 4, 4), 1.5), torch.ones(2, 3, 4, 4))
         tensor([0.5000, 0.5000])
     """
+    samples, plain = _comparable(samples, plain)
     far: Tensor = (samples - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
     return far
+
+
+def _comparable(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, of at least single precision: the square of a small difference is 0 in half precision."""
+    for each in (one, other):
+        if not isinstance(each, Tensor) or not each.is_floating_point() or each.shape != one.shape:
+            raise ArgumentError(
+                "what is compared is two floating tensors of one shape",
+                seen={"first": _described(one), "second": _described(other)},
+                do="pass batches (B, ...) of as many; of bytes, `images / 255`",
+            )
+    precise = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+    return one.to(precise), other.to(precise)
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass(frozen=True, slots=True)

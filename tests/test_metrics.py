@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from clockwork_hooks.metrics import (
     clip_score,
     fid,
     frechet_distance,
+    psnr,
+    relative_l2,
     statistics_of,
     statistics_of_features,
 )
@@ -183,3 +187,22 @@ def tiny_clip(folder: Path) -> Path:
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("compare", [psnr, relative_l2])
+@pytest.mark.parametrize("other", [torch.ones(1, 3, 4, 4), torch.ones(3, 4, 4), torch.ones(2, 3, 4, 4).byte(), 1.0])
+def test_what_is_compared_is_of_one_shape(compare: Callable[..., Tensor], other: Any) -> None:
+    """Shapes that broadcast gave numbers of other pictures."""
+    with pytest.raises(ArgumentError, match="two floating tensors of one shape"):
+        compare(torch.rand(2, 3, 4, 4), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_small_differences_are_no_zeros(dtype: torch.dtype) -> None:
+    plain = torch.full((2, 3, 4, 4), 0.01, dtype=dtype)
+    images = plain + torch.tensor(2.0**-13, dtype=dtype)
+    far = (images.double() - plain.double()).mean()
+    torch.testing.assert_close(psnr(images, plain).double(), -20 * far.log10().expand(2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        relative_l2(images, plain).double(), (far / plain[0, 0, 0, 0]).expand(2).double(), rtol=1e-4, atol=0
+    )
