@@ -57,6 +57,17 @@ def test_a_region_that_the_options_choose_is_found_once_for_all_batches(options:
     assert (row.full_passes, row.adaptor_passes) == (12, 12)
 
 
+def test_a_sampler_of_another_unet_is_refused() -> None:
+    """A copy, or a compiled one: each variant would have been the plain one."""
+    unet, other = Tiny(), Tiny()
+    with pytest.raises(ArgumentError, match="calls of the UNet: 0"):
+        ch.evaluate(unet, sampler(other), BATCHES, {"clock 2": {"clock": 2}}, seeds=(0,))
+    with pytest.raises(ArgumentError, match="calls of the UNet: 0"):
+        run(unet, {"clock 2": Variant(wrap={"clock": 2}, generate=sampler(other))}, seeds=(0,))
+    assert run(unet, {"another model": Variant(generate=sampler(other))}, seeds=(0,))["another model"].images == 4
+    assert "forward" not in vars(unet)
+
+
 def test_an_oracle_is_exactly_plain() -> None:
     """What is wrapped but runs full passes only gives the plain pictures: 100 dB, from the very same noise."""
     result = run(Tiny(), {"all full": {"schedule": lambda step: False}})

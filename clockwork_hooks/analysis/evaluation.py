@@ -21,7 +21,7 @@ from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.stand_in import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
-from clockwork_hooks.analysis.sampling import check_runs
+from clockwork_hooks.analysis.sampling import check_runs, never_called
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import check_unet
@@ -216,7 +216,8 @@ def evaluate(
         A row a variant, "plain" first.
 
     Raises:
-        ArgumentError: no conditions, no seeds, a variant called "plain", or pictures of another form.
+        ArgumentError: no conditions, no seeds, a variant called "plain", pictures of another form, or `generate` never
+            calls the UNet.
         AdaptorError: a variant's adaptor cannot be called or loaded, or does not fit the region.
         WrapError: the UNet is wrapped already.
 
@@ -273,6 +274,8 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
     if tally.options is not None:
         with wrap(unet, **tally.options) as cw, cw.trajectory():
             images, seconds = _timed(make, batch, seed, device)
+            if not cw.stats.full_passes + cw.stats.adaptor_passes:
+                raise never_called(unet)
             tally.passes = (tally.passes[0] + cw.stats.full_passes, tally.passes[1] + cw.stats.adaptor_passes)
             tally.macs += cw.stats.macs_run
             if not tally.options.keys() & {"plan", "clocks"}:  # found once; the next wrapper needs no trace
@@ -282,6 +285,8 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
     elif first:
         with counting(unet) as calls:
             images, seconds = _timed(make, batch, seed, device)
+        if not calls and tally.variant.generate is None:  # a variant's own may sample with another model
+            raise never_called(unet)
         tally.macs, tally.counted = sum(calls), len(images)
     else:
         images, seconds = _timed(make, batch, seed, device)

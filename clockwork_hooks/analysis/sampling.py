@@ -214,7 +214,7 @@ def first_call(unet: nn.Module, generate: Generate, batch: Any, seed: int, *, ti
     finally:
         handle.remove()
     if not seen:
-        raise _never(unet)
+        raise never_called(unet)
     return record(unet, *seen[0], time=time)
 
 
@@ -303,7 +303,7 @@ class Watch:
         with self._wrapper.trajectory():
             yield self
         if not self.calls:
-            raise _never(self.unet)
+            raise never_called(self.unet)
 
     def __enter__(self) -> Watch:
         return self
@@ -313,7 +313,8 @@ class Watch:
         self._wrapper.remove()
 
 
-def _never(unet: nn.Module) -> ArgumentError:
+def never_called(unet: nn.Module) -> ArgumentError:
+    """The error where a sampler has not called the UNet that it is passed with."""
     return ArgumentError(
         "generate(batch, seed) samples with the UNet that is looked into",
         seen={"calls of the UNet": 0, "unet": type(unet).__name__},
