@@ -53,7 +53,7 @@ from benchmarks.calibration import (
     interval,
     kinds,
 )
-from benchmarks.calibration_results import TABLES, Rows, half, load, rewrite
+from benchmarks.calibration_results import TABLES, Rows, half, load, peers, rewrite
 from benchmarks.harness import environment, say
 from benchmarks.second_model_training import SIGMA_MAX, SIGMA_MIN, SecondModel, log_snr, train
 from clockwork_hooks._numbers import percent
@@ -497,16 +497,12 @@ def _best(rows: Rows, group: str, steps: str) -> str:
 def _fewer(rows: Rows, group: str, steps: str) -> list[str]:
     """Plain sampling with fewer steps against the calibrated row, of any steps, that saves at least as much."""
     beaten, others = [], []
-    for key, row in rows.data["rows"].items():
-        if key.split("/")[0] != group or row["kind"] is not None or row["taken"] is None:
+    for peer in peers(rows, group):
+        if peer.calibrated is None:
             continue
-        calibrated = rows.calibrated(group, rows.saved(key) - 0.005, any_steps=True)
-        if calibrated is None:
-            continue
-        gap = rows.gap(calibrated, key)
-        label = f"{row['taken']} ({percent(rows.saved(key))}; `{calibrated.split('/')[1]}`, "
-        text = f"{label}{percent(rows.saved(calibrated))}: {interval(gap)})"
-        (beaten if statistics.fmean(gap) + half(gap) < 0 else others).append(text)
+        label = f"{rows.row(peer.key)['taken']} ({percent(rows.saved(peer.key))}; `{peer.calibrated.split('/')[1]}`, "
+        text = f"{label}{percent(rows.saved(peer.calibrated))}: {interval(rows.gap(peer.calibrated, peer.key))})"
+        (beaten if peer.beaten else others).append(text)
     lines = [f"- {steps} steps, plain sampling with fewer steps is beaten at equal MACs: {'; '.join(beaten)}."]
     lines += [f"- {steps} steps, plain sampling with fewer steps is **not beaten**: {'; '.join(others)}."]
     return [line for line, texts in zip(lines, (beaten, others), strict=True) if texts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -105,10 +106,11 @@ def is_changeable(value: Any) -> bool:
 
 
 def refill(value: Any, contents: Any) -> None:
-    """Give a changeable container the contents of another one of its kind."""
-    if isinstance(value, list):
-        value[:] = contents
-    elif isinstance(value, MutableMapping):
+    """Give a changeable container, or a set, the contents of another one of its kind."""
+    if isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(contents)
+    elif isinstance(value, (MutableMapping, set)):
         value.clear()
         value.update(contents)
     else:

@@ -167,11 +167,12 @@ class Calibration(FieldReport):
 
     def tables(self) -> tuple[Table, ...]:
         """The kinds, and the steps."""
+        levels = [">log-SNR"] if any(one.log_snr is not None for one in self.steps) else []
         rows = [
             (
                 str(one.step),
                 "" if one.position is None else f"{one.position:g}",
-                *([] if one.log_snr is None else [f"{one.log_snr:.2f}"]),
+                *("" if one.log_snr is None else f"{one.log_snr:.2f}" for _ in levels),
                 percent(one.identity),
                 percent(one.error),
                 "" if one.ridge is None else f"{one.ridge:g}",
@@ -179,7 +180,6 @@ class Calibration(FieldReport):
             )
             for one in self.steps
         ]
-        levels = [">log-SNR"] if any(one.log_snr is not None for one in self.steps) else []
         heads = (">step", ">time", *levels, ">identity", ">error", ">ridge", "fitted")
         return self.table(), table("Steps", heads, rows)
 
@@ -755,18 +755,15 @@ class Sums:
         """
         count = len(pair.exit) if count is None else count
         held = count // _HELD_OUT
-        if not held and self.several:  # other positions of a picture are no other picture: they say too much good
-            sums = place.held if self._batch % _HELD_OUT == 1 else place.fit
-            tensors = (x if x is None else x.flatten(0, 1) for x in pair.tensors)
-            sums.add(*tensors, stretch=pair.stretch)  # type: ignore[arg-type]
-            return
         if held:
             first = max(count - held - start, 0)
-            parts = pair.rows(slice(0, first)), pair.rows(slice(first, None))
+            parts = [(place.fit, pair.rows(slice(0, first))), (place.held, pair.rows(slice(first, None)))]
+        elif self.several:  # other positions of a picture are no other picture: they say too much good
+            parts = [(place.held if self._batch % _HELD_OUT == 1 else place.fit, pair)]
         else:
             self.held_out, held = "positions", max(pair.exit.shape[1] // _HELD_OUT, 1)
-            parts = pair.positions(slice(0, -held)), pair.positions(slice(-held, None))
-        for sums, part in zip((place.fit, place.held), parts, strict=True):
+            parts = [(place.fit, pair.positions(slice(0, -held))), (place.held, pair.positions(slice(-held, None)))]
+        for sums, part in parts:
             tensors = (x if x is None else x.flatten(0, 1) for x in part.tensors)
             sums.add(*tensors, stretch=part.stretch)  # type: ignore[arg-type]
 
@@ -888,9 +885,6 @@ class Solver:
         """(ridge, held-out error²) of one position; an endless ridge is the identity: of few rows it may be best."""
         errors = []
         for ridge in self.ridges:
-            if ridge == math.inf:
-                errors.append((place.held.identity, ridge))
-                continue
             weights = place.fit.solve(kind, ridge)
             if kind.form == "low rank":
                 basis = shared_basis([place.fit.added(weights, ridge)], self.rank)
@@ -945,10 +939,8 @@ class Solver:
         """The adaptor of the kind that was chosen."""
         kind, basis = KINDS[self.name], None
         if kind.form == "low rank":
-            wholes = [(place.fit + place.held, ridge) for place, (ridge, _) in self.chosen if ridge < math.inf]
-            added = [whole.added(whole.solve(kind, ridge), ridge) for whole, ridge in wholes]
-            one = self.places[0].fit.cross
-            basis = shared_basis(added, self.rank) if added else one.new_zeros(self.rank, self.sums.shape.exit)
+            wholes = [(place.fit + place.held, ridge) for place, (ridge, _) in self.chosen]
+            basis = shared_basis([whole.added(whole.solve(kind, ridge), ridge) for whole, ridge in wholes], self.rank)
         knots = [self.knot(place, ridge, basis) for place, (ridge, _) in self.chosen]
         positions = None
         if None not in self.sums.places:
@@ -968,14 +960,14 @@ class Solver:
         """Solve with all that was seen at a position."""
         kind, whole = KINDS[self.name], place.fit + place.held
         own, weights = torch.arange(whole.shape.exit, device=whole.cross.device), whole.solve(kind, ridge)
-        identity, gain, inner = ridge == math.inf, None, None
+        gain, inner = None, None
         if kind.form in ("linear", "kernel"):
             inner = self._as_read(weights[1:-1], kind)
         elif basis is None:
             gain = weights[1:-1][own, own]
         else:
-            gain = weights[1:-1][own, own] if identity else whole.affine(weights, ridge)[1:][own, own]
-            weights = weights if identity else whole.cut(weights, ridge, basis)
+            gain = whole.affine(weights, ridge)[1:][own, own]
+            weights = whole.cut(weights, ridge, basis)
             rest = weights[1:-1].clone()
             rest[own, own] -= gain
             inner = rest @ basis.T

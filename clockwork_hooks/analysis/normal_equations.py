@@ -254,10 +254,14 @@ class NormalEquations:
 
     def affine(self, weights: Tensor, ridge: float) -> Tensor:
         """(p, C), gain and bias alone, beside the trends' weights of these, (p + 1, C)."""
+        if ridge == math.inf:
+            return torch.zeros_like(self.cross)
         return self._affine(self._rest(weights[-1]), ridge)
 
     def cut(self, weights: Tensor, ridge: float, basis: Tensor) -> Tensor:
         """Low-rank weights: of what is beyond gain, bias and trend, what lies in the basis, (rank, C)."""
+        if ridge == math.inf:
+            return weights
         cross, trend = self._rest(weights[-1]), weights[-1:]
         gain = self.affine(weights, ridge)
         low_rank = gain + (weights[:-1] - gain) @ basis.T @ basis

@@ -519,7 +519,7 @@ class Before:
         elif isinstance(value, set):
             members = set(value)
             self.marks += sorted(map(id, members))
-            self._contents.append(lambda: _refill_set(value, members))
+            self._contents.append(lambda: refill(value, members))
             return
         elif isinstance(value, Mapping):
             inner = list(value.values())
@@ -590,16 +590,9 @@ def _state(generator: torch.Generator) -> torch.Tensor | None:
 
 def _refill(value: Any, contents: list[Any]) -> None:
     if len(value) != len(contents) or any(one is not then for one, then in zip(value, contents, strict=True)):
-        value.clear()
-        value.extend(contents)
-
-
-def _refill_set(value: set[Any], members: set[Any]) -> None:
-    value.clear()
-    value.update(members)
+        refill(value, contents)
 
 
 def _reset(value: MutableMapping[Any, Any], entries: Mapping[Any, Any]) -> None:
     if value.keys() != entries.keys() or any(value[key] is not entries[key] for key in entries):
-        value.clear()
-        value.update(entries)
+        refill(value, entries)

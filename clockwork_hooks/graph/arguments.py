@@ -127,7 +127,7 @@ class Binder:
 
     def __init__(self, forward: Callable[..., Any], ignored: Collection[str] = ()) -> None:
         self.ignored = tuple(ignored)
-        parameters = _parameters(forward)
+        parameters = parameters_of(forward)
         self._names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         self._rest = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), None)
 
@@ -150,7 +150,7 @@ class Binder:
         return tuple(one for one in self.ignored if not any(path.startswith(f"{one}.") for path in there))
 
 
-def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     """What a forward takes. Of a decorated one the names of what is inside, if it hands its arguments on by position.
 
     One with parameters of its own is called by these, though `functools.wraps` shows others.
@@ -195,7 +195,7 @@ def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -
         path, leaf = item
         spaces = (tuple(leaf.shape[2:]), tuple(leaf.shape[1:]))
         like = any(len(shape) > 2 and shape[2:] in spaces for shape in outputs)
-        named = next((rank for rank, names in enumerate(SAMPLE_NAMES) if path in names), None)
+        named = next((k for k, names in enumerate(SAMPLE_NAMES) if path in names), None)
         floats = leaf.is_floating_point()
         return named is None or not floats, not like, not floats, named or 0
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
-from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, time_candidates
+from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, parameters_of, time_candidates
 from clockwork_hooks.graph.operators import kind, node_macs, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder, garbage_kept, specs_in
 
@@ -220,7 +220,9 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
 
 def _check_arguments(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError) -> None:
     """Raise `TraceError` where the forward does not take these arguments."""
-    takes = inspect.signature(unet.forward)  # also behind a decorator, as diffusers' are
+    takes = inspect.Signature(parameters_of(unet.forward))
+    if not takes.parameters:  # of TorchScript, for example, nobody knows
+        return
     try:
         takes.bind(*args, **kwargs)
     except TypeError as why:
