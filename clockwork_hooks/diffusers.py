@@ -21,7 +21,7 @@ from clockwork_hooks.clock.timeline import Timeline
 from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import check_names, wrap
 from clockwork_hooks.engine.stats import RunReport
-from clockwork_hooks.engine.wrapper import ClockworkWrapper
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, compiled_from
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
@@ -169,7 +169,7 @@ class WrappedPipeline:
         wrapped = {id(wrapper.unet) for wrapper in self.wrappers.values()}
         for pipe in pipes:
             own = _unets(pipe, self.wrappers)
-            if not wrapped & {id(_compiled_from(unet)) for unet in own.values()}:
+            if not wrapped & {id(compiled_from(unet)) for unet in own.values()}:
                 raise ArgumentError(
                     "a pipeline that is followed shares a wrapped UNet",
                     seen={
@@ -303,17 +303,11 @@ def _unets(pipe: Any, named: Iterable[str] = ()) -> dict[str, nn.Module]:
     unets: dict[int, tuple[str, nn.Module]] = {}
     for name, part in _parts(pipe):
         if isinstance(part, nn.Module):
-            unet = _compiled_from(part)
+            unet = compiled_from(part)
             kinds = (kind.__name__ for kind in type(unet).__mro__ if issubclass(kind, nn.Module))
             if name in named or any("unet" in title.lower() for title in (name.rpartition(".")[2], *kinds)):
                 unets.setdefault(id(unet), (name, part))
     return dict(unets.values())
-
-
-def _compiled_from(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was called on, where this is its output; else the module itself."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
 
 
 def _schedulers(pipe: Any) -> Iterator[Any]:

@@ -450,9 +450,8 @@ def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
         )
     arguments = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
     forwards = any(one.kind is one.VAR_KEYWORD for one in arguments.values())
-    takes_any = not arguments or (
-        forwards and not type(pipe).__module__.startswith("diffusers.")
-    )  # those drop the rest
+    drops = type(pipe).__module__.startswith("diffusers.")  # what it does not know
+    takes_any = not arguments or (forwards and not drops)
     unknown = [] if takes_any else [name for name in options if name not in arguments]
     if unknown:
         near = difflib.get_close_matches(unknown[0], arguments, n=2, cutoff=0.4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.stand_in import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
-from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
+from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet, compiled_from
 from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option, warn
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, check_keep, region_or_choice
@@ -212,8 +212,9 @@ def wrap(
 
     Source: arXiv 2312.08128, Sec. 4.1 and 4.3.
     """
-    optimized = unet if isinstance(unet, nn.Module) and "_orig_mod" in unet._modules else None
-    unet = unet if optimized is None else cast(nn.Module, optimized._modules["_orig_mod"])
+    passed = unet
+    unet = compiled_from(unet) if isinstance(unet, nn.Module) else unet
+    optimized = None if unet is passed else passed
     check_unet(unet)
     when: dict[str, object] = {"clock": clock, "schedule": schedule}
     check_names(options, wrap)

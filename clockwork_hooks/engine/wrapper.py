@@ -77,12 +77,18 @@ def check_unet(unet: Any) -> None:
             },
             do="call disable() on its DeepCacheSDHelper first",
         )
-    if "_orig_mod" in unet._modules:
+    if compiled_from(unet) is not unet:
         raise WrapError(
             "the output of torch.compile has its calls fixed: no module call can be skipped in it",
             seen={"got": type(unet).__name__},
             do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
         )
+
+
+def compiled_from(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was called on, where this is its output; else the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def _wrapper(unet: nn.Module) -> object | None:
