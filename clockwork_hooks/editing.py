@@ -554,7 +554,7 @@ def edit(
     target: Conditions,
     negative: Conditions,
     steps: int = 50,
-    inversion_steps: int = 100,
+    inversion_steps: int | None = None,
     guidance: float = 7.5,
     clock: int = 2,
     inversion_clock: int | None = None,
@@ -575,12 +575,14 @@ def edit(
         target: likewise, of what is wanted.
         negative: likewise, of what guidance leads away from: the empty text, or the source's own.
         steps: N of the way back.
-        inversion_steps: N of the inversion; times of the way back that it has not are served by the nearest.
+        inversion_steps: N of the inversion, None for 100; times of the way back that it has not are served by the
+            nearest.
         guidance: negative + guidance · (target - negative). The paper's is 15.
         clock: of the way back; 1 switches Clockwork off.
         inversion_clock: of the inversion; None for the same.
         schedule: of the way back in the place of its clock, as in `wrap`: `Schedule.every(2, warmup=15)`.
-        inversion_schedule: likewise of the inversion, whose first step is the one at the least noise.
+        inversion_schedule: likewise of the inversion, whose first step is the one at the least noise. An `Inversion`
+            of before has its steps and passes: none of the three is passed with it.
         injection: what is injected, and how long; None for `find_injection`'s choice; `Injection()` for nothing.
         region, adaptor: as in `wrap`, for both loops.
         console: where the progress bars go; None for standard error.
@@ -590,7 +592,7 @@ def edit(
 
     Raises:
         ArgumentError: an option is outside its rule, the source or the conditions are not of the UNet's shape, or the
-            injection names a module that the UNet has not.
+            injection names a module that the UNet has not; or an option of the inversion comes with an `Inversion`.
         RegionNotFoundError: nothing of the UNet can be skipped.
 
     Example:
@@ -615,6 +617,9 @@ def edit(
         injection.check(unet)
     latents, arguments = _source(unet, source, conditions)
     path = Path(scheduler, steps, latents.device)
+    if isinstance(source, Inversion):
+        _check_inverted(steps=inversion_steps, clock=inversion_clock, schedule=inversion_schedule)
+    inversion_steps = 100 if inversion_steps is None else inversion_steps
     if not isinstance(source, Inversion):
         Path(scheduler, inversion_steps, latents.device)  # steps that are none are refused now
     rows = _rows(arguments, unet_arguments(negative, len(latents)), unet_arguments(target, len(latents)))
@@ -666,6 +671,16 @@ def _source(
         )
     check_source(unet, source)
     return source, unet_arguments(conditions, len(source))
+
+
+def _check_inverted(**options: object) -> None:
+    given = {f"inversion_{name}": repr(value) for name, value in options.items() if value is not None}
+    if given:
+        raise ArgumentError(
+            "an Inversion of before has its steps and passes already",
+            seen=given,
+            do="leave these out, or pass latents in the place of the Inversion",
+        )
 
 
 def _rows(*conditions: Mapping[str, Any]) -> dict[str, Any]:

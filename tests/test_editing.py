@@ -348,6 +348,17 @@ def test_an_inversion_brings_its_own_text(unet):
         edit(unet, scheduler(), way, hidden[0], target=hidden[1], negative=hidden[2])
 
 
+@pytest.mark.parametrize(
+    "options", [{"inversion_steps": 9}, {"inversion_clock": 2}, {"inversion_schedule": ch.Schedule.every(2)}]
+)
+def test_an_inversion_brings_its_own_steps(unet, options):
+    source, hidden = things()
+    way, before = invert(unet, scheduler(), source, hidden[0], steps=1), snapshot(unet)
+    with pytest.raises(ch.ArgumentError, match=rf"(?s)has its steps.*{next(iter(options))}.*leave these out"):
+        edit(unet, scheduler(), way, target=hidden[1], negative=hidden[2], **options)
+    assert snapshot(unet) == before
+
+
 def test_a_variance_is_not_inverted():
     source, hidden = things()
     with pytest.raises(ch.ArgumentError, match="given: 1×4×16×16\n  predicted: 1×8×16×16"):

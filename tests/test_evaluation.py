@@ -132,6 +132,7 @@ def test_score() -> None:
     ("change", "said"),
     [
         ({"seeds": ()}, "seeds: 0"),
+        ({"seeds": (0, 1, 0)}, r"seeds: \[0, 1, 0\]"),
         ({"variants": {"plain": {}}}, "always there"),
         ({"variants": {"clock 2": 2}}, "variants are a name and the options"),
         ({"variants": ["clock 2"]}, "variants are a name and the options"),

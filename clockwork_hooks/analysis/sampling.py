@@ -149,7 +149,7 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
     """The batches of conditions, as a list.
 
     Raises:
-        ArgumentError: there are none, or no seeds; or `generate` is no function.
+        ArgumentError: there are none, or no seeds, or one seed twice; or `generate` is no function.
     """
     one = isinstance(conditions, (str, bytes, Mapping))  # a batch alone; its letters or keys are none
     if not callable(generate) or one or not isinstance(conditions, Iterable):
@@ -166,6 +166,12 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
             "a measurement needs conditions and seeds",
             seen={"batches": len(batches), "seeds": len(seeds)},
             do="pass at least one of each",
+        )
+    if len(set(seeds)) < len(seeds):
+        raise ArgumentError(
+            "each seed is one run of its own: the same one again tells nothing new",
+            seen={"seeds": list(seeds)},
+            do="pass each seed once",
         )
     return batches
 

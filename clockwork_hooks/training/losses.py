@@ -53,14 +53,12 @@ class Loss:
     Attributes:
         name: how it is selected and printed.
         pairs: outcome → pairs of tensors; the last pair is the one whose relative error is reported.
-        needs_exit: it looks at `Outcome.exits`.
         needs_output: it looks at outputs, so the UNet's high-resolution half runs, with gradient.
         needs_guidance: it looks at `Outcome.weights`, so the guidance has to be known.
     """
 
     name: str
     pairs: Callable[[Outcome], Pairs]
-    needs_exit: bool = True
     needs_output: bool = False
     needs_guidance: bool = False
 
@@ -91,7 +89,7 @@ def _guided_output(outcome: Outcome) -> Pairs:
 LOSSES = {
     "feature": Loss("feature", _feature),
     "guided-feature": Loss("guided-feature", _guided_feature, needs_guidance=True),
-    "guided-output": Loss("guided-output", _guided_output, needs_exit=False, needs_output=True, needs_guidance=True),
+    "guided-output": Loss("guided-output", _guided_output, needs_output=True, needs_guidance=True),
 }
 
 
