@@ -318,8 +318,10 @@ def _schedulers(pipe: Any) -> Iterator[Any]:
 
 def _names(unets: Iterable[str] | None) -> list[str] | None:
     """The names that `unets=` gives; None where it gives none."""
-    if unets is None or isinstance(unets, str):
-        return None if unets is None else [unets]
+    if unets is None:
+        return None
+    if isinstance(unets, str):
+        return [unets]
     if not isinstance(unets, Iterable):
         raise ArgumentError(
             "unets= names UNets of the pipeline", seen={"unets": repr(unets)}, do='pass names, as in unets=["unet"]'

@@ -617,11 +617,11 @@ def edit(
         injection.check(unet)
     latents, arguments = _source(unet, source, conditions)
     path = Path(scheduler, steps, latents.device)
+    forth = 100 if inversion_steps is None else inversion_steps
     if isinstance(source, Inversion):
         _check_inverted(steps=inversion_steps, clock=inversion_clock, schedule=inversion_schedule)
-    inversion_steps = 100 if inversion_steps is None else inversion_steps
-    if not isinstance(source, Inversion):
-        Path(scheduler, inversion_steps, latents.device)  # steps that are none are refused now
+    else:
+        Path(scheduler, forth, latents.device)  # steps that are none are refused now
     rows = _rows(arguments, unet_arguments(negative, len(latents)), unet_arguments(target, len(latents)))
     if injection is None:  # before the inversion, which takes long: a UNet may have no place for any
         injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), arguments))
@@ -631,7 +631,7 @@ def edit(
             scheduler,
             source,
             arguments,
-            steps=inversion_steps,
+            steps=forth,
             clock=clock if inversion_clock is None else inversion_clock,
             schedule=inversion_schedule,
             region=region,

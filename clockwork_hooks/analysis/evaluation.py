@@ -216,8 +216,8 @@ def evaluate(
         A row a variant, "plain" first.
 
     Raises:
-        ArgumentError: no conditions, no seeds, a variant called "plain", pictures of another form, or `generate` never
-            calls the UNet.
+        ArgumentError: no conditions, no seeds, one seed twice, a variant called "plain", pictures of another form, or
+            `generate` never calls the UNet.
         AdaptorError: a variant's adaptor cannot be called or loaded, or does not fit the region.
         WrapError: the UNet is wrapped already.
 

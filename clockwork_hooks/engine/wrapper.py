@@ -87,8 +87,7 @@ def check_unet(unet: Any) -> None:
 
 def compiled_from(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` was called on, where this is its output; else the module itself."""
-    inner = module._modules["_orig_mod"] if "_orig_mod" in module._modules else None  # noqa: SIM401  # TorchScript's
-    return module if inner is None else inner  # table of children takes no `get`
+    return dict(module.named_children()).get("_orig_mod", module)
 
 
 def _wrapper(unet: nn.Module) -> object | None:
