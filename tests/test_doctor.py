@@ -61,6 +61,24 @@ def test_a_part_that_all_needs_is_missing(capsys, without):
     assert '"safetensors>=' in capsys.readouterr().out
 
 
+def test_conditions_of_requirements_are_asked(capsys, monkeypatch):
+    """What this Python does not ask for is not missing; what it asks for is, without its condition in pip's line."""
+    lines = [
+        'old-toml>=2.0; python_version < "3.0"',
+        'new-toml[fast]>=2.0; python_version >= "3.0"',
+        "old-plots>=1; sys_platform == 'amiga' and extra == 'plot'",
+        "new-plots<3,>=1; sys_platform != 'amiga' and extra == 'plot'",
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    assert main(["doctor", "--format", "json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["parts"] == {
+        "new-toml": {"version": None, "extra": None},
+        "new-plots": {"version": None, "extra": "plot"},
+    }
+    assert data["install"].endswith(' -m pip install "new-toml[fast]>=2.0" "new-plots<3,>=1"')
+
+
 def test_json_and_markdown(capsys, without):
     without("matplotlib")
     assert main(["doctor", "--format", "json"]) == 0

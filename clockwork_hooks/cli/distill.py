@@ -18,6 +18,11 @@ from clockwork_hooks.cli.app import EXIT_CODES, TRAIN, Interrupted, app
 from clockwork_hooks.cli.options import Format, FormatOption, check_out, deliver
 from clockwork_hooks.errors import ArgumentError, first_line
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 DEMO: dict[str, Any] = {
     "source": {"kind": "demo", "sampler": "dpm++", "steps": 8},
     "adaptor": {"kind": "resnet"},
@@ -126,7 +131,7 @@ def _read(config: str) -> dict[str, Any]:
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8")
-        options = _toml(text) if path.suffix == ".toml" else json.loads(text)
+        options = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
         raise ArgumentError(
             'a configuration is a TOML or JSON file, or "demo"',
@@ -138,14 +143,6 @@ def _read(config: str) -> dict[str, Any]:
             "a configuration is a table", seen={"file": path, "holds": type(options).__name__}, do='{"source": {...}}'
         )
     return options
-
-
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib.loads(text)
-    raise ValueError("Python 3.10 reads no TOML: write the configuration as JSON")
 
 
 def _set(options: dict[str, Any], text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import platform
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,16 +106,17 @@ def doctor(format: FormatOption = Format.table) -> None:
 
 
 def parts() -> Iterator[Part]:
-    """Every package that the installed metadata names, for all extras that a user has a use for."""
+    """Every package that the installed metadata asks for here, for all extras that a user has a use for."""
+    from packaging.requirements import Requirement
+
     seen = {"clockwork-hooks"}
-    split = [requirement.partition(";") for requirement in metadata.requires("clockwork-hooks") or ()]
-    for group in PURPOSES:  # a package of several extras goes with the first
-        for wanted, _, condition in split:
-            extra = re.search(r"extra == ['\"]([^'\"]+)", condition)
-            name = re.split(r"[^\w.-]", wanted.strip(), maxsplit=1)[0]
-            if group == (extra[1] if extra else "") and name not in seen:
+    requirements = [Requirement(line) for line in metadata.requires("clockwork-hooks") or ()]
+    for extra in PURPOSES:  # a package of several extras goes with the first
+        for wanted in requirements:
+            name, marker = wanted.name, wanted.marker
+            if name not in seen and (marker is None or marker.evaluate({"extra": extra})):
                 seen.add(name)
-                yield Part(name, wanted.strip(), group, _version(name))
+                yield Part(name, str(wanted).partition(";")[0], extra, _version(name))
 
 
 def pip_line(missing: Sequence[Part]) -> str | None:
