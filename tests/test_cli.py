@@ -1,6 +1,8 @@
 """The command: what it prints, its errors, and how little it imports."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +98,44 @@ def test_flops_json_and_markdown(capsys):
     _, out, _ = run(capsys, "flops", "ddpm-cifar10", "--format", "md", "--depth", "1", "--norms")
     assert "| up_blocks " in out
     assert "fvcore's estimate for normalisations added" in out
+
+
+@contextlib.contextmanager
+def unread():
+    """Standard output and standard error are pipes that nobody reads any more."""
+    with contextlib.ExitStack() as stack:
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            reader, writer = os.pipe()
+            os.close(reader)
+            stack.enter_context(redirect(stack.enter_context(os.fdopen(writer, "w"))))
+        yield
+
+
+@pytest.mark.parametrize("words", [["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_a_closed_pipe_is_no_error(words):
+    with unread():
+        assert main(words) == 0
+
+
+@pytest.mark.parametrize("format", ["table", "md", "json"])
+def test_behind_a_closed_pipe_files_are_written_and_checks_made(tmp_path, format):
+    (tmp_path / "budget.json").write_text('{"full_macs": 1}')
+    words = ["flops", "ddpm-cifar10", "--format", format, "--out", str(tmp_path / "report.json")]
+    with unread():
+        assert main(words) == 0
+        assert main([*words, "--check", str(tmp_path / "budget.json")]) == 1
+        assert main(["flops", "sd99"]) == 2
+    follows_its_schema(json.loads((tmp_path / "report.json").read_text()))
+
+
+def test_a_closed_pipe_of_a_process():
+    """Also what Python itself writes at its end is no error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "clockwork_hooks", "explain"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_flops_of_another_size(capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -32,6 +36,40 @@ ORDER = (
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 
+class OutlivesItsReader:
+    """A standard stream whose reader may leave, as `head` does: the rest goes nowhere then, and the work goes on.
+
+    Files are still written and checks made, so that the exit code tells of them and not of the pipe; typer and rich
+    would leave with 1.
+
+    Args:
+        stream: standard output or standard error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, if somebody reads it."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what is written, if somebody reads it."""
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., object], *args: str) -> None:
+        try:
+            act(*args)
+        except BrokenPipeError:  # what is still buffered follows, also when Python ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the console entry point.
 
@@ -47,7 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
         0.2.0
         0
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    # a stream that was closed before is None
+    out, err = (stream and cast(TextIO, OutlivesItsReader(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(words: list[str]) -> int:
     debug = "--debug" in words
     words = ["--debug"] * debug + [word for word in words if word != "--debug"]  # before or after the command
     try:
