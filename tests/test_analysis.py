@@ -198,6 +198,9 @@ def test_results_are_written_and_drawn(tmp_path):
         ({"maps": []}, "maps are chosen by their names"),
         ({"seeds": ()}, "needs conditions and seeds"),
         ({"seeds": 3}, "seeds are a sequence"),
+        ({"seeds": ([0], [1])}, r"seeds: \(\[0\], \[1\]\)"),
+        ({"seeds": (0.5,)}, "seeds are a sequence of ints"),
+        ({"seeds": "01"}, "seeds are a sequence of ints"),
     ],
 )
 def test_bad_options_are_told(options, said):

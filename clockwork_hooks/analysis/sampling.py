@@ -149,7 +149,7 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
     """The batches of conditions, as a list.
 
     Raises:
-        ArgumentError: there are none, or no seeds, or one seed twice; or `generate` is no function.
+        ArgumentError: there are none, or no seeds, or one that is no int or there twice; or `generate` is no function.
     """
     one = isinstance(conditions, (str, bytes, Mapping))  # a batch alone; its letters or keys are none
     if not callable(generate) or one or not isinstance(conditions, Iterable):
@@ -159,8 +159,8 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
             do="pass your sampler, and a list: (unet, generate, [batch])",
         )
     batches = list(conditions)
-    if not isinstance(seeds, Sequence):
-        raise ArgumentError("seeds are a sequence of ints", seen={"seeds": repr(seeds)}, do="pass seeds=(0, 1)")
+    if not isinstance(seeds, Sequence) or not all(map(is_whole, seeds)):
+        raise ArgumentError("seeds are a sequence of ints", seen={"seeds": repr(seeds)[:80]}, do="pass seeds=(0, 1)")
     if not batches or not seeds:
         raise ArgumentError(
             "a measurement needs conditions and seeds",
