@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.clock import times
-from clockwork_hooks.engine import engine
+from clockwork_hooks.engine import engine, hooks
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -97,14 +97,15 @@ def test_removed_right_after_a_fault(make: Callable[[], BaseException]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", FAULTS[1:], ids=["interrupt", "CUDA OOM", "OOM", "exit"])
-@pytest.mark.parametrize("where", ["analysis", "time"])
+@pytest.mark.parametrize("where", ["analysis", "time", "patching"])
 def test_in_our_own_code_it_leaves_the_wrapper_on(
     where: str, make: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call takes seconds to analyse, and reading a time waits for the device: there Ctrl-C will come."""
     judge, error = Judge(Tiny()), make()
     # a private name: no time that a user passes can raise at will
-    part, name = {"analysis": (ch.Choice, "among"), "time": (times, "is_number")}[where]
+    parts: dict[str, tuple[Any, str]] = {"analysis": (ch.Choice, "among"), "time": (times, "is_number")}
+    part, name = parts.get(where, (hooks, "PastHooks"))
     with ch.wrap(judge.unet) as cw, cw.trajectory():
         for step, t in enumerate((900, 800) if where == "time" else (), 1):
             judge.call(torch.randn(1, 2, 8, 8), t, step=step)

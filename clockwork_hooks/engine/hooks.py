@@ -359,8 +359,8 @@ class Installed:
                 return
             try:
                 self._add(plan, modules, looks=looks)
-            except BaseException:
-                self.remove()
+            except BaseException:  # after an interrupt the next call adds it: the UNet itself stays ours until `close`
+                self._take_off()
                 raise
 
     def _add(self, plan: CutPlan, modules: Mapping[str, nn.Module], *, looks: bool) -> None:
@@ -455,15 +455,19 @@ class Installed:
                 self._hook = None
             if self._optimized is not None and self._its_forward is not None:
                 vars(self._optimized)["forward"], self._its_forward = self._its_forward, None
-            while self._forwards:
-                self._forwards.popitem()[1].remove()
-            while self._fronts:
-                self._fronts.popitem()[1].remove()
-            while self._observers:
-                self._observers.popitem()[1].remove()
+            self._take_off()
             while self._compiled:
                 module, compiled = self._compiled.pop()
                 module._compiled_call_impl = compiled
+
+    def _take_off(self) -> None:
+        """Take back what is on the modules under the UNet."""
+        while self._forwards:
+            self._forwards.popitem()[1].remove()
+        while self._fronts:
+            self._fronts.popitem()[1].remove()
+        while self._observers:
+            self._observers.popitem()[1].remove()
 
 
 def _put(module: nn.Module, forward: Any, path: str) -> None:
