@@ -215,7 +215,8 @@ class SkippedModuleWarning(UserWarning):
 class OtherStepsWarning(UserWarning):
     """An adaptor runs at other steps, or in another number of steps, than it was made for; or nobody says how many.
 
-    The last where a schedule depends on the number of steps, and the loop is one's own: `cw.trajectory(steps=20)`.
+    The last where a schedule depends on the number of steps, and the loop is one's own: `cw.trajectory(steps=20)`. Also
+    of a schedule that names steps which a run does not have.
     """
 
 

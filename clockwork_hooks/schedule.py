@@ -325,6 +325,12 @@ class Schedule:
         return isinstance(rule, (_Spread, _Early)) or (isinstance(rule, _Ticks) and rule.last > 0)
 
     @property
+    def last_named(self) -> int:
+        """The last adaptor step of one that names them, as `at` does; 0 of a rule, which holds for any number."""
+        rule = self.uses_adaptor
+        return max(rule.steps, default=0) if isinstance(rule, _Among) else 0
+
+    @property
     def never_skips(self) -> bool:
         """Is every step full, and is that certain from how it was built? A function may change its mind."""
         rule = self.uses_adaptor

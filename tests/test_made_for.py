@@ -122,6 +122,28 @@ def test_a_schedule_that_nobody_tells_the_number_of_steps_says_so_once(unet: tor
         sampler(unet, 8)(4)
 
 
+@torch.no_grad()
+def test_steps_that_a_run_does_not_have_are_told_once(unet: torch.nn.Module) -> None:
+    """Where the number of steps is known; an adaptor that was made for a number tells of that alone."""
+    with ch.wrap(unet, schedule={2, 4, 30}) as cw:
+        letters(cw, unet, 20)  # who has not said how many there are may go on
+        with pytest.warns(ch.OtherStepsWarning, match=r"at\(\[2, 4, 30\]\)\n  steps of this run: 20\n"):
+            run(cw, unet, 20)
+        run(cw, unet, 20)
+    with ch.wrap(unet, schedule={2, 4, 20}) as cw:
+        run(cw, unet, 20)
+    with ch.wrap(unet, adaptor(unet, schedule={2, 4, 8})) as cw:
+        with pytest.warns(ch.OtherStepsWarning, match="made for 8 steps") as caught:
+            run(cw, unet, 6)
+        assert len(caught) == 1
+
+
+def run(cw: ch.ClockworkWrapper, unet: torch.nn.Module, steps: int) -> None:
+    """A loop that says how many steps it takes."""
+    with cw.trajectory(steps=steps):
+        sampler(unet, steps)(4)
+
+
 def test_training_asks_for_steps_that_are_named(unet: torch.nn.Module) -> None:
     with pytest.raises(ch.ArgumentError, match=r"adaptor_steps\(8\)"):
         ch.distill(unet, "resnet", lambda batch: sampler(unet, 8)(len(batch)), prompts=[4], schedule="spread(2)")

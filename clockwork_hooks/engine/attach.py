@@ -189,7 +189,7 @@ def wrap(
         NoEffectWarning: the clock is 1; or (once, at a call) six steps had no adaptor pass that the schedule asks
             for.
         OtherStepsWarning: a saved adaptor was made for another schedule, or (once, at a call) for another number of
-            steps.
+            steps; or (likewise) the schedule names steps that a run does not have.
         SkippedModuleWarning: (once, at a call) a hook of other code is on a module that adaptor passes skip.
 
     Example:

@@ -364,16 +364,19 @@ def _ignoring(paths: Iterable[str]) -> str:
 
 
 class OtherSteps:
-    """Warns once of a number of steps: another one than the adaptor was made for, or one that a schedule has to know.
+    """Warns once of a number of steps: another one than adaptor or schedule were made for, or one that has to be known.
 
     Args:
         adaptor: its class, for the message.
         counts: numbers of steps that it was made for; none where it does not say.
         asks: the schedule, where it depends on the number of steps and only the run can tell it.
+        names: the schedule, where it names steps, and the adaptor was made for no number of them.
     """
 
-    def __init__(self, adaptor: str, counts: Collection[int], asks: Schedule | None = None) -> None:
-        self._adaptor, self._counts, self._asks = adaptor, counts, asks
+    def __init__(
+        self, adaptor: str, counts: Collection[int], asks: Schedule | None = None, names: Schedule | None = None
+    ) -> None:
+        self._adaptor, self._counts, self._asks, self._names = adaptor, counts, asks, names
 
     def look(self, step: int, steps: int | None, *, pipeline: bool = False) -> None:
         """An adaptor pass at this step of a run of so many steps; None where that is not known.
@@ -387,6 +390,14 @@ class OtherSteps:
                 "  steps: not known, so spread and early run as every, and last_full has no effect\n"
                 "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
                 f"schedule=Schedule.at(Schedule.{asks}.adaptor_steps(20))",
+                OtherStepsWarning,
+            )
+        if steps is not None and self._names is not None and steps < self._names.last_named:
+            names, self._names = self._names, None
+            warn(
+                "a schedule names steps that a run has: those after its last one have no effect\n"
+                f"  schedule: {names}\n  steps of this run: {steps}\n"
+                "What to do: name steps that it has; Schedule.every(2) and Schedule.spread(2) fit any number of them",
                 OtherStepsWarning,
             )
         if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
