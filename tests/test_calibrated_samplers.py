@@ -46,6 +46,22 @@ def test_batches_in_several_numbers_of_steps():
     assert error(unet, lambda seed: generate(many, seed), adaptor, clock=2)[0] < 1e-4
 
 
+@pytest.mark.parametrize("order", ["as they come", "by seed"])
+def test_a_time_that_follows_a_full_step_in_some_runs_and_an_adaptor_step_in_others(order):
+    """It was fitted again on the second kind alone, for a step of another length than the table: 0.002, 0.005."""
+    unet = Blocks(gain=lambda t: 1 + t / 500)
+    few, many = ([900.0 - 800 * k / (count - 1) for k in range(count)] for count in (9, 17))
+
+    def generate(times, seed=0):
+        times = times if order == "as they come" else (few, many)[seed % 2]
+        return sampler(unet, times)((8, 2.0), seed)
+
+    adaptor = calibrate(unet, generate, [many, few, many], guidance=2.0, kind="affine", ridge=1e-6, clock=3)
+    assert any(one.on_policy for one in adaptor.report.steps)
+    off, passes = error(unet, lambda seed: sampler(unet, many)((8, 2.0), seed), adaptor, clock=3)
+    assert (off < 1e-3, passes) == (True, 11)
+
+
 def test_what_any_run_emitted_is_in_bounds():
     """The bounds of a step that was fitted again were those of the second run alone, and cut what the first one saw."""
     unet = Blocks(gain=lambda t: 1 + t / 500)

@@ -303,7 +303,7 @@ def calibrate(
             sums = collect(schedule=steps, log_snr=levels)
             watch(sums, _Inputs(chosen), teaches=True)
             solver = Solver(chosen, sums, kind, ridge, levels)
-        if refit and steps is not None and any(_chained(steps, place.step) for place in sums.places.values()):
+        if refit and steps is not None and any(_chained(steps, step) for step in sums.steps):
             bar.update(task, total=(bar.tasks[0].total or 0) + len(batches))
             student = Refit(solver, collect(schedule=steps, log_snr=levels))
             watch(student, student, teaches=False)
@@ -445,7 +445,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
             do="leave guidance= out where the sampler has none; halves are branches where both have the same latents",
         )
     wanted = (steps or _ALL).adaptor_steps(sums.last_step)
-    missing = sorted(set(wanted) - {place.step for place in sums.places.values()})
+    missing = sorted(set(wanted) - sums.steps)
     if missing and sums.refused:
         _warn_of_missing(missing, sums.refused)
     if sums.backwards:
@@ -525,7 +525,10 @@ class Pair:
 
 @dataclass(slots=True)
 class Place:
-    """The sums of one calibrated position: of rows to fit, and of rows held out."""
+    """The sums of one calibrated position: of rows to fit, and of rows held out.
+
+    `step` is its first call's, `steps` those of all: runs of other lengths come to one time at other steps.
+    """
 
     step: int
     position: float | None
@@ -533,6 +536,7 @@ class Place:
     fit: NormalEquations
     held: NormalEquations
     on_policy: bool = False
+    steps: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,6 +578,7 @@ class Sums:
         guided: were there two branches in any step: two calls, or a batch that has halves?
         refused: why calls could not have been adaptor passes, whatever the schedule says; how many.
         backwards: calls that came to their time from the other side than the first call did: an adaptor leaves them.
+        strides: position → the time before it that weights are for, where that is known; else its first call's.
     """
 
     region: Region
@@ -591,6 +596,7 @@ class Sums:
     guided: bool = False
     refused: Counter[str] = field(default_factory=Counter)
     backwards: int = 0
+    strides: dict[float | None, float | None] = field(default_factory=dict)
     _reader: TimeReader = field(default_factory=TimeReader)
     _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
     _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
@@ -604,6 +610,11 @@ class Sums:
         self.entry = Layout.of_boundary(self.region.entry) if "entry" in self.region.inputs else None
         around = (3**self.exit.rank - 1) * self.exit.channels if self.kernel else 0
         self.shape = Shape(self.exit.channels, self.entry.channels if self.entry else 0, around)
+
+    @property
+    def steps(self) -> set[int]:
+        """Those of all calibrated positions."""
+        return {step for place in self.places.values() for step in place.steps}
 
     def forget(self) -> None:
         """A batch is over."""
@@ -673,7 +684,8 @@ class Sums:
         place = self.places.get(time)
         if place is None:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
-            place = self.places[time] = Place(call.place.step, time, before, fit, held)
+            place = self.places[time] = Place(call.place.step, time, self.strides.get(time, before), fit, held)
+        place.steps.add(call.place.step)
         trend, farther = self._trail(call, time, before)
         stretch = self._stretch(place, before)
         if stretch == 0:
@@ -1042,10 +1054,16 @@ class Refit:
 
     def __init__(self, solver: Solver, sums: Sums) -> None:
         self.solver, self.sums = solver, sums
+        sums.strides = {place.position: place.before for place in solver.places}  # those in the adaptor's table
         self.adaptor = solver.adaptor()
         self.needs = self.adaptor.needs | ({"entry_cached"} if sums.entry is not None else set())
         self.region, self.schedule = sums.region, sums.schedule
         self.engine: Engine | None = None
+        self._both = {  # times that come after a full step in some runs, and after an adaptor step in others
+            place.position
+            for place in solver.places
+            if len({_chained(sums.schedule, step) for step in place.steps}) > 1
+        }
         self._adapted: set[tuple[int, int]] = set()  # branches, and which of their calls, whose last pass was its own
         self._time: float | None = None
 
@@ -1061,13 +1079,13 @@ class Refit:
         self._adapted.clear()
 
     def before(self, call: UNetCall) -> None:
-        """An adaptor pass that follows another one: fit it to what a full pass would emit here."""
+        """An adaptor pass that follows another one, or does so in some runs: fit it to what a full pass would emit."""
         if call.place is None or call.decision is None:
             return
         time, before = self.sums.read(call)
         self._time = time
         own = (call.place.branch.number, call.place.ordinal) in self._adapted
-        if call.decision.reason is not None or not own or self.engine is None:
+        if call.decision.reason is not None or not (own or time in self._both) or self.engine is None:
             return
         place = self.sums.add(call, self.engine.full_pass(call), time, before)
         if place is not None and time in self.solver.sums.places:
