@@ -1,6 +1,7 @@
 """Calibrated adaptors on UNets whose exits are known to be linear in what the adaptor reads."""
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import weakref
@@ -860,3 +861,35 @@ def test_the_time_is_named_where_it_cannot_be_told():
         generate(4)
     assert cw.stats.adaptor_passes == len(cw.adaptor.tuning.chosen.steps)
     cw.remove()
+
+
+class Looked(Blocks):
+    """An integer for each row, which may be a class label, is the time."""
+
+    def forward(self, x, k, c):
+        return super().forward(x, 0.0, c) * (1 + k.reshape(-1, 1, 1, 1) / 8)
+
+
+def test_an_adaptor_that_is_not_told_the_time_says_so_once(tmp_path):
+    """It is saved without the name of its time; where steps are declared, nothing else asks for it."""
+    unet, c = Looked(), torch.ones(4, 3)
+
+    def generate(batch, seed=0, step=contextlib.nullcontext):
+        x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for k in range(6, 0, -1):
+            with step():
+                x = x - 0.1 * unet(x, torch.full((4,), k), c)
+        return x
+
+    calibrate(unet, generate, [4], schedule={3, 5}, time="k").save_pretrained(tmp_path)
+    ch.flops_report(unet, torch.randn(4, 2, 8, 8), torch.full((4,), 6), c, adaptor=tmp_path)  # counts, and runs nothing
+    with torch.no_grad(), ch.wrap(unet, tmp_path, time="k") as cw, cw.trajectory():
+        generate(4)
+        assert cw.stats.adaptor_passes == 2
+    untold = pytest.warns(ch.NoEffectWarning, match=r"no time input(.*\n)*.*time=name")
+    with torch.no_grad(), ch.wrap(unet, tmp_path) as cw, cw.trajectory(), untold:
+        generate(4)
+    untold = pytest.warns(ch.OtherStepsWarning, match=r"is not told it: it is the identity\n(.*)time=")
+    with torch.no_grad(), ch.wrap(unet, tmp_path, ignore=("k",)) as cw, cw.trajectory(), untold as caught:
+        generate(4, step=cw.step)
+    assert (cw.stats.adaptor_passes, len(caught)) == (2, 1)

@@ -119,9 +119,9 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     The weights are a table with a row for each calibrated position; a call takes the row of its own position, between
     two of them their mixture in log-SNR. A step that is longer or shorter than the calibrated one changes the exit so
-    much more or less. Outside of the calibrated positions it is the identity, and warns once. What it returns is
-    bounded by what the region emitted in the calibration. Nothing waits for the device: it compiles, and is captured
-    into CUDA graphs.
+    much more or less. Outside of the calibrated positions, and where it is told no time, it is the identity, and warns
+    once. What it returns is bounded by what the region emitted in the calibration. Nothing waits for the device: it
+    compiles, and is captured into CUDA graphs.
 
     Args:
         form: "affine" (gain and bias), "linear" (one matrix), "kernel" (a matrix, and a convolution of the cached exit
@@ -140,8 +140,8 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     Example:
         >>> adaptor = CalibratedAdaptor(form="affine", knots=2, points=8, exit=Layout(4, (8, 8)))
-        >>> cached = torch.randn(1, 4, 8, 8)
-        >>> torch.equal(adaptor(None, cached), cached)  # nothing is calibrated yet
+        >>> cached, time = torch.randn(1, 4, 8, 8), torch.tensor(900.0)
+        >>> torch.equal(adaptor(None, cached, position=time), cached)  # nothing is calibrated yet
         True
     """
 
@@ -369,6 +369,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         if not len(self.grid):
             return self._split(self.table[0])
         if position is None:
+            self._say_that_no_time_is_told()
             return self._split(self.table[-1])
         asked = [position, *([] if before is None else [before]), *([] if full is None else [full])]
         times = torch.cat([one.reshape(-1) for one in asked]).to(self.grid)
@@ -399,6 +400,17 @@ class CalibratedAdaptor(LearnedAdaptor):
                 "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
                 f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
                 "sampler and the number of steps that it is used with, and leave schedule= and clock= out of wrap()",
+                OtherStepsWarning,
+            )
+
+    def _say_that_no_time_is_told(self) -> None:
+        """Warn once of a call without a time, which is at no position."""
+        counted = self.grid.is_meta  # by `flops_report`, on shapes alone
+        if not (counted or self._lookout.said or torch.compiler.is_compiling()):
+            self._lookout.said = True
+            warn(
+                "a calibrated adaptor goes by the time of each call, and is not told it: it is the identity\n"
+                'What to do: name the time input, wrap(unet, adaptor, time="..."), as for calibrate(..., time="...")',
                 OtherStepsWarning,
             )
 
@@ -511,8 +523,8 @@ class ResidualAdaptor(LearnedAdaptor):
     Example:
         >>> start = CalibratedAdaptor(form="affine", knots=2, points=8, exit=Layout(4, (8, 8)))
         >>> adaptor = ResidualAdaptor(start=start.arguments, width=8, exit=Layout(4, (8, 8)))
-        >>> cached = torch.randn(1, 4, 8, 8)
-        >>> torch.equal(adaptor(None, cached), start(None, cached))
+        >>> cached, time = torch.randn(1, 4, 8, 8), torch.tensor(900.0)
+        >>> torch.equal(adaptor(None, cached, position=time), start(None, cached, position=time))
         True
 
     Source: arXiv 2312.08128, Sec. 4.2, for the network; that it starts at a calibrated adaptor is our own addition.

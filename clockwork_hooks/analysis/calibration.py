@@ -426,7 +426,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
         if sums.refused:
             do = "let each call be like the same call of the step before: docs/timeline.md says what a reason means"
             if sums.refused[reasons.NO_TIME]:
-                do = "pass the UNet its time as an argument with a usual name, timestep or sigma: each has its weights"
+                do = 'pass the UNet its time as an argument, and name it, time="...": each time has weights of its own'
         elif sums.last_step <= 1:
             do = "sample in more steps: a trajectory's first step is always full"
         raise ArgumentError(
