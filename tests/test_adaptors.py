@@ -1,5 +1,6 @@
 """The learned adaptors: their size, the identity that they start as, what they read, how they lay out any boundary."""
 
+import copy
 import importlib.util
 import re
 import textwrap
@@ -349,6 +350,35 @@ def test_a_region_without_a_capturable_entry() -> None:
     assert all(map(torch.equal, rollout(case, adaptor, region=region), rollout(case, None, region=region)))
     with pytest.raises(ch.ArgumentError, match="reads the entry, the exit of the step before, or both"):
         ch.ResNetAdaptor.for_region(region, inputs=("entry",))
+
+
+def exchanged(unet: nn.Module, *args: Any) -> None:
+    """A module that is not skipped is another one from now on."""
+    unet.join = copy.deepcopy(unet.join)
+
+
+def cleared(unet: nn.Module, *args: Any) -> None:
+    for module in unet.modules():
+        module._forward_hooks.clear()
+
+
+@pytest.mark.parametrize("happens", [exchanged, cleared, ch.trace])
+def test_the_boundary_is_seen_whatever_happens_between_runs(happens: Any) -> None:
+    """Entry and time come from modules that are hooked and not patched: their hooks are put back."""
+    case, given = ZOO["token_unet"](), []
+    x, _ = case.args
+
+    def adaptor(entry: Tensor, exit_cached: Tensor, *, time: Tensor, text: Tensor) -> Tensor:
+        given.append((entry, time))
+        return exit_cached
+
+    with torch.no_grad(), ch.wrap(case.model, adaptor) as cw:
+        for _ in range(3):
+            happens(case.model, x, torch.tensor((0.2, 0.2)))
+            with cw.trajectory():
+                for t in torch.tensor((0.9, 0.7, 0.5, 0.3)):
+                    case.model(x, t.expand(len(x)))
+    assert [None if one is None else tuple(one.shape) for pair in given for one in pair] == [(2, 64, 16), (2, 16)] * 6
 
 
 def test_a_subclass_is_an_adaptor_too() -> None:

@@ -1018,11 +1018,10 @@ class Engine:
         return {paths[id(module)]: module for module in self.unet.modules()}
 
     def install(self, plan: CutPlan) -> None:
-        """See to it that the modules with skipped calls ask the pass that runs."""
-        if self.installed.intact(plan):
-            return
+        """See to it that the modules with skipped calls ask the pass that runs, and that it sees the boundary."""
         looks = self.looks or self._keeps_entry or any(one.looks for one in self.chain)
-        self.installed.add(plan, self._modules(), looks=looks)
+        if not self.installed.intact(plan, looks=looks):
+            self.installed.add(plan, self._modules(), looks=looks)
 
     # -- calls that are not ours ---------------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
@@ -236,6 +237,11 @@ class RootHook:
         return _Nothing, ()
 
 
+def _observed(plan: CutPlan) -> Iterator[tuple[str, Literal["input", "output"]]]:
+    """Modules to hook, and on which side: those at the boundary that have no forward of ours."""
+    return ((port.path, port.side) for port in plan.ports.values() if port.path and port.path not in plan.counts)
+
+
 class Census:
     """Which modules a UNet consists of, and what their classes do, at one moment."""
 
@@ -276,7 +282,7 @@ class Installed:
         self._lock = threading.RLock()
         self._closed = False
         self._forwards: dict[str, Forward] = {}
-        self._observers: dict[tuple[str, str], Any] = {}
+        self._observers: dict[tuple[str, str], RemovableHandle] = {}
         self._fronts: dict[str, PastHooks] = {}
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._root: RootForward | None = None
@@ -371,11 +377,16 @@ class Installed:
                     forward.remove()
                 self._forwards[path] = self._patch(path, modules[path])
             self._go_past_hooks(path)
-        for port in plan.ports.values() if looks else ():
-            if port.path and port.path not in plan.counts and (port.path, port.side) not in self._observers:
-                module, hook = modules[port.path], Observer(self._owner, port.path, port.side)
-                add = module.register_forward_hook if port.side == "output" else module.register_forward_pre_hook
-                self._observers[port.path, port.side] = add(hook, with_kwargs=True)
+        for path, side in _observed(plan) if looks else ():
+            if not self._observes(path, side):
+                module, hook = modules[path], Observer(self._owner, path, side)
+                add = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
+                self._observers[path, side] = add(hook, with_kwargs=True)
+
+    def _observes(self, path: str, side: str) -> bool:
+        """Is our hook there? Others may have cleared a module's hooks, or put them back as they were."""
+        hook = self._observers.get((path, side))
+        return hook is not None and hook.id in (hook.hooks_dict_ref() or ())
 
     def _patch(self, path: str, module: nn.Module) -> Forward:
         forward = Forward(self._owner, path, module)
@@ -413,8 +424,8 @@ class Installed:
             for place in list(self._observers):
                 self._observers.pop(place).remove()
 
-    def intact(self, plan: CutPlan) -> bool:
-        """Are all forwards that the plan needs still ours?"""
+    def intact(self, plan: CutPlan, *, looks: bool = True) -> bool:
+        """Is all that the plan needs still there, as `add` has put it?"""
         for path in plan.counts:
             forward = self._forwards.get(path)
             if forward is None:
@@ -424,7 +435,7 @@ class Installed:
                 return False
             if type(attributes.get("_compiled_call_impl")) is not PastHooks:  # somebody has compiled it in place
                 return False
-        return True
+        return not looks or all(self._observes(path, side) for path, side in _observed(plan))
 
     # -- undo ----------------------------------------------------------------------------------------------------
 
