@@ -14,6 +14,7 @@ from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
 from tests.tape import FakeCuda
 from tests.training_parts import GUIDANCE, TIMES, Small, by_hand, noise_of, sampler
+from tests.zoo import ZOO
 
 MODES = ("unrolled", "on_policy", "forward_noise")
 LOSSES = ("feature", "guided-feature", "guided-output")
@@ -336,3 +337,37 @@ def test_graphs_replay_the_teacher(loss: str, monkeypatch: pytest.MonkeyPatch) -
     assert snapshot(unet) == before
     with pytest.raises(ch.ArgumentError, match="the teacher's trajectories"):
         quick(unet, Small(), graphs=True, mode="on_policy")
+
+
+# -- exits of every layout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["feature", "guided-output"])
+@pytest.mark.parametrize(
+    ("name", "exit"),
+    [
+        ("token_unet", (2, 64, 16)),
+        ("channels_last", (2, 16, 16, 8)),
+        ("unet1d", (2, 32, 64)),
+        ("volumes", (1, 8, 4, 16, 16)),
+        ("unet3d", (3, 32, 16, 16)),  # the frames of one sample
+    ],
+)
+def test_exits_of_every_layout_are_learned_from(name: str, exit: tuple[int, ...], loss: str, tmp_path: Any) -> None:
+    case = ZOO[name]()
+    sample, time = case.args
+
+    def generate(batch: Any) -> None:
+        for t in (9, 7, 5, 3):
+            case.model(sample * (1 + t / 10), torch.full_like(torch.as_tensor(time), t), **case.kwargs)
+
+    guidance = (1.0,) if loss == "guided-output" else None
+    quickly = {"guidance": guidance, "folder": tmp_path, "hold": 1, "prompts": [0], "batch": 1, "lr": 1e-3}
+    result = quick(case.model, "resnet", generate, loss=loss, **quickly)
+    (student,) = result.students.values()
+    assert result.region.exit.shape == exit
+    assert student.updates == 6
+    assert sum(student.losses[4:]) < sum(student.losses[:2])  # the same two steps, twice later
+    with torch.no_grad(), ch.wrap(case.model, tmp_path) as cw, cw.trajectory():
+        generate(None)
+    assert cw.stats.adaptor_passes == 2

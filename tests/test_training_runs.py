@@ -368,6 +368,23 @@ def test_bad_input_is_told(changes: dict[str, Any], error: type[Exception], says
     assert all(p.requires_grad for p in unet.parameters())
 
 
+def test_a_time_that_cannot_be_found_is_asked_for() -> None:
+    """One for each frame: what is full because of it can be told in another way than by more steps."""
+
+    class Frames(Tiny):
+        def forward(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, frames.mean(1))
+
+    unet = Frames()
+
+    def generate(batch: Any) -> None:
+        for t in TIMES:
+            unet(torch.randn(2, 2, 8, 8), torch.full((2, 4), t))
+
+    with pytest.raises(ch.DistillError, match=r"(?s)no time input.*name the time input of the UNet: time="):
+        quick(unet, Small(), generate, guidance=None)
+
+
 def test_a_wrapped_unet_is_refused_and_an_error_of_the_sampler_is_its_own() -> None:
     unet = Tiny()
     with ch.wrap(unet), pytest.raises(ch.WrapError):

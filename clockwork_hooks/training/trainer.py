@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clockwork_hooks._generate import seed_of, seeded
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.stand_in import Adaptor, needs_of
+from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Trail
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
@@ -555,6 +556,9 @@ class Trainer:
             learner.update()
             learner.look()
         if not trained:
+            do = "sample with more steps, with another schedule, or with one call a step and the same conditions"
+            if self.reasons[reasons.NO_TIME]:
+                do = 'name the time input of the UNet: time="..."'
             raise DistillError(
                 "a trajectory has adaptor steps to learn from",
                 seen={
@@ -562,7 +566,7 @@ class Trainer:
                     "steps of a trajectory": max(self.steps.values(), default=0),
                     **{f"calls: {reason}": times for reason, times in self.reasons.most_common(3)},
                 },
-                do="sample with more steps, with another schedule, or with one call a step and the same conditions",
+                do=do + ("; docs/timeline.md says what a reason means" if self.reasons else ""),
             )
 
     def _learn_from(self, trajectory: Trajectory, group: int, again: int) -> bool:
