@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 import clockwork_hooks as ch
 from clockwork_hooks.clock import times
 from clockwork_hooks.engine import engine, hooks
+from clockwork_hooks.graph import recorder
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
@@ -155,6 +157,54 @@ def test_a_later_signature_that_cannot_be_analysed_is_full_and_the_others_are_se
         assert loop(8) == "FAFAFA"
         assert cw.stats.reasons["these inputs could not be analysed"] == 12
         assert loop(12) == "FAFAFA"  # and another one still is
+
+
+def test_what_torch_compile_was_called_on_stays_compiled_after_a_recording_that_could_not_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that is compiled in this process runs in eager while a call is recorded; it did so ever after."""
+    runs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *args: (runs.append(1), graph(*args))[1]
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    compiled(torch.ones(2))
+    with monkeypatch.context() as patch:  # a private name: no argument of a user's raises there
+        patch.setattr(recorder, "register_module_forward_hook", lambda *_, **__: _raise(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            ch.trace(Tiny(), torch.randn(1, 2, 8, 8), 900)
+    assert not any((_global_forward_hooks, _global_forward_pre_hooks))
+    for _ in range(2):
+        ch.trace(Tiny(), torch.randn(1, 2, 8, 8), 900)
+        compiled(torch.ones(2))
+    assert len(runs) == 3
+
+
+def test_what_an_interrupted_removal_has_left_comes_off_when_asked_again() -> None:
+    class Stubborn(nn.Conv2d):
+        stops = 2
+
+        def __delattr__(self, name: str) -> None:
+            if name == "forward" and self.stops:
+                self.stops -= 1
+                raise KeyboardInterrupt
+            super().__delattr__(name)
+
+    unet = Tiny()
+    unet.body = Stubborn(16, 16, 3, padding=1)
+    before = snapshot(unet)
+    cw = ch.wrap(unet)
+    with torch.no_grad():
+        for t in torch.arange(900, 500, -100):
+            unet(torch.randn(1, 2, 8, 8), t)
+    with pytest.raises(KeyboardInterrupt):
+        cw.remove()
+    with pytest.raises(KeyboardInterrupt):
+        cw.remove()
+    cw.remove()
+    del unet.body.stops
+    assert snapshot(unet) == before
 
 
 def test_a_first_call_that_cannot_be_analysed_says_so_and_leaves_the_unet_unwrapped(

@@ -120,12 +120,12 @@ class Derived(Signature):
         assert self.source is not None
         watch = _Watch(self.source, args, kwargs)
         handle = register_module_forward_hook(watch, with_kwargs=True)
-        eager.enter()
         try:
+            eager.enter(watch)
             with watch.left:
                 yield watch
         finally:
-            eager.leave()
+            eager.leave(watch)
             handle.remove()
             # torch forgets to take this off, and warns of it ever after
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)

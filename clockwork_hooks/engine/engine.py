@@ -873,10 +873,10 @@ class Engine:
         recorder.start(call.args, call.kwargs, frame=sys._getframe(), keep=True, exits=exits)
         try:
             output = call.run()
+            likely = recorder.likely_exits(graph=self.keep_graph)
         except BaseException:
             recorder.stop()
             raise
-        likely = recorder.likely_exits(graph=self.keep_graph)
         recorder.stop(output)
         later = bool(self._signatures)
         try:

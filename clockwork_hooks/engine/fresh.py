@@ -49,13 +49,13 @@ class _Looking(Taint):
 
     def __enter__(self) -> Taint:
         super().__enter__()
-        eager.enter()  # what is compiled could not be looked at
+        eager.enter(self)  # what is compiled could not be looked at
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
-        eager.leave()
+        eager.leave(self)
         super().__exit__(*error)
 
     def made(self, out: torch.Tensor) -> torch.Tensor:

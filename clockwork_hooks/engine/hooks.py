@@ -468,17 +468,17 @@ class Installed:
                 vars(self._optimized)["forward"], self._its_forward = self._its_forward, None
             self._take_off()
             while self._compiled:
-                module, compiled = self._compiled.pop()
+                module, compiled = self._compiled[-1]
                 module._compiled_call_impl = compiled
+                self._compiled.pop()
 
     def _take_off(self) -> None:
         """Take back what is on the modules under the UNet."""
-        while self._forwards:
-            self._forwards.popitem()[1].remove()
-        while self._fronts:
-            self._fronts.popitem()[1].remove()
-        while self._observers:
-            self._observers.popitem()[1].remove()
+        tables: tuple[dict[Any, Any], ...] = (self._forwards, self._fronts, self._observers)
+        for table in tables:
+            for place, one in list(table.items()):
+                one.remove()
+                del table[place]  # after it: what an interrupt has left is taken off when asked again
 
 
 def _put(module: nn.Module, forward: Any, path: str) -> None:

@@ -60,13 +60,13 @@ class Reads(TorchDispatchMode):
         self._read = False
 
     def __enter__(self) -> Reads:
-        eager.enter()  # what runs compiled would not be seen
+        eager.enter(self)  # what runs compiled would not be seen
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        eager.leave()
+        eager.leave(self)
 
     def wait_for(self, exit: torch.Tensor) -> None:
         """From here on: is this read, whose memory nothing else has?"""

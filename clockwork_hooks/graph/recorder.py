@@ -48,8 +48,8 @@ def garbage_kept() -> Iterator[None]:
     structure, a tenth as wide; CPU time, medians in turns: `-k collections` of benchmarks/bench_first_call.py).
     """
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if collects:
@@ -376,24 +376,25 @@ class _Eager:
     """Has torch.compile run everything in eager while any recorder is on, in whatever thread.
 
     Under a dispatch mode it skips what it is asked to compile, and skips it ever after, in every model. torch has one
-    stance for all threads: the first recorder sets it, and the last one sets it back.
+    stance for all threads: the first recorder sets it, and the last one sets it back. A recorder that an interrupt has
+    kept from leaving counts until it is gone; one that leaves twice, or never came, changes nothing.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recorders = 0
+        self._recorders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._stance: Any = None
 
-    def enter(self) -> None:
+    def enter(self, recorder: object) -> None:
         with self._lock:
-            self._recorders += 1
+            self._recorders.add(recorder)
             if self._stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads slowly
                 with contextlib.suppress(RuntimeError):  # refused while something is compiled around the call
                     self._stance = torch.compiler.set_stance("force_eager")
 
-    def leave(self) -> None:
+    def leave(self, recorder: object) -> None:
         with self._lock:
-            self._recorders -= 1
+            self._recorders.discard(recorder)
             if not self._recorders and self._stance is not None:
                 stance, self._stance = self._stance, None
                 stance.__exit__(None, None, None)
@@ -455,14 +456,16 @@ class Recorder(TorchDispatchMode):
         if keep:
             sample = find_sample(self._arguments)
             self.likely = LikelyExits(None if sample is None else self.bindings.inputs[sample], exits)
-        self._open(self._root)
-        self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
-        self._handles = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, with_kwargs=True),
-        ]
-        eager.enter()
-        self.__enter__()  # type: ignore[no-untyped-call]
+        try:
+            self._open(self._root)
+            self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
+            self._handles.append(register_module_forward_pre_hook(self._before))
+            self._handles.append(register_module_forward_hook(self._after, with_kwargs=True))
+            eager.enter(self)
+            self.__enter__()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self, output: Any = None) -> None:
         """End, whatever happened in between; idempotent."""
@@ -471,7 +474,7 @@ class Recorder(TorchDispatchMode):
         try:
             self._leave()
         finally:
-            eager.leave()
+            eager.leave(self)
             for handle in self._handles:
                 handle.remove()
                 # torch forgets to take this off, and warns of it ever after
