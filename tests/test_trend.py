@@ -211,21 +211,34 @@ def test_auto_takes_the_trend_where_it_tells_and_says_so():
     assert not any("trend" in name for name in for_any.report.kinds)
 
 
-def test_a_schedule_that_counts_from_the_end_has_its_own_full_steps_trend():
-    """Which steps are full is known after a first run alone; in it every step is."""
+@pytest.mark.parametrize(("steps", "runs"), [(None, 2), (len(STEPS), 1)])
+def test_a_schedule_that_counts_from_the_end_has_its_own_full_steps_trend(steps, runs):
+    """Which steps are full follows from how many there are: one run more counts them, where nobody says."""
     unet = Drifting()
-    same_noise = sampler(unet, times=STEPS)
+    same_noise, ended = sampler(unet, times=STEPS), []
 
     def generate(batch):
-        return same_noise(batch)
+        pictures = same_noise(batch)
+        ended.append(batch)  # the run that is traced ends in its first call
+        return pictures
 
+    options = {"guidance": 2.0, "kind": "affine+trend", "ridge": 1e-9, "refit": False}
     schedule = ch.Schedule.every(3, first_full=2, last_full=1)
-    adaptor = calibrate(unet, generate, [(16, 2.0)], guidance=2.0, schedule=schedule, kind="affine+trend", ridge=1e-9)
+    adaptor = calibrate(unet, generate, [(16, 2.0)], schedule=schedule, steps=steps, **options)
+    assert len(ended) == runs
     at = schedule.adaptor_steps(len(STEPS))
-    same = calibrate(
-        unet, generate, [(16, 2.0)], guidance=2.0, schedule=ch.Schedule.at(at), kind="affine+trend", ridge=1e-9
-    )
-    torch.testing.assert_close(adaptor.table, same.table)
+    same = calibrate(unet, generate, [(16, 2.0)], schedule=ch.Schedule.at(at), **options)
+    torch.testing.assert_close(adaptor.table, same.table, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [ch.Schedule.spread(2), ch.Schedule.every(2)])
+def test_steps_are_those_that_the_sampler_takes(schedule):
+    unet = Drifting()
+    with pytest.raises(ch.ArgumentError, match=rf"steps seen: {len(STEPS)}\n.*steps={len(STEPS)}"):
+        calibrate(unet, sampler(unet, times=STEPS), [(4, 2.0)], schedule=schedule, steps=len(STEPS) + 2)
+    with pytest.raises(ch.ArgumentError, match="steps is an int of at least 1"):
+        calibrate(unet, sampler(unet, times=STEPS), [(4, 2.0)], schedule=schedule, steps=0)
+    assert "forward" not in vars(unet)
 
 
 def test_calibrated_for_any_schedule_it_serves_another_spacing():

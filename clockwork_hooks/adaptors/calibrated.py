@@ -171,7 +171,8 @@ class CalibratedAdaptor(LearnedAdaptor):
         matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}
         matrix["kernel"] = (self.reads + (3**self.exit.rank - 1) * channels) * channels
         along = channels if reads_trend else 0
-        self._widths = (2 * channels, 1, along, channels, gain, matrix[form])  # what a row holds, in order
+        self._free = (channels, gain)  # bias and gain
+        self._widths = (2 * channels, 1, along, sum(self._free) + matrix[form])  # what a row holds, in order
         table = torch.zeros(knots + 1, sum(self._widths))  # the last row is the identity
         table[:, :channels], table[:, channels : 2 * channels], table[:, 2 * channels] = -_ENDLESS, _ENDLESS, 1.0
         self.table = nn.Parameter(table, requires_grad=False)
@@ -271,31 +272,35 @@ class CalibratedAdaptor(LearnedAdaptor):
             trend: how the exit moved between the last two full passes; None adds nothing.
             trend_positions: the UNet's raw times in these two, (2,).
         """
-        bounds, stretch, farther, along, bias, gain, matrix = self._row(position, position_cached, trend_positions)
+        bounds, stretch, farther, along, weights = self._row(position, position_cached, trend_positions)
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
-        if exit_cached.shape[axis] != self.exit.channels:
+        channels, dtype = self.exit.channels, exit_cached.dtype
+        if exit_cached.shape[axis] != channels:
             raise AdaptorError(
                 "an adaptor serves exits of the channels that it was made for",
-                seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
+                seen={"adaptor": f"{channels} channels", "exit": shape(exit_cached.shape)},
                 do="calibrate one for this region",
             )
         sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
-        low, high = bounds.to(exit_cached.dtype).reshape(2, *sizes)
-        bias = (bias * stretch).to(exit_cached.dtype).reshape(sizes)
+        low, high = bounds.to(dtype).reshape(2, *sizes)
+        free, solved = weights.split([sum(self._free), len(weights) - sum(self._free)])
+        free = free * stretch
         if self.form in ("linear", "kernel"):
-            own = self.reads * self.exit.channels
-            exit = self._product(entry, exit_cached, entry_cached, matrix[:own], stretch, axis) + bias
+            own = self.reads * channels
+            exit = self._product(entry, exit_cached, entry_cached, solved[:own], stretch, axis)
+            exit = exit + free.to(dtype).reshape(sizes)
             if self.form == "kernel":
-                exit = exit + self._convolution(exit_cached, matrix[own:] * stretch)
+                exit = exit + self._convolution(exit_cached, solved[own:] * stretch)
         else:
-            gain = gain.mul(stretch).add(1.0).to(exit_cached.dtype).reshape(sizes)
+            free[channels:].add_(1.0)
+            bias, gain = free.to(dtype).reshape(2, *sizes)
             exit = torch.addcmul(bias, exit_cached, gain)
             if self.basis is not None:
-                exit = self._product(entry, exit_cached, entry_cached, matrix, stretch, axis, added=exit)
+                exit = self._product(entry, exit_cached, entry_cached, solved, stretch, axis, added=exit)
         if trend is not None:
             along = along if farther is None else along * farther
-            exit = torch.addcmul(exit, trend, along.to(exit_cached.dtype).reshape(sizes))
-        return exit.clamp(low, high).to(exit_cached.dtype)
+            exit = torch.addcmul(exit, trend, along.to(dtype).reshape(sizes))
+        return exit.clamp(low, high).to(dtype)
 
     def _product(
         self,
@@ -308,19 +313,16 @@ class CalibratedAdaptor(LearnedAdaptor):
         added: Tensor | None = None,
     ) -> Tensor:
         """Cached exit (or `added`), and what the matrix makes of all that is read: one matrix product."""
-        weights = matrix.reshape(self.reads, -1)
-        parts, read = [cached], [weights[: self.exit.channels] * stretch]
+        parts, weights = [cached], (matrix * stretch).reshape(self.reads, -1)
         if self.entry is not None:
-            inner = weights[self.exit.channels : self.exit.channels + self.entry.channels]
             parts.append(self._like_exit(entry, cached))
             if self.reads_before:  # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
-                outer = weights[self.exit.channels + self.entry.channels :]
+                exit, _, outer = weights.split([self.exit.channels, self.entry.channels, self.entry.channels])
+                inner = matrix.reshape(weights.shape)[len(exit) : len(weights) - len(outer)]
                 parts.append(self._like_exit(before, cached))
-                read += [inner, outer * stretch - inner]
-            else:
-                read.append(inner * stretch)
+                weights = torch.cat([exit, inner, outer - inner])
         x, start = torch.cat(parts, axis), cached if added is None else added
-        factors = [torch.cat(read).to(x.dtype), *([] if self.basis is None else [self.basis.to(x.dtype)])]
+        factors = [weights.to(x.dtype), *([] if self.basis is None else [self.basis.to(x.dtype)])]
         if axis == 1 and not _channels_last(x):
             x = x.flatten(2)
             for factor in factors[:-1]:
@@ -358,8 +360,8 @@ class CalibratedAdaptor(LearnedAdaptor):
 
     def _row(
         self, position: Tensor | None, before: Tensor | None, full: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        """Bounds, stretch, how far a trend goes on, the trend's gain, bias, gain and matrix at a position.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Bounds, stretch, how far a trend goes on, the trend's gain, and bias, gain and matrix at a position.
 
         Args:
             position: of this call.
@@ -376,21 +378,21 @@ class CalibratedAdaptor(LearnedAdaptor):
         pieces = self.grid[torch.searchsorted(self.grid[1:, 0].contiguous(), times, right=True)]
         past = (times - pieces[:, 0]).unsqueeze(1)
         levels, places = torch.addcmul(pieces[:, 1::2], past, pieces[:, 2::2]).unbind(1)
-        place = places[0]
-        row = place.floor()
-        self._look(row)
-        # at a whole place both rows are the same: the next one may be the identity's, whose bounds are endless
-        rows = self.table[torch.stack((row, place.ceil())).long()]
+        place = places[:1]  # an index of no axis would be read on the host
+        self._look(place)
+        below = place.clamp(max=len(self.table) - 2).long()  # the identity's row, the last one, has none above it
+        rows = self.table.unfold(0, 2, 1)[below][0]  # (width, 2): both rows in one kernel
+        row = torch.lerp(rows[:, 0], rows[:, 1], place - below)  # at a whole place that row bit for bit
         stride = None if before is None else levels[0] - levels[1]
-        return self._split(torch.lerp(rows[0], rows[1], place - row), stride, None if full is None else levels[-2:])
+        return self._split(row, stride, None if full is None else levels[-2:])
 
     def _split(
         self, row: Tensor, stride: Tensor | None = None, full: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        bounds, calibrated, along, bias, gain, matrix = row.split(self._widths)
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        bounds, calibrated, along, weights = row.split(self._widths)
         stretch = torch.ones_like(calibrated) if stride is None else (stride / calibrated).clamp(0.0, LONGEST)
         farther = None if full is None else carried(calibrated if stride is None else stride, full[0] - full[1])
-        return bounds, stretch, farther, along, bias, gain, matrix
+        return bounds, stretch, farther, along, weights
 
     def _look(self, row: Tensor) -> None:
         """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""

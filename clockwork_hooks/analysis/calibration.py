@@ -36,7 +36,7 @@ from clockwork_hooks.adaptors.calibrated import (
     like_exit,
 )
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
-from clockwork_hooks.analysis.sampling import check_runs, first_call
+from clockwork_hooks.analysis.sampling import Watch, check_runs, first_call
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.clock.timeline import Feature, Position
@@ -45,7 +45,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options, warn
+from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options, warn, whole
 from clockwork_hooks.regions.find import Choice, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
@@ -199,6 +199,7 @@ def calibrate(
     ridge: float | None = None,
     log_snr: Any = None,
     refit: bool = True,
+    steps: int | None = None,
     time: str | None = None,
     console: Console | None = None,
 ) -> CalibratedAdaptor:
@@ -231,6 +232,8 @@ def calibrate(
             takes it from `generate.scheduler`, else uses the time itself. Weights between two calibrated positions are
             interpolated in it.
         refit: fit again on what the student reaches, where adaptor steps follow each other.
+        steps: how many the sampler takes. Only a schedule that counts from the end asks for it, as `Schedule.spread`
+            does; None: the first batch is sampled once more, to count.
         time: name of the argument that holds the time, where it cannot be told; `wrap` has to be told, too.
         console: where the progress bar goes; None for standard error.
 
@@ -265,8 +268,8 @@ def calibrate(
     begun = clocks.perf_counter()
     batches = check_runs(generate, conditions, (0,))
     sample = with_seed(generate, seeding=False)
-    steps = _schedule(schedule, clock)
-    _check(guidance, unconditional, kind, ridge)
+    which = _schedule(schedule, clock)
+    _check(guidance, unconditional, kind, ridge, steps)
     trace = first_call(unet, sample, batches[0], 0, time=time)
     wanted = region_or_choice(saved_choice(region) if isinstance(region, (str, Path)) else region, {})
     chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(Search(trace, unet), wanted)
@@ -277,40 +280,37 @@ def calibrate(
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
     levels = _log_snr(log_snr, generate)
-    later = steps is not None and steps.counts_from_end  # which steps it means is known after the first run
     seeds = itertools.count(_FIRST_SEED)
 
     def fresh(batch: Any) -> Any:
         return sample(batch, next(seeds))
 
-    options: dict[str, Any] = {"guidance": guidance, "unconditional": unconditional, "kernel": kind == "kernel"}
-    collect = partial(Sums, chosen, several=len(batches) > 1, **options)
-    sums = collect(schedule=_ALL if steps is None or later else steps, log_snr=levels)
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
+        if which is not None and which.counts_from_end:
+            counted = steps
+            if counted is None:
+                bar.update(task, total=1 + len(batches))
+                counted = _count_steps(unet, chosen, lambda: sample(batches[0], 0))
+                bar.advance(task)
+            which = Schedule.at(which.adaptor_steps(counted))
+        options: dict[str, Any] = {"guidance": guidance, "unconditional": unconditional, "kernel": kind == "kernel"}
+        collect = partial(Sums, chosen, which or _ALL, several=len(batches) > 1, log_snr=levels, **options)
 
         def watch(seen: Sums | Refit, adaptor: Any, *, teaches: bool) -> None:
             run_all(unet, fresh, batches, seen, adaptor, lambda: bar.advance(task), teaches=teaches)
 
-        watch(sums, _Inputs(chosen), teaches=True)
-        if steps is not None and later:
-            steps = Schedule.at(steps.adaptor_steps(sums.last_step))
-            sums.places = {time: place for time, place in sums.places.items() if steps.skips(place.step)}
-        _check_seen(sums, steps)
-        solver = Solver(chosen, sums, kind, ridge, levels, trends=steps is not None)
-        if steps is not None and later and KINDS[solver.name].trend:  # the trend is that of the schedule's full steps
-            bar.update(task, total=2 * len(batches))
-            sums = collect(schedule=steps, log_snr=levels)
-            watch(sums, _Inputs(chosen), teaches=True)
-            solver = Solver(chosen, sums, kind, ridge, levels)
-        if refit and steps is not None and any(_chained(steps, step) for step in sums.steps):
+        watch(sums := collect(), _Inputs(chosen), teaches=True)
+        _check_seen(sums, which, steps)
+        solver = Solver(chosen, sums, kind, ridge, levels, trends=which is not None)
+        if refit and which is not None and any(_chained(which, step) for step in sums.steps):
             bar.update(task, total=(bar.tasks[0].total or 0) + len(batches))
-            student = Refit(solver, collect(schedule=steps, log_snr=levels))
+            student = Refit(solver, collect())
             watch(student, student, teaches=False)
     adaptor = solver.adaptor()
-    adaptor.report = solver.report(steps, clocks.perf_counter() - begun)
+    adaptor.report = solver.report(which, clocks.perf_counter() - begun)
     adaptor.facts = {
-        "schedule": None if steps is None else steps.written(sums.last_step),
+        "schedule": None if which is None else which.written(sums.last_step),
         "kind": solver.name,
         "steps": sums.last_step,
         "guidance": guidance,
@@ -332,13 +332,13 @@ def _schedule(schedule: Any, clock: int | None) -> Schedule | None:
     if clock is not None:
         check_clock(clock)
         return Schedule.every(clock)
-    steps = None if schedule is None else Schedule.of(schedule)
-    if steps is not None:
-        steps.known_beforehand("which steps are calibrated")
-    return steps
+    which = None if schedule is None else Schedule.of(schedule)
+    if which is not None:
+        which.known_beforehand("which steps are calibrated")
+    return which
 
 
-def _check(guidance: float | None, unconditional: str, kind: str, ridge: float | None) -> None:
+def _check(guidance: float | None, unconditional: str, kind: str, ridge: float | None, steps: int | None) -> None:
     if guidance is not None and not is_number(guidance):
         raise ArgumentError("guidance is a number", seen={"guidance": repr(guidance)}, do="pass guidance=7.5, or None")
     if unconditional not in ("first", "second"):
@@ -351,6 +351,15 @@ def _check(guidance: float | None, unconditional: str, kind: str, ridge: float |
         raise ArgumentError("a kind is auto, " + ", ".join(KINDS), seen={"kind": repr(kind)}, do='pass kind="auto"')
     if ridge is not None and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
         raise ArgumentError("a ridge is a number from 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None")
+    if steps is not None:
+        whole("steps", steps, least=1)
+
+
+def _count_steps(unet: nn.Module, region: Region, sample: Callable[[], object]) -> int:
+    """How many steps a run of the sampler takes."""
+    with Watch(unet, region) as watch, watch.trajectory(), torch.no_grad():
+        sample()
+    return watch.step
 
 
 def log_snr_of(scheduler: Any) -> Callable[[float], float] | None:
@@ -419,8 +428,14 @@ def _checked(log_snr: Callable[[float], float]) -> Callable[[float], float]:
     return at
 
 
-def _check_seen(sums: Sums, steps: Schedule | None) -> None:
-    """Raise `ArgumentError` where what was seen does not make an adaptor."""
+def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
+    """Raise `ArgumentError` where what was seen does not make an adaptor, or is not what the caller has said."""
+    if steps is not None and sums.last_step != steps:
+        raise ArgumentError(
+            "steps is how many the sampler takes",
+            seen={"steps": steps, "steps seen": sums.last_step},
+            do=f"pass steps={sums.last_step}, or leave it out",
+        )
     if not sums.places:
         do = "pass the schedule that the sampler is to be run with"
         if sums.refused:
@@ -432,7 +447,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
         raise ArgumentError(
             "a calibrated step is one that the sampler takes, from its second on",
             seen={
-                "schedule": steps or "all steps from the second on",
+                "schedule": which or "all steps from the second on",
                 "steps seen": sums.last_step,
                 **{f"full, {reason}": count(calls, "call") for reason, calls in sums.refused.most_common(3)},
             },
@@ -444,7 +459,7 @@ def _check_seen(sums: Sums, steps: Schedule | None) -> None:
             seen={"guidance": sums.guidance, "rows a call": sums.samples, "calls a step": "one"},
             do="leave guidance= out where the sampler has none; halves are branches where both have the same latents",
         )
-    wanted = (steps or _ALL).adaptor_steps(sums.last_step)
+    wanted = (which or _ALL).adaptor_steps(sums.last_step)
     missing = sorted(set(wanted) - sums.steps)
     if missing and sums.refused:
         _warn_of_missing(missing, sums.refused)

@@ -153,6 +153,7 @@ class Playground:
                 schedule=schedule,
                 region=self.region,
                 log_snr=self.model.scheduler(),
+                steps=steps,
             )
         calibrated = self._calibrated[steps, adapted]
         report = calibrated.report

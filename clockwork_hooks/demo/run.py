@@ -267,6 +267,7 @@ def _calibrated(
         schedule=schedule,
         region=region,
         log_snr=model.scheduler(),
+        steps=steps,
         console=Console(quiet=True),
     )
 
