@@ -379,7 +379,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         past = (times - pieces[:, 0]).unsqueeze(1)
         levels, places = torch.addcmul(pieces[:, 1::2], past, pieces[:, 2::2]).unbind(1)
         place = places[:1]  # an index of no axis would be read on the host
-        self._look(place)
+        self._look(places[0])
         below = place.clamp(max=len(self.table) - 2).long()  # the identity's row, the last one, has none above it
         rows = self.table.unfold(0, 2, 1)[below][0]  # (width, 2): both rows in one kernel
         row = torch.lerp(rows[:, 0], rows[:, 1], place - below)  # at a whole place that row bit for bit
