@@ -1009,6 +1009,7 @@ class Solver:
         k = next(k for k, one in enumerate(self.places) if one.position == position)
         place.fit.widen(self.places[k].fit, self.places[k].held)  # what was emitted there before is in bounds, too
         self.places[k], self.identity[k] = place, place.held.identity
+        self.sums.places[position] = place  # those of the first run take memory, and nobody reads them any more
         self.errors[self.name][k] = self.best(place, KINDS[self.name])
         return k
 
