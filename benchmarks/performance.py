@@ -35,11 +35,12 @@ def environment(data: Data) -> str:
     beside = seen.get("then")
     where += f" And by `{beside}." if beside else ""
     before = seen.get("before")
-    more = f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`." if before else ""
-    for earlier in data["gpu_latency"].get("earlier", []):
-        then = earlier["environment"]
-        more += f" Of another run, with the engine of that time: {earlier['rows']}; {then['device']}, {then['date']}, `{then['command']}`."  # noqa: E501
-    return where + more
+    if before:
+        where += f" It goes on from a run on {before['device']}, {before['date']}, `{before['command']}`."
+    earlier = data["gpu_latency"].get("earlier", [])
+    rows = [(one["rows"], one["environment"]["date"], f"`{one['environment']['command']}`") for one in earlier]
+    other = _table(("of another run, with the engine of that time", "when", "by"), rows)
+    return f"{where}\n\n{other}" if rows else where
 
 
 def targets(data: Data) -> str:
