@@ -241,6 +241,19 @@ def test_steps_are_those_that_the_sampler_takes(schedule):
     assert "forward" not in vars(unet)
 
 
+def test_runs_of_other_lengths_than_the_first_are_told_of():
+    unet = Drifting()
+
+    def generate(batch):
+        return sampler(unet, times=STEPS[: batch[0]])(batch)
+
+    batches = [(len(STEPS) - 2, 2.0), (len(STEPS), 2.0)]
+    with pytest.warns(ch.OtherStepsWarning, match=rf"first batch: {len(STEPS) - 2}\n  of the longest: {len(STEPS)}"):
+        adaptor = calibrate(unet, generate, batches, schedule=ch.Schedule.spread(2), kind="affine")
+    wanted = ch.Schedule.spread(2).adaptor_steps(len(STEPS) - 2)
+    assert {step.step for step in adaptor.report.steps} == set(wanted)
+
+
 def test_calibrated_for_any_schedule_it_serves_another_spacing():
     """The trend is carried on as far as the step goes, whatever the full passes before were apart."""
     unet = Drifting()

@@ -287,8 +287,8 @@ def calibrate(
 
     with ProgressBar(console) as bar:
         task = bar.add_task("calibrate", total=len(batches))
+        counted = steps
         if which is not None and which.counts_from_end:
-            counted = steps
             if counted is None:
                 bar.update(task, total=1 + len(batches))
                 counted = _count_steps(unet, chosen, lambda: sample(batches[0], 0))
@@ -302,6 +302,8 @@ def calibrate(
 
         watch(sums := collect(), _Inputs(chosen), teaches=True)
         _check_seen(sums, which, steps)
+        if counted is not None and counted != sums.last_step:
+            _warn_of_lengths(counted, sums.last_step)
         solver = Solver(chosen, sums, kind, ridge, levels, trends=which is not None)
         if refit and which is not None and any(_chained(which, step) for step in sums.steps):
             bar.update(task, total=(bar.tasks[0].total or 0) + len(batches))
@@ -473,6 +475,16 @@ def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
         )
     if sums.log_snr is not None:
         _check_monotonic(sums.log_snr, sorted(sums.times))
+
+
+def _warn_of_lengths(counted: int, longest: int) -> None:
+    warn(
+        "a schedule that counts from the end means other steps in runs of other lengths\n"
+        f"  steps of the first batch: {counted}\n"
+        f"  of the longest: {longest}\n"
+        "What to do: calibrate an adaptor for each number of steps; or leave schedule= out, for one that serves any",
+        OtherStepsWarning,
+    )
 
 
 def _warn_of_missing(missing: Sequence[int], refused: Counter[str]) -> None:
