@@ -136,6 +136,12 @@ def test_a_factory_may_bring_its_adaptor(tmp_path: Path) -> None:
         ('{"source": {"kind": "python", "factory": "HERE:without_prompts"}}', "returned: unet, generate, guidance"),
         ('{"source": {"kind": "python", "factory": "HERE:quickly"}}', "has no attribute 'quickly'"),
         ('{"source": {"kind": "pipeline", "prompts": ["a"]}}', "a pipeline has a path"),
+        ('{"source": {"kind": "pipeline", "path": "a"}}', "missing a required argument: 'prompts'"),
+        ('{"source": {"kind": "demo", "stepz": 4}}', "unexpected keyword argument 'stepz'"),
+        ('{"source": {"kind": "demo", "captions": 0}}', "captions is an int of at least 1"),
+        ('{"source": ["demo"]}', "the source of a configuration is a table"),
+        ('{"source": "demo", "adaptor": 3}', "the adaptor of a configuration is a table"),
+        ('{"source": "demo", "seed": 1.5}', "pass --set seed=0"),
     ],
 )
 def test_a_bad_configuration(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

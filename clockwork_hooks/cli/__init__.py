@@ -13,7 +13,7 @@ import typer
 
 from clockwork_hooks.cli import demo, distill, look, measure, support  # each registers its commands
 from clockwork_hooks.cli.app import Interrupted, app
-from clockwork_hooks.cli.options import as_option
+from clockwork_hooks.cli.options import as_option, as_setting
 from clockwork_hooks.errors import ClockworkError
 
 __all__ = ["app", "demo", "distill", "look", "main", "measure", "support"]
@@ -102,7 +102,8 @@ def _run(words: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ClockworkError as error:
         failure: Exception = error
-        text = f"{error.message(as_option)}\n{error.where}"
+        command = next((word for word in words if not word.startswith("-")), "")
+        text = f"{error.message(as_setting if command == 'distill' else as_option)}\n{error.where}"
     except Exception as error:  # the model's own code failed
         failure = error
         text = f"{type(error).__name__}: {error}" + (

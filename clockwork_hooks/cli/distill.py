@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -9,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_Result = TypeVar("_Result")
 DEMO: dict[str, Any] = {
     "source": {"kind": "demo", "sampler": "dpm++", "steps": 8},
     "adaptor": {"kind": "resnet"},
@@ -93,14 +95,15 @@ def distill(
     if buffer_gb is not None:
         options["buffer_gb"] = buffer_gb
     options["folder"] = out or options.get("folder") or "clockwork-adaptor"
-    mode = options.pop("mode", "unrolled")
+    options["resume"] = resume or options.get("resume", False)
+    options.setdefault("mode", "unrolled")
     table = options.pop("adaptor", None)
-    adaptor = _adaptor(table or {})
-    arguments = {"adaptor": adaptor, **_source(options.pop("source", {}), mode)}
+    adaptor = _adaptor(_table("adaptor", table or {}))
+    arguments = {"adaptor": adaptor, **_source(_table("source", options.pop("source", {})), options["mode"])}
     if table is not None:
         arguments["adaptor"] = adaptor
     try:
-        result = train(resume=resume, **{**arguments, "mode": mode, **options})
+        result = train(**{**arguments, **options})
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_left(Path(options["folder"]), config)) from interrupt
     if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
@@ -127,7 +130,7 @@ def _left(folder: Path, config: str) -> str:
 
 def _read(config: str) -> dict[str, Any]:
     if config == "demo":
-        return json.loads(json.dumps(DEMO))  # type: ignore[no-any-return]
+        return copy.deepcopy(DEMO)
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +152,7 @@ def _set(options: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     *tables, last = name.split(".")
     for table in tables:
-        options = options.setdefault(table, {})
+        options = options.setdefault(table, {}) if isinstance(options, dict) else options
     if not equals or not last or not isinstance(options, dict):
         raise ArgumentError("--set takes KEY=VALUE", seen={"got": text}, do="--set trajectories=200")
     try:
@@ -158,34 +161,45 @@ def _set(options: dict[str, Any], text: str) -> None:
         options[last] = value
 
 
-def _adaptor(table: Any) -> Any:
+def _table(name: str, value: Any) -> dict[str, Any]:
+    """A table of the configuration; a text alone is its kind."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if not isinstance(value, dict):
+        raise ArgumentError(
+            f"the {name} of a configuration is a table",
+            seen={name: repr(value)[:80]},
+            do=f'write "{name}": {{"kind": ...}}',
+        )
+    return value
+
+
+def _adaptor(own: dict[str, Any]) -> Any:
     from clockwork_hooks.training.distill import kind_of
 
-    own = {"kind": table} if isinstance(table, str) else dict(table)
     kind = kind_of(own.pop("kind", "resnet"))
     return lambda region: kind.for_region(region, **own)
 
 
-def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
+def _source(own: dict[str, Any], mode: str) -> dict[str, Any]:
     """Arguments of `distill` from the configuration's source."""
     from clockwork_hooks.training import local_device
 
-    own = dict(table)
     kind = own.pop("kind", None)
     if kind == "demo":
         from clockwork_hooks.demo.recipe import Recipe
 
-        return Recipe.of(**{"device": local_device(), **own}).arguments(mode)
+        return _call_source(kind, Recipe.of, {"device": local_device(), **own}).arguments(mode)
     if kind == "pipeline":
         from clockwork_hooks.training.pipeline import pipeline_arguments
 
-        return pipeline_arguments(**{"device": local_device(), **own})
+        return _call_source(kind, pipeline_arguments, {"device": local_device(), **own})
     if kind == "python":
         from clockwork_hooks.models import find_factory
 
         name = str(own.pop("factory", ""))
         module, _, factory = name.partition(":")
-        return _from_factory(name, find_factory(module or "?", factory, bare=False), own)
+        return _check_arguments(name, _call_source(name, find_factory(module or "?", factory, bare=False), own))
     raise ArgumentError(
         "a source says what samples",
         seen={"source.kind": repr(kind)},
@@ -193,23 +207,27 @@ def _source(table: Mapping[str, Any], mode: str) -> dict[str, Any]:
     )
 
 
-def _from_factory(name: str, factory: Callable[..., Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user's factory makes of the rest of the source's table."""
+def _call_source(name: str, factory: Callable[..., _Result], own: Mapping[str, Any]) -> _Result:
+    """What a source returns for the rest of its table."""
     try:
         inspect.signature(factory).bind(**own)
     except TypeError as error:
         raise ArgumentError(
-            "a factory takes the rest of the source's table",
-            seen={"factory": f"{name}{inspect.signature(factory)}", "table": dict(own), "error": error},
-            do="give the factory's parameters and the table the same names",
+            "a source takes the rest of its table",
+            seen={"source": f"{name}{inspect.signature(factory)}", "table": dict(own), "error": error},
+            do="give its parameters and the table the same names",
         ) from error
-    arguments = factory(**own)
+    return factory(**own)
+
+
+def _check_arguments(name: str, returned: Any) -> dict[str, Any]:
+    """What the user's factory has returned, if it is what `distill` takes."""
     needed = ("unet", "generate", "prompts")
-    if not isinstance(arguments, Mapping) or not all(one in arguments for one in needed):
-        returned = ", ".join(arguments) if isinstance(arguments, Mapping) else f"a {type(arguments).__name__}"
+    if not isinstance(returned, Mapping) or not all(one in returned for one in needed):
+        kinds = ", ".join(returned) if isinstance(returned, Mapping) else f"a {type(returned).__name__}"
         raise ArgumentError(
             "a factory returns the arguments of clockwork_hooks.distill as a dict",
-            seen={"factory": name, "returned": returned},
+            seen={"factory": name, "returned": kinds},
             do=f"return {', '.join(needed)}, and what else should be set: guidance, facts, ...",
         )
-    return dict(arguments)
+    return dict(returned)

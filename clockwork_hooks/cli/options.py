@@ -6,6 +6,7 @@ error.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import tempfile
@@ -264,7 +265,17 @@ def as_option(name: str, value: object) -> str:
     return " ".join(f"{option} {shlex.quote(str(one))}" for one in values)
 
 
-FORMS = ("json", "md", "html", "png")
+def as_setting(name: str, value: object) -> str:
+    """The same for `distill`, where all but three are options of the configuration.
+
+    Example:
+        >>> as_setting("clock", (2, 4)), as_setting("mode", "unrolled"), as_setting("resume", True)
+        ("--set 'clock=[2, 4]'", '--set mode=unrolled', '--resume')
+    """
+    if name in ("folder", "resume", "buffer_gb"):
+        return as_option(name, value)
+    text = "VALUE" if value in (None, ...) else value if isinstance(value, str) else json.dumps(value)
+    return f"--set {shlex.quote(f'{name}={text}')}"
 
 
 def deliver(report: Report, format: Format, name: str, out: Sequence[str] | None = (), *more: Any) -> None:
@@ -292,7 +303,7 @@ def _write(report: Report, path: Path, name: str) -> list[Path]:
     if path.suffix and not path.is_dir():
         return [report.save(path)]
     drawn = report.figures()
-    written = [report.save(path / f"{name}.{form}") for form in FORMS if form != "png"]
+    written = [report.save(path / f"{name}.{form}") for form in ("json", "md", "html")]
     for k, figure in enumerate(drawn, 1):
         written.append(path / (f"{name}.png" if k == 1 else f"{name}-{k}.png"))
         figure.save(written[-1])

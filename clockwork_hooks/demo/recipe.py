@@ -14,6 +14,7 @@ from torch import Tensor
 from clockwork_hooks.demo.captions import decode, write_captions
 from clockwork_hooks.demo.model import GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_latents
 from clockwork_hooks.demo.scenes import Scenes, draw_split, render_bytes
+from clockwork_hooks.errors import ArgumentError, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,13 @@ class Recipe:
             captions: how many to draw.
             latent_size: edge of the latents.
             seed: of the captions.
+
+        Raises:
+            ArgumentError: a number is none, or too small.
         """
+        for name, value in (("steps", steps), ("captions", captions), ("latent_size", latent_size)):
+            if not is_whole(value, 1):
+                raise ArgumentError(f"{name} is an int of at least 1", seen={name: repr(value)}, do=f"pass {name}=8")
         scenes = draw_split(captions, seed, test=False)
         texts = tuple(decode(write_captions(scenes, seed)))
         return cls(load_demo(device), sampler, steps, guidance, scenes, texts, latent_size)

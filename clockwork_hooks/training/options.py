@@ -12,6 +12,8 @@ from clockwork_hooks.training.losses import Loss
 
 Mode = Literal["unrolled", "forward_noise", "on_policy"]
 MODES: tuple[str, ...] = get_args(Mode)
+_NONE_TOO = ("trajectories", "minutes", "max_norm", "ema")
+_COUNTS = {"trajectories": 1, "batch": 1, "accumulate": 1, "hold": 1, "reuse": 1, "log_every": 1, "seed": 0}  # at least
 _CHOICES = {"decay": ("constant", "cosine"), "precision": ("no", "bf16", "fp16"), "tracker": (None, "tensorboard")}
 
 
@@ -75,23 +77,10 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.trajectories is None and self.minutes is None:
             object.__setattr__(self, "trajectories", 500)
-        for name in ("trajectories", "batch", "accumulate", "hold", "reuse", "log_every"):
-            value = getattr(self, name)
-            if value is not None:
-                whole(name, value, least=1)
-        for name in ("minutes", "lr", "max_norm", "buffer_gb"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and value > 0):
-                raise ArgumentError(f"{name} is above 0", seen={name: repr(value)}, do=f"pass a positive {name}=")
-        for name in ("warmup", "ema"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
-                raise ArgumentError(f"{name} is in [0, 1)", seen={name: repr(value)}, do=f"pass {name}=0.1 or the like")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ArgumentError(
-                    f"{name} is one of a few", seen={name: repr(getattr(self, name))}, do=f"pass one of {choices}"
-                )
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.name not in _NONE_TOO:
+                _check(one.name, value)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], beside: Iterable[str] = ()) -> TrainingOptions:
@@ -109,6 +98,22 @@ class TrainingOptions:
             if name not in names:
                 raise no_option(name, [*beside, *names], rule="a training option has a known name")
         return cls(**settings)
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise `ArgumentError` if an option's value is outside its rule."""
+    if name in _COUNTS:
+        whole(name, value, least=_COUNTS[name])
+    elif name in ("minutes", "lr", "max_norm", "buffer_gb") and not (is_number(value) and value > 0):
+        raise ArgumentError(f"{name} is above 0", seen={name: repr(value)}, do=f"pass a positive {name}=")
+    elif name == "save_every" and not (is_number(value) and value >= 0):
+        raise ArgumentError(f"{name} is a number of seconds", seen={name: repr(value)}, do=f"pass {name}=60")
+    elif name in ("warmup", "ema") and not (is_number(value) and 0 <= value < 1):
+        raise ArgumentError(f"{name} is in [0, 1)", seen={name: repr(value)}, do=f"pass {name}=0.1 or the like")
+    elif name == "buffer" and not isinstance(value, (str, Path)):
+        raise ArgumentError('buffer is "device", "ram" or a folder', seen={name: repr(value)}, do='pass buffer="ram"')
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        raise ArgumentError(f"{name} is one of a few", seen={name: repr(value)}, do=f"pass one of {_CHOICES[name]}")
 
 
 @dataclass(frozen=True, slots=True)
