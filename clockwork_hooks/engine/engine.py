@@ -203,8 +203,8 @@ class Engine:
             counts = stand_in.schedule_of(one.adaptor)[1]
             asks = one.schedule if one.schedule.counts_from_end and not one.usual else None
             names = one.schedule if one.schedule.last_named and not counts else None
-            told = OtherSteps(type(one.adaptor).__name__, counts, asks, names)
-            one.other_steps = told if counts or asks or names else None
+            warner = OtherSteps(type(one.adaptor).__name__, counts, asks, names)
+            one.other_steps = warner if counts or asks or names else None
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._recordings: Counter[tuple[Any, ...]] = Counter()

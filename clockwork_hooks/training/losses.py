@@ -77,13 +77,15 @@ def _feature(outcome: Outcome) -> Pairs:
 
 
 def _guided_feature(outcome: Outcome) -> Pairs:
-    both = (guided(tensors, outcome.branches, outcome.weights) for tensors in (outcome.features, outcome.exits))
-    return [*_feature(outcome), tuple(both)]  # type: ignore[list-item]
+    return [*_feature(outcome), _combined(outcome, outcome.features, outcome.exits)]
 
 
 def _guided_output(outcome: Outcome) -> Pairs:
-    both = (guided(tensors, outcome.branches, outcome.weights) for tensors in (outcome.outputs, outcome.true_outputs))
-    return [tuple(both)]  # type: ignore[list-item]
+    return [_combined(outcome, outcome.outputs, outcome.true_outputs)]
+
+
+def _combined(outcome: Outcome, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return guided(student, outcome.branches, outcome.weights), guided(teacher, outcome.branches, outcome.weights)
 
 
 LOSSES = {

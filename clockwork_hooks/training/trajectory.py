@@ -12,6 +12,7 @@ Trajectories wait in a `Buffer` until they are trained on: bounded, on the UNet'
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import tempfile
 from collections import Counter
@@ -33,7 +34,7 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.cuda_graphs import Captured
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Emit, Outcome, Pass
-from clockwork_hooks.errors import ArgumentError, DistillError, Enough, RegionNotFoundError, is_number
+from clockwork_hooks.errors import ArgumentError, DistillError, Enough, RegionNotFoundError
 from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
@@ -172,14 +173,8 @@ class Trajectory:
 
 def steps_of(calls: Iterable[RecordedCall]) -> Iterator[StepCalls]:
     """Group calls that follow each other within one step."""
-    group: list[RecordedCall] = []
-    for call in calls:
-        if group and (call.trajectory, call.step) != (group[-1].trajectory, group[-1].step):
-            yield StepCalls(group[0].step, tuple(group))
-            group = []
-        group.append(call)
-    if group:
-        yield StepCalls(group[0].step, tuple(group))
+    for (_, step), group in itertools.groupby(calls, lambda call: (call.trajectory, call.step)):
+        yield StepCalls(step, tuple(group))
 
 
 GB = 1e9
@@ -199,10 +194,6 @@ class Buffer:
     """
 
     def __init__(self, where: str | Path, gigabytes: float) -> None:
-        if not is_number(gigabytes) or gigabytes <= 0:
-            raise ArgumentError(
-                "a buffer has room", seen={"buffer_gb": repr(gigabytes)}, do="pass buffer_gb=4, in 10⁹ bytes"
-            )
         self.where, self.limit = where, int(gigabytes * GB)
         self.used = self.peak = 0
         self._held: list[Trajectory] = []
