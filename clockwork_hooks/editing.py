@@ -198,7 +198,7 @@ def invert(
     check_source(unet, source)
     path, arguments = Path(scheduler, steps, source.device), unet_arguments(conditions, len(source))
     x, latents, level = source.float(), {}, path.clean
-    with clocked(unet, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
+    with clocked(unet, steps, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
         task = bar.add_task("inversion", total=steps)
         for k in reversed(range(steps)):
             cw.step()
@@ -255,12 +255,17 @@ def unet_arguments(conditions: Conditions, rows: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def clocked(
-    unet: nn.Module, clock: int, schedule: Steps | None, region: Region | None, adaptor: Adaptor | str | None
+    unet: nn.Module,
+    steps: int,
+    clock: int,
+    schedule: Steps | None,
+    region: Region | None,
+    adaptor: Adaptor | str | None,
 ) -> Iterator[ClockworkWrapper]:
-    """The UNet wrapped for one loop; clock 1 is the plain loop, and warns of nothing."""
+    """The UNet wrapped for one loop of so many steps; clock 1 is the plain loop, and warns of nothing."""
     check_clock(clock)
     ticks = Schedule.every(clock) if schedule is None else schedule
-    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory():
+    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory(steps=steps):
         yield cw
 
 
@@ -640,7 +645,7 @@ def edit(
         )
     x = source.noise
     with (
-        clocked(unet, clock, schedule, region, adaptor) as cw,
+        clocked(unet, steps, clock, schedule, region, adaptor) as cw,
         ProgressBar(console) as bar,
         injected(unet, injection) as inject,
     ):

@@ -1,5 +1,7 @@
 """Plug-and-Play editing: DDIM's two directions, what is injected and when, and what it costs, to the MAC."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
@@ -112,6 +114,20 @@ def test_the_cost_of_schedules_is_their_sum(unet):
     want = edit_macs(report.full_macs, report.adaptor_pass_macs, inversion_steps=6, steps=8, **schedules)
     assert result.macs == want
     assert (result.inversion.passes.full_passes, result.passes.full_passes) == (3, 5)  # F F F A F A F A back
+
+
+def test_schedules_that_count_from_the_end_know_the_steps_of_both_loops(unet):
+    """They were those of a plain clock: of `early(3)` in 8 steps full at 1, 3 and 8, steps 1, 4 and 7 were."""
+    source, hidden = things()
+    options = {"target": hidden[1], "negative": hidden[2], "inversion_steps": 8, "steps": 12}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_rule, by_name = (
+            edit(unet, scheduler(), source, hidden[0], schedule=there, inversion_schedule=forth, **options)
+            for there, forth in (("spread(2)", "early(3)"), ({3, 5, 7, 8, 10, 11}, {2, 4, 5, 6, 7}))
+        )
+    assert torch.equal(by_rule.inversion.noise, by_name.inversion.noise)
+    assert torch.equal(by_rule.latents, by_name.latents)
 
 
 # -- injection -----------------------------------------------------------------------------------------------------
