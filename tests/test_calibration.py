@@ -547,6 +547,28 @@ def test_a_log_snr_that_is_none(log_snr, said):
     assert snapshot(unet) == before
 
 
+@pytest.mark.parametrize("schedule", [None, {2, 4}, {2, 3}])
+def test_times_that_single_precision_does_not_tell_apart_are_refused(schedule):
+    """A table with strides of zero made NaN of pictures, without a word."""
+    unet = Blocks(gain=lambda t: t)
+    times = [1e6 + time * 1e-9 for time in TIMES]
+    before = snapshot(unet)
+    with pytest.raises(ch.ArgumentError, match=r"differ in single precision(.|\n)*at step 2: 1000000\.0"):
+        calibrate(unet, sampler(unet, times=times, rate=1e-7), [(4, 2.0)], schedule=schedule)
+    assert snapshot(unet) == before
+
+
+def test_a_time_in_two_precisions_is_one_position():
+    unet = Blocks(gain=lambda t: 1 + float(t) / 500)
+    times = [time / 1000 for time in TIMES]
+    both = [times, [float(time) for time in torch.tensor(times)]]
+
+    def generate(batch, seed=0):
+        return sampler(unet, both[batch])((8, 2.0), seed)
+
+    assert len(calibrate(unet, generate, [0, 1]).report.steps) == len(TIMES) - 1
+
+
 @pytest.mark.parametrize("schedule", [None, {2, 3}])
 @pytest.mark.parametrize("step", [1, 3])
 def test_what_is_not_finite_makes_no_adaptor(step, schedule):

@@ -73,15 +73,15 @@ class Positions:
         seen: Sequence[float],
         log_snr: Callable[[float], float] | None = None,
     ) -> None:
-        self.knots = [_single(time) for time in knots]
-        self._first, self._last = _single(min(*seen, *knots)), _single(max(*seen, *knots))
+        self.knots = [single(time) for time in knots]
+        self._first, self._last = single(min(*seen, *knots)), single(max(*seen, *knots))
         self._log_snr = log_snr or float
-        self.low = _single(knots[0] - abs(strides[0]) / 2)
-        self.high = _single(knots[-1] + abs(strides[-1]) / 2)
-        ends = sorted({_single(time) for time in (*seen, *knots, self.low, self.high)})
+        self.low = single(knots[0] - abs(strides[0]) / 2)
+        self.high = single(knots[-1] + abs(strides[-1]) / 2)
+        ends = sorted({single(time) for time in (*seen, *knots, self.low, self.high)})
         between = (a + (b - a) * k / _PIECES for a, b in itertools.pairwise(ends) for k in range(1, _PIECES))
-        after = _single(torch.nextafter(torch.tensor(self.high), torch.tensor(torch.inf)).item())
-        self.times = sorted({*ends, *(_single(time) for time in between), after})
+        after = single(torch.nextafter(torch.tensor(self.high), torch.tensor(torch.inf)).item())
+        self.times = sorted({*ends, *(single(time) for time in between), after})
 
     def log_snr(self, time: float) -> float:
         """Log-SNR of a time; beyond those that the calibration saw, that of the last one."""
@@ -103,7 +103,7 @@ class Positions:
 
     def rows(self) -> Tensor:
         """(n, 5) float32; a straight piece a row: its first time, log-SNR and its slope there, place and its slope."""
-        levels = [_single(self.log_snr(time)) for time in self.times]
+        levels = [single(self.log_snr(time)) for time in self.times]
         places = [self.place(time) for time in self.times]
         pieces = [(-_ENDLESS, levels[0], 0.0, float(len(self.knots)), 0.0)]
         for k, time in enumerate(self.times):
@@ -219,7 +219,7 @@ class CalibratedAdaptor(LearnedAdaptor):
                 adaptor.basis.copy_(basis)
             for k, knot in enumerate(knots):
                 if positions is not None and knot.position is not None and knot.before is not None:
-                    here, before = (torch.tensor(positions.log_snr(_single(t))) for t in (knot.position, knot.before))
+                    here, before = (torch.tensor(positions.log_snr(single(t))) for t in (knot.position, knot.before))
                     adaptor.table[k, 2 * adaptor.exit.channels] = here - before
                 adaptor.put(k, knot)
         adaptor.region = described_region(region)
@@ -499,7 +499,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.ndim > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def _single(time: float) -> float:
+def single(time: float) -> float:
     """As float32 has it, which is what an adaptor is called with."""
     return float(torch.tensor(time, dtype=torch.float32))
 

@@ -34,6 +34,7 @@ from clockwork_hooks.adaptors.calibrated import (
     around_of,
     carried,
     like_exit,
+    single,
 )
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import Watch, check_runs, first_call
@@ -473,6 +474,13 @@ def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
             "the identity in the other one",
             OtherStepsWarning,
         )
+    close = next((place for place in sums.places.values() if None is not place.position == place.before), None)
+    if close is not None:
+        raise ArgumentError(
+            "times of two steps differ in single precision, in which an adaptor is told them",
+            seen={f"time at step {close.step}": close.position, f"time at step {close.step - 1}": close.before},
+            do="pass the UNet times that are farther apart: a step's number, or sigma's logarithm",
+        )
     if sums.log_snr is not None:
         _check_monotonic(sums.log_snr, sorted(sums.times))
 
@@ -696,6 +704,7 @@ class Sums:
         self._step = (step, branches | {key[0]}) if step == call.place.step else (call.place.step, frozenset({key[0]}))
         self._apart |= len(self._step[1]) > 1
         time = None if call.time is None else self._reader.read(call.time)[0]
+        time = None if time is None else single(time)  # as an adaptor is told it
         before, self._befores[key] = self._befores.get(key), time
         self.last_step = max(self.last_step, call.place.step)
         if time is not None:
