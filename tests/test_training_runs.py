@@ -158,6 +158,13 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
 # -- the buffer --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", ["feature", "guided-output"])
+def test_a_students_trajectory_holds_no_more_than_a_teachers(loss: str) -> None:
+    """What the student did itself is no lesson."""
+    peaks = [quick(Tiny(), Small(), loss=loss, mode=mode).buffer_peak for mode in ("unrolled", "on_policy")]
+    assert peaks[0] == peaks[1] > 0
+
+
 @pytest.mark.parametrize("where", ["device", "ram", "disk"])
 def test_the_buffer_keeps_its_bound(where: str, tmp_path: Path) -> None:
     unet = Tiny()

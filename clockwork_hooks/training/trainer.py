@@ -537,6 +537,7 @@ class Trainer:
                 captured=(adapted and captured and not graphs) or (before and (adapted or feeds)),
                 arguments=adapted and (outputs or graphs),
                 output=adapted and outputs,
+                student=False,
             )
 
         return needs

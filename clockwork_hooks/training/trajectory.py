@@ -49,12 +49,14 @@ class Needs:
         captured: what flows into it.
         arguments: of the call, to call the UNet again.
         output: what the UNet returns.
+        student: what the student emitted, and what the UNet returned with it.
     """
 
     exit: bool = True
     captured: bool = True
     arguments: bool = True
     output: bool = True
+    student: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +78,6 @@ class RecordedCall:
         output: the first tensor that the UNet returns in a full pass.
         student_exit: what the student emitted, in a student's trajectory; None in a full pass.
         student_output: what the UNet returned with it.
-        cached: what the student was given as the exit of the step before.
     """
 
     trajectory: int
@@ -94,11 +95,10 @@ class RecordedCall:
     output: Tensor | None = None
     student_exit: Tensor | None = None
     student_output: Tensor | None = None
-    cached: Tensor | None = None
     region: Region | None = None
 
 
-TENSORS = ("args", "kwargs", "captured", "exit", "output", "student_exit", "student_output", "cached")
+TENSORS = ("args", "kwargs", "captured", "exit", "output", "student_exit", "student_output")
 """Fields of a `RecordedCall` that hold tensors."""
 
 
@@ -572,9 +572,10 @@ class TrajectoryRecorder:
         self._by_exit = {k: v for k, v in self._by_exit.items() if v[1].step >= recorded.step - 1}
         self._by_exit[id(emitted)] = (emitted, recorded)
         moving = [call.arguments.get(path) for path in (signature.sample, signature.time) if path]
-        self._copies.keep(recorded, self._needs(place.step), call, full, moving)
-        if full is not outcome:
-            recorded.student_exit, recorded.cached = self._copies.copy(emitted), self._copies.copy(cached)
+        needs = self._needs(place.step)
+        self._copies.keep(recorded, needs, call, full, moving)
+        if needs.student and full is not outcome:
+            recorded.student_exit = self._copies.copy(emitted)
             recorded.student_output = self._copies.copy(tensors(outcome.output)[0])
 
     def _time(self, call: UNetCall) -> float | None:
