@@ -214,8 +214,14 @@ def perturb(
     from clockwork_hooks.analysis.robustness import measure_robustness
 
     loaded = load_sampler(model, steps, batch)
-    options = {"alpha": alpha, "maps": map or None, "starts": start or None, "seeds": tuple(seed or SEEDS)}
-    result = measure_robustness(*loaded, statistics=statistics.value, **options)  # type: ignore[arg-type]
+    result = measure_robustness(
+        *loaded,
+        alpha=alpha,
+        statistics=statistics.value,
+        maps=map or None,
+        starts=start or None,
+        seeds=tuple(seed or SEEDS),
+    )
     deliver(result, format, "perturb", out)
 
 
@@ -280,10 +286,18 @@ def plan(
     from clockwork_hooks.analysis.planning import plan as make
 
     loaded = load_sampler(model, steps, batch)
-    options: dict[str, Any] = {"max_error": max_error, "min_saving": min_saving, "weigh": weigh.value}
-    options |= {"probes": probes, "adaptive": adaptive, "adaptor": adaptor or None, "guidance": guidance_scale}
-    options |= {"clocks": tuple(clock or CLOCKS), "seeds": tuple(seed or SEEDS)}
-    result = make(*loaded, **options)
+    result = make(
+        *loaded,
+        max_error=max_error,
+        min_saving=min_saving,
+        weigh=weigh.value,
+        adaptor=tuple(adaptor) if adaptor else None,
+        clocks=tuple(clock or CLOCKS),
+        guidance=guidance_scale,
+        adaptive=adaptive,
+        probes=probes,
+        seeds=tuple(seed or SEEDS),
+    )
     deliver(result, format, "plan", out)
 
 
