@@ -62,6 +62,29 @@ def test_a_time_that_follows_a_full_step_in_some_runs_and_an_adaptor_step_in_oth
     assert (off < 1e-3, passes) == (True, 11)
 
 
+def test_steps_of_a_run_are_those_of_its_longest_trajectory():
+    """A second, shorter one at twice the size had its number of steps taken for the run's."""
+    unet = Blocks(gain=lambda t: 1 + t / 500)
+    many = [900.0 - 100 * k for k in range(9)]
+
+    def generate(count, seed=0):
+        x, c = noise(count, seed)
+        for times in (many, many[5:]):
+            for time in times:
+                x = x - 0.3 * unet(x, time, c[:count])
+            x = nn.functional.interpolate(x, scale_factor=2.0)
+        return x
+
+    schedule = ch.Schedule.spread(2)
+    adaptor = calibrate(unet, generate, [8], schedule=schedule, kind="affine", ridge=1e-6)
+    assert adaptor.facts["schedule"] == str(ch.Schedule.at(schedule.adaptor_steps(9)))
+    served, identity = (
+        error(unet, lambda seed: generate(8, seed), one, schedule={3, 5, 7, 8}) for one in (adaptor, None)
+    )
+    assert served[0] < 0.02 * identity[0]
+    assert ch.measure_drift(unet, generate, [2]).steps == 9
+
+
 def test_what_any_run_emitted_is_in_bounds():
     """The bounds of a step that was fitted again were those of the second run alone, and cut what the first one saw."""
     unet = Blocks(gain=lambda t: 1 + t / 500)

@@ -362,7 +362,7 @@ def _count_steps(unet: nn.Module, region: Region, sample: Callable[[], object]) 
     """How many steps a run of the sampler takes."""
     with Watch(unet, region) as watch, watch.trajectory(), torch.no_grad():
         sample()
-    return watch.step
+    return watch.steps
 
 
 def log_snr_of(scheduler: Any) -> Callable[[float], float] | None:

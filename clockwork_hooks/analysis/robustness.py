@@ -321,7 +321,7 @@ def measure_robustness(
         for k, seed in cells:
             with watch.trajectory():
                 plain.append(reference(unet, generate, batches[k], seeds[seed]))
-            steps = max(steps, watch.step)
+            steps = max(steps, watch.steps)
         first_steps = _starts(starts, steps)
         sums = {(one.name, start): 0.0 for one in chosen for start in first_steps}
         pictures = {("", 0): plain[0][0].float().cpu()}

@@ -265,13 +265,14 @@ class Watch:
 
     Attributes:
         step: denoising step of the call under way, or of the last one; from 1.
-        calls: how many there were in this trajectory.
+        steps: of this run; where it is several trajectories, as one at half the size before another, of the longest.
+        calls: how many there were in this run.
         branch: (guidance branch, which of its calls in the step) of the call under way, or of the last one.
         usable: may the call under way use the adaptor, if the schedule says so? Some are in doubt whatever it says.
     """
 
     def __init__(self, unet: nn.Module, region: Region) -> None:
-        self.unet, self.step, self.calls = unet, 0, 0
+        self.unet, self.step, self.steps, self.calls = unet, 0, 0, 0
         self.branch, self.usable = (1, 0), False
         self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
         self._watching = self.observed(self)
@@ -286,6 +287,7 @@ class Watch:
         self.calls += 1
         if call.place is None:
             self.step, self.branch, self.usable = max(self.step, 1), (0, self.calls), False
+            self.steps = max(self.steps, self.step)
         else:
             self._at(call.place)
             self.usable = call.place.doubt is None and call.place.before is not None
@@ -297,6 +299,7 @@ class Watch:
 
     def _at(self, place: Position) -> None:
         self.step, self.branch = place.step, (place.branch.number, place.ordinal)
+        self.steps = max(self.steps, self.step)
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[Watch]:
@@ -305,7 +308,7 @@ class Watch:
         Raises:
             ArgumentError: it never called the UNet.
         """
-        self.step = self.calls = 0
+        self.step = self.steps = self.calls = 0
         with self._wrapper.trajectory():
             yield self
         if not self.calls:
@@ -461,7 +464,7 @@ def follow(
                 runs.plain.append(reference(runs.unet, runs.generate, *run))
             for follower in followers:
                 follower.last.clear()
-            steps = max(steps, watch.step)
+            steps = max(steps, watch.steps)
             tell()
     return steps, {one.name: follower.series(steps) for one, follower in zip(pairs, followers, strict=True)}
 
