@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_variants_against_plain() -> None:
 def test_a_region_that_the_options_choose_is_found_once_for_all_batches(options: dict[str, Any]) -> None:
     row = run(Tiny(), {"ours": options}, seeds=(0, 1))["ours"]
     assert (row.full_passes, row.adaptor_passes) == (12, 12)
+
+
+def test_a_schedule_that_counts_from_the_end_knows_the_steps_of_the_sampler() -> None:
+    """It was that of a plain clock: of `early(2)` in 12 steps the second and third are full."""
+    unet, schedule = Tiny(), ch.Schedule.early(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        variants = {"by rule": {"schedule": schedule}, "by name": {"schedule": schedule.adaptor_steps(12)}}
+        result = ch.evaluate(unet, sampler(unet, 12), BATCHES, variants, seeds=(0,), console=Console(quiet=True))
+    rule, name = result["by rule"], result["by name"]
+    assert rule.scores == name.scores
+    assert (rule.full_passes, rule.adaptor_passes) == (name.full_passes, name.adaptor_passes) == (12, 12)
 
 
 def test_a_sampler_of_another_unet_is_refused() -> None:

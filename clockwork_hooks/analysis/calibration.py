@@ -37,7 +37,7 @@ from clockwork_hooks.adaptors.calibrated import (
     single,
 )
 from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
-from clockwork_hooks.analysis.sampling import Watch, check_runs, first_call
+from clockwork_hooks.analysis.sampling import check_runs, count_steps, first_call
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
 from clockwork_hooks.clock.timeline import Feature, Position
@@ -292,7 +292,7 @@ def calibrate(
         if which is not None and which.counts_from_end:
             if counted is None:
                 bar.update(task, total=1 + len(batches))
-                counted = _count_steps(unet, chosen, lambda: sample(batches[0], 0))
+                counted = count_steps(unet, lambda: sample(batches[0], 0), region=chosen)
                 bar.advance(task)
             which = Schedule.at(which.adaptor_steps(counted))
         options: dict[str, Any] = {"guidance": guidance, "unconditional": unconditional, "kernel": kind == "kernel"}
@@ -356,13 +356,6 @@ def _check(guidance: float | None, unconditional: str, kind: str, ridge: float |
         raise ArgumentError("a ridge is a number from 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None")
     if steps is not None:
         whole("steps", steps, least=1)
-
-
-def _count_steps(unet: nn.Module, region: Region, sample: Callable[[], object]) -> int:
-    """How many steps a run of the sampler takes."""
-    with Watch(unet, region) as watch, watch.trajectory(), torch.no_grad():
-        sample()
-    return watch.steps
 
 
 def log_snr_of(scheduler: Any) -> Callable[[float], float] | None:

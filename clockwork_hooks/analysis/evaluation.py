@@ -21,7 +21,7 @@ from clockwork_hooks._numbers import count, duration, macs, percent
 from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.stand_in import resolve_adaptor
 from clockwork_hooks.analysis.flops import counting
-from clockwork_hooks.analysis.sampling import check_runs, never_called
+from clockwork_hooks.analysis.sampling import check_runs, count_steps, never_called
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import check_unet
@@ -31,6 +31,7 @@ from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import Report, reading
 from clockwork_hooks.reports.tables import Table, table
+from clockwork_hooks.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,13 @@ class _Tally:
     passes: tuple[int, int] = (0, 0)
     macs: int = 0
     counted: int = 0
+    steps: int | None = None  # of the sampler, where the variant's schedule counts from their end
+
+    @property
+    def counts_steps(self) -> bool:
+        """Is it yet to be seen how many there are?"""
+        schedule = None if self.options is None else self.options.get("schedule")
+        return self.steps is None and schedule is not None and Schedule.of(schedule).counts_from_end
 
 
 @named_options
@@ -272,7 +280,9 @@ def _run(unet: nn.Module, tally: _Tally, generate: Generate, batch: Any, seed: i
     make, first = with_seed(tally.variant.generate or generate), not tally.seconds
     device = next((tensor.device for tensor in unet.parameters()), torch.device("cpu"))
     if tally.options is not None:
-        with wrap(unet, **tally.options) as cw, cw.trajectory():
+        if tally.counts_steps:
+            tally.steps = count_steps(unet, lambda: make(batch, seed), **tally.options)
+        with wrap(unet, **tally.options) as cw, cw.trajectory(steps=tally.steps):
             images, seconds = _timed(make, batch, seed, device)
             if not cw.stats.full_passes + cw.stats.adaptor_passes:
                 raise never_called(unet)

@@ -39,6 +39,7 @@ from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
 Adaptors = AdaptorLike | list[AdaptorLike] | tuple[AdaptorLike, ...]
+_NEVER = Schedule.where(lambda step: False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +275,7 @@ class Watch:
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.steps, self.calls = unet, 0, 0, 0
         self.branch, self.usable = (1, 0), False
-        self._wrapper = wrap(unet, schedule=Schedule.where(lambda step: False), region=region)
+        self._wrapper = wrap(unet, schedule=_NEVER, region=region)
         self._watching = self.observed(self)
         self._watching.__enter__()
 
@@ -320,6 +321,25 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._watching.__exit__(None, None, None)
         self._wrapper.remove()
+
+
+@torch.no_grad()
+def count_steps(unet: nn.Module, sample: Callable[[], object], **options: Any) -> int:
+    """How many steps a run of the sampler takes; where it is several trajectories, the longest.
+
+    Args:
+        unet: what `sample` calls.
+        sample: one run.
+        options: of `wrap`; adaptor and schedule do not count.
+
+    Raises:
+        ArgumentError: it never called the UNet.
+    """
+    with wrap(unet, **{**options, "adaptor": None, "schedule": _NEVER}) as cw, cw.trajectory():
+        sample()
+        if not cw.stats.full_passes:
+            raise never_called(unet)
+        return max((run.steps for run in cw.stats.trajectories), default=1)  # without a time there are none
 
 
 def never_called(unet: nn.Module) -> ArgumentError:
