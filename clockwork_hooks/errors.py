@@ -205,7 +205,7 @@ class DemoError(ClockworkError):
 
 
 class NoEffectWarning(UserWarning):
-    """Wrapping changes nothing: every pass is full."""
+    """Wrapping changes nothing, as every pass is full; or it brings nothing: fewer plain steps do better."""
 
 
 class SkippedModuleWarning(UserWarning):

@@ -1,6 +1,7 @@
 """`tune` on UNets that tell which steps may use an adaptor, and on a pipeline."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -241,7 +242,8 @@ class Pipeline:
 
     def __call__(self, prompt, generator=None, output_type="pil", guidance_scale=2.0, num_inference_steps=6):
         self.calls.append((prompt, output_type, guidance_scale, num_inference_steps))
-        return (sampler(self.unet)((len(prompt), guidance_scale), generator.initial_seed()),)
+        sample = sampler(self.unet, TIMES[:num_inference_steps])
+        return (sample((len(prompt), guidance_scale), generator.initial_seed()),)
 
 
 class Pictures(Pipeline):
@@ -259,7 +261,8 @@ def test_a_pipeline_is_called_with_prompts_and_its_own_options():
     with tune(pipe, ["a", "b", "c", "d"], saving=0.3, options={"num_inference_steps": 6}) as cw:
         assert cw.adaptor.facts["guidance"] == 2.0
         assert cw.adaptor.tuning.figures() == ()  # what it returns has two channels
-    assert {call[1:] for call in pipe.calls} == {("latent", 2.0, 6), ("pt", 2.0, 6)}
+        assert [one.rule for one in cw.adaptor.tuning.fewer] == ["plain, 3 steps", "plain, 4 steps"]
+    assert {call[1:] for call in pipe.calls} == {*(("latent", 2.0, steps) for steps in (3, 4, 6)), ("pt", 2.0, 6)}
     assert [call[1] for call in pipe.calls].count("pt") == 2
     assert [call[0] for call in pipe.calls][-1] == ["d"]
 
@@ -301,3 +304,48 @@ def test_pictures_come_of_several_prompts():
     with tune(pipe, prompts, saving=0.3) as cw:
         assert cw.adaptor.tuning.pictures.shape == (2, 4, 3, 8, 8)
     assert [call[0] for call in pipe.calls if call[1] == "pt"] == 2 * [[one] for one in prompts[-5:-1]]
+
+
+class Unforeseen(Blocks):
+    """What its region emits follows from the entry, and no linear map of that foretells it."""
+
+    def __init__(self):
+        super().__init__(mix=1.0)
+        self.down.weight.data *= 1000
+
+    def forward(self, x, t, c):
+        return super().forward(x.sin(), t, c)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_fewer_plain_steps_are_judged_and_told_of_where_they_are_nearer(foreseen):
+    """Where the region is not foreseen, the first eight steps do nothing: without them the result is the same."""
+    unet, needed = (Blocks(**WORLDS["affine"]), 12) if foreseen else (Unforeseen(), 4)
+    cuts = []
+
+    def of(steps):
+        cuts.append(steps)
+
+        def generate(batch, seed):
+            x = torch.randn(batch, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+            for k in range(12 - steps, 12):
+                output = unet(x, 900.0 - 50 * k, torch.ones(batch, 3))
+                x = x - 0.3 * output if k >= 12 - needed else x
+            return x
+
+        return generate
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tune(unet, [6, 6, 6], generate=of(12), shorter=of, saving=0.4) as cw:
+            tuning = cw.adaptor.tuning
+    chosen, (less, more) = tuning.chosen, tuning.fewer
+    assert cuts == [12, *(int(one.rule.split()[1]) for one in tuning.fewer)]
+    assert (less.saved, more.saved) == tuple(pytest.approx(1 - steps / 12) for steps in cuts[1:])
+    assert less.saved >= chosen.saved > more.saved
+    assert (less.error > chosen.error) is foreseen
+    said = [str(one.message) for one in caught if one.category is ch.NoEffectWarning]
+    assert [less.rule in text and chosen.rule in text for text in said] == ([] if foreseen else [True])
+    assert not unet._forward_hooks
+    assert Tuning.from_json(tuning.to_json()) == tuning
+    assert less.rule in str(tuning)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import time as clocks
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,13 +33,14 @@ from clockwork_hooks.analysis.sampling import (
     final,
     first_call,
     region_name,
+    relative_error,
 )
 from clockwork_hooks.clock.times import TimeReader
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import ArgumentError, first_line, named_options, share
+from clockwork_hooks.errors import ArgumentError, NoEffectWarning, first_line, is_whole, named_options, share, warn
 from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
@@ -90,6 +92,8 @@ class Tuning(FieldReport):
     Attributes:
         chosen: what the UNet is wrapped with.
         identity: the same steps without the adaptor.
+        fewer: the plain sampler with fewer steps: for no more MACs than what was chosen, and for a step's more; empty
+            where nobody says how it takes fewer.
         trials: all that was tried.
         steps: of the sampler.
         saving: that was asked for.
@@ -98,10 +102,11 @@ class Tuning(FieldReport):
             Not in the JSON.
     """
 
-    SCHEMA = "tuning/1"
+    SCHEMA = "tuning/2"
 
     chosen: Trial
     identity: Trial
+    fewer: tuple[Trial, ...]
     trials: tuple[Trial, ...]
     steps: int
     saving: float
@@ -114,12 +119,12 @@ class Tuning(FieldReport):
             (
                 f"{one.rule} (chosen)" if one == self.chosen else one.rule,
                 " ".join(map(str, one.steps)),
-                one.region,
-                one.adaptor,
+                one.region or None,
+                one.adaptor or None,
                 percent(one.saved),
                 percent(one.error),
             )
-            for one in sorted((*self.trials, self.identity), key=lambda one: one.error)
+            for one in sorted((*self.trials, self.identity, *self.fewer), key=lambda one: one.error)
         ]
         notes = (
             f"Error: relative L2 of the result, on conditions that were not calibrated with. {percent(self.saving)} of "
@@ -160,6 +165,7 @@ def tune(
     saving: float = 0.4,
     options: Mapping[str, Any] | None = None,
     generate: Generate | None = None,
+    shorter: Callable[[int], Generate] | None = None,
     guidance: float | None = None,
     log_snr: Any = None,
     regions: Sequence[Region] | None = None,
@@ -173,7 +179,8 @@ def tune(
     For each region an adaptor is calibrated at all steps. Schedules that follow a rule of thumb (so many first and last
     steps full, and a clock between them; or full steps farther and farther apart) and save enough are run end to end on
     conditions that were not calibrated with. The one whose results are nearest to the plain ones is calibrated once
-    more for its own steps, and so is the one with growing distances; the nearer one is taken. Minutes on a GPU; with
+    more for its own steps, and so is the one with growing distances; the nearer one is taken. Beside it the plain
+    sampler is judged with as many steps as cost no more: if that is nearer, you are warned. Minutes on a GPU; with
     `folder=` it is done once, for a model with its weights, sampler, number of steps, guidance and saving. Of a sampler
     of your own one run says which times it takes.
 
@@ -183,6 +190,8 @@ def tune(
         saving: share of the MACs of a whole trajectory that is to be saved.
         options: what the pipeline is called with beside the prompt: {"num_inference_steps": 20}.
         generate: for a UNet: its sampler, as in `measure_drift`.
+        shorter: for a UNet: gives its sampler with so many steps. None judges no fewer plain steps; of a pipeline,
+            `num_inference_steps` does it.
         guidance: scale of classifier-free guidance; of a pipeline, its own.
         log_snr: as in `calibrate`; of a pipeline, its scheduler.
         regions: to try; None for the default one and the widest.
@@ -197,6 +206,9 @@ def tune(
     Raises:
         ArgumentError: an option is outside its rule, or no schedule saves so much.
         RegionNotFoundError: the UNet has no region.
+
+    Warns:
+        NoEffectWarning: fewer plain steps are nearer to the plain results, for no more MACs.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -239,6 +251,10 @@ def tune(
     solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
     tuner = _Tuner(unet, generate, batches, solving, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
+    steps, take = (tuning.steps, shorter) if pipe is unet else _shorter(pipe, options or {})
+    if take is not None:
+        tuning = replace(tuning, fewer=tuner.plain_with_fewer(steps, take, tuning.chosen.saved, console))
+        _tell_if_nearer(tuning)
     before = tuner.pictures(shown or generate, "plain pictures", console)
     cw = wrap(unet, adaptor, schedule=Schedule.at(tuning.chosen.steps), region=region)
     with contextlib.ExitStack() as unless_done:
@@ -273,6 +289,7 @@ class _Tuner:
         self.unet, self.generate, self.fitted = unet, generate, batches[:-held]
         self.options = options
         self.runs = Runs(unet, generate, [(batch, 1) for batch in batches[-held:]])
+        self.calls = 0  # of the UNet, in all runs
 
     def calibrated(
         self, region: Region, steps: Sequence[int] | None, bar: ProgressBar, task: TaskID
@@ -295,10 +312,46 @@ class _Tuner:
         name = region_name(region)
         candidate = Candidate(name, region, adaptor or IdentityAdaptor(), adaptor)
         outcome: Measured = self.runs.outcome(candidate, Schedule.at(steps))
+        self.calls = outcome.calls
         kind = "identity" if adaptor is None else str(adaptor.facts["kind"])
         trial = Trial(name, rule, steps, outcome.saved, outcome.error, kind)
         self.on_trial(trial)
         return trial
+
+    def plain_with_fewer(
+        self, steps: int, take: Callable[[int], Generate], saved: float, console: Console | None
+    ) -> tuple[Trial, ...]:
+        """The plain sampler with fewer of its steps, run on what is held out: for no more MACs, and for a step's more.
+
+        Args:
+            steps: of the sampler.
+            take: gives it with so many.
+            saved: share of the MACs.
+            console: where the progress bar goes.
+        """
+        trials, calls = [], 0
+
+        def called(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        most = math.floor(steps * (1 - saved))
+        numbers = [number for number in (most, most + 1) if 1 < number < steps]
+        handle = self.unet.register_forward_hook(called)
+        try:
+            with ProgressBar(console) as bar:
+                task = bar.add_task("plain, fewer steps", total=len(numbers) * len(self.runs.runs))
+                for number in numbers:
+                    generate, errors, calls = with_seed(take(number)), [], 0
+                    for run, plain in zip(self.runs.runs, self.runs.plain, strict=True):
+                        errors.append(relative_error(final(generate, *run), plain))
+                        bar.advance(task)
+                    error = float(torch.cat(errors).mean())
+                    trials.append(Trial("", f"plain, {number} steps", (), 1 - calls / self.calls, error, ""))
+                    self.on_trial(trials[-1])
+        finally:
+            handle.remove()
+        return tuple(trials)
 
     @torch.no_grad()
     def pictures(self, generate: Generate, what: str, console: Console | None) -> Tensor | None:
@@ -367,7 +420,7 @@ class _Tuner:
             adaptor.facts["schedule"] = str(Schedule.at(last.steps))  # by which wrap(unet, folder) runs it
             identity = self.tried(region, last.rule.removesuffix(_FITTED), last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))
-        return adaptor, region, Tuning(last, identity, everything, count, saving, clocks.perf_counter() - begun)
+        return adaptor, region, Tuning(last, identity, (), everything, count, saving, clocks.perf_counter() - begun)
 
 
 def _unreachable(saving: float, most: float, more: Mapping[str, Any] | None = None, *, do: str) -> ArgumentError:
@@ -462,6 +515,30 @@ def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
         )
 
 
+def _shorter(pipe: Any, options: Mapping[str, Any]) -> tuple[int, Callable[[int], Generate] | None]:
+    """Steps of a pipeline's call, and what makes it take fewer; None where it is told its times one by one."""
+    own = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    steps = options.get("num_inference_steps", None if own is None else own.default)
+    if not is_whole(steps, 1) or any(options.get(name) is not None for name in ("timesteps", "sigmas")):
+        return 0, None
+    return steps, lambda count: _pipeline(pipe, {**options, "num_inference_steps": count}, "latent")
+
+
+def _tell_if_nearer(tuning: Tuning) -> None:
+    """Warn if the plain sampler needs no adaptor for what was asked for: fewer steps do it."""
+    chosen = tuning.chosen
+    nearer = [one for one in tuning.fewer if one.saved >= chosen.saved and one.error < chosen.error]
+    if nearer:
+        best = min(nearer, key=lambda one: one.error)
+        warn(
+            "an adaptor is for what fewer plain steps do not do: here they are nearer to the plain results\n"
+            f"  {best.rule}: {percent(best.saved)} fewer MACs, error {percent(best.error)}\n"
+            f"  {chosen.rule}: {percent(chosen.saved)} fewer MACs, error {percent(chosen.error)}\n"
+            "What to do: take the fewer steps, and no adaptor; or ask for another saving",
+            NoEffectWarning,
+        )
+
+
 def _saved(file: Path) -> Tuning:
     """What an earlier call has saved."""
     try:
@@ -537,7 +614,7 @@ def _key(
     parts += [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
     parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
     parts += [str([_few(p) for p in unet.parameters()]), str(guidance), str([one.fingerprint for one in regions or ()])]
-    parts += [] if time is None else [time]
+    parts += [*([] if time is None else [time]), Tuning.SCHEMA]
     return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"
 
 

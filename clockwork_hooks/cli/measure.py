@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -386,6 +386,7 @@ def tune(
     from clockwork_hooks.analysis.tuning import tune as find
 
     sampler, scale, log_snr = load_sampler(model, steps, 4 * batch), guidance_scale, None
+    shorter: Callable[[int], Callable[..., Tensor]] | None = None
     batches = sampler.conditions
     if model == "demo":
         from clockwork_hooks.demo.model import GUIDANCE, load_demo
@@ -393,11 +394,16 @@ def tune(
         prompts = batches[0]
         batches = [prompts[at : at + batch] for at in range(0, len(prompts), batch)]
         scale, log_snr = scale or GUIDANCE, load_demo().scheduler()
+
+        def shorter(count: int) -> Callable[..., Tensor]:
+            generate: Callable[..., Tensor] = load_sampler("demo", count, 1).generate
+            return generate
+
     folder = Path(out)
     with _interruptible(folder) as trials:
         cw = find(
-            sampler.unet, batches, generate=sampler.generate, saving=saving, guidance=scale, log_snr=log_snr,
-            on_trial=trials.append,
+            sampler.unet, batches, generate=sampler.generate, shorter=shorter, saving=saving, guidance=scale,
+            log_snr=log_snr, on_trial=trials.append,
         )  # fmt: skip
     adaptor, tuning = cw.adaptor, cw.adaptor.tuning  # type: ignore[attr-defined]
     cw.remove()
