@@ -339,6 +339,13 @@ def test_inputs_that_are_none(inputs: Any) -> None:
         ch.ResNetAdaptor.for_region(region_of(ZOO["sd15"]()), inputs=inputs)
 
 
+@pytest.mark.parametrize("width", [0, -8, 1.5, "wide"])
+@pytest.mark.parametrize("kind", ch.adaptors.KINDS)
+def test_a_width_that_is_none(kind: str, width: Any) -> None:
+    with pytest.raises(ch.ArgumentError, match="width is an int of at least 1"):
+        getattr(ch, ch.adaptors.KINDS[kind]).for_region(region_of(ZOO["volumes"]()), width=width)
+
+
 def test_a_region_without_a_capturable_entry() -> None:
     """It does without the entry; an adaptor that would read nothing else is an error."""
     case = ZOO["kandinsky22"]()

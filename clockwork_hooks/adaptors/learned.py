@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks.adaptors.saved import SavedAdaptor
-from clockwork_hooks.errors import AdaptorError, ArgumentError
+from clockwork_hooks.errors import AdaptorError, ArgumentError, whole
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import described_region, name_advice, region_differences, saved_options
 
@@ -389,6 +389,7 @@ class ResNetAdaptor(LearnedAdaptor):
     """
 
     def __init__(self, *, width: int, **inputs: Any) -> None:
+        whole("width", width, least=1)
         super().__init__(own={"width": width}, **inputs)
         rank, outer = self.exit.rank, self.exit.channels
         self.width = width
@@ -404,7 +405,7 @@ class ResNetAdaptor(LearnedAdaptor):
     @classmethod
     def sized(cls, channels: int, *, width: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """As wide as the entry."""
-        return {"width": width or channels}
+        return {"width": channels if width is None else width}
 
     def difference(self, x: torch.Tensor, time: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
         """(B, channels, *space) → (B, channels of the exit, *space)."""
@@ -496,6 +497,7 @@ class UNetAdaptor(LearnedAdaptor):
                 seen={"middle": middle, "blocks": blocks},
                 do="pass middle=4, blocks=2",
             )
+        whole("width", width, least=1)
         super().__init__(own={"width": width, "middle": middle, "blocks": blocks}, **inputs)
         self.width, self.middle, self.blocks = width, middle, blocks
         rank = self.exit.rank
@@ -526,7 +528,8 @@ class UNetAdaptor(LearnedAdaptor):
     ) -> dict[str, Any]:
         """The paper's sizes, in proportion to the entry's channels."""
         usual = (max(8, round(0.3 * channels / 8) * 8), 2, 1) if light else (2 * channels, 4, 2)
-        return {"width": width or usual[0], "middle": middle or usual[1], "blocks": blocks or usual[2]}
+        own = {"width": width, "middle": middle, "blocks": blocks}
+        return {name: one if own[name] is None else own[name] for name, one in zip(own, usual, strict=True)}
 
     def difference(self, x: torch.Tensor, time: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
         """(B, channels, *space) → (B, channels of the exit, *space)."""
