@@ -269,7 +269,7 @@ def plan(
             `regions` (None: the default one and the widest), so that sensitivities are those with the adaptor in
             place. The best three and an early rule are calibrated once more, each for its own steps, and the one wins
             that is best then: only so a trend takes part.
-        guidance, log_snr: as in `calibrate`.
+        guidance, log_snr: as in `calibrate`; for "calibrated" alone.
         max_error: relative L2 error of the result that is allowed: the largest saving within it is chosen.
         min_saving: share of a trajectory's MACs (or ms) that must be saved: the least error is chosen. One of the two.
         weigh: "MACs"; or "ms": savings are of the time spent in the UNet, medians over passes on its own device.
@@ -305,6 +305,14 @@ def plan(
     generate = with_seed(generate)
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
+    unread = {name: value for name, value in (("guidance", guidance), ("log_snr", log_snr)) if value is not None}
+    if unread and len(ready) == len(several):
+        raise ArgumentError(
+            "guidance and log_snr are read where an adaptor is calibrated",
+            seen={**unread, "adaptor": adaptor},
+            do="pass {adaptor}, or leave them out",
+            arguments={"adaptor": CALIBRATED},
+        )
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr, "time": time})
     regions = None if regions is None else check_regions(regions)
     trace = first_call(unet, generate, batches[0], seeds[0], time=time)
