@@ -437,6 +437,8 @@ class Timeline:
 
     def _tick(self, time: float, place: Place | None) -> None:
         """Find out whether the step goes on, the next one begins, or the next trajectory."""
+        if place is not None and not (place.ordered or self.trusted):  # a list of times that were drawn ahead
+            place = None
         # of a list with computed times between its entries, and in a run that is declared, places tell nothing
         before, mixed = self._mixed.believed, self._mixed.fits(time, place) or (self.trusted and self._mixed.both)
         if mixed:

@@ -17,6 +17,7 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.graph.arguments import is_number
 
 _LARGEST_LIST = 1 << 16  # elements
+_GRID = 1e5  # values of a list that lie so close, relative to its whole range, are one
 
 
 @dataclass(slots=True)
@@ -27,12 +28,14 @@ class Place:
         times: the list; the weak reference keeps its address from being used for another one.
         index: which entry.
         outermost: is it the first or the last one?
+        ordered: does the list go from each value to the next one of its values? One that was drawn at random does not.
         values: what is in the list.
     """
 
     times: Any
     index: int
     outermost: bool = field(default=False, compare=False)
+    ordered: bool = field(default=True, compare=False)
     values: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
@@ -45,12 +48,14 @@ class _Copy:
         version: its counter of in-place writes then.
         values: what was in it.
         varied: does it hold different values? A list of times does, one time for each row does not.
+        ordered: does none leave out another one, on the way from the one before?
     """
 
     storage: Any
     version: int
     values: torch.Tensor
     varied: bool
+    ordered: bool
 
 
 class TimeReader:
@@ -89,7 +94,7 @@ class TimeReader:
             copy = self._copy(value, storage, trusted=listed)
             if listed and copy.varied:
                 index = int(value.storage_offset())
-                place = Place(copy.storage, index, index in (0, size - 1), copy.values)
+                place = Place(copy.storage, index, index in (0, size - 1), copy.ordered, copy.values)
             if not is_cpu:
                 value = copy.values.as_strided(value.shape, value.stride(), value.storage_offset())
         if count > 1:
@@ -113,8 +118,22 @@ class TimeReader:
             if len(self._copies) > 8:
                 self._copies.clear()
             varied = bool((values != values[0]).any())
-            copy = self._copies[key] = _Copy(held(storage), written, values, varied)
+            copy = self._copies[key] = _Copy(held(storage), written, values, varied, _ordered(values))
         return copy
+
+
+def _ordered(values: torch.Tensor) -> bool:
+    """Does each stand next to the one before among all of them, as on a grid that is walked down, or up and down?"""
+    if values.is_complex():
+        return False
+    values = values.double()
+    values = values[values.isfinite()]
+    if not len(values):
+        return False
+    low, high = values.min(), values.max()
+    shares = (values - low) / (high - low).clamp_min(1e-300)
+    ranks = (shares * _GRID).round().unique(return_inverse=True)[1]  # rounded: one value may come of two computations
+    return bool((ranks.diff().abs() <= 1).all())
 
 
 def _finite(number: Any) -> float | None:
