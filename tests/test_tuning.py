@@ -340,8 +340,8 @@ def test_fewer_plain_steps_are_judged_and_told_of_where_they_are_nearer(foreseen
         with tune(unet, [6, 6, 6], generate=of(12), shorter=of, saving=0.4) as cw:
             tuning = cw.adaptor.tuning
     chosen, (less, more) = tuning.chosen, tuning.fewer
-    assert cuts == [12, *(int(one.rule.split()[1]) for one in tuning.fewer)]
-    assert (less.saved, more.saved) == tuple(pytest.approx(1 - steps / 12) for steps in cuts[1:])
+    assert cuts == [12, 2, *(int(one.rule.split()[1]) for one in tuning.fewer)]
+    assert (less.saved, more.saved) == tuple(pytest.approx(1 - steps / 12) for steps in cuts[2:])
     assert less.saved >= chosen.saved > more.saved
     assert (less.error > chosen.error) is foreseen
     said = [str(one.message) for one in caught if one.category is ch.NoEffectWarning]
@@ -349,3 +349,23 @@ def test_fewer_plain_steps_are_judged_and_told_of_where_they_are_nearer(foreseen
     assert not unet._forward_hooks
     assert Tuning.from_json(tuning.to_json()) == tuning
     assert less.rule in str(tuning)
+
+
+@pytest.mark.parametrize("shorter", ["a text", lambda steps: None, lambda steps: sampler(Blocks())])
+def test_a_shorter_sampler_that_is_none_is_refused_before_anything_is_calibrated(shorter):
+    unet, calls = Blocks(), []
+
+    def generate(batch, seed):
+        calls.append(batch)
+        return sampler(unet)(batch, seed)
+
+    with pytest.raises(ch.ArgumentError, match=r"shorter is for a UNet|let it call this very UNet object"):
+        tune(unet, BATCHES, generate=generate, shorter=shorter)
+    assert not calls
+    assert not unet._forward_hooks
+    assert not unet._forward_pre_hooks
+
+
+def test_a_pipeline_needs_no_shorter_one():
+    with pytest.raises(ch.ArgumentError, match="num_inference_steps, and needs none"):
+        tune(Pipeline(Blocks()), ["a", "b"], shorter=lambda steps: None)

@@ -230,6 +230,8 @@ def tune(
     check_unet(unet)
     regions = None if regions is None else check_regions(regions)
     _check_options(pipe, options or {})
+    if shorter is not None:
+        _check_shorter(pipe, unet, shorter, batches[0], time)
     shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
         batches = [[prompt] for prompt in batches]
@@ -537,6 +539,22 @@ def _tell_if_nearer(tuning: Tuning) -> None:
             "What to do: take the fewer steps, and no adaptor; or ask for another saving",
             NoEffectWarning,
         )
+
+
+def _check_shorter(pipe: Any, unet: nn.Module, shorter: Any, batch: Any, time: str | None) -> None:
+    """Raise `ArgumentError` if it gives no sampler that calls this UNet; before minutes of work."""
+    generate = shorter(2) if pipe is unet and callable(shorter) else None
+    if not callable(generate):
+        raise ArgumentError(
+            "shorter is for a UNet: it gives the sampler with so many steps, a function as generate is",
+            seen={
+                "pipe": type(pipe).__name__,
+                "shorter": type(shorter).__name__,
+                "shorter(2)": type(generate).__name__,
+            },
+            do="pass shorter=lambda steps: my_sampler(steps); a pipeline has num_inference_steps, and needs none",
+        )
+    first_call(unet, with_seed(generate), batch, 0, time=time)
 
 
 def _saved(file: Path) -> Tuning:

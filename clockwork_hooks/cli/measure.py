@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -324,7 +325,7 @@ def load_sampler(model: str, steps: int, batch: int) -> Sampler:
 
         demo = load_demo()
 
-        def generate(prompts: Sequence[str], seed: int) -> Tensor:
+        def generate(prompts: Sequence[str], seed: int, steps: int = steps) -> Tensor:
             return demo.sample(prompts, steps=steps, seed=seed)
 
         return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[:batch])])
@@ -396,8 +397,7 @@ def tune(
         scale, log_snr = scale or GUIDANCE, load_demo().scheduler()
 
         def shorter(count: int) -> Callable[..., Tensor]:
-            generate: Callable[..., Tensor] = load_sampler("demo", count, 1).generate
-            return generate
+            return partial(sampler.generate, steps=count)
 
     folder = Path(out)
     with _interruptible(folder) as trials:
