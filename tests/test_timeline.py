@@ -98,14 +98,19 @@ def test_times_from_a_list(loops: Callable[[torch.Tensor], list[Any]], expected:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "draw",
-    [lambda: torch.randint(1000, (80,)), lambda: 900 * torch.rand(80), lambda: torch.randperm(80).half()],
-    ids=["integers", "floats", "shuffled"],
+    [
+        lambda: torch.randint(1000, (80,)),
+        lambda: 900 * torch.rand(80),
+        lambda: torch.randperm(80).half(),
+        lambda: torch.tensor([900.0, 300.0]).repeat(40),
+    ],
+    ids=["integers", "floats", "shuffled", "two levels in turn"],
 )
 def test_times_that_were_drawn_ahead_are_no_trajectory(draw: Callable[[], torch.Tensor]) -> None:
     """As for a loss, or score distillation: `for t in times` takes the entries in turn, and nothing else of a run."""
     torch.manual_seed(0)
     unet, times = Tiny(), draw()
-    with ch.wrap(unet) as cw, pytest.warns(ch.NoEffectWarning, match="these times are not known to be one trajectory"):
+    with ch.wrap(unet) as cw, pytest.warns(ch.NoEffectWarning, match="nothing is saved"):
         assert [letters(unet, cw, times) for _ in range(2)] == ["F" * 80] * 2
 
 

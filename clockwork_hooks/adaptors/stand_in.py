@@ -82,8 +82,9 @@ class AdaptorInputs(NamedTuple):
         position_cached: likewise of the call that `exit_cached` comes from: how far the two are apart. None where the
             UNet takes no time.
         trend: what the region emitted in the last full pass less what it emitted in the full pass before that one;
-            shaped as `exit_cached`, and without gradients. None in a trajectory that had one full pass so far; where it
-            is missing for another reason, the pass is full.
+            shaped as `exit_cached`, and without gradients. None in a trajectory that had one full pass so far (compiled
+            and captured: zero, and its positions are one and the same); where it is missing for another reason, the
+            pass is full.
         trend_positions: the UNet's time input of these two full passes, the last one's first, float32 of shape (2,).
 
     Example:

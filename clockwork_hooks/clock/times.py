@@ -123,7 +123,10 @@ class TimeReader:
 
 
 def _ordered(values: torch.Tensor) -> bool:
-    """Does each stand next to the one before among all of them, as on a grid that is walked down, or up and down?"""
+    """Does each stand next to the one before among all of them, as on a grid that is walked down, or up and down?
+
+    Where it turns it goes on for two values at least: of two levels that take turns none is a step of the other.
+    """
     if values.is_complex():
         return False
     values = values.double()
@@ -133,7 +136,10 @@ def _ordered(values: torch.Tensor) -> bool:
     low, high = values.min(), values.max()
     shares = (values - low) / (high - low).clamp_min(1e-300)
     ranks = (shares * _GRID).round().unique(return_inverse=True)[1]  # rounded: one value may come of two computations
-    return bool((ranks.diff().abs() <= 1).all())
+    moves = ranks.diff()
+    moves = moves[moves != 0]
+    turns = moves.diff() != 0
+    return bool((moves.abs() <= 1).all()) and not bool((turns[1:] & turns[:-1]).any())
 
 
 def _finite(number: Any) -> float | None:
