@@ -131,7 +131,8 @@ class StaticCalls(Protocol):
     """Runs passes as static callables: compiled, or captured as CUDA graphs.
 
     What was compiled or captured of other modules does not count, so the engine, too, looks at modules after the first
-    pass of a trajectory: before it, the device would wait (1.3 ms for SD v1.5's modules).
+    pass of a trajectory, and runs it again if they are others: before it, the device would wait (1.3 ms for SD v1.5's
+    modules).
     """
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
@@ -318,6 +319,8 @@ class Engine:
             self._more_steps.look(call.place.turn, state.timeline.declared_steps, self.chain[0].schedule)
         for observer in self.observers:
             observer.before(call)
+        written = call.signature.written
+        before = Before(call.args, call.kwargs, written=written) if begins and self.static is not None else None
         try:
             outcome = self._run(state, call, call.signature, call.place)
         except Exchanged:
@@ -325,8 +328,11 @@ class Engine:
             return self._record(state, call)
         if outcome.kind == "full" and holds_placeholder(outcome.output):
             raise _lost(call)
-        if begins and self.static is not None and self._exchanged(call.place):  # what has run is full, so it is right
+        if before is not None and self._exchanged(call.place):  # and what has run was made of those before, maybe
             self.forget()
+            if not before.restore():
+                raise _written_to(call, "modules were exchanged")
+            return self._record(state, call)
         self._remember(call, call.signature, call.place, outcome)
         if batch is not None:
             Rows.remember(state.timeline, call.place, batch, call.place.call.feature)
@@ -521,15 +527,7 @@ class Engine:
         outcome.used = outcome.used and not outcome.repeated  # a graph that holds what stands in is the checkpoint's
         why = reasons.USED if outcome.used else reasons.REPEATED if outcome.repeated else reasons.DIFFERED
         if not before.restore():
-            raise WrapError(
-                "an adaptor pass that has to be run again in full needs its arguments as they were",
-                seen={
-                    "step": call.place and call.place.step,
-                    "why again": why,
-                    "meanwhile": "the UNet has written to them",
-                },
-                do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
-            )
+            raise _written_to(call, why)
         if outcome.used and pass_.taint.exchanged(self.unet):
             raise _lost(call)
         clocked = self.chain[pass_.plan.index]
@@ -1055,6 +1053,19 @@ def _in_full(call: UNetCall, taint: Taint) -> Any:
     if taint.used:
         raise _lost(call)
     return output
+
+
+def _written_to(call: UNetCall, why: str) -> WrapError:
+    """A pass cannot be run again: the error that says so."""
+    return WrapError(
+        "a pass that has to be run again in full needs its arguments as they were",
+        seen={
+            "step": None if call.place is None else call.place.step,
+            "why again": why,
+            "meanwhile": "the UNet has written to them",
+        },
+        do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
+    )
 
 
 def _lost(call: UNetCall) -> WrapError:
