@@ -114,6 +114,15 @@ def test_times_that_were_drawn_ahead_are_no_trajectory(draw: Callable[[], torch.
         assert [letters(unet, cw, times) for _ in range(2)] == ["F" * 80] * 2
 
 
+@torch.no_grad()
+def test_a_list_of_rounded_and_unrounded_times_is_walked_along() -> None:
+    """As diffusers' `KDPM2AncestralDiscreteScheduler` has it on Karras' grid: rounding takes single entries upwards."""
+    times = [999, 886.0163, 886, 745.0095, 745, 561.1492, 561, 326.0966, 326, 110.5515, 111, 15.7647, 16, 0.0]
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        assert [letters(unet, cw, torch.tensor(times)) for _ in range(2)] == ["FAFAFAFAFAFAFA"] * 2
+
+
 def test_a_list_is_not_mistaken_for_one_at_its_old_address() -> None:
     clock, places = TimeReader(), []
     for _ in range(20):

@@ -134,6 +134,8 @@ def _ordered(values: torch.Tensor) -> bool:
     if not len(values):
         return False
     low, high = values.min(), values.max()
+    if high - low > len(values):  # of two neighbours one may be rounded to an integer, as in a list of KDPM2's
+        values = values[torch.cat([torch.ones(1).bool(), values.diff().abs() > _ROUNDING / 2])]
     shares = (values - low) / (high - low).clamp_min(1e-300)
     ranks = (shares * _GRID).round().unique(return_inverse=True)[1]  # rounded: one value may come of two computations
     moves = ranks.diff()
