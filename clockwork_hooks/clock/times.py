@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Collection, Sequence
@@ -127,21 +128,18 @@ def _ordered(values: torch.Tensor) -> bool:
 
     Where it turns it goes on for two values at least: of two levels that take turns none is a step of the other.
     """
-    if values.is_complex():
+    numbers = [number for number in map(_finite, values.tolist()) if number is not None]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    if low == high:
         return False
-    values = values.double()
-    values = values[values.isfinite()]
-    if not len(values):
-        return False
-    low, high = values.min(), values.max()
-    if high - low > len(values):  # of two neighbours one may be rounded to an integer, as in a list of KDPM2's
-        values = values[torch.cat([torch.ones(1).bool(), values.diff().abs() > _ROUNDING / 2])]
-    shares = (values - low) / (high - low).clamp_min(1e-300)
-    ranks = (shares * _GRID).round().unique(return_inverse=True)[1]  # rounded: one value may come of two computations
-    moves = ranks.diff()
-    moves = moves[moves != 0]
-    turns = moves.diff() != 0
-    return bool((moves.abs() <= 1).all()) and not bool((turns[1:] & turns[:-1]).any())
+    if high - low > len(numbers):  # of two neighbours one may be rounded to an integer, as in a list of KDPM2's
+        apart = (after for before, after in itertools.pairwise(numbers) if abs(after - before) > _ROUNDING / 2)
+        numbers = [numbers[0], *apart]
+    rounded = [round((number - low) / (high - low) * _GRID) for number in numbers]  # one may come of two computations
+    rank = {value: k for k, value in enumerate(sorted(set(rounded)))}
+    moves = [rank[after] - rank[before] for before, after in itertools.pairwise(rounded) if after != before]
+    turns = [after != before for before, after in itertools.pairwise(moves)]
+    return all(abs(move) == 1 for move in moves) and not any(map(all, itertools.pairwise(turns)))
 
 
 def _finite(number: Any) -> float | None:
