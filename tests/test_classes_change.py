@@ -130,6 +130,74 @@ def test_the_first_compiled_pass_of_a_run_is_of_what_the_class_says_now(name: st
     assert judge.letters == "FAFAFA" * 4
 
 
+class Halved(nn.Conv2d):
+    def scaled(self, x: Tensor) -> Tensor:
+        return x / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(super().forward(x))
+
+
+def another_method(unet: nn.Module, plain: nn.Module) -> None:
+    for path in ("body", "head"):
+        cls: Any = type(plain.get_submodule(path))
+        cls.scaled = lambda self, x: 2 * x
+
+
+def a_new_call(unet: nn.Module, plain: nn.Module) -> None:
+    cls: Any = type(plain.get_submodule("head"))
+    cls.__call__ = lambda self, x: 2 * nn.Module.__call__(self, x)
+
+
+def a_hook(path: str) -> Change:
+    def change(unet: nn.Module, plain: nn.Module) -> None:
+        for one in (unet, plain):
+            one.get_submodule(path).register_forward_hook(lambda module, args, output: 2 * output)
+
+    return change
+
+
+def a_hook_before(unet: nn.Module, plain: nn.Module) -> None:
+    for one in (unet, plain):
+        one.get_submodule("head").register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def a_hook_less(unet: nn.Module, plain: nn.Module) -> None:
+    for one in (unet, plain):
+        one.get_submodule("stem")._forward_hooks.clear()
+
+
+UNGUARDED: dict[str, Change] = {
+    "another method of inner modules' class": another_method,
+    "a call of a class": a_new_call,
+    "a hook on a skipped module": a_hook("body"),
+    "a hook on another module": a_hook("head"),
+    "a hook before another module": a_hook_before,
+    "a hook less": a_hook_less,
+}
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
+@pytest.mark.parametrize("name", UNGUARDED)
+def test_a_compiled_run_is_of_the_functions_and_hooks_of_now(name: str) -> None:
+    """Of these torch.compile takes no notice: a graph fits, has run, and the pass is run again."""
+    unet = Tiny()
+    unet.body.__class__ = unet.head.__class__ = type("Own", (Halved,), {})
+    unet.stem.register_forward_hook(lambda module, args, output: output + 1)
+    plain = copy.deepcopy(unet)
+    judge, c = Judge(unet, plain), torch.randn(1, 3)
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw:
+        cw.compile(backend="eager")
+        for run in range(4):
+            judge.begin()
+            if run == 2:
+                UNGUARDED[name](unet, plain)
+            with cw.trajectory():
+                for k, t in enumerate(torch.linspace(900, 100, 6)):
+                    judge.call(torch.randn(1, 2, 8, 8), t, c, step=k)
+    assert judge.letters == "FAFAFA" * 4
+
+
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 def test_another_forward_with_another_region_is_recorded_anew() -> None:
     """The new one joins the skipped part in a second place: the next run's first call finds that."""

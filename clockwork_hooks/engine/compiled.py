@@ -24,10 +24,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from clockwork_hooks._tree import flat, map_leaves, version
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.stand_in import needs_of
+from clockwork_hooks.engine.hooks import Code
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
 from clockwork_hooks.regions.cut import Kind
@@ -66,12 +68,29 @@ class Compiled:
         engine: decides what runs.
         options: mode, backend and options of `torch.compile`.
         pooled: outputs lie in the memory of CUDA graphs, which the next call overwrites.
+
+    Attributes:
+        unseen_hooks: another hook on an inner module goes unnoticed in a launch.
     """
+
+    unseen_hooks = True
 
     def __init__(self, engine: Engine, options: dict[str, Any], *, pooled: bool) -> None:
         self.engine, self.options, self.pooled = engine, options, pooled
         self._static: dict[tuple[Any, ...], Tries] = {}
         self._lock = threading.Lock()
+        self._code: Code | None = None
+
+    def holds(self) -> bool:
+        """Do the modules' classes and hooks stand as they stood when the first pass was compiled?"""
+        return self._code is None or self._code.holds()
+
+    def begin(self) -> None:
+        """A pass is about to be compiled."""
+        if self._code is None:
+            adaptors = (clocked.adaptor for clocked in self.engine.chain)
+            roots = [self.engine.unet, *(one for one in adaptors if isinstance(one, nn.Module))]
+            self._code = Code(roots, hooks=self.unseen_hooks)
 
     def ready(self, call: UNetCall, pass_: Pass) -> bool:
         """The first adaptor pass of a signature runs as it is, as its MACs are counted.
@@ -114,6 +133,8 @@ class Compiled:
         """Passes are other ones from now on: what was compiled is let go; of one signature, if its key is passed."""
         with self._lock:
             let_go(self._static, signature)
+            if signature is None:
+                self._code = None
 
     def launch(
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
@@ -124,6 +145,7 @@ class Compiled:
         with self._lock:
             static = self._static.get(key)
             if static is None:
+                self.begin()
                 static = self._static[key] = self._tries(self._make(call, pass_), pass_.kind)
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
@@ -135,7 +157,7 @@ class Compiled:
                     results = run(args, kwargs, cached, False)
                 except _NoGraphFits:
                     call.inside = False
-                    if not self.engine.intact:
+                    if not (self.engine.intact and self.holds()):
                         raise Exchanged from None
                     call.inside = True
                     results = compile_and_run(args, kwargs, cached)

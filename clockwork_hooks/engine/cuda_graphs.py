@@ -95,6 +95,8 @@ class Captured(Compiled):
         ArgumentError: the UNet is not on a CUDA device.
     """
 
+    unseen_hooks = False  # they are among the contents
+
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, {}, pooled=True)
         device = next(
@@ -163,6 +165,7 @@ class Captured(Compiled):
             if len(self._graphs) >= _GRAPHS:
                 _warn(f"more than {_GRAPHS} constants and shapes: passes with others run as they are; pass tensors")
                 return self.engine.execute(call, pass_, None, eager=True)
+            self.begin()
             graph = self._graphs[key] = self._capture(call, pass_, args, kwargs, cached, constants)
             return graph.replay(values, call, cached[0])
 

@@ -147,6 +147,10 @@ class StaticCalls(Protocol):
         """
         ...
 
+    def holds(self) -> bool:
+        """Is what a launch does not see of the modules' Python as it was when the first one was compiled?"""
+        ...
+
     def forget(self, key: Hashable = None) -> None:
         """Passes are other ones from now on; those of one input signature, if its key is passed."""
         ...
@@ -971,11 +975,11 @@ class Engine:
         return self._census.holds(self.unet)
 
     def _exchanged(self, place: Position) -> bool:
-        """Has somebody put other modules into the UNet since its calls were recorded? Looked up once a trajectory."""
+        """Are modules, or what runs static of them, others than when that was recorded? Looked up once a trajectory."""
         self._looked_at = place.trajectory
         if self.skips_at(place.step + 1):
             self._watchers.look(self.unet, self.installed.paths, self.chain[0].keep)
-        return place.step == 1 and not self.intact
+        return place.step == 1 and not (self.intact and (self.static is None or self.static.holds()))
 
     def _follow(self, call: UNetCall, signature: Signature, outcome: Outcome) -> None:
         """Calls that differ from the recorded ones again and again are recorded anew; some that always do are full."""

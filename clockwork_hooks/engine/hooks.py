@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from clockwork_hooks.engine.passes import Owner
@@ -258,6 +260,44 @@ class Census:
             return False
         same = self._classes == list(map(type, now))
         return same and all(forward_of(cls) is forward for cls, forward in self._forwards.items())
+
+
+class Code:
+    """What calls of modules run that torch.compile has no guards on: functions of their classes, and hooks.
+
+    Args:
+        roots: whose modules.
+        hooks: those count that are not on the roots, and not ours.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], *, hooks: bool) -> None:
+        self._roots, self._hooks = roots, hooks
+        self._seen = self._now()
+
+    def holds(self) -> bool:
+        """Is all of it the very same as then?"""
+        now = self._now()
+        return len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
+
+    def _now(self) -> list[Any]:
+        modules = [module for root in self._roots for module in walk(root)]
+        bases = dict.fromkeys(base for cls in dict.fromkeys(map(type, modules)) for base in cls.__mro__[:-1])
+        seen = [value for base in bases for name, value in vars(base).items() if _runs_in_calls(name, value)]
+        if self._hooks:
+            inner = [table for module in modules if module not in self._roots for table in _hooks_of(module)]
+            everywhere = nn_module._global_forward_pre_hooks, nn_module._global_forward_hooks
+            tables = filter(None, (*inner, *everywhere))
+            seen += [hook for table in tables for hook in table.values() if not isinstance(hook, (Observer, RootHook))]
+        return seen
+
+
+def _runs_in_calls(name: str, value: Any) -> bool:
+    """Is it a function, property or the like? Dynamo itself replaces two of `nn.Module`, when it first compiles."""
+    return hasattr(type(value), "__get__") and name not in ("__init__", "__setstate__")
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_pre_hooks, module._forward_hooks
 
 
 def walk(unet: nn.Module) -> list[nn.Module]:
