@@ -366,6 +366,25 @@ def test_a_shorter_sampler_that_is_none_is_refused_before_anything_is_calibrated
     assert not unet._forward_pre_hooks
 
 
+class NoFewer(Pipeline):
+    """Of a pipeline whose scheduler needs so many steps, as diffusers' PNDM needs four."""
+
+    def __call__(self, prompt, num_inference_steps=6, **options):
+        if num_inference_steps < 6:
+            raise ValueError("operands could not be broadcast together")
+        return super().__call__(prompt, num_inference_steps=num_inference_steps, **options)
+
+
+def test_a_sampler_that_takes_no_fewer_steps_loses_nothing_that_was_chosen():
+    pipe = NoFewer(Blocks(**WORLDS["affine"]))
+    with pytest.warns(ch.OtherStepsWarning, match=r"error: ValueError: operands could not"):
+        cw = tune(pipe, ["a", "b", "c", "d"], saving=0.3)
+    assert cw.adaptor.tuning.fewer == ()
+    assert cw.adaptor.tuning.chosen.saved >= 0.3
+    cw.remove()
+    assert not pipe.unet._forward_hooks
+
+
 def test_a_pipeline_needs_no_shorter_one():
     with pytest.raises(ch.ArgumentError, match="num_inference_steps, and needs none"):
         tune(Pipeline(Blocks()), ["a", "b"], shorter=lambda steps: None)

@@ -40,7 +40,16 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import ArgumentError, NoEffectWarning, first_line, is_whole, named_options, share, warn
+from clockwork_hooks.errors import (
+    ArgumentError,
+    NoEffectWarning,
+    OtherStepsWarning,
+    first_line,
+    is_whole,
+    named_options,
+    share,
+    warn,
+)
 from clockwork_hooks.regions.find import choose, regions_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.plots import Plot, plots
@@ -209,6 +218,7 @@ def tune(
 
     Warns:
         NoEffectWarning: fewer plain steps are nearer to the plain results, for no more MACs.
+        OtherStepsWarning: the sampler does not run with so few steps, so they are not judged.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -344,12 +354,17 @@ class _Tuner:
             with ProgressBar(console) as bar:
                 task = bar.add_task("plain, fewer steps", total=len(numbers) * len(self.runs.runs))
                 for number in numbers:
-                    generate, errors, calls = with_seed(take(number)), [], 0
-                    for run, plain in zip(self.runs.runs, self.runs.plain, strict=True):
-                        errors.append(relative_error(final(generate, *run), plain))
-                        bar.advance(task)
-                    error = float(torch.cat(errors).mean())
-                    trials.append(Trial("", f"plain, {number} steps", (), 1 - calls / self.calls, error, ""))
+                    errors, calls = [], 0
+                    try:
+                        generate = with_seed(take(number))
+                        for run, plain in zip(self.runs.runs, self.runs.plain, strict=True):
+                            errors.append(relative_error(final(generate, *run), plain))
+                            bar.advance(task)
+                    except Exception as error:  # a scheduler may need more; what was chosen is not lost for that
+                        _tell_of_none(number, error)
+                        continue
+                    mean = float(torch.cat(errors).mean())
+                    trials.append(Trial("", f"plain, {number} steps", (), 1 - calls / self.calls, mean, ""))
                     self.on_trial(trials[-1])
         finally:
             handle.remove()
@@ -524,6 +539,16 @@ def _shorter(pipe: Any, options: Mapping[str, Any]) -> tuple[int, Callable[[int]
     if not is_whole(steps, 1) or any(options.get(name) is not None for name in ("timesteps", "sigmas")):
         return 0, None
     return steps, lambda count: _pipeline(pipe, {**options, "num_inference_steps": count}, "latent")
+
+
+def _tell_of_none(steps: int, error: Exception) -> None:
+    """Warn that the plain sampler does not run with so many steps."""
+    warn(
+        "fewer plain steps are judged where the sampler takes so few: here it ends in an error\n"
+        f"  steps: {steps}\n  error: {type(error).__name__}: {first_line(error)}\n"
+        "What to do: nothing; what was chosen is not touched by that",
+        OtherStepsWarning,
+    )
 
 
 def _tell_if_nearer(tuning: Tuning) -> None:
