@@ -133,7 +133,7 @@ class Facts:
         if n in self.producers:
             return str(self.producers[n][-1].path)
         if node.op != "call_function":
-            return str(node.name)
+            return str(node.target)
         return f"{operator_name(node)} in {node.meta['module'] or 'the root'}"
 
     def skippable(self, inside: Mask, exit: int, *, keeps: bool) -> list[ModuleCall]:
