@@ -229,6 +229,7 @@ def test_an_adaptor_from_a_folder(tmp_path: Any) -> None:
     adaptor = ch.calibrate(unet, loop, [torch.randn(1, 7, 16) for _ in range(4)], schedule=ch.Schedule.at({2, 3, 5}))
     adaptor.save_pretrained(tmp_path)
     clone, plain = apply(patcher, adaptor=str(tmp_path)), apply(patcher)
+    client.sample(clone)  # records: of a larger network it may not keep the entry, which the adaptor of step 2 reads
     assert not torch.equal(client.sample(clone), client.sample(plain))
     assert type(handle(clone).wrapper.adaptor).__name__ == type(adaptor).__name__
     assert handle(clone).wrapper.stats.adaptor_passes == 3
