@@ -12,7 +12,7 @@ import logging
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -187,6 +187,7 @@ class Run:
         step: number of the sampler's step, from 1; 0 before the first.
         ticks: how many steps the clock has counted: the sampler's, or its evaluations.
         declared: are steps counted by the sampler's evaluations? Else the times of the calls tell.
+        asked: has the sampler asked for an evaluation since its last callback?
     """
 
     options: Options
@@ -197,12 +198,11 @@ class Run:
     step: int = 0
     ticks: int = 0
     declared: bool = True
+    asked: bool = False
     _left: int = 0
     _evaluation: int = 0
     _calls: Counter[Any] = field(default_factory=Counter)
     _pictures: int = 0
-    _chunks: set[tuple[str, str]] = field(default_factory=set)
-    _names_rows: bool = True
     _step_of: list[int] = field(default_factory=list)
     _evaluations: Iterator[int] | None = None
     _schedule: Schedule | None = None
@@ -221,6 +221,11 @@ class Run:
         if self.each:  # the clock ticks from the step's second evaluation on
             first = sum(step < first for step in self._step_of) + 2
         self._schedule = self.options.steps(first)
+
+    @property
+    def name(self) -> str:
+        """Of its calls' trajectory, in whatever thread they are made."""
+        return f"ComfyUI run {id(self)}"
 
     @property
     def gated(self) -> bool:
@@ -253,6 +258,7 @@ class Run:
             sigma: of the evaluation.
             pictures: rows of the sampler's batch, each of which is a row for each condition; 0 where not known.
         """
+        self.asked = True
         self._calls.clear()
         self._pictures = pictures
         self._evaluation += self.declared  # times tell steps: evaluations at one time are told by their order
@@ -266,41 +272,49 @@ class Run:
         ticks = begins or (self.each and self.declared)
         self.ticks += ticks
         self._evaluation = 0 if ticks else self._evaluation
-        if self._evaluation == 0 or not self.declared:
-            self._chunks.clear()
         return ticks
 
-    def name(self, transformer_options: Any) -> str:
-        """What the next call of the model is called: unlike any other of its step, and the same in each step."""
-        options = transformer_options if isinstance(transformer_options, dict) else {}
-        window = getattr(options.get("context_window"), "index_list", options.get("context_window"))
-        of = (str(options.get("cond_or_uncond")), str(options.get("uuids")), str(window))
-        self._calls[of] += 1
-        return f"{self._evaluation} {' '.join(of)} {self._calls[of]}"
+    def was_answered(self, step: int) -> bool:
+        """At the sampler's callback of this step, from 0: has another cache answered, so that nobody was asked?"""
+        return not self.asked and self._left == 0 and self.step == step > 0
 
-    def rows(self, transformer_options: Any, x: Any) -> list[str]:
-        """Names of the rows of the next call's batch: those of a step differ; none where they cannot be told.
+    def names(self, transformer_options: Any, x: Any) -> tuple[str, list[str]]:
+        """Names of the next call of the model, and of the rows of its batch: unlike all others of the step.
 
-        The batch is ComfyUI's: chunks of the sampler's batch, one for each condition. Tiles and windows are not; and
-        where a condition comes twice in an evaluation, its calls are told by their order for the rest of the run.
+        A condition is told by its index, its uuid, its window and the patches of its call alone; one that comes more
+        than once in an evaluation, as under guidance that calls the model again, by its number too. So the names are
+        the same in each step, also where memory decides how many conditions are one batch.
 
         Args:
             transformer_options: of the call.
-            x: its batch.
+            x: its batch. ComfyUI's is chunks of the sampler's batch, one for each condition.
+
+        Returns:
+            The call's name, and its rows' names: none where they cannot be told (tiles, windows, no uuids).
         """
         options = transformer_options if isinstance(transformer_options, dict) else {}
         conds, uuids = options.get("cond_or_uncond"), options.get("uuids")
-        if not (self._names_rows and isinstance(conds, list) and isinstance(uuids, list) and conds):
-            return []
-        whole = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(conds) * self._pictures
-        if not whole or len(conds) != len(uuids) or options.get("context_window") is not None:
-            return []
-        chunks = [(f"{self._evaluation} {cond}", str(uuid)) for cond, uuid in zip(conds, uuids, strict=True)]
-        if len(self._chunks.union(chunks)) < len(self._chunks) + len(chunks):
-            self._names_rows = False
-            return []
-        self._chunks.update(chunks)
-        return [f"{cond} {uuid} {picture}" for cond, uuid in chunks for picture in range(self._pictures)]
+        told = isinstance(conds, list) and isinstance(uuids, list) and 0 < len(conds) == len(uuids)
+        window = getattr(options.get("context_window"), "index_list", options.get("context_window"))
+        where = f"{window} {_patches(options)}"
+        chunks = []
+        for cond, uuid in zip(conds or (), uuids or (), strict=True) if told else [(conds, uuids)]:
+            chunk = f"{self._evaluation} {cond} {uuid} {where}"
+            self._calls[chunk] += 1
+            chunks.append(f"{chunk} {self._calls[chunk]}")
+        whole = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(chunks) * self._pictures
+        rows = chunks if told and whole and window is None else ()
+        return " | ".join(chunks), [f"{chunk} {picture}" for chunk in rows for picture in range(self._pictures)]
+
+
+def _patches(options: Mapping[str, Any]) -> str:
+    """What is patched in a call of the model, and by what: by name, as some patches are made anew for each call."""
+    texts = []
+    for kinds in (options.get("patches"), options.get("patches_replace")):
+        for kind, ones in kinds.items() if isinstance(kinds, Mapping) else ():
+            places = ones.items() if isinstance(ones, Mapping) else enumerate(ones) if isinstance(ones, list) else ()
+            texts += [f"{kind} {at} {getattr(one, '__qualname__', type(one).__qualname__)}" for at, one in places]
+    return " ".join(sorted(texts))
 
 
 class Clockwork:
@@ -349,7 +363,7 @@ class Clockwork:
                 wrapper = self._attach(patcher.model.diffusion_model)
                 if wrapper is None:
                     return executor(guider, sigmas, extra, callback, *rest, **options)
-                with wrapper.trajectory(), wrapper.serving(False):  # other clones call the same model
+                with wrapper.trajectory(self._run.name), wrapper.serving(False):  # other clones call the same model
                     return executor(guider, sigmas, extra, self._checked(callback), *rest, **options)
         finally:
             self._run = outer
@@ -359,22 +373,20 @@ class Clockwork:
 
     def predict_noise(self, executor: Any, x: Any, timestep: Any, *rest: Any, **options: Any) -> Any:
         """The sampler asks for one evaluation of the model: perhaps a step begins."""
-        run, wrapper = self._run, self.wrapper
-        pictures = x.shape[0] if isinstance(x, Tensor) and x.ndim else 0
-        if run is not None and run.evaluate(lambda: float(timestep.max()), pictures) and wrapper is not None:
-            wrapper.step(ordered=not run.each)
+        self._evaluate(lambda: float(timestep.max()), x.shape[0] if isinstance(x, Tensor) and x.ndim else 0)
         return executor(x, timestep, *rest, **options)
 
     def apply_model(self, executor: Any, *args: Any, **options: Any) -> Any:
         """One call of the model, of this clone: let Clockwork serve it; in full, if it cannot."""
         run, wrapper = self._run, self.wrapper
-        if run is None or wrapper is None or not wrapper.attached:
+        own = wrapper is not None and getattr(executor.class_obj, "diffusion_model", None) is wrapper.unet
+        if run is None or wrapper is None or not wrapper.attached or not own:  # or another GPU's copy of the model
             return executor(*args, **options)
         model_options = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
-        name, rows = run.name(model_options), run.rows(model_options, args[0] if args else None)
+        name, rows = run.names(model_options, args[0] if args else None)
         named = wrapper.rows(rows, exact=False) if rows else nullcontext()
         try:
-            with wrapper.branch(name), named, wrapper.serving():
+            with wrapper.trajectory(run.name), wrapper.branch(name), named, wrapper.serving():  # in whatever thread
                 return executor(*args, **options)
         except Exception as error:
             if wrapper.attached and not _is_ours(error):  # the model's own error, or an interrupt
@@ -417,18 +429,34 @@ class Clockwork:
             return None
         return self.wrapper
 
+    def _evaluate(self, sigma: Callable[[], float], pictures: int = 0) -> None:
+        run = self._run
+        if run is not None and run.evaluate(sigma, pictures) and self.wrapper is not None:
+            self.wrapper.step(ordered=not run.each)
+
     def _checked(self, callback: Any) -> Any:
-        """ComfyUI's callback, once a step; where it comes at other evaluations than foretold, the times tell steps."""
+        """ComfyUI's callback, once a step; where it comes at other evaluations than foretold, the times tell steps.
+
+        Where nothing was asked for in the step (LazyCache answers whole evaluations), nothing may serve the next one.
+        """
         run, wrapper = self._run, self.wrapper
 
         def checked(step: int, *rest: Any) -> Any:
-            if run is not None and wrapper is not None and run.declared and run.step != step + 1:
-                run.declared = False
-                wrapper.reset()
-                self._log_once(f"{run.sampler} evaluates the model in another way than foretold: times tell its steps")
-            return callback(step, *rest)
+            if run is not None and wrapper is not None:
+                if run.declared and run.was_answered(step):
+                    self._evaluate(lambda: run.sigmas[step])
+                if run.declared and run.step != step + 1:
+                    run.declared = False
+                    wrapper.reset()
+                    self._log_once(
+                        f"{run.sampler} evaluates the model in another way than foretold: times tell its steps"
+                    )
+                elif not run.declared and not run.asked:
+                    wrapper.reset()
+                run.asked = False
+            return None if callback is None else callback(step, *rest)
 
-        return None if callback is None else checked
+        return checked
 
     def _uses_adaptor(self, step: int) -> bool:
         return self._run is not None and self._run.uses_adaptor(step)

@@ -198,8 +198,27 @@ def skips(patcher: Any, when: Callable[[int], bool]) -> Any:
         return [alone[0], alone[0]]
 
     clone.set_model_sampler_calc_cond_batch_function(calc)
-    clone.add_wrapper_with_key("predict_noise", "evaluations", evaluations.count)
-    clone.add_wrapper_with_key("sampler_sample", "evaluations", evaluations.begin)
+    evaluations.watch(clone)
+    return clone
+
+
+def splits(patcher: Any, when: Callable[[int], bool]) -> Any:
+    """A clone that has the memory for one condition a batch in some evaluations of each run."""
+    management, clone, evaluations = load("comfy.model_management"), patcher.clone(), Evaluations()
+    evaluations.watch(clone)
+    free = management.get_free_memory
+
+    def little(device: Any = None, torch_free_too: bool = False) -> Any:  # attention asks for both numbers
+        return free(device, True) if torch_free_too else 0 if when(evaluations.at) else 1e18
+
+    def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        management.get_free_memory = little
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            management.get_free_memory = free
+
+    clone.add_wrapper_with_key("calc_cond_batch", "memory", around)
     return clone
 
 

@@ -36,7 +36,7 @@ class Reference:
     ) -> None:
         self._places = [(step, k) for step, count in enumerate(evaluations) for k in range(count)]
         self._adapted, self.letters = adapted, ""
-        self._at = -1
+        self._at = self._step = -1
         self._shapes = set() if shapes is None else shapes
         self._keys: list[Any] = []
         self._now: dict[Any, Tensor] = {}
@@ -65,8 +65,10 @@ class Reference:
         """ComfyUI's PREDICT_NOISE wrapper."""
         self._at += 1
         self._seen.clear()
-        if self._places[self._at][1] == 0:
-            self._before, self._now = self._now, {}
+        step, evaluation = self._places[self._at]
+        if evaluation == 0:
+            self._before, self._now = self._now if step - 1 == self._step else {}, {}
+            self._step = step
         return executor(*args, **kwargs)
 
     def _call(self, unet: nn.Module, args: Any, kwargs: Any) -> None:

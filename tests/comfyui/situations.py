@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +181,46 @@ def a_patch_that_writes_to_the_features(client: Any) -> Case:
 def guidance_of_its_own_calls_the_model_again(client: Any) -> Case:
     """As perturbed attention does: one more call in an evaluation, with the conditions of another one."""
     return Case(client.third_call(client.model()), letters=None)
+
+
+@any_client
+def batches_that_memory_splits_in_every_other_step(client: Any) -> Case:
+    """Rows are served by the rows of the step before, in whatever batch they were."""
+    return Case(client.splits(client.model(), lambda step: step % 2 == 1), letters=None)
+
+
+@any_client
+def guidance_of_its_own_where_memory_splits_batches(client: Any) -> Case:
+    """Its own call is the first of its condition alone where both are one batch, and the second where they are not."""
+    return Case(client.splits(client.third_call(client.model()), lambda step: step % 2 == 1), letters=None)
+
+
+@any_client
+def steps_that_another_cache_answers(client: Any) -> Case:
+    """As LazyCache does: nobody is asked for the third step, so nothing is kept of the step before the fourth."""
+    clone, evaluations, last = client.model().clone(), client.Evaluations(), list[Any]()
+
+    def answer(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if evaluations.at != 2:
+            last[:] = [executor(*args, **kwargs)]
+        return last[0]
+
+    evaluations.watch(clone)
+    clone.add_wrapper_with_key("predict_noise", "cache", answer)
+    return Case(clone, evaluations=[1, 1, 0, 1, 1, 1], letters="FAFFA")
+
+
+@any_client
+def calls_from_another_thread(client: Any) -> Case:
+    """As ComfyUI makes them where several GPUs share the work: each call is made by a thread of its own."""
+    clone = client.model().clone()
+
+    def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1, initializer=torch.set_grad_enabled, initargs=(False,)) as pool:
+            return pool.submit(executor, *args, **kwargs).result()
+
+    clone.add_wrapper_with_key("apply_model", "thread", call)
+    return Case(clone)
 
 
 @any_client

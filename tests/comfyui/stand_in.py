@@ -153,6 +153,7 @@ def calc_cond_batch(model: Any, conds: Any, x: Tensor, sigma: Tensor, options: A
         while jobs:
             shape = jobs[0][1]["text"].shape, jobs[0][1]["area"]
             batch = [job for job in jobs if (job[1]["text"].shape, job[1]["area"]) == shape]
+            batch = batch[-1:] if options.get("little_memory", bool)() else batch
             jobs = [job for job in jobs if not any(job is one for one in batch)]
             high, wide, top, left = shape[1] or (*x.shape[2:], 0, 0)
             part = (..., slice(top, top + high), slice(left, left + wide))
@@ -337,8 +338,15 @@ def skips(patcher: Patcher, when: Callable[[int], bool]) -> Patcher:
         return [alone[0], alone[0]]
 
     clone.model_options["sampler_calc_cond_batch_function"] = calc
-    clone.add_wrapper_with_key("predict_noise", "evaluations", evaluations.count)
-    clone.add_wrapper_with_key("sampler_sample", "evaluations", evaluations.begin)
+    evaluations.watch(clone)
+    return clone
+
+
+def splits(patcher: Patcher, when: Callable[[int], bool]) -> Patcher:
+    """A clone that has the memory for one condition a batch in some evaluations of each run."""
+    clone, evaluations = patcher.clone(), Evaluations()
+    evaluations.watch(clone)
+    clone.model_options["little_memory"] = lambda: when(evaluations.at)
     return clone
 
 
@@ -346,6 +354,11 @@ class Evaluations:
     """Counts those of a run, from 0."""
 
     at = -1
+
+    def watch(self, patcher: Any) -> None:
+        """Count those of this patcher and of its clones."""
+        patcher.add_wrapper_with_key("predict_noise", "evaluations", self.count)
+        patcher.add_wrapper_with_key("sampler_sample", "evaluations", self.begin)
 
     def begin(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         self.at = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -313,19 +314,6 @@ def test_other_calls_are_left_alone_in_the_middle_of_a_run() -> None:
     assert all(torch.equal(one, seen[k % 6]) for k, one in enumerate(seen))
 
 
-def test_each_call_of_a_step_has_a_name_of_its_own() -> None:
-    """Heun's second evaluation has other names than its first; the next step has those of the step before."""
-    run = Run(Options(), "heun", [9.0, 4.0, 1.0, 0.0], (1e9, 0.0))
-    options = [{"cond_or_uncond": [0], "uuids": ["a"]}, {"cond_or_uncond": [1], "uuids": ["b"]}]
-    names = []
-    for _ in range(4):
-        run.evaluate(lambda: 0.0)
-        names.append([run.name(one) for one in (*options, options[0])])
-    assert run.step == 2
-    assert len({*names[0], *names[1]}) == 6
-    assert names[2:] == names[:2]
-
-
 def run_of(sampler: str, pictures: int = 2, *, each: bool = False) -> Run:
     run = Run(Options(), sampler, [9.0, 4.0, 1.0, 0.0], (1e9, 0.0), each)
     run.evaluate(lambda: 0.0, pictures)
@@ -336,12 +324,30 @@ def told(conds: Any = (1, 0), uuids: Any = "ba", **more: Any) -> dict[str, Any]:
     return {"cond_or_uncond": list(conds), "uuids": list(uuids), **more}
 
 
+def batch(rows: int) -> Tensor:
+    return torch.zeros(rows, 4, 8, 8)
+
+
+def test_each_call_of_a_step_has_a_name_of_its_own() -> None:
+    """Heun's second evaluation has other names than its first; the next step has those of the step before."""
+    run = run_of("heun", 1)
+    calls = [told([0], "a"), told([1], "b"), told([0], "a")]
+    names = [[run.names(one, batch(1)) for one in calls]]
+    for _ in range(3):
+        run.evaluate(lambda: 0.0, 1)
+        names.append([run.names(one, batch(1)) for one in calls])
+    assert run.step == 2
+    for of in (lambda name, _: name, lambda _, rows: rows[0]):
+        assert len({of(*one) for one in (*names[0], *names[1])}) == 6
+    assert names[2:] == names[:2]
+
+
 def test_rows_have_names_by_condition_and_picture() -> None:
     run = run_of("euler")
-    both = run.rows(told(), torch.zeros(4, 4, 8, 8))
+    _, both = run.names(told(), batch(4))
     assert len(set(both)) == 4
     run.evaluate(lambda: 0.0, 2)
-    assert run.rows(told([0], "a"), torch.zeros(2, 4, 8, 8)) == both[2:]
+    assert run.names(told([0], "a"), batch(2))[1] == both[2:]
 
 
 @pytest.mark.parametrize(
@@ -355,22 +361,44 @@ def test_rows_have_names_by_condition_and_picture() -> None:
         (told(), 3),
         (told(), 2),  # as many as chunks, but of two pictures: tiles, or a window
         (told(context_window=object()), 4),
-        (told([0, 0], "aa"), 4),
     ],
 )
 def test_rows_that_cannot_be_told_have_no_names(options: Any, rows: int) -> None:
     run = run_of("euler")
-    assert run.rows(options, torch.zeros(rows, 4, 8, 8)) == []
-    assert run.rows(told(), None) == []
-    assert run_of("euler", 0).rows(told([], ""), torch.zeros(0, 4, 8, 8)) == []
+    assert run.names(options, batch(rows))[1] == []
+    assert run.names(told(), None)[1] == []
+    assert run_of("euler", 0).names(told([], ""), batch(0))[1] == []
 
 
 def test_a_condition_that_comes_twice_in_an_evaluation_is_told_by_the_order_of_its_calls() -> None:
+    """Whatever else is in its batch: memory may split one that was whole in the step before."""
     run = run_of("euler")
-    assert run.rows(told(), torch.zeros(4, 4, 8, 8))
-    assert run.rows(told([0], "a"), torch.zeros(2, 4, 8, 8)) == []
+    both, (_, again) = run.names(told(), batch(4)), run.names(told([0], "a"), batch(2))
     run.evaluate(lambda: 0.0, 2)
-    assert run.rows(told(), torch.zeros(4, 4, 8, 8)) == []
+    split = [run.names(told([cond], uuid), batch(2)) for cond, uuid in ((1, "b"), (0, "a"), (0, "a"))]
+    assert [row for _, rows in split for row in rows] == [*both[1], *again]
+    assert both[0] not in [name for name, _ in split]
+    twice = run_of("euler").names(told([0, 0], "aa"), batch(4))[1]
+    assert len(set(twice)) == 4
+
+
+def test_a_call_that_is_patched_is_no_other_one() -> None:
+    """Perturbed attention calls the model with a patch of its own; GLIGEN's patches are new functions in each call."""
+
+    def attention(*args: Any) -> Any:
+        return args
+
+    def patched(kind: str, place: Any, patch: Any = attention) -> dict[str, Any]:
+        return told(patches_replace={kind: {place: patch}})
+
+    calls = [told(), patched("attn1", ("middle", 0)), patched("attn1", ("input", 1)), patched("attn2", ("middle", 0))]
+    calls += [patched("attn1", ("middle", 0), batch), told(patches={"middle_patch": [attention]})]
+    names = [run_of("euler").names(one, batch(4)) for one in calls]
+    assert len({name for name, _ in names}) == len({rows[0] for _, rows in names}) == len(calls)
+    new = [[lambda *_: None, functools.partial(attention, 1)] for _ in range(2)]
+    first, second = (run_of("euler").names(told(patches={"middle_patch": one}), batch(4)) for one in new)
+    assert first == second
+    assert run_of("euler").names(told(patches=None, patches_replace={"attn1": None}), batch(4)) == names[0]
 
 
 def test_a_model_that_is_called_with_fewer_rows_than_told() -> None:
