@@ -144,10 +144,10 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, (dict, Mapping)):
-        return list(value.items())
     if isinstance(value, (list, tuple)):
         return enumerate(value)
+    if isinstance(value, (dict, Mapping)):
+        return list(value.items())
     if not dataclasses.is_dataclass(value):
         return _attributes(value)
     items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -383,7 +383,7 @@ def find_injection(trace: Trace, *, until_features: float = 0.8, until_attention
 def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
     """Calls that are given a concatenation of two maps along the channels, with their positions, in order."""
     levels, blocks = Levels(trace), []
-    carrying = trace.reachable([trace.inputs[trace.sample]])
+    carrying = trace.carrying
     joined = {
         node
         for node in trace.nodes

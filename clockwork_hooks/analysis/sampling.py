@@ -31,7 +31,7 @@ from clockwork_hooks.engine.hooks import Installed
 from clockwork_hooks.engine.passes import Active, Outcome, Pass
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_whole
-from clockwork_hooks.graph.tracing import Trace, module_paths, record
+from clockwork_hooks.graph.tracing import Trace, modules_of, record
 from clockwork_hooks.metrics import relative_l2
 from clockwork_hooks.regions.find import choose, match, regions_of
 from clockwork_hooks.regions.region import Region
@@ -519,8 +519,7 @@ class _Follower:
         installed = Installed(self)
 
         try:
-            paths = module_paths(self.unet)
-            installed.add(plan, {paths[id(module)]: module for module in self.unet.modules()})
+            installed.add(plan, modules_of(self.unet))
             self._watch = watch
             with watch.observed(self):
                 yield

@@ -48,6 +48,8 @@ from clockwork_hooks.graph.recorder import ModuleCall, eager, specs_in, written_
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 
+_ALIAS = torch.ops.aten.alias.default
+
 
 def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A call's key without its sizes: equal for calls that differ in these alone."""
@@ -277,8 +279,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _unseen(node: fx.Node) -> bool:
     """Is it a tensor that code filled which no dispatcher sees?"""
-    after = node.meta.get("after", ())
-    return node.target is torch.ops.aten.alias.default and not all("was" in one.meta for one in after)
+    return node.target is _ALIAS and not all("was" in one.meta for one in node.meta.get("after", ()))
 
 
 def _slot(leaf: Any) -> Any:

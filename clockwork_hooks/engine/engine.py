@@ -40,7 +40,7 @@ from clockwork_hooks.engine.taint import Reads, SkippedValueError, Taint, holds_
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
 from clockwork_hooks.graph.recorder import Recorder, garbage_kept
-from clockwork_hooks.graph.tracing import Trace, finish, module_paths, record
+from clockwork_hooks.graph.tracing import Trace, finish, module_paths, modules_of, record
 from clockwork_hooks.regions.cut import CutPlan, entry_of
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
@@ -1011,19 +1011,15 @@ class Engine:
         self._doubts.clear()
         self._adopts = False
         self.weights = Weights(self.unet)  # those of modules that are gone tell nothing
-        self.installed.renew(self._modules())
+        self.installed.renew(modules_of(self.unet))
         if self.static is not None:
             self.static.forget()
-
-    def _modules(self) -> dict[str, nn.Module]:
-        paths = module_paths(self.unet)
-        return {paths[id(module)]: module for module in self.unet.modules()}
 
     def install(self, plan: CutPlan) -> None:
         """See to it that the modules with skipped calls ask the pass that runs, and that it sees the boundary."""
         looks = self.looks or self._keeps_entry or any(one.looks for one in self.chain)
         if not self.installed.intact(plan, looks=looks):
-            self.installed.add(plan, self._modules(), looks=looks)
+            self.installed.add(plan, modules_of(self.unet), looks=looks)
 
     # -- calls that are not ours ---------------------------------------------------------------------------------
 

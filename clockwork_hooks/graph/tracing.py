@@ -103,9 +103,10 @@ class Trace:
     @functools.cached_property
     def unread(self) -> tuple[str, ...]:
         """Paths of the tensor inputs that no operator reads, nor the output holds."""
-        read = {source for node in self.nodes for source in (*node.all_input_nodes, *node.meta.get("after", ()))}
-        read |= {node.meta["was"] for node in self.nodes if "was" in node.meta} | set(self.outputs)
-        return tuple(path for path, node in self.inputs.items() if "dtype" in node.meta and node not in read)
+        idle = {path: node for path, node in self.inputs.items() if "dtype" in node.meta and not node.users}
+        beside = {source for node in self.nodes for source in node.meta.get("after", ())} if idle else set()
+        beside |= {node.meta["was"] for node in self.nodes if "was" in node.meta} if idle else set()
+        return tuple(path for path, node in idle.items() if node not in beside)
 
     @functools.cached_property
     def scratch(self) -> tuple[str, ...]:
@@ -127,6 +128,11 @@ class Trace:
     def sources(self) -> tuple[tuple[fx.Node, ...], ...]:
         """Of each node, those whose values it needs."""
         return tuple(map(sources, self.nodes))
+
+    @functools.cached_property
+    def carrying(self) -> set[fx.Node]:
+        """The nodes whose values depend on the sample, which is one."""
+        return self.reachable([self.inputs[self.sample]])
 
     def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
         """The nodes whose values depend on those of `starts`, these included."""
@@ -317,18 +323,19 @@ def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: s
 
 def _periodic(traced: Trace) -> tuple[str, ...]:
     """Those that feed sin, cos or log without the sample's help, as a time does, and a class label does not."""
-    from_sample = traced.reachable([traced.inputs[traced.sample]])
 
     def periodic(path: str) -> bool:
-        reached = traced.reachable([traced.inputs[path]]) - from_sample
+        reached = traced.reachable([traced.inputs[path]]) - traced.carrying
         return any(getattr(getattr(node.target, "_schema", None), "name", "") in PERIODIC for node in reached)
 
     return tuple(path for path in traced.times if periodic(path))
 
 
+def modules_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The registered modules by their first dotted path, without torch.compile's `_orig_mod` on the way to it."""
+    return {path.replace("_orig_mod.", ""): module for path, module in unet.named_modules()}
+
+
 def module_paths(unet: nn.Module) -> dict[int, str]:
-    """First dotted path of each registered module by its id, without torch.compile's `_orig_mod` on the way to it."""
-    paths: dict[int, str] = {}
-    for path, module in unet.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), path.replace("_orig_mod.", ""))
-    return paths
+    """These paths by the modules' ids."""
+    return {id(module): path for path, module in modules_of(unet).items()}

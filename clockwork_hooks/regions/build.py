@@ -25,7 +25,7 @@ from torch import fx, nn
 from clockwork_hooks._tree import flat, map_leaves
 from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
 from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
-from clockwork_hooks.graph.tracing import Trace, module_paths
+from clockwork_hooks.graph.tracing import Trace, modules_of
 from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 from clockwork_hooks.regions.fingerprint import Fingerprints, structure
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
@@ -69,9 +69,9 @@ class Facts:
         self.dominance, self.levels = Dominance(trace), Levels(trace)
         self.embeddings = Embeddings(trace, self.dominance)
         self.residuals = self.dominance.residuals(trace.inputs)
-        self.total_parameters = sum(parameter.numel() for parameter in unet.parameters())
-        named = module_paths(unet)
-        self._modules = {named[id(module)]: module for module in unet.modules() if id(module) in named}
+        self._modules = modules_of(unet)
+        parameters = (one for module in self._modules.values() for one in module._parameters.values())
+        self.total_parameters = sum({id(one): one.numel() for one in parameters if one is not None}.values())
         self._parameters: dict[str, dict[int, int]] = {}
         self.stand_ins: dict[tuple[int, int], SkippedCall] = {}
         self._read_nodes()

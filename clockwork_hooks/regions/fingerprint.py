@@ -175,7 +175,7 @@ class Fingerprints:
         """
         within = inside[self._at]
         bones = within & self._convolves
-        codes = np.sort(self._codes[0][bones] if bones.any() else self._codes[1][within])
+        codes = np.sort(self._convolution_codes[bones] if bones.any() else self._product_codes[within])
         return PREFIX + _digest(sorted(self._port(n) for n in entries), self._port(exit), codes.tolist())
 
     @functools.cached_property
@@ -187,14 +187,22 @@ class Fingerprints:
         return np.array([product.is_convolution for product in self.products], dtype=np.bool_)
 
     @functools.cached_property
-    def _codes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """A number for each product and what it reads: the convolutions before it, or all products."""
-        codes = []
-        for near in (self._near_convolutions, self._near):
-            reads = [functools.reduce(operator.or_, (near[u] for u in self._sources[n]), 0) for n in self._at.tolist()]
-            digests = (_digest(p.label, self._widths(read)) for p, read in zip(self.products, reads, strict=True))
-            codes.append(np.array([int(code, 16) for code in digests], dtype=np.uint64))
-        return codes[0], codes[1]
+    def _convolution_codes(self) -> NDArray[np.uint64]:
+        """A number for each convolution and the convolutions that it reads."""
+        return self._codes(self._near_convolutions, self._convolves)
+
+    @functools.cached_property
+    def _product_codes(self) -> NDArray[np.uint64]:
+        """A number for each product and the products that it reads."""
+        return self._codes(self._near, np.ones_like(self._convolves))
+
+    def _codes(self, near: Sequence[int], counts: Mask) -> NDArray[np.uint64]:
+        codes = np.zeros(len(self.products), dtype=np.uint64)
+        for k in np.flatnonzero(counts).tolist():
+            product = self.products[k]
+            read = functools.reduce(operator.or_, (near[u] for u in self._sources[product.node]), 0)
+            codes[k] = int(_digest(product.label, self._widths(read)), 16)
+        return codes
 
     def _widths(self, products: int) -> list[tuple[str, int]]:
         """Kind and output channels of each; their inputs are not told, so that another stem changes nothing."""

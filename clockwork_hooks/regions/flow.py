@@ -52,8 +52,7 @@ class Dominance:
         for v, taken in enumerate(self.sources):
             for u in taken:
                 self.users[u].append(v)
-        self.dep = [False] * count
-        self._mark_dep(trace.inputs[trace.sample])
+        self.dep = [node in trace.carrying for node in self.nodes]
         self.live = [False] * count
         self.parent = [count] * count
         self._depth = [0] * count + [0]
@@ -85,11 +84,6 @@ class Dominance:
         alike = all(node.meta.get("shape") == self.nodes[n].meta["shape"] for node in (user, *others))
         carrying = all(self.dep[node.meta["index"]] and node not in inputs for node in others)
         return user.target in _ADDITIONS and bool(others) and alike and carrying
-
-    def _mark_dep(self, sample: fx.Node) -> None:
-        self.dep[sample.meta["index"]] = True
-        for v in range(len(self.nodes)):
-            self.dep[v] = self.dep[v] or any(self.dep[u] for u in self.sources[v])
 
     def _post_dominators(self, outputs: set[int]) -> None:
         end = len(self.nodes)
@@ -230,7 +224,7 @@ class Levels:
         shapes: dict[int, tuple[int, ...]] = {}
         self._by_node: dict[fx.Node, int] = {}
         self._matched: dict[fx.Node, int | None] = {}
-        carrying = trace.reachable([trace.inputs[trace.sample]])  # a condition's own levels are not the UNet's
+        carrying = trace.carrying  # a condition's own levels are not the UNet's
         for node in filter(carrying.__contains__, trace.nodes):
             for operand in self._operands(node):
                 shape = operand.meta["shape"]
