@@ -140,6 +140,31 @@ def test_what_goes_with_the_time_is_no_condition(number: str | None, tensor: str
     assert run(number, tensor, branches=1, embeddings=True, order=[False] * 8, own=False)[0] == passes
 
 
+class Reads(Tiny):
+    """Its region computes with another argument, as attention that is handed the time again."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, options: Any = None, **more: Any) -> Tensor:
+        h = self.stem(x) + self.emb(torch.as_tensor(t).reshape(-1, 1) / 1000).sin()[:, :, None, None]
+        z = self.up(self.body(self.act(self.down(h) * (1 + options["timestep"] / 1000))))
+        return self.head(torch.cat([h, z], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["item of a list", "tensor", "other"])
+def test_the_time_itself_handed_over_again_is_no_condition(kind: str) -> None:
+    """Integers, as diffusers' are. Another time in its place is a condition."""
+    unet, times = Reads(), torch.arange(800, 0, -100)
+    judge = Judge(unet)
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        for step, item in enumerate(times):
+            t = item if kind == "item of a list" else item.clone()
+            again = times[0] if kind == "other" and step == 5 else t
+            if step in (5, 6) and kind == "other":
+                judge.forget(0)
+            judge.call(torch.randn(1, 2, 8, 8), t, None, {"timestep": again}, step=step)
+    assert judge.letters == ("FAFAFFFA" if kind == "other" else "FAFAFAFA"), cw.report()
+
+
 @pytest.mark.parametrize("pattern", ["by_branch", "anyhow"])
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.errors.NoEffectWarning")
 def test_what_alone_tells_the_branches_is_a_condition(pattern: str) -> None:

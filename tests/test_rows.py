@@ -109,6 +109,15 @@ def test_unnamed_the_pass_is_full() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("last", "passes"), [(7.0, "FFFAFAFA"), (3.0, "FFFAFAFF")])
+def test_a_number_that_went_with_the_time_until_now_is_a_condition(last: float, passes: str) -> None:
+    loop = Loop()
+    for step, names in enumerate([NAMES[:2], NAMES[:1]] * 4):
+        loop(step, names, texts(names), number=float(step) if step < 7 else last)
+    assert loop.letters == passes
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("what", ["text", "label", "shared", "weights", "two calls", "a step missed", "more"])
 def test_any_doubt_is_a_full_pass(what: str) -> None:
     """Four steps make the batches known; then the row that stays is not what it was."""

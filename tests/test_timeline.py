@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -301,6 +302,19 @@ def test_kinds_of_times(make: Callable[[int], Any]) -> None:
         assert letters(unet, cw, [make(t) for t in (900, 800, 700, 600)] * 2) == "FFFAFFFA"
         with cw.trajectory():
             assert letters(unet, cw, [make(t) for t in (900, 800, 700, 600)] * 2) == "FAFAFAFA"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("trains", "told"), [(False, 1), (True, 0)])
+def test_who_has_rows_at_different_times_only_is_told_that_nothing_is_saved(trains: bool, told: int) -> None:
+    """ParaDiGMS samples so: all steps at once. Training has such times, too, and nobody expects a saving of it."""
+    unet = Tiny().train(trains)
+    with ch.wrap(unet), warnings.catch_warnings(record=True) as seen, torch.set_grad_enabled(trains):
+        warnings.simplefilter("always")
+        for k in range(60):
+            unet(sample(2), torch.tensor([900.0 - k, 100.0 + k]))
+    assert len(seen) == told
+    assert all("time differs between rows" in str(one.message) for one in seen)
 
 
 @torch.no_grad()

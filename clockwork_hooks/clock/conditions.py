@@ -82,7 +82,7 @@ class Conditions:
     def same_rows(self, values: Sequence[Any], pairs: Sequence[tuple[int, int]], before: int, now: int) -> bool:
         """Are these the conditions of some of the same rows? Waits for a device, where tensors lie on one.
 
-        Tensors whose first axis is the batch's are compared row by row; all else has to be the same, or the time.
+        Tensors whose first axis is the batch's are compared row by row; all else has to be the same.
 
         Args:
             values: of a call with another batch.
@@ -92,10 +92,9 @@ class Conditions:
         parts = _parts(values)
         if len(parts) != len(self._values):
             return False
-        both = [(own, other) for own, other in zip(self._values, parts, strict=True) if own != [FORM]]
         return all(
             len(own) == len(other) and all(_same_rows(*two, pairs, before, now) for two in zip(own, other, strict=True))
-            for own, other in both
+            for own, other in zip(self._values, parts, strict=True)
         )
 
     def differing(self, values: Sequence[Any]) -> list[int]:
@@ -104,6 +103,10 @@ class Conditions:
         if len(now) != len(self._values):
             return list(range(len(now)))
         return [k for k, both in enumerate(zip(self._values, now, strict=True)) if not _all_same(*both)]
+
+    def with_forms(self, values: Sequence[Any]) -> list[Any]:
+        """The values of a call that these are the conditions of, with `FORM` where these have it."""
+        return [FORM if own == [FORM] else value for own, value in zip(self._values, values, strict=False)]
 
     def forget(self, places: Iterable[int]) -> None:
         """The values at these places turned out to be the time in another form: only `FORM` is the same from now on."""

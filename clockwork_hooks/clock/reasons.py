@@ -74,7 +74,8 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     UNREADABLE: (
         "rows at different times, as in training and validation losses; or a time on the meta device",
-        "nothing; for a sampler with a time per row, `with cw.step():`",
+        "nothing; or for a sampler with a time for each row, `with cw.step():` around each step; where there is "
+        "nothing but losses, `cw.enabled = False`",
     ),
     EVIDENCE: (
         "plain times are believed after three equal strides, or five that follow a trend, and items in the middle of "

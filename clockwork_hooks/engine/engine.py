@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clockwork_hooks._tree import address, copied, tensors, version
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.clock.conditions import Snapshot, Weights
+from clockwork_hooks.clock.conditions import FORM, Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States, stands_apart
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
@@ -383,7 +383,10 @@ class Engine:
             _declare(timeline, state.sampler.begins(state.reader.read(time)[0]), ordered=not state.sampler.each)
         elif self.step_reader is not None and signature.time is not None:
             self.step_reader(timeline, time)
-        values = [leaves[k] for k in inputs.conditions]
+        # a tensor that is the time itself, as in `cross_attention_kwargs={"timestep": t}`, says nothing more
+        given = call.arguments.flat
+        own = given[at] if at is not None and isinstance(given[at], torch.Tensor) else None
+        values = [leaves[k] if own is None or given[k] is not own else FORM for k in inputs.conditions]
         # of declared steps the time does not matter but to what may be the time in another form
         asked = at is not None and (not timeline.declared or timeline.opened or inputs.read_forms)
         told = self._tells_time and isinstance(time, torch.Tensor) and _may_differ(time)
@@ -627,6 +630,7 @@ class Engine:
         if call.times_differ and self.chain[0].tells_time:
             return Decision(reasons.TIMES)
         values = [call.arguments.flat[k] for k in call.signature.inputs.conditions]
+        values = call.place.branch.conditions.with_forms(values)  # one that was the time until now is a condition
         feature = serves(state.timeline, call.place, batch, values, call.key, call.weights)
         if feature is None or (feature.entry is None and self.chain[0].keeps_entry):
             return decision
@@ -704,7 +708,7 @@ class Engine:
 
     def _count(self, place: Position, outcome: Outcome, full_macs: int) -> None:
         if outcome.reason is not None and not self.records_first:  # who records trajectories wants to see them
-            if outcome.reason == reasons.FIRST:
+            if outcome.reason in (reasons.FIRST, reasons.UNREADABLE):
                 self._no_adaptor_pass.runs_tell = self._runs_tell
             self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)

@@ -303,7 +303,8 @@ class NoAdaptorPass:
             self._at, self._steps = (place.trajectory, place.step), self._steps + 1
             if reason not in _QUIET:
                 self._doubted[reason] += 1
-        if place.restarts >= _RESTARTS and self._calls >= _RESTARTS:
+        up_and_down = place.restarts >= _RESTARTS and self._calls >= _RESTARTS
+        if up_and_down or (self._runs >= _RUNS and reason == reasons.UNREADABLE):
             self._warn(reason, place)
         elif self._runs >= _RUNS or self._evaluations >= _EVALUATIONS:
             self._warn(reasons.FIRST, place, _ONE_STEP)
@@ -316,8 +317,8 @@ class NoAdaptorPass:
 
     def _count_runs(self, reason: str, place: Position) -> None:
         """Runs of one step in a row, and whole runs in which the schedule alone made all passes full."""
-        begins = reason == reasons.FIRST and self._at[0] != place.trajectory
-        if reason not in (reasons.FIRST, reasons.TRACED):
+        begins = reason == reasons.UNREADABLE or (reason == reasons.FIRST and self._at[0] != place.trajectory)
+        if reason not in (reasons.FIRST, reasons.TRACED, reasons.UNREADABLE):
             self._runs = self._evaluations = 0
         else:
             self._runs, self._evaluations = self._runs + begins, self._evaluations + 1
