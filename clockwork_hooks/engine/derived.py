@@ -133,18 +133,16 @@ class Derived(Signature):
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
-def _of_operator(values: Iterable[Any]) -> list[torch.Tensor]:
+def _of_operator(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors that an operator takes or returns: alone, or in lists, as its schema has them.
 
     `tensors` looks into containers of any kind, and takes a third of what watching a call of a small SD costs.
     """
-    own: list[torch.Tensor] = []
     for one in values:
         if isinstance(one, torch.Tensor):
-            own.append(one)
+            yield one
         elif isinstance(one, (list, tuple)):
-            own += [each for each in one if isinstance(each, torch.Tensor)]
-    return own
+            yield from _of_operator(one)
 
 
 class Left(TorchDispatchMode):
@@ -158,22 +156,18 @@ class Left(TorchDispatchMode):
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._inputs = {id(tensor) for tensor in tensors(inputs)}
-        self._products: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._products = {id(tensor): weakref.ref(tensor) for tensor in tensors(inputs)}
+        self._inputs = frozenset(self._products)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        of_inputs = any(
-            id(one) in self._inputs or self._comes_of_inputs(one) for one in _of_operator((*args, *kwargs.values()))
-        )
+        of_inputs = any(map(self._comes_of_inputs, _of_operator((*args, *kwargs.values()))))
         out = func(*args, **kwargs)
         if of_inputs:
-            written = written_by(func, args, kwargs)
-            for one in (*_of_operator((out,)), *written):
-                if id(one) not in self._inputs:
-                    self._products[id(one)] = weakref.ref(one)
+            for one in (*_of_operator((out,)), *written_by(func, args, kwargs)):
+                self._products[id(one)] = weakref.ref(one)
         return out
 
     def _comes_of_inputs(self, tensor: torch.Tensor) -> bool:
@@ -188,7 +182,8 @@ class Left(TorchDispatchMode):
             left = [tensor for tensor in held if self._comes_of_inputs(tensor)]
         else:
             left = [tensor for tensor in (product() for product in self._products.values()) if tensor is not None]
-        return any(not _is_plain(tensor) or address(tensor.untyped_storage()) not in beside for tensor in left)
+        made = [tensor for tensor in left if id(tensor) not in self._inputs]
+        return any(not _is_plain(tensor) or address(tensor.untyped_storage()) not in beside for tensor in made)
 
 
 class _Watch:

@@ -314,10 +314,8 @@ class Levels:
         """Does this spatial operator work at fewer positions than `below`, on more than one pixel?"""
         if node in self._tokens:
             return self._tokens[node] < below
-        if not is_spatial(node):
-            return False
-        count = self._by_node.get(node)
-        return count is not None and count < below and math.prod(node.meta["shape"][2:]) > 1
+        small = self._by_node.get(node, below) < below
+        return small and is_spatial(node) and math.prod(node.meta["shape"][2:]) > 1
 
 
 def _merging_layers(trace: Trace, carrying: set[fx.Node]) -> dict[fx.Node, int]:
