@@ -1,4 +1,4 @@
-"""Trace one call of a UNet into a `torch.fx.Graph` that also knows its module calls.
+"""Trace one call of a UNet into a graph that also knows its module calls.
 
 `torch.fx.symbolic_trace` gives up on most UNets (control flow on tensors, `len`, einops); running the call once and
 recording it does not. The module calls are what skipping needs: "the k-th call of module M", with its nodes.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, parameters_of, time_candidates
-from clockwork_hooks.graph.operators import kind, node_macs, operator_name
+from clockwork_hooks.graph.node import Node
+from clockwork_hooks.graph.operators import kind, node_macs, operator_name, qualified_name
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder, garbage_kept, specs_in
 
 LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
@@ -35,8 +37,7 @@ class Trace:
     """One recorded call.
 
     Attributes:
-        graph: the operators as a standard `torch.fx.Graph`; `NodeMeta` lists what the nodes' `meta` holds.
-        nodes: all nodes by index, in the order in which they ran.
+        nodes: all nodes by index, in the order in which they ran; `NodeMeta` lists what their `meta` holds.
         calls: the module calls in order of their beginning; `calls[0]` is the root's.
         inputs: path of each tensor or number among the arguments → its placeholder.
         outputs: nodes of the tensors returned.
@@ -54,15 +55,19 @@ class Trace:
         (1, 8, 6, 6)
     """
 
-    graph: fx.Graph
-    nodes: tuple[fx.Node, ...]
+    nodes: tuple[Node, ...]
     calls: tuple[ModuleCall, ...]
-    inputs: Mapping[str, fx.Node]
-    outputs: tuple[fx.Node, ...]
+    inputs: Mapping[str, Node]
+    outputs: tuple[Node, ...]
     sample: str
     times: tuple[str, ...]
     signature: tuple[Any, ...]
     model: str
+
+    @functools.cached_property
+    def graph(self) -> fx.Graph:
+        """The operators as a standard `torch.fx.Graph`, whose nodes have the `meta` of `nodes`."""
+        return _graph_of(self.nodes, self.outputs)
 
     @functools.cached_property
     def macs(self) -> tuple[int, ...]:
@@ -125,16 +130,16 @@ class Trace:
         return all(around.index not in skipped for around in self.ancestors(call))
 
     @functools.cached_property
-    def sources(self) -> tuple[tuple[fx.Node, ...], ...]:
+    def sources(self) -> tuple[tuple[Node, ...], ...]:
         """Of each node, those whose values it needs."""
         return tuple(map(sources, self.nodes))
 
     @functools.cached_property
-    def carrying(self) -> set[fx.Node]:
+    def carrying(self) -> set[Node]:
         """The nodes whose values depend on the sample, which is one."""
         return self.reachable([self.inputs[self.sample]])
 
-    def reachable(self, starts: list[fx.Node]) -> set[fx.Node]:
+    def reachable(self, starts: list[Node]) -> set[Node]:
         """The nodes whose values depend on those of `starts`, these included."""
         reached = set(starts)
         for node, needed in zip(self.nodes, self.sources, strict=True):
@@ -147,9 +152,9 @@ class Trace:
         return f"Trace of {self.model}: {len(self.nodes)} nodes, {len(self.calls)} module calls, {self.sample} {shape}"
 
 
-def sources(node: fx.Node) -> tuple[fx.Node, ...]:
+def sources(node: Node) -> tuple[Node, ...]:
     """The nodes whose *values* this node needs: shape-only operators such as `zeros_like` need none."""
-    after: tuple[fx.Node, ...] = node.meta.get("after", ())
+    after: tuple[Node, ...] = node.meta.get("after", ())
     if node.op != "call_function":
         return after
     schema = getattr(node.target, "_schema", None)
@@ -161,7 +166,28 @@ def sources(node: fx.Node) -> tuple[fx.Node, ...]:
     return (*node.all_input_nodes, *after)
 
 
-def _overwrites(node: fx.Node, memory: fx.Node) -> bool:
+def _graph_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> fx.Graph:
+    """A standard graph of `torch.fx`; its nodes have the `meta` of these.
+
+    They are called as their operator, or as the last part of their weight's path.
+    """
+    graph = fx.Graph()
+    made: dict[Node, fx.Node] = {}
+
+    def lifted(leaf: Any) -> Any:
+        return made[leaf] if isinstance(leaf, Node) else leaf
+
+    for node in sorted(nodes, key=lambda node: node.op != "placeholder"):  # constants came up on the way
+        args, kwargs = map_leaves(lifted, (node.args, node.kwargs))
+        separator = "::" if node.op == "call_function" else "."
+        name = qualified_name(node.target).rpartition(separator)[2]
+        made[node] = graph.create_node(node.op, node.target, args, kwargs, name)
+        made[node].meta = node.meta
+    graph.output(tuple(map(lifted, outputs)))
+    return graph
+
+
+def _overwrites(node: Node, memory: Node) -> bool:
     return node.target is torch.ops.aten.copy_.default and node.args[0] is memory and node.args[1] is not memory
 
 
@@ -302,10 +328,9 @@ def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: s
             do="pass the sample as an argument of the UNet's call",
         )
     outputs = [spec.node for spec in returned]
-    bindings.graph.output(tuple(outputs))
+    Node("output", "output", (tuple(outputs),))  # they have a user more
     times = time_candidates(arguments, sample=sample, time=time)
     traced = Trace(
-        bindings.graph,
         tuple(bindings.nodes),
         tuple(recorder.calls),
         bindings.inputs,

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from clockwork_hooks._tree import flat, map_leaves
+from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
 from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace, modules_of
@@ -324,7 +325,7 @@ class Embeddings:
         return False
 
 
-def _reads_features(node: fx.Node) -> bool:
+def _reads_features(node: Node) -> bool:
     """Is this a linear layer, an embedding, or attention with its projections?"""
     if node.op != "call_function":
         return False
