@@ -134,18 +134,6 @@ class Derived(Signature):
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
-def _of_operator(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors that an operator takes or returns: alone, or in lists, as its schema has them.
-
-    `tensors` looks into containers of any kind, and takes a third of what watching a call of a small SD costs.
-    """
-    for one in values:
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, (list, tuple)):
-            yield from _of_operator(one)
-
-
 class Left(TorchDispatchMode):
     """What of the tensors that a call makes of its inputs outlives it: a module may read it in the next step.
 
@@ -164,16 +152,27 @@ class Left(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        of_inputs = any(map(self._comes_of_inputs, _of_operator((*args, *kwargs.values()))))
+        of_inputs = any(map(self._comes_of_inputs, (*args, *kwargs.values())))
         out = func(*args, **kwargs)
         if of_inputs:
-            for one in (*_of_operator((out,)), *written_by(func, args, kwargs)):
-                self._products[id(one)] = weakref.ref(one)
+            self._add((out, *written_by(func, args, kwargs)))
         return out
 
-    def _comes_of_inputs(self, tensor: torch.Tensor) -> bool:
-        product = self._products.get(id(tensor))
-        return product is not None and product() is tensor
+    # What an operator takes and returns is a tensor or a list of them. `tensors` looks into containers of any kind, and
+    # takes a third of what watching a call of a small SD costs.
+
+    def _comes_of_inputs(self, value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(self._comes_of_inputs, value))
+        product = self._products.get(id(value))
+        return product is not None and product() is value
+
+    def _add(self, values: Iterable[Any]) -> None:
+        for one in values:
+            if isinstance(one, torch.Tensor):
+                self._products[id(one)] = weakref.ref(one)
+            elif isinstance(one, (list, tuple)):
+                self._add(one)
 
     def beside(self, unet: nn.Module, values: Any) -> bool:
         """Is anything left, beside these values? Where autograd keeps tensors too, only what modules hold counts."""
