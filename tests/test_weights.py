@@ -87,6 +87,40 @@ def test_adaptors_of_peft_switched_in_the_middle() -> None:
         assert cw.stats.reasons[REASON] == len(changes)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+def test_ip_adapter_free_u_and_processors_switched_in_the_middle() -> None:
+    """As diffusers' IPAdapterScaleCutoffCallback does; of one block alone, too."""
+    from tests.pipelines import parts
+    from tests.pipelines.test_pipelines import ip_adapter_weights
+
+    pipe = parts.text_to_image(image_encoder=parts.image_encoder(), feature_extractor=parts.image_processor())
+    unet = pipe.unet
+    unet._load_ip_adapter_weights([ip_adapter_weights(unet)])
+    before = unet.attn_processors
+    changes: list[Callable[[], object]] = [
+        lambda: pipe.set_ip_adapter_scale(0.5),
+        lambda: pipe.set_ip_adapter_scale({"down": {"block_0": [0.2]}}),
+        lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.5),
+        lambda: pipe.disable_freeu(),
+        lambda: unet.set_attn_processor({path: copy.deepcopy(one) for path, one in before.items()}),
+        lambda: unet.set_attn_processor(dict(before)),
+    ]
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, parts.WIDTH)
+    image = {"image_embeds": [torch.randn(1, 1, parts.WIDTH)]}
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        kinds = ""
+        for k, t in enumerate(torch.arange(900, 100, -50)):
+            if k % 2 == 0 and k:
+                changes[k // 2 - 1]()
+            adapted = cw.stats.adaptor_passes
+            unet(x, t, text, added_cond_kwargs=image)
+            kinds += "A" if cw.stats.adaptor_passes > adapted else "F"
+        assert kinds == "FAFAFAFFFAFAFAFA", cw.report()  # FreeU writes to the exit, so from then on a copy is kept
+        assert cw.stats.reasons[REASON] == len(changes)
+
+
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @torch.no_grad()
 def test_adapters_that_are_switched_back() -> None:

@@ -563,16 +563,18 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 _PARAMETERS, _LAYERS = 16, 8
+_FREE_U = ("s1", "s2", "b1", "b2")
 _VALUES_READ = 3  # read of each parameter
 
 
 class Weights:
-    """Watches parameters and PEFT's layers, some of each where there are many: what changes weights changes many.
+    """Watches what a UNet computes with beside its arguments; some of each kind, as what changes it changes many.
 
     Of a parameter: the counter of in-place writes, and in main memory some of its values, as fused optimizers and
     writes through `.data` leave no other mark. On a device they are not read, which would wait for it: there it is
-    where its memory is, and `cw.reset()` has to tell of such writes. And adapters of PEFT that are loaded, switched,
-    scaled, fused or taken off.
+    where its memory is, and `cw.reset()` has to tell of such writes. Adapters of PEFT that are loaded, switched,
+    scaled, fused or taken off. Attention processors that are exchanged, and the scales of all those that have some, as
+    IP-Adapter's do. And the four numbers of diffusers' FreeU.
 
     Args:
         unet: the UNet.
@@ -591,24 +593,51 @@ class Weights:
         self._adapters: tuple[str, ...] | None = None
         self._parameters: Sequence[tuple[dict[str, Any], str]] = ()  # looked up in each call: offloading exchanges them
         self._layers: Sequence[Any] = ()
+        self._attentions: Sequence[Any] = ()
+        self._processors: tuple[_Very, ...] = ()
+        self._scaled: Sequence[Any] = ()
+        self._free_u: dict[str, Any] = {}  # what its first block on the way up has
 
     def state(self) -> tuple[Hashable, ...]:
         """Equal for two calls between which no weight has changed."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
-        if adapters != self._adapters:
+        if adapters != self._adapters or any(
+            layer.processor is not one.object for layer, one in zip(self._attentions, self._processors, strict=True)
+        ):
             self._adapters = adapters
             self._look()
         marks: list[Hashable] = []
         values = array("d")  # one array, as the state of the step before is cold
         for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
             marks.append(_mark(owner[name] if name in owner else None, values))  # noqa: SIM401
-        return (adapters, values.tobytes(), *marks, *map(_switches, self._layers))
+        scales = [repr(one.scale) for one in self._scaled]
+        free_u = map(self._free_u.get, _FREE_U)
+        return (adapters, values.tobytes(), *marks, *map(_switches, self._layers), *self._processors, *scales, *free_u)
 
     def _look(self) -> None:
         modules = list(self._unet.modules())
         present = [(m._parameters, name) for m in modules for name, one in m._parameters.items() if one is not None]
         self._parameters = _spread(present, _PARAMETERS)
         self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
+        attentions = [one for one in modules if hasattr(one, "set_processor") and hasattr(one, "processor")]
+        self._attentions = _spread(attentions, _LAYERS)
+        self._processors = tuple(_Very(one.processor) for one in self._attentions)
+        self._scaled = [one.processor for one in attentions if hasattr(one.processor, "scale")]
+        blocks = getattr(self._unet, "up_blocks", None)
+        self._free_u = vars(blocks[0]) if isinstance(blocks, nn.ModuleList) and len(blocks) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Very:
+    """Equal to another one of the very same object."""
+
+    object: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Very) and self.object is other.object
+
+    def __hash__(self) -> int:
+        return id(self.object)
 
 
 def _mark(parameter: Any, values: array[float]) -> Hashable:

@@ -132,7 +132,8 @@ REASONS: dict[str, tuple[str, str]] = {
         "nothing; once per change",
     ),
     WEIGHTS: (
-        "weights were loaded or written to, or a LoRA was loaded, switched, scaled, fused or taken off",
+        "weights were loaded or written to; a LoRA was loaded, switched, scaled, fused or taken off; an IP-Adapter was "
+        "scaled, FreeU switched, attention processors exchanged",
         "nothing; once per change. `cw.reset()` after writes through `.data`, which leave no mark",
     ),
     NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
