@@ -278,16 +278,17 @@ class Run:
         """At the sampler's callback of this step, from 0: has another cache answered, so that nobody was asked?"""
         return not self.asked and self._left == 0 and self.step == step > 0
 
-    def names(self, transformer_options: Any, x: Any) -> tuple[str, list[str]]:
+    def names(self, transformer_options: Any, x: Any, hooks: Any = None) -> tuple[str, list[str]]:
         """Names of the next call of the model, and of the rows of its batch: unlike all others of the step.
 
-        A condition is told by its index, its uuid, its window and the patches of its call alone; one that comes more
-        than once in an evaluation, as under guidance that calls the model again, by its number too. So the names are
-        the same in each step, also where memory decides how many conditions are one batch.
+        A condition is told by its index, its uuid, its window, the patches of its call alone, and how strong its hooks
+        are; one that comes more than once in an evaluation, as under guidance that calls the model again, by its number
+        too. So the names are the same in each step, also where memory decides how many conditions are one batch.
 
         Args:
             transformer_options: of the call.
             x: its batch. ComfyUI's is chunks of the sampler's batch, one for each condition.
+            hooks: ComfyUI's `HookGroup` of the call, whose keyframes change weights past their counters.
 
         Returns:
             The call's name, and its rows' names: none where they cannot be told (tiles, windows, no uuids).
@@ -296,7 +297,8 @@ class Run:
         conds, uuids = options.get("cond_or_uncond"), options.get("uuids")
         told = isinstance(conds, list) and isinstance(uuids, list) and 0 < len(conds) == len(uuids)
         window = getattr(options.get("context_window"), "index_list", options.get("context_window"))
-        where = f"{window} {_patches(options)}"
+        strengths = [getattr(hook, "strength", None) for hook in getattr(hooks, "hooks", ())]
+        where = f"{window} {_patches(options)} {strengths}"
         chunks = []
         for cond, uuid in zip(conds or (), uuids or (), strict=True) if told else [(conds, uuids)]:
             chunk = f"{self._evaluation} {cond} {uuid} {where}"
@@ -383,7 +385,8 @@ class Clockwork:
         if run is None or wrapper is None or not wrapper.attached or not own:  # or another GPU's copy of the model
             return executor(*args, **options)
         model_options = options.get("transformer_options", args[5] if len(args) > 5 else args[-1] if args else None)
-        name, rows = run.names(model_options, args[0] if args else None)
+        hooks = getattr(getattr(executor.class_obj, "current_patcher", None), "current_hooks", None)
+        name, rows = run.names(model_options, args[0] if args else None, hooks)
         named = wrapper.rows(rows, exact=False) if rows else nullcontext()
         try:
             with wrapper.trajectory(run.name), wrapper.branch(name), named, wrapper.serving():  # in whatever thread

@@ -147,12 +147,22 @@ def lora(patcher: Any) -> Any:
     return clone
 
 
-def hooked(prompt: Any) -> Any:
-    """The prompt with a LoRA of its own."""
+def hooked(prompt: Any, keyframes: dict[float, float] | None = None) -> Any:
+    """The prompt with a LoRA of its own, as strong as the keyframes say from their part of the sampling on."""
     hooks, generator = load("comfy.hooks"), torch.Generator().manual_seed(8)
     key = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
     group = hooks.create_hook_model_as_lora({key: 0.1 * torch.randn(32, 32, 3, 3, generator=generator)}, None, 1.0, 1.0)
+    if keyframes:
+        times = hooks.HookKeyframeGroup()
+        for part, strength in keyframes.items():
+            times.add(hooks.HookKeyframe(strength, part))
+        group.set_keyframes_on_hooks(times)
     return hooks.set_hooks_for_conditioning(prompt, group)
+
+
+def keyframed(prompt: Any) -> Any:
+    """The prompt with a LoRA of its own that grows weaker in the second step."""
+    return hooked(prompt, {0.0: 1.0, 0.15: 0.3})
 
 
 def low_memory(patcher: Any) -> Any:

@@ -77,7 +77,8 @@ class Reference:
         controlled = kwargs.get("control") is not None  # where control begins or ends, the model gets other arguments
         step, evaluation = self._places[self._at]
         pairs = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-        chunks = [(*pair, repr(window), controlled) for pair in pairs]
+        weights = float(sum(one.double().sum() for one in unet.parameters()))  # which hooks may change in each call
+        chunks = [(*pair, repr(window), controlled, weights) for pair in pairs]
         self._seen.update(chunks)
         x = args[0] if args else kwargs["x"]
         self._keys = [

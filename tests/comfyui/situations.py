@@ -211,6 +211,12 @@ def steps_that_another_cache_answers(client: Any) -> Case:
 
 
 @any_client
+def a_lora_of_one_prompt_that_grows_weaker(client: Any) -> Case:
+    """In the second step, which is full for that prompt: its weights are written to past their counters."""
+    return Case(client.model(), {"positive": client.keyframed(client.cond(1))}, letters=None)
+
+
+@any_client
 def calls_from_another_thread(client: Any) -> Case:
     """As ComfyUI makes them where several GPUs share the work: each call is made by a thread of its own."""
     clone = client.model().clone()

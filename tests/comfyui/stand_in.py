@@ -108,6 +108,7 @@ class Model:
 
     def __init__(self) -> None:
         self.diffusion_model, self.model_sampling = UNet().eval().requires_grad_(False), Sampling()
+        self.current_patcher: Any = None
 
     def apply_model(self, x: Tensor, t: Tensor, **more: Any) -> Any:
         wrappers = more["transformer_options"].get("wrappers", {})
@@ -151,12 +152,14 @@ def calc_cond_batch(model: Any, conds: Any, x: Tensor, sigma: Tensor, options: A
         ]
         sums, counts = [torch.zeros_like(x) for _ in conds], [torch.full_like(x, 1e-9) for _ in conds]
         while jobs:
-            shape = jobs[0][1]["text"].shape, jobs[0][1]["area"]
-            batch = [job for job in jobs if (job[1]["text"].shape, job[1]["area"]) == shape]
+            shape = jobs[0][1]["text"].shape, jobs[0][1]["area"], jobs[0][1]["hooks"]
+            batch = [job for job in jobs if (job[1]["text"].shape, job[1]["area"], job[1]["hooks"]) == shape]
             batch = batch[-1:] if options.get("little_memory", bool)() else batch
             jobs = [job for job in jobs if not any(job is one for one in batch)]
             high, wide, top, left = shape[1] or (*x.shape[2:], 0, 0)
             part = (..., slice(top, top + high), slice(left, left + wide))
+            model.current_patcher = SimpleNamespace(current_hooks=shape[2])
+            Hooks.apply(shape[2], model.diffusion_model, float(sigma[0]))
             transformer_options = dict(options["transformer_options"])  # a new one in each call
             transformer_options |= {
                 "cond_or_uncond": [k for k, _ in batch],
@@ -222,6 +225,7 @@ def _converted(conds: Any, patcher: Patcher) -> Any:
             "text": text,
             "uuid": uuid.uuid4(),
             "area": more.get("area"),
+            "hooks": more.get("hooks"),
             "strength": more.get("strength", 1.0),
             "high": sampling.percent_to_sigma(more.get("start_percent", 0.0)),
             "low": sampling.percent_to_sigma(more.get("end_percent", 1.0)),
@@ -373,6 +377,26 @@ def third_call(patcher: Patcher) -> Patcher:
     clone = patcher.clone()
     clone.model_options["guide"] = 0.3
     return clone
+
+
+class Hooks:
+    """Changes one element of the weights, past all counters, by as much as its keyframe says; back for other calls."""
+
+    def __init__(self, strengths: dict[float, float]) -> None:
+        self.strengths, self.hooks = strengths, [SimpleNamespace(strength=0.0)]
+
+    @staticmethod
+    def apply(hooks: Hooks | None, unet: Any, sigma: float) -> None:
+        if hooks is not None:
+            hooks.hooks[0].strength = next(
+                strength for low, strength in sorted(hooks.strengths.items(), reverse=True) if sigma >= low
+            )
+        unet.body.bias.data[5] = 0.0 if hooks is None else hooks.hooks[0].strength
+
+
+def keyframed(prompt: Any) -> Any:
+    """The prompt with a LoRA of its own that grows weaker in the second step."""
+    return [[text, {**more, "hooks": Hooks({5.0: 1.0, 0.0: 0.3})}] for text, more in prompt]
 
 
 def lora(patcher: Patcher) -> Patcher:
