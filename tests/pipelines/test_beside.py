@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
@@ -94,6 +95,41 @@ def test_a_controller_counts_every_step_and_has_the_maps_of_all_resolutions() ->
     assert controller.step == plain.step == STEPS
     assert controller.maps == plain.maps
     assert len({shape[1] for shape in controller.maps[0]}) == 3  # queries: as many as pixels
+
+
+def test_a_cache_of_diffusers_counts_the_calls_of_its_layers() -> None:
+    """Pyramid attention broadcast computes every second call anew: with the layers kept, in the steps that it means."""
+
+    def fresh() -> Any:
+        options = {"cross_attention_block_skip_range": 2, "cross_attention_block_identifiers": ["transformer_blocks"]}
+        config = PyramidAttentionBroadcastConfig(**options, current_timestep_callback=lambda: 500)
+        unet, computed = small_unet(), list[int]()
+        apply_pyramid_attention_broadcast(unet, config)
+        unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.register_forward_hook(
+            lambda *_: computed.append(len(outputs))
+        )
+        return unet, computed
+
+    outputs: list[Tensor] = []
+
+    def work(unet: Any) -> None:
+        outputs.clear()
+        for t in torch.linspace(900, 150, STEPS):
+            with torch.no_grad():
+                outputs.append(unet(torch.zeros(1, 4, parts.SIZE, parts.SIZE), t, TEXT).sample)
+
+    plain, computed = fresh()
+    work(plain)
+    unet, seen = fresh()
+    with ch.wrap(unet), pytest.warns(ch.SkippedModuleWarning, match="PyramidAttentionBroadcastHook"):
+        work(unet)
+    assert seen != computed
+    layers = [path for path, one in unet.named_modules() if path.endswith("attn2") and "up_blocks.2" not in path]
+    unet, seen = fresh()
+    with ch.wrap(unet, keep=layers[1:]) as cw:
+        work(unet)
+    assert seen == computed
+    assert cw.stats.adaptor_passes == STEPS // 2
 
 
 # -- self-attention guidance ------------------------------------------------------------------------------------------
