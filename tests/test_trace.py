@@ -377,8 +377,8 @@ def test_a_time_of_any_type_feeds_what_it_feeds(t: Any) -> None:
     model = Constants()
     traced = ch.trace(model, noise(), t)
     assert traced.time == "t"
-    reached = traced.reachable([traced.inputs["t"]])
-    assert {node.meta["module"] for node in reached} >= {"embed", "body", "up"}
+    reached = traced.reached("t")
+    assert {node.meta["module"] for node in traced.nodes if reached[node.meta["index"]]} >= {"embed", "body", "up"}
     proven(model, noise(), t)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,22 +131,34 @@ class Trace:
         return all(around.index not in skipped for around in self.ancestors(call))
 
     @functools.cached_property
-    def sources(self) -> tuple[tuple[Node, ...], ...]:
-        """Of each node, those whose values it needs."""
-        return tuple(map(sources, self.nodes))
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """Of each node, the indices of those whose values it needs."""
+        return tuple(tuple([source.meta["index"] for source in sources(node)]) for node in self.nodes)
+
+    @functools.cached_property
+    def _origins(self) -> list[int]:
+        """Of each node, the inputs that its value depends on, a bit each."""
+        bits = [0] * len(self.nodes)
+        for k, node in enumerate(self.inputs.values()):
+            bits[node.meta["index"]] = 1 << k
+        for n, needed in enumerate(self.sources):
+            for source in needed:
+                bits[n] |= bits[source]
+        return bits
+
+    def origins(self, n: int) -> tuple[str, ...]:
+        """Paths of the inputs that the value of the node of index `n` depends on; of an input its own."""
+        return tuple(path for k, path in enumerate(self.inputs) if self._origins[n] >> k & 1)
+
+    def reached(self, path: str) -> list[bool]:
+        """Of each node, does its value depend on this input?"""
+        bit = 1 << list(self.inputs).index(path)
+        return [bool(bits & bit) for bits in self._origins]
 
     @functools.cached_property
     def carrying(self) -> set[Node]:
         """The nodes whose values depend on the sample, which is one."""
-        return self.reachable([self.inputs[self.sample]])
-
-    def reachable(self, starts: list[Node]) -> set[Node]:
-        """The nodes whose values depend on those of `starts`, these included."""
-        reached = set(starts)
-        for node, needed in zip(self.nodes, self.sources, strict=True):
-            if node not in reached and any(source in reached for source in needed):
-                reached.add(node)
-        return reached
+        return set(itertools.compress(self.nodes, self.reached(self.sample)))
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.inputs[self.sample].meta["shape"]))
@@ -350,8 +363,9 @@ def _periodic(traced: Trace) -> tuple[str, ...]:
     """Those that feed sin, cos or log without the sample's help, as a time does, and a class label does not."""
 
     def periodic(path: str) -> bool:
-        reached = traced.reachable([traced.inputs[path]]) - traced.carrying
-        return any(getattr(getattr(node.target, "_schema", None), "name", "") in PERIODIC for node in reached)
+        reached = set(itertools.compress(traced.nodes, traced.reached(path)))
+        names = (getattr(getattr(node.target, "_schema", None), "name", "") for node in reached - traced.carrying)
+        return not PERIODIC.isdisjoint(names)
 
     return tuple(path for path in traced.times if periodic(path))
 

@@ -214,16 +214,11 @@ class Embeddings:
 
     def __init__(self, trace: Trace, dominance: Dominance) -> None:
         self._trace, self._dominance = trace, dominance
-        self._reached = {
-            path: {n.meta["index"] for n in trace.reachable([node])}
-            for path, node in trace.inputs.items()
-            if path != trace.sample
-        }
         self._embeddings: dict[int, bool] = {}
 
     def inputs(self, n: int) -> tuple[str, ...]:
         """Paths of the inputs that node n's value comes from, the sample left out."""
-        return tuple(path for path, reached in self._reached.items() if n in reached)
+        return tuple(path for path in self._trace.origins(n) if path != self._trace.sample)
 
     def is_time(self, n: int) -> bool | None:
         """Does node n's value come from the time? None where it comes from no input but the sample."""

@@ -476,8 +476,11 @@ def by_ends(facts: Facts, entry: str, exit: str) -> Region:
 def _round(facts: Facts, source: int, target: int) -> list[str]:
     """What comes from the source and reaches the output without the target, up to where the target is made."""
     trace, dominance = facts.trace, facts.dominance
-    reached = trace.reachable([trace.nodes[source]])
-    between = [n for n in range(source + 1, target) if trace.nodes[n] in reached and dominance.live[n]]
+    reached = {source}
+    for n in range(source + 1, target):
+        if not reached.isdisjoint(trace.sources[n]):
+            reached.add(n)
+    between = [n for n in sorted(reached - {source}) if dominance.live[n]]
     return list(dict.fromkeys(facts.name(n) for n in between if not dominance.within(n, target)))
 
 

@@ -47,12 +47,12 @@ class Dominance:
     def __init__(self, trace: Trace) -> None:
         self.nodes = trace.nodes
         count = len(self.nodes)
-        self.sources = [[node.meta["index"] for node in needed] for needed in trace.sources]
+        self.sources = trace.sources
         self.users: list[list[int]] = [[] for _ in range(count)]
         for v, taken in enumerate(self.sources):
             for u in taken:
                 self.users[u].append(v)
-        self.dep = [node in trace.carrying for node in self.nodes]
+        self.dep = trace.reached(trace.sample)
         self.live = [False] * count
         self.parent = [count] * count
         self._depth = [0] * count + [0]
