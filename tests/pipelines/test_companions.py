@@ -255,6 +255,7 @@ def _own_forward(module: Any, value: Any) -> bool:
     return getattr(value, "__func__", None) is type(module).forward and value.__self__ is module
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*PyramidAttentionBroadcast:clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("ours_first", [True, False], ids=["clockwork goes first", "companion goes first"])
 @pytest.mark.parametrize("early", [True, False], ids=["there before", "comes after"])
 def test_both_hold_and_both_go(
