@@ -119,11 +119,11 @@ def refill(value: Any, contents: Any) -> None:
 
 
 def _is_container(value: Any) -> bool:
-    if isinstance(value, (torch.Tensor, str, bytes, int, float, type(None), type)):
+    if isinstance(value, (list, tuple, dict)):
+        return True
+    if isinstance(value, (torch.Tensor, str, bytes, int, float, type(None), type, Leaf)):
         return False
-    if isinstance(value, Leaf):
-        return False
-    return isinstance(value, (list, tuple, dict, Mapping)) or dataclasses.is_dataclass(value) or _is_record(value)
+    return isinstance(value, Mapping) or dataclasses.is_dataclass(value) or _is_record(value)
 
 
 def _is_record(value: Any) -> bool:

@@ -686,9 +686,8 @@ class LikelyExits:
 
     def saw(self, node: Node) -> None:
         """An operator ran."""
-        depths = {source: self._depth_of(source) for source in _sources(node)}
-        sources = [source for source in depths if depths[source] >= 0]
-        depth = max(depths.values(), default=-1)
+        depths = {source: own for source in _sources(node) if (own := self._depth_of(source)) >= 0}
+        sources, depth = list(depths), max(depths.values(), default=-1)
         positions = _positions(node) if depth >= 0 else 0
         if 0 < positions < self._lowest:
             self._lowest, self._depth = positions, self._depth + 1
