@@ -182,6 +182,7 @@ class Run:
         sigmas: noise levels, one more than steps; none where they are not known.
         window: highest and lowest sigma of the steps that may use the adaptor.
         each: is each evaluation a step of the clock, the first two of the run full? As `cw.sampler` has it.
+        size: of the sampler's batch.
 
     Attributes:
         step: number of the sampler's step, from 1; 0 before the first.
@@ -195,6 +196,7 @@ class Run:
     sigmas: Sequence[float]
     window: tuple[float, float]
     each: bool = False
+    size: tuple[int, ...] = ()
     step: int = 0
     ticks: int = 0
     declared: bool = True
@@ -335,6 +337,7 @@ class Clockwork:
         self.wrapper: ClockworkWrapper | None = None
         self._run: Run | None = None
         self._messages: set[str] = set()
+        self._given_up: set[tuple[int, ...]] = set()  # sizes at which Clockwork cannot serve this model
 
     def put_into(self, patcher: Any) -> Any:
         """A clone of the model patcher that samples with Clockwork; the patcher itself stays as it is.
@@ -357,12 +360,12 @@ class Clockwork:
         """A sampler runs, its models are loaded: put Clockwork on the diffusion model, and take it off afterwards."""
         patcher = guider.model_patcher
         outer, wrapper = self._run, None
-        self._run = self._begin(patcher, executor.class_obj, sigmas)
+        self._run = self._begin(patcher, executor.class_obj, sigmas, rest[0] if rest else None)
         try:
             with warnings.catch_warnings():
                 for kind in (NoEffectWarning, SkippedModuleWarning):  # the line at the end says how many were skipped
                     warnings.simplefilter("ignore", kind)
-                wrapper = self._attach(patcher.model.diffusion_model)
+                wrapper = self._attach(patcher.model.diffusion_model, self._run.size)
                 if wrapper is None:
                     return executor(guider, sigmas, extra, callback, *rest, **options)
                 with wrapper.trajectory(self._run.name), wrapper.serving(False):  # other clones call the same model
@@ -395,26 +398,32 @@ class Clockwork:
             if wrapper.attached and not _is_ours(error):  # the model's own error, or an interrupt
                 raise
             wrapper.remove()
+            if isinstance(error, ClockworkError):  # it would be the same in each run
+                self._given_up.add(run.size)
             self._log_once(f"every step is full: {error}")
             return executor(*args, **options)
 
     # -- the model --------------------------------------------------------------------------------------------------
 
-    def _begin(self, patcher: Any, sampler: Any, sigmas: Any) -> Run:
+    def _begin(self, patcher: Any, sampler: Any, sigmas: Any, batch: Any) -> Run:
         sampling = patcher.get_model_object("model_sampling")
         high, low = (float(sampling.percent_to_sigma(share)) for share in (self.options.start, self.options.end))
         name = _name_of(sampler)
         evaluations = find_sampler(_NAMES.get(name, name))
         plain = self.options.steps().is_clock and not (self.adaptor and stand_in.schedules_of(self.adaptor)[0])
         each = plain and evaluations is not None and evaluations.each
-        return Run(self.options, name, [float(sigma) for sigma in sigmas.tolist()], (high, low), each)
+        size = tuple(batch.shape) if isinstance(batch, Tensor) else ()
+        return Run(self.options, name, [float(sigma) for sigma in sigmas.tolist()], (high, low), each, size)
 
-    def _attach(self, unet: nn.Module) -> ClockworkWrapper | None:
+    def _attach(self, unet: nn.Module, size: tuple[int, ...]) -> ClockworkWrapper | None:
         """Put Clockwork on the diffusion model; None, with one line in the log, where it cannot be."""
         try:
             if self.wrapper is not None and self.wrapper.unet is not unet:  # another checkpoint in the same clone
                 self.wrapper.remove()
                 self.wrapper = None
+                self._given_up.clear()
+            if size in self._given_up:
+                return None
             if self.wrapper is None:
                 steps = self.options.steps()
                 self.wrapper = wrap(

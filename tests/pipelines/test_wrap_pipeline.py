@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SkipLayerGuidance, StableDiffusionXLAutoBlocks
+from diffusers.hooks import LayerSkipConfig
 from torch import Tensor
 
 import clockwork_hooks as ch
@@ -485,6 +487,36 @@ def test_a_base_and_its_refiner_under_one_handle() -> None:
         assert repr(cw) == "WrappedPipeline(BaseAndRefiner: base.unet, refiner.unet)"
     assert [snapshot(pipe.unet) for pipe in (both.base, both.refiner)] == before
     assert torch.equal(both(), plain)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_modular_pipeline_whose_guider_hooks_into_layers_between_the_calls_of_a_step() -> None:
+    """Skip-layer guidance calls the UNet a third time, with the first call's conditions, and with layers cut short."""
+    skipped = LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")
+    guider = SkipLayerGuidance(
+        3.0, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0, skip_layer_config=skipped
+    )
+    modular = StableDiffusionXLAutoBlocks().init_pipeline()
+    modular.update_components(**{name: one for name, one in parts.sdxl().components.items() if one is not None})
+    modular.update_components(guider=guider)
+    parts.quiet(modular)
+
+    def sample() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"prompt": "a cat", "negative_prompt": "a", "height": 32, "width": 32, "num_inference_steps": 8}
+        result: Tensor = modular(**options, generator=generator, output_type="latent", output="latents")
+        return result
+
+    kinds = (
+        "FF FFF FAF AAA FFF AAA FFF AAA"  # the third begins in the second step: in doubt with the first in the third
+    )
+    passes = [(kind, slot) for step in kinds.split() for slot, kind in enumerate(step)]
+    expected = replay(modular.unet, EXIT, passes, sample)
+    with wrap_pipeline(modular, schedule=ch.Schedule.at({3, 4, 6, 8})) as cw:
+        for _ in range(2):
+            assert torch.equal(sample(), expected)
+        stats = cw.wrappers["unet"].stats
+        assert (stats.full_passes, stats.adaptor_passes) == (26, 20), cw.report()
 
 
 def test_some_of_them_and_options_for_each() -> None:
