@@ -89,6 +89,8 @@ class WebUI:
         steps: int = 6,
         stop: int = -1,
         skip: Callable[[int], bool] = lambda evaluation: False,
+        split: Callable[[int], bool] = lambda evaluation: False,
+        again: bool = False,
     ) -> Tensor:
         p = SimpleNamespace(sd_model=self.sd_model, steps=steps, sampler=SimpleNamespace(funcname=function.__name__))
         self.script.process_before_every_sampling(p, clock, start, x=None, noise=None, c=None, uc=None)
@@ -102,14 +104,21 @@ class WebUI:
             conds = [0] if skip(at := next(count)) else [1, 0]
             if at == stop:
                 raise InterruptedError
-            options = {"cond_or_uncond": conds, "sigmas": sigma.expand(len(x)), "cond_mark": torch.ones(len(conds))}
-            both = self.unet(
-                torch.cat([x] * len(conds)) / (sigma**2 + 1).sqrt(),
-                comfy.Sampling().timestep(sigma.expand(len(conds))).float(),
-                context=torch.cat([(text, nothing)[cond] for cond in conds]), control=None,
-                transformer_options=options,
-            )  # fmt: skip
+
+            def call(x: Tensor, conds: list[int]) -> Tensor:
+                options = {"cond_or_uncond": conds, "sigmas": sigma.expand(len(x)), "cond_mark": torch.ones(len(conds))}
+                output: Tensor = self.unet(
+                    torch.cat([x] * len(conds)) / (sigma**2 + 1).sqrt(),
+                    comfy.Sampling().timestep(sigma.expand(len(conds))).float(),
+                    context=torch.cat([(text, nothing)[cond] for cond in conds]), control=None,
+                    transformer_options=options,
+                )  # fmt: skip
+                return output
+
+            batches = [[cond] for cond in conds] if split(at) else [conds]
+            both = torch.cat([call(x, batch) for batch in batches])
             noise = both[:1] + 5 * (both[-1:] - both[:1])
+            noise = noise + 0.3 * (both[-1:] - call(0.9 * x, [0])) if again else noise
             return x - sigma * noise
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * sigmas[0]
@@ -152,6 +161,22 @@ def test_the_negative_prompt_left_out_in_every_other_step(script: Any, runs: int
     handle.remove()
     pictures = [webui.sample(comfy.sample_euler, 2, skip=skip) for _ in range(runs)]
     assert torch.equal(pictures[-1], wanted)
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+@pytest.mark.parametrize(("split", "full"), [(lambda _: False, 6), (lambda _: True, 9), (lambda at: at % 2 == 1, 15)])
+def test_a_condition_that_comes_again_where_memory_splits_batches(script: Any, split: Any, full: int) -> None:
+    """Where the batches change, the order of calls tells nothing: its own call is not served by what the other left."""
+    unet, exit = forge_unet()
+    webui = WebUI(unet, script.Clockwork(), forge=True)
+    calls = 2 if full == 6 else 3
+    slots = [slot for step in range(6) for slot in range(calls)] if full < 15 else [0] * 15
+    kinds = ["FA"[full < 15 and k // calls % 2] for k in range(len(slots))]
+    run = lambda clock: webui.sample(comfy.sample_euler, clock, split=split, again=True)  # noqa: E731
+    wanted = replay(unet, exit, list(zip(kinds, slots, strict=True)), lambda: run(1))
+    for _ in range(2):
+        assert torch.equal(run(2), wanted)
+    assert (kinds.count("F"), torch.equal(wanted, run(1))) == (full, full == 15)
 
 
 def test_the_second_slider_with_two_evaluations_a_step(script: Any) -> None:

@@ -19,10 +19,12 @@ class Run:
     def __init__(self, cw, sampler, steps, each):
         self.cw, self.inner, self.left, self.number, self.each = cw, cw.unet.forward, 0, 0, each
         self.evaluations = evaluations_of(sampler, [1.0] * steps + [0.0])
+        self.calls, self.before = [], []  # the conditions of each call of this evaluation, and of the one before
         cw.unet.forward = self.forward
         cw.reset()
 
     def evaluate(self, _=None):
+        self.calls, self.before = [], self.calls
         if self.evaluations is None:
             return
         self.number += 1
@@ -32,9 +34,17 @@ class Run:
         self.left = (self.left or next(self.evaluations, 1)) - 1
 
     def rows(self, x, transformer_options=None, **_):
-        """Forge's batch is the pictures once for each condition; where one comes twice, rows have no names."""
+        """Forge's batch is the pictures once for each condition; where one comes twice, rows have no names.
+
+        Then the order of its calls tells (perturbed attention calls with a condition again), unless memory splits the
+        batches in another way than in the evaluation before.
+        """
         options = transformer_options or {}
         conds, sigmas = options.get("cond_or_uncond") or [], options.get("sigmas")
+        self.calls.append(list(conds))
+        before = [cond for call in self.before for cond in call]
+        if len(set(before)) < len(before) and self.calls != self.before[: len(self.calls)]:
+            self.cw.reset()
         pictures = len(sigmas) if getattr(sigmas, "ndim", 0) else 0
         if not conds or len(set(conds)) < len(conds) or len(conds) * pictures != len(x):
             return nullcontext()
