@@ -602,7 +602,8 @@ class Weights:
         """Equal for two calls between which no weight has changed."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters or any(
-            layer.processor is not one.object for layer, one in zip(self._attentions, self._processors, strict=True)
+            getattr(layer, "processor", None) is not one.object
+            for layer, one in zip(self._attentions, self._processors, strict=True)
         ):
             self._adapters = adapters
             self._look()
@@ -610,7 +611,7 @@ class Weights:
         values = array("d")  # one array, as the state of the step before is cold
         for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
             marks.append(_mark(owner[name] if name in owner else None, values))  # noqa: SIM401
-        scales = [repr(one.scale) for one in self._scaled]
+        scales = [_numbers(getattr(one, "scale", None)) for one in self._scaled]
         free_u = map(self._free_u.get, _FREE_U)
         return (adapters, values.tobytes(), *marks, *map(_switches, self._layers), *self._processors, *scales, *free_u)
 
@@ -682,6 +683,13 @@ def _counts(parameter: Any) -> bool:
 def _spread(values: list[Any], count: int) -> list[Any]:
     """So many of them, evenly, the last one among them."""
     return values if len(values) <= count else [values[(k + 1) * len(values) // count - 1] for k in range(count)]
+
+
+def _numbers(value: Any) -> Hashable:
+    """What of it is plain numbers; of a tensor its counter of writes, as its values would wait for the device."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_numbers, value))
+    return version(value) if isinstance(value, torch.Tensor) else value if isinstance(value, (int, float)) else None
 
 
 def _switches(layer: Any) -> tuple[Hashable, ...]:
