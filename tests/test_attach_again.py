@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 import clockwork_hooks as ch
+from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
 
@@ -96,3 +101,40 @@ def test_only_some_calls_are_served() -> None:
         assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (3, 3)
     assert torch.equal(x, expected)
     assert torch.equal(y, plain)
+
+
+@torch.no_grad()
+def test_a_step_that_a_forward_in_front_answers_is_no_step_before() -> None:
+    """A step cache that somebody puts on after `wrap`, as TeaCache does: after a step of its own the next is full."""
+    judge, times, last = Judge(Tiny()), torch.arange(900, 0, -90).tolist(), list[Any]()
+    with ch.wrap(judge.unet, schedule=lambda step: True) as cw, cw.trajectory():
+        below = judge.unet.forward
+
+        def cache(*args: Any, **kwargs: Any) -> Any:
+            if step % 3 < 2:
+                last[:] = [below(*args, **kwargs)]
+            return last[0]
+
+        judge.unet.forward = cache
+        for step, t in enumerate(times):
+            x = torch.randn(1, 2, 8, 8)
+            if step % 3 < 2:
+                judge.call(x, t, step=step)
+            else:
+                judge.unet(x, t)
+        assert judge.letters == "FAFAFAF"
+        assert cw.stats.reasons == {"first step": 4, "another forward in front of the UNet's answered by itself": 3}
+
+
+@torch.no_grad()
+def test_who_puts_a_forward_past_the_wrapper_around_each_call_is_told() -> None:
+    """As nodes of ComfyUI do by `unittest.mock`: the class's forward runs, and ours comes back after the call."""
+    unet = Tiny()
+
+    def run() -> None:
+        for t in torch.arange(900, 0, -90):
+            with mock.patch.object(unet, "forward", functools.partial(Tiny.forward, unet)):
+                unet(torch.randn(1, 2, 8, 8), t)
+
+    with ch.wrap(unet), pytest.warns(ch.NoEffectWarning, match="answered by itself"):
+        run()

@@ -37,6 +37,7 @@ EMPTY = "the batch is empty"
 UNANALYSED = "these inputs could not be analysed"
 TEACHER = "a teacher runs in full"
 REPLACED = "something put an older forward of the UNet back"
+ANSWERED = "another forward in front of the UNet's answered by itself"
 OTHER_REGION = "the chosen region is another one for these inputs"
 
 REASONS: dict[str, tuple[str, str]] = {
@@ -161,6 +162,11 @@ REASONS: dict[str, tuple[str, str]] = {
         "another library took its own hook off the UNet and put back the forward that it had found; the call ran past "
         "the wrapper, which has attached itself again",
         "nothing; once. Where it comes again and again, wrap the UNet after the other library's hooks are on",
+    ),
+    ANSWERED: (
+        "another library's forward, put on after `wrap`, did not call the one below it: it keeps steps itself, or it "
+        "calls the UNet's class past the wrapper",
+        "nothing where it keeps steps; else take it off, or put it on before `wrap`",
     ),
     UNANALYSED: (
         "the first call of this input signature was recorded, and finding the region in it failed: a warning said how",

@@ -1033,12 +1033,12 @@ class Engine:
         cost = next((signature.full_macs for key, signature in list(self._signatures.items()) if key[0] == inputs), 0)
         self._count(place, Outcome(None, watched=False, macs=cost, reason=reason), cost)
 
-    def _missed(self) -> None:
-        """A call has begun that runs past us: what is kept may not be of the step before the next one."""
+    def _missed(self, reason: str) -> None:
+        """A call runs past us, or has: what is kept may not be of the step before the next one."""
         if self.enabled:
             timeline = self.states.current().timeline
             timeline.reset()
-            self._count_plain(timeline.nowhere(reasons.REPLACED), reasons.REPLACED, None)
+            self._count_plain(timeline.nowhere(reason), reason, None)
 
     def _set_aside(self) -> None:
         """Somebody compiles the wrapped UNet: its decisions would be compiled in."""

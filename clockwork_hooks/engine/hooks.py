@@ -13,12 +13,14 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
+from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine.passes import Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
@@ -148,7 +150,7 @@ class RootForward(_Instead):
         name: of the module's attribute that holds it.
     """
 
-    __slots__ = ("_asked", "_proved", "name", "serve")
+    __slots__ = ("_asked", "_due", "_proved", "name", "serve")
 
     def __init__(self, module: nn.Module, serve: Serve) -> None:
         super().__init__(module)
@@ -156,13 +158,22 @@ class RootForward(_Instead):
         self.name = "forward"
         self._asked: Any = None  # somebody's forward in front of ours, of which a call will show whether it comes here
         self._proved: Any = None  # one from which a call came
+        self._due: set[int] = set()  # threads in which a call has begun that has not come here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the engine run the call."""
         serve = self.serve
+        self._due.discard(get_ident())
         if self._asked is not None:
             self._proved, self._asked = self._asked, None
         return self.forward(*args, **kwargs) if serve is None else serve(self.forward, args, kwargs)
+
+    def expect(self) -> bool:
+        """A call begins: did the one before it, in this thread, come here? Else a forward in front answered it."""
+        thread = get_ident()
+        came = thread not in self._due
+        self._due.add(thread)
+        return came
 
     def reached(self) -> bool:
         """Will the call that begins now come here, as far as can be told?"""
@@ -332,14 +343,15 @@ class Installed:
 
     # -- the UNet itself -----------------------------------------------------------------------------------------
 
-    def attach(self, unet: nn.Module, owner: object, serve: Serve, missed: Callable[[], None]) -> None:
+    def attach(self, unet: nn.Module, owner: object, serve: Serve, missed: Callable[[str], None]) -> None:
         """Let `serve` run the UNet's calls.
 
         Args:
             unet: the UNet.
             owner: who asks for it.
             serve: given the UNet's own forward and a call's arguments, returns what the call returns.
-            missed: called when a call begins that `serve` will not get: somebody has put an older forward back.
+            missed: called with the reason when a call begins that `serve` will not get, as somebody has put an older
+                forward back; or where it did not get the one before, as another forward has answered that.
         """
 
         def look(module: nn.Module) -> None:
@@ -349,9 +361,12 @@ class Installed:
                     seen={"unet": type(unet).__name__, "called": "a replica of it, as DataParallel makes them"},
                     do="wrap each process's own UNet and use DistributedDataParallel, or call remove() first",
                 )
+            came = self._root is None or self._root.expect()
             if self._root is None or not self._root.reached():
-                missed()
+                missed(reasons.REPLACED)
                 self._front(unet, serve)
+            elif not came:
+                missed(reasons.ANSWERED)
 
         self._closed = False
         if self._optimized is not None:
