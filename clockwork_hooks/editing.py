@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import leaves, map_leaves, tensors
@@ -33,7 +33,6 @@ from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
-from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
@@ -400,17 +399,17 @@ def _joins(trace: Trace) -> list[tuple[int, ModuleCall]]:
     return blocks
 
 
-def _projections(node: Node) -> tuple[str, ...]:
+def _projections(node: fx.Node) -> tuple[str, ...]:
     """Paths of the linear layers that make an attention's queries and keys, if both come from one tensor."""
     if node.op != "call_function" or "dot_product" not in operator_name(node):
         return ()
-    query, key = (_linear(argument) if isinstance(argument, Node) else None for argument in node.args[:2])
+    query, key = (_linear(argument) if isinstance(argument, fx.Node) else None for argument in node.args[:2])
     if query is None or key is None or query is key or query.args[0] is not key.args[0]:
         return ()
     return query.meta["module"], key.meta["module"]
 
 
-def _linear(node: Node) -> Node | None:
+def _linear(node: fx.Node) -> fx.Node | None:
     """The linear layer that a tensor comes from, through views alone."""
     for _ in range(12):
         if node.op != "call_function":

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
@@ -35,7 +35,6 @@ from clockwork_hooks._tree import address, flat, leaf_at, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
 from clockwork_hooks.errors import ArgumentError
 from clockwork_hooks.graph.arguments import Arguments, time_candidates
-from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import (
     CONVOLUTIONS,
     LENGTH_FIRST,
@@ -272,7 +271,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
-def _unseen(node: Node) -> bool:
+def _unseen(node: fx.Node) -> bool:
     """Is it a tensor that code filled which no dispatcher sees?"""
     return node.target is _ALIAS and not all("was" in one.meta for one in node.meta.get("after", ()))
 
@@ -347,7 +346,7 @@ class Scaling:
         )
         return scaling if whole else None
 
-    def _add(self, node: Node, macs: int, sources: _Sources) -> bool:
+    def _add(self, node: fx.Node, macs: int, sources: _Sources) -> bool:
         """Add one operator's term."""
         if handle_of(node) is not None:
             return False
@@ -413,25 +412,25 @@ class _Sources:
     def __init__(self, trace: Trace) -> None:
         self._calls = trace.calls
         self._batch = trace.inputs[trace.sample].meta["shape"][0]
-        self._returned: dict[Node, int] = {}
+        self._returned: dict[fx.Node, int] = {}
         for call in trace.calls[1:]:
             for first in specs_in(call.output)[:1]:
                 self._returned[first.node] = call.index  # the innermost begins last
 
-    def of(self, node: Node) -> int | None:
+    def of(self, node: fx.Node) -> int | None:
         """The call whose first output this node's numbers are, or a fixed share of them."""
         return self._walk(node, through=False)
 
-    def _walk(self, node: Node, *, through: bool) -> int | None:
+    def _walk(self, node: fx.Node, *, through: bool) -> int | None:
         """`through`: also through the product that a softmax was taken of, to its queries."""
-        here: Node | None = node
+        here: fx.Node | None = node
         for _ in range(_FARTHEST):
             if here is None or here in self._returned:
                 return None if here is None else self._returned[here]
             here = self._before(here, through=through)
         return None
 
-    def _before(self, node: Node, *, through: bool) -> Node | None:
+    def _before(self, node: fx.Node, *, through: bool) -> fx.Node | None:
         """The node that this one's numbers come from, one for one, or in parts of a fixed number."""
         if node.op != "call_function":
             return None
@@ -448,23 +447,23 @@ class _Sources:
         if name == "aten::select":
             return operands[0] if self._takes_apart(node) else None
         alike = [source for source in operands if _numel(source) == _numel(node)]
-        aligned = name in VIEWS or name in SOFTMAXES or name in _NORMS or torch.Tag.pointwise in node.target.tags
+        aligned = name in VIEWS or name in SOFTMAXES or name in _NORMS or torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
         aligned = aligned or name in ("aten::baddbmm", "aten::dropout", "aten::native_dropout")
         return alike[0] if aligned and alike and name not in _SPREADS | {"aten::baddbmm"} else self._spread(node, name)
 
-    def _takes_apart(self, node: Node) -> bool:
+    def _takes_apart(self, node: fx.Node) -> bool:
         """Does it take queries, keys and values (or keys and values) apart, which are no rows of the batch?"""
         source, axis = node.all_input_nodes[0], node.args[1] if len(node.args) > 1 else 0
         size = source.meta["shape"][axis] if isinstance(axis, int) else 0
         return size in (2, 3) and size != self._batch
 
-    def _spread(self, node: Node, name: str) -> Node | None:
+    def _spread(self, node: fx.Node, name: str) -> fx.Node | None:
         """An `expand` that leaves the shape as it is (attention by hand makes one) is a view."""
         source = next(iter(node.all_input_nodes), None)
         same = source is not None and source.meta.get("shape") == node.meta.get("shape")
         return source if same and name in ("aten::expand", "aten::slice") else None
 
-    def pair(self, node: Node) -> tuple[int, int] | None:
+    def pair(self, node: fx.Node) -> tuple[int, int] | None:
         """The calls that return queries and keys (or probabilities' queries, and values); None for other products."""
         query, key = _factors(node)
         if query is None or key is None:
@@ -503,18 +502,18 @@ def _shape(call: ModuleCall) -> tuple[int, ...]:
     return next((spec.shape for spec in specs_in(call.output)), ())
 
 
-def _numel(node: Node) -> int:
+def _numel(node: fx.Node) -> int:
     return math.prod(node.meta.get("shape", (0,)))
 
 
-def _parts(part: Node, whole: Node) -> bool:
+def _parts(part: fx.Node, whole: fx.Node) -> bool:
     """Is it the whole, or one of a few parts of equal size?"""
     size = _numel(part)
     return bool(size) and _numel(whole) % size == 0 and _numel(whole) // size <= 4
 
 
-def _factors(node: Node) -> tuple[Node | None, Node | None]:
+def _factors(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The two tensors whose products an attention operator or a matrix product sums up."""
     at = 1 if qualified_name(node.target) in ("aten::baddbmm", "aten::addbmm", "aten::addmm") else 0
     one, other = (node.args[k] if len(node.args) > k else None for k in (at, at + 1))
-    return (one if isinstance(one, Node) else None), (other if isinstance(other, Node) else None)
+    return (one if isinstance(one, fx.Node) else None), (other if isinstance(other, fx.Node) else None)

@@ -891,7 +891,6 @@ class Engine:
             if not later or isinstance(error, Warning):  # the first call says so, and leaves the UNet unwrapped
                 raise
             return self._leave_unanalysed(state, call, error, output)
-        recorder.release()
         if call.place is None:
             before = [one.now if isinstance(one, Snapshot) else one for one in snapshots]
             call.place = self._place(state, call, call.signature, before)  # after it: lazy weights appear in the call

@@ -34,7 +34,6 @@ from torch import fx
 
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import ArgumentError, CountError, is_whole
-from clockwork_hooks.graph.node import Node
 
 Kind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
 
@@ -278,13 +277,13 @@ def _checked(counts: Mapping[str, Handle | None]) -> dict[str, Handle | None]:
     return {name.removeprefix("aten::"): count for name, count in counts.items()}
 
 
-def handle_of(node: Node) -> Handle | None:
+def handle_of(node: fx.Node) -> Handle | None:
     """How the user counts this operator; None where nobody said so."""
     own = _scoped.get()
     return own.get(operator_name(node)) if own and node.op == "call_function" else None
 
 
-def operator_name(node: Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """The operator's name as a reader knows it: "conv2d", "linear", "add"; with its namespace where that is not aten.
 
     Args:
@@ -312,7 +311,7 @@ def qualified_name(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def is_spatial(node: Node) -> bool:
+def is_spatial(node: fx.Node) -> bool:
     """Is this a convolution, pooling or interpolation? Then its operands' axes are batch, channels and space."""
     return node.op == "call_function" and _is_spatial(node.target)
 
@@ -322,7 +321,7 @@ def _is_spatial(target: Any) -> bool:
     return SPATIAL.match(qualified_name(target).removeprefix("aten::")) is not None
 
 
-def kind(node: Node) -> Kind:
+def kind(node: fx.Node) -> Kind:
     """What the operator is to the count.
 
     Args:
@@ -385,7 +384,7 @@ def _is_free(target: Any, name: str) -> bool:
     return not any("Tensor" in str(value.type) for value in schema.returns)
 
 
-def is_attention(node: Node) -> bool:
+def is_attention(node: fx.Node) -> bool:
     """Does this operator make attention products: an attention operator, or a product next to a softmax?"""
     operator_kind = kind(node)
     if operator_kind != "matmul":
@@ -395,7 +394,7 @@ def is_attention(node: Node) -> bool:
     return any(_leads(user, upward=False) for user in node.users)
 
 
-def _leads(node: Node, *, upward: bool) -> bool:
+def _leads(node: fx.Node, *, upward: bool) -> bool:
     """Is there a softmax at the end of a chain of scales, masks and views?"""
     waiting, seen = [node], {node}
     while waiting:
@@ -410,7 +409,7 @@ def _leads(node: Node, *, upward: bool) -> bool:
     return False
 
 
-def _has_weight(node: Node) -> bool:
+def _has_weight(node: fx.Node) -> bool:
     """Is an operand of this product a parameter or buffer, perhaps transposed, cast or expanded?"""
     for source in node.all_input_nodes:
         while source.op == "call_function" and qualified_name(source.target) in VIEWS:
@@ -460,7 +459,7 @@ def _handles() -> ModuleType:
     return module
 
 
-def node_macs(node: Node, *, attention: bool = True, norms: str | None = None) -> int:
+def node_macs(node: fx.Node, *, attention: bool = True, norms: str | None = None) -> int:
     """MACs of one recorded operator, from its recorded shapes.
 
     Args:
@@ -511,11 +510,11 @@ def node_macs(node: Node, *, attention: bool = True, norms: str | None = None) -
     return _matmul(node)
 
 
-def _counted(node: Node, count: Handle) -> int:
+def _counted(node: fx.Node, count: Handle) -> int:
     """What the user's handle says."""
 
     def shapes(value: Any) -> Any:
-        return map_leaves(lambda leaf: leaf.meta.get("shape", ()) if isinstance(leaf, (Node, fx.Node)) else leaf, value)
+        return map_leaves(lambda leaf: leaf.meta.get("shape", ()) if isinstance(leaf, fx.Node) else leaf, value)
 
     parts = [user for user in node.users if user.target is operator.getitem]
     several = tuple(shapes(part) for part in sorted(parts, key=lambda part: int(str(part.args[1]))))
@@ -532,7 +531,7 @@ def _counted(node: Node, count: Handle) -> int:
 # -- counting -------------------------------------------------------------------------------------------------------
 
 
-def _convolution(node: Node) -> int:
+def _convolution(node: fx.Node) -> int:
     arguments = _arguments(node)
     x, weight, out = _shape(node, arguments[0]), _shape(node, arguments[1]), _out(node)
     if len(x) < len(weight):  # unbatched
@@ -543,13 +542,13 @@ def _convolution(node: Node) -> int:
     return int(_handles().conv_flop_count(x, weight, out, transposed=transposed))
 
 
-def _linear(node: Node) -> int:
+def _linear(node: fx.Node) -> int:
     arguments = _arguments(node)
     x, weight = _shape(node, arguments[0]), _shape(node, arguments[1])
     return int(_handles().linear_flop_jit([_Value(x), _Value((1, *weight)[-2:])], []))
 
 
-def _matmul(node: Node) -> int:
+def _matmul(node: fx.Node) -> int:
     name, arguments = qualified_name(node.target), _arguments(node)
     if name == "aten::einsum":
         return _einsum(arguments[0], [_shape(node, operand) for operand in arguments[1]], arguments[2])
@@ -596,7 +595,7 @@ def _einsum(equation: str, shapes: Sequence[Shape], path: Sequence[int] | None) 
     return macs
 
 
-def _attention(node: Node, products: bool) -> int:
+def _attention(node: fx.Node, products: bool) -> int:
     name, arguments = qualified_name(node.target), _arguments(node)
     if name in BLOCKS:
         return _block(node, arguments, products, encoder=name.endswith("fwd"))
@@ -614,7 +613,7 @@ def _attention(node: Node, products: bool) -> int:
     return math.prod(q[:-1]) * k[1] * (q[-1] + v[-1])
 
 
-def _block(node: Node, arguments: Sequence[Any], products: bool, *, encoder: bool) -> int:
+def _block(node: fx.Node, arguments: Sequence[Any], products: bool, *, encoder: bool) -> int:
     """`nn.MultiheadAttention` or `nn.TransformerEncoderLayer` as one operator, as torch runs them in evaluation."""
     q, k, v = [_shape(node, arguments[0])] * 3 if encoder else [_shape(node, value) for value in arguments[:3]]
     rows, width = math.prod(q[:-1]), q[-1]
@@ -624,7 +623,7 @@ def _block(node: Node, arguments: Sequence[Any], products: bool, *, encoder: boo
     return macs + 2 * rows * k[-2] * width if products else macs
 
 
-def _norm(node: Node) -> int:
+def _norm(node: fx.Node) -> int:
     weight, training = NORMS[qualified_name(node.target)]
     arguments = _arguments(node)
     values = [_Value(None) for _ in range(6)]
@@ -636,15 +635,15 @@ def _norm(node: Node) -> int:
     return int(_handles().batchnorm_flop_jit(values, []))
 
 
-def _arguments(node: Node) -> list[Any]:
+def _arguments(node: fx.Node) -> list[Any]:
     """The operator's arguments in its schema's order, defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     arguments = schema.arguments[len(node.args) :] if schema is not None else ()
     return [*node.args, *(node.kwargs.get(value.name, value.default_value) for value in arguments)]
 
 
-def _shape(node: Node, value: Any) -> Shape:
-    shape = value.meta.get("shape") if isinstance(value, (Node, fx.Node)) else None
+def _shape(node: fx.Node, value: Any) -> Shape:
+    shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
     if shape is None:
         raise CountError(
             "an operator's MACs follow from the recorded shapes of its tensors",
@@ -654,7 +653,7 @@ def _shape(node: Node, value: Any) -> Shape:
     return tuple(shape)
 
 
-def _out(node: Node) -> Shape:
+def _out(node: fx.Node) -> Shape:
     """Shape of the first output; operators with several are followed by `getitem` nodes that hold them."""
     if "shape" in node.meta:
         return tuple(node.meta["shape"])

@@ -1,4 +1,4 @@
-"""Records one call of a module as a graph of nodes, while the call runs.
+"""Records one call of a module as nodes of a `torch.fx.Graph`, while the call runs.
 
 Two observers work together: a `TorchDispatchMode` sees every operator with its real tensors, and global module hooks
 see where each module call (`ModuleCall`) begins and ends. Nothing of the module is touched, and no activation is kept
@@ -19,10 +19,10 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
@@ -31,8 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # public, though its
 
 from clockwork_hooks._tree import Leaf, address, flat, held, is_changeable, map_leaves, tensors
 from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
-from clockwork_hooks.graph.node import Node
-from clockwork_hooks.graph.operators import is_spatial
+from clockwork_hooks.graph.operators import is_spatial, qualified_name
 
 _ALIAS = torch.ops.aten.alias.default
 _BLANK = frozenset(
@@ -57,11 +56,44 @@ def garbage_kept() -> Iterator[None]:
             gc.enable()
 
 
+class NodeMeta(TypedDict, total=False):
+    """What `node.meta` of a recorded graph holds: every key that the recorder writes, and when it does.
+
+    Attributes:
+        index: number of the node in the order in which the operators ran; `trace.nodes[index]` is the node. Always.
+        call: index of the module call that the node belongs to. Always.
+        module: dotted path of that call's module, "" for the root; of the nearest registered one around it. Always.
+        shape: of the node's tensor; missing where there are several outputs, and where the tensor is nested.
+        dtype: of the node's tensor.
+        device: of the node's tensor.
+        storage: number of the tensor's storage while recording; nodes with the same one share memory.
+        input: path of the argument that a placeholder is: "sample", "added_cond_kwargs.time_ids".
+        nested: True where the tensor's rows have different lengths.
+        constant: True for a placeholder of a tensor that is no argument: it was made outside of the call.
+        was: of an in-place operator, the node that the tensor was before it.
+        after: nodes that must come first though they are no argument: writes through another view, a number that
+            became a tensor, what code filled that nobody saw.
+    """
+
+    index: int
+    call: int
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    storage: int
+    input: str
+    nested: bool
+    constant: bool
+    was: fx.Node
+    after: tuple[fx.Node, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec(Leaf):
     """What stands for a tensor once it is gone: its node, shape (of a nested tensor none), dtype and device."""
 
-    node: Node
+    node: fx.Node
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -79,22 +111,24 @@ class Bindings:
     """The graph as it grows, and the tensors that its nodes stand for.
 
     Attributes:
-        nodes: the graph's nodes by index.
+        graph: the graph.
+        nodes: its nodes by index.
         inputs: path of each tensor or number among the arguments → its placeholder.
         numbers: the numbers among the arguments, each with its placeholder.
     """
 
     def __init__(self, root: nn.Module, arguments: Arguments) -> None:
-        self.nodes: list[Node] = []
-        self.inputs: dict[str, Node] = {}
-        self.numbers: list[tuple[Any, Node]] = []
+        self.graph = fx.Graph()
+        self.nodes: list[fx.Node] = []
+        self.inputs: dict[str, fx.Node] = {}
+        self.numbers: list[tuple[Any, fx.Node]] = []
         self._call, self._module = 0, ""
-        self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], Node]] = {}
-        self._views: dict[int, dict[tuple[Any, ...], Node]] = {}
+        self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], fx.Node]] = {}
+        self._views: dict[int, dict[tuple[Any, ...], fx.Node]] = {}
         self._shared: dict[int, set[int]] = {}
         self._storages: dict[int, Any] = {}
-        self._owners: dict[int, Node] = {}
-        self._writes: dict[int, Node] = {}
+        self._owners: dict[int, fx.Node] = {}
+        self._writes: dict[int, fx.Node] = {}
         self._blank: set[int] = set()
         self._weights = {
             id(tensor): (weakref.ref(tensor), name)
@@ -121,9 +155,15 @@ class Bindings:
         self._shared.clear()
         self._storages.clear()
 
-    def add(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Node:
+    def add(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> fx.Node:
         """Append a node to the graph."""
-        node = Node(op, target, args, kwargs, index=len(self.nodes), call=self._call, module=self._module)
+        name = qualified_name(target).rpartition("::")[2] if op == "call_function" else target.rpartition(".")[2]
+        node = self.graph.create_node(op, target, name=name)  # one that it makes up takes regular expressions: 4 µs
+        if args:  # put in afterwards: `create_node` would walk them once more, a sixth of what recording takes
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        node.meta.update(index=len(self.nodes), call=self._call, module=self._module)
         self.nodes.append(node)
         return node
 
@@ -173,7 +213,7 @@ class Bindings:
             self._storages[key] = held(storage)
         return key
 
-    def bind(self, tensor: torch.Tensor, node: Node) -> None:
+    def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """From here on the tensor is this node's."""
         describe(node, tensor)
         self._tensors[id(tensor)] = (weakref.ref(tensor), node)
@@ -182,10 +222,10 @@ class Bindings:
             self._shared.setdefault(storage, set()).add(id(tensor))
             node.meta["storage"] = storage
             self._owners.setdefault(storage, node)
-            if getattr(getattr(node.target, "_schema", None), "name", "") in _BLANK:
+            if node.op == "call_function" and getattr(node.target, "_schema", node).name in _BLANK:
                 self._blank.add(storage)
 
-    def write(self, tensor: torch.Tensor, node: Node) -> None:
+    def write(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """An in-place operator: its node is what the tensor is from now on; other views become nodes of their own."""
         node.meta["was"] = self.node(tensor)
         storage = self.storage(tensor)
@@ -222,19 +262,19 @@ class Bindings:
         self._blank.discard(self.storage(tensor))
         self.bind(tensor, now)
 
-    def earlier(self, tensor: torch.Tensor, before: int) -> Node:
+    def earlier(self, tensor: torch.Tensor, before: int) -> fx.Node:
         """The node that the tensor was before the node of index `before`."""
         node = self.node(tensor)
         while node.meta["index"] >= before:
             if "was" in node.meta:
                 node = node.meta["was"]
             elif node.target is _ALIAS and "after" in node.meta:
-                node = node.args[0]
+                node = node.args[0]  # type: ignore[assignment]
             else:
                 break
         return node
 
-    def node(self, tensor: torch.Tensor) -> Node:
+    def node(self, tensor: torch.Tensor) -> fx.Node:
         """Its own node, that of an equal view, a weight's, a new view of what owns its storage, or a constant."""
         entry = self._tensors.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
@@ -256,9 +296,10 @@ class Bindings:
         self.bind(tensor, node)
         return node
 
-    def _constant(self, tensor: torch.Tensor) -> Node:
+    def _constant(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor from outside the call. `torch.tensor([t])` hides an int time in one: the value links them again."""
-        node = self.add("placeholder", f"constant_{len(self.nodes)}")
+        with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+            node = self.add("placeholder", f"constant_{len(self.nodes)}")
         node.meta["constant"] = True
         if self.numbers and tensor.numel() == 1 and tensor.device.type == "cpu":
             value = _number(tensor)
@@ -275,7 +316,7 @@ def _number(tensor: torch.Tensor) -> Any:
         return tensor.detach().item()
 
 
-def describe(node: Node, tensor: torch.Tensor) -> None:
+def describe(node: fx.Node, tensor: torch.Tensor) -> None:
     """Write down what the node's tensor looks like."""
     meta = node.meta
     meta["dtype"], meta["device"] = tensor.dtype, tensor.device
@@ -450,11 +491,6 @@ class Recorder(TorchDispatchMode):
             self._thread, self._frame = -1, None
             self.bindings.forget()
 
-    def release(self) -> None:
-        """Nobody asks the nodes any more. They hold each other, which takes the collector 5 ms to find out."""
-        for node in self.bindings.nodes:
-            del node.users
-
     def likely_exits(self, *, graph: bool = False) -> dict[int, torch.Tensor]:
         """Outputs that may be a region's exit, by the index of their nodes; afterwards none is kept alive here.
 
@@ -556,7 +592,7 @@ class Recorder(TorchDispatchMode):
         call.last = len(self.bindings.nodes)
         return returned
 
-    def _hidden(self, tensor: torch.Tensor, node: Node) -> bool:
+    def _hidden(self, tensor: torch.Tensor, node: fx.Node) -> bool:
         """Did code fill it that no dispatcher sees: a kernel of Triton, CUDA, NumPy?"""
         return bool(node.meta.get("constant")) or self.bindings.blank(tensor)
 
@@ -665,10 +701,10 @@ class LikelyExits:
         copied: nodes of those that were about to be written to: what is kept is a copy without a graph of autograd.
     """
 
-    def __init__(self, sample: Node | None, named: Iterable[frozenset[str]] = ()) -> None:
+    def __init__(self, sample: fx.Node | None, named: Iterable[frozenset[str]] = ()) -> None:
         self.copied: set[int] = set()
         self._named: list[tuple[frozenset[str], dict[int, torch.Tensor]]] = [(paths, {}) for paths in named]
-        self._depths: dict[Node, int] = {} if sample is None else {sample: 0}
+        self._depths: dict[fx.Node, int] = {} if sample is None else {sample: 0}
         self._lowest, self._depth = math.inf, 0
         self._recent: dict[int, weakref.ref[torch.Tensor]] = {}
         self._held: dict[int, torch.Tensor] = {}
@@ -689,7 +725,7 @@ class LikelyExits:
         self._candidates.clear()
         self._depths.clear()
 
-    def saw(self, node: Node) -> None:
+    def saw(self, node: fx.Node) -> None:
         """An operator ran."""
         depths = {source: own for source in _sources(node) if (own := self._depth_of(source)) >= 0}
         sources, depth = list(depths), max(depths.values(), default=-1)
@@ -705,7 +741,7 @@ class LikelyExits:
             for source in low:
                 self._keep(source, node)
 
-    def returned(self, path: str, outputs: list[tuple[Node, torch.Tensor]]) -> None:
+    def returned(self, path: str, outputs: list[tuple[fx.Node, torch.Tensor]]) -> None:
         """The module at this path returned these tensors."""
         for k, (paths, _) in enumerate(self._named):
             if path in paths:
@@ -735,13 +771,13 @@ class LikelyExits:
         if index in self._candidates:
             self._candidates[index].tensor = tensor
 
-    def _depth_of(self, node: Node) -> int:
+    def _depth_of(self, node: fx.Node) -> int:
         """How low the resolutions were that the node comes from; -1 for what does not come from the sample."""
         if node not in self._depths:  # views and parts of outputs are made on demand
             self._depths[node] = max(map(self._depth_of, _sources(node)), default=-1)
         return self._depths[node]
 
-    def _keep(self, source: Node, merge: Node) -> None:
+    def _keep(self, source: fx.Node, merge: fx.Node) -> None:
         """Keep the last module outputs on the ways to this source of a merge."""
         ways, seen, reached = [source], {source}, 0
         while ways and reached < _NEAREST and len(seen) < _FAR:
@@ -756,13 +792,13 @@ class LikelyExits:
             seen.update(more)
             ways += more
 
-    def _add(self, index: int, tensor: torch.Tensor, merge: Node) -> None:
+    def _add(self, index: int, tensor: torch.Tensor, merge: fx.Node) -> None:
         same = (one for one in self._candidates.values() if one.depth == self._depth)
         alike = sum(one.tensor.shape == tensor.shape for one in same)
         if index not in self._candidates and alike < _ALIKE:
             self._candidates[index] = _Candidate(tensor, self._depth, merge.meta["index"])
 
-    def _pass_by(self, node: Node, sources: list[Node]) -> None:
+    def _pass_by(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """Let candidates go that this operator passes by: it takes what is older and comes from as low.
 
         What it takes may be the exit instead: a residual block merges within, and adds its input after that.
@@ -782,12 +818,12 @@ def _put_last(recent: dict[int, Any], index: int, value: Any, *, most: int) -> N
         del recent[next(iter(recent))]
 
 
-def _sources(node: Node) -> list[Node]:
-    after: tuple[Node, ...] = node.meta.get("after", ())
+def _sources(node: fx.Node) -> list[fx.Node]:
+    after: tuple[fx.Node, ...] = node.meta.get("after", ())
     return [*node.all_input_nodes, *after]
 
 
-def _positions(node: Node) -> int:
+def _positions(node: fx.Node) -> int:
     """Positions that a convolution, pooling or interpolation works at; 0 for others, and for gates of one pixel."""
     shape = node.meta.get("shape", ())
     if len(shape) < 3 or not is_spatial(node) or math.prod(shape[2:]) <= 1:

@@ -1,4 +1,4 @@
-"""Trace one call of a UNet into a graph that also knows its module calls.
+"""Trace one call of a UNet into a `torch.fx.Graph` that also knows its module calls.
 
 `torch.fx.symbolic_trace` gives up on most UNets (control flow on tensors, `len`, einops); running the call once and
 recording it does not. The module calls are what skipping needs: "the k-th call of module M", with its nodes.
@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,9 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import AmbiguousInputError, TraceError, first_line
 from clockwork_hooks.graph.arguments import Arguments, Binder, find_sample, may_be_label, parameters_of, time_candidates
-from clockwork_hooks.graph.node import Node
-from clockwork_hooks.graph.operators import kind, node_macs, operator_name, qualified_name
+from clockwork_hooks.graph.operators import kind, node_macs, operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, Recorder, garbage_kept, specs_in
 
 LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
@@ -38,7 +36,8 @@ class Trace:
     """One recorded call.
 
     Attributes:
-        nodes: all nodes by index, in the order in which they ran; `NodeMeta` lists what their `meta` holds.
+        graph: the operators as a standard `torch.fx.Graph`; `NodeMeta` lists what the nodes' `meta` holds.
+        nodes: all nodes by index, in the order in which they ran.
         calls: the module calls in order of their beginning; `calls[0]` is the root's.
         inputs: path of each tensor or number among the arguments → its placeholder.
         outputs: nodes of the tensors returned.
@@ -56,19 +55,15 @@ class Trace:
         (1, 8, 6, 6)
     """
 
-    nodes: tuple[Node, ...]
+    graph: fx.Graph
+    nodes: tuple[fx.Node, ...]
     calls: tuple[ModuleCall, ...]
-    inputs: Mapping[str, Node]
-    outputs: tuple[Node, ...]
+    inputs: Mapping[str, fx.Node]
+    outputs: tuple[fx.Node, ...]
     sample: str
     times: tuple[str, ...]
     signature: tuple[Any, ...]
     model: str
-
-    @functools.cached_property
-    def graph(self) -> fx.Graph:
-        """The operators as a standard `torch.fx.Graph`, whose nodes have the `meta` of `nodes`."""
-        return _graph_of(self.nodes, self.outputs)
 
     @functools.cached_property
     def macs(self) -> tuple[int, ...]:
@@ -156,7 +151,7 @@ class Trace:
         return [bool(bits & bit) for bits in self._origins]
 
     @functools.cached_property
-    def carrying(self) -> set[Node]:
+    def carrying(self) -> set[fx.Node]:
         """The nodes whose values depend on the sample, which is one."""
         return set(itertools.compress(self.nodes, self.reached(self.sample)))
 
@@ -165,9 +160,9 @@ class Trace:
         return f"Trace of {self.model}: {len(self.nodes)} nodes, {len(self.calls)} module calls, {self.sample} {shape}"
 
 
-def sources(node: Node) -> tuple[Node, ...]:
+def sources(node: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes whose *values* this node needs: shape-only operators such as `zeros_like` need none."""
-    after: tuple[Node, ...] = node.meta.get("after", ())
+    after: tuple[fx.Node, ...] = node.meta.get("after", ())
     if node.op != "call_function":
         return after
     schema = getattr(node.target, "_schema", None)
@@ -179,28 +174,7 @@ def sources(node: Node) -> tuple[Node, ...]:
     return (*node.all_input_nodes, *after)
 
 
-def _graph_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> fx.Graph:
-    """A standard graph of `torch.fx`; its nodes have the `meta` of these.
-
-    They are called as their operator, or as the last part of their weight's path.
-    """
-    graph = fx.Graph()
-    made: dict[Node, fx.Node] = {}
-
-    def lifted(leaf: Any) -> Any:
-        return made[leaf] if isinstance(leaf, Node) else leaf
-
-    for node in sorted(nodes, key=lambda node: node.op != "placeholder"):  # constants came up on the way
-        args, kwargs = map_leaves(lifted, (node.args, node.kwargs))
-        separator = "::" if node.op == "call_function" else "."
-        name = qualified_name(node.target).rpartition(separator)[2]
-        made[node] = graph.create_node(node.op, node.target, args, kwargs, name)
-        made[node].meta = node.meta
-    graph.output(tuple(map(lifted, outputs)))
-    return graph
-
-
-def _overwrites(node: Node, memory: Node) -> bool:
+def _overwrites(node: fx.Node, memory: fx.Node) -> bool:
     return node.target is torch.ops.aten.copy_.default and node.args[0] is memory and node.args[1] is not memory
 
 
@@ -341,9 +315,10 @@ def finish(recorder: Recorder, unet: nn.Module, arguments: Arguments, *, time: s
             do="pass the sample as an argument of the UNet's call",
         )
     outputs = [spec.node for spec in returned]
-    Node("output", "output", (tuple(outputs),))  # they have a user more
+    bindings.graph.output(tuple(outputs))
     times = time_candidates(arguments, sample=sample, time=time)
     traced = Trace(
+        bindings.graph,
         tuple(bindings.nodes),
         tuple(recorder.calls),
         bindings.inputs,

@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from clockwork_hooks._tree import flat, map_leaves
-from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import BLOCKS, VIEWS, kind, operator_name, qualified_name
 from clockwork_hooks.graph.recorder import ModuleCall, TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace, modules_of
@@ -320,7 +319,7 @@ class Embeddings:
         return False
 
 
-def _reads_features(node: Node) -> bool:
+def _reads_features(node: fx.Node) -> bool:
     """Is this a linear layer, an embedding, or attention with its projections?"""
     if node.op != "call_function":
         return False

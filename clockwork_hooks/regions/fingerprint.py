@@ -36,10 +36,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
@@ -248,26 +247,26 @@ def _is_custom(name: str) -> bool:
 
 def _own_weight(node: Any) -> tuple[int, ...]:
     """The shape of the parameter that this is, perhaps transposed, cast or expanded; () where it is none."""
-    while isinstance(node, Node) and node.op == "call_function" and qualified_name(node.target) in VIEWS:
+    while isinstance(node, fx.Node) and node.op == "call_function" and qualified_name(node.target) in VIEWS:
         node = node.all_input_nodes[0] if node.all_input_nodes else None
-    return tuple(node.meta.get("shape", ())) if isinstance(node, Node) and node.op == "get_attr" else ()
+    return tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) and node.op == "get_attr" else ()
 
 
 def _weight(node: Any) -> tuple[int, ...]:
     """The shape of a convolution's weight, also of one that is worked out."""
-    return _own_weight(node) or (tuple(node.meta.get("shape", ())) if isinstance(node, Node) else ())
+    return _own_weight(node) or (tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) else ())
 
 
 def _shape(product: _Product) -> tuple[int, ...]:
     return product.label[1][:2] if product.is_convolution else product.label[1:]
 
 
-def _transposes(node: Node, name: str) -> bool:
+def _transposes(node: fx.Node, name: str) -> bool:
     transposes = CONVOLUTIONS[name]
     return bool(node.args[6]) if transposes is None and len(node.args) > 6 else bool(transposes)
 
 
-def _stride(node: Node) -> tuple[int, ...]:
+def _stride(node: fx.Node) -> tuple[int, ...]:
     """A convolution's stride; one number where it is the same along all axes."""
     stride: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
     numbers = stride if isinstance(stride, (tuple, list)) else (stride,)
@@ -275,7 +274,7 @@ def _stride(node: Node) -> tuple[int, ...]:
     return numbers[:1] if len(set(numbers)) == 1 else numbers
 
 
-def _pointwise(node: Node) -> str:
+def _pointwise(node: fx.Node) -> str:
     """The operator's name, where it changes values; "" for views, copies, casts, dropout and what resamples."""
     if kind(node) == "norm":
         return "norm"

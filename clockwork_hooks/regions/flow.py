@@ -26,8 +26,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 
-from clockwork_hooks.graph.node import Node
 from clockwork_hooks.graph.operators import is_spatial, kind, operator_name
 from clockwork_hooks.graph.tracing import Trace, sources
 
@@ -65,11 +65,11 @@ class Dominance:
         self._loaded = np.array([node.op == "get_attr" for node in self.nodes])
         self._entries: dict[int, list[Edge]] | None = None
 
-    def residuals(self, inputs: Mapping[str, Node]) -> tuple[str, ...]:
+    def residuals(self, inputs: Mapping[str, fx.Node]) -> tuple[str, ...]:
         """Paths of the inputs that are only added to feature maps of their own shape, as a ControlNet's outputs are."""
         return tuple(path for path, node in inputs.items() if self._only_added(node, inputs.values()))
 
-    def _only_added(self, node: Node, inputs: Collection[Node]) -> bool:
+    def _only_added(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
         n, shape = node.meta["index"], node.meta.get("shape", ())
         users = [self.nodes[v] for v in self.users[n]]
         if self.dep[n] or len(shape) < 3 or not users:
@@ -78,7 +78,7 @@ class Dominance:
             self._adds(user, n, inputs) if len(sources(user)) > 1 else self._only_added(user, inputs) for user in users
         )
 
-    def _adds(self, user: Node, n: int, inputs: Collection[Node]) -> bool:
+    def _adds(self, user: fx.Node, n: int, inputs: Collection[fx.Node]) -> bool:
         """Is node n added to what the network has made of the sample so far, element by element?"""
         others = [node for node in sources(user) if node.meta["index"] != n]
         alike = all(node.meta.get("shape") == self.nodes[n].meta["shape"] for node in (user, *others))
@@ -222,8 +222,8 @@ class Levels:
     def __init__(self, trace: Trace) -> None:
         self._rank = len(trace.inputs[trace.sample].meta["shape"])
         shapes: dict[int, tuple[int, ...]] = {}
-        self._by_node: dict[Node, int] = {}
-        self._matched: dict[Node, int | None] = {}
+        self._by_node: dict[fx.Node, int] = {}
+        self._matched: dict[fx.Node, int | None] = {}
         carrying = trace.carrying  # a condition's own levels are not the UNet's
         for node in filter(carrying.__contains__, trace.nodes):
             for operand in self._operands(node):
@@ -234,7 +234,7 @@ class Levels:
                 if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
                     shapes[count] = space
         self.spatial = dict(sorted(shapes.items(), reverse=True))
-        self._tokens: dict[Node, int] = {}  # linear layers → tokens, where these make the levels
+        self._tokens: dict[fx.Node, int] = {}  # linear layers → tokens, where these make the levels
         self.at = self._at(trace, carrying)
         self.worked = self._worked(trace)
         if len(self.worked) < 2 and (layers := _merging_layers(trace, carrying)):
@@ -249,7 +249,7 @@ class Levels:
     def _worked(self, trace: Trace) -> list[int]:
         return sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
 
-    def _at(self, trace: Trace, carrying: set[Node]) -> list[int]:
+    def _at(self, trace: Trace, carrying: set[fx.Node]) -> list[int]:
         """The level of the last spatial operator that carries the sample.
 
         One pixel is a level only where a convolution or a window of a pooling leads down to it: the one that a gate
@@ -273,13 +273,13 @@ class Levels:
         """Which of two views names a level: the one without frames, but no view along the frames alone."""
         return len(space) < min(2, self._rank - 2), len(space)
 
-    def _operands(self, node: Node) -> list[Node]:
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
         if not is_spatial(node):
             return []
         source = next(iter(node.all_input_nodes), None)
         return [n for n in (source, node) if n is not None and len(n.meta.get("shape", ())) >= 3 and n.meta["shape"][1]]
 
-    def positions(self, node: Node) -> int | None:
+    def positions(self, node: fx.Node) -> int | None:
         """Positions of a node's tensor, matched to the known levels; None where no reading of the shape fits."""
         if node in self._by_node:
             return self._by_node[node]
@@ -287,7 +287,7 @@ class Levels:
             self._matched[node] = self._match(node)
         return self._matched[node]
 
-    def _match(self, node: Node) -> int | None:
+    def _match(self, node: fx.Node) -> int | None:
         shape = node.meta.get("shape", ())
         if len(shape) < 3 or 0 in shape:
             return None
@@ -300,17 +300,17 @@ class Levels:
         ]
         return next((total // shape[axis] for axis in (*alike, *fitting)), None)
 
-    def channels(self, node: Node) -> int | None:
+    def channels(self, node: fx.Node) -> int | None:
         """Size of the axis that is neither batch, nor frames, nor space."""
         count = self.positions(node)
         return math.prod(node.meta["shape"]) // count if count else None
 
-    def resolution(self, node: Node) -> tuple[int, ...] | None:
+    def resolution(self, node: fx.Node) -> tuple[int, ...] | None:
         """Spatial shape of a node's level, e.g. (32, 32)."""
         count = self.positions(node)
         return None if count is None else self.spatial.get(count)
 
-    def shrinks(self, node: Node, below: int) -> bool:
+    def shrinks(self, node: fx.Node, below: int) -> bool:
         """Does this spatial operator work at fewer positions than `below`, on more than one pixel?"""
         if node in self._tokens:
             return self._tokens[node] < below
@@ -318,15 +318,15 @@ class Levels:
         return small and is_spatial(node) and math.prod(node.meta["shape"][2:]) > 1
 
 
-def _merging_layers(trace: Trace, carrying: set[Node]) -> dict[Node, int]:
+def _merging_layers(trace: Trace, carrying: set[fx.Node]) -> dict[fx.Node, int]:
     """Linear layers on the sample's way → how many tokens they work on; empty unless tokens are merged *and* split.
 
     A layer merges where its input holds the values of k times as many tokens of an earlier layer, put side by side (as
     in HDiT); it splits where its output becomes the tokens of a later one, or joins as many. Tokens that are joined to
     others, as those of a text, change the number of values, and tell nothing.
     """
-    tokens: dict[Node, int] = {}  # of what holds the values of a linear layer's output, in whatever shape
-    layers: dict[Node, int] = {}
+    tokens: dict[fx.Node, int] = {}  # of what holds the values of a linear layer's output, in whatever shape
+    layers: dict[fx.Node, int] = {}
     merges: set[tuple[int, int]] = set()
     splits: set[tuple[int, int]] = set()
     for node in filter(carrying.__contains__, trace.nodes):
