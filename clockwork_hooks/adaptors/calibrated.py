@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
+from clockwork_hooks.adaptors.ahead import ahead
 from clockwork_hooks.adaptors.learned import LearnedAdaptor, ScaledResNetAdaptor, fit
 from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, warn
 from clockwork_hooks.regions.region import Layout, Region
@@ -54,6 +55,18 @@ class Knot:
     gain: Tensor | None = None
     matrix: Tensor | None = None
     trend: Tensor | None = None
+
+
+class _Weights(NamedTuple):
+    """Those of one step; what has a value for each channel is laid out as the exit."""
+
+    low: Tensor
+    high: Tensor
+    bias: Tensor
+    gain: Tensor | None
+    factors: tuple[Tensor, ...]
+    kernel: Tensor | None
+    trend: Tensor | None
 
 
 class Positions:
@@ -272,78 +285,57 @@ class CalibratedAdaptor(LearnedAdaptor):
             trend: how the exit moved between the last two full passes; None adds nothing.
             trend_positions: the UNet's raw times in these two, (2,).
         """
-        bounds, stretch, farther, along, weights = self._row(position, position_cached, trend_positions)
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
-        channels, dtype = self.exit.channels, exit_cached.dtype
-        if exit_cached.shape[axis] != channels:
+        if exit_cached.shape[axis] != self.exit.channels:
             raise AdaptorError(
                 "an adaptor serves exits of the channels that it was made for",
-                seen={"adaptor": f"{channels} channels", "exit": shape(exit_cached.shape)},
+                seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
                 do="calibrate one for this region",
             )
         sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
-        low, high = bounds.to(dtype).reshape(2, *sizes)
-        free, solved = weights.split([sum(self._free), len(weights) - sum(self._free)])
-        free = free * stretch
-        if self.form in ("linear", "kernel"):
-            own = self.reads * channels
-            exit = self._product(entry, exit_cached, entry_cached, solved[:own], stretch, axis)
-            exit = exit + free.to(dtype).reshape(sizes)
-            if self.form == "kernel":
-                exit = exit + self._convolution(exit_cached, solved[own:] * stretch)
-        else:
-            free[channels:].add_(1.0)
-            bias, gain = free.to(dtype).reshape(2, *sizes)
-            exit = torch.addcmul(bias, exit_cached, gain)
-            if self.basis is not None:
-                exit = self._product(entry, exit_cached, entry_cached, solved, stretch, axis, added=exit)
-        if trend is not None:
-            along = along if farther is None else along * farther
-            exit = torch.addcmul(exit, trend, along.to(dtype).reshape(sizes))
-        return exit.clamp(low, high).to(dtype)
+        weights = ahead(self._weights, sizes, exit_cached.dtype, position, position_cached, trend_positions)
+        gain = weights.gain
+        exit = exit_cached + weights.bias if gain is None else torch.addcmul(weights.bias, exit_cached, gain)
+        if weights.factors:
+            exit = self._add_product(exit, exit_cached, entry, entry_cached, weights.factors, axis)
+        if weights.kernel is not None:
+            exit = exit + self._convolution(exit_cached, weights.kernel)
+        if trend is not None and weights.trend is not None:
+            exit = torch.addcmul(exit, trend, weights.trend)
+        return exit.clamp(weights.low, weights.high).to(exit_cached.dtype)
 
-    def _product(
+    def _add_product(
         self,
-        entry: Tensor | None,
+        exit: Tensor,
         cached: Tensor,
+        entry: Tensor | None,
         before: Tensor | None,
-        matrix: Tensor,
-        stretch: Tensor,
+        factors: Sequence[Tensor],
         axis: int,
-        added: Tensor | None = None,
     ) -> Tensor:
-        """Cached exit (or `added`), and what the matrix makes of all that is read: one matrix product."""
-        parts, weights = [cached], (matrix * stretch).reshape(self.reads, -1)
+        """What the matrix makes of all that is read, added to the exit so far, in its memory: one matrix product."""
+        parts = [cached]
         if self.entry is not None:
             parts.append(self._like_exit(entry, cached))
-            if self.reads_before:  # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
-                exit, _, outer = weights.split([self.exit.channels, self.entry.channels, self.entry.channels])
-                inner = matrix.reshape(weights.shape)[len(exit) : len(weights) - len(outer)]
+            if self.reads_before:
                 parts.append(self._like_exit(before, cached))
-                weights = torch.cat([exit, inner, outer - inner])
-        x, start = torch.cat(parts, axis), cached if added is None else added
-        factors = [weights.to(x.dtype), *([] if self.basis is None else [self.basis.to(x.dtype)])]
+        x = torch.cat(parts, axis) if len(parts) > 1 else cached
         if axis == 1 and not _channels_last(x):
             x = x.flatten(2)
             for factor in factors[:-1]:
                 x = factor.T @ x
             last = factors[-1].T.expand(len(x), -1, -1)
-            return torch.baddbmm(start.flatten(2), last, x).reshape(cached.shape)
-        x, start = x.movedim(axis, -1), start.movedim(axis, -1)
+            return exit.flatten(2).baddbmm_(last, x).reshape(cached.shape)
+        x, exit = x.movedim(axis, -1), exit.movedim(axis, -1)
         x = x.reshape(-1, x.shape[-1])
         for factor in factors[:-1]:
             x = x @ factor
-        return torch.addmm(start.reshape(-1, start.shape[-1]), x, factors[-1]).reshape(start.shape).movedim(-1, axis)
+        return exit.reshape(-1, exit.shape[-1]).addmm_(x, factors[-1]).reshape(exit.shape).movedim(-1, axis)
 
-    def _convolution(self, cached: Tensor, around: Tensor) -> Tensor:
-        """What the positions around add: a convolution whose middle is zero."""
-        x, channels = self.exit.to_map(cached), self.exit.channels
-        weights = around.reshape(-1, channels, channels)
-        before, after = weights.chunk(2)
-        kernel = torch.cat([before, torch.zeros_like(weights[:1]), after]).permute(2, 1, 0)
-        kernel = kernel.reshape(channels, channels, *(3,) * self.exit.rank).to(x.dtype)
+    def _convolution(self, cached: Tensor, kernel: Tensor) -> Tensor:
+        """What the positions around add."""
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.exit.rank - 1]
-        return self.exit.from_map(convolve(x, kernel, padding=1))
+        return self.exit.from_map(convolve(self.exit.to_map(cached), kernel, padding=1))
 
     def _like_exit(self, entry: Tensor | None, cached: Tensor) -> Tensor:
         """An entry, laid out as the exit is."""
@@ -356,7 +348,61 @@ class CalibratedAdaptor(LearnedAdaptor):
             )
         return like_exit(entry, self.entry, cached, self.exit)
 
-    # -- which row of the table ----------------------------------------------------------------------------------------
+    # -- the weights of a step -------------------------------------------------------------------------------------
+
+    def _weights(
+        self,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        position: Tensor | None,
+        before: Tensor | None,
+        full: Tensor | None,
+    ) -> _Weights:
+        """The weights of a step, as the exit needs them: of times alone.
+
+        Args:
+            sizes: of a value for each channel, to be added to the exit.
+            dtype: of the exit.
+            position: of this call.
+            before: of the call that the cached exit comes from.
+            full: (2,), of the last two full passes.
+        """
+        bounds, stretch, farther, along, solved = self._row(position, before, full)
+        low, high = bounds.to(dtype).reshape(2, *sizes)
+        free, solved = solved.split([sum(self._free), len(solved) - sum(self._free)])
+        free = free * stretch
+        if self._free[1]:
+            free[self.exit.channels :].add_(1.0)  # the cached exit itself
+        bias, *gains = free.to(dtype).reshape(-1, self.exit.channels, *sizes[1:])
+        own = self.reads * self.exit.channels if self.form == "kernel" else len(solved)
+        matrix, around = solved[:own], solved[own:]
+        return _Weights(
+            low=low,
+            high=high,
+            bias=bias,
+            gain=gains[0] if gains else None,
+            factors=self._factors(matrix, stretch, dtype) if len(matrix) else (),
+            kernel=self._kernel(around * stretch, dtype) if len(around) else None,
+            trend=(along if farther is None else along * farther).to(dtype).reshape(sizes) if len(along) else None,
+        )
+
+    def _factors(self, matrix: Tensor, stretch: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What is multiplied, one after the other, with all that is read."""
+        weights = (matrix * stretch).reshape(self.reads, -1)
+        if self.reads_before and self.entry is not None:
+            # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
+            exit, _, outer = weights.split([self.exit.channels, self.entry.channels, self.entry.channels])
+            inner = matrix.reshape(weights.shape)[len(exit) : len(weights) - len(outer)]
+            weights = torch.cat([exit, inner, outer - inner])
+        return (weights.to(dtype), *([] if self.basis is None else [self.basis.to(dtype)]))
+
+    def _kernel(self, around: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of a convolution whose middle is zero."""
+        channels = self.exit.channels
+        weights = around.reshape(-1, channels, channels)
+        before, after = weights.chunk(2)
+        kernel = torch.cat([before, torch.zeros_like(weights[:1]), after]).permute(2, 1, 0)
+        return kernel.reshape(channels, channels, *(3,) * self.exit.rank).to(dtype)
 
     def _row(
         self, position: Tensor | None, before: Tensor | None, full: Tensor | None
