@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import clockwork_hooks as ch
 from benchmarks import gpu_checks
 from benchmarks.latency import PLAIN, Group, Latency
 from benchmarks.setting import Loop
-from benchmarks.sides import Variant
+from benchmarks.sides import Variant, clockwork_options
 
 __all__ = ["Section", "plan"]
 
@@ -86,7 +87,8 @@ def plan(run: Latency) -> list[Section]:
         run.trajectories("sd15", 2, "cudagraphs", [group(8, sides, more, 40), group(50, longer, few, 34)])
 
     def sd15_compiled() -> None:
-        sides = [PLAIN, *FEWER[8], *BEST, TWO, BY_HAND[0], MORE[0], IDEAL, WIDE[0], RESNET]
+        torchs = [replace(one, torchs=True) for one in (BEST[1], TWO)]
+        sides = [PLAIN, *FEWER[8], *BEST, TWO, BY_HAND[0], MORE[0], IDEAL, WIDE[0], *torchs, RESNET]
         longer = [PLAIN, *FEWER[50], *LONG, TWO, BY_HAND[0], WIDE[0]]
         if run.tiny:  # a rehearsal need not compile for long
             sides, longer = [PLAIN, BEST[0], BY_HAND[0], DEEP[0], FEWER[8][0]], [PLAIN, *FEWER[50]]
@@ -130,7 +132,7 @@ def plan(run: Latency) -> list[Section]:
         ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
         ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 36)),
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
-        ("checks compiled", 10, lambda: equal("compile", run.compile_options)),
+        ("checks compiled", 10, lambda: equal("compile", clockwork_options(run.compile_options))),
         ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 80)),
         ("batch 8 captured", 15, batch_8),
         ("sdxl 50 compiled", 40, lambda: sdxl_longer("compile")),

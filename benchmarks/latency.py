@@ -21,9 +21,9 @@ from clockwork_hooks.analysis.normal_equations import KINDS
 
 PLAIN = Variant()
 PASSES = (  # (adaptor, cut), the most important first: where time is short the last ones are left out
-    ("ideal", "outer"), ("identity", "outer"), ("affine", "outer"), ("exit+entry", "outer"), ("identity", "widest"),
-    ("affine", "widest"), ("exit+entry", "widest"), ("exit+entry+before+trend", "widest"), ("affine+trend", "widest"),
-    ("ResNet", "outer"), ("ideal", "paper"), ("identity", "paper"), ("ResNet", "paper"),
+    ("ideal", "outer"), ("identity", "outer"), ("affine", "outer"), ("exit", "outer"), ("exit+entry", "outer"),
+    ("identity", "widest"), ("affine", "widest"), ("exit+entry", "widest"), ("exit+entry+before+trend", "widest"),
+    ("affine+trend", "widest"), ("ResNet", "outer"), ("ideal", "paper"), ("identity", "paper"), ("ResNet", "paper"),
 )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def _ideal(figure: Any, found: Latencies) -> None:
     """Whole images over the ideal's time, and single adaptor passes; 1.03 is the target."""
     names = {"eager": "eager", "cudagraphs": "captured", "compile": "compiled"}
     whole = [
-        (f"{r['model']}, batch {r['batch']}, {r['steps']} steps, clock {r['clock']}, {r['cut']}",
+        (f"{r['model']}, batch {r['batch']}, {r['steps']} steps, " + r["side"].partition(", ")[2],
          r["mode"], r["to_ideal"])
         for r in found.data["latency"] if r["to_ideal"] is not None and r["adaptor"] == "identity"
     ]  # fmt: skip

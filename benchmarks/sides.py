@@ -28,6 +28,11 @@ PLANNED = {  # steps of the sampler → which of them the adaptor serves: 46% an
 IMAGES = 2  # that an adaptor is calibrated on: weights are random, so only its time and its memory mean anything
 
 
+def clockwork_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of `cw.compile`, where others are compiled with these: what is compiled is captured by Clockwork."""
+    return {**options, "mode": "compiled-cudagraphs"} if options.get("mode") == "reduce-overhead" else options
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What runs.
@@ -40,6 +45,7 @@ class Variant:
         cut: "outer", "paper", or "widest" (what DeepCache's branch 0 skips).
         planned: the schedule is that of `PLANNED`; the clock counts nothing.
         steps: of plain: the sampler takes so many, not as many as the table says; 0 takes those.
+        torchs: of Clockwork, compiled: torch captures what it has compiled ("reduce-overhead"), as plain has it.
     """
 
     kind: str = "plain"
@@ -48,6 +54,7 @@ class Variant:
     cut: str = "outer"
     planned: bool = False
     steps: int = 0
+    torchs: bool = False
 
     @property
     def name(self) -> str:
@@ -56,7 +63,8 @@ class Variant:
             return f"{self.kind}, {self.steps} steps" if self.steps else self.kind
         if self.kind.startswith("DeepCache"):
             return f"{self.kind}, interval {self.clock}, branch 0"
-        return f"{self.kind}, {'planned' if self.planned else f'clock {self.clock}'}, {self.adaptor}, {self.cut} cut"
+        when = "planned" if self.planned else f"clock {self.clock}"
+        return f"{self.kind}, {when}, {self.adaptor}, {self.cut} cut" + ", torch's CUDA graphs" * self.torchs
 
     @property
     def any_steps(self) -> bool:
@@ -151,7 +159,7 @@ class Bench:
         if mode == "cudagraphs":
             cw.compile(mode="cudagraphs")
         elif mode == "compile":
-            cw.compile(**self.compile_options)
+            cw.compile(**(self.compile_options if variant.torchs else clockwork_options(self.compile_options)))
         return Side(variant, unet, cw)
 
     def warm(self, side: Side, loop: Loop, mode: str) -> None:

@@ -19,6 +19,11 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What torch.compile has made runs in it, as in a capture; else it would run uncompiled."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing")

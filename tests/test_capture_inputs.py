@@ -12,7 +12,7 @@ import clockwork_hooks as ch
 from clockwork_hooks.engine import cuda_graphs
 from tests.small_unet import Tiny
 from tests.tape import FakeCuda
-from tests.test_compile import cuda  # noqa: F401  (a fixture)
+from tests.test_compile import captured_as, cuda  # noqa: F401  (a fixture)
 
 STEPS = range(900, 300, -100)
 
@@ -49,6 +49,33 @@ def test_what_a_pass_writes_to_buffers_it_writes_once_a_call(cuda: FakeCuda) -> 
         torch.testing.assert_close(dict(ours.named_buffers()), dict(eager.named_buffers()))
     assert ours.calls == 12
     assert cuda.captures == 2
+
+
+@torch.no_grad()
+@captured_as
+def test_a_launch_that_does_not_count_writes_nothing(how: dict[str, Any], cuda: FakeCuda) -> None:  # noqa: F811
+    """Whether a graph still stands for the modules is known after most launches; not after those that write."""
+
+    class Counts(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+            self.calls.add_(1)
+            return super().forward(x, t, c, **more)
+
+    unet = Counts()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(**how)
+        for run in range(1, 6):
+            if run == 4:
+                unet.head = nn.Sequential(unet.head, nn.Tanh())
+            with cw.trajectory():
+                for k, t in enumerate(STEPS):
+                    unet(noise(k), t)
+            assert unet.calls == run * len(STEPS)
+    assert cuda.captures > 2
 
 
 @torch.no_grad()

@@ -35,11 +35,11 @@ TIMES = (900, 700, 500, 300, 200, 100)
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own, while dynamo is imported
+        torch._dynamo.reset()
         yield
-    torch._dynamo.reset()  # what it has traced keeps tensors alive
+        torch._dynamo.reset()  # what it has traced keeps tensors alive
 
 
 def diffusers_unet() -> nn.Module:
@@ -341,6 +341,8 @@ def test_modes_are_checked() -> None:
         ({"mode": "default", "options": {"epilogue_fusion": True}}, "Either mode or options"),
         ({"mode": "cudagraphs", "options": {"epilogue_fusion": True}}, 'pass mode="cudagraphs" alone'),
         ({"mode": "cudagraphs", "backend": "eager"}, "backend: 'eager'"),
+        ({"mode": "compiled-cudagraphs", "options": {"triton.cudagraphs": True}}, 'leave "triton.cudagraphs" out'),
+        ({"mode": "compiled-cudagraphs"}, "must be on a CUDA device"),
     ],
     ids=str,
 )
@@ -469,6 +471,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
+# passes are captured as they are, or as torch.compile has made them
+AS_IT_IS: dict[str, Any] = {"mode": "cudagraphs"}
+AS_COMPILED: dict[str, Any] = {"mode": "compiled-cudagraphs", "backend": "eager"}
+captured_as = pytest.mark.parametrize("how", [AS_IT_IS, AS_COMPILED], ids=["as it is", "as compiled"])
+
+
 @pytest.mark.parametrize(
     ("name", "adaptor"), [("diffusers", None), ("guided-diffusion", None), ("diffusers", "module")]
 )
@@ -491,7 +499,8 @@ def test_captured_passes_are_replayed(name: str, adaptor: str | None, cuda: Fake
     assert snapshot(unet) == before
 
 
-def test_captured_branches_keep_their_own_exits(cuda: FakeCuda) -> None:
+@captured_as
+def test_captured_branches_keep_their_own_exits(how: dict[str, Any], cuda: FakeCuda) -> None:
     unet = Tiny()
     conditions = torch.zeros(2, 3), torch.ones(2, 3)
 
@@ -502,16 +511,17 @@ def test_captured_branches_keep_their_own_exits(cuda: FakeCuda) -> None:
     with ch.wrap(unet, clock=3) as cw, cw.trajectory():
         expected = run()
     with ch.wrap(unet, clock=3) as cw, cw.trajectory():
-        cw.compile(mode="cudagraphs")
+        cw.compile(**how)
         for _ in range(3):
             torch.testing.assert_close(run(), expected)
     assert cuda.captures == 2
 
 
-def test_captured_outputs_are_the_callers_own(cuda: FakeCuda) -> None:
+@captured_as
+def test_captured_outputs_are_the_callers_own(how: dict[str, Any], cuda: FakeCuda) -> None:
     case, unet = CASES["tiny"], Tiny()
     with ch.wrap(unet, clock=2) as cw:
-        cw.compile(mode="cudagraphs")
+        cw.compile(**how)
         for _ in range(2):
             outputs = [case.call(unet, k) for k in range(len(TIMES))]
             copies = [output.clone() for output in outputs]
@@ -521,12 +531,13 @@ def test_captured_outputs_are_the_callers_own(cuda: FakeCuda) -> None:
     assert torch.equal(case.call(unet, 0), case.call(Tiny(), 0))
 
 
+@captured_as
 @pytest.mark.parametrize("time", [lambda t, _: t, lambda t, _: float(t), lambda t, _: torch.tensor(t)])
-def test_captured_times_are_inputs(time: Any, cuda: FakeCuda) -> None:
+def test_captured_times_are_inputs(time: Any, how: dict[str, Any], cuda: FakeCuda) -> None:
     case, unet = CASES["tiny"], Tiny()
     expected = rollout(case, unet, compiled=False, time=time)
     with ch.wrap(unet, clock=2) as cw, cw.trajectory():
-        cw.compile(mode="cudagraphs")
+        cw.compile(**how)
         for _ in range(2):
             torch.testing.assert_close([case.call(unet, k, time=time) for k in range(len(TIMES))], expected)
     assert cuda.captures == 2
@@ -552,18 +563,21 @@ def _in_place(unet: Tiny) -> None:
     unet.head.bias.add_(1)
 
 
+@captured_as
 @pytest.mark.parametrize("change", [_swap_weight, _move_weight, _swap_module, _add_hook, _in_place])
-def test_a_capture_follows_what_changes_between_trajectories(change: Callable[[Tiny], None], cuda: FakeCuda) -> None:
+def test_a_capture_follows_what_changes_between_trajectories(
+    change: Callable[[Tiny], None], how: dict[str, Any], cuda: FakeCuda
+) -> None:
     case, unet, plain = CASES["tiny"], Tiny(), Tiny()
     change(plain)
     expected = rollout(case, plain, compiled=False)
     with ch.wrap(unet, clock=2) as cw, cw.trajectory():
-        cw.compile(mode="cudagraphs")
+        cw.compile(**how)
         for _ in range(2):
             [case.call(unet, k) for k in range(len(TIMES))]
         change(unet)
         torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
-    assert cuda.captures == (2 if change is _in_place else 4)
+    assert (cuda.captures > 2) == (change is not _in_place)
 
 
 def _widen(unet: Tiny) -> None:
@@ -800,6 +814,70 @@ def test_what_is_traced_or_exported_is_the_unet_itself(how: str) -> None:
         assert cw.stats.adaptor_passes == 1
 
 
+# -- captures of what torch.compile has made -------------------------------------------------------------------------
+
+
+class Scaled(Tiny):
+    """What its Python holds decides what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.tanh = 1, False
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        output = super().forward(x * self.scale, t, c, **more)
+        return output.tanh() if self.tanh else output
+
+
+def test_what_its_python_holds_is_seen_between_trajectories(cuda: FakeCuda) -> None:
+    case, plain, unet = CASES["tiny"], Scaled(), Scaled()
+    with ch.wrap(plain, clock=2) as eager, ch.wrap(unet, clock=2) as cw:
+        cw.compile(**AS_COMPILED)
+        for run in range(5):
+            with eager.trajectory(), cw.trajectory():
+                for one in (plain, unet):
+                    one.tanh, one.scale = run in (1, 3), 1 + (run > 2)
+                for k in range(len(TIMES)):
+                    torch.testing.assert_close(case.call(unet, k), case.call(plain, k))
+        assert cw.stats.adaptor_passes == eager.stats.adaptor_passes
+    assert cuda.captures > 2
+
+
+def test_what_cannot_be_captured_runs_compiled(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(tape: Any, **_: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    case, unet = CASES["tiny"], Tiny()
+    expected = rollout(case, unet, compiled=False)
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    counters.clear()
+    with ch.wrap(unet, clock=2) as cw, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cw.compile(**AS_COMPILED)
+        for _ in range(3):
+            with cw.trajectory():
+                torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
+        assert (cw.stats.full_passes, cw.stats.adaptor_passes) == (9, 9)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert [str(one.message).split(":")[0] for one in caught if one.category is ch.NoEffectWarning] == [
+        "what is compiled cannot be captured, and runs without CUDA graphs"
+    ]
+
+
+def test_gradients_flow_where_captures_have_none(cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Tiny()
+    with ch.wrap(unet, clock=2) as cw:
+        cw.compile(**AS_COMPILED)
+        for _ in range(2):
+            [case.call(unet, k) for k in range(len(TIMES))]
+        captures = cuda.captures
+        with torch.enable_grad():
+            for k in range(len(TIMES)):
+                case.call(unet, k).sum().backward()
+    assert unet.head.weight.grad is not None
+    assert cuda.captures == captures > 0
+
+
 # -- several clocks, and decisions at run time ----------------------------------------------------------------------
 
 
@@ -812,12 +890,12 @@ class Moved(nn.Module):
         return exit_cached + (entry - entry_cached).mean()
 
 
-STATIC = ["eager", "cudagraphs", pytest.param("aot_eager", marks=pytest.mark.slow)]
+STATIC = ["eager", "cudagraphs", "captured as compiled", pytest.param("aot_eager", marks=pytest.mark.slow)]
 
 
 def made_static(cw: Any, how: str) -> None:
     """Compile, or capture on the stand-in."""
-    cw.compile(mode="cudagraphs") if how == "cudagraphs" else cw.compile(backend=how)
+    cw.compile(**{"cudagraphs": AS_IT_IS, "captured as compiled": AS_COMPILED}.get(how, {"backend": how}))
 
 
 @pytest.mark.parametrize("how", STATIC)
@@ -842,7 +920,7 @@ def test_several_clocks(how: str, adaptor: Any, cuda: FakeCuda) -> None:
             outputs[static] = seen
             assert set(cw.stats.regions) == {"level 1", "level 2"}
             assert set(cw.stats.reasons) <= {"first step", "scheduled", "traced"}
-            if static and how == "cudagraphs":
+            if static and how.startswith("c"):
                 assert cuda.captures == 3
             elif static:
                 assert counters["stats"]["unique_graphs"] == 3
@@ -868,7 +946,7 @@ def test_an_adaptive_schedule(how: str, cuda: FakeCuda) -> None:
                 for jump, t in zip(jumps, TIMES, strict=True):
                     seen += [unet(x + jump, torch.tensor(float(t)), c) for c in conditions]
         outputs[static] = seen, cw.stats.adaptor_passes, dict(cw.stats.reasons)
-        if static and how == "cudagraphs":
+        if static and how.startswith("c"):
             assert cuda.captures == 2
     assert outputs[True][1:] == outputs[False][1:]
     assert outputs[True][1] > 10

@@ -42,8 +42,9 @@ __all__ = ["Compiled", "Static"]
 
 _NUMBERS = itertools.count()
 
-# args, kwargs, (cached exit, what is known of earlier steps) → output, region → exit, entry, those of others, complete
-Static = Callable[..., "tuple[Any, dict[int, torch.Tensor], torch.Tensor | None, dict[str, torch.Tensor], bool]"]
+# output, region → exit, entry, those of others, complete
+Results = tuple[Any, dict[int, torch.Tensor], "torch.Tensor | None", dict[str, torch.Tensor], bool]
+Static = Callable[..., Results]  # of args, kwargs, (cached exit, what is known of earlier steps)
 # The same: one runs a graph that is there, or raises `_NoGraphFits`; the other compiles one if need be.
 Tries = tuple[Static, Static]
 Cached = tuple["torch.Tensor | None", stand_in.Past]
@@ -53,10 +54,10 @@ class _NoGraphFits(Exception):
     """None of the graphs that dynamo has is for such a call; nothing has run."""
 
 
-class _Withheld(Exception):
-    """The graph that fits is yet to be proved; nothing has run."""
+class Unproved(Exception):
+    """The graph that fits is yet to be proved, or nothing is compiled; nothing has run."""
 
-    def __init__(self, graph: _Proved) -> None:
+    def __init__(self, graph: _Proved | None) -> None:
         super().__init__()
         self.graph = graph
 
@@ -140,6 +141,34 @@ class Compiled:
         self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
     ) -> Outcome:
         """Run the pass, compiled first if need be."""
+        try:
+            results = self.results(call, pass_, args, kwargs, cached)
+        except Unproved as error:
+            return self.run_as_it_is(call, pass_, error)
+        if self.pooled:
+            output, exits, entry, others, complete = results
+            output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
+            exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
+            entry = None if entry is None else entry.clone()
+            results = output, exits, entry, {name: other.clone() for name, other in others.items()}, complete
+        return outcome_of(pass_, *results)
+
+    def run_as_it_is(self, call: UNetCall, pass_: Pass, error: Unproved) -> Outcome:
+        """Run the pass uncompiled, which shows whether its graph may run from now on."""
+        if error.graph is not None:
+            pass_.proves_for(error.graph.release)
+        return self.engine.execute(call, pass_, None, eager=True)
+
+    def results(
+        self, call: UNetCall, pass_: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached
+    ) -> Results:
+        """What the static callable of a pass returns for these inputs.
+
+        Raises:
+            CompileError: it is not one graph.
+            Exchanged: no graph fits, as modules are others than the recorded; nothing has run.
+            Unproved: its graph may not run yet; nothing has run.
+        """
         forward = id(getattr(call.forward, "__func__", call.forward))  # another one once the UNet has another class
         key = (call.key, pass_.plan.index, pass_.kind, frozenset(pass_.copies), forward)
         with self._lock:
@@ -147,26 +176,22 @@ class Compiled:
             if static is None:
                 self.begin()
                 static = self._static[key] = self._tries(self._make(call, pass_), pass_.kind)
+        run, compile_and_run = static
         if self.pooled:
             torch.compiler.cudagraph_mark_step_begin()
-        run, compile_and_run = static
         try:
             with _counting_in_checkpoints():
                 call.inside = True
                 try:
-                    results = run(args, kwargs, cached, False)
+                    return run(args, kwargs, cached, False)
                 except _NoGraphFits:
                     call.inside = False
                     if not (self.engine.intact and self.holds()):
                         raise Exchanged from None
                     call.inside = True
-                    results = compile_and_run(args, kwargs, cached)
-                call.inside = False
-        except (_NoGraphFits, _Withheld) as error:
-            call.inside = False
-            if isinstance(error, _Withheld):
-                pass_.proves_for(error.graph.release)
-            return self.engine.execute(call, pass_, None, eager=True)
+                    return compile_and_run(args, kwargs, cached)
+        except _NoGraphFits:
+            raise Unproved(None) from None
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -183,14 +208,8 @@ class Compiled:
                 do='read the cause above; or call cw.compile(mode="cudagraphs"), which needs no graph of operators',
             ) from error
         finally:
+            call.inside = False
             self.engine.tracing = None  # where nothing is compiled (`TORCHDYNAMO_DISABLE`) the static callable set it
-        output, exits, entry, others, complete = results
-        if self.pooled:
-            output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
-            exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
-            entry = None if entry is None else entry.clone()
-            others = {name: other.clone() for name, other in others.items()}
-        return outcome_of(pass_, output, exits, entry, others, complete=complete)
 
     def _tries(self, static: Static, kind: Kind) -> Tries:
         """How a static callable is launched: `torch._dynamo.run` calls it as it is where no graph fits."""
@@ -243,7 +262,7 @@ class _Proved:
 
     def __call__(self, *inputs: Any) -> Any:
         if not self._proved:  # the code around it changes what the UNet counts after it has run: nothing has changed
-            raise _Withheld(self)
+            raise Unproved(self)
         return self._run(*inputs)
 
 
@@ -292,7 +311,6 @@ def outcome_of(
     exits: Mapping[int, torch.Tensor],
     entry: torch.Tensor | None,
     others: Mapping[str, torch.Tensor],
-    *,
     complete: bool,
 ) -> Outcome:
     """The outcome of a pass that a static callable has run; whether its calls agreed was seen when it was made."""

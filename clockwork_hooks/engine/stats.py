@@ -503,9 +503,8 @@ def _watcher(module: Mapping[str, Any]) -> str | None:
     processor = module.get("processor")
     if processor is not None and not isinstance(processor, nn.Module) and _has_state(processor):
         return f"an attention processor with state, {type(processor).__name__}"
-    added = getattr(
-        module.get("_diffusers_hook"), "hooks", {}
-    )  # diffusers' registry: caches count their module's calls
+    # diffusers' registry of hooks, of which caches count their module's calls
+    added = getattr(module.get("_diffusers_hook"), "hooks", {})
     counting = [type(hook).__name__ for hook in added.values() if getattr(hook, "_is_stateful", False)]
     return f"a hook of diffusers with state, {', '.join(counting)}" if counting else None
 

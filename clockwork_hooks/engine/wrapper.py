@@ -29,8 +29,9 @@ from clockwork_hooks.errors import ArgumentError, WrapError, whole
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
 
-MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 POOLED = ("reduce-overhead", "max-autotune")
+CAPTURED = ("cudagraphs", "compiled-cudagraphs")
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", *CAPTURED)
 
 
 def check_unet(unet: Any) -> None:
@@ -114,17 +115,25 @@ def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[s
         raise ArgumentError(
             "a mode is one of " + ", ".join(map(repr, MODES)), seen={"mode": repr(mode)}, do="pass one of these"
         )
+    if mode == "cudagraphs" and (backend != "inductor" or options is not None):
+        raise ArgumentError(
+            'mode="cudagraphs" compiles nothing: backend and options are of the other modes',
+            seen={"backend": repr(backend), "options": repr(options)},
+            do='pass mode="cudagraphs" alone, or with them mode="compiled-cudagraphs"',
+        )
     if mode == "cudagraphs":
-        if backend != "inductor" or options is not None:
-            raise ArgumentError(
-                'mode="cudagraphs" compiles nothing: backend and options are of the other modes',
-                seen={"backend": repr(backend), "options": repr(options)},
-                do='pass mode="cudagraphs" alone',
-            )
         return Captured(engine)
-    chosen = {"mode": mode, "backend": backend, "options": options}
+    graphs_of_torch = bool((options or {}).get("triton.cudagraphs"))
+    if mode in CAPTURED and graphs_of_torch:
+        raise ArgumentError(
+            f'mode="{mode}" captures what is compiled: torch.compile does not capture it, too',
+            seen={"options": options},
+            do='leave "triton.cudagraphs" out of the options',
+        )
+    chosen = {"mode": None if mode in CAPTURED else mode, "backend": backend, "options": options}
     _try(chosen)
-    return Compiled(engine, chosen, pooled=mode in POOLED or bool((options or {}).get("triton.cudagraphs")))
+    compiled = Compiled(engine, chosen, pooled=mode in POOLED or graphs_of_torch)
+    return Captured(engine, compiled) if mode in CAPTURED else compiled
 
 
 def _try(chosen: dict[str, Any]) -> None:
@@ -464,9 +473,14 @@ class ClockworkWrapper:
         `remove()` undoes it.
 
         Args:
-            mode: of `torch.compile` (None, "reduce-overhead", "max-autotune"), or "cudagraphs": both passes are
-                captured as plain CUDA graphs. That takes a second in place of minutes and saves the launches, which
-                is most of what small batches wait for; but what a replay runs is kernels, not the UNet's Python.
+            mode: one of four ways, with what SD v1.5 gains in docs/performance.md.
+                None (also "max-autotune-no-cudagraphs"): `torch.compile` fuses kernels, which takes minutes.
+                "reduce-overhead" (also "max-autotune"): the same, and torch replays what it made as CUDA graphs. It
+                asks before each launch whether the UNet's Python has changed.
+                "cudagraphs": both passes are captured as plain CUDA graphs, without a compiler. That takes a second in
+                place of minutes and saves the launches, which is most of what small batches wait for. What a replay
+                runs is kernels, not the UNet's Python: whether that has changed is looked up once a trajectory.
+                "compiled-cudagraphs": passes are compiled, and captured in the same way. The fastest.
             backend: of `torch.compile`.
             options: of `torch.compile`.
 
@@ -474,12 +488,12 @@ class ClockworkWrapper:
             The wrapper itself.
 
         Raises:
-            ArgumentError: the mode is none of these, or "cudagraphs" for a UNet that is not on a CUDA device; or
+            ArgumentError: the mode is none of these; or captures, and the UNet is not on a CUDA device; or
                 `torch.compile` refuses the options.
             CompileError: (at a call) the UNet cannot be compiled into one graph, or captured.
 
         Example:
-            >>> cw = wrap(unet, clock=2).compile(mode="cudagraphs")  # doctest: +SKIP
+            >>> cw = wrap(unet, clock=2).compile(mode="compiled-cudagraphs")  # doctest: +SKIP
 
         Source: arXiv 2312.08128, Sec. 4.1: the full and the approximated network.
         """
