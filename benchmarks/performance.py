@@ -25,6 +25,7 @@ README, SPEED = ROOT / "README.md", "<!-- speed table: tests/docs/test_readme.py
 RESULTS = ROOT / "benchmarks" / "results"
 
 Data = dict[str, dict[str, Any]]
+FIRST_CALLS = ("first call", "other tokens", "other batch", "other resolution")
 
 
 def environment(data: Data) -> str:
@@ -212,6 +213,26 @@ def checks(data: Data) -> str:
     return _table(("check", "model", "mode", "dtype", "seen", "passed"), cells)
 
 
+def first_call(data: Data) -> str:
+    """What a first call, and a first one of other sizes, take beyond a plain one; the target of a first call."""
+    found = data["first_call"]
+    kinds = {kind: {row["model"]: row for row in found[kind]} for kind in FIRST_CALLS}
+    cells = []
+    for model, first in kinds["first call"].items():
+        small = first["plain_ms"] < 1000
+        met = first["extra_ms"] <= 150 if small else first["ratio"] <= 1.3
+        target = f"{'≤ +150 ms' if small else '≤ 1.3×'}: {'met' if met else '**missed**'}"
+        extras = (f"+{rows[model]['extra_ms']:.0f} ms ({rows[model]['ratio']:.2f}×)" for rows in kinds.values())
+        cells.append((model, f"{first['plain_ms']:,.0f} ms", *extras, target))
+    heads = (
+        "UNet (CPU, one thread, float32)",
+        ">a plain call",
+        *(f">{kind}" for kind in FIRST_CALLS),
+        "a first call's target",
+    )
+    return f"{_table(heads, cells)}\n\n{_machine(found)}"
+
+
 def overhead(data: Data) -> str:
     """Clock 1 against plain, an adaptor pass against the ideal, in the CPU time of one thread."""
     limits = {"clock 1": 1.01, "adaptor pass": 1.03}
@@ -300,6 +321,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
         fixed,
         checks,
         cpu_latency,
+        first_call,
         overhead,
         bookkeeping,
         placeholders,
@@ -328,7 +350,7 @@ def with_speed(readme: str, data: Data) -> str:
 
 def read() -> Data:
     """All the results that there are."""
-    names = ("gpu_latency", "cpu_latency", "overhead", "bookkeeping", "analysis", "adaptor_cost")
+    names = ("gpu_latency", "cpu_latency", "first_call", "overhead", "bookkeeping", "analysis", "adaptor_cost")
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 

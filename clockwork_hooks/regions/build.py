@@ -87,9 +87,7 @@ class Facts:
         """What the UNet is made of."""
         try:
             return structure(self._unet)
-        except (
-            Exception
-        ):  # not all that modules hold can be read: accelerate's maps of weights name more than they have
+        except Exception:  # not all that modules hold can be read: accelerate's maps name more weights than they have
             return ""
 
     def _read_nodes(self) -> None:
