@@ -7,6 +7,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -578,6 +580,96 @@ def test_a_capture_follows_what_changes_between_trajectories(
         change(unet)
         torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
     assert (cuda.captures > 2) == (change is not _in_place)
+
+
+class _Strength:
+    """An object of nobody's, as attention processors are."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        self.levels = [[1.0]]
+
+
+@dataclass(slots=True)
+class _Slotted:
+    value: float = 1.0
+
+
+class Objects(Tiny):
+    """What it computes with lies within objects and containers; it counts its calls in a tensor that is no buffer."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = SimpleNamespace(scale=1.0, more={"gains": (1.0, [1.0])})
+        self.strength, self.slotted = _Strength(), _Slotted()
+        self.blend = partial(torch.mul, other=self.slotted)
+        self.plain = [torch.ones(())]
+        self.calls = torch.zeros(())
+        self.noted = ()
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        self.calls.add_(1)
+        gain = self.options.scale * self.options.more["gains"][0] * self.strength.levels[0][0] * self.strength.factor
+        x = x * gain * self.blend.keywords["other"].value * self.factor * self.plain[0] + self.calls / 10
+        return super().forward(x, t, c, **more)
+
+
+def _namespace(unet: Any) -> None:
+    unet.options.scale = 2.0
+
+
+def _within_tuples(unet: Any) -> None:
+    unet.options.more["gains"] = (2.0, *unet.options.more["gains"][1:])
+
+
+def _list_of_lists(unet: Any) -> None:
+    unet.strength.levels[0][0] = 2.0
+
+
+def _of_an_object(unet: Any) -> None:
+    unet.strength.factor = 2.0
+
+
+def _of_a_class(unet: Any) -> None:
+    class Twice(Objects):
+        factor = 2.0
+
+    unet.__class__ = Twice
+
+
+def _slot(unet: Any) -> None:
+    unet.slotted.value = 2.0
+
+
+def _nothing(unet: Any) -> None:
+    """Equal numbers are the same, whoever wrote them: tomesd notes the sample's size at every call."""
+    unet.strength.factor, unet.noted = float("1"), (len("16"), float("16"))
+
+
+@captured_as
+@torch._dynamo.config.patch(specialize_float=True)  # else it reads one that changes off the CPU: for the tape, a device
+@pytest.mark.parametrize(
+    "change", [_namespace, _within_tuples, _list_of_lists, _of_an_object, _of_a_class, _slot, _nothing]
+)
+def test_a_capture_sees_what_lies_within_objects(
+    change: Callable[[Any], None], how: dict[str, Any], cuda: FakeCuda
+) -> None:
+    case, unet, plain = CASES["tiny"], Objects(), Objects()
+    with ch.wrap(plain, clock=2) as eager, ch.wrap(unet, clock=2) as cw:
+        cw.compile(**how)
+        _nothing(unet)
+        for run in range(3):
+            with eager.trajectory(), cw.trajectory():
+                if run == 2:
+                    captures = cuda.captures
+                    change(plain), change(unet)
+                for k in range(len(TIMES)):
+                    torch.testing.assert_close(case.call(unet, k), case.call(plain, k))
+    assert captures == 2
+    assert cuda.captures == captures or change is not _nothing
 
 
 def _widen(unet: Tiny) -> None:
