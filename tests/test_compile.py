@@ -956,6 +956,62 @@ def test_what_cannot_be_captured_runs_compiled(cuda: FakeCuda, monkeypatch: pyte
     ]
 
 
+class Failing(Tiny):
+    error: Exception | None = None
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return super().forward(x, t, c, **more)
+
+
+@pytest.mark.parametrize("error", [ValueError("its own"), RuntimeError("its own"), torch.OutOfMemoryError("its own")])
+def test_an_error_of_the_unet_in_a_capture_is_its_own(error: Exception, cuda: FakeCuda) -> None:
+    case, unet = CASES["tiny"], Failing()
+    expected = rollout(case, Tiny(), compiled=False)
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        cw.compile(mode="cudagraphs")
+        case.call(unet, 0), case.call(unet, 1)
+        unet.error = error
+        with pytest.raises(type(error), match="its own"):
+            case.call(unet, 2)
+        unet.error = None
+        assert cw.attached
+        torch.testing.assert_close([case.call(unet, k) for k in range(len(TIMES))], expected)
+    assert cuda.captures == 2
+
+
+class Writing(Tiny):
+    """It writes to its arguments, which its caller sees."""
+
+    def forward(self, x: Tensor, t: Any, c: Tensor | None = None, **more: Any) -> Tensor:
+        output = super().forward(x, t, c, **more)
+        x.add_(1)
+        if c is not None:
+            c.mul_(0.9)
+        return output
+
+
+@captured_as
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_captured_unet_writes_to_its_arguments_is_there(mode: Any, how: dict[str, Any], cuda: FakeCuda) -> None:
+    plain, unet = Writing(), Writing()
+    with ch.wrap(plain, clock=2) as eager, ch.wrap(unet, clock=2) as cw, mode():
+        cw.compile(**how)
+        for _ in range(3):
+            conditions = torch.ones(2, 3), torch.ones(2, 3)
+            with eager.trajectory(), cw.trajectory(), eager.branch("one"), cw.branch("one"):
+                for t in TIMES:
+                    x = torch.randn(2, 2, 16, 16)
+                    samples = x.clone(), x.clone()
+                    pairs = zip((plain, unet), samples, conditions, strict=True)
+                    outputs = [one(sample, t, condition) for one, sample, condition in pairs]
+                    for pair in (outputs, samples, conditions):
+                        torch.testing.assert_close(*pair)
+        assert cw.stats.adaptor_passes == eager.stats.adaptor_passes > 6
+    assert cuda.captures == 2
+
+
 def test_gradients_flow_where_captures_have_none(cuda: FakeCuda) -> None:
     case, unet = CASES["tiny"], Tiny()
     with ch.wrap(unet, clock=2) as cw:

@@ -54,9 +54,10 @@ _GRAPHS, _DEEPEST = 64, 4
 
 @dataclass(slots=True)
 class _Buffer:
-    """A graph's input: its memory, and the tensor that was last copied there."""
+    """A graph's input: its memory, the tensor that was last copied there, and does the UNet write to its argument?"""
 
     memory: torch.Tensor
+    returns: bool = False
     source: weakref.ref[torch.Tensor] | None = None
     written: tuple[int, int] = (-1, -1)
 
@@ -78,7 +79,7 @@ class _Graph:
         cached: the one of the exit that an adaptor pass is given.
         outcome: what the pass led to, in the graph's memory.
         constants: what else the call held; kept, as keys have their ids.
-        writes: does it write to the UNet's own buffers? Then it is launched once, when all is known.
+        writes: does it write to the UNet's own buffers or arguments? Then it is launched once, when all is known.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -97,6 +98,9 @@ class _Graph:
                 buffer.source = None  # a sampler may write to it as it likes
             buffer.fill(value, trajectory)
         self.graph.replay()
+        for buffer, value in zip(self.inputs, values, strict=True):
+            if buffer.returns:
+                value.copy_(buffer.memory)
         exits = {}
         for region, emitted in self.outcome.exits.items():  # an adaptor may return what it was given
             exit = cached if emitted.exit is self.cached and cached is not None else emitted.exit.clone()
@@ -251,10 +255,12 @@ class Captured(Compiled):
         def buffer(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            buffers.append(_Buffer(leaf.detach().to(device, copy=True)))
+            with torch.inference_mode(False):  # so that writes to it are counted
+                buffers.append(_Buffer(leaf.detach().to(device, copy=True)))
             return buffers[-1].memory
 
         args, kwargs, cached = map_leaves(buffer, (args, kwargs, cached))
+        unwritten = [version(one.memory) for one in buffers]
         own = [] if self._contents is None else self._contents.buffers
         before = [(tensor, version(tensor), tensor.clone()) for tensor in own]
         cache = torch.is_autocast_cache_enabled()
@@ -270,18 +276,23 @@ class Captured(Compiled):
             torch.cuda.current_stream(device).wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outcome = self._pass(call, wanted, args, kwargs, cached)
-        except (RuntimeError, NotImplementedError) as error:
-            raise _Refused from error
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    outcome = self._pass(call, wanted, args, kwargs, cached)
+            except (RuntimeError, NotImplementedError) as error:  # what has just run twice: the capture is what is new
+                call.inside = False
+                raise _Refused from error
         finally:
             torch.set_autocast_cache_enabled(cache)
             changed = [(one, value) for one, written, value in before if version(one) != written or written < 0]
             for tensor, value in changed:
                 with torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(value)
+        for one, count in zip(buffers, unwritten, strict=True):
+            one.returns = version(one.memory) != count
         constants = [leaf for leaf in flat((args, kwargs, cached)) if not isinstance(leaf, torch.Tensor)]
-        return _Graph(graph, buffers, cached[0], outcome, constants, writes=bool(changed))
+        writes = bool(changed) or any(one.returns for one in buffers)
+        return _Graph(graph, buffers, cached[0], outcome, constants, writes=writes)
 
     def _pass(self, call: UNetCall, wanted: Pass, args: Any, kwargs: Any, cached: Cached) -> Outcome:
         """Run a pass like the wanted one on other inputs."""
@@ -304,8 +315,11 @@ class Captured(Compiled):
         pass_.enter(args, kwargs)
         engine.active.pass_ = pass_
         try:
+            call.inside = True
             with branch, pass_.taint:
-                outcome = pass_.outcome(call.forward(*args, **kwargs))
+                output = call.forward(*args, **kwargs)
+            call.inside = False
+            outcome = pass_.outcome(output)
             outcome.used = pass_.taint.reaches((outcome.output, outcome.exits, outcome.captured, outcome.entry))
             return outcome
         finally:
