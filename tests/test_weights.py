@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.clock import conditions
@@ -260,3 +260,43 @@ def test_weights_of_modules_that_were_exchanged() -> None:
             for name, module in list(unet.named_children()):
                 setattr(unet, name, copy.deepcopy(module))
     assert kinds == "FAAAAAAA" + "FAAAFAAA"
+
+
+class _Plain:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Unreadable(_Plain):
+    @property
+    def scale(self) -> float:
+        raise RuntimeError("no scale yet")
+
+
+class _Attends(nn.Module):
+    """Its processor is an attribute, or a property that fails or makes it anew."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.kept = how, _Unreadable()
+
+    def set_processor(self, processor: Any) -> None: ...
+
+    @property
+    def processor(self) -> Any:
+        if self.how == "fails":
+            raise RuntimeError("no processor")
+        return _Plain() if self.how == "anew" else self.kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("how", ["fails", "anew", "its scale fails"])
+def test_processors_that_no_attribute_holds_change_nothing(how: str) -> None:
+    unet = Tiny()
+    unet.stem = nn.Sequential(unet.stem, _Attends(how))
+    with torch.no_grad(), ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        for t in (900, 700, 500, 300):
+            unet(torch.randn(2, 2, 16, 16), t)
+    assert cw.stats.adaptor_passes == 2

@@ -602,7 +602,7 @@ class Weights:
         """Equal for two calls between which no weight has changed."""
         adapters = tuple(vars(self._unet).get("peft_config") or ())
         if adapters != self._adapters or any(
-            getattr(layer, "processor", None) is not one.object
+            _held_by(layer, "processor") is not one.object
             for layer, one in zip(self._attentions, self._processors, strict=True)
         ):
             self._adapters = adapters
@@ -611,7 +611,7 @@ class Weights:
         values = array("d")  # one array, as the state of the step before is cold
         for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
             marks.append(_mark(owner[name] if name in owner else None, values))  # noqa: SIM401
-        scales = [_numbers(getattr(one, "scale", None)) for one in self._scaled]
+        scales = [_numbers(_held_by(one, "scale")) for one in self._scaled]
         free_u = map(self._free_u.get, _FREE_U)
         return (adapters, values.tobytes(), *marks, *map(_switches, self._layers), *self._processors, *scales, *free_u)
 
@@ -620,11 +620,13 @@ class Weights:
         present = [(m._parameters, name) for m in modules for name, one in m._parameters.items() if one is not None]
         self._parameters = _spread(present, _PARAMETERS)
         self._layers = _spread([one for one in modules if hasattr(one, "merged_adapters")], _LAYERS)
-        attentions = [one for one in modules if hasattr(one, "set_processor") and hasattr(one, "processor")]
+        able = (one for one in modules if hasattr(one, "set_processor"))
+        attentions = [one for one in able if _held_by(one, "processor") is not None]
         self._attentions = _spread(attentions, _LAYERS)
-        self._processors = tuple(_Very(one.processor) for one in self._attentions)
-        self._scaled = [one.processor for one in attentions if hasattr(one.processor, "scale")]
-        blocks = getattr(self._unet, "up_blocks", None)
+        self._processors = tuple(_Very(_held_by(one, "processor")) for one in self._attentions)
+        held = (_held_by(one, "processor") for one in attentions)
+        self._scaled = [one for one in held if _held_by(one, "scale") is not None]
+        blocks = _held_by(self._unet, "up_blocks")
         self._free_u = vars(blocks[0]) if isinstance(blocks, nn.ModuleList) and len(blocks) else {}
 
 
@@ -639,6 +641,18 @@ class _Very:
 
     def __hash__(self) -> int:
         return id(self.object)
+
+
+def _held_by(owner: Any, name: str) -> Any:
+    """What it, a slot of it or its class holds; a property's value may fail to be made, or be another one each time."""
+    attributes = getattr(owner, "__dict__", {})
+    for table in (attributes, attributes.get("_modules", {})):
+        if name in table:
+            return table[name]
+    shared = getattr(type(owner), name, None)
+    if isinstance(shared, types.MemberDescriptorType):
+        return getattr(owner, name, None)
+    return None if hasattr(type(shared), "__get__") else shared
 
 
 def _mark(parameter: Any, values: array[float]) -> Hashable:
