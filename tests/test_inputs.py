@@ -384,3 +384,33 @@ def test_a_decorated_forward_is_called_by_its_own_parameters(decorate: Any) -> N
         assert cw.region is not None
         assert cw.region.sample == "x"
         assert cw.region.times == ("t",)
+
+
+class TwoConditions(small_unet.Tiny):
+    def forward(self, x: Tensor, t: Any, c: Tensor, d: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t, c + 2 * d)
+
+
+def test_a_tensor_that_is_two_inputs_in_the_first_call_is_read_as_both() -> None:
+    """Which of the two is read cannot be seen: none is taken for one that nobody reads."""
+    same = torch.ones(2, 3)
+    with torch.no_grad(), ch.wrap(TwoConditions(), clock=2) as cw:
+        cw.unet(torch.zeros(2, 2, 16, 16), 900, same, same)
+        cw.stats.clear()
+        with cw.trajectory():
+            for t in (900, 700, 500, 300):
+                cw.unet(torch.zeros(2, 2, 16, 16), t, torch.full((2, 3), t / 100), same)
+        assert cw.stats.adaptor_passes == 0
+        assert cw.stats.reasons["conditions are new in this step"] == 2
+
+
+def test_the_sample_may_come_twice() -> None:
+    class Beside(small_unet.Tiny):
+        def forward(self, x: Tensor, t: Any, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y / 2, t)
+
+    x = torch.ones(2, 2, 16, 16)
+    with torch.no_grad(), ch.wrap(Beside(), clock=2) as cw, cw.trajectory(), cw.branch("one"):
+        for t in (900, 700, 500, 300):
+            cw.unet(x, t, x)
+        assert cw.region is not None

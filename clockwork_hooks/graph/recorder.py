@@ -136,7 +136,11 @@ class Bindings:
             for name, tensor in walk(remove_duplicate=False)
         }
         for path, leaf in arguments.leaves():
-            if isinstance(leaf, torch.Tensor) or is_number(leaf):
+            if (
+                isinstance(leaf, torch.Tensor) and id(leaf) in self._tensors
+            ):  # it comes twice: nobody sees which is read
+                self.inputs[path] = self._tensors[id(leaf)][1]
+            elif isinstance(leaf, torch.Tensor) or is_number(leaf):
                 node = self.inputs[path] = self.add("placeholder", "".join(c if c.isalnum() else "_" for c in path))
                 node.meta["input"] = path
                 if isinstance(leaf, torch.Tensor):

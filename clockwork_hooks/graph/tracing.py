@@ -135,7 +135,7 @@ class Trace:
         """Of each node, the inputs that its value depends on, a bit each."""
         bits = [0] * len(self.nodes)
         for k, node in enumerate(self.inputs.values()):
-            bits[node.meta["index"]] = 1 << k
+            bits[node.meta["index"]] |= 1 << k  # one tensor may be two inputs
         for n, needed in enumerate(self.sources):
             for source in needed:
                 bits[n] |= bits[source]
