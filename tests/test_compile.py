@@ -787,6 +787,22 @@ def test_weights_that_keep_moving_end_the_captures(cuda: FakeCuda) -> None:
     assert cuda.captures < 12
 
 
+@captured_as
+def test_changes_between_runs_do_not_end_the_captures(how: dict[str, Any], cuda: FakeCuda) -> None:
+    """As where each picture has another scale: captured anew, a run still saves what it is captured for."""
+    case, plain, unet = CASES["tiny"], Scaled(), Scaled()
+    with ch.wrap(plain, clock=2) as eager, ch.wrap(unet, clock=2) as cw:
+        cw.compile(**how)
+        for run in range(12):
+            before = cuda.captures
+            with eager.trajectory(), cw.trajectory():
+                for one in (plain, unet):
+                    one.tanh = run % 2 == 1
+                for k in range(len(TIMES)):
+                    torch.testing.assert_close(case.call(unet, k), case.call(plain, k))
+            assert cuda.captures > before
+
+
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @pytest.mark.parametrize("mode", ["cudagraphs", None])
 def test_a_hook_that_writes_to_the_exit(mode: str | None, cuda: FakeCuda) -> None:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Captured"]
 
 DEVICES = ("cuda",)
-_MOVES = 8
+_MOVES, _PAYS = 8, 6  # so often in a row are graphs let go that ran less often; capturing two runs six passes
 _GRAPHS, _DEEPEST = 64, 4
 
 
@@ -142,7 +142,7 @@ class Captured(Compiled):
         self._on_devices: dict[Hashable, bool] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._moves, self._refused = 0, False
+        self._moves, self._passes, self._refused = 0, 0, False
         self._counters = Weights(engine.unet)
         self._state: Hashable = None
         self._contents: _Contents | None = None
@@ -186,6 +186,7 @@ class Captured(Compiled):
         values = [leaf for leaf in inputs if isinstance(leaf, torch.Tensor)]
         constants = tuple(leaf for leaf in inputs if not isinstance(leaf, torch.Tensor))
         with self._lock:
+            self._passes += 1
             gone = bool(self._freed) if self._watched else self._moved_away()
             if gone:
                 self._look()  # before any replay: what it would read may be gone
@@ -351,9 +352,13 @@ class Captured(Compiled):
             self._wait()
             self._graphs.clear()
             self._pool = None
-            self._moves += 1
+            self._moves = 0 if self._passes >= _PAYS else self._moves + 1
+            self._passes = 0
             if self._moves > _MOVES:
-                _warn("weights move between calls (offloading?): a captured pass cannot follow, passes run uncaptured")
+                _warn(
+                    "weights move between calls (offloading?), or what the UNet holds changes: a captured pass cannot "
+                    "follow, passes run uncaptured"
+                )
         self._contents, self._places = contents, places
         if not (same and self._watched) or self._freed:
             self._watch()
