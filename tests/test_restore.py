@@ -311,6 +311,26 @@ def test_removed_between_the_skipped_calls_of_an_adaptor_pass() -> None:
     assert equal(descend(pair.unet, (800,)), descend(pair.twin, (800,)))
 
 
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
+@pytest.mark.parametrize("path", ["stem", "side", "up", "head"])
+@pytest.mark.parametrize("before", [1, 3])
+def test_removed_by_a_hook_within_an_adaptor_pass(path: str, before: int) -> None:
+    """The pass is run again in full, and what the modules held before it is put back: not what is off by now.
+
+    Args:
+        path: of the module whose hook removes the wrapper.
+        before: so many calls; after three, the pass is no first adaptor pass.
+    """
+    pair = Pair()
+    cw = ch.wrap(pair.unet, schedule={2, 4})
+    with cw.trajectory():
+        descend(pair.unet, (900, 800, 700)[:before])
+        handle = pair.unet.get_submodule(path).register_forward_hook(lambda *_: cw.remove())
+        assert equal(descend(pair.unet, (600,)), descend(pair.twin, (600,)))
+        handle.remove()
+    pair.check()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_wrappers_that_share_modules_come_off_in_any_order(first: int) -> None:
     """The second one is attached to a part of the first one's UNet before that has been called."""

@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from clockwork_hooks.clock import reasons
-from clockwork_hooks.engine.passes import Owner
+from clockwork_hooks.engine.passes import Added, Owner
 from clockwork_hooks.errors import WrapError
 from clockwork_hooks.regions.cut import CutPlan
 
@@ -29,7 +29,7 @@ from clockwork_hooks.regions.cut import CutPlan
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-class _Instead:
+class _Instead(Added):
     """Stands in front of one module's forward; copies and pickles as the forward that it stands for.
 
     Without a `__dict__`: who wraps it in turn (accelerate, by `functools.update_wrapper`) copies that along.
@@ -107,7 +107,7 @@ class Forward(_Instead):
         self.unlink()
 
 
-class PastHooks:
+class PastHooks(Added):
     """Stands in front of a module's call, hooks and all: those of a skipped module are not called, as it is not.
 
     It lies where `module.compile()` puts its callable, as hooks run around `forward`; torch leaves that out of copies

@@ -401,6 +401,12 @@ class Active(threading.local):
     pass_: Pass | None = None
 
 
+class Added:
+    """What Clockwork puts among a module's attributes: only `remove()` takes it off, and nothing puts it back."""
+
+    __slots__ = ()
+
+
 class Owner(Protocol):
     """What patched modules ask: an engine.
 
@@ -567,9 +573,13 @@ class _Own:
     def restore(self) -> None:
         """Make it what it was."""
         for now, before in self._modules:
-            for name in [name for name in now if name not in _MODULE and name not in before]:
-                del now[name]
-            now.update(before)
+            for name in (now.keys() | before.keys()) - _MODULE:
+                if isinstance(before.get(name), Added) or isinstance(now.get(name), Added):
+                    continue  # the pass may have called `remove()`
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
         random.setstate(self._random)
         np.random.set_state(self._numpy)
         for cell, value in self._cells:
