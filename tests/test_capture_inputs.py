@@ -1,9 +1,18 @@
 """Captured passes: what they read and write beside weights (inputs, constants, buffers), on the stand-in for graphs."""
 
+import collections
+import contextlib
+import functools
+import re
+import threading
+import types
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +116,23 @@ def test_objects_are_constants_with_what_they_hold(cuda: FakeCuda) -> None:  # n
         for k, t in enumerate(STEPS):
             torch.testing.assert_close(ours(noise(k), t, options), eager(noise(k), t, options))
     assert cuda.captures == 6  # a tensor that it holds is an input; the fourth is as the first; True is not 1.0
+
+
+@torch.no_grad()
+def test_modules_may_hold_anything(cuda: FakeCuda, tmp_path: Path) -> None:  # noqa: F811
+    """Of what modules hold everything is looked into, whatever Python it is made of."""
+    T = TypeVar("T")
+    holds = [T, Generic[T], ParamSpec("P"), list[int], re.compile("a"), threading.Lock(), weakref.ref(cuda), iter([1])]
+    holds += [functools.partial(print, 1), np.zeros(2), memoryview(b"a"), contextlib.nullcontext(), SimpleNamespace]
+    holds += [tmp_path, (k for k in range(3)), collections.Counter("ab"), types.MappingProxyType({}), torch.float16]
+    holds += [torch.device("cpu"), torch.Generator(), torch.Size([1]), ValueError("a"), object(), slice(1), ...]
+    eager, ours, cw = both(Tiny)
+    ours.body.held = {"all": holds}
+    for _ in range(3):
+        for k, t in enumerate(STEPS):
+            torch.testing.assert_close(ours(noise(k), t), eager(noise(k), t))
+    assert cuda.captures == 2
+    assert cw.stats.adaptor_passes == 6
 
 
 @torch.no_grad()

@@ -24,10 +24,11 @@ def test_the_page_shows_what_was_measured() -> None:
     assert "{}, {} and {} of plain sampling in 8, 20".format(*plain) in page
 
 
+@pytest.mark.parametrize("kind", ["identity", "affine"])
 @pytest.mark.parametrize(("data", "steps"), [(DATA, 8), (DATA, 20), (GPU, 8), (GPU, 20), (GPU, 50)])
-def test_spread_is_nearer_at_the_same_cost(data: dict[str, Any], steps: int) -> None:
+def test_spread_is_nearer_at_the_same_cost(data: dict[str, Any], steps: int, kind: str) -> None:
     """By more than the standard errors of both; on the CPU so few captions say nothing at 50 steps."""
-    rows = {row["rule"]: row for row in data["rows"] if row["steps"] == steps and row.get("kind") == "identity"}
+    rows = {row["rule"]: row for row in data["rows"] if row["steps"] == steps and row.get("kind") == kind}
     plain, spread = rows["every(2)"], rows["spread(2)"]
     assert spread["saved"] == plain["saved"]
     assert spread["error"] + spread["standard error"] + plain["standard error"] < plain["error"]
