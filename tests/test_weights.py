@@ -1,6 +1,7 @@
 """Weights that change in the middle of a trajectory: one full pass, with its reason; then on as before."""
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_a_change_costs_one_full_pass(change: Callable[[Tiny], None], nested: bo
             judge.call(torch.randn(1, 2, 8, 8), t, step=k)
     assert judge.letters == "FAAFAAAA"
     assert cw.stats.reasons == {"first step": 1, REASON: 1}
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
+def test_a_schedule_that_answers_otherwise_each_time_it_is_asked() -> None:
+    """At random, say. Each call is of one kind, and what is kept of it knows the weights that it was made with."""
+    for seed in range(20):
+        answers = random.Random(seed)
+        judge = Judge(Tiny())
+        with torch.no_grad(), ch.wrap(judge.unet, schedule=lambda step, answers=answers: answers.random() < 0.5):
+            for k, t in enumerate(torch.linspace(900, 100, 9), 1):
+                if k % 2:
+                    judge.begin()
+                    for unet in (judge.unet, judge.plain):
+                        unet.body.weight.mul_(1.01)
+                judge.call(torch.randn(1, 2, 8, 8), t, step=k)
 
 
 @torch.no_grad()

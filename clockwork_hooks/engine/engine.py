@@ -85,6 +85,9 @@ class UNetCall:
             call. None where there is none.
         times_differ: are its rows at different times, in which an adaptor is told one?
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
+        due: the widest region that its step may skip, None where the schedule says full; asked once, as a function may
+            change its mind.
+        idle: is nothing of it to be kept, as the next step is full too?
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
     """
@@ -101,6 +104,8 @@ class UNetCall:
     time: Any = None
     times_differ: bool = False
     decision: Decision | None = None
+    due: int | None = None
+    idle: bool = False
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
 
@@ -363,7 +368,7 @@ class Engine:
     def _place(
         self, state: State, call: UNetCall, signature: Signature, originals: Sequence[Any] | None = None
     ) -> Position:
-        """Which step, branch and trajectory the call belongs to, and the weights that it runs with.
+        """Which step, branch and trajectory the call belongs to, what the schedule says, and the weights it runs with.
 
         Args:
             state: of the loop.
@@ -402,7 +407,8 @@ class Engine:
             place.turn -= state.sampler.each and place.turn > 1  # its first two evaluations are full
         if place.restarts and (call.trains or all(clocked.schedule.never_skips for clocked in self.chain)):
             place.restarts = 0  # nobody expects these to be a run
-        if self.skips_at(place.turn, timeline.steps) or not self._idle(state, place):  # else nobody asks for them
+        call.due, call.idle = self._due(place.turn, timeline.steps), self._idle(state, place)
+        if call.due is not None or not call.idle:  # else nobody asks for them
             call.weights = self.weights.state()
         return place
 
@@ -410,7 +416,7 @@ class Engine:
         """Full, and why; or the region whose adaptor stands in, and what it emitted before. It only asks."""
         if not signature.regions:
             return Decision(signature.why)
-        region = self._due(place.turn, state.timeline.steps)
+        region = call.due
         if region is None:
             return Decision(place.scheduled)
         clocked = self.chain[region]
@@ -449,7 +455,7 @@ class Engine:
         place.release(len(place.befores) if reason else decision.region + 1)
         if isinstance(signature, Derived) and not signature.seen:
             return self._compare(state, call, signature, reason)
-        if not signature.regions or (reason is not None and self._idle(state, place)):
+        if not signature.regions or (reason is not None and call.idle):
             return Outcome(_in_full(call, Taint()), watched=False, macs=signature.full_macs, reason=reason)
         use = signature.regions[decision.region]
         self.install(use.plan)  # full passes need it too: they keep the exits
@@ -908,8 +914,7 @@ class Engine:
                 use.homes.add(memory.feature.exit)
         if (batch := self._batch(state, call, call.signature)) is not None:
             Rows.remember(state.timeline, call.place, batch, call.place.call.feature)
-        due = self.skips_at(call.place.turn, state.timeline.steps)
-        reason = reasons.TRACED if due else call.place.scheduled
+        reason = call.place.scheduled if call.due is None else reasons.TRACED
         macs = call.signature.full_macs
         outcome = Outcome(output, watched=False, macs=macs, reason=reason)
         self._count(call.place, outcome, macs)
