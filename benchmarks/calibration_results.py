@@ -412,7 +412,7 @@ def budget(data: Mapping[str, Any], plain: int = 5) -> str:
     best = str(rows.within(rows.row(steps[plain])["macs_per_image"]))
     count, full = rows.steps(best)
     return (
-        f"for the MACs of {plain} plain steps, {count} steps with {full} full ones\nhave a Fréchet distance of "
+        f"For the MACs of {plain} plain steps, {count} steps with {full} full ones\nhave a Fréchet distance of "
         f"{rows.mean(best):.1f}; {plain} plain steps have {rows.mean(steps[plain]):.1f}, 8 have "
         f"{rows.mean(steps[8]):.1f}."
     )
