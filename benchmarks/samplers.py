@@ -387,10 +387,25 @@ def rows() -> list[Row]:
         return [measure(unet, sampler) for sampler in samplers()]
 
 
+def as_scheduled(row: Row) -> bool:
+    """One evaluation a step, the passes of the schedule in all three ways, and no note: it needs no row."""
+    sampler = row.sampler
+    if sampler.evaluations != (1,) * STEPS or sampler.note or sampler.undeclared or sampler.by_time:
+        return False
+    return {row.plain, row.pipeline, row.declared} == {sampler.expected()}
+
+
+def ordinary(found: Sequence[Row]) -> str:
+    """The sentence that names those without a row."""
+    names = ", ".join(row.sampler.name for row in found if as_scheduled(row))
+    patterns = {row.sampler.expected() for row in found if as_scheduled(row)}
+    return f"`{patterns.pop()}` in all three ways: {names}."
+
+
 def to_table(found: Sequence[Row]) -> Table:
-    """One row a sampler, then those that do not fit."""
+    """One row for each sampler that needs one, then those that do not fit."""
     cells = []
-    for row in found:
+    for row in (row for row in found if not as_scheduled(row)):
         expected = row.sampler.expected()
         made = ["the same" if one == expected else one for one in (row.plain, row.pipeline, row.declared)]
         why = row.sampler.undeclared and f"`wrap`: {row.sampler.undeclared}"
@@ -414,7 +429,7 @@ def page(text: str, found: Sequence[Row]) -> str:
     """The page with the table between its marks."""
     head, _, rest = text.partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
-    return f"{head}{MARKS[0]}\n{to_table(found).to_markdown()}\n{MARKS[1]}{tail}"
+    return f"{head}{MARKS[0]}\n{ordinary(found)}\n\n{to_table(found).to_markdown()}\n{MARKS[1]}{tail}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
