@@ -47,77 +47,73 @@ REASONS: dict[str, tuple[str, str]] = {
         "an adaptive schedule compared the region's entry with that of the last full pass",
         "a larger threshold, if the results allow it",
     ),
-    LONGEST: ("an adaptive schedule came to its bound", "a larger `longest=`, if the results allow it"),
+    LONGEST: ("an adaptive schedule reached its `longest=`", "a larger `longest=`, if the results allow it"),
     UNSEEN: (
-        "an adaptive schedule has nothing to compare: of several entries, the one it looks at comes after the first "
-        "skipped module",
+        "an adaptive schedule has nothing to compare: the entry that it compares comes after the first skipped module",
         "another region, or another schedule",
     ),
     TREND: (
-        "the adaptor reads how the exit moved between the last two full passes, and only one came since conditions, "
-        "weights or inputs changed, or a call could not be placed",
-        'nothing; once per change. An adaptor of a kind without "+trend" does without',
+        "the adaptor needs the last two full passes, and there was only one since conditions, weights or inputs "
+        "changed, or a call could not be placed",
+        'nothing; once per change. An adaptor of a kind without "+trend" avoids it',
     ),
     TIMES: (
-        "the adaptor reads the time as one number, as a calibrated one does, and the steps of rows at different times "
-        "were declared",
-        "a call for each time; or an adaptor that reads no time, or a time per row, as a trained one does",
+        "rows have different times, and the adaptor reads one time only, as a calibrated one does",
+        "call the UNet once for each time; or use a trained adaptor, or one that reads no time",
     ),
     TRACED: (
-        "the first call of an input signature is recorded, and its exit, or the entry that an adaptive schedule "
-        "compares with, was not among the tensors kept alive",
-        "nothing; once per signature. `cw.prepare(*example)` before the first run saves it",
+        "the first call of an input signature is recorded, and what the next step needs of it was not kept",
+        "nothing; once per signature. `cw.prepare(*example)` before the first run avoids it",
     ),
     TRAINING: ("the UNet is in training mode and gradients are on", "`unet.eval()` or `torch.no_grad()` to sample"),
     NO_TIME: (
-        "the UNet takes no time, or none that a name or the graph tells from a class label",
+        "the UNet takes no time, or one that cannot be told from a class label",
         "`wrap(..., time=name)`, or `with cw.step():` around each step",
     ),
     UNREADABLE: (
         "rows at different times, as in training and validation losses; or a time on the meta device",
-        "nothing; or for a sampler with a time for each row, `with cw.step():` around each step; where there is "
-        "nothing but losses, `cw.enabled = False`",
+        "nothing; or for a sampler with a time for each row, `with cw.step():` around each step; if the UNet computes "
+        "losses only, `cw.enabled = False`",
     ),
     EVIDENCE: (
-        "plain times are believed after three equal strides, or five that follow a trend, and items in the middle of "
-        "a list after two: before that they may be drawn at random, as in score distillation",
-        "`with cw.trajectory():` around each run; or take its times from one tensor, `for t in timesteps`; for a "
+        "times that are plain numbers or new tensors may be drawn at random. They count as one trajectory after three "
+        "equal strides, or five that follow a trend; items from the middle of a list after two",
+        "`with cw.trajectory():` around each run; or take the times from one tensor, `for t in timesteps`; for a "
         'sampler that evaluates between its steps, `with cw.sampler("dpm_2_ancestral", sigmas):` with its own name',
     ),
     STRIDE: (
-        "plain times came at one stride or trend, and now at another: perhaps a restart",
+        "the time jumped by another stride than before: this may be a restart",
         "nothing; or `cw.reset()` before each trajectory and `with cw.step():` around each step",
     ),
     SHARED: (
-        "a loop whose calls are made by several threads or tasks, or several loops that share their times and their "
-        "embeddings: nothing proves which of them a call is of",
-        "`with cw.trajectory(name):` in each loop; or a list of times, or embeddings, of its own for each",
+        "several threads or tasks call with the same times and conditions: one loop or several cannot be told",
+        "`with cw.trajectory(name):` in each loop; or give each its own list of times or its own embeddings",
     ),
     ELSEWHERE: (
-        "a generator holds `cw.trajectory()` or `cw.branch()` open and another function calls, or what opened the "
-        "block is over: whether the call is inside cannot be told",
-        "`with cw.trajectory() as run:`, and `run(...)` in the place of `unet(...)`",
+        "a generator has a block of `cw.trajectory()` or `cw.branch()` open and another function calls, or the "
+        "function that opened it has ended: whether the call is inside cannot be told",
+        "`with cw.trajectory() as run:`, and `run(...)` instead of `unet(...)`",
     ),
     BACKWARDS: (
         "declared steps went back in time: noise was added again (RePaint), or a trajectory began without `reset()`",
         "`cw.reset()` before each trajectory",
     ),
     NEW: (
-        "a branch that had no call in the step before: guidance begins, a branch paused, embeddings changed or were "
+        "the branch had no call in the step before: guidance begins, a branch paused, or embeddings changed or were "
         "made anew on a device",
-        "hand over the same embedding objects each step, or `with cw.branch(name):`; prompts that take turns: "
+        "pass the same embedding objects in each step, or `with cw.branch(name):`; prompts that take turns: "
         '`ch.wrap(unet, reuse="same condition")`',
     ),
     RENEWED: (
-        "they were the same objects in the steps before: perhaps the next run, with the same prompt",
+        "the conditions were the same objects in the steps before, and are other ones now: this may be the next run",
         "nothing; or `cw.reset()` before each trajectory",
     ),
     COUNT: (
-        "several calls with one time and the same conditions, and their number is not yet known to be regular",
+        "several calls have the same time and conditions, and it is not yet known if their number is regular",
         "nothing; or `with cw.step():`, which trusts the order of the calls",
     ),
     AGAIN: (
-        "more calls with one time and the same conditions than in the step before",
+        "more calls with the same time and conditions than in the step before",
         "nothing; or `with cw.step():` around each step",
     ),
     APART: (
@@ -125,33 +121,33 @@ REASONS: dict[str, tuple[str, str]] = {
         "`with cw.step():` around each step",
     ),
     CROWDED: (
-        "more than 128 calls at one time: their features are let go, so that memory stays bounded",
+        "more than 128 calls at one time: features are released, so that memory stays bounded",
         "fewer, larger batches",
     ),
     CHANGED: (
-        "batch, resolution, dtype, device, an argument that came or went, autocast, gradients or training mode",
+        "batch, resolution, dtype, device, autocast, gradients or training mode changed, or an argument came or went",
         "nothing; once per change",
     ),
     WEIGHTS: (
-        "weights were loaded or written to; a LoRA was loaded, switched, scaled, fused or taken off; an IP-Adapter was "
-        "scaled, FreeU switched, attention processors exchanged",
+        "weights were loaded or written to; a LoRA was loaded, switched, scaled, fused or removed; an IP-Adapter was "
+        "scaled, FreeU switched, or attention processors replaced",
         "nothing; once per change. `cw.reset()` after writes through `.data`, which leave no mark",
     ),
     NOT_KEPT: ("the call before was no pass of this region, or ended early", "nothing"),
     WRITTEN: (
-        "code that came after the trace wrote to the cached feature in place: a hook, or FreeU switched on",
+        "a hook, or FreeU that was switched on after the first call, wrote to the cached feature in place",
         "nothing; once, then a copy is kept",
     ),
     DIFFERED: (
-        "the UNet called its modules in another way than when it was recorded, in this pass or in the step before; an "
-        "adaptor pass was run again in full",
-        "look for another library that skips modules (DeepCache); else report it, if it happens every time",
+        "the UNet called its modules in another way than when it was recorded, in this pass or in the step before; the "
+        "pass ran again in full",
+        "look for another library that skips modules (DeepCache); if it happens every time without one, report it",
     ),
     USED: (
-        "the UNet's code, or a hook on it, reads a value of the skipped part (`item()`, `if`, NumPy, `print`), keeps "
-        "it for its next call, or makes its output of it past the region's exit; an adaptor pass was run again in full",
-        "another region: one whose modules hold that code (`ch.find_regions` lists them); take hooks off that look at "
-        "features while sampling",
+        "the UNet's code or a hook reads a skipped value (`item()`, `if`, NumPy, `print`), keeps it for the next call, "
+        "or returns it without going through the region's exit; the pass ran again in full",
+        "choose another region, whose modules contain that code (`ch.find_regions` lists them); remove hooks that look "
+        "at features while sampling",
     ),
     NO_REGION: ("these inputs have no low-resolution region", "nothing"),
     OTHER_REGION: (
@@ -159,37 +155,36 @@ REASONS: dict[str, tuple[str, str]] = {
         "leave `region=` out",
     ),
     REPLACED: (
-        "another library took its own hook off the UNet and put back the forward that it had found; the call ran past "
-        "the wrapper, which has attached itself again",
-        "nothing; once. Where it comes again and again, wrap the UNet after the other library's hooks are on",
+        "another library removed its hook from the UNet and put back an older forward, without the wrapper; the "
+        "wrapper has attached itself again",
+        "nothing; once. If it happens again and again, wrap the UNet after the other library's hooks are on",
     ),
     ANSWERED: (
-        "another library's forward, put on after `wrap`, did not call the one below it: it keeps steps itself, or it "
-        "calls the UNet's class past the wrapper",
-        "nothing where it keeps steps; else take it off, or put it on before `wrap`",
+        "a forward that another library put on after `wrap` did not call the one below it: it keeps steps itself, or "
+        "calls the UNet's class directly",
+        "nothing if it keeps steps; else remove it, or put it on before `wrap`",
     ),
     UNANALYSED: (
         "the first call of this input signature was recorded, and finding the region in it failed: a warning said how",
         "nothing; calls of other input signatures are served",
     ),
-    EMPTY: ("a sample without rows has nothing to save, and tells nothing of the UNet", "nothing"),
+    EMPTY: ("a sample without rows has nothing to save", "nothing"),
     TEACHER: ("training and calibration record what the UNet itself computes", "nothing"),
     COMPILED: (
-        "what they make of a call is fixed, so it is of the UNet itself",
+        "a compiled, exported or scripted call is fixed, so it is the UNet's own",
         "to sample, call the UNet itself; `cw.compile()` compiles",
     ),
     TRANSFORMED: (
-        "`vjp`, `jvp`, `grad`, `vmap`: what they compute is of the UNet itself, and no step of a sampling loop",
+        "`vjp`, `jvp`, `grad` and `vmap` transform the UNet's own call, which is no step of a sampling loop",
         "nothing",
     ),
     REPEATED: (
-        "the call is run again by the backward pass, or is that second run, and has to do the same both times; also "
-        "in the forward of any `autograd.Function`, as in an adjoint method; or the UNet checkpoints skipped modules "
-        "together with others, so that the second run would not be what ran",
-        "nothing; `unet.enable_gradient_checkpointing()`, or a checkpoint for each module, leaves the adaptor passes",
+        "a backward pass runs the call a second time, and both have to do the same; also within any "
+        "`autograd.Function`, as in an adjoint method, and where a checkpoint holds skipped modules and others",
+        "nothing; `unet.enable_gradient_checkpointing()`, or a checkpoint for each module, keeps the adaptor passes",
     ),
     UNTOLD: (
-        "a private name of torch that is asked for this is gone",
-        "a version of torch in the range of pyproject.toml; report it if it happens there",
+        "a private name of torch that is needed to know this is gone",
+        "use a version of torch in the range of pyproject.toml; report it if it happens there",
     ),
 }
