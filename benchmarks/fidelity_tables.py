@@ -33,7 +33,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "Losses at guidance 4",
-        "The same at a guidance scale at which this model is overdriven.",
+        "A guidance scale that is too large for this model.",
         ("guidance-4/plain", "guidance-4/identity", "guidance-4/feature", "guidance-4/guided-feature",
          "guidance-4/guided-output"),
     ),
@@ -47,9 +47,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Towards the plain model's distance",
         "`best-8`: skips nearly the whole UNet (`cut-0`) at steps 3, 5 and 7, so that the first two steps and the last "
-        "one are full: on the adaptor's own trajectories step 2 is the hardest of all (see the ways of training), and "
-        "whatever the last step leaves wrong is in the picture. `long-8`: the default cut and clock 2, trained for "
-        "longer.",
+        "one are full. `long-8`: the default cut and clock 2, trained for longer.",
         (PLAIN, OURS, "best-8/identity, 3 5 7", "best-8/width 64, 3 5 7", "best-8/width 32, 3 5 7",
          "best-8/UNet-light, 3 5 7", "long-8/UNet-light", "long-8/width 64", "long-8/width 64, on-policy"),
     ),
@@ -77,8 +75,8 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "What the adaptor reads (Tab. 5)",
-        "Beside the time; those of `losses-8` read entry, exit and text. The last row has no cached feature and runs "
-        "at every step but the first, which is always full here.",
+        "All read the time; those of `losses-8` read entry, exit and text. The last row has no cached feature and runs "
+        "at every step but the first.",
         ("inputs-8/entry", "inputs-8/exit", "inputs-8/entry + exit", "losses-8/ResNet, guided-output", OURS,
          "inputs-8/every step, no cache"),
     ),

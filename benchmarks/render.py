@@ -5,6 +5,7 @@ No number and no verdict is typed: tables, differences and whether a target was 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -24,18 +25,21 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 INTRO = """# Results on the demo model
 
-The paper's experiments (arXiv 2312.08128, Tab. 1 and 3-5, Fig. 4 and 7), repeated on the text-to-image UNet that this
-package ships. They say what the method and this implementation do to *one small model*: 5.3 M parameters, 64×64
-pictures of captioned scenes. **Quality on Stable Diffusion has not been measured by us**; `benchmarks/coco_fid.py`
-does it for whoever has the weights and MS-COCO.
+The paper's experiments with trained adaptors (arXiv 2312.08128, Tab. 1 and 3-5, Fig. 4 and 7), repeated on the
+text-to-image UNet that this package ships: 5.3 M parameters, 64×64 pictures of captioned scenes. They hold for *this
+small model*. **We have not measured quality on Stable Diffusion**; `benchmarks/coco_fid.py` does it, if you have the
+weights and MS-COCO. Adaptors without training: [calibration](calibration.md#measured-on-the-demo-model).
 """
 
-HOW = """Held-out captions, that is attribute combinations that neither the generator nor an adaptor was trained on; the
-same captions and the same noise for every row. *Fréchet*: squared Fréchet distance to rendered scenes in the features
-of the shipped classifier. *Attributes right*: share of what the captions ask for that the classifier, which the
-generator never saw, finds in the pictures. *PSNR*: to the plain picture from the same noise. MACs of convolutions and
-matrix products, attention products and both guidance branches counted. Mean ± standard deviation over the seeds. A
-row's name is its group with the number of steps, and what runs in it: `steps-6/identity`.
+HOW = """- *Fréchet*: squared Fréchet distance to rendered scenes, in the features of the shipped classifier.
+- *Attributes right*: share of what the captions ask for that the classifier finds in the pictures. The generator never
+  saw the classifier.
+- *PSNR*: to the plain picture from the same noise.
+- *MACs*: of convolutions and matrix products, attention products and both guidance branches counted.
+- A row's name is its group with the number of steps, and what runs in it: `steps-6/identity`.
+
+Captions are held out: neither the generator nor an adaptor was trained on their attribute combinations. All rows have
+the same captions and noise. Mean ± standard deviation over the seeds.
 """
 
 # -- the page ----------------------------------------------------------------------------------------------------
@@ -44,13 +48,13 @@ row's name is its group with the number of steps, and what runs in it: `steps-6/
 def render(data: Mapping[str, Any]) -> str:
     """The page as Markdown."""
     results = Results(data)
-    parts = [INTRO, *_opening(results), HOW, "## Targets\n", "\n".join(map(str, claims(results)))]
+    parts = [INTRO, *_opening(results), HOW, "## Targets", _targets(results)]
     parts += [_best_loss(results), _tried(results)]
     for title, text, keys in TABLES:
         own = [key for key in keys if not key.startswith("losses-8/")] or keys  # not only what other tables show too
         if any(results.has(key) for key in own):
             parts.append(f"## {title}\n\n{text}\n\n{_table(results, title, keys)}")
-    parts += [_modes(results), _training(data), _unmeasured(results)]
+    parts += [_modes(results), _unmeasured(results)]
     parts += ["## How it was measured", _settings(results), _commands(data)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -63,19 +67,32 @@ def _opening(results: Results) -> list[str]:
         f"{_mean(results, key, 'Fréchet'):.1f}" for key in (PLAIN, IDENTITY, SHIPS, "losses-8/plain, 6 steps")
     )
     text = (
-        f"At 8 steps and clock 2 the cached feature as it is has a Fréchet distance of {identity}, the trained adaptor "
-        f"that ships {ships} at {percent(results.saved(SHIPS))} fewer MACs, and the plain model {plain}. Plain "
-        f"sampling with 6 steps, which costs more, has {fewer}. Adaptors that are solved for, without training, "
-        "and skip other steps draw level with plain, at 20 and 50 steps too: "
-        "[calibration](calibration.md#measured-on-the-demo-model)."
+        f"Fréchet distances at 8 steps: plain {plain}; clock 2 with the identity {identity}; clock 2 with the trained "
+        f"adaptor that ships {ships}, at {percent(results.saved(SHIPS))} fewer MACs; plain sampling with 6 steps, "
+        f"which costs more, {fewer}."
     )
     times = [f"![Quality against time, by sampler steps]({PLOTS['ms'].name})"] if results.batches else []
     return [f"![Quality against MACs, by sampler steps]({PLOTS['macs'].name})", text, *times]
 
 
+def _targets(results: Results) -> str:
+    """Each setting, and its targets below it."""
+    lines, before = list[str](), ""
+    for claim in claims(results):
+        setting, _, target = claim.target.partition(": ")
+        lines += [] if setting == before else ["", f"**{setting}**", ""]
+        lines.append(str(dataclasses.replace(claim, target=target)))
+        before = setting
+    return "\n".join(lines)
+
+
 def _commands(data: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"    {command}" for command in data["commands"])
-    return f"Measured by\n\n{lines}\n\nand rendered by `python -m benchmarks.render`."
+    first = " ".join(data["commands"][0].split()[:4])
+    return (
+        f"Measured by `{first}`: each of the {len(data['commands'])} commands is in "
+        "`benchmarks/results/fidelity.json`, with the loss, steps, trajectories and time of each training. Rendered by "
+        "`python -m benchmarks.render`."
+    )
 
 
 def _settings(results: Results) -> str:
@@ -106,13 +123,16 @@ def _tried(results: Results) -> str:
     if len(tried) < 2 or not results.has(PLAIN):
         return ""
     plain = _mean(results, PLAIN, "Fréchet")
-    near = sorted((key for key in tried if tried[key] < 2 * plain), key=tried.__getitem__)
-    told = "; ".join(f"{results.name(key)} {tried[key]:.1f} ({percent(results.saved(key))} fewer MACs)" for key in near)
-    beaten = [key for key in near if tried[key] <= plain]
-    verdict = (
-        f"{len(beaten)} of them at most the plain model's." if beaten else "None of them reaches the plain model's."
+    nearest = sorted(tried, key=tried.__getitem__)[:_NEAREST]
+    told = "; ".join(
+        f"{results.name(key)} {tried[key]:.1f} ({percent(results.saved(key))} fewer MACs)" for key in nearest
     )
-    return f"Tried at 8 steps, by Fréchet distance (plain: {plain:.1f}): {told}. {verdict}"
+    beaten = sum(distance <= plain for distance in tried.values())
+    verdict = f"{beaten} of them at most the plain model's." if beaten else "None of them reaches the plain model's."
+    return f"{len(tried)} trained settings were tried at 8 steps (plain: {plain:.1f}), {verdict} The nearest: {told}."
+
+
+_NEAREST = 5  # settings that are named
 
 
 def _mean(results: Results, key: str, name: str) -> float:
@@ -159,11 +179,10 @@ def _modes(results: Results) -> str:
     heads = (">steps", "training", ">Fréchet ↓", ">attributes right, % ↑", ">PSNR, dB ↑",
              "feature error at each adaptor step, %", ">guided output error, %", ">gradient steps")  # fmt: skip
     text = (
-        f"{len(MODES_SEEDS)} training seeds each; means over the evaluation seeds, ± the standard deviation over the "
-        "training seeds. Errors on the states that the *student's own* sampling visits: what the adaptor emits against "
-        "what the region would have emitted there, relative; first the region's exit by step, then the guided output, "
-        "mean over the steps. On-policy training is this library's addition: trajectories of the student, labelled by "
-        "the teacher."
+        f"{len(MODES_SEEDS)} training seeds each; ± the standard deviation over the training seeds. Errors are "
+        "relative, on the states that the *student's own* sampling visits: first the region's exit by step, then the "
+        "guided output, mean over the steps. On-policy training is this library's addition: trajectories of the student, "
+        "labelled by the teacher."
     )
     against = []
     for steps, ways in found.items():
@@ -180,27 +199,6 @@ def _modes(results: Results) -> str:
 def _output_error(results: Results, keys: Iterable[str]) -> float:
     """Mean over rows and steps."""
     return statistics.fmean(value for key in keys for value in results.row(key)["errors"]["output"].values())
-
-
-def _training(data: Mapping[str, Any]) -> str:
-    rows = []
-    for run in data["training"].values():
-        for student, told in run["students"].items():
-            losses = (f"{told['first_loss']:.3g}", f"{told['last_loss']:.3g}")
-            rows.append(
-                (student.replace("_", "-"), told["loss"], run["settings"]["mode"], f"{told['updates']:,}",
-                 f"{run['trajectories']:,} × {run['settings']['batch']}", f"{run['seconds']:.0f} s", *losses)
-            )  # fmt: skip
-    if not rows:
-        return ""
-    heads = ("adaptor", "loss", "training", ">gradient steps", ">trajectories", ">time", ">first loss", ">last loss")
-    text = (
-        "Adaptors of one sampler and region were trained together, on the same trajectories; the time is that of all "
-        "of them, with other groups training beside them on the same GPU; it was limited, hence the different numbers "
-        "of steps. Losses are means over the first and the last tenth of the steps. One training seed, unless the name "
-        "says another one."
-    )
-    return f"## Training\n\n{text}\n\n{_without_title(table('', heads, rows))}"
 
 
 def _unmeasured(results: Results) -> str:

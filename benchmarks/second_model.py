@@ -462,6 +462,9 @@ def verdicts(data: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_NAMED = 3  # rows at most; of more their number is enough, and all_rows() has each
+
+
 def _kinds(rows: Rows, group: str, steps: str) -> str:
     """Affine and exit+entry+before against the identity at the same region and steps."""
     better, others = 0, []
@@ -479,7 +482,8 @@ def _kinds(rows: Rows, group: str, steps: str) -> str:
     text = (
         f"- {steps} steps, calibrated against the identity at the same region and steps: nearer to rendered scenes in "
     )
-    return f"{text}{better} of {better + len(others)} rows" + (f"; not in {', '.join(others)}." if others else ".")
+    named = f"; not in {', '.join(others)}" if 0 < len(others) <= _NAMED else ""
+    return f"{text}{better} of {better + len(others)} rows{named}."
 
 
 def _best(rows: Rows, group: str, steps: str) -> str:
@@ -516,19 +520,18 @@ def page(data: Mapping[str, Any]) -> str:
     before = model.get("before") or {"minutes": 0, "iterations": 0}
     minutes, iterations = f"{model['minutes'] + before['minutes']:g}", model["iterations"] + before["iterations"]
     text = f"""\
-The same on a network of another code base: denoising-diffusion-pytorch's `Unet` (dim {shape["dim"]}, multipliers \
+The model is of another code base: denoising-diffusion-pytorch's `Unet` (dim {shape["dim"]}, multipliers \
 {", ".join(map(str, shape["dim_mults"]))};
-{model["parameters"] / 1e6:.1f}M parameters, {macs / 1e9:.2f} GMACs a pass), unconditional, preconditioned as EDM is
-(arXiv 2206.00364), trained on the demo's scenes for {minutes} minutes ({iterations:,} iterations \
-of {model["batch"]}, {model["device"]}).
-Its sampler is a loop of our own: DPM++ 2M over Karras' σ from {SIGMA_MAX:g} to {SIGMA_MIN:g}, no guidance.
+{model["parameters"] / 1e6:.1f}M parameters, {macs / 1e9:.2f} GMACs a pass), unconditional, with EDM's \
+preconditioning (arXiv 2206.00364).
+It was trained on the demo's scenes for {minutes} minutes ({iterations:,} iterations of {model["batch"]}, \
+{model["device"]}). The sampler is DPM++ 2M
+over Karras' σ from {SIGMA_MAX:g} to {SIGMA_MIN:g}, without guidance.
 
 Rows ([all of them](calibration_tables.md#a-second-model)) as above: {run["pictures"]:,} noises to choose by \
-(one seed), others to judge on ({run["seeds"]} seeds,
-the same for every row);
-adaptors calibrated on {run["calibration"]} samples from other noises (at most 256 at 50 steps). *readable*: the share
-of pictures of which the demo's classifier reads every attribute. There is no row of DeepCache: its package knows
-diffusers' UNets only, and its arithmetic at a cut and clock is that of the identity.
+(one seed), others to judge on ({run["seeds"]} seeds).
+Adaptors are calibrated on {run["calibration"]} samples from other noises (at most 256 at 50 steps). There is no row of
+DeepCache, whose package knows diffusers' UNets only.
 
 {run["device"]}, {run["dtype"].removeprefix("torch.")}, torch {run["versions"]["torch"]}, python {run["python"]}; by
 `python -m benchmarks.second_model train`, then `run`: each command is in `benchmarks/results/second_model.json`.
@@ -540,7 +543,10 @@ Regions:
 
 def all_rows(data: Mapping[str, Any]) -> str:
     """The section of docs/calibration_tables.md."""
-    how = "How rows are measured: [calibration](calibration.md#measured-on-a-second-model)."
+    how = (
+        "How rows are measured: [calibration](calibration.md#measured-on-a-second-model). *readable*: the share of "
+        "pictures of which the demo's classifier reads every attribute."
+    )
     parts = ["## A second model", how, markdown(data)]
     missing = [key for key in (key_of(steps, row) for steps, row in PLAN) if key not in data["rows"]]
     if missing:
