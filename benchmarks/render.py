@@ -181,8 +181,8 @@ def _modes(results: Results) -> str:
     text = (
         f"{len(MODES_SEEDS)} training seeds each; ± the standard deviation over the training seeds. Errors are "
         "relative, on the states that the *student's own* sampling visits: first the region's exit by step, then the "
-        "guided output, mean over the steps. On-policy training is this library's addition: trajectories of the student, "
-        "labelled by the teacher."
+        "guided output, mean over the steps. On-policy training is this library's addition: trajectories of the "
+        "student, labelled by the teacher."
     )
     against = []
     for steps, ways in found.items():
