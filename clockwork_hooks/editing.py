@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from clockwork_hooks.adaptors import Adaptor
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.stats import Counts
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import ArgumentError, is_number, is_whole, share
+from clockwork_hooks.errors import ArgumentError, NoEffectWarning, is_number, is_whole, share
 from clockwork_hooks.graph.operators import operator_name
 from clockwork_hooks.graph.recorder import ModuleCall, specs_in
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
@@ -265,7 +266,10 @@ def clocked(
     """The UNet wrapped for one loop of so many steps; clock 1 is the plain loop, and warns of nothing."""
     check_clock(clock)
     ticks = Schedule.every(clock) if schedule is None else schedule
-    with wrap(unet, adaptor, schedule=ticks, region=region) as cw, cw.trajectory(steps=steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        cw = wrap(unet, adaptor, schedule=ticks, region=region)
+    with cw, cw.trajectory(steps=steps):
         yield cw
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import warnings
 from pathlib import Path
 
 import jsonschema
@@ -157,6 +158,22 @@ def test_nothing_is_saved_where_everything_moves_and_nan_is_a_change():
     cw.remove()
     cw = traced(unet, Schedule.adaptive(9.0))
     assert run(unet, cw, [samples()[0], *[torch.full_like(xs[0], torch.nan)] * 7])[1] == "F" * 8
+
+
+def test_a_threshold_that_no_step_passes_is_told_once():
+    """After two whole runs, as of a schedule whose steps are never reached; not where one step has passed."""
+    unet = Still()
+    cw = traced(unet, Schedule.adaptive(0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for jumps in (range(9), range(2, 5), range(9), range(9)):
+            run(unet, cw, samples(*jumps))
+    with pytest.warns(ch.NoEffectWarning, match=r"changed by more than the threshold(.|\n)*a larger threshold"):
+        run(unet, cw, samples(), until=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            run(unet, cw, samples(*range(9)))
 
 
 def test_without_a_trace_no_pass_is_lost():

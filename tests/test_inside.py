@@ -801,11 +801,33 @@ def test_a_schedule_whose_steps_are_never_reached_is_told() -> None:
         assert set(cw.stats.reasons) == {"first step", "scheduled"}
 
 
+def test_a_run_with_an_adaptor_pass_is_none_of_the_whole_runs_without() -> None:
+    """The steps of the schedule are reached in a run of six; a short one after it tells nothing yet."""
+    unet = Tiny()
+    with ch.wrap(unet, schedule={4, 5}) as cw, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in (6, 3, 6, 3, 6):
+            with cw.trajectory():
+                for t in TIMES[:steps]:
+                    unet(torch.ones(1, 2, 8, 8), t)
+        assert cw.stats.adaptor_passes == 6
+
+
+@pytest.mark.parametrize(
+    "schedule", [(), "every(1)", ch.Schedule.spread(1), ch.Schedule.early(1), ch.Schedule.every(1, last_full=2)]
+)
+def test_a_schedule_without_adaptor_steps_is_told_at_once(schedule: Any) -> None:
+    with pytest.warns(ch.NoEffectWarning, match="makes every pass full"):
+        ch.wrap(Tiny(), schedule=schedule).remove()
+
+
 def test_who_learns_or_skips_nothing_is_not_told_of_first_steps() -> None:
     unet = Tiny()
+    with pytest.warns(ch.NoEffectWarning, match="without adaptor steps"):  # told at once, and that is all
+        cw = ch.wrap(unet, schedule=())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with ch.wrap(unet, schedule=()) as cw:
+        with cw:
             for t in torch.linspace(900.0, 100.0, 40):
                 _a_run_each_call(unet, cw, t)
         with torch.enable_grad(), ch.wrap(unet.train()) as cw:
@@ -814,7 +836,7 @@ def test_who_learns_or_skips_nothing_is_not_told_of_first_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [ch.Schedule.every(2), ch.Schedule.every(4), {9, 10}, ch.Schedule.adaptive(threshold=1e-6), ()]
+    "schedule", [ch.Schedule.every(2), ch.Schedule.every(4), {9, 10}, ch.Schedule.adaptive(threshold=1e-6)]
 )
 @pytest.mark.parametrize("numbers", [False, True], ids=["a list", "numbers"])
 def test_who_is_served_or_asked_for_nothing_is_not_told(schedule: Any, numbers: bool) -> None:

@@ -26,7 +26,15 @@ from clockwork_hooks.demo.captions import parse
 from clockwork_hooks.demo.model import DEMO_PROMPTS, GUIDANCE, LATENT_SHAPE, DemoModel, load_demo, to_picture
 from clockwork_hooks.demo.weights import WEIGHTS
 from clockwork_hooks.engine.attach import wrap
-from clockwork_hooks.errors import ArgumentError, ClockworkError, DemoError, OtherStepsWarning, is_whole, need
+from clockwork_hooks.errors import (
+    ArgumentError,
+    ClockworkError,
+    DemoError,
+    NoEffectWarning,
+    OtherStepsWarning,
+    is_whole,
+    need,
+)
 from clockwork_hooks.metrics import psnr
 from clockwork_hooks.regions.find import find_region
 from clockwork_hooks.regions.region import Region
@@ -104,6 +112,7 @@ class Playground:
         schedule = Schedule.at(step for step in adaptor_steps if not isinstance(step, int) or step <= steps)
         with self._one_at_a_time, warnings.catch_warnings():
             warnings.simplefilter("ignore", OtherStepsWarning)  # the note says it
+            warnings.simplefilter("ignore", NoEffectWarning)  # the picture shows it
             plain, seconds = self._draw_plain(prompt, steps, seed)
             stand_in, note = self._adaptor(adaptor, steps, schedule)
             with wrap(self.model.unet, stand_in, region=self.region, schedule=schedule) as cw, cw.trajectory():

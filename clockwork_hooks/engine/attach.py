@@ -186,8 +186,8 @@ def wrap(
         AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
 
     Warns:
-        NoEffectWarning: the clock is 1; or (once, at a call) six steps had no adaptor pass that the schedule asks
-            for.
+        NoEffectWarning: the clock is 1, or the schedule has no adaptor steps; or (once, at a call) six steps had no
+            adaptor pass that the schedule asks for.
         OtherStepsWarning: a saved adaptor was made for another schedule, or (once, at a call) for another number of
             steps; or (likewise) the schedule names steps that a run does not have.
         SkippedModuleWarning: (once, at a call) a hook of other code is on a module that adaptor passes skip.
@@ -244,8 +244,13 @@ def wrap(
         chain = _chain(unet, clocks, adaptor, cut)
     for clocked in chain:
         clocked.keep = keep_paths
-    if all(clocked.clock == 1 for clocked in chain):
-        warn("clock 1 makes every pass full: wrapping changes nothing", NoEffectWarning)
+    if all(clocked.schedule.never_skips for clocked in chain):
+        warn(
+            "clock 1, or a schedule without adaptor steps, makes every pass full: wrapping changes nothing\n"
+            f"  schedule: {', '.join(dict.fromkeys(str(clocked.schedule) for clocked in chain))}\n"
+            "What to do: pass clock=2, or steps for the adaptor: schedule={2, 4, 6, 8}",
+            NoEffectWarning,
+        )
     return _answering(ClockworkWrapper(unet, Engine(unet, chain, **shared)), optimized)
 
 

@@ -238,7 +238,8 @@ class RunReport(Report):
 # Nothing is amiss where passes are full for these.
 _QUIET = frozenset(
     {
-        *(reasons.FIRST, reasons.SCHEDULED, reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
+        *(reasons.FIRST, reasons.SCHEDULED, reasons.MOVED, reasons.LONGEST),
+        *(reasons.TRACED, reasons.TRAINING, reasons.TEACHER),
         *(reasons.TRANSFORMED, reasons.REPEATED, reasons.UNREADABLE, reasons.UNANALYSED),
     }
 )
@@ -275,8 +276,10 @@ class NoAdaptorPass:
         self.needless: tuple[str, ...] = ()
         self.runs_tell = True
         self._warned, self._steps, self._calls, self._at, self._adapted = False, 0, 0, (0, 0), 0
+        self._open = 0  # steps up to the last of which nothing but what the region was given stood in the way
         self._runs, self._evaluations = 0, 0  # since a second step
         self._whole_runs, self._reached = 0, 0  # by the schedule alone, and the last step of the longest
+        self._moved = False  # did an adaptive schedule decide in them?
         self._doubted: Counter[str] = Counter()
         self._changed: Counter[str] = Counter()
 
@@ -284,14 +287,11 @@ class NoAdaptorPass:
         """A full pass has run, for this reason; there were so many adaptor passes before it."""
         if self._warned:
             return
-        in_turn = reason in (reasons.MOVED, reasons.LONGEST)  # nothing stands in the way of an adaptor pass
-        if in_turn or adapted != self._adapted:
+        if adapted != self._adapted:
             self._adapted, self._steps, self._calls, self._runs, self._evaluations = adapted, 0, 0, 0, 0
-            self._whole_runs = self._reached = 0
+            self._whole_runs, self._reached, self._moved, self._open = -1, 0, False, 0  # the run under way has one
             self._doubted.clear()
             self._changed.clear()
-        if in_turn:
-            return
         self._calls += 1
         if self.runs_tell:
             self._count_runs(reason, place)
@@ -303,16 +303,24 @@ class NoAdaptorPass:
             self._at, self._steps = (place.trajectory, place.step), self._steps + 1
             if reason not in _QUIET:
                 self._doubted[reason] += 1
+        if reason in (reasons.MOVED, reasons.LONGEST):
+            self._open = self._steps
+            self._doubted.clear()
+            self._changed.clear()
+        steps = self._steps - self._open
         up_and_down = place.restarts >= _RESTARTS and self._calls >= _RESTARTS
         if up_and_down or (self._runs >= _RUNS and reason == reasons.UNREADABLE):
             self._warn(reason, place)
         elif self._runs >= _RUNS or self._evaluations >= _EVALUATIONS:
             self._warn(reasons.FIRST, place, _ONE_STEP)
         elif self._whole_runs >= _WHOLE_RUNS:
-            self._warn(reasons.SCHEDULED, place, _not_reached(self._reached))
-        elif self._steps >= _STEPS and self._doubted.total() >= _DOUBTED:
+            if self._moved:
+                self._warn(reasons.MOVED, place)
+            else:
+                self._warn(reasons.SCHEDULED, place, _not_reached(self._reached))
+        elif steps >= _STEPS and self._doubted.total() >= _DOUBTED:
             leading = self._doubted.most_common(1)[0][0]
-            if self._steps >= _PATIENCE.get(leading, _STEPS):
+            if steps >= _PATIENCE.get(leading, _STEPS):
                 self._warn(leading, place)
 
     def _count_runs(self, reason: str, place: Position) -> None:
@@ -322,8 +330,8 @@ class NoAdaptorPass:
             self._runs = self._evaluations = 0
         else:
             self._runs, self._evaluations = self._runs + begins, self._evaluations + 1
-        if reason == reasons.SCHEDULED:
-            self._reached = max(self._reached, place.step)
+        if reason in (reasons.SCHEDULED, reasons.MOVED):
+            self._reached, self._moved = max(self._reached, place.step), self._moved or reason == reasons.MOVED
         elif begins:
             self._whole_runs += self._at[1] > 1
         elif reason != reasons.FIRST:
@@ -339,7 +347,7 @@ class NoAdaptorPass:
         if leading == reasons.NEW and self.needless:
             seen += f"  ignore= names what is not among the arguments: {', '.join(self.needless)}\n"
         what = f"{self._calls} calls" if self._steps < 2 else f"{self._steps} denoising steps"
-        asked = "" if leading == reasons.SCHEDULED else ", though the schedule asks for some"
+        asked = "" if leading in (reasons.SCHEDULED, reasons.MOVED) else ", though the schedule asks for some"
         warn(
             f"{what} without an adaptor pass{asked}: nothing is saved\n"
             f"  most are full because: {leading}\n  cause: {cause}\n{seen}"
