@@ -22,7 +22,7 @@ from clockwork_hooks.clock.times import Place
 from clockwork_hooks.engine.attach import check_names, wrap
 from clockwork_hooks.engine.stats import RunReport
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, compiled_from
-from clockwork_hooks.errors import ArgumentError
+from clockwork_hooks.errors import ArgumentError, is_several
 from clockwork_hooks.reports.report import Report
 from clockwork_hooks.reports.tables import Table, table
 from clockwork_hooks.schedule import Schedule
@@ -322,7 +322,7 @@ def _names(unets: Iterable[str] | None) -> list[str] | None:
         return None
     if isinstance(unets, str):
         return [unets]
-    if not isinstance(unets, Iterable):
+    if not is_several(unets):
         raise ArgumentError(
             "unets= names UNets of the pipeline", seen={"unets": repr(unets)}, do='pass names, as in unets=["unet"]'
         )

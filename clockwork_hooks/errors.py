@@ -32,6 +32,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 __all__ = [
@@ -240,6 +241,20 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_several(value: Any) -> bool:
+    """Is it a list, a generator, a tensor with axes, ...? A text is one value, and a mapping is none of these.
+
+    Example:
+        >>> is_several([1, 2]), is_several("ab"), is_several(3)
+        (True, False, False)
+    """
+    try:
+        iter(value)
+    except TypeError:  # a tensor of one number has the method, and raises too
+        return False
+    return not isinstance(value, (str, bytes, bytearray, Mapping))
+
+
 def whole(name: str, value: object, *, least: int, rule: str = "", example: int | None = None) -> None:
     """Check an argument that counts something.
 
@@ -289,6 +304,25 @@ def share(name: str, value: object, *, rule: str = "", example: float = 0.5, end
             do=f"pass {{{name}}}",
             arguments={name: example},
         )
+
+
+def as_path(name: str, value: object) -> Path:
+    """The path that an argument holds.
+
+    Args:
+        name: of the argument.
+        value: what the user passes.
+
+    Raises:
+        ArgumentError: it is neither text nor a path.
+
+    Example:
+        >>> as_path("folder", "my-adaptor").name
+        'my-adaptor'
+    """
+    if not isinstance(value, (str, Path)):
+        raise ArgumentError(f"{name} is a path", seen={name: repr(value)[:80]}, do=f'pass {name}="my-adaptor"')
+    return Path(value)
 
 
 def need(what: str, *packages: str, install: str, error: type[ClockworkError] = ArgumentError) -> None:

@@ -8,9 +8,9 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clockwork_hooks.errors import ArgumentError, is_number, is_whole, whole
+from clockwork_hooks.errors import ArgumentError, is_number, is_several, is_whole, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,9 +209,9 @@ class Schedule:
         Raises:
             ArgumentError: a step is no int, or below 2 (the first step is always full).
         """
-        numbers = list(steps) if isinstance(steps, Iterable) else [steps]
+        numbers: list[Any] = list(steps) if is_several(steps) else [steps]
         wrong = [step for step in numbers if not is_whole(step, 2)]
-        if wrong or not isinstance(steps, Iterable):
+        if wrong or not is_several(steps):
             raise ArgumentError(
                 "adaptor steps are a set of ints of at least 2: the first step of a trajectory is always full",
                 seen={"steps": repr(steps), "outside the rule": wrong or "no set"},
@@ -273,7 +273,7 @@ class Schedule:
             return value
         if isinstance(value, str):
             return cls.parse(value)
-        if isinstance(value, bytes) or not (callable(value) or isinstance(value, Iterable)):
+        if not (callable(value) or is_several(value)):
             raise ArgumentError(
                 "a schedule is a Schedule, a set of adaptor steps, or a function step -> bool",
                 seen={"schedule": repr(value)},

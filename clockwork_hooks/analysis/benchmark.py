@@ -19,7 +19,7 @@ from clockwork_hooks.adaptors.stand_in import AdaptorLike, is_identity, region_o
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, named, whole
+from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, is_several, named, whole
 from clockwork_hooks.graph.tracing import record
 from clockwork_hooks.regions.find import Choice, region_or_choice, split_options
 from clockwork_hooks.regions.region import Region
@@ -256,6 +256,9 @@ def bench(
     wanted = region_or_choice(region, options)
     tried, chosen = _several("clocks", clocks), _several("modes", modes)
     _check(unet, tried, chosen, steps, rounds)
+    said: tuple[Any, ...] = tuple(notes) if is_several(notes) else (notes,)
+    if not all(isinstance(note, str) for note in said):
+        raise ArgumentError("notes are sentences", seen={"notes": repr(notes)[:80]}, do='pass notes=["a busy machine"]')
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
     device = str(weight.device)
     if device == "meta":
@@ -300,7 +303,7 @@ def bench(
             "dtype": str(weight.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "notes": [*notes, *_missing(region)],
+            "notes": [*said, *_missing(region)],
         },
     )
 
@@ -363,7 +366,7 @@ def _row(
 
 
 def _several(name: str, values: Any) -> tuple[Any, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if not is_several(values):
         raise ArgumentError(
             f"{name} are several, to measure side by side",
             seen={name: repr(values)},

@@ -350,9 +350,9 @@ def _check(guidance: float | None, unconditional: str, kind: str, ridge: float |
             seen={"unconditional": repr(unconditional)},
             do='pass unconditional="first"',
         )
-    if kind != "auto" and kind not in KINDS:
+    if not isinstance(kind, str) or (kind != "auto" and kind not in KINDS):
         raise ArgumentError("a kind is auto, " + ", ".join(KINDS), seen={"kind": repr(kind)}, do='pass kind="auto"')
-    if ridge is not None and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
+    if ridge is not None and not (is_number(ridge) and ridge >= 0):
         raise ArgumentError("a ridge is a number from 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None")
     if steps is not None:
         whole("steps", steps, least=1)

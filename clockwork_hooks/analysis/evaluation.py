@@ -25,7 +25,7 @@ from clockwork_hooks.analysis.sampling import check_runs, count_steps, never_cal
 from clockwork_hooks.analysis.timing import device_name, measured
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, named_options
+from clockwork_hooks.errors import ArgumentError, is_several, named_options
 from clockwork_hooks.metrics import Metric, Paired
 from clockwork_hooks.regions.find import Choice
 from clockwork_hooks.reports.progress import ProgressBar
@@ -247,7 +247,7 @@ def evaluate(
     Source: arXiv 2312.08128, Sec. 5 (what is measured there: FID, CLIP score, FLOPs, latency).
     """
     check_unet(unet)
-    batches, judges = check_runs(generate, conditions, seeds), list(metrics) or [Paired()]
+    batches, judges = check_runs(generate, conditions, seeds), _judges(metrics)
     _check(variants)
     tallies = [_Tally(PLAIN, Variant(), None)]
     for name, value in variants.items():
@@ -334,6 +334,19 @@ def _result(tally: _Tally, judges: Sequence[Metric], seeds: int) -> VariantResul
         full_passes=full,
         adaptor_passes=adapted,
     )
+
+
+def _judges(metrics: Any) -> list[Metric]:
+    """What to judge by; raise `ArgumentError` if anything else is among it."""
+    given = list(metrics) if is_several(metrics) else [metrics]
+    wrong = [type(one).__name__ for one in given if isinstance(one, type) or not isinstance(one, Metric)]
+    if wrong:
+        raise ArgumentError(
+            "metrics are objects with better, observe and score, in a list",
+            seen={"no metric": ", ".join(wrong)},
+            do="pass metrics=[Paired()], or one of your own: help(ch.metrics.Metric)",
+        )
+    return given or [Paired()]
 
 
 def _check(variants: Mapping[str, Any]) -> None:

@@ -402,6 +402,7 @@ def flops_report(
     Source: arXiv 2312.08128, Appendix A and Tab. 1.
     """
     whole("steps", steps, least=1, example=8)
+    whole("depth", depth, least=1, example=2)
     schedule = clock if isinstance(clock, Schedule) else Schedule.every(clock)
     options, kwargs = split_options(unet, kwargs, named(flops_report))
     wanted = region_or_choice(region, options)

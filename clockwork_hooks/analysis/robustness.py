@@ -26,7 +26,7 @@ from clockwork_hooks._generate import Generate, with_seed
 from clockwork_hooks._numbers import count, shape
 from clockwork_hooks._tree import flat, leaf_at, map_leaves
 from clockwork_hooks.analysis.sampling import Watch, check_runs, final, first_call, reference
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, named_options, share
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_several, is_whole, named_options, share
 from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.recorder import TensorSpec, specs_in
 from clockwork_hooks.graph.tracing import Trace
@@ -99,8 +99,8 @@ def choose_maps(maps: Sequence[FeatureMap], names: Iterable[str] | None) -> tupl
     if names is None:
         return tuple(maps)
     by_name = {one.name: one for one in maps}
-    wanted = [names] if isinstance(names, str) else list(names)
-    wrong = [name for name in wanted if name not in by_name]
+    wanted: list[Any] = list(names) if is_several(names) else [names]
+    wrong = [name for name in wanted if not (isinstance(name, str) and name in by_name)]
     if wrong or not wanted:
         close = [match for name in wrong for match in get_close_matches(str(name), by_name, n=1)]
         raise ArgumentError(
@@ -407,7 +407,7 @@ def _starts(first_steps: Iterable[int] | None, steps: int) -> tuple[int, ...]:
     if first_steps is None:
         stride = max(1, round(steps / 10))
         return tuple(range(1, steps + 1, stride))
-    starts: tuple[Any, ...] = tuple(first_steps) if isinstance(first_steps, Iterable) else (first_steps,)
+    starts: tuple[Any, ...] = tuple(first_steps) if is_several(first_steps) else (first_steps,)
     wrong = [k for k in starts if not is_whole(k, 1, steps)]
     if wrong or not starts:
         raise ArgumentError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.hooks import Installed
 from clockwork_hooks.engine.passes import Active, Outcome, Pass
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
-from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_whole
+from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_several, is_whole
 from clockwork_hooks.graph.tracing import Trace, modules_of, record
 from clockwork_hooks.metrics import relative_l2
 from clockwork_hooks.regions.find import choose, match, regions_of
@@ -103,7 +103,7 @@ def candidates(
 
 def check_regions(regions: Iterable[Region]) -> tuple[Region, ...]:
     """The regions of an argument; raises `ArgumentError` where there are none, or it holds something else."""
-    chosen = tuple(regions) if isinstance(regions, Iterable) else (regions,)
+    chosen: tuple[Any, ...] = tuple(regions) if is_several(regions) else (regions,)
     if not chosen or not all(isinstance(region, Region) for region in chosen):
         raise ArgumentError(
             "candidates are regions of the UNet, in a list",
@@ -152,15 +152,14 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
     Raises:
         ArgumentError: there are none, or no seeds, or one that is no int or there twice; or `generate` is no function.
     """
-    one = isinstance(conditions, (str, bytes, Mapping))  # a batch alone; its letters or keys are none
-    if not callable(generate) or one or not isinstance(conditions, Iterable):
+    if not callable(generate) or not is_several(conditions):  # of a batch alone, letters or keys are no batches
         raise ArgumentError(
             "generate(batch, seed) is a function, and conditions a list of batches for it",
             seen={"generate": type(generate).__name__, "conditions": repr(conditions)[:80]},
             do="pass your sampler, and a list: (unet, generate, [batch])",
         )
     batches = list(conditions)
-    if not isinstance(seeds, Sequence) or not all(map(is_whole, seeds)):
+    if not isinstance(seeds, Sequence) or not is_several(seeds) or not all(map(is_whole, seeds)):
         raise ArgumentError("seeds are a sequence of ints", seen={"seeds": repr(seeds)[:80]}, do="pass seeds=(0, 1)")
     if not batches or not seeds:
         raise ArgumentError(
@@ -183,7 +182,7 @@ def check_clocks(clocks: Sequence[int]) -> None:
     Raises:
         ArgumentError: one is not, or there is none.
     """
-    values = clocks if isinstance(clocks, Sequence) else ()
+    values = clocks if isinstance(clocks, Sequence) and is_several(clocks) else ()
     if not values or not all(is_whole(clock, 2) for clock in values):
         raise ArgumentError("clocks that skip are ints of at least 2", seen={"clocks": clocks}, do="pass clocks=(2,)")
 

@@ -44,7 +44,9 @@ from clockwork_hooks.errors import (
     ArgumentError,
     NoEffectWarning,
     OtherStepsWarning,
+    as_path,
     first_line,
+    is_several,
     is_whole,
     named_options,
     share,
@@ -250,9 +252,10 @@ def tune(
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
     home = None
     if folder is not None:
-        _home(Path(folder))  # before the first run
+        folder = as_path("folder", folder)
+        _home(folder)  # before the first run
         times = _times(unet, generate, batches[0], regions, time) if unet is pipe else None
-        home = _home(Path(folder) / _key(pipe, unet, options, saving, guidance, regions, time, times))
+        home = _home(folder / _key(pipe, unet, options, saving, guidance, regions, time, times))
     if home is not None and (home / _FILE).exists():
         tuning, own = _saved(home / _FILE), CalibratedAdaptor.from_pretrained(home).region_options
         region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **own)
@@ -498,7 +501,7 @@ def _unet(pipe: Any, generate: Generate | None) -> nn.Module:
 
 def _batches(conditions: Iterable[Any]) -> list[Any]:
     """The conditions as a list of two at least; one prompt is not a list of letters."""
-    several = isinstance(conditions, Iterable) and not isinstance(conditions, (str, bytes, Mapping, Tensor))
+    several = is_several(conditions) and not isinstance(conditions, Tensor)
     batches = list(conditions) if several else []
     if len(batches) < 2:
         raise ArgumentError(

@@ -14,7 +14,7 @@ from clockwork_hooks.adaptors.stand_in import AdaptorLike, resolve_adaptor
 from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet, compiled_from
-from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, named, no_option, warn
+from clockwork_hooks.errors import AdaptorError, ArgumentError, NoEffectWarning, is_several, named, no_option, warn
 from clockwork_hooks.graph.tracing import module_paths
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, check_keep, region_or_choice
 from clockwork_hooks.regions.region import Region
@@ -106,7 +106,7 @@ def _check_branch(branch: Any) -> Any:
 
 def _check_ignore(ignore: Iterable[str] | str) -> tuple[str, ...]:
     """The paths to ignore; raise `ArgumentError` if there are others than texts."""
-    paths = tuple(ignore) if isinstance(ignore, Iterable) and not isinstance(ignore, str) else (ignore,)
+    paths: tuple[Any, ...] = tuple(ignore) if is_several(ignore) else (ignore,)
     if not all(isinstance(path, str) and path for path in paths):
         raise ArgumentError(
             "ignore= names arguments by dotted paths",

@@ -267,7 +267,7 @@ def handles(counts: Mapping[str, Handle] | None) -> Iterator[None]:
 
 def _checked(counts: Mapping[str, Handle | None]) -> dict[str, Handle | None]:
     """The same by names as `operator_name` gives them."""
-    for name, count in counts.items():
+    for name, count in counts.items() if isinstance(counts, Mapping) else [(None, counts)]:
         if not isinstance(name, str) or not name or not (count is None or callable(count)):
             raise ArgumentError(
                 "an operator's handle is a function (arguments, output shape) → MACs under the operator's name",

@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from clockwork_hooks._numbers import percent, shape
-from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_whole, no_option
+from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_several, is_whole, no_option
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.build import Facts, between, build, nodes_of, without
@@ -92,7 +92,7 @@ class Choice:
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", (self.modules,))
         elif self.modules is not None:
-            object.__setattr__(self, "modules", tuple(self.modules) if isinstance(self.modules, Iterable) else ())
+            object.__setattr__(self, "modules", tuple(self.modules) if is_several(self.modules) else ())
         self._check_values()
         self._check_together()
 

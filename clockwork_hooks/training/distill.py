@@ -23,7 +23,7 @@ from clockwork_hooks._version import versions
 from clockwork_hooks.adaptors.saved import check_facts
 from clockwork_hooks.adaptors.stand_in import check_region, is_identity, region_options, resolve_adaptor
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError, named, need
+from clockwork_hooks.errors import AdaptorError, ArgumentError, DistillError, as_path, is_several, named, need
 from clockwork_hooks.regions.find import Choice, ChoiceOptions, region_or_choice
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.progress import ProgressBar
@@ -149,7 +149,7 @@ def distill(
     generates = samplers_of(generate)
     check_facts(facts or {}, ArgumentError)  # now, not when it is trained
     adaptor = loaded(adaptor)
-    home = Path(folder) if folder is not None else None
+    home = None if folder is None else as_path("folder", folder)
     check_folder(home, resume)
     with frozen(unet), accelerated(unet, settings, home, accelerator) as engine, tf32(settings.tf32):
         recorder = TrajectoryRecorder(unet, region=chosen(adaptor, wanted), time=time, graphs=settings.graphs)
@@ -320,7 +320,7 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
         )
     if mode not in MODES:
         raise ArgumentError("a mode is one of three", seen={"mode": repr(mode)}, do=f"pass one of {', '.join(MODES)}")
-    if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or isinstance(prompts, (str, Mapping)):
+    if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or not is_several(prompts):
         raise ArgumentError(
             "prompts are a sequence: they have a length and are taken by number",
             seen={"prompts": type(prompts).__name__},
@@ -551,6 +551,13 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
             )
     import accelerate
     from accelerate.state import AcceleratorState
+
+    if own is not None and not isinstance(own, accelerate.Accelerator):
+        raise ArgumentError(
+            "accelerator= is Accelerate's",
+            seen={"accelerator": type(own).__name__},
+            do="pass accelerate.Accelerator(...), or leave it out",
+        )
 
     fresh = own is None and not AcceleratorState._shared_state
     accelerator = own or accelerate.Accelerator(

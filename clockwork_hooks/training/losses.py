@@ -107,7 +107,7 @@ def loss_of(loss: str | Loss | None, *, with_guidance: bool) -> Loss:
     """
     if loss is None:
         loss = "guided-output" if with_guidance else "feature"
-    chosen = loss if isinstance(loss, Loss) else LOSSES.get(loss)
+    chosen = loss if isinstance(loss, Loss) else LOSSES.get(loss) if isinstance(loss, str) else None
     if chosen is None:
         raise ArgumentError(
             "a loss has a name, or is a Loss", seen={"loss": repr(loss)}, do=f"pass one of {', '.join(LOSSES)}"
