@@ -403,7 +403,7 @@ class Judge:
             return
         options: dict[str, Any] = {"schedule": ch.Schedule.at(row.at), "region": self.region(row.region)}
         with ch.wrap(unet, adaptor, **options) as cw, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "a calibrated adaptor was asked for a position outside")
+            warnings.filterwarnings("ignore", "a calibrated adaptor works at the times that it was calibrated at")
             yield lambda pictures: cw.stats.macs_run / pictures
 
     def _wait(self) -> None:

@@ -171,7 +171,7 @@ class WrappedPipeline:
             own = _unets(pipe, self.wrappers)
             if not wrapped & {id(compiled_from(unet)) for unet in own.values()}:
                 raise ArgumentError(
-                    "a pipeline that is followed shares a wrapped UNet",
+                    "only a pipeline that shares a wrapped UNet can be followed",
                     seen={
                         "pipeline": type(pipe).__name__,
                         "its UNets": ", ".join(own) or "none",
@@ -336,13 +336,13 @@ def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: list[str] | None
     if unknown or not wanted:
         if isinstance(pipe, str):
             raise ArgumentError(
-                "a pipeline is an object that is loaded; this is a text",
+                "wrap_pipeline takes a loaded pipeline, not its name",
                 seen={"got": repr(pipe)},
                 do="load it first: DiffusionPipeline.from_pretrained(name)",
             )
         if not present and isinstance(pipe, nn.Module):
             raise ArgumentError(
-                "a pipeline holds its UNets; this is a model",
+                "wrap_pipeline takes a pipeline, not a model",
                 seen={"got": type(pipe).__name__},
                 do="pass the pipeline, or wrap the model alone: ch.wrap(unet)",
             )

@@ -95,7 +95,8 @@ class Path:
         self._predicts = str(ddim.config.prediction_type)
         if self._predicts not in ("epsilon", "v_prediction"):
             raise ArgumentError(
-                "a UNet that is inverted predicts noise or v: a picture alone does not tell the noise of none",
+                "inversion needs a UNet that predicts noise or v: without noise, the noise cannot be computed from "
+                "the picture",
                 seen={"prediction_type": self._predicts},
                 do="edit with another model",
             )
@@ -235,7 +236,7 @@ def unet_arguments(conditions: Conditions, rows: int) -> dict[str, Any]:
     """
     if not isinstance(conditions, (Tensor, Mapping)):
         raise ArgumentError(
-            "what the UNet is told is a tensor of hidden states, or the keyword arguments of its call",
+            "conditions are a tensor of hidden states, or the keyword arguments of the UNet's call",
             seen={"got": repr(conditions)[:80]},
             do="encode the text: pipe.encode_prompt(text, ...)[0]",
         )
@@ -247,7 +248,7 @@ def unet_arguments(conditions: Conditions, rows: int) -> dict[str, Any]:
     }
     if wrong:
         raise ArgumentError(
-            "every tensor that the UNet is told has one row a picture",
+            "every tensor among the conditions needs one row for each picture",
             seen={"pictures": rows, **wrong},
             do=f"expand it to {rows} row{'s' * (rows != 1)}",
         )
@@ -283,7 +284,7 @@ def predicted(cw: ClockworkWrapper, x: Tensor, time: Tensor, arguments: Mapping[
     sample: Tensor = output if isinstance(output, Tensor) else output.sample
     if sample.shape != x.shape:
         raise ArgumentError(
-            "a UNet that is inverted predicts as many channels as it is given, and no variance",
+            "inversion needs a UNet that predicts as many channels as its sample has, and no variance",
             seen={"given": shape(x.shape), "predicted": shape(sample.shape)},
             do="edit with another model",
         )
@@ -674,9 +675,9 @@ def _source(
         return source.noise, dict(source.conditions)
     if isinstance(source, Inversion) or conditions is None:
         raise ArgumentError(
-            "the inversion, and it alone, is told about the source",
+            "the source's conditions belong to the inversion: pass them with latents, and not with an Inversion",
             seen={"source": type(source).__name__, "conditions": type(conditions).__name__},
-            do="pass its text as conditions with latents, and none with an Inversion",
+            do="pass conditions= with latents, or an Inversion without",
         )
     check_source(unet, source)
     return source, unet_arguments(conditions, len(source))
@@ -686,9 +687,9 @@ def _check_inverted(**options: object) -> None:
     given = {f"inversion_{name}": repr(value) for name, value in options.items() if value is not None}
     if given:
         raise ArgumentError(
-            "an Inversion of before has its steps and passes already",
+            "an Inversion has its steps and passes already",
             seen=given,
-            do="leave these out, or pass latents in the place of the Inversion",
+            do="leave these out, or pass latents instead of the Inversion",
         )
 
 
@@ -697,7 +698,7 @@ def _rows(*conditions: Mapping[str, Any]) -> dict[str, Any]:
     first, *others = conditions
     if any(other.keys() != first.keys() for other in others):
         raise ArgumentError(
-            "source, negative and target are told in the same way",
+            "source, negative and target must have the same form",
             seen={"keys": [sorted(one) for one in conditions]},
             do="pass the same keyword arguments, or hidden states, for each",
         )
@@ -706,7 +707,7 @@ def _rows(*conditions: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if any(other != shapes[0] for other in shapes):
         raise ArgumentError(
-            "source, negative and target are told in tensors of one shape, but for the rows",
+            "the tensors of source, negative and target must have the same shape, except for the rows",
             seen=dict(zip(("source", "negative", "target"), shapes, strict=True)),
             do="pad the texts to one length",
         )

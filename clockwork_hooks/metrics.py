@@ -127,7 +127,7 @@ def _comparable(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     for each in (one, other):
         if not isinstance(each, Tensor) or not each.is_floating_point() or each.shape != one.shape:
             raise ArgumentError(
-                "what is compared is two floating tensors of one shape",
+                "only two floating tensors of the same shape can be compared",
                 seen={"first": _described(one), "second": _described(other)},
                 do="pass batches (B, ...) of as many; of bytes, `images / 255`",
             )

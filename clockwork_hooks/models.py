@@ -596,12 +596,12 @@ def find_factory(module: str, factory: str, *, bare: bool = True) -> Any:
         sys.path.remove(str(Path.cwd()))
     if not callable(target):
         raise ModelNotFoundError(
-            "a factory can be called", seen={"factory": f"{module}:{factory}"}, do="name a function or a class"
+            "a factory must be callable", seen={"factory": f"{module}:{factory}"}, do="name a function or a class"
         )
     needed = _needed(target) if bare else []
     if needed:
         raise ModelNotFoundError(
-            "a factory is called without arguments",
+            "a factory must be callable without arguments",
             seen={"factory": f"{module}:{factory}", "arguments without a default": ", ".join(needed)},
             do="give them defaults, or name a function of your own that calls it",
         )

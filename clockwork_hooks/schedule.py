@@ -95,7 +95,7 @@ class Schedule:
                 whole(name, value, least=default or 0)
         if start > 1 and first_full > 1:
             raise ArgumentError(
-                "start and first_full are two names of one number",
+                "start and first_full mean the same",
                 seen={"start": start, "first_full": first_full},
                 do="pass one of them",
             )
@@ -226,7 +226,7 @@ class Schedule:
             raise ArgumentError(
                 "a schedule's rule is a function of the step",
                 seen={"got": repr(uses_adaptor)[:80]},
-                do="pass step -> bool; an adaptor goes by its name: adaptor=",
+                do="pass step -> bool; an adaptor is passed by name: adaptor=",
             )
         return cls(uses_adaptor, f"where({getattr(uses_adaptor, '__name__', 'rule')})")
 

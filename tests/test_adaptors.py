@@ -248,14 +248,14 @@ def test_layouts(sizes: tuple[int, ...], resolution: tuple[int, ...], layout: La
 def test_tokens_of_another_size() -> None:
     layout = Layout(6, (4, 8), "tokens")
     assert layout.to_map(torch.zeros(1, 128, 6)).shape == (1, 6, 8, 16)
-    with pytest.raises(ch.AdaptorError, match="traced proportions"):
+    with pytest.raises(ch.AdaptorError, match="proportions of the traced one"):
         layout.to_map(torch.zeros(1, 51, 6))
 
 
 def test_layouts_that_are_none() -> None:
     with pytest.raises(ch.AdaptorError, match="a boundary is"):
         Layout.of_boundary(boundary((2, 6, 33), (4, 8)))
-    with pytest.raises(ch.AdaptorError, match="laid out as in the region"):
+    with pytest.raises(ch.AdaptorError, match="must have the layout that the adaptor was made for"):
         Layout(6, (4, 8)).to_map(torch.zeros(2, 7, 4, 8))
     with pytest.raises(ch.AdaptorError, match="same number of spatial axes"):
         ch.ResNetAdaptor(exit=Layout(6, (4, 8)), entry=Layout(6, (32,)), width=8)
@@ -313,13 +313,15 @@ def test_conditions_that_do_not_fit() -> None:
     with pytest.raises(ch.AdaptorError, match="reads the region's entry"):
         adaptor(None, exit, time=time, text=text)
     for wrong in ({"time": None}, {"text": None}, {"time": time[:, :4]}, {"time": time[:3]}, {"text": text[:, 0, :6]}):
-        with pytest.raises(ch.AdaptorError, match="embedding is as in the region"):
+        with pytest.raises(
+            ch.AdaptorError, match="embedding must have the width and rows that the adaptor was made for"
+        ):
             adaptor(entry, exit, **{"time": time, "text": text, **wrong})  # type: ignore[arg-type]
 
 
 def test_rows_that_do_not_fit() -> None:
     adaptor = ch.ResNetAdaptor(exit=Layout(6, (4, 4)), entry=Layout(3, (4, 4)), width=8)
-    with pytest.raises(ch.AdaptorError, match="the same rows"):
+    with pytest.raises(ch.AdaptorError, match="the same number of rows"):
         adaptor(torch.zeros(2, 3, 4, 4), torch.zeros(4, 6, 4, 4))
 
 

@@ -195,7 +195,7 @@ def test_results_are_written_and_drawn(tmp_path):
         ({"starts": (9,)}, "choose from 1 to 8"),
         ({"starts": ()}, "none given"),
         ({"maps": ["up 16x16"]}, "up 16×16"),
-        ({"maps": []}, "maps are chosen by their names"),
+        ({"maps": []}, "feature maps are chosen by their names"),
         ({"seeds": ()}, "needs conditions and seeds"),
         ({"seeds": 3}, "seeds are a sequence"),
         ({"seeds": ([0], [1])}, r"seeds: \(\[0\], \[1\]\)"),
@@ -224,7 +224,7 @@ def test_a_wrapped_or_compiled_unet_is_refused(measure):
     compiled = torch.compile(unet, backend="eager")
     with pytest.raises(ch.WrapError, match=r"the output of torch\.compile"):
         measure(compiled, sampler(compiled), [1])
-    with ch.wrap(unet), pytest.raises(ch.WrapError, match="wrapped once"):
+    with ch.wrap(unet), pytest.raises(ch.WrapError, match="wrapped only once"):
         measure(unet, sampler(unet), [1])
 
 

@@ -71,7 +71,7 @@ def test_a_wrapper_inside_that_came_meanwhile_stays() -> None:
     unet = Outer().eval()
     cw = ch.wrap(unet)
     cw.remove()
-    with ch.wrap(unet.inner), pytest.raises(ch.WrapError, match="nothing inside of it may be wrapped already"):
+    with ch.wrap(unet.inner), pytest.raises(ch.WrapError, match="nothing inside a UNet may be wrapped already"):
         cw.attach()
 
 
@@ -79,7 +79,10 @@ def test_another_wrapper_that_came_meanwhile_stays() -> None:
     unet = Tiny().eval()
     cw = ch.wrap(unet, clock=2)
     cw.remove()
-    with ch.wrap(unet, clock=3) as other, pytest.raises(ch.WrapError, match="has its wrapper already") as raised:
+    with (
+        ch.wrap(unet, clock=3) as other,
+        pytest.raises(ch.WrapError, match="wrapped only once, and this one has a wrapper") as raised,
+    ):
         cw.attach()
     assert raised.value.wrapper is other
     cw.attach().remove()

@@ -134,7 +134,7 @@ def test_what_cannot_be_timed(monkeypatch):
     inputs = torch.ones(1, 2, 16, 16), 3
     with pytest.raises(ch.WrapError, match="only an nn"):
         ch.bench(3, *inputs)
-    with pytest.raises(ch.ArgumentError, match="time passes where something runs"):
+    with pytest.raises(ch.ArgumentError, match="a time can be measured only on a device that computes"):
         ch.bench(Tiny().to("meta"), inputs[0].to("meta"), 3)
     monkeypatch.setattr(ch.ClockworkWrapper, "compile", no_compiler)
     with pytest.raises(ch.CompileError, match=r"(?s)at least one mode.*compile: no compiler"):

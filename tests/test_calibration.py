@@ -280,7 +280,7 @@ def test_a_step_half_as_long_changes_half_as_much():
 def test_outside_it_is_the_identity_and_warns_once():
     adaptor = adaptor_of()
     cached = torch.randn(1, 4, 8, 8) * 1e4  # beyond the bounds that hold inside
-    with pytest.warns(UserWarning, match=r"outside of those that it was calibrated at \(100 to 700\)"):
+    with pytest.warns(UserWarning, match=r"outside them it is the identity\n  calibrated at: 100 to 700\n"):
         assert torch.equal(adaptor(None, cached, position=torch.tensor(900.0)), cached)
     for position in (900.0, 99.0, -5.0, 1e9):  # warnings are errors here
         assert torch.equal(adaptor(None, cached, position=torch.tensor(position)), cached)
@@ -502,8 +502,8 @@ def test_one_sample_is_split_by_positions():
     ("options", "said"),
     [
         ({"kind": "best"}, "a kind is auto, gain"),
-        ({"clock": 2, "schedule": {2}}, "a schedule says when"),
-        ({"schedule": {40}}, "a calibrated step is one that the sampler takes"),
+        ({"clock": 2, "schedule": {2}}, "a schedule and a clock cannot both be given"),
+        ({"schedule": {40}}, "a step can be calibrated only if the sampler takes it"),
         ({"guidance": "high"}, "guidance is a number"),
         ({"ridge": -1.0}, "a ridge is a number from 0"),
         ({"unconditional": "both"}, "the unconditional branch"),
@@ -553,7 +553,10 @@ def test_times_that_single_precision_does_not_tell_apart_are_refused(schedule):
     unet = Blocks(gain=lambda t: t)
     times = [1e6 + time * 1e-9 for time in TIMES]
     before = snapshot(unet)
-    with pytest.raises(ch.ArgumentError, match=r"differ in single precision(.|\n)*at step 2: 1000000\.0"):
+    with pytest.raises(
+        ch.ArgumentError,
+        match=r"must differ in float32, the precision in which an adaptor gets them(.|\n)*at step 2: 1000000\.0",
+    ):
         calibrate(unet, sampler(unet, times=times, rate=1e-7), [(4, 2.0)], schedule=schedule)
     assert snapshot(unet) == before
 
@@ -583,7 +586,7 @@ def test_what_is_not_finite_makes_no_adaptor(step, schedule):
             x = x - 0.1 * unet(x, time, c)
         return x
 
-    with pytest.raises(ch.ArgumentError, match=f"(?s)is finite numbers.*in step {max(step, 2)}.*its dtype"):
+    with pytest.raises(ch.ArgumentError, match=f"(?s)must be finite.*in step {max(step, 2)}.*its dtype"):
         calibrate(unet, generate, [4], schedule=schedule)
 
 
@@ -710,7 +713,7 @@ def test_nothing_stays_on_the_unet():
     assert snapshot(unet) == before
 
 
-@pytest.mark.filterwarnings("ignore:a calibrated adaptor was asked for a position outside")
+@pytest.mark.filterwarnings("ignore:a calibrated adaptor works at the times that it was calibrated at")
 def test_another_number_of_steps_degrades_softly():
     """Twice as many steps, each half as long: the weights in between, half as much of them."""
     unet = Blocks(gain=lambda t: math.exp(t / 300))
@@ -911,7 +914,9 @@ def test_an_adaptor_that_is_not_told_the_time_says_so_once(tmp_path):
     untold = pytest.warns(ch.NoEffectWarning, match=r"no time input(.*\n)*.*time=name")
     with torch.no_grad(), ch.wrap(unet, tmp_path) as cw, cw.trajectory(), untold:
         generate(4)
-    untold = pytest.warns(ch.OtherStepsWarning, match=r"is not told it: it is the identity\n(.*)time=")
+    untold = pytest.warns(
+        ch.OtherStepsWarning, match=r"needs the time of each call, and gets none: it acts as the identity\n(.*)time="
+    )
     with torch.no_grad(), ch.wrap(unet, tmp_path, ignore=("k",)) as cw, cw.trajectory(), untold as caught:
         generate(4, step=cw.step)
     assert (cw.stats.adaptor_passes, len(caught)) == (2, 1)

@@ -39,7 +39,7 @@ def test_a_replica_of_data_parallel_is_refused() -> None:
         plain = replica(unet)(x, 900.0)
         with ch.wrap(unet) as cw, cw.trajectory():
             unet(x, 900.0)
-            with pytest.raises(ch.WrapError, match="the one object that was wrapped") as e:
+            with pytest.raises(ch.WrapError, match="must run as the object that was wrapped") as e:
                 replica(unet)(x, 800.0)
             assert "DistributedDataParallel" in e.value.do
             unet(x, 800.0)

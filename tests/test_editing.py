@@ -321,13 +321,13 @@ def test_the_example_runs(capsys):
         ({"inversion_clock": 0}, "a clock is an int"),
         ({"guidance": float("nan")}, "guidance is a finite number"),
         ({"injection": Injection(("up_blocks.9",))}, "no such module: up_blocks.9"),
-        ({"negative": {"text": torch.zeros(1)}}, "told in the same way"),
+        ({"negative": {"text": torch.zeros(1)}}, "must have the same form"),
         ({"negative": torch.zeros(2, 5, 8)}, "pictures: 1\n  encoder_hidden_states: 2×5×8"),
         ({"negative": torch.zeros(1, 7, 8)}, "negative: {'encoder_hidden_states': '7×8'}"),
         ({"scheduler": object()}, "alphas_cumprod"),
         ({"scheduler": scheduler(prediction_type="sample")}, "predicts noise or v"),
-        ({"conditions": None}, "told about the source"),
-        ({"target": "a cat"}, "what the UNet is told is a tensor of hidden states"),
+        ({"conditions": None}, "the source's conditions belong to the inversion"),
+        ({"target": "a cat"}, "conditions are a tensor of hidden states"),
         ({"source": torch.zeros(1, 3, 16, 16)}, "source: 1×3×16×16\n  the UNet's in_channels: 4"),
         ({"source": torch.zeros(1, 4, 16, 16, dtype=torch.uint8)}, "floating latents"),
         ({"source": "a picture.png"}, "floating latents"),
@@ -360,7 +360,7 @@ def test_no_place_for_an_injection_is_told_before_the_inversion():
 def test_an_inversion_brings_its_own_text(unet):
     source, hidden = things()
     way = invert(unet, scheduler(), source, hidden[0], steps=1)
-    with pytest.raises(ch.ArgumentError, match="none with an Inversion"):
+    with pytest.raises(ch.ArgumentError, match="or an Inversion without"):
         edit(unet, scheduler(), way, hidden[0], target=hidden[1], negative=hidden[2])
 
 

@@ -422,7 +422,7 @@ def test_arguments_that_are_gone_are_an_error_and_no_wrong_picture() -> None:
         for t in TIMES[:3]:
             unet(torch.randn(1, 2, 8, 8), t, c)
         unet.another_way, unet.where = True, "condition"
-        with pytest.raises(ch.WrapError, match="needs its arguments as they were"):
+        with pytest.raises(ch.WrapError, match="needs unchanged arguments"):
             unet(torch.randn(1, 2, 8, 8), TIMES[3], c)
         assert cw.stats.adaptor_passes == 1
 

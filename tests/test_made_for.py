@@ -58,7 +58,7 @@ def test_another_schedule_is_told(unet: torch.nn.Module, options: dict[str, Any]
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:a calibrated adaptor was asked for a position outside")
+@pytest.mark.filterwarnings("ignore:a calibrated adaptor works at the times that it was calibrated at")
 @pytest.mark.parametrize(("declared", "steps"), [(12, 12), (None, 9), (4, 4)])
 def test_another_number_of_steps_is_told_once(unet: torch.nn.Module, declared: int | None, steps: int) -> None:
     calibrated = adaptor(unet, schedule=Schedule.every(2, first_full=2))
@@ -112,7 +112,7 @@ def test_the_adaptor_knows_how_many_steps_a_loop_of_ones_own_takes(unet: torch.n
 
 @torch.no_grad()
 def test_a_schedule_that_nobody_tells_the_number_of_steps_says_so_once(unet: torch.nn.Module) -> None:
-    said = r"has to know it\n  schedule: early\(2\)\n(.*\n)+.*Schedule.at\(Schedule.early\(2\).adaptor_steps\(20\)\)"
+    said = r"has to be known\n  schedule: early\(2\)\n(.*\n)+.*Schedule.at\(Schedule.early\(2\).adaptor_steps\(20\)\)"
     with ch.wrap(unet, schedule=Schedule.early(2)) as cw:
         with pytest.warns(ch.OtherStepsWarning, match=said) as caught:
             letters(cw, unet, 8)

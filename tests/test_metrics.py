@@ -193,7 +193,7 @@ def tiny_clip(folder: Path) -> Path:
 @pytest.mark.parametrize("other", [torch.ones(1, 3, 4, 4), torch.ones(3, 4, 4), torch.ones(2, 3, 4, 4).byte(), 1.0])
 def test_what_is_compared_is_of_one_shape(compare: Callable[..., Tensor], other: Any) -> None:
     """Shapes that broadcast gave numbers of other pictures."""
-    with pytest.raises(ArgumentError, match="two floating tensors of one shape"):
+    with pytest.raises(ArgumentError, match="two floating tensors of the same shape"):
         compare(torch.rand(2, 3, 4, 4), other)
 
 

@@ -486,7 +486,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"clocks": {1: 2}, "clock": 2}, ch.ArgumentError, "says which regions.*clock: 2.*pass clocks= without clock"),
     ({"clocks": {1: 2}, "keep_graph": True}, ch.ArgumentError, "without its graph.*keep_graph: True"),
     ({"clocks": {1: 2}, "adaptor": {2: None}}, ch.ArgumentError, "same keys"),
-    ({"adaptor": {1: None}}, ch.AdaptorError, "go with several clocks"),
+    ({"adaptor": {1: None}}, ch.AdaptorError, "need several clocks"),
     ({"clocks": {1: 2}, "adaptor": {1: 3}}, ch.AdaptorError, "an adaptor is None"),
 ]
 

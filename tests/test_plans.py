@@ -318,13 +318,16 @@ def test_planned_sets_save_as_much_as_each_clock():
     [
         ({"weigh": "FLOPs"}, 'weighs "MACs" or "ms"'),
         ({"longest": 0}, "longest is an int"),
-        ({"adaptor": []}, "something stands in"),
+        ({"adaptor": []}, "each region needs an adaptor"),
         ({"clocks": ()}, "clocks that skip"),
         ({"clocks": 2}, "clocks: 2"),
         ({"held_out": []}, "needs conditions and seeds"),
         ({"held_out_seeds": ()}, "needs conditions and seeds"),
-        ({"guidance": 3.0}, 'read where an adaptor is calibrated\n  guidance: 3.0\n(.*\n)*.*adaptor="?.calibrated'),
-        ({"adaptor": "identity", "log_snr": float}, "read where an adaptor is calibrated"),
+        (
+            {"guidance": 3.0},
+            'used only where an adaptor is calibrated\n  guidance: 3.0\n(.*\n)*.*adaptor="?.calibrated',
+        ),
+        ({"adaptor": "identity", "log_snr": float}, "used only where an adaptor is calibrated"),
     ],
 )
 def test_bad_options_are_told(options, said):

@@ -96,9 +96,7 @@ def test_a_class_is_no_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_model_of_torch_jit_cannot_be_wrapped() -> None:
-    with pytest.raises(
-        ch.WrapError, match=r"(?s)torch\.jit has its calls fixed.*made of: Conv2d.*nn\.Module that it was"
-    ):
+    with pytest.raises(ch.WrapError, match=r"(?s)a torch\.jit model is fixed.*made of: Conv2d.*nn\.Module that it was"):
         ch.wrap(torch.jit.trace(conv(3, 3), torch.zeros(1, 3, 8, 8)))
 
 

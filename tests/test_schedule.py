@@ -185,7 +185,7 @@ def test_a_sampler_says_how_many_steps_it_takes() -> None:
         assert passes(8) == Schedule.spread(2).preview(8) == "F F A A F A A F"
         with pytest.warns(ch.OtherStepsWarning, match="steps: not known"):
             assert passes(None) == Schedule.every(2).preview(8)
-        with pytest.warns(ch.OtherStepsWarning, match=r"(?s)said: 5.*this step: 6"):
+        with pytest.warns(ch.OtherStepsWarning, match=r"(?s)declared: 5.*this step: 6"):
             assert passes(5) == Schedule.spread(2).preview(5) + " F F F"
         assert passes(4) == Schedule.spread(2).preview(4) + " F F F F"  # that is said once
         assert passes(9)[:15] == Schedule.spread(2).preview(9)[:15]

@@ -295,7 +295,7 @@ def test_under_autograd_modules_are_asked() -> None:
     unet, (x, c) = Twisted(in_closure), inputs()
     with ch.wrap(unet) as cw, cw.trajectory(steps=4):
         unet(x, TIMES[0], c), unet(x, TIMES[1], c)
-        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+        with pytest.raises(ch.WrapError, match="must not keep the output of a skipped module for its next call"):
             unet(x, TIMES[2], c)
 
 
@@ -359,7 +359,7 @@ def test_what_is_kept_at_later_steps_only(twist: Any) -> None:
     with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
         for k, t in enumerate(TIMES[:5]):
             assert torch.equal(unet(x, t, c), plain(x, t, c)) or k in (1, 3)
-        with pytest.raises(ch.WrapError, match="keeps for its next call"):  # noqa: PT012
+        with pytest.raises(ch.WrapError, match="must not keep the output of a skipped module for its next call"):  # noqa: PT012
             unet(x, TIMES[5], c)
             unet(x, TIMES[6], c)
 
@@ -380,7 +380,7 @@ def test_memory_that_is_exchanged_at_later_steps_only() -> None:
     with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
         for t in TIMES[:5]:
             unet(x, t, c)
-        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+        with pytest.raises(ch.WrapError, match="must not keep the output of a skipped module for its next call"):
             unet(x, TIMES[5], c)
 
 
@@ -395,7 +395,7 @@ def test_what_is_kept_at_later_steps_only_and_read_in_secret() -> None:
     with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
         for k, t in enumerate(TIMES[:6]):
             assert torch.equal(unet(x, t, c), plain(x, t, c)) or k in (1, 3, 5)
-        with pytest.raises(ch.WrapError, match="keeps for its next call"):
+        with pytest.raises(ch.WrapError, match="must not keep the output of a skipped module for its next call"):
             unet(x, TIMES[6], c)
 
 

@@ -127,7 +127,7 @@ def test_a_factory_may_bring_its_adaptor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[1]", "a configuration is a table"),
+        ("[1]", "a configuration has to be a table"),
         ("{", "TOML or JSON"),
         ('{"source": {"kind": "dream"}}', "a source says what samples"),
         ('{"source": {"kind": "demo"}, "adaptor": "identity"}', "pass one of resnet, scaled-resnet, unet"),
@@ -139,8 +139,8 @@ def test_a_factory_may_bring_its_adaptor(tmp_path: Path) -> None:
         ('{"source": {"kind": "pipeline", "path": "a"}}', "missing a required argument: 'prompts'"),
         ('{"source": {"kind": "demo", "stepz": 4}}', "unexpected keyword argument 'stepz'"),
         ('{"source": {"kind": "demo", "captions": 0}}', "captions is an int of at least 1"),
-        ('{"source": ["demo"]}', "the source of a configuration is a table"),
-        ('{"source": "demo", "adaptor": 3}', "the adaptor of a configuration is a table"),
+        ('{"source": ["demo"]}', "the source of a configuration has to be a table"),
+        ('{"source": "demo", "adaptor": 3}', "the adaptor of a configuration has to be a table"),
         ('{"source": "demo", "seed": 1.5}', "pass --set seed=0"),
     ],
 )

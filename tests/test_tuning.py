@@ -134,10 +134,10 @@ def test_a_broken_file_in_the_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options", "said"),
     [
-        (BATCHES, {"saving": 0.9}, "a saving is one that some schedule reaches"),
+        (BATCHES, {"saving": 0.9}, "the saving must be one that some schedule reaches"),
         (BATCHES, {"saving": 40}, "a saving is a share of the MACs"),
-        (BATCHES[:1], {}, "some conditions are calibrated with and others judged on"),
-        ("a lighthouse in a storm", {}, "some conditions are calibrated with and others judged on"),
+        (BATCHES[:1], {}, "tune needs several conditions: some to calibrate with, others to judge on"),
+        ("a lighthouse in a storm", {}, "tune needs several conditions: some to calibrate with, others to judge on"),
         (BATCHES, {"options": {"output_type": "pil"}}, "is what the pipeline is called with beside prompt"),
         (BATCHES, {"generate": None}, "what is tuned is a diffusers pipeline"),
     ],
@@ -359,7 +359,7 @@ def test_a_shorter_sampler_that_is_none_is_refused_before_anything_is_calibrated
         calls.append(batch)
         return sampler(unet)(batch, seed)
 
-    with pytest.raises(ch.ArgumentError, match=r"shorter is for a UNet|let it call this very UNet object"):
+    with pytest.raises(ch.ArgumentError, match=r"shorter= is for a UNet|let it call this very UNet object"):
         tune(unet, BATCHES, generate=generate, shorter=shorter)
     assert not calls
     assert not unet._forward_hooks

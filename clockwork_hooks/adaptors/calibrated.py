@@ -288,7 +288,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
         if exit_cached.shape[axis] != self.exit.channels:
             raise AdaptorError(
-                "an adaptor serves exits of the channels that it was made for",
+                "an adaptor fits exits with the number of channels that it was made for",
                 seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
                 do="calibrate one for this region",
             )
@@ -445,9 +445,10 @@ class CalibratedAdaptor(LearnedAdaptor):
         if not torch.compiler.is_compiling() and self._lookout.sees(row, len(self.table) - 1):
             inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
             warn(
-                "a calibrated adaptor was asked for a position outside of those that it was calibrated at "
-                f"({float(inner.min()):g} to {float(inner.max()):g}): it is the identity there; calibrate it with the "
-                "sampler and the number of steps that it is used with, and leave schedule= and clock= out of wrap()",
+                "a calibrated adaptor works at the times that it was calibrated at; outside them it is the identity\n"
+                f"  calibrated at: {float(inner.min()):g} to {float(inner.max()):g}\n"
+                "What to do: calibrate it with the sampler and the number of steps that it is used with, and leave "
+                "schedule= and clock= out of wrap()",
                 OtherStepsWarning,
             )
 
@@ -457,7 +458,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         if not (counted or self._lookout.said or torch.compiler.is_compiling()):
             self._lookout.said = True
             warn(
-                "a calibrated adaptor goes by the time of each call, and is not told it: it is the identity\n"
+                "a calibrated adaptor needs the time of each call, and gets none: it acts as the identity\n"
                 'What to do: name the time input, wrap(unet, adaptor, time="..."), as for calibrate(..., time="...")',
                 OtherStepsWarning,
             )
@@ -534,7 +535,7 @@ def like_exit(entry: Tensor, layout: Layout, cached: Tensor, exit: Layout) -> Te
         entry = exit.from_map(fit(layout.to_map(entry), tuple(exit.to_map(cached).shape[2:])))
     if entry.shape[0] != cached.shape[0]:
         raise AdaptorError(
-            "entry and exit have the same rows",
+            "entry and exit must have the same number of rows",
             seen={"entry": shape(entry.shape), "exit": shape(cached.shape)},
             do='do without the entry: kind="affine" or kind="exit"',
         )

@@ -134,7 +134,7 @@ def vector(x: torch.Tensor | None, width: int | None, rows: int, name: str) -> t
         return None
     if x is None or vector_width(tuple(x.shape)) != width or rows % x.shape[0]:
         raise AdaptorError(
-            f"the {name} embedding is as in the region that the adaptor was made for",
+            f"the {name} embedding must have the width and rows that the adaptor was made for",
             seen={
                 "adaptor": f"{name} of width {width}, {rows} rows or a part of them",
                 "got": "none" if x is None else shape(x.shape),
@@ -225,7 +225,7 @@ class LearnedAdaptor(SavedAdaptor):
         strange = [name for name in own if name not in options]
         if strange and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in options.values()):
             raise ArgumentError(
-                f"{cls.__name__} has options of its own",
+                f"{cls.__name__} takes only its own options",
                 seen={"unknown": ", ".join(strange)},
                 do=f"pass some of inputs, {', '.join(name for name in options if name != 'channels')}",
             )
@@ -302,7 +302,7 @@ class LearnedAdaptor(SavedAdaptor):
             read.insert(0, fit(self.entry.to_map(entry), tuple(before.shape[2:])))
             if entry.shape[0] != rows:
                 raise AdaptorError(
-                    "entry and exit have the same rows",
+                    "entry and exit must have the same number of rows",
                     seen={"entry": shape(entry.shape), "exit": shape(exit_cached.shape)},
                     do='do without the entry: for_region(region, inputs=("exit", "text"))',
                 )

@@ -85,7 +85,7 @@ class SavedAdaptor(
         meta = [name for name, tensor in weights.items() if tensor.is_meta]
         if meta:
             raise AdaptorError(
-                "an adaptor that is saved has weights",
+                "an adaptor can be saved only with its weights",
                 seen={"on the meta device": ", ".join(meta[:5])},
                 do="load it first",
             )

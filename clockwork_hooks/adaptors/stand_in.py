@@ -173,7 +173,7 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
             'an adaptor is None, "identity", the folder of a saved one, or a module called as '
             "adaptor(entry, exit_cached, time=..., text=...)",
             seen={"adaptor": repr(adaptor)[:80]},
-            do="pass one of these; a clock goes by its name: clock=2",
+            do="pass one of these; a clock is passed by name: clock=2",
         )
     _check_signature(adaptor)
     return adaptor
@@ -189,7 +189,8 @@ def _check_signature(adaptor: Any) -> None:
         signature.bind(None, None, **dict.fromkeys(("time", "text", *needs_of(adaptor))))
     except TypeError as error:
         raise AdaptorError(
-            "an adaptor is called as adaptor(entry, exit_cached, time=..., text=...), and with what its `needs` name",
+            "an adaptor is called as adaptor(entry, exit_cached, time=..., text=...), with more arguments if its "
+            "`needs` names them",
             seen={"adaptor": repr(adaptor)[:80], "its arguments": signature, "error": error},
             do="write a module whose forward(self, entry, exit_cached, *, time, text) returns the exit",
         ) from error
@@ -233,9 +234,9 @@ class Lent:
             same = copy is None or torch.allclose(one, copy, rtol=0, atol=0, equal_nan=True)
             if version(one) != then or not same:
                 raise AdaptorError(
-                    "an adaptor does not write to what flows on in the UNet",
+                    "an adaptor must not write to tensors that the UNet uses after it",
                     seen={"written to": name, **_words(where)},
-                    do="let it write to a copy, as of entry.clone(); a layer with inplace=True writes to what it takes",
+                    do="let it write to a copy, such as entry.clone(); a layer with inplace=True writes to its input",
                 )
 
 
@@ -312,7 +313,7 @@ def check_schedule(adaptor: Adaptor, schedule: Schedule) -> None:
     steps = next(iter(counts), 0)
     if own and not any(_alike(one, schedule, steps) for one in own):
         warn(
-            "an adaptor is best at the steps that it was made for: "
+            "an adaptor works best at the steps that it was made for: "
             f"{type(adaptor).__name__} was made for {' or '.join(map(str, own))}"
             + (f" of {steps} steps" if steps else "")
             + f", and runs at {schedule}\nWhat to do: leave schedule= and clock= out, or calibrate or train one for "

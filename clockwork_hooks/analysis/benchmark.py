@@ -262,7 +262,11 @@ def bench(
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
     device = str(weight.device)
     if device == "meta":
-        raise ArgumentError("time passes where something runs", seen={"device": device}, do="move the UNet to a device")
+        raise ArgumentError(
+            "a time can be measured only on a device that computes",
+            seen={"device": device},
+            do="move the UNet to a device",
+        )
     used = resolve_adaptor(adaptor)
     with torch.no_grad():
         wanted = Choice(**region_options(used)) if wanted == Choice() else wanted
@@ -289,7 +293,7 @@ def bench(
             for side in sides:
                 timings[mode, side.clock], ran[mode, side.clock] = times[clock_name(side.clock)], side.cw
     if not timings:
-        raise CompileError("at least one mode can be measured", seen=failed, do='add "eager" to modes')
+        raise CompileError("at least one mode has to work", seen=failed, do='add "eager" to modes')
     return Benchmark(
         model=type(unet).__name__,
         sample=tuple(tensors((args, kwargs))[0].shape),

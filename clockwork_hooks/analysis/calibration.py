@@ -328,7 +328,7 @@ def calibrate(
 def _schedule(schedule: Any, clock: int | None) -> Schedule | None:
     if schedule is not None and clock is not None:
         raise ArgumentError(
-            "a schedule says when, and so does a clock",
+            "a schedule and a clock cannot both be given",
             seen={"schedule": schedule, "clock": clock},
             do="pass one of them",
         )
@@ -418,7 +418,7 @@ def _checked(log_snr: Callable[[float], float]) -> Callable[[float], float]:
         raise ArgumentError(
             "log_snr gives a finite number for every time that the UNet is called with",
             seen={"time": time, "log_snr": level},
-            do="bound what it is computed of: -2 * math.log(max(sigma, 1e-6))",
+            do="keep its argument away from 0: -2 * math.log(max(sigma, 1e-6))",
         )
 
     return at
@@ -428,7 +428,7 @@ def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
     """Raise `ArgumentError` where what was seen does not make an adaptor, or is not what the caller has said."""
     if steps is not None and sums.last_step != steps:
         raise ArgumentError(
-            "steps is how many the sampler takes",
+            "steps= is the number of steps that the sampler takes",
             seen={"steps": steps, "steps seen": sums.last_step},
             do=f"pass steps={sums.last_step}, or leave it out",
         )
@@ -441,7 +441,7 @@ def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
         elif sums.last_step <= 1:
             do = "sample in more steps: a trajectory's first step is always full"
         raise ArgumentError(
-            "a calibrated step is one that the sampler takes, from its second on",
+            "a step can be calibrated only if the sampler takes it, from the second step on",
             seen={
                 "schedule": which or "all steps from the second on",
                 "steps seen": sums.last_step,
@@ -470,7 +470,7 @@ def _check_seen(sums: Sums, which: Schedule | None, steps: int | None) -> None:
     close = next((place for place in sums.places.values() if None is not place.position == place.before), None)
     if close is not None:
         raise ArgumentError(
-            "times of two steps differ in single precision, in which an adaptor is told them",
+            "the times of two steps must differ in float32, the precision in which an adaptor gets them",
             seen={f"time at step {close.step}": close.position, f"time at step {close.step - 1}": close.before},
             do="pass the UNet times that are farther apart: a step's number, or sigma's logarithm",
         )
@@ -1068,9 +1068,9 @@ def _check_finite(place: Place) -> None:
     """Raise `ArgumentError` where NaN or infinity came into the sums: no weights follow from them."""
     if not (place.fit.finite and place.held.finite):
         raise ArgumentError(
-            "what flows through the region is finite numbers",
+            "the region's tensors must be finite",
             seen={"not finite": f"in step {place.step}", "time": place.position},
-            do="mend the sampler, or its dtype, first: bfloat16 holds larger numbers than float16",
+            do="correct the sampler or its dtype first: bfloat16 holds larger numbers than float16",
         )
 
 

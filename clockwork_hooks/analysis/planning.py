@@ -209,7 +209,7 @@ class Plan(FieldReport):
             _ = plan.region, plan.schedule  # a field of another type is an error of the file
         if adaptor is None and plan.adaptor_folder is None and plan.adaptor_name != "identity":
             raise ArgumentError(
-                "a plan is used with the adaptor that it was made with",
+                "a plan has to be used with the adaptor that it was made with",
                 seen={"adaptor of the plan": plan.adaptor_name, "given": "none"},
                 do="pass Plan.from_json(text, adaptor=...)",
             )
@@ -308,7 +308,7 @@ def plan(
     unread = {name: value for name, value in (("guidance", guidance), ("log_snr", log_snr)) if value is not None}
     if unread and len(ready) == len(several):
         raise ArgumentError(
-            "guidance and log_snr are read where an adaptor is calibrated",
+            "guidance and log_snr are used only where an adaptor is calibrated",
             seen={**unread, "adaptor": adaptor},
             do="pass {adaptor}, or leave them out",
             arguments={"adaptor": CALIBRATED},
@@ -528,7 +528,7 @@ class _Planner:
             every = [*self.fixed, *(option for sets in self.sets.values() for option in sets)]
             most = max((option.gain(self.weigh) for option in every), default=0.0)
             raise ArgumentError(
-                "a plan saves what its regions and steps allow",
+                "a plan can save at most what its regions and steps allow",
                 seen={"min_saving": percent(wanted), "most that can be saved": percent(most)},
                 do="ask for less, or pass wider regions",
             )
@@ -593,7 +593,7 @@ def _check(max_error: object, min_saving: object, weigh: object, probes: object,
     if (max_error is None) == (min_saving is None):
         either = dict.fromkeys(budgets)
         raise ArgumentError(
-            "a plan has one budget", seen=budgets, do="pass {max_error} or {min_saving}", arguments=either
+            "a plan needs exactly one budget", seen=budgets, do="pass {max_error} or {min_saving}", arguments=either
         )
     for name, value in budgets.items():
         if value is not None:

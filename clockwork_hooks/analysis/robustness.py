@@ -104,7 +104,7 @@ def choose_maps(maps: Sequence[FeatureMap], names: Iterable[str] | None) -> tupl
     if wrong or not wanted:
         close = [match for name in wrong for match in get_close_matches(str(name), by_name, n=1)]
         raise ArgumentError(
-            "maps are chosen by their names",
+            "feature maps are chosen by their names",
             seen={"no such map": ", ".join(map(str, wrong)) or "none given", "maps": ", ".join(by_name)},
             do="pass {maps}",
             arguments={"maps": close or list(by_name)[:1]},

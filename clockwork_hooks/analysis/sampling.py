@@ -88,7 +88,7 @@ def candidates(
     """
     several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
     if not several:
-        raise ArgumentError("something stands in for a region", seen={"adaptor": adaptor}, do="pass adaptor=None")
+        raise ArgumentError("each region needs an adaptor", seen={"adaptor": adaptor}, do="pass adaptor=None")
     matches = None if regions is None else _matches(trace, unet, check_regions(regions))
     by_name: dict[str, Candidate] = {}
     for one in several:
@@ -169,7 +169,7 @@ def check_runs(generate: Generate, conditions: Iterable[Any], seeds: Sequence[in
         )
     if len(set(seeds)) < len(seeds):
         raise ArgumentError(
-            "each seed is one run of its own: the same one again tells nothing new",
+            "seeds must differ: the same seed gives the same run",
             seen={"seeds": list(seeds)},
             do="pass each seed once",
         )
@@ -251,9 +251,9 @@ def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Ten
     result = final(generate, batch, seed)
     if not bool(result.isfinite().all()):
         raise ArgumentError(
-            "results are finite numbers without adaptor passes",
+            "the results of plain sampling must be finite",
             seen={"seed": seed, "not finite": f"{int((~result.isfinite()).sum())} of {result.numel()} values"},
-            do="mend the sampler, or its dtype, first",
+            do="correct the sampler or its dtype first",
         )
     return result
 
@@ -344,7 +344,7 @@ def count_steps(unet: nn.Module, sample: Callable[[], object], **options: Any) -
 def never_called(unet: nn.Module) -> ArgumentError:
     """The error where a sampler has not called the UNet that it is passed with."""
     return ArgumentError(
-        "generate(batch, seed) samples with the UNet that is looked into",
+        "generate(batch, seed) must call the UNet that was passed",
         seen={"calls of the UNet": 0, "unet": type(unet).__name__},
         do="let it call this very UNet object, not a copy or a compiled one",
     )

@@ -445,7 +445,7 @@ class _Tuner:
 
 def _unreachable(saving: float, most: float, more: Mapping[str, Any] | None = None, *, do: str) -> ArgumentError:
     seen = {"saving": percent(saving), "share of the widest region": percent(most), **(more or {})}
-    return ArgumentError("a saving is one that some schedule reaches", seen=seen, do=do)
+    return ArgumentError("the saving must be one that some schedule reaches", seen=seen, do=do)
 
 
 def spaced(steps: int, saving: float, share: float) -> list[tuple[str, tuple[int, ...]]]:
@@ -505,7 +505,7 @@ def _batches(conditions: Iterable[Any]) -> list[Any]:
     batches = list(conditions) if several else []
     if len(batches) < 2:
         raise ArgumentError(
-            "some conditions are calibrated with and others judged on",
+            "tune needs several conditions: some to calibrate with, others to judge on",
             seen={"conditions": len(batches) if several else repr(conditions)[:80]},
             do="pass a list: a dozen prompts, or two batches",
         )
@@ -547,9 +547,9 @@ def _shorter(pipe: Any, options: Mapping[str, Any]) -> tuple[int, Callable[[int]
 def _tell_of_none(steps: int, error: Exception) -> None:
     """Warn that the plain sampler does not run with so many steps."""
     warn(
-        "fewer plain steps are judged where the sampler takes so few: here it ends in an error\n"
+        "plain sampling with fewer steps could not be compared: the sampler raised an error\n"
         f"  steps: {steps}\n  error: {type(error).__name__}: {first_line(error)}\n"
-        "What to do: nothing; what was chosen is not touched by that",
+        "What to do: nothing; the chosen steps stay",
         OtherStepsWarning,
     )
 
@@ -561,10 +561,10 @@ def _tell_if_nearer(tuning: Tuning) -> None:
     if nearer:
         best = min(nearer, key=lambda one: one.error)
         warn(
-            "an adaptor is for what fewer plain steps do not do: here they are nearer to the plain results\n"
+            "fewer plain steps are better here than an adaptor: they are nearer to the plain results\n"
             f"  {best.rule}: {percent(best.saved)} fewer MACs, error {percent(best.error)}\n"
             f"  {chosen.rule}: {percent(chosen.saved)} fewer MACs, error {percent(chosen.error)}\n"
-            "What to do: take the fewer steps, and no adaptor; or ask for another saving",
+            "What to do: sample with fewer steps, without an adaptor; or ask for another saving",
             NoEffectWarning,
         )
 
@@ -574,7 +574,7 @@ def _check_shorter(pipe: Any, unet: nn.Module, shorter: Any, batch: Any, time: s
     generate = shorter(2) if pipe is unet and callable(shorter) else None
     if not callable(generate):
         raise ArgumentError(
-            "shorter is for a UNet: it gives the sampler with so many steps, a function as generate is",
+            "shorter= is for a UNet: a function of the number of steps that returns a sampler, as generate is one",
             seen={
                 "pipe": type(pipe).__name__,
                 "shorter": type(shorter).__name__,
@@ -591,7 +591,7 @@ def _saved(file: Path) -> Tuning:
         return Tuning.from_json(file.read_text(encoding="utf-8"))
     except (ArgumentError, OSError, UnicodeDecodeError) as error:
         raise ArgumentError(
-            "folder= holds what an earlier ch.tune has saved",
+            "folder= has to hold the complete result of an earlier ch.tune, or nothing",
             seen={"file": file, "error": first_line(error)},
             do=f"delete {file.parent}: the next call tunes anew",
         ) from error

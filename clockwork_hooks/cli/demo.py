@@ -122,13 +122,15 @@ def edit(
     own = [word for word in (source, replace, by) if word is not None]
     if len(own) not in (0, 3):
         raise ArgumentError(
-            "an edit of your own has a source, words to replace, and words in their place",
+            "an edit of your own needs a source, the words to replace, and the words that replace them",
             seen={"--source": source, "--replace": replace, "--by": by},
             do="pass all three, or none",
         )
     if own and scenes:
         raise ArgumentError(
-            "scenes are drawn, or one is named", seen={"--source": source, "--scenes": scenes}, do="pass one of the two"
+            "either scenes are drawn at random, or one is named",
+            seen={"--source": source, "--scenes": scenes},
+            do="pass one of the two",
         )
     drawn = draw_edits(scenes, seed) if scenes else EDITS
     result = edit_scenes(

@@ -143,7 +143,9 @@ def _read(config: str) -> dict[str, Any]:
         ) from error
     if not isinstance(options, dict):
         raise ArgumentError(
-            "a configuration is a table", seen={"file": path, "holds": type(options).__name__}, do='{"source": {...}}'
+            "a configuration has to be a table",
+            seen={"file": path, "holds": type(options).__name__},
+            do='{"source": {...}}',
         )
     return options
 
@@ -167,7 +169,7 @@ def _table(name: str, value: Any) -> dict[str, Any]:
         return {"kind": value}
     if not isinstance(value, dict):
         raise ArgumentError(
-            f"the {name} of a configuration is a table",
+            f"the {name} of a configuration has to be a table",
             seen={name: repr(value)[:80]},
             do=f'write "{name}": {{"kind": ...}}',
         )

@@ -98,7 +98,9 @@ def bench(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place == "meta":
         raise ArgumentError(
-            "time passes where something runs", seen={"--device": place}, do="pass --device cpu or cuda"
+            "a time can be measured only on a device that computes",
+            seen={"--device": place},
+            do="pass --device cpu or cuda",
         )
     options.check_device(place)
     cpu = place.startswith("cpu")

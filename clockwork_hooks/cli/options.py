@@ -127,7 +127,7 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise ArgumentError(
-            "a device is one that torch can use here",
+            "the device must be one that torch can use here",
             seen={"--device": device, "error": first_line(error)},
             do="pass one that clockwork-hooks doctor lists",
         ) from error
@@ -213,7 +213,7 @@ def check_out(context: typer.Context, out: Any) -> Any:
         a_file = there.is_file()
         if not _writable(there) or (a_file and (there != path or path.suffix not in ENDINGS)):
             raise ArgumentError(
-                "reports go where they can be written",
+                "a report needs a folder that can be written to",
                 seen={"--out": path, "in the way" if a_file else "not writable": there},
                 do="pass --out with another folder",
             )

@@ -188,7 +188,7 @@ def _parse(prompt: str) -> list[int]:
     two = second[2] is not None
     if (two and place) or (before and after):
         raise CaptionError(
-            "a prompt of the demo tells a place only of a lone object, and tells one background at most",
+            "a prompt of the demo gives a place only to a single object, and names at most one background",
             seen={"prompt": repr(prompt)},
             do=_LIKE_THESE,
         )

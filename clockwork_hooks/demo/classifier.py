@@ -138,7 +138,7 @@ def attribute_accuracy(classifier: AttributeClassifier, images: Tensor, prompts:
     """
     if len(images) != len(prompts):
         raise ArgumentError(
-            "every picture has its prompt",
+            "pictures and prompts must be equally many",
             seen={"pictures": len(images), "prompts": len(prompts)},
             do="pass equally many",
         )

@@ -165,7 +165,7 @@ class Trainer:
         """One iteration. Args: fraction of the whole training that is over, for the learning rate."""
         if self.learn is None:
             raise ArgumentError(
-                "a step is prepared before it runs", seen={"prepared": False}, do="call prepare(pool) first"
+                "a step has to be prepared before it runs", seen={"prepared": False}, do="call prepare(pool) first"
             )
         warm = min(1.0, (self.iteration + 1) / 500)
         rate = self.options.rate * warm * max(0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))), 0.01)

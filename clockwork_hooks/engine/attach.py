@@ -45,7 +45,7 @@ def check_region(region: Region, unet: nn.Module) -> None:
 _DECIDES = {
     "plan": "a plan says which region, when, and what stands in for it",
     "clocks": "clocks= says which regions, and when; each feature is kept without its graph",
-    "schedule": "a schedule says when, and so does a clock",
+    "schedule": "a schedule and a clock cannot both be given",
 }
 
 
@@ -86,7 +86,7 @@ def _oldest(reuse: str) -> int:
     """How many steps back a branch's own step before may be."""
     if not isinstance(reuse, str) or reuse not in _OLDEST:
         raise ArgumentError(
-            "a feature is reused in the step after its own, or in the next step of the same condition",
+            "a feature can be reused in the next step, or in the next step with the same condition",
             seen={"reuse": repr(reuse)},
             do='pass reuse="step before" or reuse="same condition"',
         )
@@ -277,7 +277,7 @@ def _alone(
     """One region with its schedule: what was chosen, or what the adaptor was made for."""
     if isinstance(adaptor, Mapping):
         raise AdaptorError(
-            "several adaptors go with several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
+            "several adaptors need several clocks", seen={"clocks": None}, do="pass clocks= with the same keys"
         )
     if isinstance(region, (str, Path)):
         region = saved_region(region, unet) or saved_choice(region)
@@ -307,7 +307,9 @@ def _chain(unet: nn.Module, clocks: Mapping[Any, int], adaptor: Any, cut: str) -
         )
     adaptors = adaptor if isinstance(adaptor, Mapping) else dict.fromkeys(clocks, adaptor)
     if unknown := [key for key in adaptors if key not in clocks]:
-        raise ArgumentError("adaptors are for the regions of clocks=", seen={"others": unknown}, do="use the same keys")
+        raise ArgumentError(
+            "the keys of several adaptors are those of clocks=", seen={"others": unknown}, do="use the same keys"
+        )
     chain = []
     for key, clock in clocks.items():
         check_clock(clock)

@@ -197,10 +197,11 @@ class Compiled:
                 raise
             if type(error).__name__ == "FailOnRecompileLimitHit":
                 raise CompileError(
-                    "what a UNet's Python holds is a constant of a compiled pass: it may be one of a few values",
+                    "values that the UNet holds in Python are constants of a compiled pass: they may take few "
+                    "different values",
                     seen={"pass": pass_.kind, "graphs": torch._dynamo.config.recompile_limit},
-                    do="have the UNet count in a buffer, not in a number of Python (torch has logged what differed); "
-                    "or raise torch._dynamo.config.recompile_limit",
+                    do="let the UNet count in a buffer, not in a Python number (torch has logged what differed); or "
+                    "raise torch._dynamo.config.recompile_limit",
                 ) from error
             raise CompileError(
                 "a compiled UNet is one graph, for full passes and for adaptor passes",

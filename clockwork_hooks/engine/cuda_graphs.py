@@ -225,7 +225,7 @@ class Captured(Compiled):
             why = str(refused.__cause__).strip().split("\n", 1)[0]
             if self.compiled is None:
                 raise CompileError(
-                    "a captured pass neither waits for the device nor decides by values on it",
+                    "a captured pass must not wait for the device or read values on it",
                     seen={"pass": pass_.kind, "error": why},
                     do="call cw.compile(), or leave the wrapper as it is",
                 ) from refused.__cause__

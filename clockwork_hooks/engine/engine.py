@@ -1067,25 +1067,25 @@ def _in_full(call: UNetCall, taint: Taint) -> Any:
 def _written_to(call: UNetCall, why: str) -> WrapError:
     """A pass cannot be run again: the error that says so."""
     return WrapError(
-        "a pass that has to be run again in full needs its arguments as they were",
+        "a pass that has to run again in full needs unchanged arguments",
         seen={
             "step": None if call.place is None else call.place.step,
             "why again": why,
             "meanwhile": "the UNet has written to them",
         },
-        do="let the UNet write to copies of its arguments; or give the step that differs to a full pass",
+        do="let the UNet write to copies of its arguments; or make the step that differs a full step in the schedule",
     )
 
 
 def _lost(call: UNetCall) -> WrapError:
     """What the UNet would have used is a placeholder: the error that says so."""
     return WrapError(
-        "what a UNet keeps for its next call is no output of a module that adaptor passes skip",
+        "a UNet must not keep the output of a skipped module for its next call",
         seen={
             "step": None if call.place is None else call.place.step,
             "kept": "in an adaptor pass, and not in the first one",
         },
-        do="let the UNet keep it from its first steps on; or remove() the wrapper",
+        do="let the UNet keep it from its first steps on, so that it is noticed; or remove() the wrapper",
     )
 
 
@@ -1104,7 +1104,7 @@ def _check_ignored(signature: Signature, binder: Binder) -> None:
     for what, path in (("sample", signature.sample), ("time", signature.time)):
         if path is not None and binder.ignores(path):
             raise ArgumentError(
-                "sample and time are no conditions: there is nothing to ignore",
+                "sample and time are no conditions, so they cannot be ignored",
                 seen={"ignore": ", ".join(binder.ignored), what: path},
                 do="leave it out of ignore=",
             )
@@ -1139,9 +1139,9 @@ def _key(branch: Callable[[Mapping[str, Any]], Hashable], arguments: Arguments) 
         hash(key)
     except TypeError as error:
         raise ArgumentError(
-            "branch= gives each call a key that can be hashed: a text, a number, a tuple of those",
+            "branch= must return a key that can be hashed: a text, a number, or a tuple of these",
             seen={"got": type(key).__name__},
-            do='return "cond" or "uncond"; of a tensor what it holds: int(args["label"])',
+            do='return "cond" or "uncond"; for a tensor its value: int(args["label"])',
         ) from error
     return key
 

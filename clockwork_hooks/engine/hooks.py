@@ -357,7 +357,7 @@ class Installed:
         def look(module: nn.Module) -> None:
             if module is not unet:
                 raise WrapError(
-                    "a wrapped UNet runs as the one object that was wrapped, with its own modules and weights",
+                    "a wrapped UNet must run as the object that was wrapped, with its own modules and weights",
                     seen={"unet": type(unet).__name__, "called": "a replica of it, as DataParallel makes them"},
                     do="wrap each process's own UNet and use DistributedDataParallel, or call remove() first",
                 )
@@ -542,7 +542,7 @@ def _put(module: nn.Module, forward: Any, path: str) -> None:
         module.forward = forward
     except Exception as error:
         raise WrapError(
-            "a UNet and its skipped modules allow a forward of their own, beside that of their class",
+            "the UNet and its skipped modules must allow a `forward` on the instance",
             seen={"module": path or "the UNet itself", "class": type(module).__name__, "error": error},
             do="pass the UNet before scripting or freezing it",
         ) from error

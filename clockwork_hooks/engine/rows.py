@@ -46,7 +46,7 @@ class Batch:
         """Raise `ArgumentError` if the sample has another number of rows."""
         if not self.fits(sample):
             raise ArgumentError(
-                "rows= names each row of the UNet's batch once",
+                "rows= needs one name for each row of the UNet's batch",
                 seen={"rows": ", ".join(self.names), "rows of the sample": _rows_of(sample)},
                 do="pass as many names as the sample has rows, in their order",
             )

@@ -395,7 +395,7 @@ class OtherSteps:
         if steps is None and self._asks is not None and not pipeline:
             asks, self._asks = self._asks, None
             warn(
-                f"a schedule that depends on the number of steps has to know it\n  schedule: {asks}\n"
+                f"the schedule depends on the number of steps, which has to be known\n  schedule: {asks}\n"
                 "  steps: not known, so spread and early run as every, and last_full has no effect\n"
                 "What to do: sample within `with cw.trajectory(steps=20):`, with your own number of steps; or pass "
                 f"schedule=Schedule.at(Schedule.{asks}.adaptor_steps(20))",
@@ -404,7 +404,7 @@ class OtherSteps:
         if steps is not None and self._names is not None and steps < self._names.last_named:
             names, self._names = self._names, None
             warn(
-                "a schedule names steps that a run has: those after its last one have no effect\n"
+                "a schedule can use only steps that the run has: those after its last step have no effect\n"
                 f"  schedule: {names}\n  steps of this run: {steps}\n"
                 "What to do: name steps that it has; Schedule.every(2) and Schedule.spread(2) fit any number of them",
                 OtherStepsWarning,
@@ -413,7 +413,7 @@ class OtherSteps:
             return
         counts, self._counts = self._counts, ()
         warn(
-            f"an adaptor is best in the number of steps that it was made for: {self._adaptor} was made for "
+            f"an adaptor works best in the number of steps that it was made for: {self._adaptor} was made for "
             f"{' or '.join(map(str, counts))} steps, and this run has {steps or f'{step} or more'}\n"
             "What to do: calibrate or train one with this number of steps",
             OtherStepsWarning,
@@ -432,8 +432,8 @@ class MoreSteps:
             return
         self._warned = True
         warn(
-            "a run has as many steps as are said of it: those after them are full passes\n"
-            f"  steps that were said: {said}\n  this step: {step}\n"
+            "a run has more steps than were declared: those after them are full passes\n"
+            f"  steps declared: {said}\n  this step: {step}\n"
             "What to do: `with cw.trajectory(steps=20):`, with your own number of steps; where a sampler evaluates "
             "between its steps, `with cw.sampler(name, sigmas):` counts for itself",
             OtherStepsWarning,
@@ -458,7 +458,7 @@ class Watchers:
             tops = [path for path in watching if not any(path.startswith(f"{other}.") for other in watching)]
             names = json.dumps(tops)  # all of them: a controller that counts needs every layer that it counts
             warn(
-                "modules that adaptor passes skip are looked at by code that is not theirs, which they do not call\n"
+                "other code looks at modules that adaptor passes skip, and is not called when they are skipped\n"
                 + "\n".join([*lines, *more])
                 + f"\nWhat to do: if it needs every step, wrap(..., keep={names}) keeps them running; "
                 "clockwork-hooks explain SkippedModuleWarning says more",
@@ -469,7 +469,7 @@ class Watchers:
 def warn_of_failure(error: Exception) -> None:
     """The recorded call of a later input signature could not be analysed: its calls are full."""
     warn(
-        "calls of one input signature could not be analysed: they are full passes, and others are served as before\n"
+        "calls of one input signature could not be analysed: they are full passes; all others are served as before\n"
         f"  error: {type(error).__name__}: {error}"
         + (
             "" if isinstance(error, ClockworkError) else "\nWhat to do: report it, with the UNet and the input's shapes"

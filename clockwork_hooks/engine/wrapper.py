@@ -40,9 +40,9 @@ def check_unet(unet: Any) -> None:
     if wrapper is not None:
         wrapped = wrapper.unet if isinstance(wrapper, ClockworkWrapper) else unet
         error = WrapError(
-            "a UNet is wrapped once, and this one has its wrapper already",
+            "a UNet can be wrapped only once, and this one has a wrapper",
             seen={"unet": type(wrapped).__name__, "wrapper": repr(wrapper)},
-            do="call remove() on its wrapper first; where nobody kept it, it is this error's .wrapper",
+            do="call remove() on its wrapper first; if you did not keep it, it is this error's .wrapper",
         )
         error.wrapper = wrapper
         raise error
@@ -57,16 +57,16 @@ def check_unet(unet: Any) -> None:
         )
     if isinstance(unet, torch.jit.ScriptModule):
         raise WrapError(
-            "a model of torch.jit has its calls fixed: no module call can be skipped in it",
+            "a torch.jit model is fixed: no module call in it can be skipped",
             seen={"got": type(unet).__name__, "made of": unet.original_name},
             do="wrap the nn.Module that it was scripted or traced from, and call that",
         )
     inner = [path for path, module in unet.named_modules() if path and _wrapper(module) is not None]
     if inner:
         raise WrapError(
-            "a UNet is wrapped once: nothing inside of it may be wrapped already",
+            "nothing inside a UNet may be wrapped already",
             seen={"unet": type(unet).__name__, "wrapped inside": ", ".join(inner)},
-            do="wrap the outer module alone, or leave it at the inner one",
+            do="wrap either the outer or the inner module",
         )
     cached = [path for path, module in unet.named_modules() if _cached(module)]
     if cached:
@@ -80,7 +80,7 @@ def check_unet(unet: Any) -> None:
         )
     if compiled_from(unet) is not unet:
         raise WrapError(
-            "the output of torch.compile has its calls fixed: no module call can be skipped in it",
+            "the output of torch.compile is fixed: no module call in it can be skipped",
             seen={"got": type(unet).__name__},
             do="wrap the UNet itself: wrap(compiled._orig_mod), and call that",
         )
@@ -117,9 +117,9 @@ def static_calls(engine: Engine, mode: str | None, backend: Any, options: dict[s
         )
     if mode == "cudagraphs" and (backend != "inductor" or options is not None):
         raise ArgumentError(
-            'mode="cudagraphs" compiles nothing: backend and options are of the other modes',
+            'mode="cudagraphs" compiles nothing: backend and options belong to the other modes',
             seen={"backend": repr(backend), "options": repr(options)},
-            do='pass mode="cudagraphs" alone, or with them mode="compiled-cudagraphs"',
+            do='pass mode="cudagraphs" without them, or mode="compiled-cudagraphs" with them',
         )
     if mode == "cudagraphs":
         return Captured(engine)
@@ -349,7 +349,7 @@ class ClockworkWrapper:
         """
         if isinstance(name, str) and steps_as_it_runs(name):
             raise ArgumentError(
-                "steps are counted ahead by a sampler's name",
+                "cw.sampler needs a sampler whose steps can be counted ahead",
                 seen={
                     "name": repr(name),
                     "its steps": "are chosen as it runs, and tried again where an error is large",
@@ -361,14 +361,16 @@ class ClockworkWrapper:
         if evaluations is None:
             near = get_close_matches(str(name), SAMPLERS, n=3)
             raise ArgumentError(
-                "a sampler is known by its name in k-diffusion or ComfyUI",
+                "a sampler is named as in k-diffusion or ComfyUI",
                 seen={"name": repr(name), "names": ", ".join(SAMPLERS)},
                 do=f'pass "{near[0]}"' if near else "write `with cw.step():` around the evaluations of each step",
             )
         numbers = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         if len(numbers) < 2:
             raise ArgumentError(
-                "a step goes from one sigma to the next", seen={"sigmas": numbers}, do="pass the sampler's whole list"
+                "sigmas need at least two entries: a step goes from one to the next",
+                seen={"sigmas": numbers},
+                do="pass the sampler's whole list",
             )
         counts = evaluations.steps(numbers)
         each = evaluations.each and self._engine.ticks
@@ -527,7 +529,7 @@ class ClockworkWrapper:
         """
         if not self.attached:
             raise WrapError(
-                "a call is recorded while the wrapper is attached",
+                "calls can be recorded only while the wrapper is attached",
                 seen={"unet": type(self.unet).__name__},
                 do="call attach() first",
             )

@@ -85,7 +85,7 @@ class Trace:
         if len(self.times) <= 1:
             return self.times[0] if self.times else None
         raise AmbiguousInputError(
-            "the time is the one input that tells the denoising step",
+            "the time must be one input, and several inputs may be it",
             seen={"model": self.model, "inputs that may be the time": ", ".join(self.times)},
             do=f'name it: time="{self.times[0]}"',
         )
@@ -212,7 +212,7 @@ def record(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
         )
     if any(map(is_lazy, (*unet.parameters(), *unet.buffers()))):
         raise TraceError(
-            "a UNet has all its parameters before it is traced",
+            "a UNet must have all its parameters before it is traced",
             seen={"model": type(unet).__name__, "parameters without a shape": "those of lazy modules"},
             do="call it once",
         )
@@ -247,13 +247,13 @@ def _check_arguments(unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     except TypeError as why:
         passed = [type(value).__name__ for value in args] + [f"{name}=" for name in kwargs]
         raise TraceError(
-            "a UNet is analysed in one call of it, which needs all that its forward takes",
+            "a UNet is analysed in one call, which needs all required arguments of its forward",
             seen={
                 "forward": f"{type(unet).__name__}.forward({', '.join(takes.parameters)})",
                 "passed": ", ".join(passed) or "nothing",
                 "error": str(why),
             },
-            do="pass the arguments of one call behind the UNet, as your sampling loop passes them",
+            do="pass the arguments of one call after the UNet, as your sampling loop does",
         ) from error
 
 

@@ -176,7 +176,7 @@ class Choice:
                 return same
         if self.strict:
             raise RegionNotFoundError(
-                "the region is the one that was found before, of this very architecture",
+                "the region must be one of this UNet's architecture",
                 seen={"model": search.facts.trace.model, "fingerprint": self.fingerprint, **listed(search.chain())},
                 do="use it with the UNet that it was found for, or leave it out; for a plan, measure this UNet: "
                 "ch.plan(unet, generate, ...); so too if an earlier version made it, whose fingerprints do not begin "
@@ -254,7 +254,11 @@ def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any])
     if choice != Choice():
         beside = {name: value for name, value in options.items() if value is not None}
         said = region.line if isinstance(region, Region) else region
-        raise ArgumentError("region= is the choice itself", seen={"region": said, **beside}, do="pass region= alone")
+        raise ArgumentError(
+            "region= is the whole choice: no other option can choose with it",
+            seen={"region": said, **beside},
+            do="pass region= alone",
+        )
     return region
 
 
@@ -433,9 +437,9 @@ def keeping(search: Search, region: Region, keep: tuple[str, ...]) -> Region:
     smaller = without(search.facts, region, needed)
     if smaller is None:
         raise RegionNotFoundError(
-            "of a region something is left to skip beside the modules to keep, its exit among it",
+            "with keep=, a part of the region must be left to skip, and its exit with it",
             seen={"region": region.line, "keep": ", ".join(keep)},
-            do="keep fewer modules, or those that lie deeper in it",
+            do="keep fewer modules, or deeper ones",
         )
     return smaller
 
@@ -520,7 +524,9 @@ def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
     carrying = {n for n in named if dominance.dep[n]}
     if not carrying:
         raise RegionNotFoundError(
-            "a region depends on the sample", seen={"modules": ", ".join(paths)}, do="name modules that see the sample"
+            "the modules of a region must depend on the sample",
+            seen={"modules": ", ".join(paths)},
+            do="name modules that compute something from the sample",
         )
     target = _exit(facts, calls, carrying)
     region = build(facts, target, dominance.around(carrying, target), level=0, cut="hand")
@@ -528,7 +534,7 @@ def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
     run = {n for call in trace.calls if (call.path, call.ordinal) in skipped for n in _operators(facts, call)}
     if region is None or not named <= run:
         raise RegionNotFoundError(
-            "all that a skipped module computes serves the exit alone",
+            "everything that a skipped module computes must serve the exit only",
             seen={"also used elsewhere": ", ".join(c.path or "" for c in calls if not _operators(facts, c) <= run)},
             do="leave these modules out, or name the smaller ones inside of them",
         )

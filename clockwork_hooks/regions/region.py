@@ -397,7 +397,7 @@ class Layout:
         flat = self.order.startswith("tokens")
         if x.ndim != (3 if flat else self.rank + 2) or x.shape[axis] != self.channels:
             raise AdaptorError(
-                "a boundary tensor is laid out as in the region that the adaptor was made for",
+                "a boundary tensor must have the layout that the adaptor was made for",
                 seen={"adaptor": f"{self.channels} channels, {self.order}", "got": shape(x.shape)},
                 do="make an adaptor for this region: for_region(region)",
             )
@@ -415,7 +415,7 @@ class Layout:
         grid = tuple(round(size * scale) for size in self.space)
         if math.prod(grid) != count:
             raise AdaptorError(
-                "tokens form a grid of the traced proportions",
+                "tokens must form a grid with the proportions of the traced one",
                 seen={"traced": shape(self.space), "tokens": count},
                 do="make an adaptor for a region that was found at this size",
             )

@@ -304,7 +304,7 @@ def _write(result: DistillResult, facts: Mapping[str, Any]) -> None:
         (folder / "training.json").write_text(result.to_json() + "\n", encoding="utf-8")
     except OSError as error:
         raise DistillError(
-            "the summary is written into the run's folder",
+            "the run's folder must be writable: the summary could not be saved",
             seen={"folder": folder, "error": error},
             do="free some space",
         ) from error
@@ -314,7 +314,7 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
     """Raise `ArgumentError` if mode, prompts or images are outside their rule."""
     if graphs and mode == "on_policy":
         raise ArgumentError(
-            "graphs replay the teacher's trajectories",
+            "graphs=True can replay only the teacher's trajectories",
             seen={"graphs": True, "mode": mode},
             do="pass graphs=False: the student runs its adaptor, which changes",
         )
@@ -328,7 +328,7 @@ def check(mode: str, prompts: Any, images: Any, add_noise: Any, graphs: bool) ->
         )
     if len(prompts) == 0:
         raise ArgumentError(
-            "there is something to generate from",
+            "prompts must not be empty",
             seen={"prompts": 0},
             do="pass some; for a sampler without conditions, range(10_000)",
         )
@@ -369,13 +369,13 @@ def check_folder(folder: Path | None, resume: bool) -> None:
         (folder / ".write").unlink(missing_ok=True)  # another process may have been quicker
     except OSError as error:
         raise DistillError(
-            "the run's folder can be written",
+            "the run's folder must be writable",
             seen={"folder": folder, "error": error},
             do="pass another folder=",
         ) from error
     if not resume and latest_checkpoint(folder) is not None:
         raise ArgumentError(
-            "a folder holds one run",
+            "a folder can hold only one run",
             seen={"folder": folder, "checkpoint": latest_checkpoint(folder)},
             do="pass {resume} to go on with it, or another folder",
             arguments={"resume": True},
@@ -489,7 +489,7 @@ def _schedules(clock: Any, schedule: Any) -> list[Schedule]:
         one.known_beforehand("what an adaptor is trained for")
         if one.counts_from_end:
             raise ArgumentError(
-                "an adaptor is trained for steps that are named: how many a trajectory has is not known before",
+                "an adaptor is trained for named steps: the number of steps of a trajectory is not known beforehand",
                 seen={"schedule": one},
                 do=f'for 8 steps pass schedule=Schedule.at(Schedule.parse("{one}").adaptor_steps(8))',
             )
@@ -571,7 +571,7 @@ def accelerated(unet: nn.Module, options: TrainingOptions, folder: Path | None, 
             accelerator.num_processes > 1 and device.index not in (None, accelerator.device.index)
         ):
             raise ArgumentError(
-                "the UNet is on the device of its process",
+                "the UNet must be on the device of its process",
                 seen={"unet": device, "process": accelerator.device},
                 do="move it before: unet.to(accelerate.Accelerator().device)",
             )

@@ -114,7 +114,7 @@ def loss_of(loss: str | Loss | None, *, with_guidance: bool) -> Loss:
         )
     if chosen.needs_guidance and not with_guidance:
         raise ArgumentError(
-            "a guided loss knows how the sampler combines its branches",
+            "a guided loss needs the guidance: how the sampler combines its branches",
             seen={"loss": chosen.name, "guidance": None},
             do="pass guidance=7.5 (the scale), or guidance=(1.0,) where there is one branch; or loss='feature'",
         )

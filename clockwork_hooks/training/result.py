@@ -107,7 +107,7 @@ class DistillResult(Report):
     def _only(self) -> StudentResult:
         if len(self.students) != 1:
             raise DistillError(
-                "a run of several adaptors has several results",
+                "a run of several adaptors has one result for each",
                 seen={"adaptors": ", ".join(self.students)},
                 do='read result.students["name"]',
             )
@@ -226,7 +226,7 @@ def save_adaptor(adaptor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
             safetensors.torch.save_file(tensors, folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise DistillError(
-            "the trained adaptor is saved in the run's folder",
+            "the run's folder must be writable: the trained adaptor could not be saved",
             seen={"folder": folder, "error": error},
             do="free some space and save it again: it is this error's .result.adaptor",
         ) from error
@@ -278,7 +278,7 @@ def save_checkpoint(folder: Path, learners: Sequence[Learner], run: Mapping[str,
         shutil.rmtree(partial, ignore_errors=True)  # room for the adaptor itself
         before = latest_checkpoint(folder)
         raise DistillError(
-            "checkpoints are written into the run's folder",
+            "the run's folder must be writable: a checkpoint could not be saved",
             seen={"folder": parent, "error": error, "checkpoint before": before or "none"},
             do="free some space and go on with {resume}" if before else "free some space, or pass another {folder}",
             arguments={"resume": True, "folder": None},
@@ -305,9 +305,9 @@ def load_checkpoint(path: Path, learners: Sequence[Learner], expected: Mapping[s
         changed = {name: f"{then.get(name)} → {value}" for name, value in expected.items() if then.get(name) != value}
         if changed:
             raise DistillError(
-                "a run is resumed with the settings that it was started with",
+                "a run can be resumed only with the settings that it was started with",
                 seen={"folder": path.parent.parent, **changed},
-                do="pass the settings of then, or train into another folder",
+                do="pass those settings, or train into another folder",
             )
         for learner in learners:
             device = str(learner.parameters[0].device)

@@ -71,7 +71,7 @@ class Learner:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise AdaptorError(
-                "an adaptor that is trained has parameters that want gradients",
+                "an adaptor that is trained needs parameters with requires_grad",
                 seen={"adaptor": name, "class": type(module).__name__},
                 do='pass adaptor="resnet", or a module of your own',
             )
@@ -208,10 +208,10 @@ class Learner:
         if wrong:
             self._restore(self._good)
             raise DistillError(
-                "losses are finite numbers",
+                "losses must be finite",
                 seen={"adaptor": self.name, "loss": losses[wrong[0]], "adaptor step": first + 1},
-                do="see that the UNet itself returns finite numbers; pass a lower lr=, or precision='bf16' in the "
-                "place of 'fp16'; the weights before it are kept",
+                do="check that the UNet itself returns finite numbers; pass a lower lr=, or precision='bf16' instead "
+                "of 'fp16'; the weights before it are kept",
             )
         for step, error, size in zip(steps, sizes[::2], sizes[1::2], strict=True):
             self.errors[step] = (error / size) ** 0.5 if size > 0 else 0.0
@@ -561,7 +561,7 @@ class Trainer:
             if self.reasons[reasons.NO_TIME]:
                 do = 'name the time input of the UNet: time="..."'
             raise DistillError(
-                "a trajectory has adaptor steps to learn from",
+                "a trajectory must have adaptor steps to learn from",
                 seen={
                     "schedule": str(self.learners[0].schedules[0]),
                     "steps of a trajectory": max(self.steps.values(), default=0),

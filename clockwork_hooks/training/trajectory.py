@@ -467,7 +467,7 @@ class TrajectoryRecorder:
             self._calls, self._by_exit, self._copies = [], {}, Copies()
         if not calls:
             raise DistillError(
-                "generate(batch, seed) samples with the UNet that is distilled",
+                "generate(batch, seed) must call the UNet that is distilled",
                 seen={"calls of the UNet": 0, "unet": type(self.unet).__name__},
                 do="let it call this very UNet object, not a copy or a compiled one",
             )
@@ -522,9 +522,9 @@ class TrajectoryRecorder:
             self.engine.active.pass_ = None
         if not pass_.complete():
             raise DistillError(
-                "a recorded call runs again as it ran",
+                "a recorded call must give the same result when it runs again",
                 seen={"step": call.step, "region": call.region.line},
-                do="make the UNet's forward depend on its arguments alone",
+                do="let the UNet's forward depend on its arguments only",
             )
         return tensors(output)[0]
 

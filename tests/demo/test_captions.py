@@ -92,7 +92,7 @@ def test_unknown_words_are_named_and_the_known_ones_listed() -> None:
     [
         ("circle red", "names one object"),
         ("", "names one object"),
-        ("a red circle in the centre left of a blue square", "only of a lone object"),
+        ("a red circle in the centre left of a blue square", "only to a single object"),
         ("on a black background a red circle on a white background", "one background"),
         ("a white circle on a white background", "differs from its background"),
     ],

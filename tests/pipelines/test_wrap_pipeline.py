@@ -616,7 +616,7 @@ def test_all_or_none() -> None:
     """The refiner is wrapped already: the base is let go again."""
     both = BaseAndRefiner()
     before = snapshot(both.base.unet)
-    with ch.wrap(both.refiner.unet), pytest.raises(ch.WrapError, match="wrapped once"):
+    with ch.wrap(both.refiner.unet), pytest.raises(ch.WrapError, match="wrapped only once"):
         wrap_pipeline(both)
     assert snapshot(both.base.unet) == before
 
@@ -626,7 +626,7 @@ def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
         wrap_pipeline(SimpleNamespace(text=torch.nn.Linear(1, 1)))
     with pytest.raises(ch.ArgumentError, match="its UNets: unet\n  unets: decoder"):
         wrap_pipeline(pipe, unets=["decoder"])
-    with pytest.raises(ch.ArgumentError, match="this is a model"):
+    with pytest.raises(ch.ArgumentError, match="takes a pipeline, not a model"):
         wrap_pipeline(pipe.unet)
     with pytest.raises(ch.ArgumentError, match="pipeline: NoneType\n  its UNets: none"):
         wrap_pipeline(None)

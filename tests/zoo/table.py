@@ -98,15 +98,15 @@ def page() -> str:
     """The whole page."""
     return f"""# The zoo
 
-Small UNets: most are built with other people's code, some are our own, of shapes that the others do not have.
-{len(ZOO)} are served, and {len(REFUSED)} are refused with the reason. `tests/zoo/` builds them; beside each stands
-the region that reading its code gives, with the lines that lead to it. For every one that is served
-`tests/test_zoo.py` proves:
+Which UNets were tested, what is skipped in each, and what is refused. Most are small, and built with the code of other
+libraries; some are our own, with other structures.
+{len(ZOO)} are served, and {len(REFUSED)} are refused with the reason. `tests/zoo/` builds them, with
+the region that a reader of their code expects. For every one that is served `tests/test_zoo.py` proves:
 
 - the region is the expected one, and none of the modules that must run lies in it;
-- every call that an adaptor pass skips may return NaN, and with the true exit the output is equal to the bit: by a
-  prover that knows nothing of the library (the column "NaN proof"), and by wrapping, for wider and deeper regions too;
-- at clock 1 it is the UNet; an identity pass is the UNet with the last step's exit put in by hand;
+- if every skipped call returns NaN, and the exit is the true one, the output is bit-equal: shown by a prover that does
+  not use the library (the column "NaN proof"), and by wrapping, for wider and deeper regions too;
+- clock 1 gives the UNet's output; an identity pass gives that of the UNet with the last step's exit put in by hand;
 - the modules inside do not run, all others run as often as before; torch counts as many MACs as are reported;
 - after `remove()` every module is what it was.
 
