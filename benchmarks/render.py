@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.fidelity_plan import MODES_SEEDS, Sampler
 from benchmarks.fidelity_plots import PLOTS, plot
-from benchmarks.fidelity_results import Results, claims, difference, in_words
+from benchmarks.fidelity_results import Claim, Results, claims, difference, in_words
 from benchmarks.fidelity_tables import IDENTITY, MODES, PLAIN, SCORES, SHIPS, TABLES
 from clockwork_hooks._numbers import macs, percent
 from clockwork_hooks.reports.tables import Table, table
@@ -76,14 +76,19 @@ def _opening(results: Results) -> list[str]:
 
 
 def _targets(results: Results) -> str:
-    """Each setting, and its targets below it."""
-    lines, before = list[str](), ""
+    """Each setting that has several, and its targets below it; then those that stand alone."""
+    settings: dict[str, list[Claim]] = {}
     for claim in claims(results):
-        setting, _, target = claim.target.partition(": ")
-        lines += [] if setting == before else ["", f"**{setting}**", ""]
-        lines.append(str(dataclasses.replace(claim, target=target)))
-        before = setting
-    return "\n".join(lines)
+        settings.setdefault(claim.target.partition(": ")[0], []).append(claim)
+    lines, alone = list[str](), list[str]()
+    for setting, own in settings.items():
+        if len(own) == 1:
+            alone.append(str(own[0]))
+            continue
+        lines += [f"**{setting}**", ""]
+        lines += [str(dataclasses.replace(claim, target=claim.target.partition(": ")[2])) for claim in own]
+        lines.append("")
+    return "\n".join([*lines, "**Fewer steps**", "", *alone])
 
 
 def _commands(data: Mapping[str, Any]) -> str:
