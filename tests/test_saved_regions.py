@@ -269,6 +269,13 @@ def test_a_file_whose_seal_is_broken_is_a_region_to_look_for(
     assert records
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "region.json"
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ch.ArgumentError, match="error: UnicodeDecodeError"):
+        ch.wrap(Tiny(), region=path)
+
+
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "region.json"
     path.write_text("{")

@@ -25,7 +25,7 @@ from clockwork_hooks.reports.report import reading
 def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(
             "a region is read from the JSON file that region.save wrote",
             seen={"region": path, "error": type(error).__name__},
