@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -548,6 +549,20 @@ def test_stats_and_report() -> None:
     assert report.full_passes == 3
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stats: pickle.loads(pickle.dumps(stats))])
+def test_counts_can_be_put_aside(copied: Callable[[ch.Stats], ch.Stats]) -> None:
+    """To compare them with those of later, or to send them to another process."""
+    unet = Tiny()
+    with ch.wrap(unet) as cw:
+        steps(unet)
+        then, passes = copied(cw.stats), cw.stats.full_passes
+        assert then == cw.stats
+        steps(unet)
+        assert (then.full_passes, cw.stats.full_passes) == (passes, 2 * passes)
+        then.clear()
+        assert then.full_passes == 0 < cw.stats.full_passes
+
+
 def test_every_pass_has_one_reason_or_none() -> None:
     unet = Tiny()
     with ch.wrap(unet) as cw:
@@ -569,7 +584,7 @@ def test_attributes_pass_through() -> None:
             assert torch.equal(cw(x, 900), copy.deepcopy(unet)(x, 900))
         with pytest.raises(AttributeError, match="nowhere"):
             _ = cw.nowhere
-        for name in ("clock", "enable"):  # set on the wrapper, they would have no effect
+        for name in ("clock", "enable", "schedule", "adaptor", "region", "stats", "unet"):  # they would have no effect
             with pytest.raises(AttributeError, match=r"what can be set is cw\.enabled"):
                 setattr(cw, name, 3)
         cw.stem = replaced = copy.deepcopy(unet.stem)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
 
 
+_COUNTING = threading.Lock()  # of all wrappers: one of its own, a `Stats` could be neither copied nor pickled
+
+
 @dataclass(slots=True)
 class Counts:
     """Passes and what they cost.
@@ -95,7 +98,6 @@ class Stats(Counts):
     """
 
     trajectories: deque[TrajectoryStats] = field(default_factory=lambda: deque(maxlen=64))
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def count(
         self, reason: str | None, run: int, plain: int, trajectory: int = 0, step: int = 0, region: str = ""
@@ -109,7 +111,7 @@ class Stats(Counts):
             step: of the trajectory.
             region: which one an adaptor pass skipped, where there are several.
         """
-        with self._lock:
+        with _COUNTING:
             counts = self.trajectories[-1] if trajectory and self.trajectories else None
             if counts is None or counts.number != trajectory:
                 counts = self._of(trajectory)
@@ -141,7 +143,7 @@ class Stats(Counts):
 
     def clear(self) -> None:
         """Start counting anew."""
-        with self._lock:
+        with _COUNTING:
             self.full_passes = self.adaptor_passes = self.macs_run = self.macs_plain = 0
             self.reasons.clear()
             self.regions.clear()

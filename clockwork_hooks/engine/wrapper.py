@@ -173,14 +173,17 @@ class ClockworkWrapper:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """The wrapper's own, or the UNet's; another name would be set and read by nobody, as in `cw.clock = 3`."""
-        if name in _OWN or hasattr(type(self), name):
+        own = getattr(type(self), name, None)
+        told = own.fset is None if isinstance(own, property) else name in vars(self)  # once, by `wrap`
+        if not told and (own is not None or name in _OWN):
             object.__setattr__(self, name, value)
-        elif hasattr(self.unet, name):
+        elif not told and hasattr(self.unet, name):
             setattr(self.unet, name, value)
         else:
             raise AttributeError(
-                f"{type(self).__name__} and {type(self.unet).__name__} have no attribute {name!r}: what can be set is "
-                "cw.enabled, and what the UNet has; for another clock or schedule, cw.remove() and wrap again"
+                f"{name!r} cannot be set on a {type(self).__name__} of {type(self.unet).__name__}: what can be set is "
+                "cw.enabled, and what the UNet has; for another clock, schedule, adaptor or UNet, cw.remove() and wrap "
+                "again"
             )
 
     def __getattr__(self, name: str) -> Any:
