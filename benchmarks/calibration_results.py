@@ -321,8 +321,7 @@ def all_rows(data: Mapping[str, Any]) -> str:
         "## The demo model",
         "How rows are measured: [calibration](calibration.md#measured-on-the-demo-model). Groups:",
     ]
-    peers = "\n".join(_peers(Rows(data)))
-    parts += [groups, "### Peers, one by one", peers, _PEERS, one_by_one(Rows(data))]
+    parts += [groups, "### Peers, one by one", _PEERS, one_by_one(Rows(data))]
     parts += ["### Rows", _ROWS, markdown(data), "### Planned, and not run", _unmeasured(data)]
     return "\n\n".join(parts)
 

@@ -43,9 +43,9 @@ def wrap_pipeline(
 ) -> WrappedPipeline:
     """Wrap every UNet of a pipeline; a step of the schedule is a step of the pipeline's own solver.
 
-    Like `wrap(pipe.unet)`, and for solvers that evaluate the UNet several times a step (Heun, DPM2, single-step
-    DPM-Solver, PNDM's warm-up) all evaluations of a step are of one kind, each with features of its own. The
-    scheduler is only read, as the pipeline has it at each call, so another one may be put in its place at any time.
+    Like `wrap(pipe.unet)`. For solvers that evaluate the UNet several times a step (Heun, DPM2, single-step
+    DPM-Solver, PNDM's warm-up), all evaluations of a step are full or all use the adaptor, each with its own feature.
+    The scheduler is only read, at each call, so it may be replaced at any time.
 
     Args:
         pipe: a diffusers pipeline, or any object whose attributes are UNets, schedulers or pipelines (a base model
@@ -54,11 +54,11 @@ def wrap_pipeline(
         clock: one full step every `clock` steps: `Schedule.spread(clock)`, which runs as many full steps as
             `Schedule.every(clock)` and places them where they matter, as the scheduler tells how many steps there are.
             Neither this nor schedule=: what a saved adaptor was made for, else 2.
-        unets: names of the UNets to wrap, where not all of them: "unet", "decoder", "refiner.unet"; or of models that
-            are UNets by no name of theirs.
-        ignore: as for `wrap`: dotted paths of arguments of the UNet that tell nothing, such as
+        unets: names of the UNets to wrap, None for all: "unet", "decoder", "refiner.unet"; also of models that are
+            not recognised as UNets.
+        ignore: as for `wrap`: dotted paths of arguments that nothing in the region depends on, such as
             ("cross_attention_kwargs.scale",); a mapping gives each UNet its own, by name.
-        branch: as for `wrap`: gives each call a key from its arguments by name; or a mapping.
+        branch: as for `wrap`: names each call's branch from its arguments; or a mapping.
         reuse: as for `wrap`: "same condition" for prompts that take turns; or a mapping. A clock is then
             `Schedule.every(clock)`, as how many of the steps are a prompt's own is not known.
         options: the others of `wrap`: schedule, region, check_finite, ...; a mapping gives each UNet its own.

@@ -204,38 +204,38 @@ def calibrate(
     time: str | None = None,
     console: Console | None = None,
 ) -> CalibratedAdaptor:
-    """Solve for a linear adaptor from one run of your own sampler; no gradient, seconds on a GPU.
+    """Compute a linear adaptor from one run of your own sampler, without gradients, in seconds on a GPU.
 
-    The sampler runs with full passes alone. For each adaptor step the exit is predicted from the cached one by least
-    squares over all positions of all samples; a part of the samples is held out, and decides on the ridge and, where
-    `kind` is "auto", on the kind of map: the best value for its MACs. Where adaptor steps follow each other, the later
-    ones are then fitted again, in a second run, on the states that the sampler reaches with the adaptor in place.
+    The sampler runs with full passes. For each adaptor step the exit is predicted from the cached one by least
+    squares, over all positions of all samples. A part of the samples is held out, and decides on the ridge and, if
+    `kind` is "auto", on the kind of map: the best value for its MACs. If adaptor steps follow each other, a second run
+    with the adaptor in place fits the later ones again.
 
     Args:
         unet: what `generate` calls; not wrapped.
         generate: your own sampling code: `generate(batch, seed)`, with a new seed for each batch; or `generate(batch)`,
             a pipeline for example, which draws its own noise.
-        conditions: batches of whatever `generate` takes. A few dozen samples in all do.
-        guidance: scale of classifier-free guidance, where there is any: u + guidance·(c - u). Both branches may come
-            in one call, as halves of the batch that go on from the same latents, or in two calls.
+        conditions: batches of whatever `generate` takes. A few dozen samples in all are enough.
+        guidance: scale of classifier-free guidance, if there is any: u + guidance·(c - u). Both branches may come
+            in one call, as halves of the batch with the same latents, or in two calls.
         unconditional: which half, or which of the two calls in a step, is the unconditional one.
         schedule, clock: which steps the adaptor is for, as `wrap` takes them. Neither: all from step 2, which serves
             any schedule.
         region: as `wrap` takes it: from `find_region`, a `Choice`, or the file of an earlier run; None for the one
             below the highest level.
-        kind: "gain", "affine" (a gain and a bias for each channel, which cost nothing), "exit", "exit+entry",
-            "exit+entry+before" (a matrix; "before": the entry that came with the cached exit), "kernel" (the same, and
-            a 3×3 convolution of the cached exit; dear to solve where channels are many), "low rank"; each but the gain
-            and the kernel also with "+trend", how the exit moved between the last two full passes, which costs nothing
-            and tells most where steps are many; or "auto", which tries all but the kernel.
-        ridge: relative to the diagonal; None to have it chosen.
+        kind: "auto" tries all of these but "kernel": "gain", "affine" (a gain and a bias for each channel, which cost
+            nothing), "exit", "exit+entry", "exit+entry+before" (a matrix; "before": the entry that came with the
+            cached exit), "low rank", and "kernel" (also a 3×3 convolution of the cached exit; slow to solve with many
+            channels). Each but "gain" and "kernel" also with "+trend": how the exit moved between the last two full
+            passes, which costs nothing and helps most with many steps.
+        ridge: relative to the diagonal; None chooses it.
         log_snr: raw time → log-SNR, a finite number that rises or falls with the time; or a diffusers scheduler. None
             takes it from `generate.scheduler`, else uses the time itself. Weights between two calibrated positions are
             interpolated in it.
-        refit: fit again on what the student reaches, where adaptor steps follow each other.
-        steps: how many the sampler takes. Only a schedule that counts from the end asks for it, as `Schedule.spread`
-            does; None: the first batch is sampled once more, to count.
-        time: name of the argument that holds the time, where it cannot be told; `wrap` has to be told, too.
+        refit: fit again with the adaptor in place, if adaptor steps follow each other.
+        steps: how many the sampler takes. Only schedules that count from the end, as `Schedule.spread`, need it; None:
+            the first batch is sampled once more, to count.
+        time: name of the argument that holds the time, if several may; pass it to `wrap` too.
         console: where the progress bar goes; None for standard error.
 
     Returns:

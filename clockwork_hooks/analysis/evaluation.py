@@ -210,14 +210,14 @@ def evaluate(
     """Judge variants of one UNet against the plain pictures from the same noise.
 
     Args:
-        unet: what `generate` calls; wrapped here and there, and as it was afterwards.
+        unet: what `generate` calls; unchanged afterwards.
         generate: your own sampling code: `generate(batch, seed)` draws its noise from the seed and returns pictures
             (B, 3, H, W) in [0, 1]; or `generate(batch)`, as in `measure_drift`.
         conditions: batches of whatever `generate` takes, usually lists of prompts.
         variants: name → options of `wrap`, or a `Variant`; "plain" is always there.
-        metrics: what to judge by; none for `Paired()` alone.
-        seeds: one evaluation over all conditions each; their spread tells what a difference is worth. Batch k of K is
-            sampled with seed · K + k, so that no two share their noise.
+        metrics: what to judge by; without any, `Paired()`.
+        seeds: one evaluation over all conditions for each; the spread over them shows how certain a difference is.
+            Batch k of K is sampled with seed · K + k, so that no two share their noise.
         console: where the progress bar goes; None for standard error.
 
     Returns:

@@ -257,30 +257,29 @@ def plan(
 ) -> Plan:
     """Choose region, adaptor and schedule from measured error against MACs or milliseconds.
 
-    Of every candidate, a region with an adaptor, it is measured what the adaptor is off by along the trajectory, and
-    what one adaptor step alone does to the result. From these follow the sets of adaptor steps of least predicted
-    error. Uniform clocks, rules of thumb (`Schedule.spread`, and "first two full, last full"), and the sets that save
-    as much as each clock, are then run end to end; so is the set that the budget asks for. Of the best three for a
-    saving the one wins that is best on what was not planned with; for an error, the one with the largest saving.
+    A candidate is a region with an adaptor. For each one it measures the adaptor's error along the trajectory, and what
+    one adaptor step alone does to the result. From these it predicts the best sets of adaptor steps. Uniform clocks,
+    rules of thumb (`Schedule.spread`, and "first two full, last full"), the best set for each clock's saving and the
+    best set for the budget are then run end to end. For a saving, the best three run again on what was not planned
+    with, and the best one there wins. For an error, the largest saving wins.
 
     Args:
         unet, generate, conditions, regions, seeds, console: as in `measure_drift`.
-        adaptor: as there; or "calibrated", alone or in the list: `calibrate` solves for an adaptor for each of
-            `regions` (None: the default one and the widest), so that sensitivities are those with the adaptor in
-            place. The best three and an early rule are calibrated once more, each for its own steps, and the one wins
-            that is best then: only so a trend takes part.
-        guidance, log_snr: as in `calibrate`; for "calibrated" alone.
-        max_error: relative L2 error of the result that is allowed: the largest saving within it is chosen.
-        min_saving: share of a trajectory's MACs (or ms) that must be saved: the least error is chosen. One of the two.
-        weigh: "MACs"; or "ms": savings are of the time spent in the UNet, medians over passes on its own device.
+        adaptor: as there; or "calibrated", alone or in the list: `calibrate` computes an adaptor for each of
+            `regions` (None: the default one and the widest). The best three and an early rule are calibrated again,
+            each for its own steps and with a trend, and the best one wins.
+        guidance, log_snr: as in `calibrate`; only for "calibrated".
+        max_error: allowed relative L2 error of the result: the largest saving within it is chosen.
+        min_saving: share of a trajectory's MACs (or ms) to save: the smallest error is chosen. Pass one of the two.
+        weigh: "MACs"; or "ms": savings are of the time in the UNet, medians over passes on its own device.
         clocks: uniform clocks to compare with.
-        adaptive: also measure adaptive schedules that save about as much as each clock. They are compared, and never
-            chosen: what they save depends on what is sampled.
+        adaptive: also measure adaptive schedules that save about as much as each clock. They are never chosen, as
+            what they save depends on what is sampled.
         longest: most adaptor steps in a row of planned and adaptive schedules; None for twice the largest clock.
         probes: steps at which a single adaptor step is measured, for each candidate.
         held_out: batches to verify with; None for the same with other seeds.
         held_out_seeds: of the noise to verify with.
-        time: name of the argument that holds the time, where it cannot be told.
+        time: name of the argument that holds the time, if several may.
 
     Returns:
         The plan, with predicted, measured and held-out error; `.to_json()`, `.table()`, `.plot(...)`.

@@ -187,32 +187,33 @@ def tune(
 ) -> ClockworkWrapper:
     """Calibrate, choose the steps, and wrap: `cw = ch.tune(pipe, prompts, saving=0.4)`.
 
-    For each region an adaptor is calibrated at all steps. Schedules that follow a rule of thumb (so many first and last
-    steps full, and a clock between them; or full steps farther and farther apart) and save enough are run end to end on
-    conditions that were not calibrated with. The one whose results are nearest to the plain ones is calibrated once
-    more for its own steps, and so is the one with growing distances; the nearer one is taken. Beside it the plain
-    sampler is judged with as many steps as cost no more: if that is nearer, you are warned. Minutes on a GPU; with
-    `folder=` it is done once, for a model with its weights, sampler, number of steps, guidance and saving. Of a sampler
-    of your own one run says which times it takes.
+    For each region an adaptor is calibrated at all steps. Schedules that save enough (some first and last steps full,
+    and a clock between them; or full steps farther and farther apart) are run end to end on conditions that were not
+    calibrated with. The one with results nearest to the plain ones is calibrated again for its own steps, and so is
+    the one with growing distances; the better one is used. The plain sampler with fewer steps, at no more MACs, is
+    judged too: if it is better, a warning says so.
+
+    It takes minutes on a GPU. With `folder=` it is done once, for a model with its weights, sampler, number of steps,
+    guidance and saving; one run of your own sampler shows which times it takes.
 
     Args:
         pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
         conditions: prompts, a dozen or more; for a UNet, batches of whatever `generate` takes.
-        saving: share of the MACs of a whole trajectory that is to be saved.
-        options: what the pipeline is called with beside the prompt: {"num_inference_steps": 20}.
+        saving: share of the MACs of a whole trajectory to save.
+        options: further arguments of the pipeline's call: {"num_inference_steps": 20}.
         generate: for a UNet: its sampler, as in `measure_drift`.
-        shorter: for a UNet: gives its sampler with so many steps. None judges no fewer plain steps; of a pipeline,
-            `num_inference_steps` does it.
-        guidance: scale of classifier-free guidance; of a pipeline, its own.
-        log_snr: as in `calibrate`; of a pipeline, its scheduler.
+        shorter: for a UNet: a function of the number of steps that returns its sampler; without it fewer plain steps
+            are not judged. A pipeline needs none.
+        guidance: scale of classifier-free guidance; for a pipeline, None is its own.
+        log_snr: as in `calibrate`; for a pipeline, None is its scheduler.
         regions: to try; None for the default one and the widest.
-        folder: where the result is kept, and looked for.
-        on_trial: called with every trial as it ends, to show them before the last one.
-        time: name of the argument that holds the time, where it cannot be told.
+        folder: where the result is saved, and read from the next time.
+        on_trial: called with every trial when it ends.
+        time: name of the argument that holds the time, if several may.
         console: where the progress bar goes; None for standard error.
 
     Returns:
-        The wrapper. `cw.adaptor.tuning` says what was tried; None where it was read from the folder.
+        The wrapper. `cw.adaptor.tuning` says what was tried; None if it was read from the folder.
 
     Raises:
         ArgumentError: an option is outside its rule, or no schedule saves so much.

@@ -136,43 +136,41 @@ def wrap(
 ) -> ClockworkWrapper:
     """Run the UNet's low-resolution part on a slow clock.
 
-    The UNet is changed in place, so whoever holds it (a pipeline, a sampler) is served; `remove()` on the returned
-    wrapper undoes everything. The first real call is traced as it runs and its region found; from then on, one full
-    pass every `clock` denoising steps, and the adaptor in between.
+    The UNet is changed in place, so a pipeline or sampler that holds it needs no change; `remove()` on the returned
+    wrapper undoes everything. The first call is recorded while it runs, and the region found in it. From then on, one
+    pass in `clock` denoising steps is full, and the others use the adaptor.
 
     Args:
         unet: any UNet: called once or more per denoising step, with a sample and a time. Of the output of
-            `torch.compile` the UNet itself is wrapped and compiled anew, as by `cw.compile()`; both serve.
-        adaptor: None or "identity" for the feature of the step before as it is; or a module that follows `Adaptor`;
-            or the folder (or Hugging Face Hub id) of a saved one, which then goes to the exit's device and dtype.
-        clock: one full pass every `clock` steps; 1 switches Clockwork off. Neither this nor a schedule: what a saved
-            adaptor was calibrated or trained for, else 2.
-        schedule: in place of `clock`: a `Schedule`, one that decides at run time too; the set of adaptor steps
-            (numbered from 1), or step -> bool.
-        region: a `Region` from `find_region`, found for this UNet at any batch, size and device; or a `Choice`, looked
-            for at the first call: `ch.Choice(share=0.9)`; or the JSON file of one, that `cw.region.save("region.json")`
-            wrote in an earlier run: then that one and no other, without any analysis where the UNet and the call are
-            as they were. None for the one that the adaptor was made for, or
-            else the one below the highest level.
-        clocks: in place of `clock` and one region, several, one inside the other, each with a clock: {1: 2, 2: 4} runs
-            the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels, resolutions of
-            the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor` may then be
-            a mapping with these keys; `cut` goes for all.
-        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, in place of all three.
-        time: name of the argument that holds the time, where it cannot be told.
+            `torch.compile`, the UNet in it is wrapped and compiled again, as by `cw.compile()`.
+        adaptor: None or "identity" reuses the feature of the step before unchanged; or a module that follows
+            `Adaptor`; or the folder (or Hugging Face Hub id) of a saved one, which is moved to the exit's device and
+            dtype.
+        clock: one full pass every `clock` steps; 1 switches Clockwork off. Without this and without a schedule: what a
+            saved adaptor was calibrated or trained for, else 2.
+        schedule: instead of `clock`: a `Schedule`, the set of adaptor steps (numbered from 1), or step -> bool.
+        region: what to skip: a `Region` from `find_region`; a `Choice`, looked for at the first call:
+            `ch.Choice(share=0.9)`; or the JSON file that `cw.region.save("region.json")` wrote in an earlier run, which
+            needs no analysis where UNet and call are the same. None: the region that the adaptor was made for, else
+            the one below the highest level.
+        clocks: instead of `clock` and one region: several regions, one inside the other, each with its clock.
+            {1: 2, 2: 4} runs the region below level 1 every 2 steps and the one below level 2 every 4. Keys are levels,
+            resolutions of the edge as in (32, 32), or regions; each clock is a multiple of the one around it. `adaptor`
+            may then be a mapping with these keys.
+        plan: from `plan`, or any object with `region`, `schedule` and `adaptor`, instead of these three.
+        time: name of the argument that holds the time, if several may.
         check_finite: raise `AdaptorError` when the adaptor returns NaN or infinity; waits for the device.
-        keep_graph: under autograd, let gradients flow through a cached feature into the step that made it, for those
-            who train through the sampler; the memory of both steps is held. Otherwise it is detached.
-        keep: dotted paths of modules that run on adaptor passes too, with all that they need, as others look at them:
-            ["mid_block"]. The rest of the region is skipped.
-        ignore: dotted paths of arguments that nothing in the region depends on, as you know:
-            ("transformer_options.sigmas",), ("guidance",). They are no conditions, and their shapes and types are no
-            part of the input signature.
-        branch: gives each call a key from its arguments by name, as `with cw.branch(key):` around it does, beside it:
+        keep_graph: under autograd, let gradients flow through a cached feature into the step that made it; the memory
+            of both steps is held. Otherwise it is detached.
+        keep: dotted paths of modules that run on adaptor passes too, with all that they need: ["mid_block"]. The rest
+            of the region is skipped.
+        ignore: dotted paths of arguments that nothing in the region depends on: ("transformer_options.sigmas",),
+            ("guidance",). They are not compared, and their shapes and types are not part of the input signature.
+        branch: a function of the arguments by name that names each call's branch, as `with cw.branch(key):` does:
             lambda args: tuple(args["transformer_options"].get("cond_or_uncond", ())).
         reuse: "step before", or "same condition" for prompts that take turns, as in [cat|dog]: a feature then serves
             the next step of its own conditions, up to four steps later, and the schedule counts the steps of each.
-        **options: those of `Choice` in place of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
+        **options: those of `Choice` instead of `region`, one by one: `share=0.9`, `level=2`, `cut="paper"`, ...
 
     Returns:
         The wrapper: call it like the UNet, read its attributes like the UNet's, use it as a context manager.
@@ -183,11 +181,11 @@ def wrap(
         AdaptorError: the adaptor cannot be called or loaded, or (at the first call, unless `region` is passed) was
             made for another region.
         RegionNotFoundError: (at the first call, which leaves the UNet unwrapped) nothing can be skipped.
-        AmbiguousInputError: (likewise) several inputs may be the time; pass `time=`.
+        AmbiguousInputError: (at the first call) several inputs may be the time; pass `time=`.
 
     Warns:
         NoEffectWarning: the clock is 1, or the schedule has no adaptor steps; or (once, at a call) six steps had no
-            adaptor pass that the schedule asks for.
+            adaptor pass though the schedule asks for some.
         OtherStepsWarning: a saved adaptor was made for another schedule, or (once, at a call) for another number of
             steps; or (likewise) the schedule names steps that a run does not have.
         SkippedModuleWarning: (once, at a call) a hook of other code is on a module that adaptor passes skip.

@@ -290,23 +290,23 @@ class ClockworkWrapper:
         self._engine.states.current().timeline.reset()
 
     def trajectory(self, name: str | None = None, *, steps: int | None = None) -> TrajectoryBlock:
-        """One sampling run: nothing from before is used in it, and nothing of it is kept in memory after it.
+        """One sampling run: nothing from before is used in it, and its memory is released after it.
 
-        Never needed where a sampler runs from start to end over a list of times. It tells what times cannot: that
-        numbers are the times of one run, that a run was given up half-way, that the next begins just below, that
-        single evaluations are no run at all, that loops take turns.
+        Not needed for a sampler that runs from start to end over a list of times. It is for what times do not show:
+        times that are plain numbers, a run that was stopped half-way, single evaluations that are no run, loops that
+        take turns.
 
-        Calls are of the run if they are made inside of the block: by the function that has it open or by what that
-        calls, also where it is a generator that other threads step. From elsewhere, as in `asyncio.to_thread`, call
-        the UNet by what the block returns: `with cw.trajectory() as run: ... run(x, t)`.
+        A call belongs to the run if it is made inside the block: by the function that opened it, or by what that
+        function calls, also in a generator that other threads step. Elsewhere, as in `asyncio.to_thread`, call the
+        block's value instead of the UNet: `with cw.trajectory() as run: ... run(x, t)`.
 
         Args:
-            name: blocks of one name that are open at the same time are of the same run.
+            name: open blocks of one name belong to the same run.
             steps: denoising steps of the run, for schedules that count from its end: `Schedule.spread(2)`,
                 `Schedule.every(2, last_full=1)`.
 
         Returns:
-            The block, which calls the UNet; `close()` ends it where there is no `with`.
+            The block, which calls the UNet; without `with`, `close()` ends it.
 
         Raises:
             ArgumentError: the name is no text, or the number of steps is below 1.
@@ -324,19 +324,20 @@ class ClockworkWrapper:
         return TrajectoryBlock(self._engine.states, name, self, steps)
 
     def sampler(self, name: str, sigmas: Iterable[Any]) -> TrajectoryBlock:
-        """One run of a sampler that is known by its name: what calls begin a step is told by its evaluations.
+        """One run of a sampler whose number of evaluations a step is known by its name.
 
-        For solvers that evaluate between the times of their steps, or raise the noise before each: then all evaluations
-        of a step are full, or all are the adaptor's, and the k-th uses the feature of the k-th of the step before.
-        Where steps have two evaluations, a plain clock counts the evaluations, and the first two are full: at clock 2
-        the second of every step is full, and the first is the adaptor's, with the feature of the one before; which is
-        two to four times more exact (docs/samplers.md). Other schedules, and adaptors that were made for a schedule,
-        go by steps. The number of calls of an evaluation (guidance branches, tiles) stays the same within the block.
+        For solvers that evaluate between the times of their steps, or raise the noise before each. All evaluations of
+        a step are full, or all use the adaptor, and the k-th uses the feature of the k-th of the step before.
+
+        With two evaluations a step, a plain clock counts evaluations, and the first two are full: at clock 2 the first
+        of every step uses the adaptor, with the feature of the evaluation before, and the second is full. This is two
+        to four times more exact (docs/samplers.md). Other schedules, and adaptors that were made for a schedule, go by
+        steps. The number of calls of an evaluation (guidance branches, tiles) has to stay the same within the block.
 
         Args:
             name: as k-diffusion and ComfyUI call it: "heun", "dpm_2_ancestral", "dpmpp_sde", ...; "edm" and "karras_ve"
                 for Heun's steps with noise added before each, "midpoint" and "rk4" for torchdiffeq's.
-            sigmas: the sampler's own, with the zero at their end if they have one; of torchdiffeq the times.
+            sigmas: the sampler's own, with the zero at their end if they have one; for torchdiffeq the times.
 
         Returns:
             The block, as `trajectory` does.
@@ -381,15 +382,15 @@ class ClockworkWrapper:
         return TrajectoryBlock(self._engine.states, None, self, sum(counts) if each else len(counts), steps)
 
     def step(self, *, ordered: bool = True) -> _Step:
-        """Declare that a denoising step begins; for samplers whose times do not tell.
+        """Declare that a denoising step begins; for samplers whose times do not show it.
 
         Call it before the step's evaluations, or write `with cw.step(): ...`, where an error ends the trajectory. From
-        the first declaration until `reset()`, steps are counted by declarations alone. The evaluations of a step are
-        numbered, and the k-th uses the feature of the k-th of the step before.
+        the first declaration until `reset()`, only declared steps count. The k-th evaluation of a step uses the
+        feature of the k-th of the step before.
 
         Args:
-            ordered: times go one way from step to step, and one that does not begins another trajectory. False where
-                single evaluations of a solver are declared, some of which go back: `reset()` then ends a run.
+            ordered: the time goes one way from step to step; if it goes back, another trajectory begins. Pass False
+                if you declare single evaluations of a solver, some of which go back: `reset()` then ends a run.
 
         Example:
             >>> def heun(unet, cw, x, sigmas):
@@ -406,10 +407,10 @@ class ClockworkWrapper:
         return _Step(self.reset)
 
     def branch(self, name: str) -> BranchBlock:
-        """Calls inside belong to the guidance branch of this name, also where their conditions change in each step.
+        """Calls inside belong to the guidance branch of this name, even if their conditions change in each step.
 
-        For conditions that are other tensors in each step, as embeddings made anew or a ControlNet's residuals. Blocks
-        inside of blocks are told apart by all of their names; calls of one name with several conditions, by those.
+        For embeddings with new values in each step, and for branches that nothing else tells apart. The names of
+        nested blocks are combined. Calls of one name with several conditions are still told apart by these.
 
         Args:
             name: any text; another name is another branch.
@@ -429,17 +430,17 @@ class ClockworkWrapper:
         return BranchBlock(self._engine.states, name)
 
     def rows(self, names: Iterable[str], *, exact: bool = True) -> BranchBlock:
-        """Calls inside have a batch whose rows have these names: those that stay are served when others go.
+        """Name the rows of the batch of the calls inside: rows that stay are served when others are left out.
 
         For loops that leave rows out in some steps, as the unconditional ones ("skip negative guidance"), or change
-        their order. A row is served from the row of its name in the step right before, if it had the same conditions
-        there, and all rows of the batch are; else the pass is full. That no row of the UNet's batch sees another is
-        yours to say: true of UNets for pictures, not where frames of a video are rows.
+        their order. A row is served from the row of its name in the step before, if it had the same conditions there,
+        and if this holds for all rows of the batch; else the pass is full. Use it only if no row depends on another:
+        true for UNets of pictures, not where frames of a video are rows.
 
         Args:
             names: one for each row, in the batch's order.
-            exact: False where somebody else may split the batch before it comes to the UNet: then a call with another
-                number of rows is one without names.
+            exact: False if other code may split the batch before it reaches the UNet: then a call with another
+                number of rows has no names.
 
         Returns:
             The block.
@@ -469,22 +470,19 @@ class ClockworkWrapper:
     ) -> ClockworkWrapper:
         """Run the UNet as static graphs from now on: one for full passes, and one for each region's adaptor passes.
 
-        Of an adaptive schedule those passes are static that are decided on before they run: the full ones that it does
-        not decide on, and of a step of several calls all but the first.
-
-        Each is compiled once per input signature, when its first pass comes; switching between them compiles nothing.
-        The first call of a signature is still recorded as it runs, and its first adaptor pass counted. An adaptor pass
-        for which a graph is compiled runs as it is, and shows whether the graph may. Called again, it begins anew;
-        `remove()` undoes it.
+        Each is compiled once per input signature, at its first pass; switching between them compiles nothing. The first
+        call of a signature, and the first adaptor pass, still run without it. Called again, it compiles again;
+        `remove()` undoes it. With an adaptive schedule, the passes that it has to decide on are not static.
 
         Args:
-            mode: one of four ways, with what SD v1.5 gains in docs/performance.md.
-                None (also "max-autotune-no-cudagraphs"): `torch.compile` fuses kernels, which takes minutes.
-                "reduce-overhead" (also "max-autotune"): the same, and torch replays what it made as CUDA graphs. It
-                asks before each launch whether the UNet's Python has changed.
-                "cudagraphs": both passes are captured as plain CUDA graphs, without a compiler. That takes a second in
-                place of minutes and saves the launches, which is most of what small batches wait for. What a replay
-                runs is kernels, not the UNet's Python: whether that has changed is looked up once a trajectory.
+            mode: one of four; docs/performance.md has what SD v1.5 gains.
+                None (also "max-autotune-no-cudagraphs"): `torch.compile` fuses kernels, which takes minutes. The only
+                one for a CPU.
+                "reduce-overhead" (also "max-autotune"): the same, replayed by torch as CUDA graphs. Torch checks before
+                each launch if the UNet's Python has changed.
+                "cudagraphs": both passes are captured as CUDA graphs, without a compiler. It takes a second, and saves
+                the launches that small batches wait for. A replay runs kernels, not the UNet's Python; changes of the
+                UNet are looked up once a trajectory.
                 "compiled-cudagraphs": passes are compiled, and captured in the same way. The fastest.
             backend: of `torch.compile`.
             options: of `torch.compile`.
@@ -506,11 +504,11 @@ class ClockworkWrapper:
         return self
 
     def prepare(self, *args: Any, **kwargs: Any) -> ClockworkWrapper:
-        """Record a call like this one ahead, so that the first run is like all later ones: no pass is "traced" in it.
+        """Record a call ahead, so that the first run is like all later ones: no pass is "traced" in it.
 
-        Such a call is one of the same arguments, shapes, dtypes and devices; values do not matter. It runs once, with
-        the random state, parameters and buffers left as they are, and is no step of any run. Call it again for each
-        batch or resolution that will come. The modes of autocast and training are those of this call.
+        Pass arguments of the same shapes, dtypes and devices as the sampler's; values do not matter. The UNet runs
+        once, without changes to random state, parameters and buffers, and the call is no step of any run. Call it for
+        each batch size and resolution, with the autocast and training modes of the run.
 
         Args:
             *args: as the sampler will call the UNet.

@@ -46,14 +46,14 @@ class ChoiceOptions(TypedDict, total=False):
 class Choice:
     """Which region to skip; without options the one below the highest level.
 
-    `wrap`, `find_region`, `flops_report`, `bench` and `distill` take it as `region=`, in the place of a `Region` that
-    was found before; each of them takes these options one by one, too.
+    `wrap`, `find_region`, `flops_report`, `bench` and `distill` take it as `region=`, instead of a `Region` that was
+    found before. They also take these options one by one.
 
     Attributes:
         level: the region below this level; 1 is the highest resolution ("stage 1" of the paper), 2 the next.
         resolution: the region whose edge has this spatial shape: (32, 32), or 32 for all axes.
         share: the narrowest region that skips at least this share of the MACs, 0 to 1, at any level; with `level` or
-            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its depths.
+            `resolution`, among those there. 0.9 is nearly all of the UNet (as DeepCache does), 0.3 its lowest levels.
         modules: dotted paths of the modules to skip, all their calls; "blocks.4:blocks.20" is a whole range. For
             UNets whose middle has no lower resolution, and for transformers.
         entry: dotted path of the module whose output enters; with `exit`.
@@ -61,8 +61,8 @@ class Choice:
             pass it.
         cut: "outer" skips the downsampler into the region and the upsampler out of it too; "paper" leaves both
             running, so r_in comes after the first and r_out before the second.
-        fingerprint: of a region that was found before: where it is there, it is the one, whatever level and cut say.
-        strict: of a fingerprint: where it is not there, nothing is.
+        fingerprint: of a region that was found before: if the UNet has it, it is chosen, whatever level and cut say.
+        strict: with a fingerprint: if the UNet does not have it, an error is raised.
 
     Raises:
         ArgumentError: an option is outside its rule, or several ways to choose are mixed.
