@@ -779,7 +779,7 @@ def test_calls_that_are_all_first_steps_are_told(call: Callable[..., None], call
             warnings.simplefilter("error")
             for t in times[: calls - 1]:
                 call(unet, cw, t)
-        with pytest.warns(ch.NoEffectWarning, match="stands inside the loop over the steps"):
+        with pytest.warns(ch.NoEffectWarning, match="is inside the loop over the steps"):
             call(unet, cw, times[calls - 1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")

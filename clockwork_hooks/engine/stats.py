@@ -248,17 +248,18 @@ _QUIET = frozenset(
 _STEPS, _DOUBTED = 6, 3
 _RESTARTS = 12
 _UP_AND_DOWN = (
-    "times run up and down, so that call after call seems to begin a trajectory: a sampler that evaluates between its "
-    "steps or adds noise before each, as dpm_2_ancestral, dpmpp_2s_ancestral, EDM with churn and KarrasVe do",
-    'if the calls are of one run, `with cw.sampler("dpm_2_ancestral", sigmas):` around it, with its sampler\'s name '
-    '("edm" for EDM, "karras_ve"); or `with cw.step():` around the evaluations of each step, as for RePaint',
+    "times go up and down: either a sampler evaluates between its steps or adds noise before each (dpm_2_ancestral, "
+    "dpmpp_2s_ancestral, EDM with churn, KarrasVe), or times are drawn at random (score distillation, losses)",
+    'for a sampler, `with cw.sampler("dpm_2_ancestral", sigmas):` around each run, with its own name ("edm" for EDM, '
+    '"karras_ve"), or `with cw.step():` around the evaluations of each step, as for RePaint; for random times, '
+    "`cw.enabled = False`",
 )
 _RUNS, _EVALUATIONS = 24, 128  # of one step, in a row; of one step: a picture in tiles has many
 _ONE_STEP = (
-    "each call is of the first step of a run: `with cw.trajectory():` or `cw.reset()` stands inside the loop over the "
-    "steps, or `with cw.step():` around all of it; or the time is the same in every call",
+    "each call is the first step of a run: `with cw.trajectory():` or `cw.reset()` is inside the loop over the steps, "
+    "or `with cw.step():` is around all of it, or the time is the same in every call",
     "put `with cw.trajectory():` around the whole run, and `with cw.step():` around the evaluations of one step; for "
-    "single evaluations, in which there is nothing to reuse: `cw.enabled = False`",
+    "single evaluations, which have nothing to reuse: `cw.enabled = False`",
 )
 _WHOLE_RUNS = 2  # that none of the adaptor's steps was in
 _PATIENCE = {reasons.EVIDENCE: 9}  # a trend is believed after five strides
@@ -362,9 +363,9 @@ def _not_reached(steps: int) -> tuple[str, str]:
     """Cause and remedy, where runs have so many steps."""
     return (
         f"runs have {steps} steps, and the schedule gives none of these to the adaptor",
-        "choose steps that there are: `schedule=ch.Schedule.every(2)`. An adaptor that was tuned or calibrated "
-        "elsewhere counts steps as its loop did: `wrap_pipeline` counts those of the scheduler, `wrap` and `ch.tune` "
-        "each time",
+        "choose steps that the runs have, as `schedule=ch.Schedule.every(2)` does. An adaptor that was tuned or "
+        "calibrated elsewhere counts steps as its loop did: `wrap_pipeline` counts the scheduler's steps, `wrap` and "
+        "`ch.tune` count times",
     )
 
 
