@@ -402,9 +402,11 @@ class Judge:
                 yield lambda pictures: sum(calls) / len(few)
             return
         options: dict[str, Any] = {"schedule": ch.Schedule.at(row.at), "region": self.region(row.region)}
-        with ch.wrap(unet, adaptor, **options) as cw, warnings.catch_warnings():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ch.NoEffectWarning)  # plain rows have no adaptor steps
             warnings.filterwarnings("ignore", "a calibrated adaptor works at the times that it was calibrated at")
-            yield lambda pictures: cw.stats.macs_run / pictures
+            with ch.wrap(unet, adaptor, **options) as cw:
+                yield lambda pictures: cw.stats.macs_run / pictures
 
     def _wait(self) -> None:
         if self.bench.model.device.type == "cuda":
