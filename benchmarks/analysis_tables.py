@@ -81,20 +81,21 @@ def _compared(plan: ch.Plan, part: dict[str, Any]) -> str:
     """Every schedule on what was not planned with; beside each clock the best planned set of no more MACs."""
     known = {(o.region, str(o.schedule)): o.measured for o in plan.options}
     planned = [row for row in part["rows"] if row["kind"] == "planned"]
-    rows = []
+    rows, region = [], min((row["region"] for row in part["rows"]), key=len)  # of the identity
     for row in sorted(part["rows"], key=lambda row: (row["saved"], -row["error"])):
         rivals = [other["error"] for other in planned if other["saved"] >= row["saved"] - 1e-9]
         clock = row["kind"].startswith("clock")
         name = row["schedule"] if row["kind"] != "planned" else "planned"
         before = known.get((row["region"], row["schedule"]))
         rival = percent(min(rivals)) if clock and rivals else "–"
-        rows.append((name, row["region"], percent(row["saved"]), percent(before), percent(row["error"]), rival))
+        adaptor = row["region"].removeprefix(region).removeprefix(", ") or "identity"
+        rows.append((name, adaptor, percent(row["saved"]), percent(before), percent(row["error"]), rival))
     beaten = [row[4:] for row in rows if row[0].startswith("every")]
     count = sum(rival != "–" and float(rival[:-1]) < float(error[:-1]) for error, rival in beaten)
-    heads = ("schedule", "region", ">saved", ">error, planned with", ">error, held out", ">planned at no more MACs")
+    heads = ("schedule", "adaptor", ">saved", ">error, planned with", ">error, held out", ">planned at no more MACs")
     notes = (
-        "Held out: other prompts and another seed. The last column is the held-out error of the best planned set that "
-        f"saves at least as much: it is below that of {count} of {len(beaten)} uniform clocks.",
+        f"Region: {region}. Held out: other prompts and another seed. The last column is the held-out error of the "
+        f"best planned set that saves at least as much: it is below that of {count} of {len(beaten)} uniform clocks.",
     )
     made: Table = table(f"{plan.steps} steps, held out", heads, rows, notes=notes)
     return made.to_markdown()
