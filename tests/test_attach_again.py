@@ -130,6 +130,30 @@ def test_a_step_that_a_forward_in_front_answers_is_no_step_before() -> None:
 
 
 @torch.no_grad()
+def test_a_forward_that_takes_itself_off_at_the_end_of_its_first_call() -> None:
+    """And puts back what it found, which is older than the wrapper's: diffusers' group offloading with streams does."""
+    judge, times = Judge(Tiny()), torch.arange(900, 0, -90).tolist()
+    found = judge.unet.forward
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        output = found(*args, **kwargs)
+        judge.unet.forward = functools.partial(Tiny.forward, judge.unet)
+        return output
+
+    judge.unet.forward = once
+    with ch.wrap(judge.unet, schedule=lambda step: True) as cw, cw.trajectory():
+        for step, t in enumerate(times):
+            x = torch.randn(1, 2, 8, 8)
+            if step in (1, 2):  # by the older forward: the call had looked it up before any hook ran
+                judge.unet(x, t)
+            else:
+                judge.call(x, t, step=step)
+        assert judge.letters == "FFAAAAAA"
+        assert cw.stats.reasons == {"first step": 2, "something put an older forward of the UNet back": 2}
+        assert cw.stats.full_passes + cw.stats.adaptor_passes == len(times)
+
+
+@torch.no_grad()
 def test_who_puts_a_forward_past_the_wrapper_around_each_call_is_told() -> None:
     """As nodes of ComfyUI do by `unittest.mock`: the class's forward runs, and ours comes back after the call."""
     unet = Tiny()

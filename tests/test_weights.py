@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -199,6 +199,43 @@ def test_weights_that_change_unseen_cost_a_full_pass(change: str) -> None:
         seen = judge.letters
         assert seen == ("FAAFFAAA" if change == "swapped and back" else "FAAFAAAA")
         assert cw.stats.reasons[REASON] == seen[3:].count("F")
+
+
+@pytest.mark.parametrize(
+    ("casts", "branches", "expected"),
+    [
+        (range(1, 13), 1, "FAFAAAFAAAAA"),
+        (range(1, 13), 2, "FFAAAAFAAAAA"),
+        ((3, 9, 10), 1, "FAAFAAFAAFFA"),
+    ],
+    ids=["in every call", "two branches", "in some"],
+)
+@torch.no_grad()
+def test_weights_that_a_call_moves(
+    casts: Sequence[int], branches: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layerwise casting leaves them elsewhere on the device. In step 7 somebody moves them between two calls."""
+    monkeypatch.setattr(conditions, "_readable", lambda parameter: False)  # as on a GPU
+    unet, held, step = Tiny(), list[Tensor](), 0
+
+    def elsewhere(module: nn.Module) -> None:
+        for one in module.parameters():
+            held.append(one.data)  # as long as it is there, nothing else lies where it was
+            one.data = one.data.clone()
+
+    for module in (unet.stem, unet.head):
+        module.register_forward_hook(lambda module, *_: elsewhere(module) if step in casts else None)
+    letters = ""
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        for step, t in enumerate(torch.arange(1300, 100, -100), 1):
+            if step == 7:
+                elsewhere(unet)
+            full = cw.stats.full_passes
+            for c in range(branches):
+                unet(torch.randn(1, 2, 8, 8), t, torch.full((1, 3), float(c)))
+            letters += "FA"[cw.stats.full_passes == full]
+    assert letters == expected
+    assert cw.stats.reasons[REASON] > 1
 
 
 def test_what_has_no_values_or_keeps_no_count() -> None:

@@ -572,7 +572,8 @@ class Weights:
 
     Of a parameter: the counter of in-place writes, and in main memory some of its values, as fused optimizers and
     writes through `.data` leave no other mark. On a device they are not read, which would wait for it: there it is
-    where its memory is, and `cw.reset()` has to tell of such writes. Adapters of PEFT that are loaded, switched,
+    where its memory is, and `cw.reset()` has to tell of such writes. Where the UNet's own hooks put weights elsewhere
+    in every call, as layerwise casting does, that tells nothing (`leave`). Adapters of PEFT that are loaded, switched,
     scaled, fused or taken off. Attention processors that are exchanged, and the scales of all those that have some, as
     IP-Adapter's do. And the four numbers of diffusers' FreeU.
 
@@ -597,6 +598,9 @@ class Weights:
         self._processors: tuple[_Very, ...] = ()
         self._scaled: Sequence[Any] = ()
         self._free_u: dict[str, Any] = {}  # what its first block on the way up has
+        self._places: list[int] = []  # where on a device parameters are
+        self._moves = 0  # so often they were somewhere else than they had been left
+        self._looks = self._moved = False
 
     def state(self) -> tuple[Hashable, ...]:
         """Equal for two calls between which no weight has changed."""
@@ -607,13 +611,33 @@ class Weights:
         ):
             self._adapters = adapters
             self._look()
-        marks: list[Hashable] = []
-        values = array("d")  # one array, as the state of the step before is cold
+        marks: list[Hashable] = [adapters]
+        values, places = array("d"), list[int]()  # one array, as the state of the step before is cold
         for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
-            marks.append(_mark(owner[name] if name in owner else None, values))  # noqa: SIM401
+            marks.append(_mark(owner[name] if name in owner else None, values, places))  # noqa: SIM401
+        if places != self._places:
+            self._places, self._moves, self._looks = places, self._moves + 1, True
         scales = [_numbers(_held_by(one, "scale")) for one in self._scaled]
         free_u = map(self._free_u.get, _FREE_U)
-        return (adapters, values.tobytes(), *marks, *map(_switches, self._layers), *self._processors, *scales, *free_u)
+        switches = map(_switches, self._layers)
+        return (self._moves, values.tobytes(), *marks, *switches, *self._processors, *scales, *free_u)
+
+    def leave(self) -> None:
+        """A call has ended: if weights have moved within it, and within the one before, the UNet itself moves them.
+
+        Example:
+            >>> from clockwork_hooks.clock.conditions import Weights
+            >>> Weights(nn.Conv2d(1, 1, 1)).leave()
+        """
+        if not self._looks:  # they have not moved of late
+            return
+        places = list[int]()
+        for owner, name in self._parameters:
+            _mark(owner[name] if name in owner else None, array("d"), places)  # noqa: SIM401
+        moved = places != self._places
+        if moved and self._moved:
+            self._places = places
+        self._looks = self._moved = moved
 
     def _look(self) -> None:
         modules = list(self._unet.modules())
@@ -655,7 +679,7 @@ def _held_by(owner: Any, name: str) -> Any:
     return None if hasattr(type(shared), "__get__") else shared
 
 
-def _mark(parameter: Any, values: array[float]) -> Hashable:
+def _mark(parameter: Any, values: array[float], places: list[int]) -> Hashable:
     """Its counter of writes; in main memory a few of its values are added to those, on a device where its memory is.
 
     Neither which object it is nor, in main memory, where: offloading makes a new one for each call. Nothing of it is
@@ -665,8 +689,9 @@ def _mark(parameter: Any, values: array[float]) -> Hashable:
     if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout is not torch.strided:
         return parameter._version if _counts(parameter) else -1
     written = version(parameter)
-    if not parameter.is_cpu:
-        return written, parameter.data_ptr()
+    if not _readable(parameter):
+        places.append(parameter.data_ptr())
+        return written
     if parameter.is_contiguous():
         elements = parameter.numel()
         count, step = min(elements, _VALUES_READ), max(elements // _VALUES_READ, 1)
@@ -684,6 +709,10 @@ def _mark(parameter: Any, values: array[float]) -> Hashable:
         return written, repr(picked)
     values.extend(picked)  # bit by bit: NaN is equal to itself
     return written
+
+
+def _readable(parameter: torch.Tensor) -> bool:
+    return parameter.is_cpu
 
 
 def _counts(parameter: Any) -> bool:

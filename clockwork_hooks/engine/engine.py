@@ -335,6 +335,7 @@ class Engine:
         except Exchanged:
             self.forget()
             return self._record(state, call)
+        self.weights.leave()
         if outcome.kind == "full" and holds_placeholder(outcome.output):
             raise _lost(call)
         if before is not None and self._exchanged(call.place):  # and what has run was made of those before, maybe

@@ -362,11 +362,12 @@ class Installed:
                     do="wrap each process's own UNet and use DistributedDataParallel, or call remove() first",
                 )
             came = self._root is None or self._root.expect()
-            if self._root is None or not self._root.reached():
+            reached = self._root is not None and self._root.reached()
+            if not came:  # the call before this one
+                missed(reasons.ANSWERED if reached else reasons.REPLACED)
+            if not reached:
                 missed(reasons.REPLACED)
                 self._front(unet, serve)
-            elif not came:
-                missed(reasons.ANSWERED)
 
         self._closed = False
         if self._optimized is not None:
