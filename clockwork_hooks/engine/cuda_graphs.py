@@ -134,7 +134,7 @@ class Captured(Compiled):
             raise ArgumentError(
                 "CUDA graphs replay launches of CUDA kernels: the UNet must be on a CUDA device",
                 seen={"device": device},
-                do="move it there first; where it is offloaded between runs, call cw.compile(), which needs no fixed place",
+                do="move it there first; if it is offloaded between runs, call cw.compile(): that needs no fixed place",
             )
         self.compiled = compiled
         self.unseen_hooks = compiled is not None  # as they are, passes have them among the contents
