@@ -268,7 +268,7 @@ def _check_own(option: str, value: Any, unets: Iterable[str]) -> None:
     unknown = [name for name in value if name not in unets] if isinstance(value, Mapping) else []
     if unknown:
         raise ArgumentError(
-            f"{option}= gives each UNet its own by the UNet's name",
+            f"{option}= must have names of the pipeline's UNets as keys",
             seen={"no such UNet": ", ".join(map(str, unknown)), "UNets": ", ".join(unets)},
             do=f'pass {option}={{"{next(iter(unets))}": ...}}',
         )
@@ -347,7 +347,7 @@ def _chosen(pipe: Any, present: Mapping[str, nn.Module], unets: list[str] | None
                 do="pass the pipeline, or wrap the model alone: ch.wrap(unet)",
             )
         raise ArgumentError(
-            "a pipeline has UNets, and unets= names some of them",
+            "unets= must name models of the pipeline",
             seen={
                 "pipeline": type(pipe).__name__,
                 "its UNets": ", ".join(present) or "none",

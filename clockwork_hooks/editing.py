@@ -222,7 +222,7 @@ def check_source(unet: Any, source: Any) -> None:
         )
     if channels is not None and source.shape[1] != channels:
         raise ArgumentError(
-            "a source has the channels of the UNet's sample",
+            "a source must have as many channels as the UNet's sample",
             seen={"source": shape(source.shape), "the UNet's in_channels": channels},
             do="pass latents (B, C, ...): encode the picture with the model's own VAE",
         )

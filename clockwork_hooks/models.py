@@ -531,13 +531,13 @@ def _from_factory(module: str, factory: str, **options: Any) -> LoadedModel:
     unet, *inputs = returned if isinstance(returned, tuple) else (returned,)
     if not isinstance(unet, nn.Module) or len(inputs) > 2:
         raise ModelNotFoundError(
-            "a factory returns a model, (model, args) or (model, args, kwargs)",
+            "a factory must return a model, (model, args) or (model, args, kwargs)",
             seen={"factory": f"{module}:{factory}", "returned": type(returned).__name__},
             do="return the UNet itself first",
         )
     if inputs and callable(inputs[0]) and not isinstance(inputs[0], torch.Tensor):
         raise ModelNotFoundError(
-            "a factory of a model returns it with the arguments of one call: (model, args, kwargs)",
+            "a factory of a model must return it with the arguments of one call: (model, args, kwargs)",
             seen={"factory": f"{module}:{factory}", "returned": ", ".join(type(part).__name__ for part in returned)},
             do="name another one: what this one returns, (unet, generate, conditions), is for drift, perturb, plan and "
             "tune",

@@ -505,7 +505,7 @@ def test_one_sample_is_split_by_positions():
         ({"clock": 2, "schedule": {2}}, "a schedule and a clock cannot both be given"),
         ({"schedule": {40}}, "a step can be calibrated only if the sampler takes it"),
         ({"guidance": "high"}, "guidance is a number"),
-        ({"ridge": -1.0}, "a ridge is a number from 0"),
+        ({"ridge": -1.0}, "a ridge is a number of at least 0"),
         ({"unconditional": "both"}, "the unconditional branch"),
         ({"log_snr": 3}, "log_snr is a function"),
         ({"schedule": ch.Schedule.adaptive(0.1)}, "which steps are calibrated is known beforehand"),

@@ -199,7 +199,7 @@ def test_buffers_in_one_folder_are_apart(tmp_path: Path) -> None:
 
 
 def test_a_buffer_too_small_for_one_trajectory() -> None:
-    with pytest.raises(ch.ArgumentError, match="holds one trajectory at least") as caught:
+    with pytest.raises(ch.ArgumentError, match="must be large enough for one trajectory") as caught:
         quick(Tiny(), Small(), buffer_gb=1e-6)
     assert "pass buffer_gb=" in str(caught.value)
 

@@ -365,13 +365,13 @@ def check(exit: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, 
     """
     if not isinstance(exit, torch.Tensor) or not fits(exit, cached):
         raise AdaptorError(
-            "an adaptor returns a tensor like the region's exit",
+            "an adaptor must return a tensor like the region's exit",
             seen={"exit": _describe(cached), "returned": _describe(exit), **_words(where)},
             do="make the adaptor's output fit Region.exit",
         )
     if finite and not bool(torch.isfinite(exit).all()):
         raise AdaptorError(
-            "an adaptor returns finite numbers", seen=_words(where), do="train it longer, or with float32"
+            "an adaptor must return finite numbers", seen=_words(where), do="train it longer, or with float32"
         )
     return exit
 

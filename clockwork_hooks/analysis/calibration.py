@@ -276,7 +276,7 @@ def calibrate(
     chosen = wanted.find(trace, unet) if isinstance(wanted, Choice) else match(Search(trace, unet), wanted)
     if chosen is None:
         raise ArgumentError(
-            "the region is one of the UNet that generate(batch, seed) calls",
+            "the region must belong to the UNet that generate(batch, seed) calls",
             seen={"region": wanted.line if isinstance(wanted, Region) else wanted, "unet": type(unet).__name__},
             do="pass region=ch.find_region(unet, *args), found for this UNet, or leave it out",
         )
@@ -353,7 +353,9 @@ def _check(guidance: float | None, unconditional: str, kind: str, ridge: float |
     if not isinstance(kind, str) or (kind != "auto" and kind not in KINDS):
         raise ArgumentError("a kind is auto, " + ", ".join(KINDS), seen={"kind": repr(kind)}, do='pass kind="auto"')
     if ridge is not None and not (is_number(ridge) and ridge >= 0):
-        raise ArgumentError("a ridge is a number from 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None")
+        raise ArgumentError(
+            "a ridge is a number of at least 0", seen={"ridge": repr(ridge)}, do="pass ridge=1e-4, or None"
+        )
     if steps is not None:
         whole("steps", steps, least=1)
 

@@ -310,7 +310,7 @@ def _timed(make: Callable[[Any, int], Any], batch: Any, seed: int, device: torch
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         seen = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError(
-            "generate returns pictures (B, 3, H, W) of floats in [0, 1]",
+            "generate must return pictures (B, 3, H, W) of floats in [0, 1]",
             seen={"returned": seen},
             do='with a diffusers pipeline: pipe(..., output_type="pt").images',
         )

@@ -487,7 +487,7 @@ def _adaptor_macs(adaptor: Adaptor, region: Region, *, attention: bool, norms: s
     sizes = trace.outputs[0].meta["shape"] if trace.outputs else ()
     if sizes != region.exit.shape:
         raise AdaptorError(
-            "an adaptor returns a tensor of the exit's shape",
+            "an adaptor must return a tensor of the exit's shape",
             seen={"exit": shape(region.exit.shape), "returned": shape(sizes)},
             do="build the adaptor for this region",
         )

@@ -571,7 +571,7 @@ class _Planner:
         if not good:
             least = min(self.fixed, key=lambda option: option.error, default=None)
             raise ArgumentError(
-                "a plan has at least one adaptor step",
+                "a plan needs at least one adaptor step within its budget",
                 seen={
                     "max_error": f"{allowed:.3g}",
                     "least error": f"{least.error:.3g}" if least else "none measured",

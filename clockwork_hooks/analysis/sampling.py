@@ -235,7 +235,7 @@ def final(generate: Generate, batch: Any, seed: int) -> Tensor:
     if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
         seen = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
         raise ArgumentError(
-            "generate(batch, seed) returns one tensor of floats, samples first",
+            "generate(batch, seed) must return one tensor of floats, samples first",
             seen={"returned": seen},
             do="return the pictures, or the last latents",
         )

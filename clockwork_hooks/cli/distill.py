@@ -228,7 +228,7 @@ def _check_arguments(name: str, returned: Any) -> dict[str, Any]:
     if not isinstance(returned, Mapping) or not all(one in returned for one in needed):
         kinds = ", ".join(returned) if isinstance(returned, Mapping) else f"a {type(returned).__name__}"
         raise ArgumentError(
-            "a factory returns the arguments of clockwork_hooks.distill as a dict",
+            "a factory must return the arguments of clockwork_hooks.distill as a dict",
             seen={"factory": name, "returned": kinds},
             do=f"return {', '.join(needed)}, and what else should be set: guidance, facts, ...",
         )

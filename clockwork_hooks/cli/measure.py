@@ -345,7 +345,7 @@ def load_sampler(model: str, steps: int, batch: int) -> Sampler:
         kinds = [type(part).__name__ for part in (parts if isinstance(parts, tuple) else [parts])]
         one_call = isinstance(parts, tuple) and len(parts) > 1 and isinstance(parts[1], (tuple, list))
         raise ModelNotFoundError(
-            "a factory of a sampler returns (unet, generate, conditions)",
+            "a factory of a sampler must return (unet, generate, conditions)",
             seen={"factory": model, "returned": ", ".join(kinds)},
             do="name another one: what this one returns, (model, args, kwargs), is for flops, regions and bench"
             if one_call

@@ -415,7 +415,7 @@ def _captions(edits: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[st
     half = [old for old, attributes in zip(sources, wanted, strict=False) if (attributes == ANY).any()]
     if half:
         raise ArgumentError(
-            "the caption of a scene that is edited tells all of it: sizes, colours, shapes, places, background",
+            "the caption of an edited scene must name everything: sizes, colours, shapes, places, background",
             seen={f"leaves something open ({k + 1})": old for k, old in enumerate(half)},
             do=f"write it like the first of {like_this}",
         )

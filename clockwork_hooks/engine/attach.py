@@ -32,7 +32,7 @@ def check_region(region: Region, unet: nn.Module) -> None:
     missing = [path for path in dict.fromkeys(needed) if path not in paths]
     if missing:
         raise ArgumentError(
-            "a region fits the UNet that it was found for",
+            "a region can be used only with the UNet that it was found for",
             seen={
                 "region found for": region.model,
                 "unet": type(unet).__name__,

@@ -204,7 +204,7 @@ class Compiled:
                     "raise torch._dynamo.config.recompile_limit",
                 ) from error
             raise CompileError(
-                "a compiled UNet is one graph, for full passes and for adaptor passes",
+                "a compiled UNet must be one graph for full passes, and one for adaptor passes",
                 seen={"pass": pass_.kind, "error": str(error).strip().split("\n", 1)[0]},
                 do='read the cause above; or call cw.compile(mode="cudagraphs"), which needs no graph of operators',
             ) from error

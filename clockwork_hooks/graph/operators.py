@@ -521,7 +521,7 @@ def _counted(node: fx.Node, count: Handle) -> int:
     macs = count(tuple(map(shapes, _arguments(node))), node.meta.get("shape", several))
     if not is_whole(macs, 0):
         raise CountError(
-            "an operator's handle returns its MACs, a whole number from 0 on",
+            "an operator's handle must return its MACs, a whole number of at least 0",
             seen={"operator": operator_name(node), "returned": repr(macs)},
             do="return an int",
         )

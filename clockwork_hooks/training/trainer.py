@@ -317,7 +317,7 @@ class Learner:
             exit: Tensor = stand_in.call(model, arguments)
         if exit.shape != cached.shape:
             raise AdaptorError(
-                "an adaptor returns a tensor like the region's exit",
+                "an adaptor must return a tensor like the region's exit",
                 seen={"adaptor": self.name, "exit": tuple(cached.shape), "returned": tuple(exit.shape)},
                 do="make the adaptor's output fit Region.exit",
             )

@@ -218,7 +218,7 @@ class Buffer:
         size = trajectory.nbytes
         if size > self.limit:
             raise ArgumentError(
-                "the buffer holds one trajectory at least",
+                "the buffer must be large enough for one trajectory",
                 seen={"buffer_gb": self.limit / GB, "one trajectory": f"{size / GB:.3g} GB"},
                 do=f"pass buffer_gb={1.1 * size / GB:.2g} or more, a smaller batch=, or fewer steps",
             )
@@ -259,7 +259,7 @@ class Buffer:
             )
         except (OSError, SafetensorError) as error:
             raise DistillError(
-                "the buffer's folder takes the trajectories",
+                "the buffer's folder must be writable: a trajectory could not be saved",
                 seen={"folder": home, "error": error, "held": f"{self.used / GB:.3g} of {self.limit / GB:g} GB"},
                 do='free some space, pass a smaller buffer_gb=, or buffer="ram"',
             ) from error
@@ -490,7 +490,7 @@ class TrajectoryRecorder:
         wanted, region = self._clocked.wanted, self._clocked.region
         if region is None:
             raise RegionNotFoundError(
-                "the region is one of the UNet that generate(batch, seed) calls",
+                "the region must belong to the UNet that generate(batch, seed) calls",
                 seen={
                     "region": wanted.line if isinstance(wanted, Region) else wanted,
                     "unet": type(self.unet).__name__,
@@ -608,7 +608,7 @@ class TrajectoryRecorder:
         noised = replace(time)
         if sample.shape[1:] != noised.shape[1:] or sample.shape[0] % noised.shape[0]:
             raise DistillError(
-                "noised images are shaped like the sample that the UNet is called with",
+                "noised images must have the shape of the sample that the UNet is called with",
                 seen={"sample": tuple(sample.shape), "noised images": tuple(noised.shape)},
                 do="make images(batch) return what the sampler diffuses, latents for a latent model",
             )

@@ -642,7 +642,7 @@ def test_what_is_no_pipeline_or_no_such_unet(pipe: Any) -> None:
 def test_a_mapping_that_names_no_unet_is_refused(pipe: Any, options: dict[str, Any]) -> None:
     """It would be left out, and the UNet would run by the default clock."""
     before = snapshot(pipe.unet)
-    with pytest.raises(ch.ArgumentError, match=r"gives each UNet its own by the UNet's name\n  no such UNet: "):
+    with pytest.raises(ch.ArgumentError, match=r"must have names of the pipeline's UNets as keys\n  no such UNet: "):
         wrap_pipeline(pipe, **options)
     assert snapshot(pipe.unet) == before
 
