@@ -594,7 +594,7 @@ class ClockworkWrapper:
         if isinstance(error, Exception) and not isinstance(error, (MemoryError, torch.OutOfMemoryError, Warning)):
             self.remove()
             if sys.version_info >= (3, 11):
-                error.add_note("Clockwork has taken itself off this UNet: wrap it again once the cause is gone")
+                error.add_note("Clockwork was removed from this UNet: wrap it again when the cause is fixed")
 
 
 def _same(unet: nn.Module) -> nn.Module:
