@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -83,7 +84,7 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     """
     if not _is_container(value):
         return fn(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
         return type(value)(*(map_leaves(fn, item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(map_leaves(fn, item) for item in value)
@@ -133,13 +134,17 @@ def _is_record(value: Any) -> bool:
     return any(isinstance(item, (torch.Tensor, Leaf)) for _, item in _attributes(value))
 
 
+_EMPTY = object()  # is in a slot that nothing was put into
+
+
 def _attributes(value: Any) -> list[tuple[str, Any]]:
     """Name and value of what the object holds itself, its slots among them."""
-    held = list(vars(value).items()) if hasattr(value, "__dict__") else []
+    held = list(attribute(value, "__dict__", {}).items())
     for kind in type(value).__mro__[:-1]:
         slots = vars(kind).get("__slots__", ())
         names = (slots,) if isinstance(slots, str) else slots
-        held += [(name, getattr(value, name)) for name in names if name[:2] != "__" and hasattr(value, name)]
+        slotted = ((name, attribute(value, name, _EMPTY)) for name in names if name[:2] != "__")
+        held += [(name, item) for name, item in slotted if item is not _EMPTY]
     return held
 
 
@@ -151,7 +156,27 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
     if not dataclasses.is_dataclass(value):
         return _attributes(value)
     items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return (items | getattr(value, "__dict__", {})).items()  # an attribute may be no field
+    items |= attribute(value, "__dict__", {})  # an attribute may be no field
+    return items.items()
+
+
+def attribute(value: Any, name: str, default: Any = None) -> Any:
+    """What an object or its class has under this name, or the default.
+
+    A `__getattr__` of its own is not asked: it raises what it likes, or has an answer to every name.
+
+    Example:
+        >>> class Options(dict):
+        ...     __getattr__ = dict.__getitem__
+        >>> attribute(Options(dtype="no dtype"), "dtype") is None
+        True
+    """
+    if type(value) is types.MethodType:  # has what its function has
+        return getattr(value, name, default)
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return default
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 import logging
 import threading
 import types
-from collections import deque
+from array import array
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -225,12 +226,33 @@ def tagged() -> Tensor:
     return value
 
 
+class Options(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Unset:
+    __slots__ = ("a", "b")
+
+    def __init__(self) -> None:
+        self.a = 1
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
 HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], bool]] = {  # made, changed; are new ones the same?
     "slots": (Slots, lambda one: setattr(one, "c", torch.zeros(2)), True),
     "private slots": (Slots, lambda one: setattr(one, "_Slots__secret", 2), True),
     "callable": (lambda: Called(c=torch.ones(2)), lambda one: setattr(one, "c", torch.zeros(2)), True),
     "deque": (lambda: deque([torch.ones(1)], maxlen=1), lambda one: one.append(torch.zeros(1)), True),
     "set": (lambda: {1, "a"}, lambda one: one.add(2), True),
+    "dict with a default": (lambda: defaultdict(list, a=[1]), lambda one: one["a"].append(2), True),
+    "dict with another default": (lambda: defaultdict(list), lambda one: setattr(one, "default_factory", dict), True),
+    "array": (lambda: array("i", [1]), lambda one: one.append(2), True),
+    "a built-in method": (lambda: {"a": 1}.get, lambda one: one.__self__.update(a=2), True),
+    "a shape": (lambda: SimpleNamespace(a=torch.Size([1])), lambda one: setattr(one, "a", torch.Size([2])), True),
+    "an item is asked for any attribute": (lambda: Options(a=[1]), lambda one: one["a"].append(2), True),
+    "unset slots are asked for": (Unset, lambda one: setattr(one, "a", 2), True),
     "dict": (lambda: {"a": [torch.ones(1)]}, lambda one: one["a"].append(1), True),
     "twenty deep": (deep, lambda one: deepest(one).c.data.add_(1), True),
     "closure": (closure, lambda one: one.__closure__[0].cell_contents.data.add_(1), True),

@@ -341,6 +341,36 @@ def test_new_objects_with_the_same_content_are_the_same_condition(make: Callable
         assert loop(cw, lambda k: {"more": make()}) == "FAFAFAFA"
 
 
+class Options(dict[str, Any]):
+    """Options as many write them: an attribute that is asked for is an item, or an error of its own."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Looks:
+    """A hook that answers no attribute but by an error."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+@pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
+@pytest.mark.parametrize("where", ["an argument", "an attribute of the UNet", "a processor", "a hook"])
+def test_nobody_is_asked_for_attributes_that_he_may_not_have(where: str) -> None:
+    unet, options = Tiny(), Options(a=1, text=torch.ones(1, 3))
+    if where == "an attribute of the UNet":
+        unet.config, unet.down.config = options, options  # type: ignore[assignment]
+    elif where == "a processor":
+        unet.down.processor = options  # type: ignore[assignment]
+    elif where == "a hook":
+        unet.down.register_forward_hook(Looks())
+    with ch.wrap(unet) as cw:
+        assert loop(cw, lambda k: {"more": Options(options)} if where == "an argument" else {}) == "FAFAFAFA"
+
+
 # -- prompts that take turns ------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import types
 import uuid
 import weakref
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import copied, version
+from clockwork_hooks._tree import attribute, copied, version
 from clockwork_hooks.graph.arguments import is_number
 
 _LARGEST_COPY = 1 << 22  # elements
@@ -161,12 +161,13 @@ def _referable(value: Any) -> bool:
 # equal ones are the same
 _VALUES = frozenset(
     {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    | {torch.Size}
     | {range, re.Pattern, types.CodeType, uuid.UUID, decimal.Decimal, fractions.Fraction}
     | {pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath}
     | {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone}
 )
 # there is one of each, and nobody changes it
-_SINGLE = (enum.Enum, types.ModuleType, types.BuiltinFunctionType, type(...), type(NotImplemented), logging.Logger)
+_SINGLE = (enum.Enum, types.ModuleType, type(...), type(NotImplemented), logging.Logger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +274,7 @@ def _take_apart(value: Any, parts: list[Any], within: tuple[Any, ...]) -> None:
         parts.append(value)
     elif isinstance(value, _SINGLE):
         parts.append(_Object(value))
-    elif hasattr(value, "tobytes") and getattr(getattr(value, "dtype", None), "hasobject", True) is False:
+    elif hasattr(kind, "tobytes") and getattr(attribute(value, "dtype"), "hasobject", True) is False:
         parts.append(_Value(kind, (str(value.dtype), tuple(value.shape), value.tobytes())))
     elif any(value is one for one in within):  # a circle
         parts.append(_Value(kind, next(k for k, one in enumerate(within) if one is value)))
@@ -308,8 +309,11 @@ def _held(value: Any) -> Sequence[Any] | None:
     cls: Any = type(value)
     if not isinstance(value, torch.Tensor) and _hides(cls):
         return None
-    slots = {name: getattr(value, name) for name in _slots(cls) if hasattr(value, name)}
-    return (*held, *_items(slots), *_items(getattr(value, "__dict__", {})), *_items(_shared_data(cls)))
+    slots = {name: one for name in _slots(cls) if (one := attribute(value, name, _EMPTY)) is not _EMPTY}
+    return (*held, *_items(slots), *_items(attribute(value, "__dict__", {})), *_items(_shared_data(cls)))
+
+
+_EMPTY = object()  # is in a slot that nothing was put into
 
 
 @functools.lru_cache(maxsize=1024)
@@ -428,6 +432,7 @@ def _tensor(value: torch.Tensor) -> Sequence[Any]:
 _KINDS: tuple[tuple[Any, Callable[[Any], Sequence[Any] | None], bool], ...] = (
     (torch.Tensor, _tensor, False),
     ((list, tuple, deque), list, False),
+    (defaultdict, lambda value: (value.default_factory, dict(value), attribute(value, "__dict__")), True),
     (dict, _items, False),
     ((set, frozenset), _set, False),
     (str, lambda value: (str(value[:]),), False),
@@ -435,11 +440,13 @@ _KINDS: tuple[tuple[Any, Callable[[Any], Sequence[Any] | None], bool], ...] = (
     (float, lambda value: (float(value),), False),
     (complex, lambda value: (complex(value),), False),
     ((bytes, bytearray, memoryview), lambda value: (bytes(value),), True),
+    (array, lambda value: (value.typecode, value.tobytes()), True),
     (slice, lambda value: (value.start, value.stop, value.step), True),
     (types.MappingProxyType, _items, True),
     (types.FunctionType, _function, True),
     (functools._lru_cache_wrapper, lambda value: (value.__wrapped__,), True),
     (types.MethodType, lambda value: (value.__func__, value.__self__), True),
+    (types.BuiltinFunctionType, lambda value: (value.__qualname__, value.__self__), True),
     (functools.partial, lambda value: (value.func, value.args, value.keywords, vars(value)), True),
     (type, lambda value: (_Object(value), _shared_data(value)), True),
     (weakref.ref, lambda value: (value(),), True),
@@ -669,7 +676,7 @@ class _Very:
 
 def _held_by(owner: Any, name: str) -> Any:
     """What it, a slot of it or its class holds; a property's value may fail to be made, or be another one each time."""
-    attributes = getattr(owner, "__dict__", {})
+    attributes = attribute(owner, "__dict__", {})
     for table in (attributes, attributes.get("_modules", {})):
         if name in table:
             return table[name]

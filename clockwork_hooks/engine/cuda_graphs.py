@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import flat, leaves, map_leaves, tensors, version
+from clockwork_hooks._tree import attribute, flat, leaves, map_leaves, tensors, version
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.ahead import beside
 from clockwork_hooks.clock.conditions import Weights
@@ -404,7 +404,7 @@ class _Contents:
         others = (one for one in adaptors if not isinstance(one, nn.Module))
         self._adaptors = adaptors
         self._modules = [module for root in roots for module in root.modules()]
-        self._owners = [*self._modules, *(one for one in others if isinstance(getattr(one, "__dict__", None), dict))]
+        self._owners = [*self._modules, *(one for one in others if isinstance(attribute(one, "__dict__"), dict))]
         bases = (base for cls in dict.fromkeys(map(type, self._owners)) for base in cls.__mro__)
         self._classes = [base for base in dict.fromkeys(bases) if base not in nn.Module.__mro__]
         self._attributes = self._now()
@@ -527,7 +527,7 @@ def _constant(value: Any, depth: int = 0) -> Hashable:
         return value.data_ptr(), value.shape, value.stride(), value.dtype
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
-    held = vars(value) if depth < _DEEPEST and hasattr(value, "__dict__") and not callable(value) else {}
+    held = vars(value) if depth < _DEEPEST and attribute(value, "__dict__") is not None and not callable(value) else {}
     return id(value), *((path, _constant(leaf, depth + 1)) for path, leaf in leaves(held))
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
+from clockwork_hooks._tree import attribute
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine.passes import Added, Owner
 from clockwork_hooks.errors import WrapError
@@ -181,7 +182,7 @@ class RootForward(_Instead):
         outer = attributes.get("forward")
         if outer is self or attributes.get(self.name) is self or (outer is not None and outer is self._proved):
             return True
-        own = outer is None or getattr(outer, "__func__", None) is type(self.module).forward
+        own = outer is None or attribute(outer, "__func__") is type(self.module).forward
         if own or outer is self._asked:  # the last call with this one did not
             return False
         self._asked = outer
@@ -552,7 +553,7 @@ def _put(module: nn.Module, forward: Any, path: str) -> None:
 def _innermost(module: nn.Module) -> tuple[str, Callable[..., Any]]:
     """Name and value of the attribute that holds a module's own forward: accelerate's hooks keep it in another one."""
     forward = vars(module).get("forward")
-    wrapped = getattr(forward, "__wrapped__", None)
+    wrapped = attribute(forward, "__wrapped__")
     if wrapped is not None and not isinstance(forward, _Instead):
         for name, value in vars(module).items():
             if value is wrapped:

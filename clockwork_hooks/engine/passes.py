@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address, copied, flat, is_changeable, leaf_at, map_leaves, refill, version
+from clockwork_hooks._tree import address, attribute, copied, flat, is_changeable, leaf_at, map_leaves, refill, version
 from clockwork_hooks.clock.loops import saved_for_again
 from clockwork_hooks.engine.taint import Reads, Taint, Tainted, refuse
 from clockwork_hooks.regions.cut import CutPlan, Kind, Same, Slot, Wanted, fits
@@ -530,9 +530,9 @@ class Before:
             return
         elif isinstance(value, Mapping):
             inner = list(value.values())
-        elif self._objects and hasattr(value, "__dict__"):
-            attributes = dict(vars(value))
-            self._contents.append(lambda: _reset(vars(value), attributes))
+        elif self._objects and (own := attribute(value, "__dict__")) is not None:
+            attributes = dict(own)
+            self._contents.append(lambda: _reset(own, attributes))
             inner = attributes.values()
         else:
             return
@@ -556,7 +556,7 @@ class _Own:
             for module in unet.modules()
         ]
         values = [value for _, attributes in self._modules for value in attributes.values()]
-        cells = [cell for value in values for cell in getattr(value, "__closure__", None) or ()]
+        cells = [cell for value in values for cell in attribute(value, "__closure__") or ()]
         self._cells = [(cell, cell.cell_contents) for cell in cells if cell != types.CellType()]
         values += [module._buffers for module in unet.modules()] + [value for _, value in self._cells]
         self._before = Before(tuple(values), size=math.inf, unsure=True, objects=False)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from clockwork_hooks._numbers import macs, percent, quantity
+from clockwork_hooks._tree import attribute
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Position
 from clockwork_hooks.engine.hooks import walk
@@ -515,15 +516,15 @@ def _watcher(module: Mapping[str, Any]) -> str | None:
     if processor is not None and not isinstance(processor, nn.Module) and _has_state(processor):
         return f"an attention processor with state, {type(processor).__name__}"
     # diffusers' registry of hooks, of which caches count their module's calls
-    added = getattr(module.get("_diffusers_hook"), "hooks", {})
-    counting = [type(hook).__name__ for hook in added.values() if getattr(hook, "_is_stateful", False)]
+    added = attribute(module.get("_diffusers_hook"), "hooks", {})
+    counting = [type(hook).__name__ for hook in added.values() if attribute(hook, "_is_stateful", False)]
     return f"a hook of diffusers with state, {', '.join(counting)}" if counting else None
 
 
 def _is_harmless(hook: Any) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    home = getattr(hook, "__module__", None) or type(hook).__module__
+    home = attribute(hook, "__module__") or type(hook).__module__
     return home.split(".")[0] in _HARMLESS and "pipelines" not in home  # pipelines hook in to look at maps
 
 
@@ -537,7 +538,7 @@ def _has_state(processor: Any) -> bool:
     if not foreign:
         return False
     held = [value for kind in foreign for name, value in vars(kind).items() if not name.startswith("__")]
-    return bool(getattr(processor, "__dict__", None)) or any(not _is_code(value) for value in held)
+    return bool(attribute(processor, "__dict__")) or any(not _is_code(value) for value in held)
 
 
 def _is_code(value: Any) -> bool:
@@ -547,4 +548,4 @@ def _is_code(value: Any) -> bool:
 def _name(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return str(getattr(hook, "__qualname__", type(hook).__name__))
+    return str(attribute(hook, "__qualname__", type(hook).__name__))

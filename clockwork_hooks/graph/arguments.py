@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clockwork_hooks._tree import leaves
+from clockwork_hooks._tree import attribute, leaves
 from clockwork_hooks.errors import ArgumentError
 
 # Usual names of the sample, those first that say it best: beside "x_t", an "image" is what it is conditioned on.
@@ -178,7 +178,7 @@ def is_number(value: Any) -> bool:
     """A Python or numpy number; bool is a flag, not a number."""
     if isinstance(value, (bool, torch.Tensor)):
         return False
-    return isinstance(value, (int, float)) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+    return isinstance(value, (int, float)) or (hasattr(type(value), "dtype") and attribute(value, "ndim", 1) == 0)
 
 
 def find_sample(arguments: Arguments, outputs: Sequence[tuple[int, ...]] = ()) -> str | None:

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from clockwork_hooks._tree import attribute
 from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
@@ -401,7 +402,7 @@ class _Description:
         return self._function(value, depth) or self._object(value, depth)
 
     def _object(self, value: Any, depth: int) -> Any:
-        own = {} if isinstance(value, nn.Module) else getattr(value, "__dict__", {})
+        own = {} if isinstance(value, nn.Module) else attribute(value, "__dict__", {})
         if own:  # each is described once: FSDP's hold each other, and hundreds of paths lead from one to the next
             if id(value) in self._objects:
                 return [self._name(type(value)), list(self._objects).index(id(value))]
