@@ -109,6 +109,7 @@ class Schedule:
                 "final full steps are counted from the end", seen={"final": final, "steps": None}, do="pass steps= too"
             )
         end = None if stop is None and not final else min(x for x in (stop, steps and steps - final) if x is not None)
+        options["steps"] = (steps if final or end != stop else None, None)  # else they say nothing
         text = "".join(f", {name}={value}" for name, (value, default) in options.items() if value != default)
         return cls(_Ticks(clock, start, warmup, end, last_full), f"every({clock}{text})")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,25 @@ def test_every_by_its_words(clock: int, start: int, length: int, warmup: int, fi
     assert [schedule.is_full(step) for step in range(1, steps + 1)] == [step in full for step in range(1, steps + 1)]
 
 
+@given(
+    clock=st.integers(1, 6),
+    first=st.sampled_from(["start", "first_full"]),
+    start=st.integers(1, 6),
+    stop=st.one_of(st.none(), st.integers(6, 12)),
+    warmup=st.integers(0, 6),
+    ends=st.one_of(st.just({}), st.fixed_dictionaries({"final": st.integers(0, 6), "steps": st.integers(1, 12)})),
+    last=st.integers(0, 3),
+)
+def test_every_is_written_as_it_is_made(
+    clock: int, first: str, start: int, stop: int | None, warmup: int, ends: dict[str, int], last: int
+) -> None:
+    """A saved adaptor says in text which steps it was made for."""
+    options: dict[str, Any] = {first: start, "stop": stop, "warmup": warmup, "last_full": last, **ends}
+    schedule = Schedule.every(clock, **options)
+    assert Schedule.parse(str(schedule)) == schedule
+    assert Schedule.parse(schedule.written(20)) == schedule
+
+
 @given(clock=st.integers(1, 20), steps=st.integers(0, 100))
 def test_number_of_full_steps(clock: int, steps: int) -> None:
     assert Schedule.every(clock).full_steps(steps) == math.ceil(steps / clock)
@@ -86,7 +106,7 @@ def test_number_of_full_steps(clock: int, steps: int) -> None:
 def test_names() -> None:
     assert str(Schedule.every(2)) == "every(2)"
     assert str(Schedule.every(2, start=3, stop=8)) == "every(2, start=3, stop=8)"
-    assert str(Schedule.every(2, warmup=1, final=2, steps=8)) == "every(2, warmup=1, final=2)"
+    assert str(Schedule.every(2, warmup=1, final=2, steps=8)) == "every(2, warmup=1, final=2, steps=8)"
     assert str(Schedule.at({4, 2})) == "at([2, 4])"
 
     def late(step: int) -> bool:
