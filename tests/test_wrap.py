@@ -430,6 +430,7 @@ def steps(unet: nn.Module, times: Iterable[int] = (900, 800, 700, 600)) -> list[
         (lambda exit: None, "NoneType"),
         (lambda exit: (exit,), "tuple"),
         (lambda exit: exit[0], "8×8×8"),
+        (lambda exit: exit.to_sparse(), "1×8×8×8 torch.float32 cpu torch.sparse_coo"),
     ],
 )
 def test_an_output_that_does_not_fit(wrong: Callable[[Tensor], Any], seen: str) -> None:
@@ -449,6 +450,18 @@ def test_an_output_that_does_not_fit(wrong: Callable[[Tensor], Any], seen: str) 
         assert cw.stats.adaptor_passes == 0
         assert torch.equal(steps(unet, [800])[0], expected[1])
         assert cw.stats.reasons["first step"] == 2
+
+
+@pytest.mark.parametrize("needs", ["trend", 5, {"trend", "exit"}, [["trend"]]])
+def test_needs_that_nobody_can_meet(needs: Any) -> None:
+    """Said by `wrap`, and not after the first full pass."""
+
+    def adaptor(entry: Any, exit_cached: Tensor, **more: Any) -> Tensor:
+        return exit_cached
+
+    adaptor.needs = needs  # type: ignore[attr-defined]
+    with pytest.raises(ch.AdaptorError, match="some of entry_cached, position, position_cached, trend"):
+        ch.wrap(Tiny(), adaptor)
 
 
 def test_an_adaptor_that_raises() -> None:

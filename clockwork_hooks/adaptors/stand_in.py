@@ -17,7 +17,7 @@ from torch import nn
 from clockwork_hooks import adaptors
 from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import copied, version
-from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_whole, warn
+from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, is_several, is_whole, warn
 from clockwork_hooks.graph.operators import node_macs
 from clockwork_hooks.graph.tracing import recording
 from clockwork_hooks.regions.region import Region
@@ -175,8 +175,22 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
             seen={"adaptor": repr(adaptor)[:80]},
             do="pass one of these; a clock is passed by name: clock=2",
         )
+    _check_needs(adaptor)
     _check_signature(adaptor)
     return adaptor
+
+
+_MORE = AdaptorInputs._fields[4:]
+
+
+def _check_needs(adaptor: Any) -> None:
+    needs = getattr(adaptor, "needs", ())
+    if not is_several(needs) or any(name not in _MORE for name in needs):
+        raise AdaptorError(
+            f"an adaptor's `needs` are some of {', '.join(_MORE)}",
+            seen={"adaptor": repr(adaptor)[:80], "needs": repr(needs)[:80]},
+            do='write needs = frozenset({"entry_cached"})',
+        )
 
 
 def _check_signature(adaptor: Any) -> None:
@@ -348,7 +362,7 @@ def fits(exit: Any, cached: torch.Tensor) -> bool:
     if exit is cached:
         return True
     alike = isinstance(exit, torch.Tensor) and exit.shape == cached.shape and exit.dtype == cached.dtype
-    return alike and exit.device == cached.device
+    return alike and exit.device == cached.device and exit.layout == cached.layout
 
 
 def check(exit: Any, cached: torch.Tensor, *, finite: bool, where: Mapping[str, object]) -> torch.Tensor:
@@ -443,4 +457,5 @@ class _Function(nn.Module):
 def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return f"{shape(value.shape)} {value.dtype} {value.device}"
+    layout = "" if value.layout == torch.strided else f" {value.layout}"
+    return f"{shape(value.shape)} {value.dtype} {value.device}{layout}"
