@@ -222,6 +222,11 @@ class WrappedPipeline:
     ) -> None:
         self.remove()
 
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(ClockworkWrapper, name) and (own := next(iter(self.wrappers), None)):
+            raise AttributeError(f'each UNet of a pipeline has its own {name}; write: cw.wrappers["{own}"].{name}')
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         return f"WrappedPipeline({type(self.pipe).__name__}: {', '.join(self.wrappers)})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -218,6 +219,15 @@ def test_on_and_off(pipe: Any) -> None:
         assert torch.equal(run(pipe), plain)
         cw.enabled = True
         assert torch.equal(run(pipe), clocked)
+
+
+def test_what_each_unet_has_is_asked_of_its_wrapper(pipe: Any) -> None:
+    with wrap_pipeline(pipe) as cw:
+        with pytest.raises(AttributeError, match=r'its own stats; write: cw.wrappers\["unet"\].stats'):
+            cw.stats  # noqa: B018
+        with pytest.raises(AttributeError, match="no attribute 'statistics'"):
+            cw.statistics  # noqa: B018
+        assert not hasattr(copy.copy(cw), "stats")
 
 
 def test_all_unets_are_compiled(pipe: Any) -> None:
