@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import clockwork_hooks as ch
+from clockwork_hooks._tree import version
 from clockwork_hooks.clock import conditions
 from clockwork_hooks.clock.conditions import Weights
 from tests.oracle import Judge
@@ -313,6 +314,24 @@ def test_weights_of_modules_that_were_exchanged() -> None:
             for name, module in list(unet.named_children()):
                 setattr(unet, name, copy.deepcopy(module))
     assert kinds == "FAAAAAAA" + "FAAAFAAA"
+
+
+@torch.no_grad()
+def test_a_module_exchanged_between_the_calls_of_a_step_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call notices, the second one is recorded; the third has a feature of the module that is gone."""
+    monkeypatch.setattr(conditions, "_readable", lambda parameter: False)  # as on a GPU
+    unet, kinds = Tiny(), list[str]()
+    with ch.wrap(unet, schedule=lambda step: True) as cw:
+        for step, t in enumerate(torch.arange(900, 300, -100), 1):
+            if step == 4:
+                gone, unet.body = unet.body, Tiny(seed=1).body
+                assert version(gone.weight) == version(unet.body.weight)
+            kinds.append("")
+            for c in range(3):
+                before = cw.stats.adaptor_passes
+                unet(torch.randn(1, 2, 8, 8), t, torch.full((1, 3), float(c)))
+                kinds[-1] += "A" if cw.stats.adaptor_passes > before else "F"
+    assert kinds == ["FFF", "AAA", "AAA", "FFF", "FAA", "AAA"]
 
 
 class _Plain:

@@ -15,6 +15,7 @@ import decimal
 import enum
 import fractions
 import functools
+import itertools
 import logging
 import pathlib
 import re
@@ -570,6 +571,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 _PARAMETERS, _LAYERS = 16, 8
+_MOVES = itertools.count(1)  # of all UNets: those of modules that were exchanged are no others' moves
 _FREE_U = ("s1", "s2", "b1", "b2")
 _VALUES_READ = 3  # read of each parameter
 
@@ -606,7 +608,7 @@ class Weights:
         self._scaled: Sequence[Any] = ()
         self._free_u: dict[str, Any] = {}  # what its first block on the way up has
         self._places: list[int] = []  # where on a device parameters are
-        self._moves = 0  # so often they were somewhere else than they had been left
+        self._move = 0  # the last time that they were somewhere else than they had been left
         self._looks = self._moved = False
 
     def state(self) -> tuple[Hashable, ...]:
@@ -623,11 +625,11 @@ class Weights:
         for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
             marks.append(_mark(owner[name] if name in owner else None, values, places))  # noqa: SIM401
         if places != self._places:
-            self._places, self._moves, self._looks = places, self._moves + 1, True
+            self._places, self._move, self._looks = places, next(_MOVES), True
         scales = [_numbers(_held_by(one, "scale")) for one in self._scaled]
         free_u = map(self._free_u.get, _FREE_U)
         switches = map(_switches, self._layers)
-        return (self._moves, values.tobytes(), *marks, *switches, *self._processors, *scales, *free_u)
+        return (self._move, values.tobytes(), *marks, *switches, *self._processors, *scales, *free_u)
 
     def leave(self) -> None:
         """A call has ended: if weights have moved within it, and within the one before, the UNet itself moves them.
