@@ -134,7 +134,7 @@ def _is_record(value: Any) -> bool:
     return any(isinstance(item, (torch.Tensor, Leaf)) for _, item in _attributes(value))
 
 
-_EMPTY = object()  # is in a slot that nothing was put into
+EMPTY = object()  # is in a slot that nothing was put into
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
@@ -143,8 +143,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     for kind in type(value).__mro__[:-1]:
         slots = vars(kind).get("__slots__", ())
         names = (slots,) if isinstance(slots, str) else slots
-        slotted = ((name, attribute(value, name, _EMPTY)) for name in names if name[:2] != "__")
-        held += [(name, item) for name, item in slotted if item is not _EMPTY]
+        slotted = ((name, attribute(value, name, EMPTY)) for name in names if name[:2] != "__")
+        held += [(name, item) for name, item in slotted if item is not EMPTY]
     return held
 
 

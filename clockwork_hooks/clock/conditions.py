@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import attribute, copied, version
+from clockwork_hooks._tree import EMPTY, attribute, copied, version
 from clockwork_hooks.graph.arguments import is_number
 
 _LARGEST_COPY = 1 << 22  # elements
@@ -310,11 +310,8 @@ def _held(value: Any) -> Sequence[Any] | None:
     cls: Any = type(value)
     if not isinstance(value, torch.Tensor) and _hides(cls):
         return None
-    slots = {name: one for name in _slots(cls) if (one := attribute(value, name, _EMPTY)) is not _EMPTY}
+    slots = {name: one for name in _slots(cls) if (one := attribute(value, name, EMPTY)) is not EMPTY}
     return (*held, *_items(slots), *_items(attribute(value, "__dict__", {})), *_items(_shared_data(cls)))
-
-
-_EMPTY = object()  # is in a slot that nothing was put into
 
 
 @functools.lru_cache(maxsize=1024)
@@ -620,16 +617,14 @@ class Weights:
         ):
             self._adapters = adapters
             self._look()
-        marks: list[Hashable] = [adapters]
         values, places = array("d"), list[int]()  # one array, as the state of the step before is cold
-        for owner, name in self._parameters:  # those of TorchScript's modules have no `get`
-            marks.append(_mark(owner[name] if name in owner else None, values, places))  # noqa: SIM401
+        marks = self._marks(values, places)
         if places != self._places:
             self._places, self._move, self._looks = places, next(_MOVES), True
         scales = [_numbers(_held_by(one, "scale")) for one in self._scaled]
         free_u = map(self._free_u.get, _FREE_U)
         switches = map(_switches, self._layers)
-        return (self._move, values.tobytes(), *marks, *switches, *self._processors, *scales, *free_u)
+        return (adapters, self._move, values.tobytes(), *marks, *switches, *self._processors, *scales, *free_u)
 
     def leave(self) -> None:
         """A call has ended: if weights have moved within it, and within the one before, the UNet itself moves them.
@@ -641,12 +636,16 @@ class Weights:
         if not self._looks:  # they have not moved of late
             return
         places = list[int]()
-        for owner, name in self._parameters:
-            _mark(owner[name] if name in owner else None, array("d"), places)  # noqa: SIM401
+        self._marks(array("d"), places)
         moved = places != self._places
         if moved and self._moved:
             self._places = places
         self._looks = self._moved = moved
+
+    def _marks(self, values: array[float], places: list[int]) -> list[Hashable]:
+        """Of each parameter that is watched; values and places are added to those."""
+        tables = self._parameters  # those of TorchScript's modules have no `get`
+        return [_mark(owner[name] if name in owner else None, values, places) for owner, name in tables]  # noqa: SIM401
 
     def _look(self) -> None:
         modules = list(self._unet.modules())

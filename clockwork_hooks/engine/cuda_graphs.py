@@ -473,19 +473,12 @@ class _Held:
                 self.lists.append(value)
         elif not issubclass(kind, _CLOSED) and not kind.__module__.startswith("clockwork_hooks."):
             tables = [value] if issubclass(kind, dict) else []
-            tables += _attributes(value)
+            own = attribute(value, "__dict__")  # `__dictoffset__` does not tell: TypeVar's is not 0 in Python 3.12
+            tables += [own] if isinstance(own, dict) else []
             slots = [(value, one) for one in _slots(kind)]
             self.dicts += tables
             self.slots += slots
             self._rest += [*itertools.chain.from_iterable(map(dict.values, tables)), *(_in_slot(*one) for one in slots)]
-
-
-def _attributes(value: Any) -> list[dict[str, Any]]:
-    try:
-        attributes = object.__getattribute__(value, "__dict__")
-    except AttributeError:  # a kind's `__dictoffset__` does not tell: TypeVar's is not 0 in Python 3.12
-        return []
-    return [attributes] if isinstance(attributes, dict) else []
 
 
 @functools.lru_cache(maxsize=1024)
