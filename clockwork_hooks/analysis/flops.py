@@ -30,14 +30,14 @@ from clockwork_hooks.adaptors.stand_in import (
     region_options,
     resolve_adaptor,
 )
-from clockwork_hooks.errors import AdaptorError, ClockworkError, RegionNotFoundError, named, whole
+from clockwork_hooks.errors import AdaptorError, ClockworkError, named, whole
 from clockwork_hooks.graph.arguments import Binder
 from clockwork_hooks.graph.operators import Handle, Kind, kind, node_macs, operator_name
 from clockwork_hooks.graph.operators import handles as counted_by
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
 from clockwork_hooks.regions.blocks import diagram_of
-from clockwork_hooks.regions.find import Choice, region_or_choice, skipped_nodes, split_options
+from clockwork_hooks.regions.find import Choice, found_or_why, region_or_choice, skipped_nodes, split_options
 from clockwork_hooks.regions.flow import Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.report import Report
@@ -411,13 +411,7 @@ def flops_report(
         wanted = Choice(**region_options(used))
     with counted_by(handles):
         trace = record(unet, args, kwargs)
-        no_region = ""
-        try:
-            region = wanted.find(trace, unet) if isinstance(wanted, Choice) else wanted
-        except RegionNotFoundError as error:
-            if isinstance(wanted, Choice) and not wanted.is_default:  # what was asked for by name is not there
-                raise
-            region, no_region = None, str(error)
+        region, no_region = found_or_why(wanted, trace, unet)
         operators, uncounted = _count(trace, region, attention=attention, norms=norms)
         own = None if region is None else _adaptor_macs(used, region, attention=attention, norms=norms)
         return FlopsReport(

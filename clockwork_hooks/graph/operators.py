@@ -346,7 +346,8 @@ def kind(node: fx.Node) -> Kind:
     operator_kind = _kind(node.target)
     if operator_kind not in ("none", "unknown") and any(source.meta.get("nested") for source in node.all_input_nodes):
         return "unknown"  # rows of different lengths: their number is nowhere in the shapes
-    return "linear" if operator_kind == "matmul" and _has_weight(node) else operator_kind
+    weighted = operator_kind == "matmul" and any(map(weight_of, node.all_input_nodes))
+    return "linear" if weighted else operator_kind
 
 
 @functools.cache
@@ -409,14 +410,11 @@ def _leads(node: fx.Node, *, upward: bool) -> bool:
     return False
 
 
-def _has_weight(node: fx.Node) -> bool:
-    """Is an operand of this product a parameter or buffer, perhaps transposed, cast or expanded?"""
-    for source in node.all_input_nodes:
-        while source.op == "call_function" and qualified_name(source.target) in VIEWS:
-            source = source.all_input_nodes[0]
-        if source.op == "get_attr":
-            return True
-    return False
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The parameter or buffer that this operand is, perhaps transposed, cast or expanded; None where it is none."""
+    while node.op == "call_function" and qualified_name(node.target) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node if node.op == "get_attr" else None
 
 
 Shape = tuple[int, ...]

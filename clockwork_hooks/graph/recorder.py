@@ -136,9 +136,7 @@ class Bindings:
             for name, tensor in walk(remove_duplicate=False)
         }
         for path, leaf in arguments.leaves():
-            if (
-                isinstance(leaf, torch.Tensor) and id(leaf) in self._tensors
-            ):  # it comes twice: nobody sees which is read
+            if id(leaf) in self._tensors:  # it comes twice: nobody sees which is read
                 self.inputs[path] = self._tensors[id(leaf)][1]
             elif isinstance(leaf, torch.Tensor) or is_number(leaf):
                 node = self.inputs[path] = self.add("placeholder", "".join(c if c.isalnum() else "_" for c in path))
@@ -206,15 +204,9 @@ class Bindings:
 
     def storage(self, tensor: torch.Tensor) -> int:
         """A number that names the tensor's storage as long as we record; 0 where it has none."""
-        if tensor.is_nested:
-            return 0
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return 0
-        key = address(storage)
-        if key not in self._storages:
-            self._storages[key] = held(storage)
+        key = _storage(tensor)
+        if key and key not in self._storages:
+            self._storages[key] = held(tensor.untyped_storage())
         return key
 
     def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:

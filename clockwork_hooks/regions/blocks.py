@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from clockwork_hooks.errors import RegionNotFoundError
 from clockwork_hooks.graph.operators import is_spatial
 from clockwork_hooks.graph.tracing import Trace, record
-from clockwork_hooks.regions.find import Choice, region_or_choice, skipped_nodes, split_options
+from clockwork_hooks.regions.find import Choice, found_or_why, region_or_choice, skipped_nodes, split_options
 from clockwork_hooks.regions.flow import Dominance, Levels
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.reports.u_drawing import Block, Diagram, Skip
@@ -54,13 +53,7 @@ def diagram(unet: nn.Module, /, *args: Any, region: Region | Choice | None = Non
     options, kwargs = split_options(unet, kwargs)
     wanted = region_or_choice(region, options)
     traced = record(unet, args, kwargs)
-    try:
-        shaded = wanted.find(traced, unet) if isinstance(wanted, Choice) else wanted
-    except RegionNotFoundError:
-        if isinstance(wanted, Choice) and not wanted.is_default:
-            raise
-        shaded = None
-    return diagram_of(traced, shaded)
+    return diagram_of(traced, found_or_why(wanted, traced, unet)[0])
 
 
 def diagram_of(trace: Trace, region: Region | None) -> Diagram:

@@ -15,7 +15,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +58,7 @@ class Facts:
         calls: path of a module → its calls.
         takers, givers: node → where calls take it in, and where they return it.
         producers: node → the calls of registered modules that return it, the outermost first.
+        conditions: (call, node) of what calls return that comes from the time (True), or from other conditions (False).
         writers: storage → the nodes that write to it in place.
         stand_ins: (call, how many calls of its module come before) → the skipped call, once one was made that is the
             same in every region.
@@ -119,11 +119,12 @@ class Facts:
         self.producers = {n: producers for n, producers in registered if producers}
         self._firsts, self._lasts = (np.array([getattr(call, end) for call in calls]) for end in ("first", "last"))
         self._registered = np.array([bool(call.path) for call in calls])
-        self._put, self._kept = ({node for call in calls for node, _ in puts(call)} for puts in (_PUTS, _KEEPS))
-        self._conditions: dict[bool | None, list[tuple[ModuleCall, int]]] = {True: [], False: [], None: []}
+        self._put = {node for call in calls for node, _ in call.puts}
+        self._kept = {node for call in calls for node, _ in call.keeps}
+        self.conditions: dict[bool | None, list[tuple[ModuleCall, int]]] = {True: [], False: [], None: []}
         for n, givers in self.givers.items():
             if self.dominance.live[n] and not self.dominance.dep[n]:
-                self._conditions[self.embeddings.is_time(n)] += [(call, n) for call, *_ in givers]
+                self.conditions[self.embeddings.is_time(n)] += [(call, n) for call, *_ in givers]
 
     def name(self, n: int) -> str:
         """What to call node n: the innermost module that returns it, else its operator and where it ran."""
@@ -163,10 +164,6 @@ class Facts:
             k = bisect_left(starts, chosen[-1].last, k + 1)
         return chosen
 
-    def from_conditions(self, *, time: bool) -> list[tuple[ModuleCall, int]]:
-        """(call, node) of what calls return that comes from the time alone, or from other conditions."""
-        return self._conditions[time]
-
     def parameters(self, calls: list[ModuleCall]) -> int:
         """How many parameters the modules of these calls have; one that several share counts once."""
         sizes: dict[int, int] = {}
@@ -187,9 +184,6 @@ class Facts:
             down, up = (int(self.macs[nodes[(at == p) & arm]].sum()) for arm in (nodes <= turn, nodes > turn))
             rows.append((self.levels.spatial.get(p, ()), down, up))
         return tuple(rows)
-
-
-_PUTS, _KEEPS = attrgetter("puts"), attrgetter("keeps")
 
 
 def _leaves(put: tuple[int, int | None], exit: int, made: Mask) -> bool:
@@ -413,14 +407,9 @@ def between(facts: Facts, source: int, target: int, *, level: int, cut: str) -> 
     return build(facts, target, inside, level=level, cut=cut)
 
 
-def without(facts: Facts, region: Region, needed: set[int]) -> Region | None:
-    """The same region, but calls with a node of `needed` run; None if none is left that returns the exit."""
-    inside, skipped = facts.dominance.mask([]), {(call.path, call.ordinal) for call in region.skipped}
-    for call in facts.trace.calls:
-        if (call.path, call.ordinal) in skipped:
-            inside[call.first : call.last] = True
-    inside[list(needed)] = False
-    skipping = _skipping(facts, inside & ~facts.input, region.exit.node)
+def narrowed(facts: Facts, region: Region, nodes: Iterable[int]) -> Region | None:
+    """The same region, but calls with a node beside these run; None if none is left that returns the exit."""
+    skipping = _skipping(facts, facts.dominance.mask(nodes) & ~facts.input, region.exit.node)
     if skipping is None:
         return None
     cut_plan = _cut_plan(facts, skipping, region.entry.node, region.sides)
@@ -579,7 +568,7 @@ def _stand_in(facts: Facts, call: ModuleCall, skipping: _Skipping) -> SkippedCal
 
 def _returned(facts: Facts, skipping: _Skipping, *, time: bool) -> Iterator[int]:
     """Nodes from the time, or from other conditions, that calls of an adaptor pass return before the exit."""
-    for call, n in facts.from_conditions(time=time):
+    for call, n in facts.conditions[time]:
         if (
             call.last <= skipping.last.first
             and call.index not in skipping.chosen

@@ -24,7 +24,7 @@ from clockwork_hooks._numbers import percent, shape
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError, is_several, is_whole, no_option
 from clockwork_hooks.graph.recorder import ModuleCall
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
-from clockwork_hooks.regions.build import Facts, between, build, nodes_of, without
+from clockwork_hooks.regions.build import Facts, between, build, narrowed, nodes_of
 from clockwork_hooks.regions.fingerprint import PREFIX
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.regions.search import Search, listed, of_fingerprint
@@ -262,6 +262,18 @@ def region_or_choice(region: Region | Choice | None, options: Mapping[str, Any])
     return region
 
 
+def found_or_why(wanted: Region | Choice, trace: Trace, unet: nn.Module) -> tuple[Region | None, str]:
+    """The region in this trace, and ""; where a UNet has none, None and why. One asked for by name has to be there."""
+    if isinstance(wanted, Region):
+        return wanted, ""
+    try:
+        return wanted.find(trace, unet), ""
+    except RegionNotFoundError as error:
+        if not wanted.is_default:
+            raise
+        return None, str(error)
+
+
 _NAMED = "a region is chosen by options of known names"
 
 
@@ -402,10 +414,10 @@ def check_keep(unet: nn.Module, keep: object) -> tuple[str, ...]:
     paths = {path for path in module_paths(unet).values() if path}
     for name in names:
         if name not in paths:
-            near = get_close_matches(name, paths, n=3)
+            alike = get_close_matches(name, paths, n=3)
             raise ArgumentError(
                 "keep= names modules that run on every pass, by their dotted paths",
-                seen={"keep": name, "modules with such names": ", ".join(near) or "none"},
+                seen={"keep": name, "modules with such names": ", ".join(alike) or "none"},
                 do="pass paths as in unet.named_modules()",
             )
     return tuple(names)
@@ -434,7 +446,7 @@ def keeping(search: Search, region: Region, keep: tuple[str, ...]) -> Region:
         if index in needed:
             node = trace.nodes[index]  # all that it takes: of a skipped one not even the shape is asked for
             needed.update(int(one.meta["index"]) for one in (*node.all_input_nodes, *node.meta.get("after", ())))
-    smaller = without(search.facts, region, needed)
+    smaller = narrowed(search.facts, region, skipped - needed)
     if smaller is None:
         raise RegionNotFoundError(
             "with keep=, a part of the region must be left to skip, and its exit with it",
@@ -530,8 +542,8 @@ def by_modules(facts: Facts, modules: Iterable[str]) -> Region:
         )
     target = _exit(facts, calls, carrying)
     region = build(facts, target, dominance.around(carrying, target), level=0, cut="hand")
-    skipped = {(call.path, call.ordinal) for call in region.skipped} if region else set()
-    run = {n for call in trace.calls if (call.path, call.ordinal) in skipped for n in _operators(facts, call)}
+    skipped = skipped_nodes(trace, region) if region else set[int]()
+    run = {n for n in skipped if facts.dominance.live[n] and facts.operator[n]}
     if region is None or not named <= run:
         raise RegionNotFoundError(
             "everything that a skipped module computes must serve the exit only",
@@ -573,8 +585,7 @@ def _expanded(facts: Facts, name: str) -> list[str]:
 
 def _operators(facts: Facts, call: ModuleCall) -> set[int]:
     """The live operators of a call."""
-    nodes = range(call.first, call.last)
-    return {n for n in nodes if facts.dominance.live[n] and facts.trace.nodes[n].op == "call_function"}
+    return {n for n in range(call.first, call.last) if facts.dominance.live[n] and facts.operator[n]}
 
 
 def _exit(facts: Facts, calls: list[ModuleCall], carrying: set[int]) -> int:

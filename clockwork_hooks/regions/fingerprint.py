@@ -40,7 +40,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from clockwork_hooks._tree import attribute
-from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name
+from clockwork_hooks.graph.operators import BLOCKS, CONVOLUTIONS, VIEWS, kind, qualified_name, weight_of
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.flow import Dominance, Levels, Mask
 
@@ -141,7 +141,8 @@ class Fingerprints:
         if node.op != "call_function" or not carrying:
             return None
         if name in CONVOLUTIONS:
-            weight = _weight(node.args[1]) if len(node.args) > 1 else None
+            operand = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], fx.Node) else None
+            weight = _shape_of(operand and weight_of(operand)) or _shape_of(operand)  # or of one that is worked out
             kernel = weight[2:] if weight else ()
             if not weight or len(shape) <= len(kernel):
                 return None
@@ -151,7 +152,7 @@ class Fingerprints:
             return _Product(n, ("up" if _transposes(node, name) else "conv", weight, _stride(node)), out)
         if not shape or not (kind(node) == "linear" or name in _MATRICES or name in BLOCKS or _is_custom(name)):
             return None
-        weights = [weight for source in node.all_input_nodes if len(weight := _own_weight(source)) > 1]
+        weights = [weight for source in node.all_input_nodes if len(weight := _shape_of(weight_of(source))) > 1]
         sizes = weights[0] if weights else (shape[-1], self._nodes[carrying[0]].meta.get("shape", shape)[-1])
         return _Product(n, ("linear", *sorted(sizes)), int(shape[-1]))
 
@@ -177,7 +178,7 @@ class Fingerprints:
         within = inside[self._at]
         bones = within & self._convolves
         codes = np.sort(self._convolution_codes[bones] if bones.any() else self._product_codes[within])
-        return PREFIX + _digest(sorted(self._port(n) for n in entries), self._port(exit), codes.tolist())
+        return PREFIX + digest(sorted(self._port(n) for n in entries), self._port(exit), codes.tolist())[:16]
 
     @functools.cached_property
     def _at(self) -> NDArray[np.int64]:
@@ -202,7 +203,7 @@ class Fingerprints:
         for k in np.flatnonzero(counts).tolist():
             product = self.products[k]
             read = functools.reduce(operator.or_, (near[u] for u in self._sources[product.node]), 0)
-            codes[k] = int(_digest(product.label, self._widths(read)), 16)
+            codes[k] = int(digest(product.label, self._widths(read))[:16], 16)
         return codes
 
     def _widths(self, products: int) -> list[tuple[str, int]]:
@@ -246,16 +247,8 @@ def _is_custom(name: str) -> bool:
     return space != "aten" and bool(base) and ("linear" in base or "mm" in base)
 
 
-def _own_weight(node: Any) -> tuple[int, ...]:
-    """The shape of the parameter that this is, perhaps transposed, cast or expanded; () where it is none."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and qualified_name(node.target) in VIEWS:
-        node = node.all_input_nodes[0] if node.all_input_nodes else None
-    return tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) and node.op == "get_attr" else ()
-
-
-def _weight(node: Any) -> tuple[int, ...]:
-    """The shape of a convolution's weight, also of one that is worked out."""
-    return _own_weight(node) or (tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) else ())
+def _shape_of(node: fx.Node | None) -> tuple[int, ...]:
+    return () if node is None else tuple(node.meta.get("shape", ()))
 
 
 def _shape(product: _Product) -> tuple[int, ...]:
@@ -292,10 +285,6 @@ def _bits(number: int) -> Iterable[int]:
         low = number & -number
         yield low.bit_length() - 1
         number ^= low
-
-
-def _digest(*value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 _OURS = "clockwork_hooks.engine.hooks"

@@ -180,7 +180,7 @@ class Search:
         edge = positions[positions < top].max(initial=0)
         there = inside[positions == edge].tolist() if edge else []
         for o in sorted(there, key=dominance.size, reverse=True)[:_TRIES]:
-            for d in list(islice((n for n in there if dominance.within(n, o)), _TRIES)):
+            for d in islice((n for n in there if dominance.within(n, o)), _TRIES):
                 if (d, o) not in self._cuts:  # many regions have one cut
                     self._cuts[d, o] = between(self.facts, d, o, level=0, cut="paper") if d != o else None
                 region = self._cuts[d, o]
