@@ -15,7 +15,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +38,7 @@ from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
 from clockwork_hooks.engine.stats import MoreSteps, NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
 from clockwork_hooks.engine.taint import Reads, SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.errors import ArgumentError, WrapError
-from clockwork_hooks.graph.arguments import Arguments, Binder, time_candidates
+from clockwork_hooks.graph.arguments import Arguments, Binder, has_time, time_candidates
 from clockwork_hooks.graph.recorder import Recorder, garbage_kept
 from clockwork_hooks.graph.tracing import Trace, finish, module_paths, modules_of, record
 from clockwork_hooks.regions.cut import CutPlan, entry_of
@@ -844,16 +844,24 @@ class Engine:
         """Record such a call apart from any run; what it has written to its arguments is taken back."""
         before = Before(call.args, call.kwargs, size=math.inf, unsure=True)
         try:
-            return record(self.unet, call.args, call.kwargs, time=self.time)
+            return record(self.unet, call.args, call.kwargs, time=self._named_time(call))
         finally:
             before.restore()
+
+    def _named_time(self, call: UNetCall) -> str | None:
+        """The time that the user has named; or a region that was found before has, in calls of any size."""
+        regions = [] if self.time else [one.wanted for one in self.chain if isinstance(one.wanted, Region)]
+        for region in regions:
+            if len(region.times) == 1 and has_time(call.arguments, region.times[0], sample=region.sample):
+                return region.times[0]
+        return self.time
 
     def _derive(self, call: UNetCall) -> Signature | None:
         """The signature of a call that differs from a recorded one in sizes alone; its first call will compare them."""
         recorded = self._recorded.get(form(call.key))
         if recorded is None or call.key in self._not_derived or self._doubts[form(call.key)] >= _DOUBTS:
             return None
-        if not recorded.fits(call.arguments, self.time):
+        if not recorded.fits(call.arguments, self._named_time(call)):
             return None
         return self._put(call, Derived.of(recorded))
 
@@ -893,7 +901,7 @@ class Engine:
         recorder.stop(output)
         later = bool(self._signatures)
         try:
-            call.signature = self._learn(call, finish(recorder, self.unet, call.arguments, time=self.time))
+            call.signature = self._learn(call, finish(recorder, self.unet, call.arguments, time=self._named_time(call)))
         except Exception as error:
             if not later or isinstance(error, Warning):  # the first call says so, and leaves the UNet unwrapped
                 raise
@@ -935,10 +943,6 @@ class Engine:
 
     def _learn(self, call: UNetCall, trace: Trace) -> Signature:
         """Find the regions in a trace, and see to them."""
-        if len(trace.times) > 1:  # a region that was found for a named time knows it
-            known = [one.wanted.times for one in self.chain if isinstance(one.wanted, Region)]
-            fitting = (times for times in known if len(times) == 1 and times[0] in trace.times)
-            trace = replace(trace, times=next(fitting, trace.times))
         signature = self._new(call, prepare(trace, self.unet, self.chain))
         recorded = Recorded.of(signature, trace)
         if recorded is not None:

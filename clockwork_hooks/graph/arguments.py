@@ -231,6 +231,11 @@ def time_candidates(arguments: Arguments, *, sample: str | None, time: str | Non
     return tuple(prefixed[:1] or small)
 
 
+def has_time(arguments: Arguments, path: str, *, sample: str | None) -> bool:
+    """Has the call an input of this name that may be the time?"""
+    return any(name == path != sample and _may_be_time(leaf) for name, leaf in arguments.leaves())
+
+
 def may_be_label(path: str, leaf: Any) -> bool:
     """An integer for each row, of whose name nothing is known: a class label, unless the graph shows a time."""
     name = path.rpartition(".")[2]
