@@ -17,12 +17,13 @@ Generate = Callable[..., Any]  # generate(batch, seed), or generate(batch)
 def with_seed(generate: Generate, *, seeding: bool = True) -> Callable[[Any, int], Any]:
     """The same as a function of batch and seed.
 
-    The seed goes to the parameter called `seed`, or to a second one without default. Code that has neither takes its
-    noise from torch's, numpy's or Python's random numbers: they are seeded around each call.
+    The seed goes to the parameter called `seed`, or to a second one without default. Torch's, numpy's and Python's
+    random numbers are seeded around each call, too: code may take its noise from them alone, or what it adds in each
+    step, as ancestral samplers do. Two runs of one seed then differ by what is compared, and by no noise.
 
     Args:
         generate: generate(batch, seed) or generate(batch), a pipeline for example.
-        seeding: off where the caller has seeded more than the sampler; then generate(batch) is called as it is.
+        seeding: off where the caller has seeded more than the sampler, or wants other noise each time.
 
     Example:
         >>> noise = with_seed(lambda count: torch.rand(count))
@@ -32,12 +33,10 @@ def with_seed(generate: Generate, *, seeding: bool = True) -> Callable[[Any, int
     named, second = _takes(generate)
 
     def call(batch: Any, seed: int) -> Any:
-        if named:
-            return generate(batch, seed=seed)
-        if second:
-            return generate(batch, seed)
         with seeded(seed) if seeding else contextlib.nullcontext():
-            return generate(batch)
+            if named:
+                return generate(batch, seed=seed)
+            return generate(batch, seed) if second else generate(batch)
 
     return call
 
