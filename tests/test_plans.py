@@ -9,6 +9,7 @@ from torch import nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.analysis import planning, sampling
+from clockwork_hooks.analysis.drift import Drift
 from clockwork_hooks.analysis.planning import adaptive_steps, rule_of_thumb, threshold_for
 from clockwork_hooks.analysis.sampling import candidates
 from tests import test_calibration as calibration
@@ -351,6 +352,41 @@ def test_results_that_are_no_numbers_are_told():
     run = sampler(unet)
     with pytest.raises(ch.ArgumentError, match="finite"):
         ch.measure_drift(unet, lambda batch, seed: run(batch, seed) * float("nan"), [1])
+
+
+@pytest.mark.parametrize("seeds", [(0, 1_000_003), (1_000_003,)])
+def test_no_plan_has_results_that_are_no_numbers(seeds):
+    """The least of infinite errors was chosen; and so was one whose results were no numbers where it was judged."""
+    unet = tiny()
+    run = sampler(unet)
+    plain = {}
+
+    def generate(batch, seed):
+        result = run(batch, seed)
+        first = plain.setdefault(seed, result)
+        return result if seed not in seeds or torch.equal(result, first) else result * float("inf")
+
+    with pytest.raises(ch.ArgumentError, match=r"must be finite\n(.*\n)*What to do: ask for less"):
+        ch.plan(unet, generate, [1], min_saving=0.2, clocks=(2,), probes=1)
+
+
+def test_results_that_are_no_numbers_are_on_no_front_and_come_back_from_json():
+    unet = tiny()
+    run = sampler(unet)
+    plain = {}
+
+    def generate(batch, seed):
+        result = run(batch, seed)
+        first = plain.setdefault(seed, result)
+        return result if (result - first).norm() < 3e-4 * first.norm() else result * float("inf")
+
+    plan = ch.plan(unet, generate, [1], min_saving=0.01, clocks=(2, 3, 4), probes=3)
+    infinite = [one for one in plan.options if one.measured == float("inf")]
+    assert infinite
+    assert not set(infinite) & set(plan.pareto())
+    drift = ch.measure_drift(unet, generate, [1], clocks=(4,))
+    assert Drift.from_json(drift.to_json()) == drift
+    assert "inf" in str(Drift.from_json(drift.to_json()))
 
 
 def test_the_json_of_a_drift_has_every_candidate():

@@ -388,3 +388,77 @@ def test_a_sampler_that_takes_no_fewer_steps_loses_nothing_that_was_chosen():
 def test_a_pipeline_needs_no_shorter_one():
     with pytest.raises(ch.ArgumentError, match="num_inference_steps, and needs none"):
         tune(Pipeline(Blocks()), ["a", "b"], shorter=lambda steps: None)
+
+
+def test_batches_of_other_sizes_have_no_other_shares():
+    """What the adaptor takes was counted for six samples, of what a pass takes for four: 30% could not be reached."""
+    unet = Blocks(gain=lambda t: 1 + t / 500, mix=0.5)
+    times = [900.0 - 100 * k for k in range(8)]
+    for held in (4, 8):
+        with tune(unet, [(6, 2.0), (6, 2.0), (held, 2.0)], generate=sampler(unet, times), saving=0.3) as cw:
+            assert cw.adaptor.tuning.chosen.saved >= 0.3
+            assert cw.adaptor.tuning.chosen.steps == tuple(range(2, 9))  # each of the other ones falls short of it
+    with pytest.raises(ch.ArgumentError, match=r"saving: 33.0%\n(.*\n)*  most that can be .*: 32\.1%\n  steps: 8"):
+        tune(unet, BATCHES, generate=sampler(unet, times), saving=0.33)
+
+
+def test_what_is_calibrated_anew_is_not_taken_where_it_is_worse(monkeypatch):
+    """Of few samples it may be; the table had a better row than the one that was chosen."""
+    plain = tuning.calibrate
+
+    def worse(*args, schedule=None, **options):
+        adaptor = plain(*args, schedule=schedule, **options)
+        if schedule is not None:
+            adaptor.table.zero_()
+        return adaptor
+
+    monkeypatch.setattr(tuning, "calibrate", worse)
+    unet = Blocks(**WORLDS["affine"])
+    with tune(unet, BATCHES, generate=sampler(unet), saving=0.3, guidance=2.0) as cw:
+        chosen = cw.adaptor.tuning.chosen
+        assert chosen.error == min(one.error for one in cw.adaptor.tuning.trials)
+        assert "calibrated" not in chosen.rule
+        assert cw.adaptor.facts["schedule"] == str(cw.schedule)
+
+
+def exploding(unet, times=TIMES, limit=1e-3):
+    """Results are no numbers where they are too far from those of plain sampling."""
+    plain = {}
+
+    def generate(batch, seed=0):
+        result = sampler(unet, times)(batch, seed)
+        first = plain.setdefault((batch, seed), result)
+        return result if (result - first).norm() <= limit * first.norm() else result * float("inf")
+
+    return generate
+
+
+def test_results_that_are_no_numbers_come_back_from_the_folder(tmp_path):
+    """Their errors came back as None, and the report could not be printed."""
+    unet = Blocks(**WORLDS["affine"])
+    options = {"generate": exploding(unet), "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    with tune(unet, BATCHES, **options) as first:
+        assert first.adaptor.tuning.identity.error == float("inf")
+    with tune(unet, BATCHES, **options) as again:
+        assert again.adaptor.tuning == first.adaptor.tuning
+        assert str(again.adaptor.tuning) == str(first.adaptor.tuning)
+        follows_its_schema(again.adaptor.tuning.to_dict())
+
+
+def test_no_schedule_is_chosen_whose_results_are_no_numbers():
+    unet = Blocks(**WORLDS["affine"])
+    with pytest.raises(ch.ArgumentError, match=r"must be finite\n  saving: 30.0%\n  schedules tried: \d+\n"):
+        tune(unet, BATCHES, generate=exploding(unet, limit=0.0), saving=0.3)
+
+
+def test_noise_that_the_seed_does_not_reach_is_the_same_in_each_trial():
+    """As an ancestral sampler's is: results with other noise were compared, and told nothing of the schedule."""
+    unet = Blocks(gain=late)
+
+    def generate(batch, seed):
+        x = sampler(unet)(batch, seed)
+        return x + torch.randn_like(x)
+
+    with tune(unet, BATCHES, generate=generate, saving=0.3, guidance=2.0) as cw:
+        assert cw.adaptor.tuning.chosen.error < 1e-3
+        assert min(cw.adaptor.tuning.chosen.steps) > 3

@@ -37,6 +37,7 @@ from clockwork_hooks.analysis.sampling import (
     check_runs,
     first_call,
     follow,
+    not_finite,
     region_name,
 )
 from clockwork_hooks.errors import ArgumentError, named_options, share, whole
@@ -153,7 +154,7 @@ class Plan(FieldReport):
 
     def pareto(self) -> tuple[Option, ...]:
         """The measured options that no other one beats in both saving and error, by saving."""
-        measured = [option for option in self.options if option.measured is not None]
+        measured = [option for option in self.options if option.error < math.inf]
         best = [
             one
             for one in measured
@@ -345,6 +346,9 @@ def plan(
                 planner.judged(fresh, one, planner.candidates[one.region]) for one in best
             ]
     error, best_option, chosen = min(judged, key=lambda one: one[0])
+    if error == math.inf:
+        do = "ask for less" if max_error is None else "allow less error"
+        raise not_finite({"held out": count(len(fresh.runs), "run")}, do=do)
     region = chosen.region
     return Plan(
         chosen=best_option,
@@ -531,7 +535,9 @@ class _Planner:
                 seen={"min_saving": percent(wanted), "most that can be saved": percent(most)},
                 do="ask for less, or pass wider regions",
             )
-        least = sorted(enough, key=lambda option: option.error)
+        least = sorted((option for option in enough if option.error < math.inf), key=lambda option: option.error)
+        if not least:
+            raise not_finite({"min_saving": percent(wanted), "schedules measured": len(enough)}, do="ask for less")
         few = list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
         taken = [(option.region, option.steps) for option in few]
         return [*few, *(option for option in early if (option.region, option.steps) not in taken)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -339,6 +339,15 @@ def count_steps(unet: nn.Module, sample: Callable[[], object], **options: Any) -
         if not cw.stats.full_passes:
             raise never_called(unet)
         return max((run.steps for run in cw.stats.trajectories), default=1)  # without a time there are none
+
+
+def not_finite(seen: Mapping[str, object], *, do: str) -> ArgumentError:
+    """The error where no schedule that was tried has results that are numbers: the least bad one is no choice."""
+    return ArgumentError(
+        "a schedule is chosen by the error of its results, which must be finite",
+        seen={**seen, "not finite": "the results of all of them"},
+        do=f"{do}; or sample in a dtype that holds larger numbers, as bfloat16 does",
+    )
 
 
 def never_called(unet: nn.Module) -> ArgumentError:

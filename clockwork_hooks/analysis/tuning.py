@@ -32,6 +32,7 @@ from clockwork_hooks.analysis.sampling import (
     check_regions,
     final,
     first_call,
+    not_finite,
     region_name,
     relative_error,
 )
@@ -248,7 +249,7 @@ def tune(
     shown = generate = None if generate is None else with_seed(generate)
     if generate is None:
         batches = [[prompt] for prompt in batches]
-        generate, shown = (_pipeline(pipe, options or {}, form) for form in ("latent", "pt"))
+        generate, shown = (with_seed(_pipeline(pipe, options or {}, form)) for form in ("latent", "pt"))
         guidance = _guidance(pipe, options or {}) if guidance is None else guidance
         log_snr = getattr(pipe, "scheduler", None) if log_snr is None else log_snr
     home = None
@@ -409,6 +410,7 @@ class _Tuner:
             raise _unreachable(saving, most, do="ask for less than that share")
         trials: list[tuple[Trial, Region]] = []
         adaptors: dict[Region, CalibratedAdaptor] = {}
+        reach = 0.0  # the most that one adaptor step after the other saves, what the adaptor takes left out
         with ProgressBar(console) as bar:
             regions = list(dict.fromkeys(wanted))
             most_rules = _MOST_RULES * len(regions)  # how many there are is known once a run has told its steps
@@ -417,7 +419,9 @@ class _Tuner:
                 bar.update(task, description=f"calibrate {region_name(region)}")
                 adaptors[region] = adaptor = self.calibrated(region, None, bar, task)
                 count = int(adaptor.facts["steps"])
-                own = adaptor.report.kinds[adaptor.report.kind].macs / region.full_macs
+                report = adaptor.report  # of other batches than `region`: what is comparable are shares
+                own = region.macs_share * report.kinds[report.kind].macs / report.region_macs
+                reach = max(reach, (region.macs_share - own) * (count - 1) / count)
                 rules = spaced(count, saving, region.macs_share - own)
                 most_rules += len(rules) - _MOST_RULES
                 bar.update(task, total=self._total(len(regions), most_rules))
@@ -427,8 +431,11 @@ class _Tuner:
                     bar.advance(task, len(self.runs.runs))
             trials = [(one, region) for one, region in trials if one.saved >= saving]
             if not trials:
-                raise _unreachable(saving, most, {"steps": count}, do="ask for less, or take more steps")
+                more = {"most that can be saved, beside the adaptor": percent(reach), "steps": count}
+                raise _unreachable(saving, most, more, do="ask for less, or take more steps")
             best, region = min(trials, key=lambda pair: pair[0].error)
+            if not math.isfinite(best.error):
+                raise not_finite({"saving": percent(saving), "schedules tried": len(trials)}, do="ask for less")
             early = (one for one, where in trials if where is region and one.rule.startswith(_EARLY))
             finalists: list[tuple[Trial, CalibratedAdaptor]] = []
             for one in dict.fromkeys((best, *early)):  # only an adaptor for its own steps follows a trend
@@ -436,8 +443,8 @@ class _Tuner:
                 adaptor = self.calibrated(region, one.steps, bar, task)
                 rule = f"{one.rule}{_FITTED}"
                 finalists.append((self.tried(region, rule, one.steps, adaptor), adaptor))
-            reached = [pair for pair in finalists if pair[0].saved >= saving] or [(best, adaptors[region])]
-            last, adaptor = min(reached, key=lambda pair: pair[0].error)
+            reached = [pair for pair in finalists if pair[0].saved >= saving]
+            last, adaptor = min((*reached, (best, adaptors[region])), key=lambda pair: pair[0].error)
             adaptor.facts["schedule"] = str(Schedule.at(last.steps))  # by which wrap(unet, folder) runs it
             identity = self.tried(region, last.rule.removesuffix(_FITTED), last.steps, None)
         everything = (*(one for one, _ in trials), *(one for one, _ in finalists))

@@ -216,6 +216,8 @@ def _as_type(hint: Any, value: Any) -> Any:
         hints = get_type_hints(hint)
         return hint(**{name: _as_type(hints[name], one) for name, one in value.items() if name in hints})  # type: ignore[operator]
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is float and value is None:  # as `plain` writes what is not finite: an error of results that are no numbers
+        return math.inf
     if origin in (Union, UnionType):
         return None if value is None else _as_type(next(one for one in inner if one is not type(None)), value)
     if origin is tuple:
