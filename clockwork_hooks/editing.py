@@ -49,7 +49,7 @@ Conditions = Tensor | Mapping[str, Any]
 Steps = Schedule | Iterable[int] | Callable[[int], bool]
 
 
-class Path:
+class DDIMPath:
     """The times of a DDIM run and what lies between them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Path:
 
     Example:
         >>> from diffusers import DDIMScheduler
-        >>> Path(DDIMScheduler(timestep_spacing="trailing"), 4, torch.device("cpu")).numbers
+        >>> DDIMPath(DDIMScheduler(timestep_spacing="trailing"), 4, torch.device("cpu")).numbers
         [999, 749, 499, 249]
 
     Source: arXiv 2010.02502, Sec. 4.1.
@@ -198,7 +198,7 @@ def invert(
     """
     check_unet(unet)
     check_source(unet, source)
-    path, arguments = Path(scheduler, steps, source.device), unet_arguments(conditions, len(source))
+    path, arguments = DDIMPath(scheduler, steps, source.device), unet_arguments(conditions, len(source))
     x, latents, level = source.float(), {}, path.clean
     with clocked(unet, steps, clock, schedule, region, adaptor) as cw, ProgressBar(console) as bar:
         task = bar.add_task("inversion", total=steps)
@@ -626,12 +626,12 @@ def edit(
     if injection is not None:
         injection.check(unet)
     latents, arguments = _source(unet, source, conditions)
-    path = Path(scheduler, steps, latents.device)
+    path = DDIMPath(scheduler, steps, latents.device)
     forth = 100 if inversion_steps is None else inversion_steps
     if isinstance(source, Inversion):
         _check_inverted(steps=inversion_steps, clock=inversion_clock, schedule=inversion_schedule)
     else:
-        Path(scheduler, forth, latents.device)  # steps that are none are refused now
+        DDIMPath(scheduler, forth, latents.device)  # steps that are none are refused now
     rows = _rows(arguments, unet_arguments(negative, len(latents)), unet_arguments(target, len(latents)))
     if injection is None:  # before the inversion, which takes long: a UNet may have no place for any
         injection = find_injection(record(unet, (latents.to(dtype_of(unet)), path.times[0]), arguments))

@@ -386,9 +386,9 @@ def tiny_preset(preset: Preset) -> Preset:
     video = config["_class_name"] == "UNetSpatioTemporalConditionModel"
     wide = config.get("block_out_channels", (320, 640, 1280, 1280))
     config["block_out_channels"] = tuple(max(32, channels // 320 * 32) for channels in wide)
-    for name in ("num_attention_heads",) if video else ("attention_head_dim",):
-        if video or config.get(name) is not None:
-            config[name] = 8
+    heads = "num_attention_heads" if video else "attention_head_dim"
+    if video or config.get(heads) is not None:
+        config[heads] = 8
     return Preset(f"{preset.title}, at a tenth of its width", config, tuple(max(16, n // 32 * 8) for n in preset.size),
                   frames=min(preset.frames, 2))  # fmt: skip
 
@@ -466,8 +466,7 @@ def _load(name: str, *, size: tuple[int, ...] | None, batch: int, frames: int, d
         return _from_config(preset.config, size=size or preset.size, batch=batch, frames=frames, device=device)
     path = _config_file(Path(name))
     if path is not None:
-        config = _read(path)
-        return _from_config(config, size=size, batch=batch, frames=frames, device=device)
+        return _from_config(_read(path), size=size, batch=batch, frames=frames, device=device)
     module, colon, factory = name.partition(":")
     if colon and module and factory and not Path(name).exists():
         return _from_factory(module, factory, size=size, batch=batch, frames=frames, device=device)

@@ -110,8 +110,7 @@ class Schedule:
             )
         end = None if stop is None and not final else min(x for x in (stop, steps and steps - final) if x is not None)
         options["steps"] = (steps if final or end != stop else None, None)  # else they say nothing
-        text = "".join(f", {name}={value}" for name, (value, default) in options.items() if value != default)
-        return cls(_Ticks(clock, start, warmup, end, last_full), f"every({clock}{text})")
+        return cls(_Ticks(clock, start, warmup, end, last_full), f"every({clock}{_written(**options)})")
 
     @classmethod
     def spread(cls, clock: int, *, first_full: int = 2, last_full: int = 1) -> Schedule:
@@ -140,9 +139,7 @@ class Schedule:
         check_clock(clock)
         whole("first_full", first_full, least=1)
         whole("last_full", last_full, least=0)
-        text = (f", first_full={first_full}" if first_full != 2 else "") + (
-            f", last_full={last_full}" if last_full != 1 else ""
-        )
+        text = _written(first_full=(first_full, 2), last_full=(last_full, 1))
         return cls(_Spread(clock, first_full, last_full), f"spread({clock}{text})")
 
     @classmethod
@@ -264,7 +261,7 @@ class Schedule:
             )
         whole("longest", longest, least=1)
         whole("warmup", warmup, least=1)
-        options = f", longest={longest}" + (f", warmup={warmup}" if warmup > 1 else "")
+        options = _written(longest=(longest, None), warmup=(warmup, 1))
         return cls(_Ticks(math.inf, 1, warmup, None), f"adaptive({threshold:g}{options})", float(threshold), longest)
 
     @classmethod
@@ -464,6 +461,11 @@ class _Among:
 
     def __call__(self, step: int) -> bool:
         return step in self.steps
+
+
+def _written(**options: tuple[object, object]) -> str:
+    """Options, (value, default) each, as `parse` reads them: those that are not at their defaults."""
+    return "".join(f", {name}={value}" for name, (value, default) in options.items() if value != default)
 
 
 def _takes_a_step(rule: object) -> bool:

@@ -256,7 +256,7 @@ def bench(
     wanted = region_or_choice(region, options)
     tried, chosen = _several("clocks", clocks), _several("modes", modes)
     _check(unet, tried, chosen, steps, rounds)
-    said: tuple[Any, ...] = tuple(notes) if is_several(notes) else (notes,)
+    said: list[Any] = list(notes) if is_several(notes) else [notes]
     if not all(isinstance(note, str) for note in said):
         raise ArgumentError("notes are sentences", seen={"notes": repr(notes)[:80]}, do='pass notes=["a busy machine"]')
     weight = next((t for t in [*unet.parameters(), *tensors((args, kwargs))]), torch.empty(0))
@@ -271,8 +271,9 @@ def bench(
     with torch.no_grad():
         wanted = Choice(**region_options(used)) if wanted == Choice() else wanted
         region = wanted.find(record(unet, args, kwargs), unet) if isinstance(wanted, Choice) else wanted
-    timings: dict[tuple[str, int], Timing] = {}
-    ran: dict[tuple[str, int], ClockworkWrapper | None] = {}
+    if region.uncounted:
+        said.append(f"MACs are a lower bound; not counted: {', '.join(region.uncounted)}.")
+    ran: dict[tuple[str, int], tuple[Timing, ClockworkWrapper | None]] = {}
     failed: dict[str, str] = {}
     with ProgressBar(console) as bar:
         task = bar.add_task("", total=len(chosen) * (1 + len(tried)) * (1 + rounds))
@@ -290,9 +291,8 @@ def bench(
                 if len(chosen) == 1:
                     raise
                 continue
-            for side in sides:
-                timings[mode, side.clock], ran[mode, side.clock] = times[clock_name(side.clock)], side.cw
-    if not timings:
+            ran |= {(mode, side.clock): (times[clock_name(side.clock)], side.cw) for side in sides}
+    if not ran:
         raise CompileError("at least one mode has to work", seen=failed, do='add "eager" to modes')
     return Benchmark(
         model=type(unet).__name__,
@@ -300,20 +300,16 @@ def bench(
         region=region.line,
         adaptor="identity" if is_identity(adaptor) else type(used).__name__,
         steps=steps,
-        rows=tuple(_row(mode, clock, timings, ran, steps) for mode, clock in timings),
+        rows=tuple(_row(mode, clock, ran, steps) for mode, clock in ran),
         failed=failed,
         settings={
             "device": device_name(device),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "notes": [*said, *_missing(region)],
+            "notes": said,
         },
     )
-
-
-def _missing(region: Region) -> list[str]:
-    return [f"MACs are a lower bound; not counted: {', '.join(region.uncounted)}."] if region.uncounted else []
 
 
 def twin(unet: nn.Module) -> Any:
@@ -347,13 +343,12 @@ def _side(
 def _row(
     mode: str,
     clock: int,
-    timings: Mapping[tuple[str, int], Timing],
-    ran: Mapping[tuple[str, int], ClockworkWrapper | None],
+    ran: Mapping[tuple[str, int], tuple[Timing, ClockworkWrapper | None]],
     steps: int,
 ) -> BenchRow:
-    timing, cw = timings[mode, clock], ran[mode, clock]
+    timing, cw = ran[mode, clock]
     last = cw.stats.trajectories[-1] if cw is not None and clock > 1 else None
-    eager = timings.get(("eager", 1))
+    eager = ran["eager", 1][0] if ("eager", 1) in ran else None
     return BenchRow(
         mode=mode,
         clock=clock,
@@ -364,7 +359,7 @@ def _row(
         full_passes=last.full_passes if last else steps,
         adaptor_passes=last.adaptor_passes if last else 0,
         macs_ratio=last.macs_run / last.macs_plain if last else 1.0,
-        speed_up=timings[mode, 1].median / timing.median,
+        speed_up=ran[mode, 1][0].median / timing.median,
         speed_up_to_eager=eager.median / timing.median if eager else None,
     )
 

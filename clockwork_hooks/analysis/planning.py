@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,9 +93,9 @@ class Option:
         return math.inf if self.measured is None else self.measured
 
     @property
-    def names(self) -> tuple[str, str, tuple[int, ...]]:
-        """What tells it from others."""
-        return self.region, self.kind, self.steps
+    def what(self) -> tuple[str, tuple[int, ...]]:
+        """What runs: two kinds of schedule may come to the same steps."""
+        return self.region, self.steps
 
     def gain(self, weigh: Weigh) -> float:
         """What is saved, in the unit that a plan weighs."""
@@ -303,21 +302,12 @@ def plan(
     others = check_runs(generate, batches if held_out is None else held_out, held_out_seeds)
     check_clocks(clocks)
     generate = with_seed(generate)
-    several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
-    ready = [one for one in several if not (isinstance(one, str) and one == CALIBRATED)]
-    unread = {name: value for name, value in (("guidance", guidance), ("log_snr", log_snr)) if value is not None}
-    if unread and len(ready) == len(several):
-        raise ArgumentError(
-            "guidance and log_snr are used only where an adaptor is calibrated",
-            seen={**unread, "adaptor": adaptor},
-            do="pass {adaptor}, or leave them out",
-            arguments={"adaptor": CALIBRATED},
-        )
+    ready, calibrates = _adaptors(adaptor, guidance=guidance, log_snr=log_snr)
     solver = _Calibrating(unet, generate, batches, {"guidance": guidance, "log_snr": log_snr, "time": time})
     regions = None if regions is None else check_regions(regions)
     trace = first_call(unet, generate, batches[0], seeds[0], time=time)
-    pairs = candidates(trace, unet, regions, ready) if ready or not several else ()
-    if len(ready) < len(several):
+    pairs = candidates(trace, unet, regions, ready) if ready or not calibrates else ()
+    if calibrates:
         pairs += solver.candidates(regions or (choose(trace, unet), regions_of(trace, unet)[0]))
     runs = Runs(unet, generate, [(batch, seed) for seed in seeds for batch in batches], timed=weigh == "ms")
     longest = longest or 2 * max(clocks)
@@ -329,31 +319,19 @@ def plan(
         def tell(what: str) -> None:
             bar.update(task, advance=1, description=what)
 
-        solved = {one.name for one in solver.solved}
-        planner = _Planner(runs, {one.name: one for one in pairs}, solved, steps, weigh, longest, tell)
+        planner = _Planner(runs, {one.name: one for one in pairs}, solver, steps, weigh, longest, tell)
         for one in pairs:
             planner.clocks(one, clocks)
             planner.rules(one, clocks)
             planner.probe(one, series[one.name], probes)
             planner.frontier(one, series[one.name], adaptive=adaptive)
         fresh = Runs(unet, generate, [(batch, seed) for seed in held_out_seeds for batch in others])
-        best = [planner.within(max_error)] if max_error is not None else planner.saving(float(min_saving or 0))
-        finalists = [(one, solver.again(planner.candidates[one.region], one.steps)) for one in best]
-        tell("what is held out")
-        judged = [planner.judged(fresh, *pair) for pair in finalists]
-        if min_saving is not None:  # those that were measured reach it; what is calibrated anew may cost more
-            judged = [one for one in judged if one[1].gain(weigh) >= min_saving - _SLACK] or [
-                planner.judged(fresh, one, planner.candidates[one.region]) for one in best
-            ]
-    error, best_option, chosen = min(judged, key=lambda one: one[0])
-    if error == math.inf:
-        do = "ask for less" if max_error is None else "allow less error"
-        raise not_finite({"held out": count(len(fresh.runs), "run")}, do=do)
+        error, best, chosen = planner.best(fresh, max_error, min_saving)
     region = chosen.region
     return Plan(
-        chosen=best_option,
+        chosen=best,
         held_out=error,
-        options=tuple(best_option if one.names == best_option.names else one for one in planner.everything),
+        options=tuple(best if (one.kind, one.what) == (best.kind, best.what) else one for one in planner.everything),
         steps=steps,
         weigh=weigh,
         choice=saved_options(described_region(region)),
@@ -405,7 +383,7 @@ class _Planner:
     Attributes:
         runs: of the sampler.
         candidates: by name.
-        solved: names of those whose adaptor is calibrated, and will be once more for the steps that are chosen.
+        solver: has calibrated the adaptors of some, and does so once more for the steps that are chosen.
         steps: of the sampler.
         weigh: what savings are measured in.
         longest: most adaptor steps in a row.
@@ -417,7 +395,7 @@ class _Planner:
 
     runs: Runs
     candidates: dict[str, Candidate]
-    solved: AbstractSet[str]
+    solver: _Calibrating
     steps: int
     weigh: Weigh
     longest: int
@@ -444,12 +422,10 @@ class _Planner:
             ends = Schedule.every(clock, first_full=2, last_full=1)
             for schedule in (Schedule.spread(clock), Schedule.early(clock), ends):
                 steps = schedule.adaptor_steps(self.steps)
-                if not steps or any((o.region, o.steps) == (one.name, steps) for o in self.options):
+                if not steps or any(option.what == (one.name, steps) for option in self.options):
                     continue
                 self.tell(f"{one.name}, {schedule}")
-                outcome = self.runs.outcome(one, Schedule.at(steps))
-                option = self._option(one.name, f"rule {schedule}", steps, None)
-                self.options.append(replace(option, measured=outcome.error, saved=outcome.saved))
+                self.options.append(self._run(self._option(one.name, f"rule {schedule}", steps, None)))
 
     def probe(self, one: Candidate, series: Series, probes: int) -> None:
         """Measure single adaptor steps, and choose the sets of 1, 2, ... steps."""
@@ -492,32 +468,52 @@ class _Planner:
         count = len(chosen)
         return Option(name, kind, chosen, count * share, predicted, saved_ms=None if timed is None else count * timed)
 
+    def _run(self, option: Option) -> Option:
+        """The option with its error, and with what it saves."""
+        outcome = self.runs.outcome(self.candidates[option.region], option.schedule)
+        return replace(option, measured=outcome.error, saved=outcome.saved)
+
     def measured(self, option: Option) -> Option:
         """The option with its error, measured once."""
-        same = [o for o in self.options if (o.region, o.steps) == (option.region, option.steps)]
+        same = [one for one in self.options if one.what == option.what]
         planned = next((o for o in same if o.kind == "planned"), None)
         if planned is not None:
             return planned
         self.tell(f"{option.region}, {len(option.steps)} adaptor steps")
-        if same:  # a clock has these very steps
-            measured = replace(option, measured=same[0].measured, saved=same[0].saved)
-        else:
-            outcome = self.runs.outcome(self.candidates[option.region], option.schedule)
-            measured = replace(option, measured=outcome.error, saved=outcome.saved)
+        # a clock may have these very steps
+        measured = replace(option, measured=same[0].measured, saved=same[0].saved) if same else self._run(option)
         self.options.append(measured)
         return measured
 
     @property
     def everything(self) -> tuple[Option, ...]:
         """What was measured; and the planned sets of all other sizes, with the error that is predicted."""
-        measured = {(option.region, option.steps) for option in self.options if option.kind == "planned"}
-        sets = (option for sets in self.sets.values() for option in sets)
-        return (*self.options, *(option for option in sets if (option.region, option.steps) not in measured))
+        measured = {option.what for option in self.options if option.kind == "planned"}
+        return (
+            *self.options,
+            *(option for sets in self.sets.values() for option in sets if option.what not in measured),
+        )
 
     @property
     def fixed(self) -> list[Option]:
         """What may be chosen: all but the adaptive ones."""
         return [option for option in self.options if option.threshold is None]
+
+    def best(self, fresh: Runs, max_error: float | None, min_saving: float | None) -> tuple[float, Option, Candidate]:
+        """Of the options within the budget, the one of least error on fresh runs: that error, it, and its candidate."""
+        best = [self.within(max_error)] if max_error is not None else self.saving(float(min_saving or 0))
+        finalists = [(one, self.solver.again(self.candidates[one.region], one.steps)) for one in best]
+        self.tell("what is held out")
+        judged = [self.judged(fresh, *pair) for pair in finalists]
+        if min_saving is not None:  # those that were measured reach it; what is calibrated anew may cost more
+            judged = [one for one in judged if one[1].gain(self.weigh) >= min_saving - _SLACK] or [
+                self.judged(fresh, one, self.candidates[one.region]) for one in best
+            ]
+        least = min(judged, key=lambda one: one[0])
+        if least[0] == math.inf:
+            do = "ask for less" if max_error is None else "allow less error"
+            raise not_finite({"held out": count(len(fresh.runs), "run")}, do=do)
+        return least
 
     def saving(self, wanted: float) -> list[Option]:
         """The three of least measured error at this saving or more, the best first; each set of steps once."""
@@ -538,9 +534,9 @@ class _Planner:
         least = sorted((option for option in enough if option.error < math.inf), key=lambda option: option.error)
         if not least:
             raise not_finite({"min_saving": percent(wanted), "schedules measured": len(enough)}, do="ask for less")
-        few = list({(option.region, option.steps): option for option in reversed(least)}.values())[::-1][:_FEW]
-        taken = [(option.region, option.steps) for option in few]
-        return [*few, *(option for option in early if (option.region, option.steps) not in taken)]
+        few = list({option.what: option for option in reversed(least)}.values())[::-1][:_FEW]
+        taken = [option.what for option in few]
+        return [*few, *(option for option in early if option.what not in taken)]
 
     def judged(self, runs: Runs, option: Option, candidate: Candidate) -> tuple[float, Option, Candidate]:
         """The error on other runs, and the option with what it saves with this adaptor, which may be another one."""
@@ -553,12 +549,12 @@ class _Planner:
     def _early(self, wanted: float) -> list[Option]:
         """Of what is calibrated the early rule that saves so much: only when calibrated for it, it follows a trend."""
         options = []
-        for name in self.solved & self.shares.keys():
+        for name in (one.name for one in self.solver.solved if one.name in self.shares):
             for full in range(self.steps - 1, 2, -1):
                 steps = early_steps(full, self.steps)
                 option = self._option(name, f"rule early, {full} full", steps, None)
                 if option.gain(self.weigh) >= wanted - _SLACK:
-                    same = (one for one in self.options if (one.region, one.steps) == (name, steps))
+                    same = (one for one in self.options if one.what == option.what)
                     options.append(next(same, None) or self.measured(option))
                     break
         return sorted(options, key=lambda option: option.error)[:1]
@@ -591,6 +587,21 @@ def _shares(outcome: Measured, steps: int) -> tuple[float, float | None]:
     """What one adaptor step saves of a trajectory: of its MACs, and of its milliseconds if they were measured."""
     timed = None if outcome.ms is None else (1 - outcome.ms[1] / outcome.ms[0]) / steps
     return outcome.saved * outcome.calls / outcome.adaptor_passes / steps, timed
+
+
+def _adaptors(adaptor: Adaptors, **solving: Any) -> tuple[list[AdaptorLike], bool]:
+    """The adaptors that are there, and whether one is to be calibrated besides; only that one reads what follows."""
+    several = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor]
+    ready = [one for one in several if one != CALIBRATED]
+    unread = {name: value for name, value in solving.items() if value is not None}
+    if unread and len(ready) == len(several):
+        raise ArgumentError(
+            "guidance and log_snr are used only where an adaptor is calibrated",
+            seen={**unread, "adaptor": adaptor},
+            do="pass {adaptor}, or leave them out",
+            arguments={"adaptor": CALIBRATED},
+        )
+    return ready, len(ready) < len(several)
 
 
 def _check(max_error: object, min_saving: object, weigh: object, probes: object, longest: object) -> None:

@@ -11,6 +11,7 @@ the bottleneck, and what comes out of each region on the way up, as in arXiv 231
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def find_maps(trace: Trace, unet: nn.Module) -> tuple[FeatureMap, ...]:
 
     Source: arXiv 2312.08128, Sec. 3, Fig. 2 (upsampling outputs) and App. C (bottleneck, downsampling, conv_in).
     """
-    return tuple(_Search(trace, unet).maps())
+    return tuple(_Maps(trace, unet).maps())
 
 
 def choose_maps(maps: Sequence[FeatureMap], names: Iterable[str] | None) -> tuple[FeatureMap, ...]:
@@ -112,7 +113,7 @@ def choose_maps(maps: Sequence[FeatureMap], names: Iterable[str] | None) -> tupl
     return tuple(by_name[name] for name in wanted)
 
 
-class _Search:
+class _Maps:
     """Reads the maps off a trace."""
 
     def __init__(self, trace: Trace, unet: nn.Module) -> None:
@@ -146,18 +147,13 @@ class _Search:
 
     def _crossing(self) -> list[int]:
         """For each node, how many tensors that depend on the sample are made up to there and used after it."""
-        count = len(self.trace.nodes)
-        change = [0] * (count + 1)
-        for u in range(count):
+        change = [0] * len(self.trace.nodes)
+        for u in range(len(change)):
             users = [v for v in self.dom.users[u] if self.dom.live[v]] if self.dom.dep[u] and self.dom.live[u] else []
             if users:
                 change[u] += 1
                 change[max(users)] -= 1
-        crossing, now = [], 0
-        for n in range(count):
-            now += change[n]
-            crossing.append(now)
-        return crossing
+        return list(itertools.accumulate(change))
 
     def _bottleneck(self) -> int | None:
         """Of what whole blocks at the lowest level return, the last one that all skips go round."""
@@ -320,7 +316,7 @@ def measure_robustness(
     with Watch(unet, choose(trace, unet)) as watch, ProgressBar(console) as bar:
         for k, seed in cells:
             with watch.trajectory():
-                plain.append(reference(unet, generate, batches[k], seeds[seed]))
+                plain.append(reference(generate, batches[k], seeds[seed]))
             steps = max(steps, watch.steps)
         first_steps = _starts(starts, steps)
         sums = {(one.name, start): 0.0 for one in chosen for start in first_steps}

@@ -242,7 +242,7 @@ def final(generate: Generate, batch: Any, seed: int) -> Tensor:
     return result.detach()
 
 
-def reference(unet: nn.Module, generate: Generate, batch: Any, seed: int) -> Tensor:
+def reference(generate: Generate, batch: Any, seed: int) -> Tensor:
     """What `generate(batch, seed)` returns of the UNet as it is, to compare with.
 
     Raises:
@@ -399,7 +399,7 @@ class Runs:
     def outcome(self, candidate: Candidate, schedule: Schedule) -> Measured:
         """Run all trajectories with this adaptor on this schedule."""
         if not self.plain:
-            self.plain = [reference(self.unet, self.generate, *run) for run in self.runs]
+            self.plain = [reference(self.generate, *run) for run in self.runs]
         adaptor = candidate.argument if isinstance(candidate.argument, (str, os.PathLike)) else candidate.adaptor
         errors = []
         with wrap(self.unet, adaptor, region=candidate.region, schedule=schedule) as cw:
@@ -489,7 +489,7 @@ def follow(
             stack.enter_context(follower.at(watch))
         for run in runs.runs:
             with watch.trajectory():
-                runs.plain.append(reference(runs.unet, runs.generate, *run))
+                runs.plain.append(reference(runs.generate, *run))
             for follower in followers:
                 follower.last.clear()
             steps = max(steps, watch.steps)
@@ -523,12 +523,9 @@ class _Follower:
     @contextlib.contextmanager
     def at(self, watch: Watch) -> Iterator[None]:
         """Follow the calls of trajectories that are watched."""
-        plan = self.candidate.region.cut_plan
-        installed = Installed(self)
-
+        installed, self._watch = Installed(self), watch
         try:
-            installed.add(plan, modules_of(self.unet))
-            self._watch = watch
+            installed.add(self.candidate.region.cut_plan, modules_of(self.unet))
             with watch.observed(self):
                 yield
         finally:
@@ -544,34 +541,33 @@ class _Follower:
         """Sum up what was seen."""
         pass_, self.active.pass_ = self.active.pass_, None
         if pass_ is not None and pass_.complete():
-            self.add(self._watch, pass_, call.time)
+            self._add(pass_, call.time)
 
-    def add(self, watch: Watch, pass_: Pass, position: Any) -> None:
+    def _add(self, pass_: Pass, position: Any) -> None:
         """One call, of which the pass has seen the boundary, at this time."""
-        exit, entry = pass_.exit, pass_.entry
+        exit, entry, step = pass_.exit, pass_.entry, self._watch.step
         assert exit is not None  # the pass is complete
-        before = self.last.get(watch.branch)
-        here = before is not None and before.step == watch.step - 1 and before.exit.shape == exit.shape
+        before = self.last.get(self._watch.branch)
+        if before is not None and (before.step != step - 1 or before.exit.shape != exit.shape):
+            before = None
         adapted, entries = [exit], [] if entry is None else [entry]
         time = None if position is None else stand_in.scalar(position, exit.device)
         trails: list[Trail | None] = [None]
         if "trend" in needs_of(self.candidate.adaptor):
-            trails = [Trail.after(before.trails[0] if before is not None and here else None, exit, time)]
-        if before is not None and here:
-            self._compare(watch.step, exit, before)
-        if before is not None and here and watch.usable:
+            trails = [Trail.after(None if before is None else before.trails[0], exit, time)]
+        if before is not None:
+            self._compare(step, exit, before)
+        if before is not None and self._watch.usable:
             captured = pass_.captured if entry is None else {**pass_.captured, "entry": entry}
             for age, (cached, trail) in enumerate(zip(before.adapted, before.trails, strict=False), 1):
                 adapted.append(self._adapt(captured, cached, before, trail, position))
                 trails.append(trail)
-                self._sum(
-                    "error", watch.step, age, (adapted[-1].float() - exit.float()).square(), exit.float().square()
-                )
+                self._sum("error", step, age, (adapted[-1].float() - exit.float()).square(), exit.float().square())
             for age, past in enumerate(before.entries[: self.longest], 1):
-                self._sum("entry", watch.step, age, (entries[0] - past).float().square(), past.float().square())
+                self._sum("entry", step, age, (entries[0] - past).float().square(), past.float().square())
             entries += before.entries
         last = adapted[: self.longest], entries[: self.longest], time, trails[: self.longest]
-        self.last[watch.branch] = _Before(watch.step, exit, *last)
+        self.last[self._watch.branch] = _Before(step, exit, *last)
 
     def _adapt(
         self, captured: dict[str, Tensor], cached: Tensor, before: _Before, trail: Trail | None, position: Any

@@ -76,11 +76,16 @@ class Installation(Report):
 
     def tables(self) -> tuple[Table, ...]:
         """Devices and packages."""
-        return self.table(), _parts_table(self.parts)
+        rows = [
+            (one.name, one.version or "missing", one.requirement.removeprefix(one.name), PURPOSES[one.extra])
+            for one in self.parts
+        ]
+        return self.table(), table("Packages", ("package", "installed", "wanted", "needed for"), rows)
 
     def table(self) -> Table:
         """Devices."""
-        return _devices_table(self.devices)
+        note = f"clockwork_hooks {__version__}, Python {platform.python_version()}, {platform.platform()}"
+        return table("Devices", ("device", "is"), self.devices.items(), notes=(note,))
 
     def data(self) -> dict[str, Any]:
         """Versions, devices, packages."""
@@ -143,19 +148,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _devices_table(machine: Mapping[str, str]) -> Table:
-    note = f"clockwork_hooks {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    return table("Devices", ("device", "is"), machine.items(), notes=(note,))
-
-
-def _parts_table(parts: Sequence[Part]) -> Table:
-    rows = [
-        (part.name, part.version or "missing", part.requirement.removeprefix(part.name), PURPOSES[part.extra])
-        for part in parts
-    ]
-    return table("Packages", ("package", "installed", "wanted", "needed for"), rows)
 
 
 EXPLAIN_EXAMPLES = ("explain   (the list of errors and warnings)", "explain WrapError", "explain NoEffectWarning")

@@ -347,8 +347,4 @@ def judge_classifier(classifier: AttributeClassifier, *, count: int = 4096, seed
         "blend of two scenes": (images + images.roll(1, 0)) / 2,
         "no objects": images[:, :, :1, :1].expand_as(images).contiguous(),
     }
-    return {name: asdict(_judge(classifier, picture, scenes.attributes)) for name, picture in damages.items()}
-
-
-def _judge(classifier: AttributeClassifier, images: Tensor, wanted: NDArray[np.int64]) -> Accuracy:
-    return score(classifier.read(images), wanted)
+    return {name: asdict(score(classifier.read(seen), scenes.attributes)) for name, seen in damages.items()}

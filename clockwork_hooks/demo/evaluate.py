@@ -118,14 +118,6 @@ def sweep_guidance(
     for scale in scales:
         scores = evaluate(model, steps=steps, count=count, guidance=scale, batch=batch)
         for number in steps:
-            at = scores[f"steps_{number}"]
-            rows.append(
-                {
-                    "guidance": scale,
-                    "steps": number,
-                    "total": at["total"],
-                    "perfect": at["perfect"],
-                    "frechet": at["frechet"],
-                }
-            )
+            told = {name: scores[f"steps_{number}"][name] for name in ("total", "perfect", "frechet")}
+            rows.append({"guidance": scale, "steps": number, **told})
     return rows

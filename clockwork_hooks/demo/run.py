@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clockwork_hooks.adaptors import CalibratedAdaptor
+    from clockwork_hooks.engine.stats import Stats
 
 ROUNDS, MOST_ROUNDS = 2, 4  # of timing all ways; more than two where the two best times of one of them differ
 ALIKE = 1.15  # times that differ by less
@@ -50,6 +51,36 @@ SHOWN = 4  # prompts in the picture
 SIDE, GAP, MARGIN, CAPTION, HEAD = 256, 12, 24, 30, 98
 DETAIL = (16, 32)  # of a picture's pixels, rows and columns
 INK, FAINT, EDGE, MARK, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (220, 38, 38), (255, 255, 255)
+
+
+@dataclass(slots=True)
+class _Way:
+    """A way of sampling, and what its rounds have shown.
+
+    Attributes:
+        adaptor, schedule: of Clockwork; no schedule is the plain UNet.
+        times: seconds of each round.
+        images: of the last round.
+        stats: of the last round; None of the plain UNet.
+    """
+
+    adaptor: CalibratedAdaptor | None = None
+    schedule: Schedule | None = None
+    times: list[float] = field(default_factory=list)
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+    stats: Stats | None = None
+
+    def run(self, model: DemoModel, region: Region, sample: Callable[[], Tensor]) -> None:
+        """One round more."""
+        with contextlib.ExitStack() as wrapped:
+            if self.schedule is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", NoEffectWarning)  # of so few steps none is saved: the table says so
+                    cw = wrapped.enter_context(wrap(model.unet, self.adaptor, region=region, schedule=self.schedule))
+                wrapped.enter_context(cw.trajectory())
+                self.stats = cw.stats
+            self.images, seconds = measured(sample, model.device)
+        self.times.append(seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +237,8 @@ def demo(
     call = torch.zeros(len(hidden), *LATENT_SHAPE), torch.tensor(1)
     region = find_regions(model.unet, *call, encoder_hidden_states=hidden)[0]
     plain, spread = Schedule.every(clock), Schedule.at(Schedule.spread(clock).adaptor_steps(steps))
-    times: dict[str, list[float]] = defaultdict(list)
-    images: dict[str, Tensor] = {}
-    counts: dict[str, tuple[int, int, int]] = {}
-    adaptor: CalibratedAdaptor | None = None
+    ways = {PLAIN: _Way(), DEEPCACHE: _Way(None, plain), IDENTITY: _Way(None, spread)}
+    calibration = None
     with ProgressBar(console) as bar:
         skips = spread.bounds(steps)[0] < steps
         total = steps * (3 + 4 * ROUNDS if skips else 1 + 3 * ROUNDS)
@@ -224,35 +253,22 @@ def demo(
         model.sample(texts[:1], steps=steps, callback=tick("warming up"))  # first calls are slower
         if skips:
             adaptor = _calibrated(model, steps, spread, region, tick("calibrating"))
-        ways: dict[str, tuple[Any, Schedule] | None] = {PLAIN: None, DEEPCACHE: (None, plain), IDENTITY: (None, spread)}
-        ways |= {CALIBRATED: (adaptor, spread)} if adaptor is not None else {}
+            ways[CALIBRATED] = _Way(adaptor, spread)
+            report = adaptor.report
+            calibration = {"kind": report.kind, "captions": CAPTIONS, "seconds": report.seconds}
         for number in range(MOST_ROUNDS):
             if number >= ROUNDS:
-                if _steady(times):
+                if _steady(ways):
                     break
                 total += steps * len(ways)
                 bar.update(task, total=total)
             for name, way in ways.items():
-                sample = partial(model.sample, texts, steps=steps, seed=seed, callback=tick(name))
-                if way is None:
-                    images[name], seconds = measured(sample, model.device)
-                    times[name].append(seconds)
-                    continue
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", NoEffectWarning)  # of so few steps none is saved: the table says so
-                    cw = wrap(model.unet, way[0], region=region, schedule=way[1])
-                with cw, cw.trajectory():
-                    images[name], seconds = measured(sample, model.device)
-                times[name].append(seconds)
-                counts[PLAIN] = (cw.stats.macs_plain, steps, 0)
-                counts[name] = (cw.stats.macs_run, cw.stats.full_passes, cw.stats.adaptor_passes)
-    rows = tuple(_row(name, model, texts, images, times, counts) for name in times)
+                way.run(model, region, partial(model.sample, texts, steps=steps, seed=seed, callback=tick(name)))
+    rows = tuple(_row(name, ways, model, texts, steps) for name in ways)
     settings = _settings(texts, steps, clock, seed)
-    settings |= {"every": plain.preview(steps), "spread": spread.preview(steps), "calibration": None}
-    settings |= {"rounds": len(times[PLAIN]), "steady": _steady(times)}
-    if adaptor is not None:
-        report = adaptor.report
-        settings["calibration"] = {"kind": report.kind, "captions": CAPTIONS, "seconds": report.seconds}
+    settings |= {"every": plain.preview(steps), "spread": spread.preview(steps), "calibration": calibration}
+    settings |= {"rounds": len(ways[PLAIN].times), "steady": _steady(ways)}
+    images = {name: way.images for name, way in ways.items()}
     result = DemoResult(rows, images, region.line, settings, folder)
     _write(result)
     return result
@@ -276,31 +292,24 @@ def _calibrated(
     )
 
 
-def _steady(times: Mapping[str, Sequence[float]]) -> bool:
+def _steady(ways: Mapping[str, _Way]) -> bool:
     """Whether the two best times of each way are alike: other work has not disturbed both."""
-    best = [sorted(one)[:2] for one in times.values()]
+    best = [sorted(way.times)[:2] for way in ways.values()]
     return all(one[-1] <= ALIKE * one[0] for one in best)
 
 
-def _row(
-    name: str,
-    model: DemoModel,
-    texts: Sequence[str],
-    images: dict[str, Tensor],
-    times: dict[str, list[float]],
-    counts: dict[str, tuple[int, int, int]],
-) -> Row:
-    run, full, adapted = counts[name]
-    best = {key: min(values) for key, values in times.items()}
+def _row(name: str, ways: Mapping[str, _Way], model: DemoModel, texts: Sequence[str], steps: int) -> Row:
+    way, plain, stats = ways[name], ways[PLAIN], ways[name].stats
+    macs = next(one.stats.macs_plain for one in ways.values() if one.stats) if stats is None else stats.macs_run
     return Row(
         name=name,
-        macs_per_image=run // len(texts),
-        seconds_per_image=best[name] / len(texts),
-        speed_up=best[PLAIN] / best[name],
-        psnr=None if name == PLAIN else float(psnr(images[name], images[PLAIN]).mean()),
-        accuracy=attribute_accuracy(model.classifier, images[name], texts).total,
-        full_passes=full,
-        adaptor_passes=adapted,
+        macs_per_image=macs // len(texts),
+        seconds_per_image=min(way.times) / len(texts),
+        speed_up=min(plain.times) / min(way.times),
+        psnr=None if stats is None else float(psnr(way.images, plain.images).mean()),
+        accuracy=attribute_accuracy(model.classifier, way.images, texts).total,
+        full_passes=steps if stats is None else stats.full_passes,
+        adaptor_passes=0 if stats is None else stats.adaptor_passes,
     )
 
 

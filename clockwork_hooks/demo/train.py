@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -397,12 +397,9 @@ def _classifier(options: argparse.Namespace) -> None:
 
 
 def _generator(options: argparse.Namespace) -> None:
-    settings = Options(
-        device=options.device, minutes=options.minutes, batch=options.batch, pool=options.pool, rate=options.rate,
-        compile=options.compile, seed=options.seed, log_every=options.log_every,
-    )  # fmt: skip
+    names = {one.name for one in fields(Options)}
     trainer = train_generator(
-        settings,
+        Options(**{name: value for name, value in vars(options).items() if name in names}),
         checkpoint=options.checkpoint,
         weights=options.weights,
         log=_logger(options.weights),

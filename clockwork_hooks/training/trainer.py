@@ -433,7 +433,9 @@ class Trainer:
             self._learn(count)
             self.buffer.clear()
             self.done += count * self.accelerator.num_processes
-            self.seconds = self._agreed(self.seconds + time.monotonic() - started)
+            self.seconds = self._gathered(self.seconds + time.monotonic() - started)[
+                0
+            ]  # the first process's, everywhere
             if time.monotonic() - last_save >= self.options.save_every:
                 self.save()
                 last_save = time.monotonic()
@@ -603,10 +605,6 @@ class Trainer:
         own = torch.tensor([float(value)], device=self.accelerator.device)
         values: list[float] = self.accelerator.gather(own).tolist()
         return values
-
-    def _agreed(self, value: float) -> float:
-        """The first process's number, everywhere."""
-        return self._gathered(value)[0]
 
 
 @functools.lru_cache(maxsize=8)
