@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import clockwork_hooks as ch
 from clockwork_hooks.cli import main
-from clockwork_hooks.regions.find import match
-from clockwork_hooks.regions.search import Search
+from clockwork_hooks.regions.find import Search, match
 from tests.bendable import Tiny, noise, proven
 from tests.test_regions import T, conv
 from tests.zoo.case import enliven

@@ -47,10 +47,9 @@ from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
 from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options, warn, whole
-from clockwork_hooks.regions.find import Choice, match, region_or_choice
+from clockwork_hooks.regions.find import Choice, Search, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
-from clockwork_hooks.regions.search import Search
 from clockwork_hooks.reports.progress import ProgressBar
 from clockwork_hooks.reports.report import FieldReport
 from clockwork_hooks.reports.tables import Table, table

@@ -33,9 +33,8 @@ from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import AdaptorError, ArgumentError, Enough, is_several, is_whole
 from clockwork_hooks.graph.tracing import Trace, modules_of, record
 from clockwork_hooks.metrics import relative_l2
-from clockwork_hooks.regions.find import choose, match, regions_of
+from clockwork_hooks.regions.find import Search, choose, match, regions_of
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
 Adaptors = AdaptorLike | list[AdaptorLike] | tuple[AdaptorLike, ...]

@@ -31,9 +31,8 @@ from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments, Inputs
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
-from clockwork_hooks.regions.find import Choice, keeping, match, skipped_nodes
+from clockwork_hooks.regions.find import Choice, Search, keeping, match, skipped_nodes
 from clockwork_hooks.regions.region import Region
-from clockwork_hooks.regions.search import Search
 from clockwork_hooks.schedule import Schedule
 
 _MOST_HOMES = 256
