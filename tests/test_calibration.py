@@ -222,7 +222,7 @@ def test_the_ridge_is_chosen_on_what_is_held_out(monkeypatch):
             cached = torch.randn(rows, 12, generator=generator)
             exit = 0.9 * cached + torch.randn(rows, 12, generator=generator)
             sums.add(cached, exit, None, None)
-        place = calibration.Place(2, 1.0, 2.0, fit, held)
+        place = calibration.PositionSums(2, 1.0, 2.0, fit, held)
         solver = object.__new__(calibration.Solver)
         solver.ridges = calibration.RIDGES
         return solver.best(place, KINDS["exit"])[0]

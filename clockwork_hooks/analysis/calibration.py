@@ -553,7 +553,7 @@ class Pair:
 
 
 @dataclass(slots=True)
-class Place:
+class PositionSums:
     """The sums of one calibrated position: of rows to fit, and of rows held out.
 
     `step` is its first call's, `steps` those of all: runs of other lengths come to one time at other steps.
@@ -587,6 +587,27 @@ class _FullPass:
         return cls(own, version(own), time, own - last.exit, last.time)
 
 
+@dataclass(slots=True)
+class _Run:
+    """What is known of the batch that is sampled now. A key is a branch, and which of its calls in a step.
+
+    Attributes:
+        befores: key → the time of its last call.
+        trails: key → its last full pass.
+        first: which call in a step → step, branch and pair of the branch that made it first.
+        step: the last one.
+        branches: that were called in it.
+        apart: has any step had two: does each branch have a call of its own?
+    """
+
+    befores: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    trails: dict[tuple[int, int], _FullPass] = field(default_factory=dict)
+    first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)
+    step: int = 0
+    branches: set[int] = field(default_factory=set)
+    apart: bool = False
+
+
 @dataclass
 class Sums:
     """Streams what crosses the region's edge into normal equations, one for each calibrated position.
@@ -617,7 +638,7 @@ class Sums:
     kernel: bool = False
     several: bool = False
     log_snr: Callable[[float], float] | None = None
-    places: dict[float | None, Place] = field(default_factory=dict)
+    places: dict[float | None, PositionSums] = field(default_factory=dict)
     times: set[float] = field(default_factory=set)
     samples: int = 0
     held_out: str = "rows"
@@ -627,12 +648,8 @@ class Sums:
     backwards: int = 0
     strides: dict[float | None, float | None] = field(default_factory=dict)
     _reader: TimeReader = field(default_factory=TimeReader)
-    _befores: dict[tuple[int, int], float | None] = field(default_factory=dict)  # branch, which of its calls → time
-    _first: dict[int, tuple[int, int, Pair]] = field(default_factory=dict)  # ordinal → step, branch, its pair
-    _trails: dict[tuple[int, int], _FullPass] = field(default_factory=dict)
-    _step: tuple[int, frozenset[int]] = (0, frozenset())  # the last one, and branches that were called in it
+    _run: _Run = field(default_factory=_Run)
     _batch: int = 0  # how many are over
-    _apart: bool = False  # has any step of this run had two: does each branch have a call of its own?
 
     def __post_init__(self) -> None:
         self.exit = Layout.of_boundary(self.region.exit)
@@ -647,11 +664,7 @@ class Sums:
 
     def forget(self) -> None:
         """A batch is over."""
-        self._batch += 1
-        self._befores.clear()
-        self._first.clear()
-        self._trails.clear()
-        self._step, self._apart = (0, frozenset()), False
+        self._batch, self._run = self._batch + 1, _Run()
 
     def before(self, call: UNetCall) -> None:
         """A call is about to run; as an observer of the engine."""
@@ -672,16 +685,16 @@ class Sums:
         if emitted is None or call.place is None or call.decision is None:
             return
         if self.guidance is not None and not self.guided:
-            self.guided = self._apart or self._halves(call)
+            self.guided = self._run.apart or self._halves(call)
         if self.schedule is _ALL or call.decision.reason is not None:
             key = call.place.branch.number, call.place.ordinal
             feature = call.place.call.feature
-            self._trails[key] = _FullPass.after(self._trails.get(key), feature, emitted.exit, time)
+            self._run.trails[key] = _FullPass.after(self._run.trails.get(key), feature, emitted.exit, time)
 
     def _trail(self, call: UNetCall, time: float | None, before: float | None) -> tuple[Tensor | None, float]:
         """The last two full passes' trend, and how many times a straight line in log-SNR carries it on."""
         assert call.place is not None  # it has run, or is about to
-        last = self._trails.get((call.place.branch.number, call.place.ordinal))
+        last = self._run.trails.get((call.place.branch.number, call.place.ordinal))
         if last is None or last.trend is None:
             return None, 0.0
         times = [one for one in (time, before, last.time, last.before) if one is not None]
@@ -693,20 +706,21 @@ class Sums:
     def read(self, call: UNetCall) -> tuple[float | None, float | None]:
         """The times of a call, and of the call that served it; each call is read once."""
         assert call.place is not None  # it has run, or is about to
-        key = call.place.branch.number, call.place.ordinal
-        step, branches = self._step
-        self._step = (step, branches | {key[0]}) if step == call.place.step else (call.place.step, frozenset({key[0]}))
-        self._apart |= len(self._step[1]) > 1
+        key, run = (call.place.branch.number, call.place.ordinal), self._run
+        if run.step != call.place.step:
+            run.step, run.branches = call.place.step, set()
+        run.branches.add(call.place.branch.number)
+        run.apart |= len(run.branches) > 1
         time = None if call.time is None else self._reader.read(call.time)[0]
         time = None if time is None else single(time)  # as an adaptor is told it
-        before, self._befores[key] = self._befores.get(key), time
+        before, run.befores[key] = run.befores.get(key), time
         self.last_step = max(self.last_step, call.place.step)
         if time is not None:
             self.times.add(time)
         return time, before
 
     @torch.no_grad()
-    def add(self, call: UNetCall, outcome: Outcome, time: float | None, before: float | None) -> Place | None:
+    def add(self, call: UNetCall, outcome: Outcome, time: float | None, before: float | None) -> PositionSums | None:
         """Add what a full pass emitted, and what an adaptor would have had to predict it from."""
         emitted, feature = outcome.exits.get(0), call.decision.feature if call.decision else None
         if emitted is None or feature is None or call.place is None:
@@ -714,7 +728,7 @@ class Sums:
         place = self.places.get(time)
         if place is None:
             fit, held = (NormalEquations.empty(self.shape, emitted.exit.device) for _ in range(2))
-            place = self.places[time] = Place(call.place.step, time, self.strides.get(time, before), fit, held)
+            place = self.places[time] = PositionSums(call.place.step, time, self.strides.get(time, before), fit, held)
         place.steps.add(call.place.step)
         trend, farther = self._trail(call, time, before)
         stretch = self._stretch(place, before)
@@ -733,7 +747,7 @@ class Sums:
 
         count = len(emitted.exit)
         self.samples = max(self.samples, count)
-        if self.guidance is not None and self._apart:
+        if self.guidance is not None and self._run.apart:
             whole = pair(slice(None))
             self._add(place, whole)
             self._guide(place, call.place, whole)
@@ -761,7 +775,7 @@ class Sums:
             return False
         return torch.equal(*sample[:, :1].chunk(2))
 
-    def _stretch(self, place: Place, before: float | None) -> float:
+    def _stretch(self, place: PositionSums, before: float | None) -> float:
         """How many times longer the step is than the one that the place's weights are for; as an adaptor has it."""
         times = [time for time in (place.position, place.before, before) if time is not None]
         if before == place.before or len(times) < 3:
@@ -776,11 +790,11 @@ class Sums:
         bounds = sorted({*range(0, held, at_once), *range(held, count, at_once), count})
         return list(itertools.pairwise(bounds))
 
-    def _guide(self, place: Place, at: Position, pair: Pair) -> None:
+    def _guide(self, place: PositionSums, at: Position, pair: Pair) -> None:
         """With the step's other branch, once both are there; calls of other sizes are no two branches of one sample."""
-        other = self._first.pop(at.ordinal, None)
+        other = self._run.first.pop(at.ordinal, None)
         if other is None or other[0] != at.step or other[1] == at.branch.number:
-            self._first[at.ordinal] = (at.step, at.branch.number, pair)
+            self._run.first[at.ordinal] = (at.step, at.branch.number, pair)
         elif other[2].exit.shape == pair.exit.shape:
             self._add(place, self._guided(other[2], pair))
 
@@ -790,7 +804,7 @@ class Sums:
             first, second = second, first
         return first.combined(second, self.guidance)
 
-    def _add(self, place: Place, pair: Pair, start: int = 0, count: int | None = None) -> None:
+    def _add(self, place: PositionSums, pair: Pair, start: int = 0, count: int | None = None) -> None:
         """Add rows of samples, `start` and those after it of `count`: the last ones are held out.
 
         Of batches too small for that one in so many is held out as a whole, the second one first.
@@ -923,7 +937,7 @@ class Solver:
         trends = self.trends and any(bool(place.fit.trend_square.any()) for place in self.places)
         return [*names, *(f"{name}+trend" for name in names if trends and name != "gain")]
 
-    def best(self, place: Place, kind: Kind) -> tuple[float, float]:
+    def best(self, place: PositionSums, kind: Kind) -> tuple[float, float]:
         """(ridge, held-out error²) of one position; an endless ridge is the identity: of few rows it may be best."""
         errors = []
         for ridge in self.ridges:
@@ -994,11 +1008,11 @@ class Solver:
         return adaptor.to(self.places[0].held.cross.device)  # where the UNet runs
 
     @property
-    def chosen(self) -> list[tuple[Place, tuple[float, float]]]:
+    def chosen(self) -> list[tuple[PositionSums, tuple[float, float]]]:
         """Each position, with (ridge, held-out error²) of the kind that was chosen."""
         return list(zip(self.places, self.errors[self.name], strict=True))
 
-    def knot(self, place: Place, ridge: float, basis: Tensor | None) -> Knot:
+    def knot(self, place: PositionSums, ridge: float, basis: Tensor | None) -> Knot:
         """Solve with all that was seen at a position."""
         kind, whole = KINDS[self.name], place.fit + place.held
         own, weights = torch.arange(whole.shape.exit, device=whole.cross.device), whole.solve(kind, ridge)
@@ -1018,7 +1032,7 @@ class Solver:
         bounds = whole.low - margin, whole.high + margin
         return Knot(place.position, place.before, *bounds, weights[0], gain, inner, trend)
 
-    def again(self, position: float | None, place: Place) -> int:
+    def again(self, position: float | None, place: PositionSums) -> int:
         """Take other sums for a position, and choose the ridge anew; returns which position it is."""
         _check_finite(place)
         k = next(k for k, one in enumerate(self.places) if one.position == position)
@@ -1065,7 +1079,7 @@ class Solver:
         )
 
 
-def _check_finite(place: Place) -> None:
+def _check_finite(place: PositionSums) -> None:
     """Raise `ArgumentError` where NaN or infinity came into the sums: no weights follow from them."""
     if not (place.fit.finite and place.held.finite):
         raise ArgumentError(
