@@ -17,10 +17,11 @@ Source: Tumanyan et al., "Plug-and-Play Diffusion Features", arXiv 2211.12572; a
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -298,9 +299,7 @@ def dtype_of(unet: nn.Module) -> torch.dtype:
 
 def counts(cw: ClockworkWrapper) -> Counts:
     """A copy of what ran, that stays when the wrapper goes."""
-    stats = cw.stats
-    passes = (stats.full_passes, stats.adaptor_passes, stats.reasons.copy(), stats.regions.copy())
-    return Counts(*passes, stats.macs_run, stats.macs_plain)
+    return Counts(*(copy.copy(getattr(cw.stats, one.name)) for one in fields(Counts)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,9 +273,9 @@ class Watch:
     def __init__(self, unet: nn.Module, region: Region) -> None:
         self.unet, self.step, self.steps, self.calls = unet, 0, 0, 0
         self.branch, self.usable = (1, 0), False
-        self._wrapper = wrap(unet, schedule=_NEVER, region=region)
-        self._watching = self.observed(self)
-        self._watching.__enter__()
+        self._inside = contextlib.ExitStack()
+        self._wrapper = self._inside.enter_context(wrap(unet, schedule=_NEVER, region=region))
+        self._inside.enter_context(self.observed(self))
 
     def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
         """Within it, the observer sees every call too."""
@@ -317,8 +317,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._watching.__exit__(None, None, None)
-        self._wrapper.remove()
+        self._inside.close()
 
 
 @torch.no_grad()

@@ -259,12 +259,7 @@ def tune(
         times = _times(unet, generate, batches[0], regions, time) if unet is pipe else None
         home = _home(folder / _key(pipe, unet, options, saving, guidance, regions, time, times))
     if home is not None and (home / _FILE).exists():
-        tuning, own = _saved(home / _FILE), CalibratedAdaptor.from_pretrained(home).region_options
-        region = choose(first_call(unet, generate, batches[0], 0, time=time), unet, **own)
-        cw = wrap(unet, home, schedule=Schedule.at(tuning.chosen.steps), region=region)  # moves it to the UNet's device
-        read: Any = cw.adaptor
-        read.tuning = tuning
-        return cw
+        return _wrapped_again(home, unet, generate, batches[0], time)
     solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
     tuner = _Tuner(unet, generate, batches, solving, on_trial or (lambda trial: None))
     adaptor, region, tuning = tuner.run(saving, regions, begun, console)
@@ -591,6 +586,16 @@ def _check_shorter(pipe: Any, unet: nn.Module, shorter: Any, batch: Any, time: s
             do="pass shorter=lambda steps: my_sampler(steps); a pipeline has num_inference_steps, and needs none",
         )
     first_call(unet, with_seed(generate), batch, 0, time=time)
+
+
+def _wrapped_again(home: Path, unet: nn.Module, generate: Generate, batch: Any, time: str | None) -> ClockworkWrapper:
+    """The UNet, wrapped as an earlier call has found it best."""
+    tuning, own = _saved(home / _FILE), CalibratedAdaptor.from_pretrained(home).region_options
+    region = choose(first_call(unet, generate, batch, 0, time=time), unet, **own)
+    cw = wrap(unet, home, schedule=Schedule.at(tuning.chosen.steps), region=region)  # moves it to the UNet's device
+    read: Any = cw.adaptor
+    read.tuning = tuning
+    return cw
 
 
 def _saved(file: Path) -> Tuning:

@@ -786,8 +786,8 @@ def _round(facts: Facts, source: int, target: int) -> list[str]:
     for n in range(source + 1, target):
         if not reached.isdisjoint(trace.sources[n]):
             reached.add(n)
-    between = [n for n in sorted(reached - {source}) if dominance.live[n]]
-    return list(dict.fromkeys(facts.name(n) for n in between if not dominance.within(n, target)))
+    live = [n for n in sorted(reached - {source}) if dominance.live[n]]
+    return list(dict.fromkeys(facts.name(n) for n in live if not dominance.within(n, target)))
 
 
 def _output_of(facts: Facts, path: str, role: str) -> int:

@@ -279,21 +279,13 @@ class Learner:
 
     def _past(self, call: RecordedCall, schedule: Schedule) -> stand_in.Past:
         """What an adaptor is given of the steps before a recorded call."""
-        source, exits = call.source, list[RecordedCall]()
-        assert source is not None and source.exit is not None  # noqa: PT018 - it serves an adapted call
+        source = next(call.sources())  # it serves an adapted call
         past = stand_in.Past(source.captured.get("entry"), _scalar(source.time, source.exit))
-        one: RecordedCall | None = source if "trend" in self.needs else None
-        while one is not None and len(exits) < 2:
-            if schedule.is_full(one.step):
-                exits.append(one)
-            one = one.source
-        if len(exits) < 2 or any(one.exit is None for one in exits):
+        full = [one for one in call.sources() if schedule.is_full(one.step)][:2] if "trend" in self.needs else []
+        exits = [(one.exit, _scalar(one.time, one.exit)) for one in full if one.exit is not None]
+        if len(exits) < 2:
             return past
-        trail: Trail | None = None
-        for full in reversed(exits):
-            assert full.exit is not None  # asked above
-            trail = Trail.after(trail, full.exit, _scalar(full.time, full.exit))
-        assert trail is not None  # there were two
+        trail = Trail.after(Trail.after(None, *exits[1]), *exits[0])
         return past._replace(trend=trail.trend, trend_positions=trail.positions)
 
     def _predict(

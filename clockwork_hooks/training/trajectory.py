@@ -97,6 +97,13 @@ class RecordedCall:
     student_output: Tensor | None = None
     region: Region | None = None
 
+    def sources(self) -> Iterator[RecordedCall]:
+        """The same call of the steps before, the last one first."""
+        source = self.source
+        while source is not None:
+            yield source
+            source = source.source
+
 
 TENSORS = ("args", "kwargs", "captured", "exit", "output", "student_exit", "student_output")
 """Fields of a `RecordedCall` that hold tensors."""
