@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,25 @@ def test_a_saved_adaptor_is_named_by_its_folder(tmp_path):
     other = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5, level=2)
     with pytest.raises(ch.AdaptorError, match="made for"):
         ch.plan(unet, sampler(unet), [1], max_error=0.9, adaptor=folder, regions=[other], clocks=(2,), probes=1)
+
+
+@pytest.mark.parametrize("named", [str, Path])
+def test_a_saved_adaptor_is_followed_where_the_unet_runs(named, tmp_path):
+    """It is loaded on the CPU: the first call that it is compared in moves it, however its folder was passed."""
+    unet = tiny()
+    region = ch.find_region(unet, torch.zeros(1, 2, 16, 16), 0.5)
+    ch.ResNetAdaptor.for_region(region, width=8).save_pretrained(tmp_path)
+    wide = unet.double()
+
+    def generate(count, seed):
+        x = torch.randn(count, 2, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
+        for t in TIMES:
+            x = x - wide(x, t) / 8
+        return x
+
+    (one,) = candidates(sampling.first_call(unet, generate, 1, 0), unet, None, named(tmp_path))
+    sampling.follow(sampling.Runs(unet, generate, [(1, 0)]), [one], 1, lambda: None)
+    assert {parameter.dtype for parameter in one.adaptor.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("choice", [{"cut": "paper"}, {"level": 2}, {"entry": "stem", "exit": "up1"}])

@@ -516,7 +516,7 @@ class _Follower:
         self.tracing: Pass | None = None
         self.last: dict[tuple[int, int], _Before] = {}
         self.sums: dict[tuple[str, int, int], list[Tensor]] = {}  # (what, step, age) → two sums, on the device
-        self.placed = candidate.argument is None
+        self._movable = candidate.adaptor is not candidate.argument  # it was loaded here, on the CPU
 
     @contextlib.contextmanager
     def at(self, watch: Watch) -> Iterator[None]:
@@ -572,9 +572,9 @@ class _Follower:
     ) -> Tensor:
         """What the adaptor makes of a cached exit; `before` is the step that it comes from, or was adapted in."""
         adaptor = self.candidate.adaptor
-        if not self.placed and isinstance(self.candidate.argument, str):  # it is ours to move
+        if self._movable:
             stand_in.place(adaptor, cached)
-        self.placed = True
+            self._movable = False
         where = {"region": self.candidate.region, "adaptor": adaptor}
         with torch.no_grad():
             past = stand_in.Past(next(iter(before.entries), None), before.time)
