@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -216,8 +216,11 @@ class Choice:
         return set(resolution) == {self.resolution}
 
 
+_NAMED = "a region is chosen by options of known names"
+
+
 def split_options(
-    unet: nn.Module, kwargs: Mapping[str, Any], beside: Iterable[str] = ()
+    unet: nn.Module, kwargs: Mapping[str, Any], beside: Collection[str] = ()
 ) -> tuple[ChoiceOptions, dict[str, Any]]:
     """Tell the options of a choice from the arguments of the UNet's call.
 
@@ -233,7 +236,10 @@ def split_options(
     rest = {name: value for name, value in kwargs.items() if name not in options}
     taken = inspect.signature(unet.forward).parameters if isinstance(unet, nn.Module) else {}
     if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
-        _check_names([name for name in rest if name not in taken], (*ChoiceOptions.__annotations__, *beside))
+        known, rule = (*ChoiceOptions.__annotations__, *beside), "options have known names" if beside else _NAMED
+        for name in rest:
+            if name not in taken and get_close_matches(name, known, n=1, cutoff=0.75):
+                raise no_option(name, known, rule=rule)
     return options, rest
 
 
@@ -276,17 +282,6 @@ def found_or_why(wanted: Region | Choice, trace: Trace, unet: nn.Module) -> tupl
         if not wanted.is_default:
             raise
         return None, str(error)
-
-
-_NAMED = "a region is chosen by options of known names"
-
-
-def _check_names(names: list[str], options: tuple[str, ...]) -> None:
-    """Raise `ArgumentError` for the first name, of those that the UNet does not take, that an option nearly has."""
-    for name in names:
-        if get_close_matches(name, options, n=1, cutoff=0.75):
-            rule = _NAMED if len(options) == len(ChoiceOptions.__annotations__) else "options have known names"
-            raise no_option(name, options, rule=rule)
 
 
 def _none_such(search: Search, name: str, wanted: object, there: Sequence[object]) -> RegionNotFoundError:
