@@ -1,4 +1,4 @@
-"""What an adaptor computes from the time alone runs beside the UNet's first layers in a capture, and is waited for."""
+"""What an adaptor computes without the entry runs beside the UNet's first layers in a capture, and is waited for."""
 
 import contextlib
 import weakref
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clockwork_hooks.adaptors import ahead
-from tests.test_calibration import adaptor_of
+from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
+from clockwork_hooks.regions.region import Layout
 
 
 class _Stream:
@@ -49,13 +50,22 @@ def main(monkeypatch: pytest.MonkeyPatch) -> _Stream:
 
 
 def run(adaptor: Any, cached: Tensor) -> Tensor:
+    entry = cached.flip(2) if adaptor.entry is not None else None
     with Launches():
-        adapted: Tensor = adaptor(None, cached, position=torch.tensor(400.0), position_cached=torch.tensor(500.0))
+        adapted: Tensor = adaptor(entry, cached, position=torch.tensor(400.0), position_cached=torch.tensor(500.0))
     return adapted
 
 
-def test_weights_come_from_another_stream_and_are_waited_for(main: _Stream) -> None:
-    adaptor, cached = adaptor_of(), torch.randn(1, 4, 8, 8)
+@pytest.mark.parametrize("reads", [("exit",), ("exit", "entry")])
+def test_what_waits_for_no_entry_comes_from_another_stream_and_is_waited_for(
+    main: _Stream, reads: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    layout, cached = Layout(4, (8, 8)), torch.randn(1, 4, 8, 8)
+    adaptor = CalibratedAdaptor(
+        form="linear", knots=1, points=0, exit=layout, entry=layout if "entry" in reads else None
+    ).eval()
+    torch.nn.init.normal_(adaptor.table.data[:, 9:])  # what comes after the bounds and the stride
     expected = run(adaptor, cached)
     assert all(stream is main for what, stream, *_ in _Stream.log if what == "launch")
     _Stream.log.clear()
@@ -70,9 +80,13 @@ def test_weights_come_from_another_stream_and_are_waited_for(main: _Stream) -> N
     launches = [(k, entry[1]) for k, entry in enumerate(log) if entry[0] == "launch"]
     aside = [k for k, stream in launches if stream is branch]
     after = [k for k, stream in launches if stream is main and k > aside[0]]
-    assert len(aside) > 2 * len(after)
     joined = log.index(("wait", main, branch))
-    assert aside[-1] < joined < after[0]
+    assert aside[-1] < joined
+    products = [log[k][2] for k in after if "mm" in log[k][2]]
+    assert len(products) == reads.count("entry"), products
+    assert not torch.equal(expected, cached)
+    assert bool(after) == ("entry" in reads)
+    assert all(joined < k for k in after)
     assert log[-1] == ("wait", main, branch)
 
 

@@ -1,9 +1,8 @@
-"""What an adaptor computes from the time alone: in a captured pass it runs beside the UNet's first layers.
+"""What an adaptor computes without this call's entry: in a captured pass it runs beside the UNet's first layers.
 
-Such tensors are small, but some twenty kernels make them, one after the other. A CUDA graph keeps the order that the
-capture saw; on a stream that leaves it where the pass begins, they are done before the adaptor is called. Of an adaptor
-pass of SD v1.5 at its widest region that saves 1.1% with `affine`, 3.0% with `exit+entry+before+trend` (H200, two runs
-of benchmarks/gpu_latency.py on two machines).
+The weights of a step are small, but some twenty kernels make them, one after the other; what they make of the cached
+exit is there when the pass begins. A CUDA graph keeps the order that the capture saw; on a stream that leaves it where
+the pass begins, all that is done before the adaptor is called.
 """
 
 from __future__ import annotations

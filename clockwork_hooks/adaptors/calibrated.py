@@ -64,7 +64,9 @@ class _Weights(NamedTuple):
     high: Tensor
     bias: Tensor
     gain: Tensor | None
-    factors: tuple[Tensor, ...]
+    of_cached: tuple[Tensor, ...]  # what is multiplied with it, one after the other
+    of_entry: tuple[Tensor, ...]
+    of_before: tuple[Tensor, ...]
     kernel: Tensor | None
     trend: Tensor | None
 
@@ -180,6 +182,8 @@ class CalibratedAdaptor(LearnedAdaptor):
         self.report: Any = None
         self.tuning: Any = None
         channels = self.exit.channels
+        entries = [] if self.entry is None else [self.entry.channels] * (1 + reads_before)
+        self._read = [channels, *entries]  # channels of what the matrix reads, in order
         gain = 0 if form in ("linear", "kernel") else channels
         matrix = {"affine": 0, "linear": self.reads * channels, "low rank": self.reads * rank}
         matrix["kernel"] = (self.reads + (3**self.exit.rank - 1) * channels) * channels
@@ -248,7 +252,7 @@ class CalibratedAdaptor(LearnedAdaptor):
     @property
     def reads(self) -> int:
         """Channels that the matrix reads."""
-        return self.exit.channels + (0 if self.entry is None else self.entry.channels * (1 + self.reads_before))
+        return sum(self._read)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibratedAdaptor:
         """Move it. Its numbers stay float32: log-SNR and strides would not survive float16; rows are cast when read."""
@@ -292,45 +296,42 @@ class CalibratedAdaptor(LearnedAdaptor):
                 seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
                 do="calibrate one for this region",
             )
-        sizes = (-1, *(1,) * (exit_cached.ndim - 2)) if axis == 1 else (-1,)
-        weights = ahead(self._weights, sizes, exit_cached.dtype, position, position_cached, trend_positions)
-        gain = weights.gain
-        exit = exit_cached + weights.bias if gain is None else torch.addcmul(weights.bias, exit_cached, gain)
-        if weights.factors:
-            exit = self._add_product(exit, exit_cached, entry, entry_cached, weights.factors, axis)
+        step = position, position_cached, trend_positions
+        exit, weights = ahead(self._without_the_entry, exit_cached, entry_cached, trend, step, axis)
+        if weights.of_entry:
+            exit = _add_product(exit, self._like_exit(entry, exit_cached), weights.of_entry, axis)
+            exit = exit.clamp(weights.low, weights.high)
+        return exit.to(exit_cached.dtype)
+
+    def _without_the_entry(
+        self,
+        cached: Tensor,
+        before: Tensor | None,
+        trend: Tensor | None,
+        step: tuple[Tensor | None, Tensor | None, Tensor | None],
+        axis: int,
+    ) -> tuple[Tensor, _Weights]:
+        """The exit as far as it does not wait for this call's entry, and the weights.
+
+        Args:
+            cached: the cached exit.
+            before: the entry that came with it.
+            trend: how the exit moved between the last two full passes.
+            step: the positions that tell the weights.
+            axis: of the channels.
+        """
+        sizes = (-1, *(1,) * (cached.ndim - 2)) if axis == 1 else (-1,)
+        weights = self._weights(sizes, cached.dtype, *step)
+        exit = cached + weights.bias if weights.gain is None else torch.addcmul(weights.bias, cached, weights.gain)
+        if weights.of_cached:
+            exit = _add_product(exit, cached, weights.of_cached, axis)
+        if weights.of_before:
+            exit = _add_product(exit, self._like_exit(before, cached), weights.of_before, axis)
         if weights.kernel is not None:
-            exit = exit + self._convolution(exit_cached, weights.kernel)
+            exit = exit + self._convolution(cached, weights.kernel)
         if trend is not None and weights.trend is not None:
             exit = torch.addcmul(exit, trend, weights.trend)
-        return exit.clamp(weights.low, weights.high).to(exit_cached.dtype)
-
-    def _add_product(
-        self,
-        exit: Tensor,
-        cached: Tensor,
-        entry: Tensor | None,
-        before: Tensor | None,
-        factors: Sequence[Tensor],
-        axis: int,
-    ) -> Tensor:
-        """What the matrix makes of all that is read, added to the exit so far, in its memory: one matrix product."""
-        parts = [cached]
-        if self.entry is not None:
-            parts.append(self._like_exit(entry, cached))
-            if self.reads_before:
-                parts.append(self._like_exit(before, cached))
-        x = torch.cat(parts, axis) if len(parts) > 1 else cached
-        if axis == 1 and not _channels_last(x):
-            x = x.flatten(2)
-            for factor in factors[:-1]:
-                x = factor.T @ x
-            last = factors[-1].T.expand(len(x), -1, -1)
-            return exit.flatten(2).baddbmm_(last, x).reshape(cached.shape)
-        x, exit = x.movedim(axis, -1), exit.movedim(axis, -1)
-        x = x.reshape(-1, x.shape[-1])
-        for factor in factors[:-1]:
-            x = x @ factor
-        return exit.reshape(-1, exit.shape[-1]).addmm_(x, factors[-1]).reshape(exit.shape).movedim(-1, axis)
+        return exit if weights.of_entry else exit.clamp(weights.low, weights.high), weights
 
     def _convolution(self, cached: Tensor, kernel: Tensor) -> Tensor:
         """What the positions around add."""
@@ -376,25 +377,29 @@ class CalibratedAdaptor(LearnedAdaptor):
         bias, *gains = free.to(dtype).reshape(-1, self.exit.channels, *sizes[1:])
         own = self.reads * self.exit.channels if self.form == "kernel" else len(solved)
         matrix, around = solved[:own], solved[own:]
+        of_cached, of_entry, of_before = self._matrices(matrix, stretch, dtype) if len(matrix) else ((), (), ())
         return _Weights(
             low=low,
             high=high,
             bias=bias,
             gain=gains[0] if gains else None,
-            factors=self._factors(matrix, stretch, dtype) if len(matrix) else (),
+            of_cached=of_cached,
+            of_entry=of_entry,
+            of_before=of_before,
             kernel=self._kernel(around * stretch, dtype) if len(around) else None,
             trend=(along if farther is None else along * farther).to(dtype).reshape(sizes) if len(along) else None,
         )
 
-    def _factors(self, matrix: Tensor, stretch: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What is multiplied, one after the other, with all that is read."""
-        weights = (matrix * stretch).reshape(self.reads, -1)
-        if self.reads_before and self.entry is not None:
-            # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
-            exit, _, outer = weights.split([self.exit.channels, self.entry.channels, self.entry.channels])
-            inner = matrix.reshape(weights.shape)[len(exit) : len(weights) - len(outer)]
-            weights = torch.cat([exit, inner, outer - inner])
-        return (weights.to(dtype), *([] if self.basis is None else [self.basis.to(dtype)]))
+    def _matrices(self, matrix: Tensor, stretch: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """What is multiplied, one after the other, with the cached exit, the entry, and the entry before."""
+        solved = matrix.reshape(self.reads, -1)
+        parts = list((solved * stretch).split(self._read))
+        if len(parts) > 2:  # b·(entry - before) + c·before, as the table has it; what changes needs no stretch
+            inner = solved.split(self._read)[1]
+            parts[1:] = inner, parts[2] - inner
+        shared = () if self.basis is None else (self.basis.to(dtype),)
+        made: list[tuple[Tensor, ...]] = [(part.to(dtype), *shared) for part in parts]
+        return made + [()] * (3 - len(made))
 
     def _kernel(self, around: Tensor, dtype: torch.dtype) -> Tensor:
         """Of a convolution whose middle is zero."""
@@ -540,6 +545,26 @@ def like_exit(entry: Tensor, layout: Layout, cached: Tensor, exit: Layout) -> Te
             do='do without the entry: kind="affine" or kind="exit"',
         )
     return entry.to(cached.dtype)
+
+
+def _add_product(exit: Tensor, x: Tensor, matrices: Sequence[Tensor], axis: int) -> Tensor:
+    """What matrices make of the channels of `x`, one after the other, added to the exit in its memory."""
+    for matrix in matrices[:-1]:
+        x = _product(x, matrix, axis)
+    matrix = matrices[-1]
+    if torch.compiler.is_compiling():  # one kernel then adds up all there is; in place, torch would copy first
+        return exit + _product(x, matrix, axis)
+    if axis == 1 and not _channels_last(x):
+        return exit.flatten(2).baddbmm_(matrix.T.expand(len(x), -1, -1), x.flatten(2)).reshape(exit.shape)
+    x, exit = x.movedim(axis, -1), exit.movedim(axis, -1)
+    total = exit.reshape(-1, exit.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix)
+    return total.reshape(exit.shape).movedim(-1, axis)
+
+
+def _product(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    if axis == 1 and not _channels_last(x):
+        return (matrix.T @ x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
+    return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
 
 
 def _channels_last(x: Tensor) -> bool:
