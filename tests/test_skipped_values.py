@@ -639,11 +639,44 @@ def scripted(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
     return out + scripted_size(low)
 
 
-@pytest.mark.parametrize("twist", [shape, checked, computed, recursive, dropped, selected, scripted, in_evaluation])
+def changed(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+    """What is made of it is written to, and seen as another shape, also one that lies elsewhere in its memory."""
+    made = torch.cat([low, low * 2], 1)
+    made.mul_(2)[:, 1:2] = 0
+    part = made[:, 2:].transpose(1, 2)
+    part.add_(1)
+    unet.table["shape"] = out.new_zeros(part.as_strided((2, 3), (3, 1), 5).shape + part.contiguous().view(-1).shape[:0])
+    return out + sum(one.shape[1] for one in made.chunk(2, 1)) + part.stride(2) + part.storage_offset()
+
+
+@pytest.mark.parametrize(
+    "twist", [shape, checked, computed, recursive, dropped, selected, scripted, in_evaluation, changed]
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_what_needs_no_value_is_served(twist: Any, mode: Any) -> None:
     assert either(twist, mode) == 3 * "FAFAFAFA"
     assert either(twist, mode, clock=4) == 3 * "FAAAFAAA"
+
+
+def test_what_is_made_of_it_is_computed_once() -> None:
+    """From the second time on its form is known, and nobody reads more: no kernel runs."""
+    kernels = []
+
+    def glue(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            torch.cat([low, out.new_ones(2, 3, *low.shape[2:])], 1).flatten(1).softmax(1)
+        names = [row.key for row in seen.key_averages() for _ in range(row.count)]
+        kernels.append((names.count("aten::cat"), names.count("aten::_softmax")))
+        return out
+
+    unet, (x, c) = Twisted(glue), inputs()
+    with torch.no_grad(), ch.wrap(unet) as cw, cw.trajectory(steps=len(TIMES)):
+        for t in TIMES:
+            unet(x, t, c)
+    assert cw.stats.adaptor_passes == 4
+    # an operator of a placeholder is seen, and so is that of zeros where it is computed: in the first adaptor pass
+    assert min(kernels[1]) >= 2
+    assert kernels[2:] == [(1, 1)] * 6
 
 
 def in_place(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:

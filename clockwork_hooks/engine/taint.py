@@ -14,14 +14,14 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
-from clockwork_hooks._tree import address, flat, tensors
+from clockwork_hooks._tree import address, flat, map_leaves, tensors
 from clockwork_hooks.graph.recorder import eager, written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
@@ -118,7 +118,7 @@ class Taint:
         """The same for another pass."""
         return type(self)(self.scratch)
 
-    def on(self, placeholder: torch.Tensor) -> torch.Tensor:
+    def on(self, placeholder: torch.Tensor | Form) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
         tainted = Tainted(placeholder)
         self.add(tainted)
@@ -255,34 +255,64 @@ def _is_placeholder(value: Any) -> bool:
     return isinstance(value, Tainted) and value.taints
 
 
+class Form(NamedTuple):
+    """What is known of a placeholder: how such a tensor would lie in memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Form:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device)
+
+    def zeros(self) -> torch.Tensor:
+        """Memory of this form."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        size = self.offset + last + 1 if 0 not in self.shape else 0
+        memory = torch.zeros(size, dtype=self.dtype, device=self.device)
+        return memory.as_strided(self.shape, self.stride, self.offset if size else 0)
+
+
 class Tainted(torch.Tensor):
     """A placeholder, or what was made of one: operators that take it return such tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, plain: torch.Tensor) -> Tainted:
-        """Args: zeros of its shape, that operators compute with."""
-        throw = _throws()
+    def __new__(cls, plain: torch.Tensor | Form) -> Tainted:
+        """Args: zeros of its shape, that operators compute with; or its form, and they are made once one asks."""
+        form, throw = plain if isinstance(plain, Form) else Form.of(plain), _throws()
         if throw is None:  # it has memory then: C++ that is no operator may read zeros
-            tainted: Tainted = torch.Tensor._make_subclass(cls, plain)
+            memory = plain.zeros() if isinstance(plain, Form) else plain
+            tainted: Tainted = torch.Tensor._make_subclass(cls, memory)
         else:
             tainted = torch.Tensor._make_wrapper_subclass(
                 cls,
-                plain.shape,
-                strides=plain.stride(),
-                storage_offset=plain.storage_offset(),
-                dtype=plain.dtype,
-                layout=plain.layout,
-                device=plain.device,
+                form.shape,
+                strides=form.stride,
+                storage_offset=form.offset,
+                dtype=form.dtype,
+                layout=torch.strided,
+                device=form.device,
             )
             throw(tainted)
-        tainted.plain, tainted._home = plain, address(_storage(tainted))
+        tainted._plain, tainted._home = plain, address(_storage(tainted))
         return tainted
 
-    plain: torch.Tensor
+    _plain: torch.Tensor | Form
     _home: int
     taints = True  # is what an operator makes of it a placeholder?
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """What operators compute with."""
+        if isinstance(self._plain, Form):
+            self._plain = self._plain.zeros()
+        return self._plain
 
     def takes_placeholder(self) -> bool:
         """One is about to be written to it: may it?"""
@@ -316,32 +346,40 @@ class Tainted(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        own: list[Tainted] = []
-        traits, plain = _traits(func), [_plain(arg, own) for arg in args]
-        named = {name: _plain(arg, own) for name, arg in kwargs.items()} if kwargs else {}
+        kwargs = kwargs or {}
+        own, traits = _own((args, tuple(kwargs.values())), []), _traits(func)
         if traits.shape_only:
-            return func(*plain, **named)
+            return func(*map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
         if traits.made_of_others:
-            return func.decompose(*args, **(kwargs or {}))
+            return func.decompose(*args, **kwargs)
         if traits.reshapes:
             refuse()
         tainted = _is_placeholder(args[0]) if traits.first_only else any(one.taints for one in own)
+        # nobody reads what comes of placeholders: once such a call has shown its form, nothing is computed
+        key = _key(func, args, kwargs) if tainted and traits.pure and all(type(one) is cls for one in own) else None
+        if key is not None and key in _forms:
+            return _made(_forms[key])
         if tainted:
             if traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs))):
                 refuse()
-            for tensor in _written_by(func, args, kwargs or {}) if traits.writes else ():
+            for tensor in _written_by(func, args, kwargs) if traits.writes else ():
                 if not _takes_placeholder(tensor):
                     refuse(tensor)
         if traits.foreign:
             for one in own:
                 one.is_known_elsewhere()
         try:
-            out = func(*plain, **named)
+            out = func(*map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
         except Exception:  # memory that zeros share cannot be written to, for one; and the UNet may catch it
             if tainted:
                 _mark()
             raise
-        return _tainted(out, own) if tainted else _real(out, own)
+        if not tainted:
+            return _real(out, own)
+        placeholders = _tainted(out, own)
+        if key is not None and all(_same(one, own) is None for one in tensors(out)):
+            _remember(key, map_leaves(_form, out))
+        return placeholders
 
 
 def _throws() -> Any:
@@ -357,7 +395,8 @@ class _Traits(NamedTuple):
 
     One that selects reads only what follows its first argument; one that reshapes gives a tensor another shape, where
     Python sees the old one; one that is foreign may do with memory as it likes. One that is made of others reads what
-    those read: autograd takes it apart, inference mode does not.
+    those read: autograd takes it apart, inference mode does not. One that is pure does nothing but make tensors, whose
+    form follows from the forms of what it is given.
     """
 
     shape_only: bool
@@ -368,6 +407,7 @@ class _Traits(NamedTuple):
     reshapes: bool
     foreign: bool
     made_of_others: bool
+    pure: bool
 
 
 @functools.cache
@@ -384,7 +424,9 @@ def _traits(func: Any) -> _Traits:
     writes = schema is not None and (schema.is_mutable or any(one.name in _STATISTICS for one in schema.arguments))
     reshapes, foreign = torch.Tag.inplace_view in tags, getattr(func, "namespace", "") != "aten"
     composite = schema is not None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
-    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign, composite)
+    makes = schema is not None and bool(schema.returns) and all("Tensor" in str(one.type) for one in schema.returns)
+    pure = makes and not (reads or writes or foreign or torch.Tag.nondeterministic_seeded in tags)
+    return _Traits(shape_only, name in FIRST_ONLY, reads, writes, name in _SELECTS, reshapes, foreign, composite, pure)
 
 
 def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -402,14 +444,23 @@ def _takes_placeholder(tensor: torch.Tensor) -> bool:
     return bool(scratch) and address(tensor.untyped_storage()) in scratch
 
 
-def _plain(value: Any, own: list[Tainted]) -> Any:
-    """An operator's argument without placeholders, which are added to `own`."""
+def _own(value: Any, own: list[Tainted]) -> list[Tainted]:
+    """The placeholders among an operator's arguments."""
     if isinstance(value, Tainted):
         if value.exchanged:
             refuse()
         own.append(value)
+    elif type(value) in (list, tuple):
+        for one in value:
+            _own(one, own)
+    return own
+
+
+def _plain(value: Any) -> Any:
+    """An operator's argument without placeholders."""
+    if isinstance(value, Tainted):
         return value.plain
-    return [_plain(one, own) for one in value] if type(value) in (list, tuple) else value
+    return [_plain(one) for one in value] if type(value) in (list, tuple) else value
 
 
 def _tainted(out: Any, own: list[Tainted]) -> Any:
@@ -423,6 +474,45 @@ def _tainted(out: Any, own: list[Tainted]) -> Any:
         taint = _here.taint
         return same if same is not None else Tainted(out) if taint is None else taint.on(out)
     return type(out)([_tainted(one, own) for one in out]) if type(out) in (list, tuple) else out
+
+
+_forms: dict[Hashable, Any] = {}  # what operators make of placeholders, of all passes
+_MOST_FORMS = 4096
+
+
+def _remember(key: Hashable, forms: Any) -> None:
+    if len(_forms) >= _MOST_FORMS:
+        _forms.clear()
+    _forms[key] = forms
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """What the forms of an operator's results follow from; None where that is not known."""
+    try:
+        key = (func, *map(_part, args), *((name, _part(arg)) for name, arg in kwargs.items()))
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _part(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (Tainted, torch.Tensor, nn.Parameter) or not is_dense(value):
+            raise TypeError
+        return Form.of(value)
+    return (type(value), *(map(_part, value) if type(value) in (list, tuple) else (value,)))
+
+
+def _form(leaf: Any) -> Any:
+    return Form.of(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _made(forms: Any) -> Any:
+    """Placeholders of these forms."""
+    if isinstance(forms, Form):
+        return Tainted(forms) if _here.taint is None else _here.taint.on(forms)
+    return type(forms)([_made(one) for one in forms]) if type(forms) in (list, tuple) else forms
 
 
 def _same(out: torch.Tensor, own: list[Tainted]) -> Tainted | None:
