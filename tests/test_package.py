@@ -192,6 +192,8 @@ print(*sorted(set(sys.modules) - before))
     assert not [name for name in wrapping if name.startswith(("torch._dynamo", "torch._inductor"))]
     light = {"clockwork_hooks", "torch", "numpy", *sys.stdlib_module_names}  # torch has loaded numpy
     assert {name.partition(".")[0] for name in wrapping} <= light
+    compiler = [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert not compiler, "torch's compiler takes seconds to load, and first calls compile nothing"
     first = {name.partition(".")[0] for name in loaded}  # by the first calls; fvcore's handles come from their file
     assert not first & {"fvcore", "iopath", "tabulate", "typer", "rich", "matplotlib", "PIL", "diffusers"}
 

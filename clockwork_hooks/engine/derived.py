@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
 from clockwork_hooks._tree import address, flat, leaf_at, map_leaves, tensors
 from clockwork_hooks.engine.chain import RegionUse, Signature
@@ -44,7 +43,7 @@ from clockwork_hooks.graph.operators import (
     kind,
     qualified_name,
 )
-from clockwork_hooks.graph.recorder import ModuleCall, eager, specs_in, written_by
+from clockwork_hooks.graph.recorder import ModuleCall, OperatorMode, eager, specs_in, written_by
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 
@@ -133,7 +132,7 @@ class Derived(Signature):
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
-class Left(TorchDispatchMode):
+class Left(OperatorMode):
     """What of the tensors that a call makes of its inputs outlives it: a module may read it in the next step.
 
     A skipped module leaves nothing behind, so that what it left in the step before would be stale.
@@ -143,7 +142,7 @@ class Left(TorchDispatchMode):
     """
 
     def __init__(self, inputs: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._products = {id(tensor): weakref.ref(tensor) for tensor in tensors(inputs)}
         self._inputs = frozenset(self._products)
 

@@ -19,11 +19,10 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
 from clockwork_hooks._tree import address, map_leaves, tensors
 from clockwork_hooks.engine.taint import Taint, Tainted, here, is_dense, refuse
-from clockwork_hooks.graph.recorder import eager
+from clockwork_hooks.graph.recorder import OperatorMode, eager
 from clockwork_hooks.graph.tracing import SHAPE_ONLY
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -101,13 +100,11 @@ class Following(_Looking):
         return map_leaves(_out, values) if fresh else values
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(OperatorMode):
     """Sees every operator."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, looking: _Looking) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._looking, self.on = looking, True
 
     def __torch_dispatch__(

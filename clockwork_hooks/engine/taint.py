@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode  # public, though its module's name is not
 
 from clockwork_hooks._tree import address, flat, map_leaves, tensors
-from clockwork_hooks.graph.recorder import eager, written_by
+from clockwork_hooks.graph.recorder import OperatorMode, eager, written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
 if TYPE_CHECKING:
@@ -46,16 +45,14 @@ class SkippedValueError(RuntimeError):
     """Code asks for a value of what an adaptor pass has skipped; the pass is run again in full."""
 
 
-class Reads(TorchDispatchMode):
+class Reads(OperatorMode):
     """Sees whether an operator takes one tensor: the exit that an adaptor pass gives.
 
     A UNet may read another one, where a skipped call would have left it: in another module's attribute, for example.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._storage: Any = None
         self._read = False
 

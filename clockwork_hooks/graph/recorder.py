@@ -406,13 +406,25 @@ class _Eager:
 eager = _Eager()
 
 
-class Recorder(TorchDispatchMode):
-    """Records between `start()` and `stop()`; both are called in the thread that calls the module."""
+class OperatorMode(TorchDispatchMode):
+    """Sees every operator that runs within its block; what is compiled runs in eager there (`eager`)."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, root: nn.Module, arguments: Arguments, paths: Mapping[int, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled within. Else torch loads its compiler with the first operator, which takes 1.7 s."""
+        return False
+
+
+class Recorder(OperatorMode):
+    """Records between `start()` and `stop()`; both are called in the thread that calls the module."""
+
+    def __init__(self, root: nn.Module, arguments: Arguments, paths: Mapping[int, str]) -> None:
+        super().__init__()
         self.bindings = Bindings(root, arguments)
         self.calls: list[ModuleCall] = []
         self.likely: LikelyExits | None = None
