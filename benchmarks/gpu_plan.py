@@ -130,7 +130,7 @@ def plan(run: Latency) -> list[Section]:
         ("sd15 passes captured", 12, lambda: passes("sd15", "cudagraphs", more, 32)),
         ("sd15 passes eager", 10, lambda: passes("sd15", "eager", few, 24)),
         ("checks captured", 12, lambda: (equal("cudagraphs", {"mode": "cudagraphs"}), checks())),
-        ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 36)),
+        ("sdxl passes captured", 12, lambda: passes("sdxl", "cudagraphs", few, 75)),
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
         ("checks compiled", 10, lambda: equal("compile", clockwork_options(run.compile_options))),
         ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 80)),
