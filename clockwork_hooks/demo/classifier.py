@@ -273,9 +273,9 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def train_classifier(
-    *, device: str, seconds: float, log: Log, batch: int = 512, scenes: int = 400_000, seed: int = 0, rate: float = 2e-3
+    *, device: str, seconds: float, log: Log, batch: int = 512, scenes: int = 400_000, seed: int = 0
 ) -> AttributeClassifier:
-    """Train the classifier for some time.
+    """Train the classifier for some time; the learning rate is warmed up, then falls in a cosine to zero.
 
     Args:
         device: where to train.
@@ -284,7 +284,6 @@ def train_classifier(
         batch: scenes an iteration.
         scenes: how many different scenes are drawn (all of training combinations); damage is drawn anew each time.
         seed: of everything.
-        rate: peak learning rate; warmed up, then a cosine down to zero over the given time.
 
     Returns:
         The trained classifier, in evaluation mode.
@@ -297,6 +296,7 @@ def train_classifier(
     partner_labels = torch.from_numpy(partners.attributes).to(device)
 
     classifier = AttributeClassifier().to(device)
+    rate = 2e-3  # at its peak
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=rate, weight_decay=0.02)
     started, iteration, elapsed = time.monotonic(), 0, 0.0
     while elapsed < seconds:
@@ -320,22 +320,17 @@ def train_classifier(
     return classifier.eval()
 
 
-def judge_classifier(classifier: AttributeClassifier, *, count: int = 4096, seed: int = 99) -> dict[str, Any]:
+def judge_classifier(classifier: AttributeClassifier) -> dict[str, Any]:
     """Measure the classifier on held-out scenes, as they are and damaged.
-
-    Args:
-        classifier: to measure.
-        count: scenes for each measurement.
-        seed: of the scenes and of the damage.
 
     Returns:
         For each damage the shares of right and of unreadable attributes. On strong damage a low share of right
         answers and a high share of unreadable ones is good: the classifier judges and does not guess.
     """
     device = next(classifier.parameters()).device
-    scenes = draw_split(count, seed, test=True)
+    scenes = draw_split(4096, 99, test=True)
     images = render_bytes(scenes, device).float() / 255
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(99)
     damages: dict[str, Tensor] = {
         "clean": images,
         "slight noise 0.05": add_noise(images, 0.05, generator),

@@ -54,9 +54,9 @@ def held_out_prompts(count: int, seed: int = 7) -> list[str]:
     return decode(write_captions(draw_split(count, seed, test=True), seed))
 
 
-def reference_statistics(model: DemoModel, count: int, seed: int = 8) -> Statistics:
+def reference_statistics(model: DemoModel, count: int) -> Statistics:
     """Feature statistics of `count` rendered scenes of the held-out combinations."""
-    images = render_bytes(draw_split(count, seed, test=True), model.device)
+    images = render_bytes(draw_split(count, 8, test=True), model.device)
     return statistics_of(model.classifier.features, (chunk.float() / 255 for chunk in images.split(_CHUNK)))
 
 
@@ -79,7 +79,7 @@ def sample_many(model: DemoModel, prompts: Sequence[str], *, batch: int = 1024, 
 
 
 def evaluate(
-    model: DemoModel, *, steps: Sequence[int], count: int, guidance: float, scheduler: str = "dpm++", batch: int = 1024
+    model: DemoModel, *, steps: Sequence[int], count: int, guidance: float, batch: int = 1024
 ) -> dict[str, Any]:
     """Attributes and Fréchet distance at several step counts.
 
@@ -88,7 +88,6 @@ def evaluate(
         steps: step counts.
         count: held-out captions, and rendered scenes of the reference.
         guidance: classifier-free guidance scale.
-        scheduler: a name in `model.SCHEDULERS`.
         batch: prompts at a time.
 
     Returns:
@@ -103,7 +102,7 @@ def evaluate(
         | {"frechet": frechet_distance(reference, statistics_of(model.classifier.features, rendered.split(_CHUNK)))}
     }
     for number in steps:
-        images = sample_many(model, prompts, steps=number, guidance=guidance, scheduler=scheduler, batch=batch)
+        images = sample_many(model, prompts, steps=number, guidance=guidance, batch=batch)
         accuracy = asdict(attribute_accuracy(model.classifier, images, prompts))
         distance = frechet_distance(reference, statistics_of(model.classifier.features, images.split(_CHUNK)))
         result[f"steps_{number}"] = accuracy | {"frechet": distance}
@@ -111,12 +110,12 @@ def evaluate(
 
 
 def sweep_guidance(
-    model: DemoModel, scales: Sequence[float], *, steps: Sequence[int] = (8,), count: int = 2048, batch: int = 1024
+    model: DemoModel, scales: Sequence[float], *, steps: Sequence[int] = (8,), batch: int = 1024
 ) -> list[dict[str, float]]:
-    """Accuracy and Fréchet distance at several guidance scales, on `count` held-out captions."""
+    """Accuracy and Fréchet distance at several guidance scales, on 2,048 held-out captions."""
     rows = []
     for scale in scales:
-        scores = evaluate(model, steps=steps, count=count, guidance=scale, batch=batch)
+        scores = evaluate(model, steps=steps, count=2048, guidance=scale, batch=batch)
         for number in steps:
             told = {name: scores[f"steps_{number}"][name] for name in ("total", "perfect", "frechet")}
             rows.append({"guidance": scale, "steps": number, **told})
