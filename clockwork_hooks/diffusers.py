@@ -389,7 +389,9 @@ class SchedulerSteps:
         place = Place(held(time.untyped_storage()), int(time.storage_offset()))
         jump = place.index - mark.index if mark is not None and mark.times == place.times else None
         back = mark is not None and jump == -1 and not timeline.way and not _is_last(scheduler, mark)
-        if mark is None or jump is None or not (jump == 0 or jump == (timeline.way or jump)) or abs(jump) > 1 or back:
+        # at the same entry, or at the one next to it on the way that it goes, as far as that is known
+        along = jump is not None and abs(jump) <= 1 and jump in (0, timeline.way or jump) and not back
+        if not along:
             timeline.reset()  # perhaps within a step, of which earlier evaluations were interrupted
             timeline.declare(place, start=None if begins_step(scheduler) else Place(place.times, place.index - 1))
             timeline.steps = timeline.declared_steps or steps_from(scheduler, place.index)

@@ -97,10 +97,10 @@ def distill(
     options["folder"] = out or options.get("folder") or "clockwork-adaptor"
     options["resume"] = resume or options.get("resume", False)
     options.setdefault("mode", "unrolled")
-    table = options.pop("adaptor", None)
-    adaptor = _adaptor(_table("adaptor", table or {}))
-    arguments = {"adaptor": adaptor, **_source(_table("source", options.pop("source", {})), options["mode"])}
-    if table is not None:
+    own = options.pop("adaptor", None)
+    adaptor = _adaptor(_table("adaptor", own or {}))
+    arguments = _source(_table("source", options.pop("source", {})), options["mode"])
+    if own is not None or "adaptor" not in arguments:  # else the source has one of its own
         arguments["adaptor"] = adaptor
     try:
         result = train(**{**arguments, **options})
