@@ -77,9 +77,8 @@ class View:
         self.rank = {p: k for k, p in enumerate(self.order)}
         self.at = [p if p in self.rank else self.order[0] for p in self.levels.at]  # a time embedding stands at the top
         carrying = [n for n in range(len(trace.nodes)) if self.macs[n] and self.dominance.dep[n]]
-        self.turn = max(
-            (n for n in carrying if self.at[n] == self.at[min(carrying, key=self.at.__getitem__)]), default=0
-        )
+        lowest = min((self.at[n] for n in carrying), default=0)
+        self.turn = max((n for n in carrying if self.at[n] == lowest), default=0)
 
     def blocks(self) -> Iterator[Block]:
         """The outermost calls that are of one kind all through, and what their parents compute themselves.

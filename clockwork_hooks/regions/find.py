@@ -443,7 +443,7 @@ def keeping(search: Search, region: Region, keep: tuple[str, ...]) -> Region:
             needed.update(skipped.intersection(range(call.first, call.last)))
     for index in range(len(trace.nodes) - 1, -1, -1):
         if index in needed:
-            node = trace.nodes[index]  # all that it takes: of a skipped one not even the shape is asked for
+            node = trace.nodes[index]  # with all that it takes, also for its shape alone
             needed.update(int(one.meta["index"]) for one in (*node.all_input_nodes, *node.meta.get("after", ())))
     smaller = narrowed(search.facts, region, skipped - needed)
     if smaller is None:

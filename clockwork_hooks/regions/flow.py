@@ -233,21 +233,20 @@ class Levels:
                 self._by_node.setdefault(operand, count)
                 if count not in shapes or self._rank_of(space) < self._rank_of(shapes[count]):
                     shapes[count] = space
-        self.spatial = dict(sorted(shapes.items(), reverse=True))
         self._tokens: dict[fx.Node, int] = {}  # linear layers → tokens, where these make the levels
-        self.at = self._at(trace, carrying)
-        self.worked = self._worked(trace)
+        self._place(trace, carrying, shapes)
         if len(self.worked) < 2 and (layers := _merging_layers(trace, carrying)):
             batch, _, *space = trace.inputs[trace.sample].meta["shape"]
             self._tokens = layers
             self._by_node.update(layers)
             shapes |= {count: _space(count // batch, tuple(space)) for count in layers.values()}
-            self.spatial = dict(sorted(shapes.items(), reverse=True))
-            self.at = self._at(trace, carrying)
-            self.worked = self._worked(trace)
+            self._place(trace, carrying, shapes)
 
-    def _worked(self, trace: Trace) -> list[int]:
-        return sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
+    def _place(self, trace: Trace, carrying: set[fx.Node], shapes: Mapping[int, tuple[int, ...]]) -> None:
+        """Let every node work at one of the levels of these shapes."""
+        self.spatial = dict(sorted(shapes.items(), reverse=True))
+        self.at = self._at(trace, carrying)
+        self.worked = sorted({p for p, macs in zip(self.at, trace.macs, strict=True) if p and macs}, reverse=True)
 
     def _at(self, trace: Trace, carrying: set[fx.Node]) -> list[int]:
         """The level of the last spatial operator that carries the sample.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from clockwork_hooks.reports.tables import Table
     from clockwork_hooks.reports.u_drawing import Diagram
 
-_ARMS: tuple[tuple[Literal["down", "up"], int], ...] = (("down", 1), ("up", -1))
-
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
@@ -244,13 +242,13 @@ class Region(Report):
         """The region's levels as a U, below what runs on every pass; `ch.diagram` draws the whole UNet."""
         from clockwork_hooks.reports.u_drawing import Block, Diagram
 
+        def block(arm: Literal["down", "up"], level: int, space: tuple[int, ...], own: int) -> Block:
+            return Block(f"{arm}, {shape(space) or 'no level'}", level, arm, own, True, 1, 0, 0)
+
         rest = Block("all that runs on every pass", 0, "down", self.full_macs - self.macs, False, 1, 0, 0)
-        arms = [
-            Block(f"{arm}, {shape(space) or 'no level'}", k + 1, arm, own, True, 1, 0, 0)
-            for arm, order in _ARMS
-            for k, (space, *both) in list(enumerate(self.by_level))[::order]
-            if (own := both[order < 0]) or (order > 0 and k + 1 == len(self.by_level))
-        ]
+        rows = list(enumerate(self.by_level, 1))
+        arms = [block("down", k, space, own) for k, (space, own, _) in rows if own or k == len(rows)]
+        arms += [block("up", k, space, own) for k, (space, _, own) in reversed(rows) if own]
         levels = (self.resolution, *(space for space, _, _ in self.by_level))
         return (Diagram(self.model, levels, (rest, *arms), (), self),)
 

@@ -271,11 +271,8 @@ def draw(diagram: Diagram) -> Drawing:
     drawing = Drawing(f"{diagram.model} as a U: blocks sized by MACs, the region that adaptor passes skip shaded")
     places = _place(diagram)
     drawing.height = TOP + len(diagram.levels) * (ROW + GAP) + 62
-    drawing.shapes += _shade(diagram, places)
     lines = [*_flow(diagram, places), *_arcs(diagram, places)]
-    drawing.shapes += lines
-    drawing.shapes += _boxes(diagram, places)
-    drawing.shapes += _marks(diagram, places, lines)
+    drawing.shapes += [*_shade(diagram, places), *lines, *_boxes(diagram, places), *_marks(diagram, places, lines)]
     drawing.shapes += _words(diagram, drawing.height)
     return drawing
 
@@ -412,9 +409,9 @@ def _marks(diagram: Diagram, places: dict[int, Box], lines: Iterable[Line]) -> I
         yield Word(x + 4 * turn, y, name, "start" if turn > 0 else "end", "edge", 11, bold=True)
 
 
-def _along(line: Line, count: int = 60) -> Iterator[tuple[float, float]]:
+def _along(line: Line) -> Iterator[tuple[float, float]]:
     """Points of a line, of each straight piece of it, or of a quadratic Bézier curve."""
-    shares = [k / count for k in range(count + 1)]
+    shares = [k / 60 for k in range(61)]
     if len(line.points) == 3:
         (ax, ay), (cx, cy), (bx, by) = line.points
         for t in shares:
