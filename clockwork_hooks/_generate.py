@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import inspect
 import random
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,3 +77,61 @@ def seeded(*keys: int) -> Iterator[None]:
 def seed_of(*keys: int) -> int:
     """One seed of several whole numbers, from 0."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def told_apart(value: Any) -> str:
+    """Text that tells a value from others of its kind, the same in every process where it can be.
+
+    Functions by their code, by what they enclose, and by their defaults; tensors, arrays and pictures by all of their
+    values; what has a `config`, as diffusers' schedulers, by that; any other object by its `repr`.
+
+    Example:
+        >>> told_apart(lambda t: -t) == told_apart(lambda t: -t), told_apart(lambda t: -t) == told_apart(lambda t: t)
+        (True, False)
+    """
+    return _told_apart(value, [])
+
+
+def _told_apart(value: Any, within: list[Any]) -> str:
+    """The same; `within` are the objects that hold it: a function may enclose itself."""
+    if any(one is value for one in within):
+        return "itself"
+    within = [*within, value]
+
+    def several(values: Any) -> str:
+        return ", ".join(_told_apart(one, within) for one in values)
+
+    if isinstance(value, functools.partial):
+        return f"partial({several([value.func, value.args, value.keywords])})"
+    if isinstance(value, types.MethodType):
+        return _told_apart(value.__func__, within)
+    if isinstance(value, types.FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        known = [one for one in cells if isinstance(one, _KNOWN)]  # a UNet, a list of results: these are no settings
+        return f"{value.__qualname__}({several([value.__code__, known, value.__defaults__, value.__kwdefaults__])})"
+    if isinstance(value, types.CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {several(value.co_consts)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key!r}: {_told_apart(one, within)}' for key, one in value.items()))}}}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        texts = [_told_apart(one, within) for one in value]
+        return f"[{', '.join(sorted(texts) if isinstance(value, (set, frozenset)) else texts)}]"
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if callable(getattr(value, "tobytes", None)):  # numpy's arrays, PIL's pictures
+        form = getattr(value, "shape", None) or getattr(value, "size", None)
+        return f"{type(value).__name__} {form} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(config := getattr(value, "config", None), Mapping):
+        return f"{type(value).__name__} {_told_apart(config, within)}"
+    return repr(value)
+
+
+_KNOWN = (types.FunctionType, functools.partial, str, int, float, bool, tuple, types.NoneType)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None

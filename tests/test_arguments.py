@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import clockwork_hooks as ch
-from clockwork_hooks._generate import with_seed
+from clockwork_hooks._generate import told_apart, with_seed
 from clockwork_hooks.diffusers import wrap_pipeline
 from tests.small_unet import Tiny
 
@@ -126,6 +126,58 @@ def test_every_function_takes_both_forms_of_generate(unet: torch.nn.Module, take
 )
 def test_where_the_seed_goes(generate: Callable[..., Any], seeds: tuple[int, int]) -> None:
     assert (with_seed(generate)(2, 5), with_seed(generate)(2, 6)) == seeds
+
+
+def twice(source: str) -> list[Any]:
+    """What a program makes, in two runs of it."""
+    made = []
+    for _ in range(2):
+        names: dict[str, Any] = {}
+        exec(source, names)
+        made.append(names["made"])
+    return made
+
+
+SOLVER = """
+import functools, random
+import numpy, torch
+from diffusers import DDIMScheduler
+from PIL import Image
+def solver(rate, more=(1, {"a": 2})):
+    unet = object()
+    def inner(x):
+        return None if x else inner(x - rate)
+    def generate(batch, seed=0, *, k=3):
+        def within(x):
+            return x + RATE, unet, inner
+        return within(batch) + rate
+    return generate
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("solver(1)", "solver(2)"),
+        ("functools.partial(solver(1), k=2)", "functools.partial(solver(1), k=4)"),
+        ("lambda t: -t", "lambda t: t"),
+        ("{'image': Image.new('RGB', (8, 8), 'red')}", "{'image': Image.new('RGB', (8, 8), 'blue')}"),
+        ("Image.new('L', (4, 8))", "Image.new('L', (8, 4))"),
+        ("[torch.zeros(5000)]", "[torch.zeros(5000).index_fill_(0, torch.tensor(2500), 1)]"),
+        ("torch.ones(2, dtype=torch.bfloat16)", "torch.zeros(2, dtype=torch.bfloat16)"),
+        ("numpy.zeros(5000)", "numpy.eye(1, 5000, 2500)[0]"),
+        ("DDIMScheduler()", "DDIMScheduler(beta_end=0.03)"),
+        ("{'steps': 20, 'strength': 0.5}", "{'steps': 20, 'strength': 0.6}"),
+        ("{'a', 'b', 'c'}", "{'a', 'b', 'd'}"),
+        ("random.Random(0).random", "None"),
+    ],
+)
+def test_what_tells_options_apart_in_every_process(one: str, other: str) -> None:
+    """Pictures and functions have an address in their `repr`, and long tensors have dots there."""
+    first, again = twice(f"{SOLVER}made = {one}")
+    (changed, _) = twice(f"{SOLVER}made = {other}")
+    assert "random.Random" in one or told_apart(first) == told_apart(again)
+    assert told_apart(first) != told_apart(changed)
 
 
 def on_call(function: Any) -> Callable[..., Any]:

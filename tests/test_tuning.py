@@ -124,11 +124,65 @@ def test_a_broken_file_in_the_folder_is_named(tmp_path):
     unet = Blocks(**WORLDS["affine"])
     options = {"generate": sampler(unet), "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
     tune(unet, BATCHES, **options).remove()
-    (file,) = tmp_path.glob("*/tuning.json")
-    file.write_text("{")
-    with pytest.raises(ch.ArgumentError, match=r"(?s)tuning\.json.*delete .*tunes anew"):
+    (home,) = tmp_path.iterdir()
+    for name, said in (("model.safetensors", "truncated"), ("config.json", "KeyError"), ("tuning.json", "JSONDecode")):
+        whole = (home / name).read_bytes()
+        (home / name).write_text("{}" if name == "config.json" else "{")
+        with pytest.raises(ch.ArgumentError, match=rf"(?s)ch\.tune, or nothing\n.*{said}.*delete {home}: .*anew"):
+            tune(unet, BATCHES, **options)
+        assert "forward" not in vars(unet.up)
+        (home / name).write_bytes(whole)
+    tune(unet, BATCHES, **options).remove()
+
+
+def test_a_folder_has_a_whole_result_or_none(tmp_path, monkeypatch):
+    """Two processes at once wrote their files among each other: an adaptor with the steps of another one."""
+    unet, texts = Blocks(**WORLDS["affine"]), []
+    options = {"generate": sampler(unet), "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    plain = Tuning.save
+
+    def fails(tuning, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Tuning, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
         tune(unet, BATCHES, **options)
-    assert "forward" not in vars(unet.up)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Tuning, "save", plain)
+
+    def tried(trial):  # another process is done first
+        if not texts:
+            texts.append("begun")
+            tune(unet, BATCHES[1:], **options).remove()
+            texts.append({file.name: file.read_bytes() for file in next(tmp_path.iterdir()).iterdir()})
+
+    tune(unet, BATCHES, on_trial=tried, **options).remove()
+    (home,) = tmp_path.iterdir()
+    assert {file.name: file.read_bytes() for file in home.iterdir()} == texts[1]
+
+
+@pytest.mark.parametrize("change", ["solver", "log_snr", "shorter"])
+def test_what_the_result_depends_on_is_what_a_folder_is_for(change, tmp_path):
+    """A sampler with the same times, and another log-SNR, were served by what was made for others."""
+    unet = Blocks(**WORLDS["affine"])
+
+    def heavier(batch, seed=0, rate=0.5):
+        return sampler(unet, rate=rate)(batch, seed)
+
+    def lighter(batch, seed=0, rate=0.3):
+        return sampler(unet, rate=rate)(batch, seed)
+
+    changed = {
+        "solver": {"generate": heavier},
+        "log_snr": {"log_snr": lambda t: -t / 100},
+        "shorter": {"shorter": lambda steps: sampler(unet, TIMES[-steps:])},
+    }[change]
+    options = {"generate": lighter, "saving": 0.3, "guidance": 2.0, "folder": tmp_path}
+    for more, folders in (({}, 1), (changed, 2), ({}, 2), (changed, 2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ch.NoEffectWarning)
+            tune(unet, BATCHES, **{**options, **more}).remove()
+        assert len(list(tmp_path.iterdir())) == folders
 
 
 @pytest.mark.parametrize(
@@ -462,3 +516,16 @@ def test_noise_that_the_seed_does_not_reach_is_the_same_in_each_trial():
     with tune(unet, BATCHES, generate=generate, saving=0.3, guidance=2.0) as cw:
         assert cw.adaptor.tuning.chosen.error < 1e-3
         assert min(cw.adaptor.tuning.chosen.steps) > 3
+
+
+def test_plain_trials_are_named_by_the_steps_that_they_took():
+    """A sampler that takes two thirds of what it is asked for was reported with the number that it was asked for."""
+    unet = Blocks(**WORLDS["affine"])
+    times = [900.0 - 50 * k for k in range(12)]
+    with tune(
+        unet, BATCHES, generate=sampler(unet, times), shorter=lambda steps: sampler(unet, times[: 2 * steps // 3]),
+        saving=0.3, guidance=2.0,
+    ) as cw:  # fmt: skip
+        assert [one.rule for one in cw.adaptor.tuning.fewer]
+        for one in cw.adaptor.tuning.fewer:
+            assert one.rule == f"plain, {round(12 * (1 - one.saved))} steps"

@@ -8,6 +8,9 @@ import hashlib
 import inspect
 import json
 import math
+import os
+import secrets
+import shutil
 import time as clocks
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from torch import Tensor, nn
 
-from clockwork_hooks._generate import Generate, with_seed
+from clockwork_hooks._generate import Generate, told_apart, with_seed
 from clockwork_hooks._numbers import count, duration, percent
 from clockwork_hooks.adaptors import IdentityAdaptor
 from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
@@ -42,6 +45,7 @@ from clockwork_hooks.engine.engine import UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import ClockworkWrapper, check_unet
 from clockwork_hooks.errors import (
+    AdaptorError,
     ArgumentError,
     NoEffectWarning,
     OtherStepsWarning,
@@ -195,7 +199,8 @@ def tune(
     judged too: if it is better, a warning says so.
 
     It takes minutes on a GPU. With `folder=` it is done once, for a model with its weights, sampler, number of steps,
-    guidance and saving; one run of your own sampler shows which times it takes.
+    guidance and saving; whatever the prompts. Your own sampler is known by its code, and by the times that one run
+    of it takes.
 
     Args:
         pipe: a diffusers pipeline with a UNet; or the UNet itself, with `generate`.
@@ -246,7 +251,8 @@ def tune(
     _check_options(pipe, options or {})
     if shorter is not None:
         _check_shorter(pipe, unet, shorter, batches[0], time)
-    shown = generate = None if generate is None else with_seed(generate)
+    sampler, shown = generate, None if generate is None else with_seed(generate)
+    generate = shown
     if generate is None:
         batches = [[prompt] for prompt in batches]
         generate, shown = (with_seed(_pipeline(pipe, options or {}, form)) for form in ("latent", "pt"))
@@ -256,8 +262,10 @@ def tune(
     if folder is not None:
         folder = as_path("folder", folder)
         _home(folder)  # before the first run
-        times = _times(unet, generate, batches[0], regions, time) if unet is pipe else None
-        home = _home(folder / _key(pipe, unet, options, saving, guidance, regions, time, times))
+        asked = [options or {}, log_snr, guidance, time, saving]
+        if unet is pipe:
+            asked += [_times(unet, generate, batches[0], regions, time), sampler, shorter]
+        home = folder / _key(pipe, unet, regions, asked)
     if home is not None and (home / _FILE).exists():
         return _wrapped_again(home, unet, generate, batches[0], time)
     solving = {"guidance": guidance, "log_snr": log_snr, "time": time}
@@ -277,10 +285,7 @@ def tune(
         adaptor.tuning = tuning
         cw.stats.clear()  # of the pictures: the next report is of the caller's own runs
         if home is not None:
-            adaptor.save_pretrained(home)
-            tuning.save(home / _FILE)
-            for figure in tuning.figures():
-                figure.save(home / "before-after.png")
+            _save(home, adaptor, tuning)
         unless_done.pop_all()
     return cw
 
@@ -364,7 +369,8 @@ class _Tuner:
                         _tell_of_none(number, error)
                         continue
                     mean = float(torch.cat(errors).mean())
-                    trials.append(Trial("", f"plain, {number} steps", (), 1 - calls / self.calls, mean, ""))
+                    took = round(steps * calls / self.calls)  # whatever it was asked for
+                    trials.append(Trial("", f"plain, {count(took, 'step')}", (), 1 - calls / self.calls, mean, ""))
                     self.on_trial(trials[-1])
         finally:
             handle.remove()
@@ -590,7 +596,7 @@ def _check_shorter(pipe: Any, unet: nn.Module, shorter: Any, batch: Any, time: s
 
 def _wrapped_again(home: Path, unet: nn.Module, generate: Generate, batch: Any, time: str | None) -> ClockworkWrapper:
     """The UNet, wrapped as an earlier call has found it best."""
-    tuning, own = _saved(home / _FILE), CalibratedAdaptor.from_pretrained(home).region_options
+    tuning, own = _saved(home)
     region = choose(first_call(unet, generate, batch, 0, time=time), unet, **own)
     cw = wrap(unet, home, schedule=Schedule.at(tuning.chosen.steps), region=region)  # moves it to the UNet's device
     read: Any = cw.adaptor
@@ -598,15 +604,33 @@ def _wrapped_again(home: Path, unet: nn.Module, generate: Generate, batch: Any, 
     return cw
 
 
-def _saved(file: Path) -> Tuning:
-    """What an earlier call has saved."""
+def _save(home: Path, adaptor: CalibratedAdaptor, tuning: Tuning) -> None:
+    """Put the result there as a whole: another process may read it, or have written its own meanwhile, which stays."""
+    partial = home.with_name(f".{home.name}-{secrets.token_hex(4)}")
     try:
-        return Tuning.from_json(file.read_text(encoding="utf-8"))
-    except (ArgumentError, OSError, UnicodeDecodeError) as error:
+        partial.mkdir()
+        adaptor.save_pretrained(partial)
+        tuning.save(partial / _FILE)
+        for figure in tuning.figures():
+            figure.save(partial / "before-after.png")
+        if not (home / _FILE).exists():
+            shutil.rmtree(home, ignore_errors=True)  # of a version that wrote one file after the other, or nothing
+            os.replace(partial, home)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _saved(home: Path) -> tuple[Tuning, dict[str, Any]]:
+    """What an earlier call has saved, and the options of `Choice` that find the adaptor's region."""
+    try:
+        tuning = Tuning.from_json((home / _FILE).read_text(encoding="utf-8"))
+        return tuning, CalibratedAdaptor.from_pretrained(home).region_options
+    except (ArgumentError, AdaptorError, OSError, UnicodeDecodeError) as error:
+        seen = getattr(error, "seen", None) or {"error": first_line(error)}
         raise ArgumentError(
             "folder= has to hold the complete result of an earlier ch.tune, or nothing",
-            seen={"file": file, "error": first_line(error)},
-            do=f"delete {file.parent}: the next call tunes anew",
+            seen={"folder": home, **seen},
+            do=f"delete {home}: the next call tunes anew",
         ) from error
 
 
@@ -654,27 +678,16 @@ def _guidance(pipe: Any, options: Mapping[str, Any]) -> float | None:
     return float(scale) if isinstance(scale, (int, float)) and scale > 1 else None
 
 
-def _key(
-    pipe: Any,
-    unet: nn.Module,
-    options: Mapping[str, Any] | None,
-    saving: float,
-    guidance: float | None,
-    regions: Sequence[Region] | None,
-    time: str | None,
-    times: Sequence[float | None] | None,
-) -> str:
-    """A folder's name for this model with its weights, sampler, number of steps, guidance, regions, time and saving.
+def _key(pipe: Any, unet: nn.Module, regions: Sequence[Region] | None, asked: Sequence[Any]) -> str:
+    """A folder's name for this model with its weights, a pipeline's scheduler, the regions, and what else is asked for.
 
-    Of a sampler of one's own `times` are what tells it, and its steps.
+    Of a sampler of one's own that is the times of its calls and its code.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    parts = [type(pipe).__name__, str(times)]
-    parts += [type(unet).__name__, str(sorted((n, tuple(p.shape)) for n, p in unet.named_parameters()))]
-    parts += [type(scheduler).__name__, str(getattr(scheduler, "config", "")), str(sorted((options or {}).items()))]
-    parts += [str([_few(p) for p in unet.parameters()]), str(guidance), str([one.fingerprint for one in regions or ()])]
-    parts += [*([] if time is None else [time]), Tuning.SCHEMA]
-    return f"{type(unet).__name__}-{hashlib.sha256(json.dumps([*parts, saving]).encode()).hexdigest()[:12]}"
+    parts = [type(pipe).__name__, type(unet).__name__, scheduler, [one.fingerprint for one in regions or ()], *asked]
+    shapes = sorted((name, tuple(weights.shape)) for name, weights in unet.named_parameters())
+    texts = [*map(told_apart, [*parts, shapes, [_few(weights) for weights in unet.parameters()]]), Tuning.SCHEMA]
+    return f"{type(unet).__name__}-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
 
 
 def _times(
