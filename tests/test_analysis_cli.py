@@ -88,6 +88,46 @@ def test_a_sampler_is_tuned(capsys, tmp_path):
     assert cw.schedule.adaptor_steps(data["steps"]) == tuple(data["chosen"]["steps"])
 
 
+@pytest.mark.parametrize("out", [None, "folder", "file.json"])
+def test_a_plan_with_a_calibrated_adaptor_is_used_as_the_help_says(capsys, tmp_path, monkeypatch, out):
+    """The adaptor was solved for and thrown away: nothing could use the plan."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--min-saving", "0.1", "--adaptor", "calibrated", "--clock", "2", "--probes", "1"]
+    more = [] if out is None else ["--out", out]
+    code, _, err = run(capsys, "plan", "tests.test_analysis_cli:build_two", *words, *more)
+    assert code == 0, err
+    file = {None: "clockwork-plan/plan.json", "folder": "folder/plan.json", "file.json": "file.json"}[out]
+    plan = Plan.from_json(Path(file).read_text(encoding="utf-8"))
+    assert str(plan.adaptor_folder) in err
+    unet, generate, conditions = build_two()
+    with wrap(unet, plan=plan) as cw, cw.trajectory(), torch.no_grad():
+        generate(conditions[0], 0)
+    assert type(cw.adaptor).__name__ == plan.adaptor_name == "CalibratedAdaptor"
+    assert cw.stats.adaptor_passes == len(plan.chosen.steps)
+
+
+@pytest.mark.parametrize(("words", "scale"), [([], 1.5), (["--guidance-scale", "0.0"], 0.0)])
+def test_the_demo_is_sampled_with_the_guidance_that_its_adaptor_is_for(capsys, tmp_path, monkeypatch, words, scale):
+    """It was calibrated for one scale, and sampled with another."""
+    from clockwork_hooks.analysis import tuning
+    from clockwork_hooks.demo.model import DemoModel
+
+    scales = []
+
+    def stops(unet, batches, *, generate, guidance, **options):
+        scales.append(guidance)
+        generate(batches[0], 0)
+
+    def samples(model, prompts, *, guidance, **options):
+        scales.append(guidance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "tune", stops)
+    monkeypatch.setattr(DemoModel, "sample", samples)
+    assert run(capsys, "tune", *words, "--out", str(tmp_path / "out"))[0] == 130
+    assert scales == [scale, scale]
+
+
 def test_an_interrupt_says_what_is_kept(capsys, tmp_path, monkeypatch):
     from clockwork_hooks.analysis import tuning
 

@@ -162,6 +162,7 @@ def test_regions_lists_and_draws(capsys):
     [
         (["flops", "sd99"], "presets: sd15, sd21"),
         (["flops", "sd15", "--size", "big"], "pass --size 64 or 72x128"),
+        (["flops", "sd15", "--size", "8²"], "pass --size 64 or 72x128"),
         (["regions", "ddpm-cifar10", "--level", "9"], "levels with a region"),
         (
             ["flops", "ddpm-cifar10", "--level", "9"],
@@ -229,6 +230,23 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, tmp_pat
         assert (code, printed) == (2, "")
         assert f"in the way: {tmp_path / 'taken'}" in err
     assert (tmp_path / "taken").read_text() == ""
+
+
+@pytest.mark.parametrize("words", [["demo"], ["tune"], ["distill", "demo"]])
+def test_a_file_is_no_folder_whatever_its_ending(capsys, tmp_path, words):
+    """One with the ending of a report was taken for its place, and found in the way minutes later."""
+    (tmp_path / "report.json").write_text("")
+    code, printed, err = run(capsys, *words, "--out", str(tmp_path / "report.json"))
+    assert (code, printed) == (2, "")
+    assert f"in the way: {tmp_path / 'report.json'}" in err
+
+
+def test_a_stream_that_has_no_such_letters_gets_them_all_the_same():
+    """As a pipe of Windows: × and → are in no old code page."""
+    command = [sys.executable, "-m", "clockwork_hooks", "flops", "ddpm-cifar10", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "32×32" in done.stdout.decode("utf-8")
 
 
 class OnlyData(torch.nn.Module):

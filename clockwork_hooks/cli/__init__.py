@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from io import TextIOWrapper
 from typing import Any, TextIO, cast
 
 import typer
@@ -85,6 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
         0.2.0
         0
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")  # a file has all letters: × and → too
     # a stream that was closed before is None
     out, err = (stream and cast(TextIO, OutlivesItsReader(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):

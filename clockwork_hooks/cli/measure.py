@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 
 from clockwork_hooks.cli import options
 from clockwork_hooks.cli.app import MEASURE, Interrupted, app, epilog
-from clockwork_hooks.cli.options import Adaptors, Clocks, Format, FormatOption, OutFolder, check_out, deliver
+from clockwork_hooks.cli.options import Adaptors, Clocks, Format, FormatOption, OutFolder, check_out, deliver, is_folder
 from clockwork_hooks.errors import ArgumentError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -284,11 +285,13 @@ def plan(
 ) -> None:
     """Choose region, adaptor and steps from measured error against MACs or ms, and verify the choice on fresh noise.
 
-    The plan is used by wrap(unet, plan=clockwork_hooks.Plan.from_json(open("clockwork-plan/plan.json").read())).
+    The plan is used by wrap(unet, plan=clockwork_hooks.Plan.from_json(open("clockwork-plan/plan.json").read())); a
+    calibrated adaptor is saved beside it, and read from there.
     """
+    from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor
     from clockwork_hooks.analysis.planning import plan as make
 
-    loaded = load_sampler(model, steps, batch)
+    loaded = load_sampler(model, steps, batch, guidance_scale)
     result = make(
         *loaded,
         max_error=max_error,
@@ -301,6 +304,12 @@ def plan(
         probes=probes,
         seeds=tuple(seed or SEEDS),
     )
+    if isinstance(result.adaptor, CalibratedAdaptor):
+        first = Path((out or ["clockwork-plan"])[0])
+        folder = first / "adaptor" if is_folder(first) else first.with_name(f"{first.stem}-adaptor")
+        result.adaptor.save_pretrained(folder)
+        result = replace(result, adaptor_folder=str(folder))
+        typer.echo(folder, err=True)
     deliver(result, format, "plan", out)
 
 
@@ -312,23 +321,24 @@ class Sampler(NamedTuple):
     conditions: list[Any]
 
 
-def load_sampler(model: str, steps: int, batch: int) -> Sampler:
+def load_sampler(model: str, steps: int, batch: int, guidance: float | None = None) -> Sampler:
     """The UNet, sampler and batches that the command line names.
 
     Args:
         model: demo, or package.module:factory.
-        steps, batch: of the demo; a factory has its own.
+        steps, batch, guidance: of the demo; a factory has its own. No guidance is the demo's usual one.
 
     Raises:
         ModelNotFoundError: the name means no sampler.
     """
     if model == "demo":
         from clockwork_hooks.demo import DEMO_PROMPTS, load_demo
+        from clockwork_hooks.demo.model import GUIDANCE
 
-        demo = load_demo()
+        demo, scale = load_demo(), GUIDANCE if guidance is None else guidance
 
         def generate(prompts: Sequence[str], seed: int, steps: int = steps) -> Tensor:
-            return demo.sample(prompts, steps=steps, seed=seed)
+            return demo.sample(prompts, steps=steps, seed=seed, guidance=scale)
 
         return Sampler(demo.unet, generate, [list(DEMO_PROMPTS[:batch])])
     module, colon, factory = model.partition(":")
@@ -388,7 +398,7 @@ def tune(
     """Calibrate an adaptor and find its steps for a saving, without training; wrap(unet, FOLDER) takes the result."""
     from clockwork_hooks.analysis.tuning import tune as find
 
-    sampler, scale, log_snr = load_sampler(model, steps, 4 * batch), guidance_scale, None
+    sampler, scale, log_snr = load_sampler(model, steps, 4 * batch, guidance_scale), guidance_scale, None
     shorter: Callable[[int], Callable[..., Tensor]] | None = None
     batches = sampler.conditions
     if model == "demo":
@@ -396,7 +406,7 @@ def tune(
 
         prompts = batches[0]
         batches = [prompts[at : at + batch] for at in range(0, len(prompts), batch)]
-        scale, log_snr = scale or GUIDANCE, load_demo().scheduler()
+        scale, log_snr = GUIDANCE if scale is None else scale, load_demo().scheduler()
 
         def shorter(count: int) -> Callable[..., Tensor]:
             return partial(sampler.generate, steps=count)

@@ -138,7 +138,7 @@ def spatial(text: str | None, option: str = "size") -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ArgumentError(
             f"a {option} is one edge, or the spatial shape joined by x",
             seen={option: text},
@@ -191,7 +191,7 @@ CutOption = Annotated[
 def region_choice(*, resolution: str | None, modules: list[str] | None, cut: Cut, **same: Any) -> dict[str, Any]:
     """The options of the region as the keywords of `find_region`."""
     sizes = spatial(resolution, "resolution")
-    edge = sizes[0] if sizes and resolution and resolution.isdigit() else sizes
+    edge = sizes[0] if sizes and resolution and resolution.isdecimal() else sizes
     return {**same, "resolution": edge, "modules": modules or None, "cut": cut.value}
 
 
@@ -211,7 +211,8 @@ def check_out(context: typer.Context, out: Any) -> Any:
     for path in map(Path.absolute, paths):
         there = next(place for place in (path, *path.parents) if place.exists())
         a_file = there.is_file()
-        if not _writable(there) or (a_file and (there != path or path.suffix not in ENDINGS)):
+        folder = isinstance(out, str) or there != path or path.suffix not in ENDINGS  # is it to be one?
+        if not _writable(there) or (a_file and folder):
             raise ArgumentError(
                 "a report needs a folder that can be written to",
                 seen={"--out": path, "in the way" if a_file else "not writable": there},
@@ -299,8 +300,13 @@ def deliver(report: Report, format: Format, name: str, out: Sequence[str] | None
             typer.echo(written, err=True)
 
 
+def is_folder(path: Path) -> bool:
+    """Is what --out names a folder for all forms of the report, or one file?"""
+    return not path.suffix or path.is_dir()
+
+
 def _write(report: Report, path: Path, name: str) -> list[Path]:
-    if path.suffix and not path.is_dir():
+    if not is_folder(path):
         return [report.save(path)]
     drawn = report.figures()
     written = [report.save(path / f"{name}.{form}") for form in ("json", "md", "html")]

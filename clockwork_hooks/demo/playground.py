@@ -223,7 +223,7 @@ def _handler(playground: Playground) -> type[BaseHTTPRequestHandler]:
             if not self._local():
                 return
             length = self.headers.get("Content-Length", "")
-            if self.path != "/draw" or not length.isdigit() or int(length) > MOST_BYTES:
+            if self.path != "/draw" or not length.isdecimal() or int(length) > MOST_BYTES:
                 self._answer(HTTPStatus.BAD_REQUEST, "text/plain", b"POST /draw takes a short JSON object")
                 return
             try:
