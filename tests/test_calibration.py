@@ -327,6 +327,28 @@ def test_schedulers_tell_log_snr():
     assert log_snr_of(object()) is None
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' schedulers, of NumPy
+def test_a_time_that_is_no_place_among_the_alphas_is_not_looked_up_there():
+    """Of SVD's scheduler, 8.1 to 10.4 was reported for -13.1 to 12.4."""
+    diffusers = pytest.importorskip("diffusers")
+    continuous = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", interpolation_type="linear", use_karras_sigmas=True,
+        sigma_min=0.002, sigma_max=700.0,
+    )  # fmt: skip
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    for scheduler, level in ((continuous, lambda s: -2 * math.log(s)), (flow, lambda s: 2 * math.log((1 - s) / s))):
+        scheduler.set_timesteps(6)
+        told = log_snr_of(scheduler)
+        for time, sigma in zip(scheduler.timesteps[1:].tolist(), scheduler.sigmas[1:6].tolist(), strict=True):
+            assert told(time) == pytest.approx(level(sigma), abs=1e-3)
+    silent = diffusers.IPNDMScheduler()
+    silent.set_timesteps(6)
+    assert log_snr_of(silent) is None
+    unet = Blocks(**WORLDS["affine"])
+    adaptor = calibrate(unet, sampler(unet), [(4, 2.0)], log_snr=silent)  # as tune passes a pipeline's
+    assert {one.log_snr for one in adaptor.report.steps} == {None}
+
+
 # -- what is seen -------------------------------------------------------------------------------------------------
 
 

@@ -368,13 +368,16 @@ def log_snr_of(scheduler: Any) -> Callable[[float], float] | None:
         >>> level(999.0) < level(500.0) < level(0.0)
         True
     """
+    config = getattr(scheduler, "config", None)
+    config = config if isinstance(config, Mapping) else {}
+    flow = "Flow" in type(scheduler).__name__ or bool(config.get("use_flow_sigmas"))
+    counts = not flow and config.get("timestep_type") != "continuous"  # else a time is no place among the alphas
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(alphas, Tensor):
+    if isinstance(alphas, Tensor) and counts:
         alphas = alphas.double().clamp(1e-9, 1 - 1e-9).cpu()
         return _interpolated(range(len(alphas)), (alphas / (1 - alphas)).log().tolist())
     sigmas, times = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
-    if isinstance(sigmas, Tensor) and isinstance(times, Tensor) and len(times) > 1:
-        flow = "Flow" in type(scheduler).__name__
+    if isinstance(sigmas, Tensor) and isinstance(times, Tensor) and 1 < len(times) <= len(sigmas) <= len(times) + 1:
         sigmas = sigmas[: len(times)].double().clamp(1e-6, 1 - 1e-6 if flow else None).cpu()
         levels = (2 * ((1 - sigmas) / sigmas).log() if flow else -2 * sigmas.log()).tolist()
         pairs = sorted(dict(zip(times.tolist(), levels, strict=True)).items())
@@ -394,7 +397,8 @@ def _log_snr(source: Any, generate: Any) -> Callable[[float], float] | None:
     owner = getattr(generate, "__self__", generate)
     scheduler = getattr(owner, "scheduler", None) if source is None else source
     log_snr = log_snr_of(scheduler)
-    if log_snr is None and source is not None:
+    tells_nothing = hasattr(source, "set_timesteps")  # a scheduler of diffusers, as IPNDM's: the time itself serves
+    if log_snr is None and source is not None and not tells_nothing:
         if not callable(source):
             raise ArgumentError(
                 "log_snr is a function of the time, or a diffusers scheduler",
