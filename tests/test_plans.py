@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,23 @@ def test_an_adaptors_error_is_what_it_makes_of_the_true_features():
         moved = [float((b - a).norm() / a.norm()) for a, b in zip(entries, entries[age:], strict=False)]
         assert list(drift.entries[name][age - 1][age:]) == pytest.approx(moved, rel=1e-4)
     assert drift.changes[name] == drift.changes[name.removesuffix(", Mixed")]
+
+
+def test_a_sampler_with_gradients_on_holds_no_graph():
+    """What drift and plans add up held the graph of all calls before."""
+    unet, inputs, held = tiny(), [], []
+    run = sampler(unet)
+    unet.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+
+    def generate(batch, seed):
+        with torch.enable_grad():
+            result = run(batch, seed).detach()
+        held.append(sum(one() is not None for one in inputs[:-1]))
+        return result
+
+    plain = ch.measure_drift(unet, run, [2], seeds=(0, 1))
+    assert ch.measure_drift(unet, generate, [2], seeds=(0, 1)).errors == plain.errors
+    assert held[1:3] == [0, 0]
 
 
 def test_an_entry_that_is_written_to_later_is_seen_as_it_was():

@@ -541,10 +541,12 @@ class _Follower:
         if pass_ is not None and pass_.complete():
             self._add(pass_, call.time)
 
+    @torch.no_grad()  # some samplers switch gradients on: each sum would hold the graph of all that it adds up
     def _add(self, pass_: Pass, position: Any) -> None:
         """One call, of which the pass has seen the boundary, at this time."""
-        exit, entry, step = pass_.exit, pass_.entry, self._watch.step
-        assert exit is not None  # the pass is complete
+        assert pass_.exit is not None  # the pass is complete
+        exit, entry, step = pass_.exit.detach(), pass_.entry, self._watch.step
+        entry = None if entry is None else entry.detach()
         before = self.last.get(self._watch.branch)
         if before is not None and (before.step != step - 1 or before.exit.shape != exit.shape):
             before = None
@@ -576,12 +578,11 @@ class _Follower:
             stand_in.place(adaptor, cached)
             self._movable = False
         where = {"region": self.candidate.region, "adaptor": adaptor}
-        with torch.no_grad():
-            past = stand_in.Past(next(iter(before.entries), None), before.time)
-            if trail is not None:
-                past = past._replace(trend=trail.trend, trend_positions=trail.positions)
-            inputs = stand_in.inputs(captured, cached, past, position)
-            return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
+        past = stand_in.Past(next(iter(before.entries), None), before.time)
+        if trail is not None:
+            past = past._replace(trend=trail.trend, trend_positions=trail.positions)
+        inputs = stand_in.inputs(captured, cached, past, position)
+        return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
 
     def _compare(self, step: int, exit: Tensor, before: _Before) -> None:
         now, then = exit.float(), before.exit.float()
