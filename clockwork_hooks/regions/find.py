@@ -5,6 +5,8 @@ of the tensors that enter it. Regions nest: below the highest level, below the n
 arXiv 2312.08128, Sec. 4.1 and Fig. 8, splits SD v1.5 by hand at one of these places). A region may also be named by
 hand, by its two ends or by the modules to skip; what is named is checked, not taken on trust.
 
+`Search` is how: candidates by their entry edges, nested into one chain; or why there is none. `Choice` picks of these.
+
 Whatever takes `region=` takes a `Region` or a `Choice`; the options of a choice may also be passed one by one, as
 `share=0.9`. `split_options` and `region_or_choice` are how they all do it.
 """
