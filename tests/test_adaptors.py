@@ -284,6 +284,7 @@ class Channelslast(nn.Module):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_a_region_of_another_layout(tokens: bool) -> None:
     torch.manual_seed(0)
     unet = Channelslast(tokens).eval()

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import warnings
 import weakref
 
 import pytest
@@ -466,6 +467,7 @@ def test_a_linear_world_stays_one_when_fitted_again():
 
 
 @pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "kernel", "low rank"])
+@pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
     unet = Blocks(mix=1.0)
     generate = sampler(unet)
@@ -483,6 +485,7 @@ def test_it_comes_back_from_its_files_bit_for_bit(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "kernel", "low rank"])
+@pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_it_compiles_once_for_all_positions(kind):
     unet = Blocks(mix=1.0)
     generate = sampler(unet, [torch.tensor(t) for t in TIMES])
@@ -518,6 +521,44 @@ def test_one_sample_is_split_by_positions():
     unet = Blocks(mix=1.0)
     adaptor = calibrate(unet, sampler(unet), [(1, 2.0)], guidance=2.0)
     assert adaptor.report.held_out == "positions"
+
+
+class Walk(Blocks):
+    """What the region emits goes on at random: nothing foretells more than that it stays where it is."""
+
+    def forward(self, x, t, c):
+        steps = TIMES.index(t) + 1
+        seeds = [int(1e6 * abs(float(row[0]))) for row in c]
+        walks = [torch.randn(6, 3, generator=torch.Generator().manual_seed(seed))[:steps].sum(0) for seed in seeds]
+        return super().forward(x, t, torch.stack(walks) / 3)
+
+
+def test_an_adaptor_that_is_the_identity_at_all_steps_is_told_of():
+    """It costs MACs, and nobody but the report's readers saw that it does nothing."""
+    unet = Walk()
+    unet.side.weight.data *= 3
+    with pytest.warns(
+        ch.NoEffectWarning, match=r"at no step do any weights\n  kind: exit\+entry\+before\n  steps: 5 steps\n"
+    ):
+        adaptor = calibrate(unet, sampler(unet), [(4, 1.0)], kind="exit+entry+before")
+    assert {one.ridge for one in adaptor.report.steps} == {None}
+    assert not adaptor.table[:-1, 9:].any()
+
+
+@pytest.mark.filterwarnings("always:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
+def test_an_adaptor_that_costs_more_than_its_region_is_told_of_once():
+    """A run took a fifth more MACs than a plain one, and only the report's readers saw it."""
+    unet = Blocks(gain=lambda t: 1 + t / 500, mix=0.5)
+    generate = sampler(unet)
+    for kind, said in (("kernel", 1), ("exit+entry", 0)):
+        adaptor = calibrate(unet, generate, [(4, 2.0)], kind=kind, clock=2)
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad(), ch.wrap(unet, adaptor) as cw:
+            for seed in range(3):
+                with cw.trajectory():
+                    generate((4, 2.0), seed)
+        told = [str(one.message) for one in caught if one.category is ch.NoEffectWarning]
+        assert (len(told), cw.stats.saving < 0) == (said, said == 1)
+        assert all("CalibratedAdaptor" in text and "full pass: 78.11 kMACs" in text for text in told)
 
 
 @pytest.mark.parametrize(

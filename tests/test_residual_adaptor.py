@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import clockwork_hooks as ch
@@ -33,6 +34,7 @@ def drawn(unet: Blocks, adaptor: object) -> torch.Tensor:
     return samples
 
 
+@pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_a_fresh_one_is_the_calibrated_one(tmp_path: Path) -> None:
     unet, start, adaptor = started()
     assert adaptor.needs == {"entry_cached", "position", "position_cached"}

@@ -60,6 +60,7 @@ def test_records_what_crosses_the_edge_at_every_step_and_branch(calls: int) -> N
             assert call.student_exit is None
 
 
+@pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_the_students_passes_are_labelled_by_the_teacher() -> None:
     unet, adaptor = Tiny(), Small()
     recorder = TrajectoryRecorder(unet)

@@ -46,7 +46,16 @@ from clockwork_hooks.engine.chain import ClockedRegion
 from clockwork_hooks.engine.engine import Engine, UNetCall
 from clockwork_hooks.engine.passes import Outcome
 from clockwork_hooks.engine.wrapper import check_unet
-from clockwork_hooks.errors import ArgumentError, OtherStepsWarning, first_line, is_number, named_options, warn, whole
+from clockwork_hooks.errors import (
+    ArgumentError,
+    NoEffectWarning,
+    OtherStepsWarning,
+    first_line,
+    is_number,
+    named_options,
+    warn,
+    whole,
+)
 from clockwork_hooks.regions.find import Choice, Search, match, region_or_choice
 from clockwork_hooks.regions.region import Layout, Region
 from clockwork_hooks.regions.saved import saved_choice
@@ -244,6 +253,10 @@ def calibrate(
         ArgumentError: an option is outside its rule, or `generate` never calls the UNet, or no step is calibrated.
         RegionNotFoundError: the UNet has no region.
 
+    Warns:
+        NoEffectWarning: at no step do any weights do better than the identity, on what is held out.
+        OtherStepsWarning: steps cannot be calibrated, or come in several directions or numbers.
+
     Example:
         >>> import torch
         >>> from diffusers import UNet2DModel
@@ -309,6 +322,8 @@ def calibrate(
             bar.update(task, total=(bar.tasks[0].total or 0) + len(batches))
             student = Refit(solver, collect())
             watch(student, student, teaches=False)
+    if all(ridge == math.inf for _, (ridge, _) in solver.chosen):
+        _warn_of_identity(solver)
     adaptor = solver.adaptor()
     adaptor.report = solver.report(which, clocks.perf_counter() - begun)
     adaptor.facts = {
@@ -501,6 +516,16 @@ def _warn_of_missing(missing: Sequence[int], refused: Counter[str]) -> None:
         "What to do: nothing where they are full in use too; else let each call be like the same call of the step "
         "before, in the thread that calls generate: docs/timeline.md says what a reason means",
         OtherStepsWarning,
+    )
+
+
+def _warn_of_identity(solver: Solver) -> None:
+    warn(
+        "a calibrated adaptor has to do better than the identity on what is held out: at no step do any weights\n"
+        f"  kind: {solver.name}\n  steps: {count(len(solver.places), 'step')}\n"
+        f"  rows a step: {solver.sums.samples}\n"
+        "What to do: calibrate with more conditions, or another kind; or wrap without an adaptor, which costs no MACs",
+        NoEffectWarning,
     )
 
 

@@ -35,7 +35,15 @@ from clockwork_hooks.engine.fresh import Following, Watching
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.passes import Active, Before, Emit, Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.engine.rows import HELPED, Batch, Rows, serves
-from clockwork_hooks.engine.stats import MoreSteps, NoAdaptorPass, OtherSteps, Stats, Watchers, warn_of_failure
+from clockwork_hooks.engine.stats import (
+    MoreSteps,
+    NoAdaptorPass,
+    OtherSteps,
+    Stats,
+    Watchers,
+    warn_of_dear,
+    warn_of_failure,
+)
 from clockwork_hooks.engine.taint import Reads, SkippedValueError, Taint, holds_placeholder, may_cause
 from clockwork_hooks.errors import ArgumentError, WrapError
 from clockwork_hooks.graph.arguments import Arguments, Binder, has_time, time_candidates
@@ -223,6 +231,7 @@ class Engine:
         self._doubts: Counter[tuple[Any, ...]] = Counter()  # how often such calls were others at other sizes
         self._not_derived: dict[tuple[Any, ...], None] = {}  # keys of calls that are others at their sizes
         self._census = Census(unet)
+        self._dear = False  # has somebody been told that an adaptor pass costs more than a full one?
         self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
         self._binder = Binder(unet.forward, ignore)
         self._failed: Callable[[BaseException], None] = lambda error: None
@@ -718,6 +727,10 @@ class Engine:
             if outcome.reason in (reasons.FIRST, reasons.UNREADABLE):
                 self._no_adaptor_pass.runs_tell = self._runs_tell
             self._no_adaptor_pass.count(outcome.reason, place, self.stats.adaptor_passes)
+        if outcome.reason is None and outcome.macs > full_macs and not (self._dear or self.looks):
+            self._dear = True
+            names = dict.fromkeys(type(one.adaptor).__name__ for one in self.chain)
+            warn_of_dear(", ".join(names), outcome.macs, full_macs)
         self.stats.count(outcome.reason, outcome.macs, full_macs, place.trajectory, place.step, outcome.skipped)
         if log.isEnabledFor(logging.DEBUG):
             where = (place.trajectory, place.step, place.branch.label, place.ordinal + 1)

@@ -482,6 +482,16 @@ def warn_of_failure(error: Exception) -> None:
     )
 
 
+def warn_of_dear(adaptor: str, adaptor_pass: int, full_pass: int) -> None:
+    """Its passes cost more than full ones: whoever looks at pictures alone sees nothing of it."""
+    warn(
+        "an adaptor has to take fewer MACs than the region that it stands in for: this one makes each run dearer\n"
+        f"  adaptor: {adaptor}\n  adaptor pass: {macs(adaptor_pass)}\n  full pass: {macs(full_pass)}\n"
+        'What to do: a cheaper adaptor, as calibrate(..., kind="affine"), or none; or a wider region',
+        NoEffectWarning,
+    )
+
+
 def watchers(unet: nn.Module, paths: Iterable[str], keep: tuple[str, ...] = ()) -> dict[str, str]:
     """Modules at and below these paths that code of others looks at: path → what it is."""
     watching: dict[str, str] = {}
