@@ -663,7 +663,7 @@ def test_what_is_made_of_it_is_computed_once() -> None:
     kernels = []
 
     def glue(unet: Twisted, out: Tensor, low: Tensor) -> Tensor:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
             torch.cat([low, out.new_ones(2, 3, *low.shape[2:])], 1).flatten(1).softmax(1)
         names = [row.key for row in seen.key_averages() for _ in range(row.count)]
         kernels.append((names.count("aten::cat"), names.count("aten::_softmax")))
