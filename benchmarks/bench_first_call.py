@@ -168,7 +168,7 @@ def test_soak(results: Results) -> None:
             if k % 100 == 99:
                 gc.collect()
                 resident.append(_resident())
-        recorded, signatures = len(cw._engine._recorded), len(cw._engine._signatures)
+        recorded, signatures = len(cw._engine._signatures._recorded), len(cw._engine._signatures)
     results.add(
         "soak", trajectories=300, prompt_lengths=100, mib_after_100=resident[0], mib_after_300=resident[-1],
         recorded=recorded, signatures=signatures, reasons=dict(cw.stats.reasons), adaptor=cw.stats.adaptor_passes,

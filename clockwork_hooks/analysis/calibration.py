@@ -36,7 +36,7 @@ from clockwork_hooks.adaptors.calibrated import (
     like_exit,
     single,
 )
-from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, Kind, NormalEquations, Shape, shared_basis
+from clockwork_hooks.analysis.normal_equations import KINDS, RIDGES, AdaptorKind, NormalEquations, Shape, shared_basis
 from clockwork_hooks.analysis.sampling import check_runs, count_steps, first_call
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import TrajectoryBlock
@@ -966,7 +966,7 @@ class Solver:
         trends = self.trends and any(bool(place.fit.trend_square.any()) for place in self.places)
         return [*names, *(f"{name}+trend" for name in names if trends and name != "gain")]
 
-    def best(self, place: PositionSums, kind: Kind) -> tuple[float, float]:
+    def best(self, place: PositionSums, kind: AdaptorKind) -> tuple[float, float]:
         """(ridge, held-out error²) of one position; an endless ridge is the identity: of few rows it may be best."""
         errors = []
         for ridge in self.ridges:
@@ -982,7 +982,7 @@ class Solver:
         shares = [error / max(whole, 1e-300) for error, whole in zip(errors, self.identity, strict=True)]
         return math.sqrt(sum(shares) / len(shares))
 
-    def _macs(self, kind: Kind) -> int:
+    def _macs(self, kind: AdaptorKind) -> int:
         exit = self.region.exit
         positions = math.prod(exit.shape) // self.sums.shape.exit
         reads = self.sums.shape.exit + self.sums.shape.entry * (len(kind.reads) - 1)
@@ -1071,7 +1071,7 @@ class Solver:
         self.errors[self.name][k] = self.best(place, KINDS[self.name])
         return k
 
-    def _as_read(self, inner: Tensor, kind: Kind) -> Tensor:
+    def _as_read(self, inner: Tensor, kind: AdaptorKind) -> Tensor:
         """Rows of what the matrix reads: the rows of the entry before are those of the entry, where it is not read."""
         exit, entry = self.sums.shape.exit, self.sums.shape.entry
         if "entry_cached" in kind.reads:

@@ -32,7 +32,7 @@ from clockwork_hooks.adaptors.stand_in import (
 )
 from clockwork_hooks.errors import AdaptorError, ClockworkError, named, whole
 from clockwork_hooks.graph.arguments import Binder
-from clockwork_hooks.graph.operators import Handle, Kind, kind, node_macs, operator_name
+from clockwork_hooks.graph.operators import Handle, OperatorKind, kind, node_macs, operator_name
 from clockwork_hooks.graph.operators import handles as counted_by
 from clockwork_hooks.graph.recorder import Recorder
 from clockwork_hooks.graph.tracing import Trace, module_paths, record
@@ -60,7 +60,7 @@ class OperatorMacs:
     """
 
     operator: str
-    kind: Kind
+    kind: OperatorKind
     module: str
     resolution: tuple[int, ...]
     macs: int

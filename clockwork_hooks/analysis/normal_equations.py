@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "Kind", "NormalEquations", "Shape", "shared_basis"]
+__all__ = ["KINDS", "AdaptorKind", "NormalEquations", "Shape", "shared_basis"]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _LEAST = 1e-12  # a ridge of 0 stands for it: features that move as another one does have weights then too
@@ -27,7 +27,7 @@ _CHUNK = 1 << 11  # rows that are made float64 at once; 8192 take 0.3 GiB more f
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class AdaptorKind:
     """A kind of map.
 
     Attributes:
@@ -45,18 +45,18 @@ class Kind:
 
 _ALL = ("exit", "entry", "entry_cached")
 KINDS = {
-    "gain": Kind("affine", gain_only=True),
-    "affine": Kind("affine"),
-    "affine+trend": Kind("affine", trend=True),
-    "exit": Kind("linear"),
-    "exit+trend": Kind("linear", trend=True),
-    "exit+entry": Kind("linear", ("exit", "entry")),
-    "exit+entry+trend": Kind("linear", ("exit", "entry"), trend=True),
-    "exit+entry+before": Kind("linear", _ALL),
-    "exit+entry+before+trend": Kind("linear", _ALL, trend=True),
-    "kernel": Kind("kernel", _ALL),
-    "low rank": Kind("low rank", _ALL),
-    "low rank+trend": Kind("low rank", _ALL, trend=True),
+    "gain": AdaptorKind("affine", gain_only=True),
+    "affine": AdaptorKind("affine"),
+    "affine+trend": AdaptorKind("affine", trend=True),
+    "exit": AdaptorKind("linear"),
+    "exit+trend": AdaptorKind("linear", trend=True),
+    "exit+entry": AdaptorKind("linear", ("exit", "entry")),
+    "exit+entry+trend": AdaptorKind("linear", ("exit", "entry"), trend=True),
+    "exit+entry+before": AdaptorKind("linear", _ALL),
+    "exit+entry+before+trend": AdaptorKind("linear", _ALL, trend=True),
+    "kernel": AdaptorKind("kernel", _ALL),
+    "low rank": AdaptorKind("low rank", _ALL),
+    "low rank+trend": AdaptorKind("low rank", _ALL, trend=True),
 }
 
 
@@ -219,7 +219,7 @@ class NormalEquations:
 
     # -- solving: weights are (p + 1, C), the last row that of the trend; rows of what is not read are zero ------------
 
-    def solve(self, kind: Kind, ridge: float) -> Tensor:
+    def solve(self, kind: AdaptorKind, ridge: float) -> Tensor:
         """The least squares of a kind, (p + 1, C); of the low-rank kind, before its rank is cut.
 
         Args:
@@ -231,7 +231,7 @@ class NormalEquations:
         trend = self._trend(kind, ridge) if kind.trend else torch.zeros_like(self.square)
         return torch.cat((self._others(kind, ridge, self._rest(trend)), trend[None]))
 
-    def _trend(self, kind: Kind, ridge: float) -> Tensor:
+    def _trend(self, kind: AdaptorKind, ridge: float) -> Tensor:
         """(C,), each trend's weight, beside a kind's other ones."""
         alone, beside = self._others(kind, ridge, self.cross), self._others(kind, ridge, self.trend_gram)
         left = self.trend_square - (self.trend_gram * beside).sum(0) + ridge * self.trend_square
@@ -243,7 +243,7 @@ class NormalEquations:
         """(p, C), of features with what these weights of the trends leave of the targets."""
         return self.cross - self.trend_gram * trend
 
-    def _others(self, kind: Kind, ridge: float, cross: Tensor) -> Tensor:
+    def _others(self, kind: AdaptorKind, ridge: float, cross: Tensor) -> Tensor:
         """(p, C), least squares with this in the place of features with targets."""
         if kind.gain_only:
             return self._gain(cross, ridge)

@@ -42,7 +42,7 @@ from clockwork_hooks.reports.tables import Table, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Kind = Literal["first", "down", "bottleneck", "up"]
+MapKind = Literal["first", "down", "bottleneck", "up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class FeatureMap:
     """
 
     name: str
-    kind: Kind
+    kind: MapKind
     path: str
     call: int
     leaf: int
@@ -181,7 +181,7 @@ class _Maps:
             if region.exit.node in self.producers:
                 yield self._map("up", "up", region.exit.node)
 
-    def _map(self, word: str, kind: Kind, n: int) -> FeatureMap:
+    def _map(self, word: str, kind: MapKind, n: int) -> FeatureMap:
         call, leaf = self.producers[n]
         space = self.levels.resolution(self.trace.nodes[n]) or ()
         name = word if kind == "first" else f"{word} {shape(space)}"

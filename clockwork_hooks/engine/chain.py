@@ -30,7 +30,7 @@ from clockwork_hooks.engine.stats import OtherSteps
 from clockwork_hooks.errors import ArgumentError, RegionNotFoundError
 from clockwork_hooks.graph.arguments import Arguments, Inputs
 from clockwork_hooks.graph.tracing import Trace
-from clockwork_hooks.regions.cut import CutPlan, Exits, Kind, Port, SkippedCall, entry_of
+from clockwork_hooks.regions.cut import CutPlan, Exits, PassKind, Port, SkippedCall, entry_of
 from clockwork_hooks.regions.find import Choice, Search, keeping, match, skipped_nodes
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
@@ -337,7 +337,7 @@ def _plans(trace: Trace, regions: list[Region], keeps_entry: list[bool]) -> list
             if keeps and other != index and entry is not None:
                 visible_at = _visible(trace, entry, chosen) if other < index else -1  # an inner region emits nothing
                 ports[entry_of(other)] = replace(entry, visible=visible_at)
-        others: dict[Kind, Exits] = {"full": whole, "adaptor": around}
+        others: dict[PassKind, Exits] = {"full": whole, "adaptor": around}
         plans.append(replace(region.cut_plan, counts=counts, index=index, others=others, ports=ports))
     return plans
 

@@ -32,7 +32,7 @@ from clockwork_hooks.adaptors.stand_in import needs_of
 from clockwork_hooks.engine.hooks import Code
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
-from clockwork_hooks.regions.cut import Kind
+from clockwork_hooks.regions.cut import PassKind
 
 if TYPE_CHECKING:
     from clockwork_hooks.clock.timeline import Feature
@@ -212,7 +212,7 @@ class Compiled:
             call.inside = False
             self.engine.tracing = None  # where nothing is compiled (`TORCHDYNAMO_DISABLE`) the static callable set it
 
-    def _tries(self, static: Static, kind: Kind) -> Tries:
+    def _tries(self, static: Static, kind: PassKind) -> Tries:
         """How a static callable is launched: `torch._dynamo.run` calls it as it is where no graph fits."""
         options = _without_our_guards(**self.options)
         if kind == "adaptor":

@@ -19,6 +19,7 @@ import math
 import operator
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,9 +49,11 @@ from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 
 _ALIAS = torch.ops.aten.alias.default
+_MOST_SIGNATURES = 64  # are kept
+_MOST_DOUBTS = 2  # calls that were others at other sizes, until all such are recorded
 
 
-def form(key: tuple[Any, ...]) -> tuple[Any, ...]:
+def without_sizes(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """A call's key without its sizes: equal for calls that differ in these alone."""
     arguments, *modes = key
     return (*(len(part) if type(part) is torch.Size else part for part in arguments), *modes)
@@ -130,6 +133,89 @@ class Derived(Signature):
             handle.remove()
             # torch forgets to take this off, and warns of it ever after
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
+
+
+class Signatures:
+    """What is known of the input signatures of an engine's calls, by the calls' keys.
+
+    Of many, the one that no call has had for longest is let go.
+
+    Attributes:
+        recordings: how often calls of a key were recorded.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Signature] = {}
+        self._unanalysed: dict[tuple[Any, ...], None] = {}  # in the recording of their calls something failed
+        self._recorded: dict[tuple[Any, ...], Recorded] = {}  # by what of a key says nothing of sizes
+        self._doubts: Counter[tuple[Any, ...]] = Counter()  # how often such calls were others at other sizes
+        self._not_derived: dict[tuple[Any, ...], None] = {}  # their calls are others at their sizes
+        self.recordings: Counter[tuple[Any, ...]] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[Signature]:
+        """Those that are known now, whatever other threads add meanwhile."""
+        return iter(list(self._known.values()))
+
+    def get(self, key: tuple[Any, ...]) -> Signature | None:
+        """That of a key; None where none is known."""
+        return self._known.get(key)
+
+    def used(self, signature: Signature) -> None:
+        """A call has it: it is the last that is let go."""
+        if len(self._known) > _MOST_SIGNATURES // 2:  # their order begins to matter
+            _put_last(self._known, signature.key, signature)
+
+    def put(self, key: tuple[Any, ...], signature: Signature) -> list[tuple[Any, ...]]:
+        """Keep one: the keys of those that are let go for it."""
+        signature.key = key
+        oldest = _put_last(self._known, key, signature)
+        for one in oldest:
+            self.recordings.pop(one, None)
+        return oldest
+
+    def put_recorded(self, key: tuple[Any, ...], recorded: Recorded) -> None:
+        """Calls like those of this key may be derived from it at other sizes."""
+        _put_last(self._recorded, without_sizes(key), recorded)
+
+    def recorded_for(self, key: tuple[Any, ...]) -> Recorded | None:
+        """What such calls are derived from; None where nothing is, or where calls were others at other sizes."""
+        doubted = key in self._not_derived or self._doubts[without_sizes(key)] >= _MOST_DOUBTS
+        return None if doubted else self._recorded.get(without_sizes(key))
+
+    def doubt(self, key: tuple[Any, ...]) -> None:
+        """A call of a derived one was another: the next is recorded."""
+        self._known.pop(key, None)
+        _put_last(self._not_derived, key, None)
+        self._doubts[without_sizes(key)] += 1
+
+    def fail(self, key: tuple[Any, ...]) -> bool:
+        """The recording of such a call failed: none is analysed from now on. Is it the first?"""
+        first = not self._unanalysed
+        self._known.pop(key, None)
+        _put_last(self._unanalysed, key, None)
+        return first
+
+    def has_failed(self, key: tuple[Any, ...]) -> bool:
+        """Has the recording of such a call failed?"""
+        return key in self._unanalysed
+
+    def forget(self) -> None:
+        """Nothing of it holds any more; what remains is how often calls were recorded."""
+        for table in (self._known, self._unanalysed, self._recorded, self._not_derived, self._doubts):
+            table.clear()
+
+
+def _put_last(table: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> list[tuple[Any, ...]]:
+    """Put it at the end of a table, from whose beginning what is too much is let go: the keys of that."""
+    table.pop(key, None)
+    table[key] = value
+    oldest = list(table)[:-_MOST_SIGNATURES]
+    for one in oldest:
+        del table[one]
+    return oldest
 
 
 class Left(OperatorMode):

@@ -13,7 +13,6 @@ import functools
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from clockwork_hooks.clock.conditions import FORM, Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States, stands_apart
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
-from clockwork_hooks.engine.derived import Derived, Recorded, form
+from clockwork_hooks.engine.derived import Derived, Recorded, Signatures
 from clockwork_hooks.engine.fresh import Following, Watching
 from clockwork_hooks.engine.hooks import Census, Installed
 from clockwork_hooks.engine.passes import Active, Before, Emit, Emitted, Exchanged, Outcome, Pass
@@ -56,9 +55,7 @@ from clockwork_hooks.schedule import Schedule
 __all__ = ["Decision", "Engine", "Observer", "StaticCalls", "UNetCall"]
 
 log = logging.getLogger("clockwork_hooks")
-_SIGNATURES = 64  # are kept
 _MISSED = (AttributeError, IndexError, KeyError, StopIteration, TypeError)  # of who looks for what is not there
-_DOUBTS = 2  # calls that were others at other sizes, until all such are recorded
 _DIFFERED, _RECORDINGS = 8, 8  # passes that differ until calls are recorded anew, and how often at most
 
 
@@ -224,12 +221,7 @@ class Engine:
             warner = OtherSteps(type(one.adaptor).__name__, counts, asks, names)
             one.other_steps = warner if counts or asks or names else None
         self.stats, self.states, self.weights = Stats(), States(oldest), Weights(unet)
-        self._signatures: dict[tuple[Any, ...], Signature] = {}
-        self._recordings: Counter[tuple[Any, ...]] = Counter()
-        self._unanalysed: dict[tuple[Any, ...], None] = {}  # keys of calls in whose recording something failed
-        self._recorded: dict[tuple[Any, ...], Recorded] = {}  # by what of a key says nothing of sizes
-        self._doubts: Counter[tuple[Any, ...]] = Counter()  # how often such calls were others at other sizes
-        self._not_derived: dict[tuple[Any, ...], None] = {}  # keys of calls that are others at their sizes
+        self._signatures = Signatures()
         self._census = Census(unet)
         self._dear = False  # has somebody been told that an adaptor pass costs more than a full one?
         self._looked_at, self._adopts = 0, True  # the last trajectory of which modules were looked at
@@ -254,9 +246,7 @@ class Engine:
     @property
     def uncounted(self) -> tuple[str, ...]:
         """Operators of the recorded calls that are in no count."""
-        return tuple(
-            dict.fromkeys(name for signature in list(self._signatures.values()) for name in signature.uncounted)
-        )
+        return tuple(dict.fromkeys(name for signature in self._signatures for name in signature.uncounted))
 
     @property
     def schedule(self) -> Schedule:
@@ -314,14 +304,13 @@ class Engine:
         if call.signature is None:
             if _empty(call.arguments):
                 return self._run_apart(state, call, reasons.EMPTY)
-            if call.key in self._unanalysed:
+            if self._signatures.has_failed(call.key):
                 return self._run_apart(state, call, reasons.UNANALYSED)
             call.signature = self._unrecorded(call)
             if call.signature is None:
                 return self._record(state, call)
         call.key = call.signature.key
-        if len(self._signatures) > _SIGNATURES // 2:  # their order begins to matter
-            _put_last(self._signatures, call.key, call.signature)
+        self._signatures.used(call.signature)
         call.place = self._place(state, call, call.signature)
         begins = call.place.trajectory != self._looked_at
         if begins and self.static is None and self._exchanged(call.place):
@@ -414,7 +403,8 @@ class Engine:
         place.split(len(signature.regions))
         if state.sampler is not None:
             state.sampler.placed((place.branch.names, place.branch.number))
-            place.turn -= state.sampler.each and place.turn > 1  # its first two evaluations are full
+            if state.sampler.each and place.turn > 1:  # its first two evaluations are full
+                place.turn -= 1
         if place.restarts and (call.trains or all(clocked.schedule.never_skips for clocked in self.chain)):
             place.restarts = 0  # nobody expects these to be a run
         call.due, call.idle = self._due(place.turn, timeline.steps), self._idle(state, place)
@@ -528,9 +518,7 @@ class Engine:
         """
         signature = call.signature
         if isinstance(signature, Derived) and (use is None or not use.proved):
-            self._signatures.pop(call.key, None)
-            _put_last(self._not_derived, call.key, None)
-            self._doubts[form(call.key)] += 1
+            self._signatures.doubt(call.key)
         elif signature is None or use is None or not signature.traced:
             self.forget()
         else:
@@ -749,11 +737,11 @@ class Engine:
         try:
             calls = list(self._calls_ahead(args, kwargs))
             state.calls.append(calls[0])  # what the recording calls is the UNet's own
-            if all(call.key in self._signatures or self._adopt_ahead(call) for call in calls):
+            if all(self._signatures.get(call.key) or self._adopt_ahead(call) for call in calls):
                 return
             trace = self._record_apart(calls[0])
             for call in calls:
-                if call.key not in self._signatures:
+                if self._signatures.get(call.key) is None:
                     with torch.inference_mode(call.key[4]):
                         self._learn(call, trace)
         finally:
@@ -871,10 +859,8 @@ class Engine:
 
     def _derive(self, call: UNetCall) -> Signature | None:
         """The signature of a call that differs from a recorded one in sizes alone; its first call will compare them."""
-        recorded = self._recorded.get(form(call.key))
-        if recorded is None or call.key in self._not_derived or self._doubts[form(call.key)] >= _DOUBTS:
-            return None
-        if not recorded.fits(call.arguments, self._named_time(call)):
+        recorded = self._signatures.recorded_for(call.key)
+        if recorded is None or not recorded.fits(call.arguments, self._named_time(call)):
             return None
         return self._put(call, Derived.of(recorded))
 
@@ -946,10 +932,8 @@ class Engine:
 
     def _leave_unanalysed(self, state: State, call: UNetCall, error: Exception, output: Any) -> Any:
         """Calls of this signature are full from now on; those of others are served as before."""
-        self._signatures.pop(call.key, None)
-        if not self._unanalysed:
+        if self._signatures.fail(call.key):
             warn_of_failure(error)
-        _put_last(self._unanalysed, call.key, None)
         state.timeline.reset()
         self._count_plain(state.timeline.nowhere(reasons.UNANALYSED), reasons.UNANALYSED, call.key[0])
         return output
@@ -959,7 +943,7 @@ class Engine:
         signature = self._new(call, prepare(trace, self.unet, self.chain))
         recorded = Recorded.of(signature, trace)
         if recorded is not None:
-            _put_last(self._recorded, form(call.key), recorded)
+            self._signatures.put_recorded(call.key, recorded)
         return self._begin(signature)
 
     def _begin(self, signature: Signature) -> Signature:
@@ -976,15 +960,13 @@ class Engine:
         self._census = Census(self.unet)
         _check_ignored(signature, self._binder)
         self._no_adaptor_pass.needless = self._binder.needless(call.arguments.paths)
-        self._recordings[call.key] += 1
+        self._signatures.recordings[call.key] += 1
         return self._put(call, signature)
 
     def _put(self, call: UNetCall, signature: Signature) -> Signature:
-        """Keep a signature; of many, the one that no call has had for longest is let go."""
-        signature.key = call.key
+        """Keep a signature; what is static of one that is let go for it goes, too."""
         signature.see(call.arguments, self._binder.ignores)
-        for oldest in _put_last(self._signatures, call.key, signature):
-            self._recordings.pop(oldest, None)
+        for oldest in self._signatures.put(call.key, signature):
             if self.static is not None:
                 self.static.forget(oldest)
         return signature
@@ -1024,18 +1006,14 @@ class Engine:
             return
         signature.differed += outcome.reached  # else a step cache has answered: what is recorded still holds
         if signature.differed >= _DIFFERED or not self.intact:
-            if self._recordings[call.key] < _RECORDINGS:
+            if self._signatures.recordings[call.key] < _RECORDINGS:
                 self.forget()
             else:
                 signature.regions, signature.why = (), reasons.DIFFERED
 
     def forget(self) -> None:
         """What was recorded does not hold any more: the next call of each signature is recorded, and patched, anew."""
-        self._signatures.clear()
-        self._unanalysed.clear()
-        self._recorded.clear()
-        self._not_derived.clear()
-        self._doubts.clear()
+        self._signatures.forget()
         self._adopts = False
         self.weights = Weights(self.unet)  # those of modules that are gone tell nothing
         self.installed.renew(modules_of(self.unet))
@@ -1052,7 +1030,7 @@ class Engine:
 
     def _count_plain(self, place: Position, reason: str, inputs: Hashable) -> None:
         """A call that ran as if nothing were attached; what it cost is known once such a call was recorded."""
-        cost = next((signature.full_macs for key, signature in list(self._signatures.items()) if key[0] == inputs), 0)
+        cost = next((signature.full_macs for signature in self._signatures if signature.key[0] == inputs), 0)
         self._count(place, Outcome(None, watched=False, macs=cost, reason=reason), cost)
 
     def _missed(self, reason: str) -> None:
@@ -1105,16 +1083,6 @@ def _lost(call: UNetCall) -> WrapError:
         },
         do="let the UNet keep it from its first steps on, so that it is noticed; or remove() the wrapper",
     )
-
-
-def _put_last(table: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> list[tuple[Any, ...]]:
-    """Put it at the end of a table, from whose beginning what is too much is let go: the keys of that."""
-    table.pop(key, None)
-    table[key] = value
-    oldest = list(table)[:-_SIGNATURES]
-    for one in oldest:
-        del table[one]
-    return oldest
 
 
 def _check_ignored(signature: Signature, binder: Binder) -> None:

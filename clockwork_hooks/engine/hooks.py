@@ -211,7 +211,7 @@ def _class_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(type(module).forward, module)
 
 
-class Observer:
+class BoundaryHook:
     """A native hook that only looks; copies and pickles as a hook that does nothing."""
 
     def __init__(self, owner: Owner, path: str, side: Literal["input", "output"]) -> None:
@@ -299,7 +299,9 @@ class Code:
             inner = [table for module in modules if module not in self._roots for table in _hooks_of(module)]
             everywhere = nn_module._global_forward_pre_hooks, nn_module._global_forward_hooks
             tables = filter(None, (*inner, *everywhere))
-            seen += [hook for table in tables for hook in table.values() if not isinstance(hook, (Observer, RootHook))]
+            seen += [
+                hook for table in tables for hook in table.values() if not isinstance(hook, (BoundaryHook, RootHook))
+            ]
         return seen
 
 
@@ -436,7 +438,7 @@ class Installed:
             self._go_past_hooks(path)
         for path, side in _observed(plan) if looks else ():
             if not self._observes(path, side):
-                module, hook = modules[path], Observer(self._owner, path, side)
+                module, hook = modules[path], BoundaryHook(self._owner, path, side)
                 add = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
                 self._observers[path, side] = add(hook, with_kwargs=True)
 

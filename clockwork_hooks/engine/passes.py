@@ -24,7 +24,7 @@ from torch import nn
 from clockwork_hooks._tree import address, attribute, copied, flat, is_changeable, leaf_at, map_leaves, refill, version
 from clockwork_hooks.clock.loops import saved_for_again
 from clockwork_hooks.engine.taint import Reads, Taint, Tainted, refuse
-from clockwork_hooks.regions.cut import CutPlan, Kind, Same, Slot, Wanted, fits
+from clockwork_hooks.regions.cut import CutPlan, PassKind, Same, Slot, Wanted, fits
 
 Emit = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -69,7 +69,7 @@ class Outcome:
     """
 
     output: Any
-    kind: Kind = "full"
+    kind: PassKind = "full"
     exits: Mapping[int, Emitted] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
     complete: bool = False
@@ -117,7 +117,7 @@ class Pass:
     def __init__(
         self,
         plan: CutPlan,
-        kind: Kind,
+        kind: PassKind,
         emit: Emit | None = None,
         *,
         copies: Collection[int] = (),

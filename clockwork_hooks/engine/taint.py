@@ -115,7 +115,7 @@ class Taint:
         """The same for another pass."""
         return type(self)(self.scratch)
 
-    def on(self, placeholder: torch.Tensor | Form) -> torch.Tensor:
+    def on(self, placeholder: torch.Tensor | TensorMetadata) -> torch.Tensor:
         """The placeholder, as one that passes itself on."""
         tainted = Tainted(placeholder)
         self.add(tainted)
@@ -252,7 +252,7 @@ def _is_placeholder(value: Any) -> bool:
     return isinstance(value, Tainted) and value.taints
 
 
-class Form(NamedTuple):
+class TensorMetadata(NamedTuple):
     """What is known of a placeholder: how such a tensor would lie in memory."""
 
     shape: tuple[int, ...]
@@ -262,12 +262,12 @@ class Form(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Form:
+    def of(cls, tensor: torch.Tensor) -> TensorMetadata:
         """That of a tensor."""
         return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device)
 
     def zeros(self) -> torch.Tensor:
-        """Memory of this form."""
+        """Memory that a tensor so laid out has."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         size = self.offset + last + 1 if 0 not in self.shape else 0
         memory = torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -280,34 +280,34 @@ class Tainted(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, plain: torch.Tensor | Form) -> Tainted:
-        """Args: zeros of its shape, that operators compute with; or its form, and they are made once one asks."""
-        form, throw = plain if isinstance(plain, Form) else Form.of(plain), _throws()
+    def __new__(cls, plain: torch.Tensor | TensorMetadata) -> Tainted:
+        """Args: zeros of its shape, with which operators compute; or metadata, and zeros are made once one asks."""
+        like, throw = plain if isinstance(plain, TensorMetadata) else TensorMetadata.of(plain), _throws()
         if throw is None:  # it has memory then: C++ that is no operator may read zeros
-            memory = plain.zeros() if isinstance(plain, Form) else plain
+            memory = plain.zeros() if isinstance(plain, TensorMetadata) else plain
             tainted: Tainted = torch.Tensor._make_subclass(cls, memory)
         else:
             tainted = torch.Tensor._make_wrapper_subclass(
                 cls,
-                form.shape,
-                strides=form.stride,
-                storage_offset=form.offset,
-                dtype=form.dtype,
+                like.shape,
+                strides=like.stride,
+                storage_offset=like.offset,
+                dtype=like.dtype,
                 layout=torch.strided,
-                device=form.device,
+                device=like.device,
             )
             throw(tainted)
         tainted._plain, tainted._home = plain, address(_storage(tainted))
         return tainted
 
-    _plain: torch.Tensor | Form
+    _plain: torch.Tensor | TensorMetadata
     _home: int
     taints = True  # is what an operator makes of it a placeholder?
 
     @property
     def plain(self) -> torch.Tensor:
         """What operators compute with."""
-        if isinstance(self._plain, Form):
+        if isinstance(self._plain, TensorMetadata):
             self._plain = self._plain.zeros()
         return self._plain
 
@@ -352,10 +352,10 @@ class Tainted(torch.Tensor):
         if traits.reshapes:
             refuse()
         tainted = _is_placeholder(args[0]) if traits.first_only else any(one.taints for one in own)
-        # nobody reads what comes of placeholders: once such a call has shown its form, nothing is computed
+        # nobody reads what comes of placeholders: once such a call has shown its metadata, nothing is computed
         key = _key(func, args, kwargs) if tainted and traits.pure and all(type(one) is cls for one in own) else None
-        if key is not None and key in _forms:
-            return _made(_forms[key])
+        if key is not None and key in _results:
+            return _made(_results[key])
         if tainted:
             if traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs))):
                 refuse()
@@ -375,7 +375,7 @@ class Tainted(torch.Tensor):
             return _real(out, own)
         placeholders = _tainted(out, own)
         if key is not None and all(_same(one, own) is None for one in tensors(out)):
-            _remember(key, map_leaves(_form, out))
+            _remember(key, map_leaves(_metadata, out))
         return placeholders
 
 
@@ -393,7 +393,7 @@ class _Traits(NamedTuple):
     One that selects reads only what follows its first argument; one that reshapes gives a tensor another shape, where
     Python sees the old one; one that is foreign may do with memory as it likes. One that is made of others reads what
     those read: autograd takes it apart, inference mode does not. One that is pure does nothing but make tensors, whose
-    form follows from the forms of what it is given.
+    metadata follow from those of what it is given.
     """
 
     shape_only: bool
@@ -473,18 +473,18 @@ def _tainted(out: Any, own: list[Tainted]) -> Any:
     return type(out)([_tainted(one, own) for one in out]) if type(out) in (list, tuple) else out
 
 
-_forms: dict[Hashable, Any] = {}  # what operators make of placeholders, of all passes
-_MOST_FORMS = 4096
+_results: dict[Hashable, Any] = {}  # metadata of what operators make of placeholders, in all passes
+_MOST_RESULTS = 4096
 
 
-def _remember(key: Hashable, forms: Any) -> None:
-    if len(_forms) >= _MOST_FORMS:
-        _forms.clear()
-    _forms[key] = forms
+def _remember(key: Hashable, metadata: Any) -> None:
+    if len(_results) >= _MOST_RESULTS:
+        _results.clear()
+    _results[key] = metadata
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """What the forms of an operator's results follow from; None where that is not known."""
+    """What the metadata of an operator's results follow from; None where that is not known."""
     try:
         key = (func, *map(_part, args), *((name, _part(arg)) for name, arg in kwargs.items()))
         hash(key)
@@ -497,19 +497,19 @@ def _part(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         if type(value) not in (Tainted, torch.Tensor, nn.Parameter) or not is_dense(value):
             raise TypeError
-        return Form.of(value)
+        return TensorMetadata.of(value)
     return (type(value), *(map(_part, value) if type(value) in (list, tuple) else (value,)))
 
 
-def _form(leaf: Any) -> Any:
-    return Form.of(leaf) if isinstance(leaf, torch.Tensor) else leaf
+def _metadata(leaf: Any) -> Any:
+    return TensorMetadata.of(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _made(forms: Any) -> Any:
-    """Placeholders of these forms."""
-    if isinstance(forms, Form):
-        return Tainted(forms) if _here.taint is None else _here.taint.on(forms)
-    return type(forms)([_made(one) for one in forms]) if type(forms) in (list, tuple) else forms
+def _made(metadata: Any) -> Any:
+    """Placeholders so laid out."""
+    if isinstance(metadata, TensorMetadata):
+        return Tainted(metadata) if _here.taint is None else _here.taint.on(metadata)
+    return type(metadata)([_made(one) for one in metadata]) if type(metadata) in (list, tuple) else metadata
 
 
 def _same(out: torch.Tensor, own: list[Tainted]) -> Tainted | None:

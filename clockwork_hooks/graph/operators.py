@@ -35,7 +35,7 @@ from torch import fx
 from clockwork_hooks._tree import map_leaves
 from clockwork_hooks.errors import ArgumentError, CountError, is_whole
 
-Kind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
+OperatorKind = Literal["convolution", "linear", "matmul", "attention", "norm", "none", "unknown"]
 
 
 def _names(text: str) -> list[str]:
@@ -321,7 +321,7 @@ def _is_spatial(target: Any) -> bool:
     return SPATIAL.match(qualified_name(target).removeprefix("aten::")) is not None
 
 
-def kind(node: fx.Node) -> Kind:
+def kind(node: fx.Node) -> OperatorKind:
     """What the operator is to the count.
 
     Args:
@@ -351,7 +351,7 @@ def kind(node: fx.Node) -> Kind:
 
 
 @functools.cache
-def _kind(target: Any) -> Kind:
+def _kind(target: Any) -> OperatorKind:
     name = qualified_name(target)
     if name in CONVOLUTIONS:
         return "convolution"

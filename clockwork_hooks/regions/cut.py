@@ -10,7 +10,7 @@ import torch
 
 from clockwork_hooks._tree import Leaf, flat, leaves
 
-Kind = Literal["full", "adaptor"]
+PassKind = Literal["full", "adaptor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ class CutPlan:
     ports: Mapping[str, Port]
     counts: Mapping[str, tuple[int, int]]
     index: int = 0
-    others: Mapping[Kind, Exits] = field(default_factory=dict)
-    _moves: dict[tuple[Kind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
+    others: Mapping[PassKind, Exits] = field(default_factory=dict)
+    _moves: dict[tuple[PassKind, bool], Moves] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def data(self) -> dict[str, Any] | None:
         """The plan in JSON's own types; None where a skipped call returns something that JSON does not hold.
@@ -159,7 +159,7 @@ class CutPlan:
         counts = {path: (full, adaptor) for path, (full, adaptor) in data["counts"].items()}
         return cls(tuple(skipped), ports, counts)
 
-    def moves(self, kind: Kind, *, looks: bool) -> Moves:
+    def moves(self, kind: PassKind, *, looks: bool) -> Moves:
         """What happens in passes of this kind; worked out on first use.
 
         Args:
@@ -258,7 +258,7 @@ class Moves:
     exits: frozenset[int]
 
     @classmethod
-    def of(cls, plan: CutPlan, kind: Kind, *, looks: bool) -> Moves:
+    def of(cls, plan: CutPlan, kind: PassKind, *, looks: bool) -> Moves:
         """What happens in passes of this kind."""
         which = 1 if kind == "adaptor" else 0
         calls: dict[tuple[str, int], Move] = {}
