@@ -95,9 +95,11 @@ K_SAMPLERS = {  # the least shares of adaptor passes at clock 2: as it is, and w
     "sample_euler_ancestral": (0.25, 0.5),
     "sample_heun": (0.25, 0.35),
     "sample_dpm_2": (0.3, 0.45),
-    "sample_dpm_2_ancestral": (0.0, 0.3),  # evaluations below the next step's time: what follows runs backwards
+    # an evaluation at the next step's time, or a last bit below it, so that what follows runs backwards: which of the
+    # two is rounding, and one kind of CPU has 5 adaptor passes of 15, another 4
+    "sample_dpm_2_ancestral": (0.0, 0.25),
     "sample_lms": (0.25, 0.5),
-    "sample_dpmpp_2s_ancestral": (0.0, 0.3),  # likewise
+    "sample_dpmpp_2s_ancestral": (0.0, 0.25),
     "sample_dpmpp_sde": (0.3, 0.45),
     "sample_dpmpp_2m": (0.25, 0.5),
     "sample_dpmpp_2m_sde": (0.25, 0.5),
