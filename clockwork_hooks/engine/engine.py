@@ -273,6 +273,11 @@ class Engine:
                 return region
         return None
 
+    def _own_steps(self, region: int, step: int, steps: int | None) -> tuple[int, int | None]:
+        """The same without the steps in which a wider region is skipped, and this one within it."""
+        skipped = {k for k in range(1, max(step, steps or 0) + 1) for one in self.chain[:region] if one.skips(k, steps)}
+        return step - sum(k <= step for k in skipped), None if steps is None else steps - len(skipped)
+
     # -- one call ------------------------------------------------------------------------------------------------
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -321,7 +326,9 @@ class Engine:
         if batch is not None:
             call.decision = self._by_rows(state, call, batch, call.decision)
         if call.decision.reason is None and (other := self.chain[call.decision.region].other_steps) is not None:
-            other.look(call.place.step, state.timeline.steps, pipeline=self.step_reader is not None)
+            step, steps = call.place.step, state.timeline.steps
+            own = self._own_steps(call.decision.region, step, steps) if call.decision.region else None
+            other.look(step, steps, own=own, pipeline=self.step_reader is not None)
         if call.decision.reason == reasons.SCHEDULED:
             self._more_steps.look(call.place.turn, state.timeline.declared_steps, self.chain[0].schedule)
         for observer in self.observers:

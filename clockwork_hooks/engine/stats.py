@@ -391,10 +391,13 @@ class OtherSteps:
     ) -> None:
         self._adaptor, self._counts, self._asks, self._names = adaptor, counts, asks, names
 
-    def look(self, step: int, steps: int | None, *, pipeline: bool = False) -> None:
+    def look(
+        self, step: int, steps: int | None, *, own: tuple[int, int | None] | None = None, pipeline: bool = False
+    ) -> None:
         """An adaptor pass at this step of a run of so many steps; None where that is not known.
 
         Of a pipeline it is known where its scheduler says it, and a user who passed a clock can do nothing elsewhere.
+        `own` counts the steps alone in which the adaptor's region is not within one that is skipped.
         """
         if steps is None and self._asks is not None and not pipeline:
             asks, self._asks = self._asks, None
@@ -413,6 +416,7 @@ class OtherSteps:
                 "What to do: name steps that it has; Schedule.every(2) and Schedule.spread(2) fit any number of them",
                 OtherStepsWarning,
             )
+        step, steps = own or (step, steps)
         if not self._counts or (steps in self._counts if steps is not None else step <= max(self._counts)):
             return
         counts, self._counts = self._counts, ()
