@@ -392,32 +392,30 @@ def test_results_that_are_no_numbers_are_told():
         ch.measure_drift(unet, lambda batch, seed: run(batch, seed) * float("nan"), [1])
 
 
-@pytest.mark.parametrize("seeds", [(0, 1_000_003), (1_000_003,)])
-def test_no_plan_has_results_that_are_no_numbers(seeds):
-    """The least of infinite errors was chosen; and so was one whose results were no numbers where it was judged."""
-    unet = tiny()
-    run = sampler(unet)
-    plain = {}
+def endless(unet, keeps):
+    """A sampler whose results are infinite where `keeps(seed, result, the first result of the seed)` says no."""
+    run, plain = sampler(unet), {}
 
     def generate(batch, seed):
         result = run(batch, seed)
         first = plain.setdefault(seed, result)
-        return result if seed not in seeds or torch.equal(result, first) else result * float("inf")
+        return result if keeps(seed, result, first) else result * float("inf")
 
+    return generate
+
+
+@pytest.mark.parametrize("seeds", [(0, 1_000_003), (1_000_003,)])
+def test_no_plan_has_results_that_are_no_numbers(seeds):
+    """The least of infinite errors was chosen; and so was one whose results were no numbers where it was judged."""
+    unet = tiny()
+    generate = endless(unet, lambda seed, result, first: seed not in seeds or torch.equal(result, first))
     with pytest.raises(ch.ArgumentError, match=r"must be finite\n(.*\n)*What to do: ask for less"):
         ch.plan(unet, generate, [1], min_saving=0.2, clocks=(2,), probes=1)
 
 
 def test_results_that_are_no_numbers_are_on_no_front_and_come_back_from_json():
     unet = tiny()
-    run = sampler(unet)
-    plain = {}
-
-    def generate(batch, seed):
-        result = run(batch, seed)
-        first = plain.setdefault(seed, result)
-        return result if (result - first).norm() < 3e-4 * first.norm() else result * float("inf")
-
+    generate = endless(unet, lambda seed, result, first: (result - first).norm() < 3e-4 * first.norm())
     plan = ch.plan(unet, generate, [1], min_saving=0.01, clocks=(2, 3, 4), probes=3)
     infinite = [one for one in plan.options if one.measured == float("inf")]
     assert infinite
