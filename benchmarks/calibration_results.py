@@ -350,8 +350,10 @@ def _cost(cost: Mapping[str, Any]) -> str:
 `ch.calibrate`, kind auto, {settings["batch"]} prompts, 8 steps: {seconds[0]:.1f} s the first time, then \
 {min(seconds[1:]):.1f} s: the target of 10 s is {"met" if seconds[0] <= 10 else "**missed**"}. An adaptor pass of
 {settings["batch"]} prompts, both branches, in turns (median): the target of 1.02× the identity's is \
-{"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×). {settings["device"]}, torch \
-{settings["versions"]["torch"]}, seed {settings["seed"]}, `{_module(settings["command"])}`."""
+{"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×). Each pass is waited for, and so small a one is \
+mostly the host's work; of SD v1.5 [see there](performance_tables.md#why-targets-are-missed).
+{settings["device"]}, torch {settings["versions"]["torch"]}, seed {settings["seed"]},
+`{_module(settings["command"])}`."""
     return f"{text}\n\n{told}"
 
 
