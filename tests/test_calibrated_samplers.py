@@ -175,6 +175,7 @@ def test_a_channel_that_stands_still_has_no_gain(name, ridge):
     assert sums.error(weights) ** 0.5 < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:a calibrated adaptor has to do better than the identity")  # at all steps, maybe
 @pytest.mark.parametrize("kind", ["affine", "exit+entry+before", "exit+entry+before+trend", "kernel", "low rank"])
 @pytest.mark.parametrize("schedule", [None, {3, 4, 5, 6}])
 def test_few_samples_make_no_step_worse_than_the_identity(kind, schedule):
