@@ -44,7 +44,7 @@ from clockwork_hooks.graph.operators import (
     kind,
     qualified_name,
 )
-from clockwork_hooks.graph.recorder import ModuleCall, OperatorMode, eager, specs_in, written_by
+from clockwork_hooks.graph.recorder import ModuleCall, OperatorMode, specs_in, written_by
 from clockwork_hooks.graph.tracing import Trace
 from clockwork_hooks.regions.cut import CutPlan, Port, Same, SkippedCall, Slot
 
@@ -125,11 +125,9 @@ class Derived(Signature):
         watch = _Watch(self.source, args, kwargs)
         handle = register_module_forward_hook(watch, with_kwargs=True)
         try:
-            eager.enter(watch)
             with watch.left:
                 yield watch
         finally:
-            eager.leave(watch)
             handle.remove()
             # torch forgets to take this off, and warns of it ever after
             getattr(nn_module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)

@@ -22,7 +22,7 @@ import torch
 
 from clockwork_hooks._tree import address, map_leaves, tensors
 from clockwork_hooks.engine.taint import Taint, Tainted, here, is_dense, refuse
-from clockwork_hooks.graph.recorder import OperatorMode, eager
+from clockwork_hooks.graph.recorder import OperatorMode
 from clockwork_hooks.graph.tracing import SHAPE_ONLY
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -48,13 +48,11 @@ class _Looking(Taint):
 
     def __enter__(self) -> Taint:
         super().__enter__()
-        eager.enter(self)  # what is compiled could not be looked at
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
-        eager.leave(self)
+        self._mode.__exit__(*error)
         super().__exit__(*error)
 
     def made(self, out: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from clockwork_hooks._tree import address, flat, map_leaves, tensors
-from clockwork_hooks.graph.recorder import OperatorMode, eager, written_by
+from clockwork_hooks.graph.recorder import OperatorMode, written_by
 from clockwork_hooks.graph.tracing import FIRST_ONLY, SHAPE_ONLY
 
 if TYPE_CHECKING:
@@ -55,15 +55,6 @@ class Reads(OperatorMode):
         super().__init__()
         self._storage: Any = None
         self._read = False
-
-    def __enter__(self) -> Reads:
-        eager.enter(self)  # what runs compiled would not be seen
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        eager.leave(self)
 
     def wait_for(self, exit: torch.Tensor) -> None:
         """From here on: is this read, whose memory nothing else has?"""
@@ -346,7 +337,7 @@ class Tainted(torch.Tensor):
         kwargs = kwargs or {}
         own, traits = _own((args, tuple(kwargs.values())), []), _traits(func)
         if traits.shape_only:
-            return func(*map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
+            return _on_plain(func, args, kwargs)
         if traits.made_of_others:
             return func.decompose(*args, **kwargs)
         if traits.reshapes:
@@ -354,8 +345,9 @@ class Tainted(torch.Tensor):
         tainted = _is_placeholder(args[0]) if traits.first_only else any(one.taints for one in own)
         # nobody reads what comes of placeholders: once such a call has shown its metadata, nothing is computed
         key = _key(func, args, kwargs) if tainted and traits.pure and all(type(one) is cls for one in own) else None
-        if key is not None and key in _results:
-            return _made(_results[key])
+        known = None if key is None else _results.get(key)
+        if known is not None:
+            return _made(known)
         if tainted:
             if traits.reads and not (traits.selects and not holds_placeholder((args[1:], kwargs))):
                 refuse()
@@ -366,7 +358,7 @@ class Tainted(torch.Tensor):
             for one in own:
                 one.is_known_elsewhere()
         try:
-            out = func(*map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
+            out = _on_plain(func, args, kwargs)
         except Exception:  # memory that zeros share cannot be written to, for one; and the UNet may catch it
             if tainted:
                 _mark()
@@ -451,6 +443,11 @@ def _own(value: Any, own: list[Tainted]) -> list[Tainted]:
         for one in value:
             _own(one, own)
     return own
+
+
+def _on_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns for these arguments without placeholders."""
+    return func(*map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import fx, nn
@@ -32,6 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # public, though its
 from clockwork_hooks._tree import Leaf, address, flat, held, is_changeable, map_leaves, tensors
 from clockwork_hooks.graph.arguments import Arguments, find_sample, is_number
 from clockwork_hooks.graph.operators import is_spatial, qualified_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ALIAS = torch.ops.aten.alias.default
 _BLANK = frozenset(
@@ -407,12 +410,21 @@ eager = _Eager()
 
 
 class OperatorMode(TorchDispatchMode):
-    """Sees every operator that runs within its block; what is compiled runs in eager there (`eager`)."""
+    """Sees every operator that runs within its block; what is compiled runs in eager there, as it would not be seen."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        eager.enter(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        eager.leave(self)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -476,8 +488,7 @@ class Recorder(OperatorMode):
             self._stack[0].inputs = self.bindings.specs((args, dict(kwargs)))
             self._handles.append(register_module_forward_pre_hook(self._before))
             self._handles.append(register_module_forward_hook(self._after, with_kwargs=True))
-            eager.enter(self)
-            self.__enter__()  # type: ignore[no-untyped-call]
+            self.__enter__()
         except BaseException:
             self.stop()
             raise
@@ -489,7 +500,7 @@ class Recorder(OperatorMode):
         try:
             self._leave()
         finally:
-            eager.leave(self)
+            eager.leave(self)  # also where an interrupt has taken this mode off the stack
             for handle in self._handles:
                 handle.remove()
                 # torch forgets to take this off, and warns of it ever after
@@ -523,7 +534,7 @@ class Recorder(OperatorMode):
             while modes[-1] is not self:
                 above.append(modes.pop())
                 dispatch._pop_mode()
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.__exit__(None, None, None)
         for mode in reversed(above):
             dispatch._push_mode(mode)
 
