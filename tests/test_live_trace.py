@@ -15,7 +15,11 @@ from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_mo
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    is_in_torch_dispatch_mode,
+)
 from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
@@ -584,6 +588,7 @@ def test_two_threads_record_at_once(shared: bool, reference: list[Any]) -> None:
     assert same(outputs[0], reference)
     assert same(outputs[1], reference)
     assert_clean()
+    assert not is_in_torch_dispatch_mode(), "torch's note for the whole process"
     for cw in wrappers:
         cw.remove()
     assert all("forward" not in vars(module) for model in models for module in model.modules())

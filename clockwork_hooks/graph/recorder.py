@@ -419,11 +419,13 @@ class OperatorMode(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         eager.enter(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        # not `super().__enter__`: it notes for the whole process that a mode is on, for the guards of what is compiled;
+        # where those of two threads overlap, the note stays for ever
+        dispatch._push_mode(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        dispatch._pop_mode()
         eager.leave(self)
 
     @classmethod
