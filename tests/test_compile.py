@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
@@ -26,7 +27,7 @@ from clockwork_hooks.engine.hooks import Census
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 from tests.snapshot import snapshot
-from tests.tape import FakeCuda
+from tests.tape import FakeCuda, Tape
 from tests.test_adaptive import Still
 from tests.test_nested import Recursive
 from tests.test_skipped_values import Saturating, added, inputs
@@ -1088,6 +1089,33 @@ def test_several_clocks(how: str, adaptor: Any, cuda: FakeCuda) -> None:
                 assert cuda.captures == 3
             elif static:
                 assert counters["stats"]["unique_graphs"] == 3
+    torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=0)
+
+
+def test_what_an_adaptor_is_told_is_there_when_its_pass_begins(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched before a captured pass forks: its layers begin at once."""
+    before, real = list[int](), cuda_graphs.beside
+
+    def beside(device: torch.device) -> Any:
+        before.extend(len(mode.calls) for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Tape))
+        return real(device)
+
+    def adaptor(entry: Any, exit_cached: Tensor, *, position: Tensor, position_cached: Tensor, **_: Any) -> Tensor:
+        return exit_cached + position / position_cached
+
+    adaptor.needs = frozenset({"position", "position_cached"})  # type: ignore[attr-defined]
+    monkeypatch.setattr(cuda_graphs, "beside", beside)
+    outputs = {}
+    for static in (False, True):
+        unet = Still()
+        with ch.wrap(unet, adaptor) as cw:
+            if static:
+                cw.compile(**AS_IT_IS)
+            x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+            with cw.trajectory():
+                outputs[static] = [unet(x, torch.tensor(t), torch.ones(2, 3)) for t in (900, 800, 600, 300, 200, 100)]
+            assert cw.stats.adaptor_passes == 3
+    assert before == [0]
     torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=0)
 
 

@@ -464,6 +464,22 @@ def test_needs_that_nobody_can_meet(needs: Any) -> None:
         ch.wrap(Tiny(), adaptor)
 
 
+@pytest.mark.parametrize("what", ["entry", "position"])
+def test_an_adaptor_that_writes_to_what_it_was_lent(what: str) -> None:
+    """The UNet reads its entry after it, and the next adaptor step the position of this one."""
+    unet = Tiny()
+
+    def adaptor(entry: Tensor, exit_cached: Tensor, *, position: Tensor, **_: Any) -> Tensor:
+        (entry if what == "entry" else position).mul_(0.5)
+        return exit_cached
+
+    adaptor.needs = {"position"}  # type: ignore[attr-defined]
+    with ch.wrap(unet, adaptor) as cw, cw.trajectory():
+        steps(unet, [900])
+        with pytest.raises(ch.AdaptorError, match=rf"(?s)must not write to tensors.*written to: {what}"):
+            steps(unet, [800])
+
+
 def test_an_adaptor_that_raises() -> None:
     unet = Tiny()
     expected = steps(unet)

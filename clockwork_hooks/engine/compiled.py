@@ -1,7 +1,7 @@
 """Compiled passes: static callables per input signature, one for full passes and one for each region's adaptor passes.
 
     full(args)                          → output, exits, entries
-    adaptor(args, cached exit, what is known of earlier steps) → output, exits, entries
+    adaptor(args, cached exit, what is known of earlier steps, position) → output, exits, entries
 
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import flat, map_leaves, version
+from clockwork_hooks._tree import map_leaves, version
 from clockwork_hooks.adaptors import stand_in
-from clockwork_hooks.adaptors.stand_in import needs_of
 from clockwork_hooks.engine.hooks import Code
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import CompileError
@@ -44,10 +43,11 @@ _NUMBERS = itertools.count()
 
 # output, region → exit, entry, those of others, complete
 Results = tuple[Any, dict[int, torch.Tensor], "torch.Tensor | None", dict[str, torch.Tensor], bool]
-Static = Callable[..., Results]  # of args, kwargs, (cached exit, what is known of earlier steps)
+Static = Callable[..., Results]  # of args, kwargs, cached
 # The same: one runs a graph that is there, or raises `_NoGraphFits`; the other compiles one if need be.
 Tries = tuple[Static, Static]
-Cached = tuple["torch.Tensor | None", stand_in.Past]
+# what an adaptor is given that the pass does not make: cached exit, what is known of earlier steps, position
+Cached = tuple["torch.Tensor | None", stand_in.Past, "torch.Tensor | None"]
 
 
 class _NoGraphFits(Exception):
@@ -111,9 +111,11 @@ class Compiled:
             AdaptorError: the adaptor returned what does not fit the region.
         """
         args, kwargs = with_tensor_time(call)
-        cached: Cached = (None, stand_in.Past())
+        cached: Cached = (None, stand_in.Past(), None)
         if pass_.kind == "adaptor" and feature is not None:
-            cached = feature.exit, self._past(pass_, feature)
+            told = "position" in self.engine.chain[pass_.plan.index].needs
+            position = call.position(feature.exit.device) if told else None
+            cached = feature.exit, self._past(pass_, feature), position
         outcome = self.launch(call, pass_, args, kwargs, cached)
         exit, finite = outcome.exits.get(pass_.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
@@ -224,18 +226,16 @@ class Compiled:
     def _make(self, call: UNetCall, pass_: Pass) -> Static:
         engine, adaptor, forward = self.engine, self.engine.chain[pass_.plan.index].adaptor, call.forward
         kind = pass_.kind
-        position = told_leaf(call, adaptor)
 
         def static(args: tuple[Any, ...], kwargs: dict[str, Any], cached: Cached, compiles: bool = True) -> Any:
             # in a graph the first is a constant: no guard; an adaptor pass that is not compiled has to be proved
             if not torch.compiler.is_dynamo_compiling() and not (compiles and kind == "full"):
                 raise _NoGraphFits
-            time = None if position is None else flat((args, kwargs))[position].clone()  # a UNet may write to its own
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-                exit, past = cached
+                exit, past, position = cached
                 assert exit is not None  # it is an adaptor pass
-                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, past, time))
+                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, past, position))
                 return adapted if not isinstance(adapted, torch.Tensor) else stand_in.owned(adapted, exit)
 
             traced = engine.tracing = pass_.like(adapt if kind == "adaptor" else None, traced=True)
@@ -317,16 +317,6 @@ def outcome_of(
     """The outcome of a pass that a static callable has run; whether its calls agreed was seen when it was made."""
     emitted = {region: Emitted(exit, version(exit)) for region, exit in exits.items()}
     return Outcome(output, pass_.kind, emitted, frozenset(), complete, entry, others)
-
-
-def time_leaf(call: UNetCall) -> int | None:
-    """Which leaf of the arguments the time is."""
-    return None if call.signature is None else call.signature.inputs.time
-
-
-def told_leaf(call: UNetCall, adaptor: Any) -> int | None:
-    """Which leaf of the arguments the time is that the adaptor is told: copy it, as a UNet may write to its own."""
-    return time_leaf(call) if "position" in needs_of(adaptor) else None
 
 
 def with_tensor_time(call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:

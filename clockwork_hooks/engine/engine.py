@@ -113,6 +113,13 @@ class UNetCall:
     idle: bool = False
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
+    _position: torch.Tensor | None = None
+
+    def position(self, device: torch.device) -> torch.Tensor | None:
+        """Its time as an adaptor is told it: a tensor on the device, made once."""
+        if self.time is not None and (self._position is None or self._position.device != device):
+            self._position = stand_in.scalar(self.time, device)
+        return self._position
 
     def run(self) -> Any:
         """Call the UNet's own forward."""
@@ -704,8 +711,7 @@ class Engine:
 
     def _position(self, call: UNetCall, clocked: ClockedRegion, exit: torch.Tensor) -> torch.Tensor | None:
         """The time of the call that has emitted an exit, where the region's adaptor is told of it."""
-        tells = call.time is not None and clocked.tells_time and not call.times_differ
-        return stand_in.scalar(call.time, exit.device) if tells else None
+        return call.position(exit.device) if clocked.tells_time and not call.times_differ else None
 
     def _trails(self, call: UNetCall, place: Position) -> tuple[Trail | None, ...]:
         """The trails that this call's regions go on with: those of the step before, if that is what came before it.
@@ -806,11 +812,12 @@ class Engine:
         adaptor, cached = clocked.adaptor, decision.feature.exit
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
-        position = call.time if "position" in clocked.needs else None
+        position = call.position(cached.device) if "position" in clocked.needs else None
         inputs = stand_in.inputs(captured, cached, stand_in.Past.of(decision.feature), position)
         step = None if call.place is None else call.place.step
         where = {"step": step, "region": use.region, "adaptor": adaptor}
-        lent = stand_in.Lent(captured, compares=use.adaptor_macs is None)
+        shared = captured if position is None else {**captured, "position": position}  # what is kept holds it, too
+        lent = stand_in.Lent(shared, compares=use.adaptor_macs is None)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
         else:
