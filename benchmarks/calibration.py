@@ -44,6 +44,8 @@ from clockwork_hooks.reports.tables import table
 
 IDENTITY, AFFINE, EXIT, ENTRY, BEFORE = "identity", "affine", "exit", "exit+entry", "exit+entry+before"
 FREE, TREND = "affine+trend", "exit+entry+before+trend"
+# how many differences → the 97.5% quantile of Student's t
+_STUDENT = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
 
 
@@ -197,6 +199,9 @@ def _guided() -> Group:
     for full in ((1, 2, 3, 5, 6), (1, 2, 4, 5, 6), (1, 2, 3, 4, 6)):
         rows += other_steps(6, full, BEFORE)
     rows += other_steps(6, (1, 2, 3, 5, 6), BEFORE, region="default")
+    rows += [*other_steps(6, (1, 2, 3, 4, 6), ENTRY, TREND), *other_steps(5, (1, 2, 3, 5), EXIT)]
+    for steps, full in ((5, (1, 3)), (6, (1, 3)), (6, (1, 4)), (4, (1, 3))):
+        rows += other_steps(steps, full, BEFORE)
     return dataclasses.replace(group, rows=tuple(rows))
 
 
@@ -519,7 +524,7 @@ def markdown(data: Mapping[str, Any]) -> str:
         cells = []
         for label, row in rows.items():
             judged, chosen = row["scores"]["judge"], row["scores"]["choose"]
-            gap = [a - b for a, b in zip(judged["Fréchet"], plain["scores"]["judge"]["Fréchet"], strict=True)]
+            gap = paired(judged["Fréchet"], plain["scores"]["judge"]["Fréchet"])
             cells.append(
                 (
                     label,
@@ -536,13 +541,24 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def paired(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Differences of two rows' values, one a seed; of the first seeds, where a row was judged on more of them."""
+    return [a - b for a, b in zip(one, other, strict=False)]
+
+
 def interval(gap: Sequence[float]) -> str:
     """Mean, and the 95% interval of a paired difference, Student's t."""
     mean = statistics.fmean(gap)
     if len(gap) < 2:
         return f"{mean:+.1f}"
-    half = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap), 2.0) * statistics.stdev(gap) / len(gap) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    return f"{mean:+.1f} ({mean - half(gap):+.1f} to {mean + half(gap):+.1f})"
+
+
+def half(gap: Sequence[float]) -> float:
+    """Half of the 95% interval of paired differences, Student's t; 0 of a single one."""
+    if len(gap) < 2:
+        return 0.0
+    return _STUDENT[len(gap)] * statistics.stdev(gap) / len(gap) ** 0.5
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, called, interval, markdown
+from benchmarks.calibration import CLOCK2, GROUPS, IDENTITY, called, half, interval, markdown, paired
 from clockwork_hooks._numbers import macs, percent
 from clockwork_hooks.reports.tables import table
 
@@ -55,8 +56,7 @@ class Rows:
 
     def gap(self, key: str, other: str, score: str = "Fréchet") -> list[float]:
         """Paired differences of a score over the seeds, of the captions that rows are judged on."""
-        values = (self.row(one)["scores"]["judge"][score] for one in (key, other))
-        return [a - b for a, b in zip(*values, strict=True)]
+        return paired(*(self.row(one)["scores"]["judge"][score] for one in (key, other)))
 
     def mean(self, key: str, part: str = "judge") -> float:
         """Fréchet distance."""
@@ -273,13 +273,6 @@ def _is_peer(row: Mapping[str, Any]) -> bool:
     return row["kind"] == "deepcache" or (row["kind"] is None and row["taken"] is not None)
 
 
-def half(gap: Sequence[float]) -> float:
-    """Half of the 95% interval of paired differences, Student's t."""
-    if len(gap) < 2:
-        return 0.0
-    return {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap), 2.0) * statistics.stdev(gap) / len(gap) ** 0.5
-
-
 def _points(gap: Sequence[float]) -> str:
     mean = statistics.fmean(gap)
     return f"{mean:+.2f} ({mean - half(gap):+.2f} to {mean + half(gap):+.2f})"
@@ -290,13 +283,13 @@ def _points(gap: Sequence[float]) -> str:
 
 def page(data: Mapping[str, Any], cost: Mapping[str, Any] | None) -> str:
     """The measured part of docs/calibration.md."""
-    rows, run = Rows(data), data["runs"][-1]
+    rows, run = Rows(data), data["runs"][Counter(row["run"] for row in data["rows"].values()).most_common(1)[0][0]]
     versions = run["versions"]
     text = f"""\
 Two sets of {run["captions"]:,} held-out captions: one to choose rows by (one seed), one to judge them on \
 ({run["seeds"]} seeds, the same noise for every
 row). All numbers below are of the second set. Calibration took up to {run["calibration"]} training captions and one \
-or two runs of the sampler.
+or two runs of the sampler.{_longer(data, run["seeds"])}
 
 - *Fréchet*: squared Fréchet distance to rendered scenes, in the features of the shipped classifier.
 - *less plain's*: mean and 95% interval of the paired difference over the seeds.
@@ -312,6 +305,20 @@ diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {ru
     parts += ["### Targets", "\n".join([*_own(rows), *_counted(_peers(rows)), *_seconds(rows)])]
     parts += [_cost(cost)] if cost else []
     return "\n\n".join(parts)
+
+
+def _longer(data: Mapping[str, Any], seeds: int) -> str:
+    """Of rows that were judged on more seeds than the others."""
+    more: dict[tuple[str, int], int] = {}
+    for key, row in data["rows"].items():
+        count = len(row["scores"]["judge"]["Fréchet"])
+        if count > seeds:
+            more[key.split("/")[0], count] = more.get((key.split("/")[0], count), 0) + 1
+    said = (
+        f"{rows} rows of `{group}` that {seeds} seeds did not tell apart were judged on {count}."
+        for (group, count), rows in more.items()
+    )
+    return "".join(f"\n{line}" for line in said)
 
 
 def all_rows(data: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns, synchronize, timed
 
 __all__ = [
-    "PACKAGES", "Results", "Timing", "environment", "in_turns", "reason", "say", "synchronize", "timed"
+    "PACKAGES", "Results", "Timing", "environment", "in_turns", "reason", "say", "stopwatch", "synchronize", "timed"
 ]  # fmt: skip
 
 PACKAGES = ("torch", "diffusers", "DeepCache", "tomesd", "fvcore", "numpy", "pytest-benchmark")
@@ -70,6 +70,22 @@ class Results:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(self.path)
+
+
+def stopwatch(device: str) -> Callable[[], float]:
+    """Begin to measure in the device's own queue; what is returned ends it there, waits, and tells the seconds."""
+    if not device.startswith("cuda"):
+        started = time.perf_counter()
+        return lambda: time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+
+    def stop() -> float:
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return stop
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import clockwork_hooks as ch
-from benchmarks.harness import Results, Timing, environment, in_turns, reason, say, synchronize
+from benchmarks.harness import Results, Timing, environment, in_turns, reason, say, stopwatch, synchronize
 from benchmarks.setting import GUIDANCE, Loop, build
 from benchmarks.sides import PLANNED, Bench, Side, Variant
 from clockwork_hooks.analysis.normal_equations import KINDS
@@ -203,12 +203,10 @@ class Latency:
                 begin()
                 for t in times[:skip]:
                     call(sample, t, **loop.conditions, return_dict=False)
-                synchronize(self.device)
-                start = time.perf_counter()
+                stop = stopwatch(self.device)  # no wait before it: what the first launch waits for is no pass's time
                 for t in times[skip:]:
                     call(sample, t, **loop.conditions, return_dict=False)
-                synchronize(self.device)
-                return (time.perf_counter() - start) / (steps - skip)
+                return stop() / (steps - skip)
 
             return seconds
 

@@ -119,7 +119,7 @@ def _latencies(rows: list[dict[str, Any]]) -> str:
 
 
 def passes(data: Data) -> str:
-    """Single passes against the ideal."""
+    """Single passes against what they are compared with."""
     cells = [
         (row["model"], row["mode"], row["side"], f"{row['ms']:.3f}", f"{row['spread']:.1%}", _number(row["gmacs"], 0),
          _number(row["ratio"], 3), row["against"])

@@ -303,7 +303,7 @@ class Captured(Compiled):
         adapt = None
         branch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if exit is not None:
-            branch = beside(exit.device)  # before any kernel: a graph that forks at its root begins 7 µs earlier
+            branch = beside(exit.device)
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
                 return stand_in.call(adaptor, stand_in.inputs(captured, exit, past, position))
