@@ -1,11 +1,12 @@
 """Seconds that `ch.calibrate` takes on the demo model, and an adaptor pass beside the identity's.
 
-    python -m benchmarks.calibration_cost --out DIR               on a GPU, into DIR/calibration_cost.json
-    python -m benchmarks.calibration_cost --out DIR --batch 2     in miniature, on a CPU
+    python -m benchmarks.calibration_cost --out DIR                            on a GPU, into DIR/calibration_cost.json
+    python -m benchmarks.calibration_cost --out DIR --device cpu --seconds 1   calibration alone, on a CPU
+    python -m benchmarks.calibration_cost --out DIR --device cpu --batch 2     in miniature
 
 64 prompts, 8 DPM++ steps, guidance 1.5, the widest region, adaptor steps 3, 4, 6 and 7. Each way of calling the UNet
-(eager, CUDA graphs, compiled) times the kinds in turns, each on a copy of the model; a time is the median over the
-adaptor passes of all rounds, each between two device synchronisations.
+(eager, CUDA graphs, compiled) times the kinds in turns, each on a copy of the model; a time is the device's, the median
+over the adaptor passes of all rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 import clockwork_hooks as ch
-from benchmarks.harness import Results, environment, say, synchronize
+from benchmarks.harness import Results, environment, mark, say, seconds_between, synchronize
 from clockwork_hooks.analysis.calibration import CalibratedAdaptor, calibrate
 from clockwork_hooks.demo.evaluate import held_out_prompts
 from clockwork_hooks.demo.model import DemoModel, load_demo
@@ -128,17 +129,13 @@ def passes(
 def trajectory(model: DemoModel, cw: Any, times: Tensor, options: argparse.Namespace) -> list[float]:
     """Seconds of the adaptor passes of one trajectory."""
     sample, hidden = inputs(model, options.batch)
-    seconds, before = [], cw.stats.adaptor_passes
-    for step, position in enumerate(times, 1):
-        synchronize(options.device)
-        begun = time.perf_counter()
+    before, marks = cw.stats.adaptor_passes, [mark(options.device)]
+    for position in times:
         sample = sample - 0.1 * model.unet(sample, position, encoder_hidden_states=hidden).sample
-        synchronize(options.device)
-        if step in AT:
-            seconds.append(time.perf_counter() - begun)
+        marks.append(mark(options.device))
     if cw.stats.adaptor_passes - before != len(AT):
         raise RuntimeError(f"{cw.stats.adaptor_passes - before} adaptor passes, not {len(AT)}")
-    return seconds
+    return [seconds_between(marks[step - 1], marks[step]) for step in AT]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from clockwork_hooks.analysis.timing import Timing, device_name, in_turns, synchronize, timed
 
 __all__ = [
-    "PACKAGES", "Results", "Timing", "environment", "in_turns", "reason", "say", "stopwatch", "synchronize", "timed"
+    "PACKAGES", "Results", "Timing", "environment", "in_turns", "mark", "reason", "say", "seconds_between",
+    "synchronize", "timed",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "diffusers", "DeepCache", "tomesd", "fvcore", "numpy", "pytest-benchmark")
@@ -72,20 +73,21 @@ class Results:
         part.replace(self.path)
 
 
-def stopwatch(device: str) -> Callable[[], float]:
-    """Begin to measure in the device's own queue; what is returned ends it there, waits, and tells the seconds."""
+def mark(device: str) -> Any:
+    """This moment in the device's own queue."""
     if not device.startswith("cuda"):
-        started = time.perf_counter()
-        return lambda: time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def stop() -> float:
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
-    return stop
+def seconds_between(one: Any, other: Any) -> float:
+    """Two marks; waits for the second one."""
+    if isinstance(one, float):
+        return float(other - one)
+    other.synchronize()
+    return float(one.elapsed_time(other)) / 1e3
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import clockwork_hooks as ch
-from benchmarks.harness import Results, Timing, environment, in_turns, reason, say, stopwatch, synchronize
+from benchmarks.harness import Results, Timing, environment, in_turns, mark, reason, say, seconds_between, synchronize
 from benchmarks.setting import GUIDANCE, Loop, build
 from benchmarks.sides import PLANNED, Bench, Side, Variant
 from clockwork_hooks.analysis.normal_equations import KINDS
@@ -203,10 +203,10 @@ class Latency:
                 begin()
                 for t in times[:skip]:
                     call(sample, t, **loop.conditions, return_dict=False)
-                stop = stopwatch(self.device)  # no wait before it: what the first launch waits for is no pass's time
+                started = mark(self.device)  # no wait before it: what the first launch waits for is no pass's time
                 for t in times[skip:]:
                     call(sample, t, **loop.conditions, return_dict=False)
-                return stop() / (steps - skip)
+                return seconds_between(started, mark(self.device)) / (steps - skip)
 
             return seconds
 
