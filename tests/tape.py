@@ -39,6 +39,8 @@ class Tape(TorchDispatchMode):
 
 
 class _Stream:
+    device = torch.device("cpu")
+
     def __init__(self, *_: Any) -> None: ...
 
     def wait_stream(self, other: Any) -> None: ...

@@ -8,8 +8,9 @@ is trained from there.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clockwork_hooks._numbers import shape
+from clockwork_hooks._tree import version
 from clockwork_hooks.adaptors.ahead import ahead
 from clockwork_hooks.adaptors.learned import LearnedAdaptor, ScaledResNetAdaptor, fit
 from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, warn
@@ -28,6 +30,7 @@ _ENDLESS = 3e38  # a bound that bounds nothing: the identity's
 LONGEST = 2.0  # a step that is so many times longer than the calibrated one changes the exit no more than that
 _FARTHEST = 4.0  # a trend is carried on no farther than so many times the way that it was seen over
 _PIECES = 16  # straight ones between two calibrated positions
+_STEPS = 64  # whose weights are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,46 @@ class _Weights(NamedTuple):
     of_before: tuple[Tensor, ...]
     kernel: Tensor | None
     trend: Tensor | None
+
+
+class Prepared(NamedTuple):
+    """The weights of a step in few tensors, as a captured pass copies each.
+
+    Attributes:
+        rows: low, high, bias, and then gain and the trend's gain, where there are such; each laid out as the exit.
+        matrices: of the cached exit, the entry, the entry before, as far as they are read; of low rank, first factors.
+        kernel: of the kernel form.
+    """
+
+    rows: Tensor
+    matrices: tuple[Tensor, ...]
+    kernel: Tensor | None
+
+    @classmethod
+    def of(cls, weights: _Weights) -> Prepared:
+        """These weights."""
+        free = (weights.low, weights.high, weights.bias, weights.gain, weights.trend)
+        matrices = (weights.of_cached, weights.of_entry, weights.of_before)
+        rows = torch.stack([one for one in free if one is not None])
+        return cls(rows, tuple(one[0] for one in matrices if one), weights.kernel)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What was made of one state of an adaptor's table: it lies outside of the module, which moves and is copied.
+
+    Attributes:
+        state: of table and grid.
+        grid: on the host.
+        prepared: times and layout of the exit → the weights of that step.
+    """
+
+    state: tuple[Any, ...]
+    grid: Tensor
+    prepared: dict[Any, Prepared] = field(default_factory=dict)
+
+
+_KEPT: weakref.WeakKeyDictionary[CalibratedAdaptor, _Kept] = weakref.WeakKeyDictionary()
 
 
 class Positions:
@@ -136,7 +179,7 @@ class CalibratedAdaptor(LearnedAdaptor):
     two of them their mixture in log-SNR. A step that is longer or shorter than the calibrated one changes the exit so
     much more or less. Outside of the calibrated positions, and where it is told no time, it is the identity, and warns
     once. What it returns is bounded by what the region emitted in the calibration. Nothing waits for the device: it
-    compiles, and is captured into CUDA graphs.
+    compiles, and is captured into CUDA graphs. A step's weights are made once where the times are known as numbers.
 
     Args:
         form: "affine" (gain and bias), "linear" (one matrix), "kernel" (a matrix, and a convolution of the cached exit
@@ -278,6 +321,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         position_cached: Tensor | None = None,
         trend: Tensor | None = None,
         trend_positions: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> Tensor:
         """Return the exit; see `Adaptor`.
 
@@ -288,6 +332,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             position_cached: and in the call that the cached exit comes from, (); None takes the calibrated one.
             trend: how the exit moved between the last two full passes; None adds nothing.
             trend_positions: the UNet's raw times in these two, (2,).
+            prepared: what `prepare` returned for these times, in place of them.
         """
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
         if exit_cached.shape[axis] != self.exit.channels:
@@ -296,8 +341,12 @@ class CalibratedAdaptor(LearnedAdaptor):
                 seen={"adaptor": f"{self.exit.channels} channels", "exit": shape(exit_cached.shape)},
                 do="calibrate one for this region",
             )
-        step = position, position_cached, trend_positions
-        exit, weights = ahead(self._without_the_entry, exit_cached, entry_cached, trend, step, axis)
+        if prepared is None:
+            step = position, position_cached, trend_positions
+            exit, weights = ahead(self._without_the_entry, exit_cached, entry_cached, trend, step, axis)
+        else:
+            weights = self._unpacked(prepared)
+            exit = self._apply_weights(weights, exit_cached, entry_cached, trend, axis)
         if weights.of_entry:
             exit = _add_product(exit, self._like_exit(entry, exit_cached), weights.of_entry, axis)
             exit = exit.clamp(weights.low, weights.high)
@@ -320,8 +369,13 @@ class CalibratedAdaptor(LearnedAdaptor):
             step: the positions that tell the weights.
             axis: of the channels.
         """
-        sizes = (-1, *(1,) * (cached.ndim - 2)) if axis == 1 else (-1,)
-        weights = self._weights(sizes, cached.dtype, *step)
+        weights = self._weights(_sizes(cached.ndim, axis), cached.dtype, *step)
+        return self._apply_weights(weights, cached, before, trend, axis), weights
+
+    def _apply_weights(
+        self, weights: _Weights, cached: Tensor, before: Tensor | None, trend: Tensor | None, axis: int
+    ) -> Tensor:
+        """The exit as far as it does not wait for this call's entry."""
         exit = cached + weights.bias if weights.gain is None else torch.addcmul(weights.bias, cached, weights.gain)
         if weights.of_cached:
             exit = _add_product(exit, cached, weights.of_cached, axis)
@@ -331,7 +385,7 @@ class CalibratedAdaptor(LearnedAdaptor):
             exit = exit + self._convolution(cached, weights.kernel)
         if trend is not None and weights.trend is not None:
             exit = torch.addcmul(exit, trend, weights.trend)
-        return exit if weights.of_entry else exit.clamp(weights.low, weights.high), weights
+        return exit if weights.of_entry else exit.clamp(weights.low, weights.high)
 
     def _convolution(self, cached: Tensor, kernel: Tensor) -> Tensor:
         """What the positions around add."""
@@ -350,6 +404,49 @@ class CalibratedAdaptor(LearnedAdaptor):
         return like_exit(entry, self.entry, cached, self.exit)
 
     # -- the weights of a step -------------------------------------------------------------------------------------
+
+    def prepare(self, times: Sequence[float], exit_cached: Tensor) -> Prepared | None:
+        """The weights of a step, made once and kept, so that a pass need not make them; see `Adaptor`.
+
+        They are made anew when the table has been written to, but for writes through `.data`, which nobody counts.
+
+        Args:
+            times: `position`, `position_cached`, and, where the trend is read, the two of `trend_positions`.
+            exit_cached: as in `forward`; its dtype and its number of axes count.
+
+        Returns:
+            What `forward` takes as `prepared`; None on the meta device, where nothing is known.
+        """
+        if self.grid.is_meta:
+            return None
+        axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
+        written = version(self.table), version(self.grid)
+        state = (self.table.device, self.table.data_ptr(), self.grid.data_ptr(), *written)
+        kept = _KEPT.get(self)
+        if kept is None or kept.state != state or min(written) < 0:  # below zero nobody counts who writes to them
+            kept = _KEPT[self] = _Kept(state, self.grid.detach().cpu())
+        key = (tuple(times), exit_cached.dtype, exit_cached.ndim)
+        prepared = kept.prepared.get(key)
+        if prepared is None:
+            self._look_at(times[0], kept.grid)
+            with torch.inference_mode(False), torch.no_grad():  # passes with gradients may come later
+                position, before, *full = torch.tensor(list(times), dtype=torch.float32).to(self.table.device).unbind()
+                trail = torch.stack(full) if full else None
+                weights = self._weights(_sizes(exit_cached.ndim, axis), exit_cached.dtype, position, before, trail)
+                prepared = Prepared.of(weights)
+            if len(kept.prepared) >= _STEPS:
+                kept.prepared.clear()
+            kept.prepared[key] = prepared
+        return prepared
+
+    def _unpacked(self, prepared: Prepared) -> _Weights:
+        low, high, bias, *more = prepared.rows.unbind()
+        gain = more.pop(0) if self._free[1] else None
+        shared = () if self.basis is None else (self.basis.to(low.dtype),)
+        made: list[tuple[Tensor, ...]] = [(matrix, *shared) for matrix in prepared.matrices]
+        of_cached, of_entry, of_before = made + [()] * (3 - len(made))
+        trend = more[0] if more else None
+        return _Weights(low, high, bias, gain, of_cached, of_entry, of_before, prepared.kernel, trend)
 
     def _weights(
         self,
@@ -448,14 +545,23 @@ class CalibratedAdaptor(LearnedAdaptor):
     def _look(self, row: Tensor) -> None:
         """Warn once of a call outside of the calibrated positions; of one on a GPU when that happens to be known."""
         if not torch.compiler.is_compiling() and self._lookout.sees(row, len(self.table) - 1):
-            inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
-            warn(
-                "a calibrated adaptor works at the times that it was calibrated at; outside them it is the identity\n"
-                f"  calibrated at: {float(inner.min()):g} to {float(inner.max()):g}\n"
-                "What to do: calibrate it with the sampler and the number of steps that it is used with, and leave "
-                "schedule= and clock= out of wrap()",
-                OtherStepsWarning,
-            )
+            self._say_that_it_is_outside()
+
+    def _look_at(self, time: float, grid: Tensor) -> None:
+        """Warn once of a call outside of them whose time is known, as is the grid."""
+        if len(grid) and not self._lookout.said and _distance(time, grid, len(self.table) - 1) is None:
+            self._lookout.said = True
+            self._say_that_it_is_outside()
+
+    def _say_that_it_is_outside(self) -> None:
+        inner = self.grid[self.grid[:, 3] < len(self.table) - 1, 0]
+        warn(
+            "a calibrated adaptor works at the times that it was calibrated at; outside them it is the identity\n"
+            f"  calibrated at: {float(inner.min()):g} to {float(inner.max()):g}\n"
+            "What to do: calibrate it with the sampler and the number of steps that it is used with, and leave "
+            "schedule= and clock= out of wrap()",
+            OtherStepsWarning,
+        )
 
     def _say_that_no_time_is_told(self) -> None:
         """Warn once of a call without a time, which is at no position."""
@@ -473,13 +579,21 @@ class CalibratedAdaptor(LearnedAdaptor):
 
         None outside of them, where the adaptor is the identity.
         """
-        grid = self.grid.detach().cpu().double()
-        if not len(grid):
-            return [0.0] * len(times)
-        at = torch.searchsorted(grid[:, 0].contiguous(), torch.tensor(times).double(), right=True).sub(1).clamp_min(0)
-        pieces = grid[at]
-        places = pieces[:, 3] + (torch.tensor(times).double() - pieces[:, 0]) * pieces[:, 4]
-        return [None if place == len(self.table) - 1 else abs(place - round(place)) for place in places.tolist()]
+        grid, last = self.grid.detach().cpu(), len(self.table) - 1
+        return [_distance(time, grid, last) if len(grid) else 0.0 for time in times]
+
+
+def _distance(time: float, grid: Tensor, last: int) -> float | None:
+    """How far a time is from the calibrated positions; None at the last row of the table, which is outside of them."""
+    at = max(int(torch.searchsorted(grid[:, 0].contiguous(), single(time), right=True)) - 1, 0)
+    start, _, _, place, slope = grid[at].tolist()
+    place += (single(time) - start) * slope
+    return None if place == last else abs(place - round(place))
+
+
+def _sizes(axes: int, axis: int) -> tuple[int, ...]:
+    """Of a value for each channel, to be added to an exit with so many axes, of which this is the channels'."""
+    return (-1, *(1,) * (axes - 2)) if axis == 1 else (-1,)
 
 
 class _Lookout:
@@ -614,6 +728,10 @@ class ResidualAdaptor(LearnedAdaptor):
         self.network = ScaledResNetAdaptor(width=width, exit=self.exit, entry=both, **widths)
         self.needs = self.start.needs | (set() if self.entry is None else {"entry_cached"})
 
+    def prepare(self, times: Sequence[float], exit_cached: Tensor) -> Any:
+        """What the calibrated part prepares."""
+        return self.start.prepare(times, exit_cached)
+
     @classmethod
     def of(cls, start: CalibratedAdaptor, region: Region, *, width: int | None = None) -> ResidualAdaptor:
         """One that starts as this calibrated adaptor.
@@ -650,11 +768,12 @@ class ResidualAdaptor(LearnedAdaptor):
         position_cached: Tensor | None = None,
         trend: Tensor | None = None,
         trend_positions: Tensor | None = None,
+        prepared: Any = None,
     ) -> Tensor:
         """Return the exit; see `CalibratedAdaptor.forward`."""
         values = {"entry_cached": entry_cached, "position": position, "position_cached": position_cached}
         values |= {"trend": trend, "trend_positions": trend_positions}
-        start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs})
+        start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs}, prepared=prepared)
         both = None
         if self.entry is not None:
             if entry is None or entry_cached is None:

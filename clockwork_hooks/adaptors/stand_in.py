@@ -33,7 +33,11 @@ class Adaptor(Protocol):
 
     Any module (or function) with this signature will do. The paper's φ_θ(r_in(t), r_out(t+1), t_emb, text_emb).
     One that takes more says so by an attribute `needs`: names of `AdaptorInputs` beyond the four, which are then
-    passed by keyword, as in `needs = frozenset({"entry_cached"})`.
+    passed by keyword, as in `needs = frozenset({"entry_cached"})`. What follows from the times alone may be made in a
+    method `prepare(times, exit_cached)`: it is called before a pass wherever the times are known as numbers, and what
+    it returns (tensors, or tuples of them) is passed as `prepared=`, in place of the positions; after None they are
+    passed as ever. `times` are `position`, `position_cached`, and, of one that needs the trend, the two
+    `trend_positions`.
 
     Example:
         >>> class Blend(torch.nn.Module):
@@ -86,6 +90,7 @@ class AdaptorInputs(NamedTuple):
             and captured: zero, and its positions are one and the same); where it is missing for another reason, the
             pass is full.
         trend_positions: the UNet's time input of these two full passes, the last one's first, float32 of shape (2,).
+        prepared: what the adaptor's `prepare` returned for this call; None where it was not called.
 
     Example:
         >>> inputs = AdaptorInputs(None, torch.zeros(1, 4, 8, 8), None, None, None, torch.tensor(981.0))
@@ -102,6 +107,7 @@ class AdaptorInputs(NamedTuple):
     position_cached: torch.Tensor | None = None
     trend: torch.Tensor | None = None
     trend_positions: torch.Tensor | None = None
+    prepared: Any = None
 
 
 def needs_of(adaptor: Any) -> frozenset[str]:
@@ -180,7 +186,7 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
     return adaptor
 
 
-_MORE = AdaptorInputs._fields[4:]
+_MORE = AdaptorInputs._fields[4:-1]
 
 
 def _check_needs(adaptor: Any) -> None:
@@ -225,6 +231,10 @@ class Past(NamedTuple):
         trend = (None, None) if trail is None else (trail.trend, trail.positions)
         return cls(feature.entry, feature.position, *trend)
 
+    def without_times(self) -> Past:
+        """The same for an adaptor that has prepared what follows from the times."""
+        return self._replace(position=None, trend_positions=None)
+
 
 class Lent:
     """The UNet's tensors that an adaptor is given; what comes after the region reads them, too.
@@ -259,6 +269,7 @@ def inputs(
     exit_cached: torch.Tensor,
     past: Past = Past(),  # noqa: B008 - a tuple
     position: Any = None,
+    prepared: Any = None,
 ) -> AdaptorInputs:
     """What an adaptor is given, of what a pass picked up at the boundary.
 
@@ -267,12 +278,15 @@ def inputs(
         exit_cached: what the region emitted one step before.
         past: what is known of earlier steps.
         position: the UNet's time input now, as it was passed.
+        prepared: what the adaptor has prepared for the call.
     """
     text, mask = captured.get("text"), captured.get("mask")
     if text is not None and mask is not None:
         text = masked_mean(text, mask)
     at = None if position is None else scalar(position, exit_cached.device)
-    return AdaptorInputs(captured.get("entry"), exit_cached, captured.get("time"), text, past.entry, at, *past[1:])
+    return AdaptorInputs(
+        captured.get("entry"), exit_cached, captured.get("time"), text, past.entry, at, *past[1:], prepared
+    )
 
 
 def call(adaptor: Adaptor, arguments: AdaptorInputs) -> Any:
@@ -441,6 +455,8 @@ def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:
     named = {"time": arguments.time, "text": arguments.text}
     for name in needs_of(adaptor):
         named[name] = getattr(arguments, name)
+    if arguments.prepared is not None:
+        named["prepared"] = arguments.prepared
     return named
 
 

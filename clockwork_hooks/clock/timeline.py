@@ -33,6 +33,8 @@ class Trail:
         first: does the trail begin with the first step of the trajectory?
         trend: `exit` less what the full pass before emitted; None where there was none.
         positions: (2,), the time inputs of the two, this one's first.
+        number: `position` as a number, where it is known as one.
+        numbers: likewise `positions`.
     """
 
     exit: torch.Tensor
@@ -40,19 +42,28 @@ class Trail:
     first: bool
     trend: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    number: float | None = None
+    numbers: tuple[float, float] | None = None
 
     @classmethod
     def after(
-        cls, trail: Trail | None, exit: torch.Tensor, position: torch.Tensor | None, *, first: bool = False
+        cls,
+        trail: Trail | None,
+        exit: torch.Tensor,
+        position: torch.Tensor | None,
+        *,
+        number: float | None = None,
+        first: bool = False,
     ) -> Trail:
         """The trail that goes on from this one with a full pass; from none, it begins there."""
         exit = copied(exit)  # modules and samplers may write to what was emitted
         if trail is None or trail.exit.shape != exit.shape:
-            return cls(exit, position, first)
+            return cls(exit, position, first, number=number)
+        numbers = None if number is None or trail.number is None else (number, trail.number)
         positions = None
         if position is not None and trail.position is not None:
             positions = torch.stack((position, trail.position))
-        return cls(exit, position, trail.first, exit - trail.exit, positions)
+        return cls(exit, position, trail.first, exit - trail.exit, positions, number, numbers)
 
     @property
     def broken(self) -> bool:
@@ -78,6 +89,7 @@ class Feature:
         full_entry: of an adaptive schedule, what flowed in in the last full pass, if that is another one.
         age: and how many adaptor passes came since.
         position: the time input of that call, (), where somebody looks at it.
+        number: the same as a number, where it is known as one.
         trail: of the full passes up to that call, where somebody looks at it.
     """
 
@@ -89,6 +101,7 @@ class Feature:
     full_entry: torch.Tensor | None = None
     age: int = 0
     position: torch.Tensor | None = None
+    number: float | None = None
     trail: Trail | None = None
 
     @property

@@ -127,6 +127,15 @@ class TimeReader:
         return copy
 
 
+def is_read_at_once(time: Any) -> bool:
+    """Does reading this time, call by call, wait for no device: a number, on the CPU, or an entry of a list?"""
+    if not isinstance(time, torch.Tensor) or time.is_cpu:
+        return time is not None
+    if time.is_meta or version(time) < 0 or (time.numel() != 1 and any(time.stride())):
+        return False
+    return 1 < time.untyped_storage().nbytes() // time.dtype.itemsize <= _LARGEST_LIST
+
+
 def _ordered(values: torch.Tensor) -> bool:
     """Does each stand next to the one before among all of them, as on a grid that is walked down, or up and down?
 

@@ -58,6 +58,7 @@ class ClockedRegion:
         keeps_entry: do later steps look at what flowed into the region?
         keeps_trail: does the adaptor look at how the exit moved between the last two full passes?
         tells_time: is the adaptor told the time of this call, or of earlier ones?
+        prepare: makes, of times that are known as numbers, what the adaptor needs of them; None where it does not.
         other_steps: warns of a number of steps; None where there is nothing to warn of.
     """
 
@@ -76,6 +77,7 @@ class ClockedRegion:
     keeps_entry: bool = field(default=False, init=False)
     keeps_trail: bool = field(default=False, init=False)
     tells_time: bool = field(default=False, init=False)
+    prepare: Callable[[Sequence[float], Any], Any] | None = field(default=None, init=False)
     other_steps: OtherSteps | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class ClockedRegion:
         self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
         self.keeps_trail = "trend" in self.needs
         self.tells_time = self.keeps_trail or not self.needs.isdisjoint({"position", "position_cached"})
+        self.prepare = getattr(adaptor, "prepare", None) if self.tells_time else None
 
     def skips(self, step: int, steps: int | None) -> bool:
         """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""

@@ -1,7 +1,7 @@
 """Compiled passes: static callables per input signature, one for full passes and one for each region's adaptor passes.
 
     full(args)                          → output, exits, entries
-    adaptor(args, cached exit, what is known of earlier steps, position) → output, exits, entries
+    adaptor(args, cached exit, what is known of its and of earlier times) → output, exits, entries
 
 Timeline, schedule and statistics stay eager; only the UNet's forward is replaced, for one call, by the callable of the
 pass that was decided on. The decisions within a pass (which calls are skipped, where the exit is) are constants by
@@ -35,7 +35,7 @@ from clockwork_hooks.regions.cut import PassKind
 
 if TYPE_CHECKING:
     from clockwork_hooks.clock.timeline import Feature
-    from clockwork_hooks.engine.engine import Engine, UNetCall
+    from clockwork_hooks.engine.engine import Engine, Given, UNetCall
 
 __all__ = ["Compiled", "Static"]
 
@@ -46,8 +46,7 @@ Results = tuple[Any, dict[int, torch.Tensor], "torch.Tensor | None", dict[str, t
 Static = Callable[..., Results]  # of args, kwargs, cached
 # The same: one runs a graph that is there, or raises `_NoGraphFits`; the other compiles one if need be.
 Tries = tuple[Static, Static]
-# what an adaptor is given that the pass does not make: cached exit, what is known of earlier steps, position
-Cached = tuple["torch.Tensor | None", stand_in.Past, "torch.Tensor | None"]
+Cached = tuple["torch.Tensor | None", "Given | None"]  # exit, and what an adaptor is given beside it
 
 
 class _NoGraphFits(Exception):
@@ -111,11 +110,9 @@ class Compiled:
             AdaptorError: the adaptor returned what does not fit the region.
         """
         args, kwargs = with_tensor_time(call)
-        cached: Cached = (None, stand_in.Past(), None)
+        cached: Cached = (None, None)
         if pass_.kind == "adaptor" and feature is not None:
-            told = "position" in self.engine.chain[pass_.plan.index].needs
-            position = call.position(feature.exit.device) if told else None
-            cached = feature.exit, self._past(pass_, feature), position
+            cached = feature.exit, self._given(call, pass_, feature)
         outcome = self.launch(call, pass_, args, kwargs, cached)
         exit, finite = outcome.exits.get(pass_.plan.index), self.engine.check_finite
         if cached[0] is not None and exit is not None and (finite or not stand_in.fits(exit.exit, cached[0])):
@@ -124,13 +121,15 @@ class Compiled:
             stand_in.check(exit.exit, cached[0], finite=finite, where=where)
         return outcome
 
-    def _past(self, pass_: Pass, feature: Feature) -> stand_in.Past:
-        """What is known of earlier steps; where there is no trend yet, zero: one callable serves both."""
-        past = stand_in.Past.of(feature)
-        if past.trend is None and self.engine.chain[pass_.plan.index].keeps_trail:
-            positions = None if past.position is None else past.position.expand(2)
-            past = past._replace(trend=torch.zeros_like(feature.exit), trend_positions=positions)
-        return past
+    def _given(self, call: UNetCall, pass_: Pass, feature: Feature) -> Given:
+        """What the adaptor is given; where there is no trend yet, zero: one callable serves both."""
+        clocked = self.engine.chain[pass_.plan.index]
+        given = self.engine.given(call, clocked, feature)
+        if given.past.trend is None and clocked.keeps_trail:
+            positions = None if given.past.position is None else given.past.position.expand(2)
+            past = given.past._replace(trend=torch.zeros_like(feature.exit), trend_positions=positions)
+            given = given._replace(past=past)
+        return given
 
     def forget(self, signature: Hashable = None) -> None:
         """Passes are other ones from now on: what was compiled is let go; of one signature, if its key is passed."""
@@ -233,9 +232,10 @@ class Compiled:
                 raise _NoGraphFits
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> torch.Tensor:
-                exit, past, position = cached
+                exit, given = cached
                 assert exit is not None  # it is an adaptor pass
-                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, past, position))
+                assert given is not None
+                adapted: torch.Tensor = stand_in.call(adaptor, stand_in.inputs(captured, exit, *given))
                 return adapted if not isinstance(adapted, torch.Tensor) else stand_in.owned(adapted, exit)
 
             traced = engine.tracing = pass_.like(adapt if kind == "adaptor" else None, traced=True)

@@ -299,14 +299,14 @@ class Captured(Compiled):
         """Run a pass like the wanted one on other inputs."""
         if self.compiled is not None:
             return outcome_of(wanted, *self.compiled.results(call, wanted, args, kwargs, cached))
-        engine, adaptor, (exit, past, position) = self.engine, self.engine.chain[wanted.plan.index].adaptor, cached
+        engine, adaptor, (exit, given) = self.engine, self.engine.chain[wanted.plan.index].adaptor, cached
         adapt = None
         branch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if exit is not None:
+        if exit is not None and given is not None:
             branch = beside(exit.device)
 
             def adapt(captured: Mapping[str, torch.Tensor]) -> Any:
-                return stand_in.call(adaptor, stand_in.inputs(captured, exit, past, position))
+                return stand_in.call(adaptor, stand_in.inputs(captured, exit, *given))
 
         pass_ = wanted.like(adapt)
         pass_.enter(args, kwargs)

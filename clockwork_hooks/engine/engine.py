@@ -28,6 +28,7 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States, stands_apart
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
+from clockwork_hooks.clock.times import is_read_at_once
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, Signatures
 from clockwork_hooks.engine.fresh import Following, Watching
@@ -88,6 +89,7 @@ class UNetCall:
         weights: state of the UNet's weights; None where nothing is kept of the call, nor serves it.
         time: its time input as it was passed, once its place is known; a copy, where somebody is told of it after the
             call. None where there is none.
+        number: the same as a number, where an adaptor prepares itself for it and reading it waits for nothing.
         times_differ: are its rows at different times, in which an adaptor is told one?
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         due: the widest region that its step may skip, None where the schedule says full; asked once, as a function may
@@ -107,6 +109,7 @@ class UNetCall:
     place: Position | None = None
     weights: Hashable = None
     time: Any = None
+    number: float | None = None
     times_differ: bool = False
     decision: Decision | None = None
     due: int | None = None
@@ -127,6 +130,20 @@ class UNetCall:
         output = self.forward(*self.args, **self.kwargs)
         self.inside = False
         return output
+
+
+class Given(NamedTuple):
+    """What an adaptor is given beside the cached exit and what a pass picks up; see `AdaptorInputs`.
+
+    Attributes:
+        past: what is known of earlier steps.
+        position: the time of this call.
+        prepared: what the adaptor has prepared for these times, in place of them.
+    """
+
+    past: stand_in.Past
+    position: torch.Tensor | None = None
+    prepared: Any = None
 
 
 class Observer(Protocol):
@@ -212,6 +229,7 @@ class Engine:
         self._keeps_entry = any(clocked.keeps_entry for clocked in chain)
         self._keeps_trail = any(clocked.keeps_trail for clocked in chain)
         self._tells_time = any(clocked.tells_time for clocked in chain)
+        self._prepares = any(clocked.prepare is not None for clocked in chain)
         self.check_finite, self.keep_graph = check_finite, keep_graph
         self.enabled, self.looks, self.teaches, self.records_first = True, False, False, False
         self.observers: list[Observer] = []
@@ -408,8 +426,10 @@ class Engine:
         # of declared steps the time does not matter but to what may be the time in another form
         asked = at is not None and (not timeline.declared or timeline.opened or inputs.read_forms)
         told = self._tells_time and isinstance(time, torch.Tensor) and _may_differ(time)
-        number, entry = state.reader.read(time) if asked or told else (None, None)
+        prepares = self._prepares and at is not None and is_read_at_once(time)
+        number, entry = state.reader.read(time) if asked or told or prepares else (None, None)
         call.times_differ = told and number is None
+        call.number = number if prepares else None
         if not asked:
             number, entry = None, None
         key = None if self.branch is None else _key(self.branch, call.arguments)
@@ -696,7 +716,7 @@ class Engine:
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
         feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         clocked = self.chain[index]
-        feature.position = self._position(call, clocked, emitted.exit)
+        feature.position, feature.number = self._position(call, clocked, emitted.exit), call.number
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
             feature.full_entry, feature.age = before.compared, before.age + 1
@@ -705,9 +725,31 @@ class Engine:
             trail = call.trails[index] if index < len(call.trails) else None
             first = call.place is not None and call.place.turn == 1
             feature.trail = (
-                trail if own and adapted else Trail.after(trail, emitted.exit, feature.position, first=first)
+                trail
+                if own and adapted
+                else Trail.after(trail, emitted.exit, feature.position, number=call.number, first=first)
             )
         return feature
+
+    def given(self, call: UNetCall, clocked: ClockedRegion, feature: Feature) -> Given:
+        """What the adaptor is given beside what the pass picks up: the times, or what it has prepared for them."""
+        past, numbers = stand_in.Past.of(feature), self._numbers(call, clocked, feature)
+        prepared = None if clocked.prepare is None or numbers is None else clocked.prepare(numbers, feature.exit)
+        if prepared is not None:
+            return Given(past.without_times(), None, prepared)
+        position = call.position(feature.exit.device) if "position" in clocked.needs else None
+        return Given(past, position)
+
+    def _numbers(self, call: UNetCall, clocked: ClockedRegion, feature: Feature) -> tuple[float, ...] | None:
+        """The times that an adaptor is told, as numbers; None where one of them is not known as one."""
+        if call.number is None or feature.number is None or call.times_differ:
+            return None
+        if not clocked.keeps_trail:
+            return call.number, feature.number
+        trail = feature.trail
+        if trail is None or trail.trend is None:  # the times tell that there is no way between two full passes
+            return call.number, feature.number, feature.number, feature.number
+        return None if trail.numbers is None else (call.number, feature.number, *trail.numbers)
 
     def _position(self, call: UNetCall, clocked: ClockedRegion, exit: torch.Tensor) -> torch.Tensor | None:
         """The time of the call that has emitted an exit, where the region's adaptor is told of it."""
@@ -812,11 +854,11 @@ class Engine:
         adaptor, cached = clocked.adaptor, decision.feature.exit
         if use.adaptor_macs is None and clocked.movable:
             stand_in.place(adaptor, cached)
-        position = call.position(cached.device) if "position" in clocked.needs else None
-        inputs = stand_in.inputs(captured, cached, stand_in.Past.of(decision.feature), position)
+        given = self.given(call, clocked, decision.feature)
+        inputs = stand_in.inputs(captured, cached, *given)
         step = None if call.place is None else call.place.step
         where = {"step": step, "region": use.region, "adaptor": adaptor}
-        shared = captured if position is None else {**captured, "position": position}  # what is kept holds it, too
+        shared = captured if given.position is None else {**captured, "position": given.position}  # it is kept, too
         lent = stand_in.Lent(shared, compares=use.adaptor_macs is None)
         if use.adaptor_macs is None:
             exit, use.adaptor_macs = stand_in.count_and_call(adaptor, inputs)
@@ -930,9 +972,12 @@ class Engine:
             if exit is not None:
                 exit = exit.clone() if index in call.signature.copies else exit
                 at = self._position(call, clocked, exit)
-                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights, position=at)
+                memory.feature = Feature(
+                    call.key, self._free(exit), version(exit), call.weights, position=at, number=call.number
+                )
                 if clocked.keeps_trail:
-                    memory.feature.trail = Trail.after(None, exit, at, first=call.place.turn == 1)
+                    first = call.place.turn == 1
+                    memory.feature.trail = Trail.after(None, exit, at, number=call.number, first=first)
                 use.homes.add(memory.feature.exit)
         if (batch := self._batch(state, call, call.signature)) is not None:
             Rows.remember(state.timeline, call.place, batch, call.place.call.feature)

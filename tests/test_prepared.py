@@ -1,0 +1,173 @@
+"""What an adaptor makes of times that the host knows: made once, outside of the pass, and the same bit for bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clockwork_hooks as ch
+from clockwork_hooks.adaptors import calibrated
+from clockwork_hooks.clock.times import is_read_at_once
+from clockwork_hooks.engine import engine
+from tests.small_unet import Tiny
+from tests.tape import FakeCuda
+from tests.test_compile import AS_COMPILED, AS_IT_IS, cuda  # noqa: F401
+
+TIMES = (900.0, 800.0, 650.0, 500.0, 350.0, 250.0, 100.0, 50.0)
+STEPS = {2, 4, 5, 7}
+KINDS = ("affine", "exit+entry", "exit+entry+before+trend", "low rank", "kernel")
+WAYS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {"backend": "eager"},
+    "captured": AS_IT_IS,
+    "captured as compiled": AS_COMPILED,
+}
+
+
+@torch.no_grad()
+def sample(unet: nn.Module, form: str = "list", seed: int = 1) -> list[Tensor]:
+    x, times, outputs = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(seed)), TIMES, []
+    entries, one = torch.tensor(times), torch.tensor(times[0])
+    for k, number in enumerate(times):
+        time = {"list": entries[k], "number": number, "tensor": torch.tensor(number)}.get(form, one.fill_(number))
+        e = unet(x, time)
+        x = x - 0.1 * e
+        outputs.append(e)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+@pytest.fixture(scope="module")
+def adaptors(unet: nn.Module) -> dict[str, Any]:
+    def generate(seeds: list[int]) -> Tensor:
+        return sample(unet, seed=seeds[0])[-1]
+
+    options: dict[str, Any] = {"schedule": STEPS, "refit": False}
+    return {kind: ch.calibrate(unet, generate, [[1], [2], [3]], kind=kind, **options) for kind in KINDS}
+
+
+def run(unet: nn.Module, adaptor: Any, how: dict[str, Any] | None, form: str = "list") -> list[Tensor]:
+    seen = []
+    with ch.wrap(unet, adaptor) as cw:
+        if how is not None:
+            cw.compile(**how)
+        for _ in range(3):
+            with cw.trajectory():
+                seen += sample(unet, form)
+        assert cw.stats.adaptor_passes >= 3 * len(STEPS) - 2  # the first run has calls that are recorded
+    return seen
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_as_by_times_on_the_device(
+    kind: str,
+    how: str,
+    unet: nn.Module,
+    adaptors: dict[str, Any],
+    cuda: FakeCuda,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adaptor, made = adaptors[kind], list[Any]()
+    weights = calibrated.CalibratedAdaptor._weights
+    calibrated._KEPT.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrated.CalibratedAdaptor, "_weights", lambda *a: made.append(0) or weights(*a))
+        prepared = run(unet, adaptor, WAYS[how])
+    # of the first run, whose first call is recorded, other passes may be full ones: a trend of other times
+    assert len(STEPS) <= len(made) <= len(STEPS) + 2 * ("trend" in kind)
+    monkeypatch.setattr(engine, "is_read_at_once", lambda time: False)
+    torch.testing.assert_close(prepared, run(unet, adaptor, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["list", "number", "tensor", "overwritten"])
+def test_each_form_of_time(
+    form: str, unet: nn.Module, adaptors: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is prepared for are the times that the adaptor would have been told."""
+    adaptor, told = adaptors["exit+entry+before+trend"], list[Any]()
+
+    class Told(nn.Module):
+        needs = adaptor.needs
+
+        def forward(self, entry: Tensor, exit_cached: Tensor, **more: Any) -> Tensor:
+            if "prepared" not in more:
+                one, full = [more["position"], more["position_cached"]], more["trend_positions"]
+                told.append(tuple(float(at) for at in (*one, *(one[1:] * 2 if full is None else full))))
+            else:
+                assert more["position"] is more["position_cached"] is more["trend_positions"] is None
+            exit: Tensor = adaptor(entry, exit_cached, **more)
+            return exit
+
+        def prepare(self, times: tuple[float, ...], exit_cached: Tensor) -> Any:
+            told.append(times)
+            return adaptor.prepare(times, exit_cached)
+
+    runs = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(engine, "is_read_at_once", lambda time: False)
+        with ch.wrap(unet, Told(), schedule=STEPS) as cw:
+            for _ in range(2):  # in the first run the first call is recorded
+                told.clear()
+                with cw.trajectory():
+                    sample(unet, form)
+            assert len(told) == cw.stats.trajectories[-1].adaptor_passes >= len(STEPS) - 1
+        runs.append(list(told))
+    assert runs[0] == runs[1]
+    assert runs[0][0] == (800.0, 900.0, 900.0, 900.0)
+
+
+def test_what_is_written_to_the_table_counts(unet: nn.Module, adaptors: dict[str, Any]) -> None:
+    adaptor = adaptors["affine"]
+    before = run(unet, adaptor, None)
+    table = adaptor.table.detach().clone()
+    with torch.no_grad():
+        adaptor.table[:, 2 * adaptor.exit.channels + 1 :] *= 3.0
+    changed = run(unet, adaptor, None)
+    with torch.no_grad():
+        adaptor.table.copy_(table)
+    assert not torch.equal(before[1], changed[1])
+    torch.testing.assert_close(before, run(unet, adaptor, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_dtype_has_its_own(dtype: torch.dtype, adaptors: dict[str, Any]) -> None:
+    adaptor, cached = adaptors["affine"], torch.randn(1, adaptors["affine"].exit.channels, 4, 4, dtype=dtype)
+    prepared = adaptor.prepare((800.0, 900.0), cached)
+    assert prepared.rows.dtype == dtype
+    now, before = torch.tensor(800.0), torch.tensor(900.0)
+    expected = adaptor(None, cached, position=now, position_cached=before)
+    assert torch.equal(adaptor(None, cached, prepared=prepared), expected)
+
+
+def test_few_steps_are_kept(adaptors: dict[str, Any]) -> None:
+    adaptor, cached = adaptors["affine"], torch.randn(1, adaptors["affine"].exit.channels, 4, 4)
+    for step in range(200):
+        adaptor.prepare((800.0 - step, 801.0 - step), cached)
+    assert len(calibrated._KEPT[adaptor].prepared) <= calibrated._STEPS
+
+
+def test_outside_of_the_calibrated_times_it_is_the_identity_and_says_so(adaptors: dict[str, Any]) -> None:
+    adaptor = adaptors["affine"]
+    adaptor._lookout.said = False
+    cached = torch.randn(1, adaptor.exit.channels, 4, 4)
+    with pytest.warns(ch.OtherStepsWarning, match="outside them it is the identity"):
+        prepared = adaptor.prepare((5000.0, 5100.0), cached)
+    assert torch.equal(adaptor(None, cached, prepared=prepared), cached)
+
+
+def test_which_times_are_read_at_once() -> None:
+    class Device:
+        is_cpu, is_meta, _version = False, False, 0
+
+    assert is_read_at_once(5)
+    assert is_read_at_once(torch.tensor([900.0, 800.0])[1])
+    assert not is_read_at_once(None)
+    assert not is_read_at_once(torch.empty(2, device="meta")[1])
