@@ -97,7 +97,7 @@ def test_each_form_of_time(
         needs = adaptor.needs
 
         def forward(self, entry: Tensor, exit_cached: Tensor, **more: Any) -> Tensor:
-            if "prepared" not in more:
+            if more["prepared"] is None:
                 one, full = [more["position"], more["position_cached"]], more["trend_positions"]
                 told.append(tuple(float(at) for at in (*one, *(one[1:] * 2 if full is None else full))))
             else:
@@ -163,10 +163,16 @@ def test_outside_of_the_calibrated_times_it_is_the_identity_and_says_so(adaptors
     assert torch.equal(adaptor(None, cached, prepared=prepared), cached)
 
 
-def test_which_times_are_read_at_once() -> None:
-    class Device:
-        is_cpu, is_meta, _version = False, False, 0
+def test_who_needs_it_can_prepare() -> None:
+    def adaptor(entry: Any, exit_cached: Tensor, **more: Any) -> Tensor:
+        return exit_cached
 
+    adaptor.needs = {"prepared"}  # type: ignore[attr-defined]
+    with pytest.raises(ch.AdaptorError, match=r"(?s)has a method prepare.*prepare: None"):
+        ch.wrap(Tiny(), adaptor)
+
+
+def test_which_times_are_read_at_once() -> None:
     assert is_read_at_once(5)
     assert is_read_at_once(torch.tensor([900.0, 800.0])[1])
     assert not is_read_at_once(None)

@@ -37,7 +37,7 @@ def drawn(unet: Blocks, adaptor: object) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:an adaptor has to take fewer MACs:clockwork_hooks.NoEffectWarning")
 def test_a_fresh_one_is_the_calibrated_one(tmp_path: Path) -> None:
     unet, start, adaptor = started()
-    assert adaptor.needs == {"entry_cached", "position", "position_cached"}
+    assert adaptor.needs == {"entry_cached", "position", "position_cached", "prepared"}
     assert torch.equal(drawn(unet, adaptor), drawn(unet, start))
     adaptor.save_pretrained(tmp_path)
     assert torch.equal(drawn(unet, tmp_path), drawn(unet, start))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clockwork_hooks.adaptors.stand_in import Adaptor, IdentityAdaptor
+from clockwork_hooks.adaptors.stand_in import Adaptor, AdaptorInputs, IdentityAdaptor
 
 if TYPE_CHECKING:
     from clockwork_hooks.adaptors.calibrated import CalibratedAdaptor, ResidualAdaptor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adaptor",
+    "AdaptorInputs",
     "CalibratedAdaptor",
     "IdentityAdaptor",
     "LearnedAdaptor",

@@ -220,7 +220,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         own["reads_trend"] = reads_trend
         super().__init__(own=own, **{name: inputs[name] for name in ("exit", "entry") if name in inputs})
         self.form, self.rank, self.reads_before, self.reads_trend = form, rank, reads_before, reads_trend
-        self.needs = frozenset({"entry_cached"} if reads_before else ()) | {"position", "position_cached"}
+        self.needs = frozenset({"entry_cached"} if reads_before else ()) | {"position", "position_cached", "prepared"}
         self.needs |= frozenset({"trend", "trend_positions"} if reads_trend else ())
         self.report: Any = None
         self.tuning: Any = None
@@ -415,9 +415,10 @@ class CalibratedAdaptor(LearnedAdaptor):
             exit_cached: as in `forward`; its dtype and its number of axes count.
 
         Returns:
-            What `forward` takes as `prepared`; None on the meta device, where nothing is known.
+            What `forward` takes as `prepared`; None on the meta device, and while a CUDA graph is captured.
         """
-        if self.grid.is_meta:
+        cuda = self.grid.is_cuda
+        if self.grid.is_meta or (cuda and torch.cuda.is_current_stream_capturing()):
             return None
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
         written = version(self.table), version(self.grid)
@@ -425,7 +426,10 @@ class CalibratedAdaptor(LearnedAdaptor):
         kept = _KEPT.get(self)
         if kept is None or kept.state != state or min(written) < 0:  # below zero nobody counts who writes to them
             kept = _KEPT[self] = _Kept(state, self.grid.detach().cpu())
-        key = (tuple(times), exit_cached.dtype, exit_cached.ndim)
+        stream = (
+            torch.cuda.current_stream(self.grid.device).cuda_stream if cuda else 0
+        )  # on another they may not be there
+        key = (tuple(times), exit_cached.dtype, exit_cached.ndim, stream)
         prepared = kept.prepared.get(key)
         if prepared is None:
             self._look_at(times[0], kept.grid)
@@ -771,9 +775,10 @@ class ResidualAdaptor(LearnedAdaptor):
         prepared: Any = None,
     ) -> Tensor:
         """Return the exit; see `CalibratedAdaptor.forward`."""
-        values = {"entry_cached": entry_cached, "position": position, "position_cached": position_cached}
-        values |= {"trend": trend, "trend_positions": trend_positions}
-        start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs}, prepared=prepared)
+        values: dict[str, Any] = {"entry_cached": entry_cached}
+        values |= {"position": position, "position_cached": position_cached}
+        values |= {"trend": trend, "trend_positions": trend_positions, "prepared": prepared}
+        start = self.start(entry, exit_cached, **{name: values[name] for name in self.start.needs})
         both = None
         if self.entry is not None:
             if entry is None or entry_cached is None:

@@ -33,10 +33,10 @@ class Adaptor(Protocol):
 
     Any module (or function) with this signature will do. The paper's φ_θ(r_in(t), r_out(t+1), t_emb, text_emb).
     One that takes more says so by an attribute `needs`: names of `AdaptorInputs` beyond the four, which are then
-    passed by keyword, as in `needs = frozenset({"entry_cached"})`. What follows from the times alone may be made in a
-    method `prepare(times, exit_cached)`: it is called before a pass wherever the times are known as numbers, and what
-    it returns (tensors, or tuples of them) is passed as `prepared=`, in place of the positions; after None they are
-    passed as ever. `times` are `position`, `position_cached`, and, of one that needs the trend, the two
+    passed by keyword, as in `needs = frozenset({"entry_cached"})`. One that needs "prepared" has a method
+    `prepare(times, exit_cached)` for what follows from the times alone: it is called before a pass wherever the times
+    are known as numbers, and what it returns (tensors, or tuples of them) takes the place of the positions; after None
+    they are passed as ever. `times` are `position`, `position_cached`, and, if the trend is needed, the two of
     `trend_positions`.
 
     Example:
@@ -186,7 +186,7 @@ def resolve_adaptor(adaptor: AdaptorLike) -> Adaptor:
     return adaptor
 
 
-_MORE = AdaptorInputs._fields[4:-1]
+_MORE = AdaptorInputs._fields[4:]
 
 
 def _check_needs(adaptor: Any) -> None:
@@ -196,6 +196,12 @@ def _check_needs(adaptor: Any) -> None:
             f"an adaptor's `needs` are some of {', '.join(_MORE)}",
             seen={"adaptor": repr(adaptor)[:80], "needs": repr(needs)[:80]},
             do='write needs = frozenset({"entry_cached"})',
+        )
+    if "prepared" in needs and not callable(getattr(adaptor, "prepare", None)):
+        raise AdaptorError(
+            'an adaptor that needs "prepared" has a method prepare(times, exit_cached)',
+            seen={"adaptor": repr(adaptor)[:80], "prepare": getattr(adaptor, "prepare", None)},
+            do='write the method, or leave "prepared" out of its `needs`',
         )
 
 
@@ -455,8 +461,6 @@ def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:
     named = {"time": arguments.time, "text": arguments.text}
     for name in needs_of(adaptor):
         named[name] = getattr(arguments, name)
-    if arguments.prepared is not None:
-        named["prepared"] = arguments.prepared
     return named
 
 

@@ -92,7 +92,7 @@ class ClockedRegion:
         self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
         self.keeps_trail = "trend" in self.needs
         self.tells_time = self.keeps_trail or not self.needs.isdisjoint({"position", "position_cached"})
-        self.prepare = getattr(adaptor, "prepare", None) if self.tells_time else None
+        self.prepare = getattr(adaptor, "prepare", None) if "prepared" in self.needs else None
 
     def skips(self, step: int, steps: int | None) -> bool:
         """May this step use the adaptor, in a run of so many? Of None, nobody has said: then as many as are usual."""
