@@ -163,6 +163,12 @@ def test_outside_of_the_calibrated_times_it_is_the_identity_and_says_so(adaptors
     assert torch.equal(adaptor(None, cached, prepared=prepared), cached)
 
 
+def test_weights_of_which_nobody_counts_writes_are_not_kept(adaptors: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        adaptor = calibrated.CalibratedAdaptor(**adaptors["affine"].arguments)
+    assert adaptor.prepare((800.0, 900.0), torch.randn(1, adaptor.exit.channels, 4, 4)) is None
+
+
 def test_who_needs_it_can_prepare() -> None:
     def adaptor(entry: Any, exit_cached: Tensor, **more: Any) -> Tensor:
         return exit_cached

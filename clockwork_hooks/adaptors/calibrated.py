@@ -415,26 +415,26 @@ class CalibratedAdaptor(LearnedAdaptor):
             exit_cached: as in `forward`; its dtype and its number of axes count.
 
         Returns:
-            What `forward` takes as `prepared`; None on the meta device, and while a CUDA graph is captured.
+            What `forward` takes as `prepared`. None where nobody counts writes (made in inference mode), on the meta
+            device, and while a CUDA graph is captured.
         """
-        cuda = self.grid.is_cuda
-        if self.grid.is_meta or (cuda and torch.cuda.is_current_stream_capturing()):
+        cuda, written = self.grid.is_cuda, (version(self.table), version(self.grid))
+        if min(written) < 0 or self.grid.is_meta or (cuda and torch.cuda.is_current_stream_capturing()):
             return None
         axis = 1 if self.exit.order in ("channels first", "tokens last") else -1
-        written = version(self.table), version(self.grid)
         state = (self.table.device, self.table.data_ptr(), self.grid.data_ptr(), *written)
         kept = _KEPT.get(self)
-        if kept is None or kept.state != state or min(written) < 0:  # below zero nobody counts who writes to them
+        if kept is None or kept.state != state:
             kept = _KEPT[self] = _Kept(state, self.grid.detach().cpu())
-        stream = (
-            torch.cuda.current_stream(self.grid.device).cuda_stream if cuda else 0
-        )  # on another they may not be there
+        stream = torch.cuda.current_stream(self.grid.device).cuda_stream if cuda else 0  # on others it may come late
         key = (tuple(times), exit_cached.dtype, exit_cached.ndim, stream)
         prepared = kept.prepared.get(key)
         if prepared is None:
             self._look_at(times[0], kept.grid)
             with torch.inference_mode(False), torch.no_grad():  # passes with gradients may come later
-                position, before, *full = torch.tensor(list(times), dtype=torch.float32).to(self.table.device).unbind()
+                # kernels: a copy from the host would wait for the device
+                like: dict[str, Any] = {"dtype": torch.float32, "device": self.table.device}
+                position, before, *full = (torch.full((), float(time), **like) for time in times)
                 trail = torch.stack(full) if full else None
                 weights = self._weights(_sizes(exit_cached.ndim, axis), exit_cached.dtype, position, before, trail)
                 prepared = Prepared.of(weights)
