@@ -444,12 +444,12 @@ class CalibratedAdaptor(LearnedAdaptor):
         return prepared
 
     def _unpacked(self, prepared: Prepared) -> _Weights:
-        low, high, bias, *more = prepared.rows.unbind()
-        gain = more.pop(0) if self._free[1] else None
+        rows = prepared.rows.unbind()
+        low, high, bias = rows[:3]
+        gain, trend = rows[3] if self._free[1] else None, rows[-1] if self.reads_trend else None
         shared = () if self.basis is None else (self.basis.to(low.dtype),)
         made: list[tuple[Tensor, ...]] = [(matrix, *shared) for matrix in prepared.matrices]
         of_cached, of_entry, of_before = made + [()] * (3 - len(made))
-        trend = more[0] if more else None
         return _Weights(low, high, bias, gain, of_cached, of_entry, of_before, prepared.kernel, trend)
 
     def _weights(
