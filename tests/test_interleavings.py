@@ -218,7 +218,7 @@ SCHEDULES = {"clock 2": ch.Schedule.every(2), "clock 4": ch.Schedule.every(4), "
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
-@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 300)))
+@settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 500)))
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
 @given(begin=STARTS, actions=PROGRAMS, schedule=st.sampled_from(sorted(SCHEDULES)))
 @torch.no_grad()
