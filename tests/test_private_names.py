@@ -1,14 +1,18 @@
 """Private names of torch that may go: what happens without each of them is safe. docs/design.md lists them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import clockwork_hooks as ch
 from clockwork_hooks._tree import address
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.loops import saved_for_again
+from clockwork_hooks.graph import recorder
 from tests.oracle import Judge
 from tests.small_unet import Tiny
 
@@ -58,6 +62,13 @@ def test_without_the_others_the_clock_runs(name: str, monkeypatch: pytest.Monkey
     assert sampled()[0] == "FAFAFAFA"
     monkeypatch.delattr(name)
     assert sampled()[0] == "FAFAFAFA"
+
+
+def test_without_a_stack_of_their_own_modes_go_onto_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own class asks for these names too: only ours does without them."""
+    monkeypatch.setattr(recorder, "dispatch", SimpleNamespace())
+    assert sampled()[0] == "FAFAFAFA"
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_without_the_switch_a_hidden_time_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:

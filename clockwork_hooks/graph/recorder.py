@@ -419,13 +419,19 @@ class OperatorMode(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         eager.enter(self)
-        # not `super().__enter__`: it notes for the whole process that a mode is on, for the guards of what is compiled;
-        # where those of two threads overlap, the note stays for ever
-        dispatch._push_mode(self)
+        # torch's own way notes for the whole process that a mode is on, for the guards of what is compiled; where those
+        # of two threads overlap, the note stays for ever
+        if hasattr(dispatch, "_push_mode"):
+            dispatch._push_mode(self)
+        else:
+            super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        dispatch._pop_mode()
+        if hasattr(dispatch, "_push_mode"):
+            dispatch._pop_mode()
+        else:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
         eager.leave(self)
 
     @classmethod
