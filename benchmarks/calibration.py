@@ -32,7 +32,7 @@ from torch import Tensor
 import clockwork_hooks as ch
 from benchmarks.fidelity_bench import Bench, Judged
 from benchmarks.fidelity_plan import Sampler
-from benchmarks.harness import environment, say
+from benchmarks.harness import environment, say, student
 from clockwork_hooks._numbers import percent
 from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.flops import counting
@@ -44,8 +44,6 @@ from clockwork_hooks.reports.tables import table
 
 IDENTITY, AFFINE, EXIT, ENTRY, BEFORE = "identity", "affine", "exit", "exit+entry", "exit+entry+before"
 FREE, TREND = "affine+trend", "exit+entry+before+trend"
-# how many differences → the 97.5% quantile of Student's t
-_STUDENT = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 _SEED = 1_000_000  # of the noise that adaptors are calibrated on: none of the judged ones
 
 
@@ -558,7 +556,7 @@ def half(gap: Sequence[float]) -> float:
     """Half of the 95% interval of paired differences, Student's t; 0 of a single one."""
     if len(gap) < 2:
         return 0.0
-    return _STUDENT[len(gap)] * statistics.stdev(gap) / len(gap) ** 0.5
+    return student(len(gap)) * statistics.stdev(gap) / len(gap) ** 0.5
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -310,16 +310,12 @@ diffusers {versions["diffusers"]}, DeepCache {versions["DeepCache"]}, python {ru
 
 def _longer(data: Mapping[str, Any], seeds: int) -> str:
     """Of rows that were judged on more seeds than the others."""
-    more: dict[tuple[str, int], int] = {}
-    for key, row in data["rows"].items():
-        count = len(row["scores"]["judge"]["Fréchet"])
-        if count > seeds:
-            more[key.split("/")[0], count] = more.get((key.split("/")[0], count), 0) + 1
-    said = (
-        f"{rows} rows of `{group}` that {seeds} seeds did not tell apart were judged on {count}."
-        for (group, count), rows in more.items()
+    found = Counter((key.split("/")[0], len(row["scores"]["judge"]["Fréchet"])) for key, row in data["rows"].items())
+    return "".join(
+        f"\n{rows} rows of `{group}` that {seeds} seeds did not tell apart were judged on {count}."
+        for (group, count), rows in found.items()
+        if count > seeds
     )
-    return "".join(f"\n{line}" for line in said)
 
 
 def all_rows(data: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.fidelity_plan import GROUPS, Group, Row, Sampler
 from benchmarks.fidelity_tables import FEWER, IDENTITY, MODES, MORE, OURS, PLAIN
+from benchmarks.harness import student
 from clockwork_hooks._numbers import percent
 from clockwork_hooks.analysis.evaluation import Score
 
@@ -203,7 +204,6 @@ def _certain(gap: Score) -> str:
     """Is the difference more than what the seed does? 95% interval of a paired difference, Student's t."""
     if gap.spread is None:
         return ""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gap.values), 2.0)
-    half = t * gap.spread / math.sqrt(len(gap.values))
+    half = student(len(gap.values)) * gap.spread / math.sqrt(len(gap.values))
     inside = " (the interval includes 0)" if abs(gap.mean) <= half else ""
     return f", 95% interval {gap.mean - half:+.3g} to {gap.mean + half:+.3g}{inside}".replace("-", "\N{MINUS SIGN}")

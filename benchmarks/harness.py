@@ -22,9 +22,10 @@ from clockwork_hooks.analysis.timing import Timing, device_name, in_turns, synch
 
 __all__ = [
     "PACKAGES", "Results", "Timing", "environment", "in_turns", "mark", "reason", "say", "seconds_between",
-    "synchronize", "timed",
+    "student", "synchronize", "timed",
 ]  # fmt: skip
 
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 2 to 10
 PACKAGES = ("torch", "diffusers", "DeepCache", "tomesd", "fvcore", "numpy", "pytest-benchmark")
 
 
@@ -88,6 +89,11 @@ def seconds_between(one: Any, other: Any) -> float:
         return float(other - one)
     other.synchronize()
     return float(one.elapsed_time(other)) / 1e3
+
+
+def student(count: int) -> float:
+    """The 97.5% quantile of Student's t for the mean of so many; of more than ten that of ten, which is wider."""
+    return _STUDENT[min(count, 10) - 2]
 
 
 def reason(error: BaseException) -> str:

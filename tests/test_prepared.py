@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import calibrated
@@ -145,6 +146,28 @@ def test_each_dtype_has_its_own(dtype: torch.dtype, adaptors: dict[str, Any]) ->
     now, before = torch.tensor(800.0), torch.tensor(900.0)
     expected = adaptor(None, cached, position=now, position_cached=before)
     assert torch.equal(adaptor(None, cached, prepared=prepared), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("affine", ["addcmul", "clamp"]), ("exit+entry", ["add", "baddbmm_", "baddbmm_", "clamp"])],
+)
+def test_the_operators_of_a_prepared_pass(kind: str, expected: list[str], adaptors: dict[str, Any]) -> None:
+    """Views but for: in float16, whose weights have to be cast somewhere."""
+    adaptor, seen = adaptors[kind], list[str]()
+    cached = torch.randn(1, adaptor.exit.channels, 4, 4, dtype=torch.float16)
+    entry = torch.randn(1, adaptor.entry.channels, 4, 4, dtype=torch.float16) if adaptor.entry is not None else None
+    prepared = adaptor.prepare((800.0, 900.0), cached)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not (func.is_view or func is torch.ops.aten._unsafe_view.default):
+                seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen(), torch.no_grad():
+        adaptor(entry, cached, prepared=prepared)
+    assert seen == expected
 
 
 def test_few_steps_are_kept(adaptors: dict[str, Any]) -> None:
