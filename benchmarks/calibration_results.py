@@ -357,8 +357,9 @@ def _cost(cost: Mapping[str, Any], cpu: Mapping[str, Any]) -> str:
 
 An adaptor pass of {settings["batch"]} prompts, both branches, in turns (median of the device's time): the target of \
 1.02× the identity's is {"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×).
-So small a pass is mostly the host's work; in CUDA graphs the twenty small kernels count that make a step's \
-weights. Of SD v1.5 [see there](performance_tables.md#why-targets-are-missed)."""
+So small a pass is mostly the host's work; in CUDA graphs the twenty small kernels counted that made a step's
+weights. They are made once since then, ahead of the pass: not measured on a GPU yet. Of SD v1.5 \
+[see there](performance_tables.md#why-targets-are-missed)."""
     return f"{text}\n\n{told}"
 
 
