@@ -10,6 +10,7 @@ from clockwork_hooks.analysis.calibration import calibrate
 from clockwork_hooks.analysis.normal_equations import KINDS, NormalEquations, Shape
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Trail
+from clockwork_hooks.clock.times import Told
 from tests.test_calibration import TIMES, Blocks, sampler
 
 STEPS = tuple(range(950, 0, -100))  # ten
@@ -162,10 +163,10 @@ def test_what_was_emitted_may_be_written_to_afterwards():
 
 
 def test_a_trail_is_broken_until_there_are_two_passes():
-    one = Trail.after(None, torch.zeros(1), torch.tensor(9.0))
+    one = Trail.after(None, torch.zeros(1), Told(torch.tensor(9.0)))
     assert one.broken
     assert one.trend is None
-    two = Trail.after(one, torch.ones(1), torch.tensor(7.0))
+    two = Trail.after(one, torch.ones(1), Told(torch.tensor(7.0)))
     assert not two.broken
     assert two.trend.tolist() == [1.0]
     assert two.positions.tolist() == [7.0, 9.0]

@@ -231,15 +231,12 @@ class Past(NamedTuple):
     trend_positions: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, feature: Feature) -> Past:
-        """What is kept beside a feature."""
-        trail = feature.trail
-        trend = (None, None) if trail is None else (trail.trend, trail.positions)
-        return cls(feature.entry, feature.position, *trend)
-
-    def without_times(self) -> Past:
-        """The same for an adaptor that has prepared what follows from the times."""
-        return self._replace(position=None, trend_positions=None)
+    def of(cls, feature: Feature, *, times: bool = True) -> Past:
+        """What is kept beside a feature; without the times for an adaptor that has prepared what follows from them."""
+        trail, told = feature.trail, feature.told if times else None
+        trend = None if trail is None else trail.trend
+        positions = trail.positions if trail is not None and times else None
+        return cls(feature.entry, None if told is None else told.tensor(feature.exit.device), trend, positions)
 
 
 class Lent:
@@ -274,7 +271,7 @@ def inputs(
     captured: Mapping[str, torch.Tensor | None],
     exit_cached: torch.Tensor,
     past: Past = Past(),  # noqa: B008 - a tuple
-    position: Any = None,
+    position: torch.Tensor | None = None,
     prepared: Any = None,
 ) -> AdaptorInputs:
     """What an adaptor is given, of what a pass picked up at the boundary.
@@ -283,15 +280,14 @@ def inputs(
         captured: "entry", "time", "text", "mask", as far as they came.
         exit_cached: what the region emitted one step before.
         past: what is known of earlier steps.
-        position: the UNet's time input now, as it was passed.
+        position: the UNet's time input now, float32 of shape ().
         prepared: what the adaptor has prepared for the call.
     """
     text, mask = captured.get("text"), captured.get("mask")
     if text is not None and mask is not None:
         text = masked_mean(text, mask)
-    at = None if position is None else scalar(position, exit_cached.device)
     return AdaptorInputs(
-        captured.get("entry"), exit_cached, captured.get("time"), text, past.entry, at, *past[1:], prepared
+        captured.get("entry"), exit_cached, captured.get("time"), text, past.entry, position, *past[1:], prepared
     )
 
 
@@ -448,13 +444,6 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], 0)
     keep = mask.to(tokens)[:, :, None]
     return (tokens * keep).sum(1) / keep.sum(1).clamp(min=1)
-
-
-def scalar(value: Any, device: torch.device) -> torch.Tensor:
-    """A time as a float32 tensor of shape (); of several rows the first one's."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().reshape(-1)[0].to(device, torch.float32)
-    return torch.full((), float(value), device=device)  # a kernel: nothing to wait for
 
 
 def _keywords(adaptor: Adaptor, arguments: AdaptorInputs) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from clockwork_hooks.adaptors import Adaptor, stand_in
 from clockwork_hooks.adaptors.stand_in import AdaptorLike, is_identity, needs_of, resolve_adaptor
 from clockwork_hooks.analysis.timing import now
 from clockwork_hooks.clock.timeline import Position, Trail
+from clockwork_hooks.clock.times import Told
 from clockwork_hooks.engine.attach import wrap
 from clockwork_hooks.engine.engine import Observer, UNetCall
 from clockwork_hooks.engine.hooks import Installed
@@ -503,7 +504,7 @@ class _Before:
     exit: Tensor
     adapted: list[Tensor]  # after no adaptor step, after one, two, ...
     entries: list[Tensor]  # of this step, of the one before, ...
-    time: Tensor | None  # the UNet's raw time, ()
+    told: Told | None  # its time
     trails: list[Trail | None]  # of the full passes that each of `adapted` comes from, where the adaptor looks at them
 
 
@@ -539,10 +540,10 @@ class _Follower:
         """Sum up what was seen."""
         pass_, self.active.pass_ = self.active.pass_, None
         if pass_ is not None and pass_.complete():
-            self._add(pass_, call.time)
+            self._add(pass_, None if call.time is None else Told(call.time))
 
     @torch.no_grad()  # some samplers switch gradients on: each sum would hold the graph of all that it adds up
-    def _add(self, pass_: Pass, position: Any) -> None:
+    def _add(self, pass_: Pass, told: Told | None) -> None:
         """One call, of which the pass has seen the boundary, at this time."""
         assert pass_.exit is not None  # the pass is complete
         exit, entry, step = pass_.exit.detach(), pass_.entry, self._watch.step
@@ -551,26 +552,25 @@ class _Follower:
         if before is not None and (before.step != step - 1 or before.exit.shape != exit.shape):
             before = None
         adapted, entries = [exit], [] if entry is None else [entry]
-        time = None if position is None else stand_in.scalar(position, exit.device)
         trails: list[Trail | None] = [None]
         if "trend" in needs_of(self.candidate.adaptor):
-            trails = [Trail.after(None if before is None else before.trails[0], exit, time)]
+            trails = [Trail.after(None if before is None else before.trails[0], exit, told)]
         if before is not None:
             self._compare(step, exit, before)
         if before is not None and self._watch.usable:
             captured = pass_.captured if entry is None else {**pass_.captured, "entry": entry}
             for age, (cached, trail) in enumerate(zip(before.adapted, before.trails, strict=False), 1):
-                adapted.append(self._adapt(captured, cached, before, trail, position))
+                adapted.append(self._adapt(captured, cached, before, trail, told))
                 trails.append(trail)
                 self._sum("error", step, age, (adapted[-1].float() - exit.float()).square(), exit.float().square())
             for age, past in enumerate(before.entries[: self.longest], 1):
                 self._sum("entry", step, age, (entries[0] - past).float().square(), past.float().square())
             entries += before.entries
-        last = adapted[: self.longest], entries[: self.longest], time, trails[: self.longest]
+        last = adapted[: self.longest], entries[: self.longest], told, trails[: self.longest]
         self.last[self._watch.branch] = _Before(step, exit, *last)
 
     def _adapt(
-        self, captured: dict[str, Tensor], cached: Tensor, before: _Before, trail: Trail | None, position: Any
+        self, captured: dict[str, Tensor], cached: Tensor, before: _Before, trail: Trail | None, told: Told | None
     ) -> Tensor:
         """What the adaptor makes of a cached exit; `before` is the step that it comes from, or was adapted in."""
         adaptor = self.candidate.adaptor
@@ -578,10 +578,11 @@ class _Follower:
             stand_in.place(adaptor, cached)
             self._movable = False
         where = {"region": self.candidate.region, "adaptor": adaptor}
-        past = stand_in.Past(next(iter(before.entries), None), before.time)
+        now, then = (None if one is None else one.tensor(cached.device) for one in (told, before.told))
+        past = stand_in.Past(next(iter(before.entries), None), then)
         if trail is not None:
             past = past._replace(trend=trail.trend, trend_positions=trail.positions)
-        inputs = stand_in.inputs(captured, cached, past, position)
+        inputs = stand_in.inputs(captured, cached, past, now)
         return stand_in.check(stand_in.call(adaptor, inputs), cached, finite=False, where=where)
 
     def _compare(self, step: int, exit: Tensor, before: _Before) -> None:

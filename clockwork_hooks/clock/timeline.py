@@ -19,7 +19,7 @@ import torch
 from clockwork_hooks._tree import copied, version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Conditions, Seen
-from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms
+from clockwork_hooks.clock.times import Jumps, MixedTimes, Place, Strides, TimeForms, Told
 from clockwork_hooks.graph.arguments import Inputs
 
 
@@ -29,41 +29,41 @@ class Trail:
 
     Attributes:
         exit: a copy of what it emitted.
-        position: the time input of that pass, (); None where there is none.
+        told: the time of that pass; None where there is none.
         first: does the trail begin with the first step of the trajectory?
         trend: `exit` less what the full pass before emitted; None where there was none.
-        positions: (2,), the time inputs of the two, this one's first.
-        number: `position` as a number, where it is known as one.
-        numbers: likewise `positions`.
+        before: the time of that one.
     """
 
     exit: torch.Tensor
-    position: torch.Tensor | None
+    told: Told | None
     first: bool
     trend: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    number: float | None = None
-    numbers: tuple[float, float] | None = None
+    before: Told | None = None
 
     @classmethod
-    def after(
-        cls,
-        trail: Trail | None,
-        exit: torch.Tensor,
-        position: torch.Tensor | None,
-        *,
-        number: float | None = None,
-        first: bool = False,
-    ) -> Trail:
+    def after(cls, trail: Trail | None, exit: torch.Tensor, told: Told | None, *, first: bool = False) -> Trail:
         """The trail that goes on from this one with a full pass; from none, it begins there."""
         exit = copied(exit)  # modules and samplers may write to what was emitted
         if trail is None or trail.exit.shape != exit.shape:
-            return cls(exit, position, first, number=number)
-        numbers = None if number is None or trail.number is None else (number, trail.number)
-        positions = None
-        if position is not None and trail.position is not None:
-            positions = torch.stack((position, trail.position))
-        return cls(exit, position, trail.first, exit - trail.exit, positions, number, numbers)
+            return cls(exit, told, first)
+        return cls(exit, told, trail.first, exit - trail.exit, trail.told)
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """(2,), the times of the last two full passes, the last one's first."""
+        if self.told is None or self.before is None:
+            return None
+        device = self.exit.device
+        return torch.stack((self.told.tensor(device), self.before.tensor(device)))
+
+    @property
+    def numbers(self) -> tuple[float, float] | None:
+        """The same, where they are known as numbers."""
+        told, before = self.told, self.before
+        if told is None or before is None or told.number is None or before.number is None:
+            return None
+        return told.number, before.number
 
     @property
     def broken(self) -> bool:
@@ -88,8 +88,7 @@ class Feature:
         entry: what flowed into the region, where somebody looks at it.
         full_entry: of an adaptive schedule, what flowed in in the last full pass, if that is another one.
         age: and how many adaptor passes came since.
-        position: the time input of that call, (), where somebody looks at it.
-        number: the same as a number, where it is known as one.
+        told: the time of that call, where somebody looks at it.
         trail: of the full passes up to that call, where somebody looks at it.
     """
 
@@ -100,8 +99,7 @@ class Feature:
     entry: torch.Tensor | None = None
     full_entry: torch.Tensor | None = None
     age: int = 0
-    position: torch.Tensor | None = None
-    number: float | None = None
+    told: Told | None = None
     trail: Trail | None = None
 
     @property

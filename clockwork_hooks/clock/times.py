@@ -127,6 +127,43 @@ class TimeReader:
         return copy
 
 
+class Told:
+    """The time of a call, as an adaptor is told it.
+
+    Args:
+        time: as it was passed: a number, or a tensor that nobody writes to; of several rows the first one's counts.
+        number: the same as a number, where it is known as one; then no kernel has run for it.
+
+    Example:
+        >>> told = Told(torch.tensor([900, 900]))
+        >>> told.tensor(torch.device("cpu")), told.number
+        (tensor(900.), None)
+    """
+
+    __slots__ = ("_made", "_time", "number")
+
+    def __init__(self, time: Any, number: float | None = None) -> None:
+        self._time, self.number = time if number is None else number, number
+        self._made: torch.Tensor | None = None
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """As a tensor on a device, float32 of shape (); made once."""
+        if self._made is None or self._made.device != device:
+            if isinstance(self._time, torch.Tensor):
+                self._made = self._time.detach().reshape(-1)[0].to(device, torch.float32)
+            else:  # a kernel: nothing to wait for
+                self._made = torch.full((), float(self._time), dtype=torch.float32, device=device)
+        return self._made
+
+    def same(self, other: Told) -> bool:
+        """Is it the same time? Of two that are not known as numbers the device is asked."""
+        if self is other or (self.number is not None and other.number is not None):
+            return self.number == other.number
+        devices = (one._time.device for one in (self, other) if isinstance(one._time, torch.Tensor))
+        device = next(devices, torch.device("cpu"))
+        return torch.equal(self.tensor(device), other.tensor(device))
+
+
 def is_read_at_once(time: Any) -> bool:
     """Does reading this time, call by call, wait for no device: a number, on the CPU, or an entry of a list?"""
     if not isinstance(time, torch.Tensor) or time.is_cpu:

@@ -57,7 +57,7 @@ class ClockedRegion:
         looks: has it a use for boundary tensors? The identity has none, so none are picked up for it.
         keeps_entry: do later steps look at what flowed into the region?
         keeps_trail: does the adaptor look at how the exit moved between the last two full passes?
-        tells_time: is the adaptor told the time of this call, or of earlier ones?
+        tells_time: is the adaptor told the time of this call, or of earlier ones, or prepared for it?
         prepare: makes, of times that are known as numbers, what the adaptor needs of them; None where it does not.
         other_steps: warns of a number of steps; None where there is nothing to warn of.
     """
@@ -91,7 +91,7 @@ class ClockedRegion:
         self.looks = type(adaptor) is not IdentityAdaptor
         self.keeps_entry = schedule.threshold is not None or "entry_cached" in self.needs
         self.keeps_trail = "trend" in self.needs
-        self.tells_time = self.keeps_trail or not self.needs.isdisjoint({"position", "position_cached"})
+        self.tells_time = self.keeps_trail or not self.needs.isdisjoint({"position", "position_cached", "prepared"})
         self.prepare = getattr(adaptor, "prepare", None) if "prepared" in self.needs else None
 
     def skips(self, step: int, steps: int | None) -> bool:

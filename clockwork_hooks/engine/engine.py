@@ -28,7 +28,7 @@ from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Snapshot, Weights
 from clockwork_hooks.clock.loops import State, States, stands_apart
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline, Trail
-from clockwork_hooks.clock.times import is_read_at_once
+from clockwork_hooks.clock.times import Told, is_read_at_once
 from clockwork_hooks.engine.chain import ClockedRegion, RegionUse, Signature, prepare, single
 from clockwork_hooks.engine.derived import Derived, Recorded, Signatures
 from clockwork_hooks.engine.fresh import Following, Watching
@@ -89,7 +89,8 @@ class UNetCall:
         weights: state of the UNet's weights; None where nothing is kept of the call, nor serves it.
         time: its time input as it was passed, once its place is known; a copy, where somebody is told of it after the
             call. None where there is none.
-        number: the same as a number, where an adaptor prepares itself for it and reading it waits for nothing.
+        told: the same, as an adaptor is told it: where one prepares itself for it, and reading it waits for nothing,
+            with its number. None where no adaptor is told the time.
         times_differ: are its rows at different times, in which an adaptor is told one?
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         due: the widest region that its step may skip, None where the schedule says full; asked once, as a function may
@@ -109,20 +110,13 @@ class UNetCall:
     place: Position | None = None
     weights: Hashable = None
     time: Any = None
-    number: float | None = None
+    told: Told | None = None
     times_differ: bool = False
     decision: Decision | None = None
     due: int | None = None
     idle: bool = False
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
-    _position: torch.Tensor | None = None
-
-    def position(self, device: torch.device) -> torch.Tensor | None:
-        """Its time as an adaptor is told it: a tensor on the device, made once."""
-        if self.time is not None and (self._position is None or self._position.device != device):
-            self._position = stand_in.scalar(self.time, device)
-        return self._position
 
     def run(self) -> Any:
         """Call the UNet's own forward."""
@@ -412,9 +406,6 @@ class Engine:
         at = inputs.time
         time = None if at is None else leaves[at]
         time = time.time if type(time) is Snapshot else time  # the recorded call has written to it
-        call.time = time
-        if isinstance(time, torch.Tensor) and (self._tells_time or self.observers):
-            call.time = copied(time)  # a loop, or the UNet, may write its next one over it
         if state.sampler is not None and at is not None:
             _declare(timeline, state.sampler.begins(state.reader.read(time)[0]), ordered=not state.sampler.each)
         elif self.step_reader is not None and signature.time is not None:
@@ -425,11 +416,15 @@ class Engine:
         values = [leaves[k] if own is None or given[k] is not own else FORM for k in inputs.conditions]
         # of declared steps the time does not matter but to what may be the time in another form
         asked = at is not None and (not timeline.declared or timeline.opened or inputs.read_forms)
-        told = self._tells_time and isinstance(time, torch.Tensor) and _may_differ(time)
+        may_differ = self._tells_time and isinstance(time, torch.Tensor) and _may_differ(time)
         prepares = self._prepares and at is not None and is_read_at_once(time)
-        number, entry = state.reader.read(time) if asked or told or prepares else (None, None)
-        call.times_differ = told and number is None
-        call.number = number if prepares else None
+        number, entry = state.reader.read(time) if asked or may_differ or prepares else (None, None)
+        call.times_differ = may_differ and number is None
+        known, call.time = number if prepares else None, time
+        if isinstance(time, torch.Tensor) and (self.observers or (self._tells_time and known is None)):
+            call.time = copied(time)  # a loop, or the UNet, may write its next one over it
+        if self._tells_time and time is not None and not call.times_differ:
+            call.told = Told(call.time, known)
         if not asked:
             number, entry = None, None
         key = None if self.branch is None else _key(self.branch, call.arguments)
@@ -716,7 +711,7 @@ class Engine:
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
         feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
         clocked = self.chain[index]
-        feature.position, feature.number = self._position(call, clocked, emitted.exit), call.number
+        feature.told = call.told if clocked.tells_time else None
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
             feature.full_entry, feature.age = before.compared, before.age + 1
@@ -724,36 +719,30 @@ class Engine:
         if clocked.keeps_trail:
             trail = call.trails[index] if index < len(call.trails) else None
             first = call.place is not None and call.place.turn == 1
-            feature.trail = (
-                trail
-                if own and adapted
-                else Trail.after(trail, emitted.exit, feature.position, number=call.number, first=first)
-            )
+            feature.trail = trail if own and adapted else Trail.after(trail, emitted.exit, feature.told, first=first)
         return feature
 
     def given(self, call: UNetCall, clocked: ClockedRegion, feature: Feature) -> Given:
         """What the adaptor is given beside what the pass picks up: the times, or what it has prepared for them."""
-        past, numbers = stand_in.Past.of(feature), self._numbers(call, clocked, feature)
+        numbers = None if clocked.prepare is None else self._numbers(call, clocked, feature)
         prepared = None if clocked.prepare is None or numbers is None else clocked.prepare(numbers, feature.exit)
-        if prepared is not None:
-            return Given(past.without_times(), None, prepared)
-        position = call.position(feature.exit.device) if "position" in clocked.needs else None
-        return Given(past, position)
+        past = stand_in.Past.of(feature, times=prepared is None)
+        if prepared is not None or call.told is None or "position" not in clocked.needs:
+            return Given(past, None, prepared)
+        return Given(past, call.told.tensor(feature.exit.device))
 
     def _numbers(self, call: UNetCall, clocked: ClockedRegion, feature: Feature) -> tuple[float, ...] | None:
         """The times that an adaptor is told, as numbers; None where one of them is not known as one."""
-        if call.number is None or feature.number is None or call.times_differ:
+        now = None if call.told is None else call.told.number
+        before = None if feature.told is None else feature.told.number
+        if now is None or before is None:
             return None
         if not clocked.keeps_trail:
-            return call.number, feature.number
+            return now, before
         trail = feature.trail
         if trail is None or trail.trend is None:  # the times tell that there is no way between two full passes
-            return call.number, feature.number, feature.number, feature.number
-        return None if trail.numbers is None else (call.number, feature.number, *trail.numbers)
-
-    def _position(self, call: UNetCall, clocked: ClockedRegion, exit: torch.Tensor) -> torch.Tensor | None:
-        """The time of the call that has emitted an exit, where the region's adaptor is told of it."""
-        return call.position(exit.device) if clocked.tells_time and not call.times_differ else None
+            return now, before, before, before
+        return None if trail.numbers is None else (now, before, *trail.numbers)
 
     def _trails(self, call: UNetCall, place: Position) -> tuple[Trail | None, ...]:
         """The trails that this call's regions go on with: those of the step before, if that is what came before it.
@@ -971,13 +960,10 @@ class Engine:
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
                 exit = exit.clone() if index in call.signature.copies else exit
-                at = self._position(call, clocked, exit)
-                memory.feature = Feature(
-                    call.key, self._free(exit), version(exit), call.weights, position=at, number=call.number
-                )
+                told = call.told if clocked.tells_time else None
+                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights, told=told)
                 if clocked.keeps_trail:
-                    first = call.place.turn == 1
-                    memory.feature.trail = Trail.after(None, exit, at, number=call.number, first=first)
+                    memory.feature.trail = Trail.after(None, exit, told, first=call.place.turn == 1)
                 use.homes.add(memory.feature.exit)
         if (batch := self._batch(state, call, call.signature)) is not None:
             Rows.remember(state.timeline, call.place, batch, call.place.call.feature)

@@ -16,6 +16,7 @@ from clockwork_hooks._tree import version
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import Conditions
 from clockwork_hooks.clock.timeline import Feature, Position, Timeline
+from clockwork_hooks.clock.times import Told
 from clockwork_hooks.errors import ArgumentError
 
 # why a call is full where rows may help: it is of no branch of the step before, or of one with another batch
@@ -124,16 +125,16 @@ def serves(
         exits.append(feature.exit[row : row + 1])
         entries += [] if feature.entry is None else [feature.entry[row : row + 1]]
         features += [] if features and features[-1] is feature else [feature]
-    positions = [feature.position for feature in features]
-    if any(not _at_one_time(positions[0], one) for one in positions[1:]):
+    told = features[0].told
+    if any(not _at_one_time(told, feature.told) for feature in features[1:]):
         return None
     exit = torch.cat(exits)
     entry = torch.cat(entries) if len(entries) == len(exits) else None
-    return Feature(key, exit, version(exit), weights, entry, position=positions[0])
+    return Feature(key, exit, version(exit), weights, entry, told=told)
 
 
-def _at_one_time(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+def _at_one_time(one: Told | None, other: Told | None) -> bool:
+    return one is other or (one is not None and other is not None and one.same(other))
 
 
 def _rows_of(sample: Any) -> int | None:

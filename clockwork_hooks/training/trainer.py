@@ -22,6 +22,7 @@ from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.stand_in import Adaptor, needs_of
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.timeline import Trail
+from clockwork_hooks.clock.times import Told
 from clockwork_hooks.errors import AdaptorError, DistillError
 from clockwork_hooks.schedule import Schedule
 from clockwork_hooks.training.losses import Loss, Outcome, Weights
@@ -256,7 +257,7 @@ class Learner:
                 continue
             assert call.source is not None  # that is what adapted means
             cached = emitted.get(id(call.source), call.source.exit)
-            earlier = {"past": self._past(call, schedule), "position": call.time}
+            earlier = {"past": self._past(call, schedule), "position": _tensor(call.time, cached)}
 
             def emit(captured: Mapping[str, Tensor | None], cached: Any = cached, earlier: Any = earlier) -> Tensor:
                 predictions.append(predict(captured, cached, **earlier))
@@ -280,9 +281,9 @@ class Learner:
     def _past(self, call: RecordedCall, schedule: Schedule) -> stand_in.Past:
         """What an adaptor is given of the steps before a recorded call."""
         source = next(call.sources())  # it serves an adapted call
-        past = stand_in.Past(source.captured.get("entry"), _scalar(source.time, source.exit))
+        past = stand_in.Past(source.captured.get("entry"), _tensor(source.time, source.exit))
         full = [one for one in call.sources() if schedule.is_full(one.step)][:2] if "trend" in self.needs else []
-        exits = [(one.exit, _scalar(one.time, one.exit)) for one in full if one.exit is not None]
+        exits = [(one.exit, _told(one.time)) for one in full if one.exit is not None]
         if len(exits) < 2:
             return past
         trail = Trail.after(Trail.after(None, *exits[1]), *exits[0])
@@ -295,7 +296,7 @@ class Learner:
         cached: Tensor,
         *,
         past: stand_in.Past = stand_in.Past(),  # noqa: B008 - a tuple
-        position: Any = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor.to(self.dtype) if tensor is not None and tensor.is_floating_point() else tensor
@@ -368,8 +369,12 @@ def _identity(captured: Mapping[str, Tensor | None], cached: Tensor, **before: A
     return cached
 
 
-def _scalar(time: float | None, like: Tensor | None) -> Tensor | None:
-    return None if time is None or like is None else torch.full((), time, device=like.device)
+def _told(time: float | None) -> Told | None:
+    return None if time is None else Told(time, time)
+
+
+def _tensor(time: float | None, like: Tensor | None) -> Tensor | None:
+    return None if time is None or like is None else Told(time, time).tensor(like.device)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
