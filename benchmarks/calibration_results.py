@@ -357,9 +357,9 @@ def _cost(cost: Mapping[str, Any], cpu: Mapping[str, Any]) -> str:
 
 An adaptor pass of {settings["batch"]} prompts, both branches, in turns (median of the device's time): the target of \
 1.02× the identity's is {"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×).
-So small a pass is mostly the host's work; in CUDA graphs the twenty small kernels counted that made a step's
-weights. They are made once since then, ahead of the pass: not measured on a GPU yet. Of SD v1.5 \
-[see there](performance_tables.md#why-targets-are-missed)."""
+Eager and compiled, so small a pass is the host's work. In CUDA graphs the exit counts, {settings["batch"]} prompts of
+it: copied in and out, and passed over by one kernel (compiled) or two; with the entry, two matrix products read and
+write as much again. Of SD v1.5 and SDXL [see there](performance_tables.md#why-targets-are-missed)."""
     return f"{text}\n\n{told}"
 
 

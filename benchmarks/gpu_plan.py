@@ -134,6 +134,7 @@ def plan(run: Latency) -> list[Section]:
         ("sdxl 50 captured", 15, lambda: sdxl_longer("cudagraphs")),
         ("checks compiled", 10, lambda: equal("compile", clockwork_options(run.compile_options))),
         ("sd15 passes compiled", 40, lambda: passes("sd15", "compile", more, 150)),
+        ("sdxl passes compiled", 60, lambda: passes("sdxl", "compile", few, 200)),
         ("batch 8 captured", 15, batch_8),
         ("sdxl 50 compiled", 40, lambda: sdxl_longer("compile")),
         ("sd15 calibrate, spread", 30, lambda: calibrate("sd15", spread)),
@@ -143,5 +144,5 @@ def plan(run: Latency) -> list[Section]:
         ("sd15 profile", 4, lambda: run.profile("sd15", 2, "cudagraphs")),
         ("sd15 rest", 20, rest),
     ]
-    slow = ("sd15 passes compiled", "sdxl 50 compiled")  # in a rehearsal, on a CPU
+    slow = ("sd15 passes compiled", "sdxl passes compiled", "sdxl 50 compiled")  # in a rehearsal, on a CPU
     return [one for one in sections if not run.tiny or one[0] not in slow]

@@ -1,10 +1,10 @@
 """What an adaptor computes without this call's entry: in a captured pass it runs beside the UNet's first layers.
 
-The weights of a step are small, but some twenty kernels make them, one after the other; what they make of the cached
-exit is there when the pass begins. A CUDA graph keeps the order that the capture saw; on a stream that leaves it where
-the pass begins, all that is done before the adaptor is called. An adaptor pass of SD v1.5 takes 1.016 times the
-identity's with `affine` and 1.022 times with `exit+entry`, on a single stream 1.025 and 1.035 times (H200, two runs of
-benchmarks/gpu_latency.py on two machines).
+Where times are not known as numbers, a pass makes the weights of its step itself: they are small, but some twenty
+kernels make them, one after the other. A CUDA graph keeps the order that the capture saw; on a stream that leaves it
+where the pass begins, all that is done before the adaptor is called. An adaptor pass of SD v1.5 then takes 1.016 times
+the identity's with `affine` and 1.022 times with `exit+entry`, on a single stream 1.025 and 1.035 times (H200, two runs
+of benchmarks/gpu_latency.py on two machines).
 """
 
 from __future__ import annotations
