@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clockwork_hooks as ch
 from clockwork_hooks.adaptors import calibrated
-from clockwork_hooks.clock.times import is_read_at_once
+from clockwork_hooks.clock.times import Told, is_read_at_once
 from clockwork_hooks.engine import engine
 from tests.small_unet import Tiny
 from tests.tape import FakeCuda
@@ -206,3 +206,55 @@ def test_which_times_are_read_at_once() -> None:
     assert is_read_at_once(torch.tensor([900.0, 800.0])[1])
     assert not is_read_at_once(None)
     assert not is_read_at_once(torch.empty(2, device="meta")[1])
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_no_tensor_is_made_of_a_known_time(
+    how: str,
+    unet: nn.Module,
+    adaptors: dict[str, Any],
+    cuda: FakeCuda,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of the time, and its float32, were two kernels a pass."""
+
+    def refused(self: Told, device: torch.device) -> Tensor:
+        raise AssertionError("a tensor")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Told, "tensor", refused)
+        run(unet, adaptors["exit+entry+before+trend"], WAYS[how])
+        patched.setattr(engine, "is_read_at_once", lambda time: False)
+        with pytest.raises(AssertionError, match="a tensor"):
+            run(unet, adaptors["affine"], WAYS[how])
+
+
+def test_a_time_is_told_in_float32_and_made_once() -> None:
+    cpu = torch.device("cpu")
+    for time in (951, 951.0, torch.tensor(951), torch.tensor([951.0, 951.0], dtype=torch.float64)):
+        told, default = Told(time), torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            made = told.tensor(cpu)
+        finally:
+            torch.set_default_dtype(default)
+        assert made.dtype == torch.float32
+        assert made.shape == ()
+        assert made == 951.0
+        assert told.tensor(cpu) is made
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (Told(3.0, 3.0), Told(torch.tensor(3), 3.0), True),
+        (Told(3.0, 3.0), Told(4.0, 4.0), False),
+        (Told(3.0, 3.0), Told(torch.tensor(3)), True),
+        (Told(torch.tensor(3)), Told(4.0, 4.0), False),
+        (Told(torch.tensor([3, 3])), Told(torch.tensor(3.0)), True),
+        (Told(3), Told(4), False),
+    ],
+)
+def test_two_times_are_the_same(one: Told, other: Told, same: bool) -> None:
+    assert one.same(other) is other.same(one) is same
+    assert one.same(one)
