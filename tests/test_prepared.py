@@ -208,13 +208,10 @@ def test_which_times_are_read_at_once() -> None:
     assert not is_read_at_once(torch.empty(2, device="meta")[1])
 
 
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("how", WAYS)
 def test_no_tensor_is_made_of_a_known_time(
-    how: str,
-    unet: nn.Module,
-    adaptors: dict[str, Any],
-    cuda: FakeCuda,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    how: str, unet: nn.Module, adaptors: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of the time, and its float32, were two kernels a pass."""
 
