@@ -4,7 +4,7 @@ Where times are not known as numbers, a pass makes the weights of its step itsel
 kernels make them, one after the other. A CUDA graph keeps the order that the capture saw; on a stream that leaves it
 where the pass begins, all that is done before the adaptor is called. An adaptor pass of SD v1.5 then takes 1.016 times
 the identity's with `affine` and 1.022 times with `exit+entry`, on a single stream 1.025 and 1.035 times (H200, two runs
-of benchmarks/gpu_latency.py on two machines).
+of benchmarks/gpu_latency.py on two machines, before weights were prepared).
 """
 
 from __future__ import annotations

@@ -374,7 +374,8 @@ def _told(time: float | None) -> Told | None:
 
 
 def _tensor(time: float | None, like: Tensor | None) -> Tensor | None:
-    return None if time is None or like is None else Told(time, time).tensor(like.device)
+    told = _told(time)
+    return None if told is None or like is None else told.tensor(like.device)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
