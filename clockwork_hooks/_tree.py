@@ -194,6 +194,21 @@ def address(storage: torch.UntypedStorage) -> int:
     return getattr(storage, "_cdata", id(storage))
 
 
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Is its memory torch's, and known to no other tensor? Else others may write to it, which need not leave a mark.
+
+    A module that writes all its outputs to one place, as a CUDA graph does, holds that place, or memory that torch has
+    not allocated: then the storage cannot be resized.
+    """
+    if type(tensor) is not torch.Tensor or _users is None or not tensor.untyped_storage().resizable():
+        return False
+    return bool(_users(tensor.untyped_storage()._cdata) == _OWN_USERS)
+
+
+_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)  # private; without it, none is sole
+_OWN_USERS = 2  # the tensor, and the storage's object in Python
+
+
 def held(storage: torch.UntypedStorage) -> Any:
     """A weak reference that keeps the storage's address from being used for another one; equal for equal storages.
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import clockwork_hooks as ch
 from benchmarks.guided import GuidedUNet
 from clockwork_hooks._tree import tensors
+from clockwork_hooks.clock import reasons
 from clockwork_hooks.engine import cuda_graphs
 from clockwork_hooks.engine.hooks import Census
 from tests.oracle import Judge
@@ -532,6 +533,43 @@ def test_captured_outputs_are_the_callers_own(how: dict[str, Any], cuda: FakeCud
             assert all(map(torch.equal, outputs, copies))
             outputs[-1].zero_()
     assert torch.equal(case.call(unet, 0), case.call(Tiny(), 0))
+
+
+@captured_as
+@pytest.mark.parametrize(("clock", "copies"), [(2, [2, 1, 2, 1, 2, 1]), (3, [2, 2, 1, 2, 2, 1])])
+def test_what_no_later_step_reads_is_not_copied_out_of_a_graph(
+    clock: int, copies: list[int], how: dict[str, Any], cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is; the exit is where the next step may use the adaptor."""
+    unet, seen, clone = Tiny(), list[int](), Tensor.clone
+    steps = [(torch.randn(2, 2, 8, 8), t) for t in torch.arange(900.0, 300.0, -100.0)]
+    with ch.wrap(unet, Halve(), clock=clock) as cw, cw.trajectory():
+        cw.compile(**how)
+        expected = [unet(*step) for step in steps]
+        monkeypatch.setattr(Tensor, "clone", lambda tensor, **options: (seen.append(1), clone(tensor, **options))[1])
+        for step, output, times in zip(steps, expected, copies, strict=True):
+            seen.clear()
+            assert torch.equal(unet(*step), output)
+            assert len(seen) == times
+        assert cw.stats.adaptor_passes == 2 * (6 - 6 // clock)
+
+
+@pytest.mark.parametrize("how", ["eager", "cudagraphs", "captured as compiled"])
+def test_a_rule_that_changes_its_mind_costs_a_full_pass(how: str, cuda: FakeCuda) -> None:
+    """What it said no later step would read was not kept; an older exit may not take its place."""
+    unet, changed = Tiny(), False
+    plain = copy.deepcopy(unet)
+    with ch.wrap(unet, Halve(), schedule=ch.Schedule.where(lambda step: step in (2, 4) or changed)) as cw:
+        made_static(cw, how)
+        for run in range(3):
+            with cw.trajectory():
+                for k, t in enumerate(torch.arange(900.0, 300.0, -100.0)):
+                    changed, x = run == 2 and k >= 2, torch.randn(1, 2, 8, 8)
+                    output = unet(x, t)
+                    if run == 2 and k == 2:
+                        torch.testing.assert_close(output, plain(x, t))
+            assert cw.stats.reasons[reasons.NOT_KEPT] == (run == 2)
+        assert cw.stats.adaptor_passes == 2 + 2 + 4
 
 
 @captured_as

@@ -96,7 +96,7 @@ def tensors(objects: list[Any]) -> list[torch.Tensor]:
 
 def test_the_cache_is_what_the_report_says() -> None:
     """8×8×8 float32 a call of the step before, and the copies of three numbers of the conditions."""
-    with ch.wrap(Tiny()) as cw:
+    with ch.wrap(Tiny(), clock=4) as cw:  # in whose last steps exits are kept for more
         one, size = 8 * 8 * 8 * 4, 3 * 4
         run(cw, torch.tensor([900, 800]), torch.randn(2, 1, 3))
         assert cw.report().cache == {f"trajectory 1, branch {k}": one + size for k in (1, 2)}

@@ -248,6 +248,78 @@ def test_a_module_of_the_region_may_write_all_its_outputs_to_one_place(clock: in
     assert letters.count("A") >= 6
 
 
+class Home(nn.Module):
+    """The same, in memory that it holds, and may hand out in several ways."""
+
+    def __init__(self, module: nn.Module, give: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.give = module, give
+        self.place: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.module(x)
+        if self.place is None:
+            self.place = torch.empty(2, *output.shape)  # a workspace, of which one half is the output's
+        self.place.data[1].copy_(output)
+        return self.give(self.place)
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a part": lambda place: place[1],
+    "a view": lambda place: place.detach()[1],
+    "of numpy": lambda place: torch.from_numpy(place.numpy()[1]),
+    "by dlpack": lambda place: torch.from_dlpack(place.numpy()[1]),
+}
+
+
+@pytest.mark.parametrize("c", [torch.ones(1, 3), None], ids=["alike", "without conditions"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_such_memory_is_filled_by_another_loop(mode: Any, way: str, c: Tensor | None) -> None:
+    """Its call keeps nothing, as the next step is full too, so nobody looks at it; or it is one of other inputs."""
+    unet, plain = Tiny(), Tiny()
+    unet.up = Home(unet.up, WAYS[way])  # type: ignore[assignment]
+    x, conditions = torch.randn(3, 1, 2, 8, 8), torch.zeros(1, 3)
+    with ch.wrap(unet, schedule=ch.Schedule.at({3})) as cw, cw.trajectory() as run, mode():
+
+        def other() -> None:
+            with cw.trajectory() as another, mode():
+                another(x[0] + 1, TIMES[0], c)
+
+        for k in range(2):
+            run(x[k], TIMES[k], conditions)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        output = run(x[2], TIMES[2], conditions)
+        assert cw.stats.adaptor_passes == 1
+    exit = reference(plain, x[1], TIMES[1], conditions)[1]
+    torch.testing.assert_close(output, reference(plain, x[2], TIMES[2], conditions, exit=exit)[0])
+
+
+def test_what_nobody_else_holds_is_no_copy() -> None:
+    """Other UNets' exits are kept where they were made."""
+    unet, made, given = Tiny(), list[int](), list[int]()
+
+    class Up(nn.ConvTranspose2d):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            output = super().forward(x)
+            made.append(output.data_ptr())
+            return output
+
+    unet.up = Up(16, 8, 4, 2, 1)
+
+    def adaptor(entry: Any, exit_cached: Tensor, **_: Any) -> Tensor:
+        given.append(exit_cached.data_ptr())
+        return exit_cached
+
+    with ch.wrap(unet, adaptor, schedule=ch.Schedule.at({3, 5})) as cw, cw.trajectory() as run:
+        for k in range(5):
+            run(torch.randn(1, 2, 8, 8), TIMES[k], None)
+    assert len(given) == 2
+    assert given == [made[1], made[2]]
+
+
 # -- calls without values ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ Source: arXiv 2312.08128, Sec. 4.1 and Fig. 8 (one region).
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from clockwork_hooks._tree import address
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.adaptors.stand_in import Adaptor, IdentityAdaptor, needs_of
 from clockwork_hooks.clock import reasons
@@ -34,8 +32,6 @@ from clockwork_hooks.regions.cut import CutPlan, Exits, PassKind, Port, SkippedC
 from clockwork_hooks.regions.find import Choice, Search, keeping, match, skipped_nodes
 from clockwork_hooks.regions.region import Region
 from clockwork_hooks.schedule import Schedule
-
-_MOST_HOMES = 256
 
 
 @dataclass(slots=True)
@@ -125,29 +121,6 @@ class ClockedRegion:
         return frozenset(paths) | (self.wanted.exits if isinstance(self.wanted, Choice) else frozenset())
 
 
-class Homes:
-    """The memory that kept exits lie in.
-
-    What we hold is not given to others by an allocator. So an exit that comes in memory where a kept one lies was put
-    there by a module that writes all its outputs to one place: a buffer of its own, a CUDA graph's. Such writes need
-    not show in the tensor's counter.
-    """
-
-    def __init__(self) -> None:
-        self._homes: dict[int, weakref.ref[torch.Tensor]] = {}
-
-    def add(self, exit: torch.Tensor) -> bool:
-        """This exit is kept; False, and it is not, if one that is kept lies in its memory."""
-        home = address(exit.untyped_storage())
-        before = self._homes.get(home)
-        if before is not None and before() is not None:
-            return False
-        if len(self._homes) >= _MOST_HOMES:
-            self._homes = {home: one for home, one in list(self._homes.items()) if one() is not None}
-        self._homes[home] = weakref.ref(exit)
-        return True
-
-
 @dataclass(slots=True)
 class RegionUse:
     """What calls of one input signature need of one region of the chain.
@@ -157,7 +130,6 @@ class RegionUse:
         plan: what its adaptor passes skip, with the calls of all patched modules counted.
         rest_macs: what an adaptor pass runs, without its adaptor.
         adaptor_macs: of the adaptor, once it has run.
-        homes: where exits lie that are no copies.
         proved: has an adaptor pass shown that nothing of what is skipped is used, beside the exit?
         used: so many adaptor passes, one after another, have shown the opposite.
         changes: did the pass that proved it leave anything in the UNet's modules? Then more passes may.
@@ -169,7 +141,6 @@ class RegionUse:
     plan: CutPlan
     rest_macs: int
     adaptor_macs: int | None = None
-    homes: Homes = field(default_factory=Homes)
     proved: bool = False
     used: int = 0
     changes: bool = False

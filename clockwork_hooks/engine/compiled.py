@@ -149,6 +149,8 @@ class Compiled:
         if self.pooled:
             output, exits, entry, others, complete = results
             output = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
+            if call.unread:
+                return outcome_of(pass_, output, *results[1:])
             exits = {region: exit if exit is cached[0] else exit.clone() for region, exit in exits.items()}
             entry = None if entry is None else entry.clone()
             results = output, exits, entry, {name: other.clone() for name, other in others.items()}, complete

@@ -90,7 +90,7 @@ class _Graph:
     writes: bool = False
 
     def replay(self, values: list[torch.Tensor], call: UNetCall, cached: torch.Tensor | None) -> Outcome:
-        """Launch it on these inputs; what it leads to is copied out of the graph's memory."""
+        """Launch it on these inputs; what it leads to is copied out of the graph's memory, unless nobody reads it."""
         trajectory = -1 if call.place is None else call.place.trajectory
         sample = None if call.signature is None else call.arguments.get(call.signature.sample)
         for buffer, value in zip(self.inputs, values, strict=True):
@@ -101,11 +101,14 @@ class _Graph:
         for buffer, value in zip(self.inputs, values, strict=True):
             if buffer.returns:
                 value.copy_(buffer.memory)
+        output = map_leaves(_copy, self.outcome.output)
+        if call.unread:
+            return replace(self.outcome, output=output)
         exits = {}
         for region, emitted in self.outcome.exits.items():  # an adaptor may return what it was given
             exit = cached if emitted.exit is self.cached and cached is not None else emitted.exit.clone()
             exits[region] = Emitted(exit, version(exit))
-        output, entry = map_leaves(_copy, self.outcome.output), _copy(self.outcome.entry)
+        entry = _copy(self.outcome.entry)
         others = {name: tensor.clone() for name, tensor in self.outcome.captured.items() if name.startswith("entry ")}
         captured = {**self.outcome.captured, **others}
         return replace(self.outcome, output=output, exits=exits, entry=entry, captured=captured)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from clockwork_hooks._tree import address, copied, tensors, version
+from clockwork_hooks._tree import address, copied, is_sole, tensors, version
 from clockwork_hooks.adaptors import stand_in
 from clockwork_hooks.clock import reasons
 from clockwork_hooks.clock.conditions import FORM, Snapshot, Weights
@@ -95,7 +95,8 @@ class UNetCall:
         decision: what it shall be; made also where an engine that teaches runs it in full whatever it says.
         due: the widest region that its step may skip, None where the schedule says full; asked once, as a function may
             change its mind.
-        idle: is nothing of it to be kept, as the next step is full too?
+        unread: does nobody read what it emits, as the next step is full?
+        idle: and may it run as if the UNet were not wrapped, if it is full too?
         trails: of each region, the full passes of the steps before; None where they tell nothing of this call.
         inside: does the UNet's own code run just now?
     """
@@ -114,6 +115,7 @@ class UNetCall:
     times_differ: bool = False
     decision: Decision | None = None
     due: int | None = None
+    unread: bool = False
     idle: bool = False
     trails: tuple[Trail | None, ...] = ()
     inside: bool = False
@@ -436,7 +438,8 @@ class Engine:
                 place.turn -= 1
         if place.restarts and (call.trains or all(clocked.schedule.never_skips for clocked in self.chain)):
             place.restarts = 0  # nobody expects these to be a run
-        call.due, call.idle = self._due(place.turn, timeline.steps), self._idle(state, place)
+        call.due, call.unread = self._due(place.turn, timeline.steps), self._unread(state, place)
+        call.idle = call.unread and self.static is None
         if call.due is not None or not call.idle:  # else nobody asks for them
             call.weights = self.weights.state()
         return place
@@ -493,9 +496,10 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
-        before = self._before(call, signature, stateless=use.proved and not use.changes)
+        static = self.static is not None and self.static.ready(call, pass_)
+        before = self._before(call, signature, stateless=use.proved and not use.changes, static=static)
         try:
-            outcome = self.execute(call, pass_, decision.feature)
+            outcome = self.execute(call, pass_, decision.feature, eager=not static)
         except Exception as error:
             # where a call was skipped that puts something somewhere, it is not there
             missed = not use.proved and pass_.blanks and type(error) in _MISSED
@@ -592,12 +596,13 @@ class Engine:
         clocked.follows = not full.taint.outlives(self.unet, results)
         return outcome
 
-    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
+    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool, static: bool) -> Before:
         """The arguments, for the case that the adaptor pass which begins now has to be run again.
 
-        And what the UNet's modules hold, until one such pass has left all of that as it was.
+        And what the UNet's modules hold, until one such pass has left all of that as it was. A static pass runs none of
+        the UNet's Python, so nothing shows in it for which it would have to.
         """
-        sample = call.arguments.get(signature.sample)
+        sample = None if static else call.arguments.get(signature.sample)
         size = sample.numel() if isinstance(sample, torch.Tensor) else 0
         written, unet, unsure = signature.written, None if stateless else self.unet, not stateless
         return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample, unet=unet)
@@ -671,10 +676,10 @@ class Engine:
 
     def _remember(self, call: UNetCall, signature: Signature, place: Position, outcome: Outcome) -> None:
         """Keep what each region emitted for the step after this one, unless it may not be what it was."""
-        if not outcome.watched:
+        if call.unread or not outcome.watched:
             return
-        for index, (use, memory) in enumerate(zip(signature.regions, place.calls, strict=True)):
-            emitted, before = outcome.exits.get(index), place.befores[index]
+        for index, memory in enumerate(place.calls):
+            before = place.befores[index]
             if call.trains:
                 memory.missing = reasons.TRAINING  # nothing will be reused: no memory is taken from the training
             elif not outcome.complete:
@@ -682,44 +687,25 @@ class Engine:
             elif index in outcome.written:
                 signature.copies.add(index)  # a user's hook, or FreeU switched on after the trace: from now on a copy
                 memory.missing = reasons.WRITTEN
-            elif emitted is not None:
-                feature = self._feature(call, outcome, index, emitted)
-                full = outcome.kind == "full" and index not in signature.copies
-                if full and not use.homes.add(feature.exit):
-                    self._let_go(feature.exit)
-                    signature.copies.add(index)
-                    feature.exit = feature.exit.clone()
-                    feature.version = version(feature.exit)
-                memory.feature = feature
+            elif index in outcome.exits:
+                memory.feature = self._feature(call, outcome, index)
             elif before is not None:  # inside of what was skipped: what it emitted before waits
                 memory.feature, memory.missing = before.take(), before.missing
 
-    def _let_go(self, exit: torch.Tensor) -> None:
-        """A module has put this exit where an earlier one lies: what was kept there, in any loop, is no more."""
-        home = address(exit.untyped_storage())
-        branches = [branch for state in self.states for branch in list(state.timeline.branches)]
-        for call in (call for branch in branches for call in (*branch.before, *branch.calls)):
-            for each in (call, *call.inner):
-                if each.feature is not None and address(each.feature.exit.untyped_storage()) == home:
-                    each.feature, each.missing = None, reasons.WRITTEN
-        for rows in (rows for state in self.states for rows in list(state.timeline.rows)):
-            if rows.feature is not None and address(rows.feature.exit.untyped_storage()) == home:
-                rows.feature = None
-
-    def _feature(self, call: UNetCall, outcome: Outcome, index: int, emitted: Emitted) -> Feature:
+    def _feature(self, call: UNetCall, outcome: Outcome, index: int) -> Feature:
         own = call.decision is not None and index == call.decision.region
         entry = outcome.entry if own else outcome.captured.get(entry_of(index))
-        feature = Feature(call.key, self._free(emitted.exit), emitted.version, call.weights, entry)
-        clocked = self.chain[index]
-        feature.told = call.told if clocked.tells_time else None
         before, adapted = call.decision.feature if call.decision is not None else None, outcome.kind == "adaptor"
+        exit, clocked = self._own(outcome.exits, index, None if before is None else before.exit), self.chain[index]
+        feature = Feature(call.key, exit, version(exit), call.weights, entry)
+        feature.told = call.told if clocked.tells_time else None
         if own and before is not None and adapted and clocked.schedule.threshold is not None:
             feature.full_entry, feature.age = before.compared, before.age + 1
             feature.entry = feature.entry if "entry_cached" in clocked.needs else feature.full_entry  # nobody reads it
         if clocked.keeps_trail:
             trail = call.trails[index] if index < len(call.trails) else None
             first = call.place is not None and call.place.turn == 1
-            feature.trail = trail if own and adapted else Trail.after(trail, emitted.exit, feature.told, first=first)
+            feature.trail = trail if own and adapted else Trail.after(trail, exit, feature.told, first=first)
         return feature
 
     def given(self, call: UNetCall, clocked: ClockedRegion, feature: Feature) -> Given:
@@ -868,13 +854,28 @@ class Engine:
         state.decided = (step, reasons.MOVED if moved else None)
         return state.decided[1]
 
-    def _idle(self, state: State, place: Position) -> bool:
-        """Is nothing to be kept, as the next step is full too? Then the UNet runs as if it were not wrapped."""
-        keeps = self._keeps_trail or self.looks or self.static is not None
-        return not (keeps or self.skips_at(place.turn + 1, state.timeline.steps))
+    def _unread(self, state: State, place: Position) -> bool:
+        """Does nobody read what this step emits, as the next one is full?"""
+        return not (self._keeps_trail or self.looks or self.skips_at(place.turn + 1, state.timeline.steps))
+
+    def _own(self, exits: dict[int, Emitted], index: int, cached: torch.Tensor | None) -> torch.Tensor:
+        """The exit to keep, taken out of the outcome of its call, which has returned: in memory that is ours alone.
+
+        Whoever still holds that memory may write to it, and need not leave a mark: then it is a copy. What was kept
+        before, and has served as it is, is ours already.
+        """
+        if exits[index].exit is cached:
+            return cached
+        if self.observers:  # they look at it later
+            return self._free(exits[index].exit).clone()
+        exit = self._free(exits.pop(index).exit)
+        if exit.requires_grad:  # its graph holds it, too
+            return exit.clone()
+        exit = exit.detach()  # of an object that others hold there is one more now; else it is gone
+        return exit if is_sole(exit) else exit.clone()
 
     def _free(self, exit: torch.Tensor) -> torch.Tensor:
-        """The exit to keep: without the graph that it comes from, unless gradients shall flow into the step before."""
+        """The exit without the graph that it comes from, unless gradients shall flow into the step before."""
         return exit.detach() if exit.requires_grad and not self.keep_graph else exit
 
     # -- the first call of a signature ---------------------------------------------------------------------------
@@ -956,15 +957,14 @@ class Engine:
         call.weights = self.weights.state()  # also where modules that were exchanged have begun it anew
         call.place.split(len(call.signature.regions))
         uses = zip(call.signature.regions, call.place.calls, self.chain, strict=False)
-        for index, (use, memory, clocked) in enumerate(uses):  # these inputs may have no region
+        for use, memory, clocked in uses:  # these inputs may have no region
             exit, memory.missing = likely.get(use.region.exit.node), reasons.TRACED
             if exit is not None:
-                exit = exit.clone() if index in call.signature.copies else exit
+                exit = self._free(exit).clone()  # others, the recorder among them, may still hold it
                 told = call.told if clocked.tells_time else None
-                memory.feature = Feature(call.key, self._free(exit), version(exit), call.weights, told=told)
+                memory.feature = Feature(call.key, exit, version(exit), call.weights, told=told)
                 if clocked.keeps_trail:
                     memory.feature.trail = Trail.after(None, exit, told, first=call.place.turn == 1)
-                use.homes.add(memory.feature.exit)
         if (batch := self._batch(state, call, call.signature)) is not None:
             Rows.remember(state.timeline, call.place, batch, call.place.call.feature)
         reason = call.place.scheduled if call.due is None else reasons.TRACED

@@ -53,7 +53,7 @@ class Outcome:
     Attributes:
         output: what the UNet returned.
         kind: what the pass was in the end.
-        exits: region → what it emitted; a region inside the skipped one emits nothing.
+        exits: region → what it emitted, until it is kept; a region inside the skipped one emits nothing.
         written: regions whose exit was written to after it left the region.
         complete: did every patched module get exactly the calls of the trace, and every exit come?
         entry: a copy of what flowed into the region, where it is kept.
@@ -70,7 +70,7 @@ class Outcome:
 
     output: Any
     kind: PassKind = "full"
-    exits: Mapping[int, Emitted] = field(default_factory=dict)
+    exits: dict[int, Emitted] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
     complete: bool = False
     entry: torch.Tensor | None = None

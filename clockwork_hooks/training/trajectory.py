@@ -577,7 +577,9 @@ class TrajectoryRecorder:
         emitted = outcome.exits[0].exit
         # only the next step's calls ask for it
         self._by_exit = {k: v for k, v in self._by_exit.items() if v[1].step >= recorded.step - 1}
-        self._by_exit[id(emitted)] = (emitted, recorded)
+        kept = place.call.feature
+        if kept is not None and full is outcome:
+            self._by_exit[id(kept.exit)] = (kept.exit, recorded)
         moving = [call.arguments.get(path) for path in (signature.sample, signature.time) if path]
         needs = self._needs(place.step)
         self._copies.keep(recorded, needs, call, full, moving)
