@@ -20,6 +20,7 @@ from torch.nn import functional
 from clockwork_hooks._numbers import shape
 from clockwork_hooks._tree import version
 from clockwork_hooks.adaptors.ahead import ahead
+from clockwork_hooks.adaptors.fused import finished, serves
 from clockwork_hooks.adaptors.learned import LearnedAdaptor, ScaledResNetAdaptor, fit
 from clockwork_hooks.errors import AdaptorError, ArgumentError, OtherStepsWarning, warn
 from clockwork_hooks.regions.region import Layout, Region
@@ -346,6 +347,9 @@ class CalibratedAdaptor(LearnedAdaptor):
             exit, weights = ahead(self._without_the_entry, exit_cached, entry_cached, trend, step, axis)
         else:
             weights = self._unpacked(prepared)
+            fused = self._fused(prepared, weights, (exit_cached, entry_cached, entry), trend, axis)
+            if fused is not None:
+                return fused
             exit = self._apply_weights(weights, exit_cached, entry_cached, trend, axis)
         if weights.of_entry:
             exit = _add_product(exit, self._like_exit(entry, exit_cached), weights.of_entry, axis)
@@ -386,6 +390,28 @@ class CalibratedAdaptor(LearnedAdaptor):
         if trend is not None and weights.trend is not None:
             exit = torch.addcmul(exit, trend, weights.trend)
         return exit if weights.of_entry else exit.clamp(weights.low, weights.high)
+
+    def _fused(
+        self,
+        prepared: Prepared,
+        weights: _Weights,
+        read: tuple[Tensor, Tensor | None, Tensor | None],
+        trend: Tensor | None,
+        axis: int,
+    ) -> Tensor | None:
+        """The exit, where one kernel can do all but products with matrices; `read`: cached exit, entry before, entry."""
+        cached, trend = read[0], trend if self.reads_trend else None
+        if not serves(cached, prepared.rows, trend):
+            return None
+        total: Tensor | None = None
+        for one, matrices in zip(read, (weights.of_cached, weights.of_before, weights.of_entry), strict=True):
+            if matrices:
+                x = cached if one is cached else self._like_exit(one, cached)
+                total = _products(x, matrices, axis) if total is None else _add_product(total, x, matrices, axis)
+        if weights.kernel is not None:
+            around = self._convolution(cached, weights.kernel)
+            total = around if total is None else total.add_(around)
+        return finished(cached, prepared.rows, total, trend, gain=weights.gain is not None, axis=axis)
 
     def _convolution(self, cached: Tensor, kernel: Tensor) -> Tensor:
         """What the positions around add."""
@@ -667,9 +693,7 @@ def like_exit(entry: Tensor, layout: Layout, cached: Tensor, exit: Layout) -> Te
 
 def _add_product(exit: Tensor, x: Tensor, matrices: Sequence[Tensor], axis: int) -> Tensor:
     """What matrices make of the channels of `x`, one after the other, added to the exit in its memory."""
-    for matrix in matrices[:-1]:
-        x = _product(x, matrix, axis)
-    matrix = matrices[-1]
+    x, matrix = _products(x, matrices[:-1], axis), matrices[-1]
     if torch.compiler.is_compiling():  # one kernel then adds up all there is; in place, torch would copy first
         return exit + _product(x, matrix, axis)
     if axis == 1 and not _channels_last(x):
@@ -677,6 +701,13 @@ def _add_product(exit: Tensor, x: Tensor, matrices: Sequence[Tensor], axis: int)
     x, exit = x.movedim(axis, -1), exit.movedim(axis, -1)
     total = exit.reshape(-1, exit.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix)
     return total.reshape(exit.shape).movedim(-1, axis)
+
+
+def _products(x: Tensor, matrices: Sequence[Tensor], axis: int) -> Tensor:
+    """What matrices make of the channels of `x`, one after the other."""
+    for matrix in matrices:
+        x = _product(x, matrix, axis)
+    return x
 
 
 def _product(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
