@@ -399,7 +399,7 @@ class CalibratedAdaptor(LearnedAdaptor):
         trend: Tensor | None,
         axis: int,
     ) -> Tensor | None:
-        """The exit, where one kernel can do all but products with matrices; `read`: cached exit, entry before, entry."""
+        """The exit, where one kernel does all but products; `read` are cached exit, entry before, and entry."""
         cached, trend = read[0], trend if self.reads_trend else None
         if not serves(cached, prepared.rows, trend):
             return None

@@ -19,13 +19,15 @@ from torch import Tensor
 __all__ = ["finished", "serves"]
 
 log = logging.getLogger("clockwork_hooks")
+DEVICES = ("cuda",)
+LEAST = 2**20  # elements: of fewer, the device is faster than the host launches it, which torch's own kernels do sooner
 _BLOCK = 1024  # elements of a program: 16 bytes of float16 for each of 128 threads
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def serves(cached: Tensor, rows: Tensor, trend: Tensor | None) -> bool:
-    """Can the kernel run? Not on a CPU, nor where somebody sees operators, differentiates them or compiles them."""
-    if not cached.is_cuda or torch.compiler.is_compiling() or _kernel() is None:
+    """Is the kernel worth running, and can it? Not where somebody sees operators, differentiates or compiles them."""
+    if cached.numel() < LEAST or cached.device.type not in DEVICES or torch.compiler.is_compiling():
         return False
     given = [cached, rows] if trend is None else [cached, rows, trend]
     return (
@@ -36,57 +38,57 @@ def serves(cached: Tensor, rows: Tensor, trend: Tensor | None) -> bool:
         and (trend is None or trend.stride() == cached.stride())
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in given))
         and not torch._C._len_torch_dispatch_stack()
+        and _kernel() is not None
     )
 
 
 def finished(
     cached: Tensor, rows: Tensor, total: Tensor | None, trend: Tensor | None, *, gain: bool, axis: int
 ) -> Tensor | None:
-    """The exit; None where there is no compiler for the kernel.
+    """The exit; None where the kernel cannot be compiled.
 
     Args:
         cached: the cached exit.
         rows: low, high, bias, and then gain and the trend's gain, as far as there are such; (n, C, …).
-        total: what else is added, of the cached exit's shape; of another layout, it is copied.
+        total: what else is added, of the cached exit's shape.
         trend: how the exit moved.
         gain: is there one? Else it is 1.
         axis: of the channels.
     """
-    out = torch.empty_like(cached)
+    kernel, out, channels = _kernel(), torch.empty_like(cached), cached.shape[axis]
     if total is not None and total.stride() != cached.stride():
         total = out.copy_(total)
-    channels = cached.shape[axis]
     apart = cached[0].numel() // channels if axis == 1 and cached.is_contiguous() else 1  # elements of a channel
-    by_row = apart > 1 or channels == 1
-    columns = apart if by_row else channels
+    columns = channels if apart == 1 else apart
     block = min(_BLOCK, max(16, 1 << (columns - 1).bit_length()))
-    grid = (cached.numel() // columns, -(-columns // block))
+    tensors = (out, cached, cached if total is None else total, cached if trend is None else trend, rows)
     try:
         with torch.cuda.device_of(cached):
-            _kernel()[grid](
-                *(out, cached, cached if total is None else total, cached if trend is None else trend, rows),
-                *(columns, channels),
+            kernel[cached.numel() // columns, -(-columns // block)](
+                *tensors,
+                columns,
+                channels,
                 GAIN=3 if gain else 0,
                 TREND=0 if trend is None else 3 + gain,
                 TOTAL=total is not None,
-                BY_ROW=by_row,
+                BY_ROW=apart > 1,
                 BLOCK=block,
             )
-    except Exception as error:
-        log.info("Triton's kernel cannot run (%s): torch's are run, which take a little longer", error)
+    except Exception as error:  # no C compiler, most likely
+        log.info("Triton's kernel cannot run, so torch's do, which take longer: %s", error)
+        _FAILED.append(error)
         _kernel.cache_clear()
-        _MISSING.append(error)
         return None
     return out
 
 
-_MISSING: list[Exception] = []
+_FAILED: list[Exception] = []
 
 
 @functools.cache
 def _kernel() -> Any:
-    """The kernel; None where there is no Triton."""
-    if _MISSING or importlib.util.find_spec("triton") is None:
+    """The kernel; None where there is no Triton, or it has failed."""
+    if _FAILED or importlib.util.find_spec("triton") is None:
         return None
     from clockwork_hooks.adaptors import _triton
 
