@@ -20,6 +20,7 @@ from benchmarks.sides import PLANNED, Bench, Side, Variant
 from clockwork_hooks.analysis.normal_equations import KINDS
 
 PLAIN = Variant()
+AT_CLOCK_2 = ", at clock 2"  # of a pass between two full ones
 PASSES = (  # (adaptor, cut), the most important first: where time is short the last ones are left out
     ("ideal", "outer"), ("identity", "outer"), ("affine", "outer"), ("exit", "outer"), ("exit+entry", "outer"),
     ("identity", "widest"), ("affine", "widest"), ("exit+entry", "widest"), ("exit+entry+before+trend", "widest"),
@@ -186,27 +187,36 @@ class Latency:
             )
 
     def passes(self, name: str, batch: int, mode: str, *, rounds: int, limit: float) -> None:
-        """Single passes: full and adaptor, against the UNet alone, the hand-pruned UNet and the adaptor alone."""
+        """Single passes: full and adaptor, against the UNet alone, the hand-pruned UNet and the adaptor alone.
+
+        Adaptor passes come in a row first, in which each keeps its exit for the next one, and then at clock 2, each
+        between two full ones.
+        """
         limit = min(limit, self.left()) if self.timed else self.left()
         bench, until = self.bench(name), time.monotonic() + limit
         opened = until - 0.2 * limit
-        steps, skip = (20, 4) if self.device != "cpu" else (8, 3)
-        adaptor_steps = set(range(3, steps + 1))  # two full passes first: between them there is a trend
+        steps, skip = (24, 4) if self.device != "cpu" else (14, 3)
+        clocked = range(steps - 6, steps + 1, 2)
+        row = range(3, clocked[0] - 1)  # two full passes first: between them there is a trend; the last keeps nothing
+        adaptor_steps = {*row, *clocked}
         loop = Loop(bench.model, batch, steps)
         loop.scheduler.set_timesteps(steps, device=self.device)
         times, sample = loop.scheduler.timesteps, torch.cat([loop.noise, loop.noise])
 
-        def run(call: Any) -> Callable[[], float]:
+        at_clock_2: dict[str, list[float]] = {}
+
+        def run(call: Any, label: str) -> Callable[[], float]:
             @torch.no_grad()
             def seconds() -> float:
                 begin = getattr(call, "begin", lambda: None)
                 begin()
-                for t in times[:skip]:
+                marks = []
+                for t in times:
                     call(sample, t, **loop.conditions, return_dict=False)
-                started = mark(self.device)  # no wait before it: what the first launch waits for is no pass's time
-                for t in times[skip:]:
-                    call(sample, t, **loop.conditions, return_dict=False)
-                return seconds_between(started, mark(self.device)) / (steps - skip)
+                    marks.append(mark(self.device))  # no wait: what the first launch waits for is no pass's time
+                alone = [seconds_between(marks[step - 2], marks[step - 1]) for step in clocked]
+                at_clock_2.setdefault(label, []).append(sum(alone) / len(alone))
+                return seconds_between(marks[skip - 1], marks[row[-1] - 2]) / (row[-1] - 1 - skip)
 
             return seconds
 
@@ -231,21 +241,25 @@ class Latency:
                 start = time.monotonic()
                 sides[label] = bench.open(variant, loop, mode, schedule=schedule)
                 for _ in range(2):
-                    run(sides[label].call)()
+                    run(sides[label].call, label)()
                 say(f"ready: {label}, {time.monotonic() - start:.1f} s")
             except Exception as error:
                 sides.pop(label, None)
                 self.results.add("failures", **where, side=label, reason=reason(error))
-        runs = {label: run(side.call) for label, side in sides.items() if self.timed}
+        runs = {label: run(side.call, label) for label, side in sides.items() if self.timed}
+        at_clock_2.clear()
         timings = in_turns(
             runs, self.device, rounds=rounds, warmup=0, until=until, least=3, measure=lambda seconds, _: seconds()
         )
+        clocked_2 = {f"{label}{AT_CLOCK_2}": Timing.of(values) for label, values in at_clock_2.items()
+                     if label.startswith("adaptor pass")}  # fmt: skip
+        timings |= clocked_2
         for label, timing in timings.items():
-            side = sides[label]
+            side = sides[label.removesuffix(AT_CLOCK_2)]
             against = "plain" if "clock 1" in label else f"ideal adaptor pass, {side.variant.cut} cut"
-            if side.variant.adaptor in KINDS:
-                against = f"adaptor pass, identity, {side.variant.cut} cut"
-            base = timings.get(against)
+            if label in clocked_2 or side.variant.adaptor in KINDS:
+                against = f"adaptor pass, identity, {side.variant.cut} cut" + AT_CLOCK_2 * (label in clocked_2)
+            base = timings.get(against) if against != label else None
             macs = _macs_per_pass(side, label)
             self.results.add(
                 "passes",
