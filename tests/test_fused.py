@@ -161,7 +161,6 @@ def test_without_a_compiler_torchs_operators_run(
     monkeypatch.setattr(fused, "DEVICES", ("cpu",))
     monkeypatch.setattr(fused, "LEAST", 0)
     monkeypatch.setattr(fused, "_FAILED", [])
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(package, "_triton", SimpleNamespace(kernel=Fails()), raising=False)
     fused._kernel.cache_clear()
     try:

@@ -9,7 +9,6 @@ comes with torch's CUDA builds, reads and writes the exit once.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from typing import Any
 
@@ -88,11 +87,9 @@ _FAILED: list[Exception] = []
 @functools.cache
 def _kernel() -> Any:
     """The kernel; None where there is no Triton, or it has failed."""
-    if _FAILED or importlib.util.find_spec("triton") is None:
-        return None
     from clockwork_hooks.adaptors import _triton
 
-    return _triton.kernel
+    return None if _FAILED else _triton.kernel
 
 
 def _dense(x: Tensor) -> bool:
