@@ -712,7 +712,8 @@ def _products(x: Tensor, matrices: Sequence[Tensor], axis: int) -> Tensor:
 
 def _product(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
     if axis == 1 and not _channels_last(x):
-        return (matrix.T @ x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
+        rows = x.flatten(2)
+        return torch.bmm(matrix.T.expand(len(rows), -1, -1), rows).reshape(len(x), -1, *x.shape[2:])
     return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
 
 
