@@ -355,11 +355,11 @@ def _cost(cost: Mapping[str, Any], cpu: Mapping[str, Any]) -> str:
 {_seconds_of(cost, 10)}
 {_seconds_of(cpu, 60)}
 
-An adaptor pass of {settings["batch"]} prompts, both branches, in turns (median of the device's time): the target of \
-1.02× the identity's is {"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×).
+An adaptor pass of {settings["batch"]} prompts, both branches, in turns (the device's time, each step's median, their \
+mean): the target of 1.02× the identity's is {"met" if worst <= 1.02 else "**missed**"} (the worst: {worst:.2f}×).
 Eager and compiled, so small a pass is the host's work. In CUDA graphs the exit counts, {settings["batch"]} prompts of
-it: copied in and out, and passed over by one kernel (compiled) or two; with the entry, two matrix products read and
-write as much again. Of SD v1.5 and SDXL [see there](performance_tables.md#why-targets-are-missed)."""
+it: copied in, and out where the next step reads it, and passed over by one kernel; with the entry, two matrix products
+read and write as much again. Of SD v1.5 and SDXL [see there](performance_tables.md#why-targets-are-missed)."""
     return f"{text}\n\n{told}"
 
 

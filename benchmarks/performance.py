@@ -25,6 +25,7 @@ README, SPEED = ROOT / "README.md", "<!-- speed table: tests/docs/test_readme.py
 RESULTS = ROOT / "benchmarks" / "results"
 
 Data = dict[str, dict[str, Any]]
+SIDES = ("torch's kernels", "one kernel")
 FIRST_CALLS = ("first call", "other tokens", "other batch", "other resolution")
 
 
@@ -179,6 +180,21 @@ def adaptor_cost(data: Data) -> str:
     return f"{_table(heads, cells)}\n\n{where}, by `python -m benchmarks.adaptor_cost --out DIR`."
 
 
+def solved(data: Data) -> str:
+    """Calibrated kinds alone: with torch's kernels, and with one for what is done to each element."""
+    found = data["adaptor_cost"]
+    rows = {(r["model"], r["cut"], "×".join(map(str, r["shape"])), r["kind"], r["side"]): r for r in found["solved"]}
+    cells = [
+        (*where, *(f"{rows[(*where, side)]['us']:.1f}" for side in SIDES),
+         *(f"{rows[(*where, side)]['host_us']:.0f}" for side in SIDES))
+        for where in dict.fromkeys(key[:-1] for key in rows)
+    ]  # fmt: skip
+    heads = ("model", "cut", "exit", "kind", *(f">µs, {side}" for side in SIDES),
+             *(f">µs of the host, {side}" for side in SIDES))  # fmt: skip
+    where = f"{found['environment']['device']}, {found['environment']['date']}"
+    return f"{_table(heads, cells)}\n\n{where}, by `python -m benchmarks.adaptor_cost --out DIR`."
+
+
 def fixed(data: Data) -> str:
     """What a captured trajectory costs over the same modules called by hand."""
     found = Latencies(data["gpu_latency"])
@@ -318,6 +334,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
         throughput,
         profile,
         adaptor_cost,
+        solved,
         fixed,
         checks,
         cpu_latency,

@@ -132,7 +132,7 @@ def _solved(found: Latencies) -> Iterator[Verdict]:
     for model, mode, cuts in (("sd15", "compile", both), ("sdxl", "compile", outer), ("sd15", "cudagraphs", both),
                               ("sdxl", "cudagraphs", both), ("sd15", "eager", both)):  # fmt: skip
         for cut in cuts:
-            for kind in ("affine", "exit+entry"):
+            for kind in ("affine", *(["exit"] if cut == "outer" else []), "exit+entry"):
                 for when, where in ((AT_CLOCK_2, "at clock 2"), ("", "in a row")):
                     row = found.one_pass(f"adaptor pass, {kind}, {cut} cut{when}", mode, model)
                     what = f"{model}, {mode}: adaptor pass ({kind}, {cut} cut, {where}) against the identity's"

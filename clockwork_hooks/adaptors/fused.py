@@ -3,7 +3,9 @@
     clamp(bias + gain · cached + total + trend gain · trend, low, high)
 
 torch runs a kernel for each operation, and one with values for each channel reads element by element. Triton, which
-comes with torch's CUDA builds, reads and writes the exit once.
+comes with torch's CUDA builds, reads and writes the exit once. On SDXL's exit of 2×640×128×128, in float16, an H200
+takes 23 µs in the place of 128 for `affine`, and 79 in the place of 180 for `exit` (`python -m benchmarks.adaptor_cost
+--out DIR`; docs/performance_tables.md has all of its rows).
 """
 
 from __future__ import annotations
