@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -200,13 +201,17 @@ def is_sole(tensor: torch.Tensor) -> bool:
     A module that writes all its outputs to one place, as a CUDA graph does, holds that place, or memory that torch has
     not allocated: then the storage cannot be resized.
     """
-    if type(tensor) is not torch.Tensor or _users is None or not tensor.untyped_storage().resizable():
+    users = getattr(torch._C, "_storage_Use_Count", None)
+    if users is None or type(tensor) is not torch.Tensor or not tensor.untyped_storage().resizable():
         return False
-    return bool(_users(tensor.untyped_storage()._cdata) == _OWN_USERS)
+    return bool(users(tensor.untyped_storage()._cdata) == _own_users())
 
 
-_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)  # private; without it, none is sole
-_OWN_USERS = 2  # the tensor, and the storage's object in Python
+@functools.cache
+def _own_users() -> int:
+    """Of the storage of a tensor that nobody else holds: the tensor, and the storage's object in Python."""
+    tensor = torch.empty(1)
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def held(storage: torch.UntypedStorage) -> Any:

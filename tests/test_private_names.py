@@ -32,6 +32,7 @@ FLAGS = (
 OTHERS = (
     "torch._C._DisableTorchDispatch",
     "torch._C._set_throw_on_mutable_data_ptr",
+    "torch._C._storage_Use_Count",
     "torch.multiprocessing.reductions.StorageWeakRef",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
 )

@@ -3,7 +3,7 @@
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except Exception:  # it is not there, or broken
     kernel = None
 else:
 
