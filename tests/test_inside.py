@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import clockwork_hooks as ch
 from clockwork_hooks.engine import passes
 from tests.oracle import Judge
+from tests.own_memory import WAYS, Home
 from tests.small_unet import Tiny, reference
 from tests.snapshot import snapshot
 
@@ -195,21 +196,6 @@ class Buffered(nn.Module):
         return self.out
 
 
-class Static(nn.Module):
-    """A module that runs as a CUDA graph does: all outputs lie in one place, and writes to it leave no mark."""
-
-    def __init__(self, module: nn.Module, *, views: bool) -> None:
-        super().__init__()
-        self.module, self.views = module, views
-        self.out: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.module(x)
-        self.out = output.clone() if self.out is None else self.out
-        self.out.data.copy_(output)
-        return self.out.detach() if self.views else self.out
-
-
 def _judged(unet: nn.Module, adaptor: Any, scale: float, *, clock: int, steps: int, branches: int = 2) -> str:
     """Every call is a full pass, or one whose exit is the scaled one of the same branch's step before."""
     plain, exits, letters = Tiny(), {}, ""
@@ -237,48 +223,24 @@ def test_an_adaptor_may_write_to_a_buffer_of_its_own(clock: int, mode: Any) -> N
     assert letters.count("A") >= 8
 
 
-@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("clock", [2, 3])
-def test_a_module_of_the_region_may_write_all_its_outputs_to_one_place(clock: int, mode: Any, views: bool) -> None:
+def test_a_module_of_the_region_may_write_all_its_outputs_to_one_place(clock: int, mode: Any, way: str) -> None:
     unet = Tiny()
-    unet.up = Static(unet.up, views=views)  # type: ignore[assignment]
+    unet.up = Home(unet.up, way)  # type: ignore[assignment]
     with mode():
         letters = _judged(unet, None, 1.0, clock=clock, steps=9)
     assert letters.count("A") >= 6
-
-
-class Home(nn.Module):
-    """The same, in memory that it holds, and may hand out in several ways."""
-
-    def __init__(self, module: nn.Module, give: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.module, self.give = module, give
-        self.place: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.module(x)
-        if self.place is None:
-            self.place = torch.empty(2, *output.shape)  # a workspace, of which one half is the output's
-        self.place.data[1].copy_(output)
-        return self.give(self.place)
-
-
-WAYS: dict[str, Callable[[Tensor], Tensor]] = {
-    "a part": lambda place: place[1],
-    "a view": lambda place: place.detach()[1],
-    "of numpy": lambda place: torch.from_numpy(place.numpy()[1]),
-    "by dlpack": lambda place: torch.from_dlpack(place.numpy()[1]),
-}
 
 
 @pytest.mark.parametrize("c", [torch.ones(1, 3), None], ids=["alike", "without conditions"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_such_memory_is_filled_by_another_loop(mode: Any, way: str, c: Tensor | None) -> None:
-    """Its call keeps nothing, as the next step is full too, so nobody looks at it; or it is one of other inputs."""
+    """By a call at which nobody looks, as the next step is full too and nothing is kept; or by one of other inputs."""
     unet, plain = Tiny(), Tiny()
-    unet.up = Home(unet.up, WAYS[way])  # type: ignore[assignment]
+    unet.up = Home(unet.up, way)  # type: ignore[assignment]
     x, conditions = torch.randn(3, 1, 2, 8, 8), torch.zeros(1, 3)
     with ch.wrap(unet, schedule=ch.Schedule.at({3})) as cw, cw.trajectory() as run, mode():
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import clockwork_hooks as ch
 from tests.oracle import Judge
+from tests.own_memory import WAYS, Home
 from tests.small_unet import Tiny
 
 SIZES = ((1, 8), (2, 8), (1, 16))  # batch, resolution
@@ -78,10 +79,18 @@ class Loop:
 
 
 class Program:
-    """Up to two loops that take turns on one wrapped UNet, in up to three threads."""
+    """Up to two loops that take turns on one wrapped UNet, in up to three threads.
 
-    def __init__(self, schedule: Any) -> None:
+    Args:
+        schedule: of the wrapper.
+        memory: how the module that makes the exit hands out memory of its own; None where it has none.
+    """
+
+    def __init__(self, schedule: Any, memory: str | None = None) -> None:
         self.unet, self.schedule = Tiny(), schedule
+        self.region = REGION if memory is None else None
+        if memory is not None:
+            self.unet.up = Home(self.unet.up, memory)  # type: ignore[assignment]
         self.unet.body.register_forward_hook(self._trip)
         self.random = torch.Generator().manual_seed(0)
         self.conditions = [torch.randn(1, 3, generator=self.random) for _ in range(3)]  # of all loops: one prompt
@@ -93,7 +102,7 @@ class Program:
         self.wrap()
 
     def wrap(self) -> None:
-        self.cw, self.last = ch.wrap(self.unet, schedule=self.schedule, region=REGION), {}
+        self.cw, self.last = ch.wrap(self.unet, schedule=self.schedule, region=self.region), {}
 
     def close(self) -> None:
         for loop in self.loops.values():
@@ -214,16 +223,22 @@ CHANGES = st.tuples(
     ),
 )
 PROGRAMS = st.lists(st.one_of(STARTS, STEPS, STEPS, STEPS, CHANGES), min_size=2, max_size=10)
-SCHEDULES = {"clock 2": ch.Schedule.every(2), "clock 4": ch.Schedule.every(4), "always": lambda step: True}
+SCHEDULES = {
+    "clock 2": ch.Schedule.every(2),
+    "clock 4": ch.Schedule.every(4),
+    "always": lambda step: True,
+    "full ones in a row": ch.Schedule.at({3, 5, 6, 8}),
+}
+MEMORY = st.sampled_from([None, None, None, *WAYS])
 
 
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.SkippedModuleWarning")
 @settings(max_examples=int(os.environ.get("CLOCKWORK_EXAMPLES", 500)))
 @pytest.mark.filterwarnings("ignore::clockwork_hooks.NoEffectWarning")
-@given(begin=STARTS, actions=PROGRAMS, schedule=st.sampled_from(sorted(SCHEDULES)))
+@given(begin=STARTS, actions=PROGRAMS, schedule=st.sampled_from(sorted(SCHEDULES)), memory=MEMORY)
 @torch.no_grad()
-def test_nothing_stale_in_any_program(begin: Any, actions: list[Any], schedule: str) -> None:
-    program = Program(SCHEDULES[schedule])
+def test_nothing_stale_in_any_program(begin: Any, actions: list[Any], schedule: str, memory: str | None) -> None:
+    program = Program(SCHEDULES[schedule], memory)
     weights = {name: value.clone() for name, value in PLAIN.state_dict().items()}
     try:
         for name, *arguments in [begin, ("advance", begin[1], 4, "in turn", 0), *actions]:
