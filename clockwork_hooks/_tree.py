@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -196,22 +197,30 @@ def address(storage: torch.UntypedStorage) -> int:
 
 
 def is_sole(tensor: torch.Tensor) -> bool:
-    """Is its memory torch's, and known to no other tensor? Else others may write to it, which need not leave a mark.
+    """Is its memory torch's, and known to nobody else? Else others may write to it, which need not leave a mark.
 
-    A module that writes all its outputs to one place, as a CUDA graph does, holds that place, or memory that torch has
-    not allocated: then the storage cannot be resized.
+    A module that writes all its outputs to one place, as a CUDA graph does, holds that place, as a tensor or as a
+    storage; or it is memory that torch has not allocated, whose storage cannot be resized, or of several processes.
     """
-    users = getattr(torch._C, "_storage_Use_Count", None)
-    if users is None or type(tensor) is not torch.Tensor or not tensor.untyped_storage().resizable():
+    if type(tensor) is not torch.Tensor or not hasattr(torch._C, "_storage_Use_Count"):
         return False
-    return bool(users(tensor.untyped_storage()._cdata) == _own_users())
+    storage = tensor.untyped_storage()
+    if not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared()):
+        return False
+    del storage
+    return _holders(tensor) == _own_holders()
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold its storage, and how many of them in Python hold the one object that stands for it there."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 @functools.cache
-def _own_users() -> int:
-    """Of the storage of a tensor that nobody else holds: the tensor, and the storage's object in Python."""
-    tensor = torch.empty(1)
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+def _own_holders() -> tuple[int, int]:
+    """The same of a tensor that nobody else holds."""
+    return _holders(torch.empty(1))
 
 
 def held(storage: torch.UntypedStorage) -> Any:

@@ -401,15 +401,18 @@ class CalibratedAdaptor(LearnedAdaptor):
     ) -> Tensor | None:
         """The exit, where one kernel does all but products; `read` are cached exit, entry before, and entry."""
         cached, trend = read[0], trend if self.reads_trend else None
-        if not serves(cached, prepared.rows, trend):
+        if not serves(cached, prepared.rows, trend, read, axis):
             return None
         total: Tensor | None = None
         for one, matrices in zip(read, (weights.of_cached, weights.of_before, weights.of_entry), strict=True):
             if matrices:
                 x = cached if one is cached else self._like_exit(one, cached)
-                total = _products(x, matrices, axis) if total is None else _add_product(total, x, matrices, axis)
+                if total is None:
+                    total = _products(x, matrices, axis).to(cached.dtype)  # not autocast's: more is added in place
+                else:
+                    total = _add_product(total, x, matrices, axis)
         if weights.kernel is not None:
-            around = self._convolution(cached, weights.kernel)
+            around = self._convolution(cached, weights.kernel).to(cached.dtype)
             total = around if total is None else total.add_(around)
         return finished(cached, prepared.rows, total, trend, gain=weights.gain is not None, axis=axis)
 

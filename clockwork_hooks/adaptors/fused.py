@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,18 +27,24 @@ _BLOCK = 1024  # elements of a program: 16 bytes of float16 for each of 128 thre
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def serves(cached: Tensor, rows: Tensor, trend: Tensor | None) -> bool:
-    """Is the kernel worth running, and can it? Not where somebody sees operators, differentiates or compiles them."""
+def serves(cached: Tensor, rows: Tensor, trend: Tensor | None, read: Sequence[Tensor | None], axis: int) -> bool:
+    """Is the kernel worth running, and can it? Not where somebody sees operators, differentiates or compiles them.
+
+    Args:
+        cached, rows, trend, axis: as in `finished`.
+        read: what products are made of.
+    """
     if cached.numel() < LEAST or cached.device.type not in DEVICES or torch.compiler.is_compiling():
         return False
     given = [cached, rows] if trend is None else [cached, rows, trend]
+    reached = [*given, *(one for one in read if one is not None)]
     return (
         all(type(one) is Tensor and one.dtype is cached.dtype for one in given)
         and cached.dtype in _FLOATS
         and rows.is_contiguous()
-        and _dense(cached)
+        and (cached.is_contiguous() or (axis == 1 and cached.ndim > 3 and cached.movedim(1, -1).is_contiguous()))
         and (trend is None or trend.stride() == cached.stride())
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in given))
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in reached))
         and not getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)()
         and _kernel() is not None
     )
@@ -92,7 +99,3 @@ def _kernel() -> Any:
     from clockwork_hooks.adaptors import _triton
 
     return None if _FAILED else _triton.kernel
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.ndim > 3 and x.movedim(1, -1).is_contiguous())

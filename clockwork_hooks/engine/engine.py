@@ -496,10 +496,9 @@ class Engine:
             outcome = self.execute(call, pass_, None, eager=not signature.recorded)
             outcome.macs, outcome.reason = signature.full_macs, reason
             return outcome
-        static = self.static is not None and self.static.ready(call, pass_)
-        before = self._before(call, signature, stateless=use.proved and not use.changes, static=static)
+        before = self._before(call, signature, stateless=use.proved and not use.changes)
         try:
-            outcome = self.execute(call, pass_, decision.feature, eager=not static)
+            outcome = self.execute(call, pass_, decision.feature)
         except Exception as error:
             # where a call was skipped that puts something somewhere, it is not there
             missed = not use.proved and pass_.blanks and type(error) in _MISSED
@@ -596,13 +595,12 @@ class Engine:
         clocked.follows = not full.taint.outlives(self.unet, results)
         return outcome
 
-    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool, static: bool) -> Before:
+    def _before(self, call: UNetCall, signature: Signature, *, stateless: bool) -> Before:
         """The arguments, for the case that the adaptor pass which begins now has to be run again.
 
-        And what the UNet's modules hold, until one such pass has left all of that as it was. A static pass runs none of
-        the UNet's Python, so nothing shows in it for which it would have to.
+        And what the UNet's modules hold, until one such pass has left all of that as it was.
         """
-        sample = None if static else call.arguments.get(signature.sample)
+        sample = call.arguments.get(signature.sample)
         size = sample.numel() if isinstance(sample, torch.Tensor) else 0
         written, unet, unsure = signature.written, None if stateless else self.unet, not stateless
         return Before(call.args, call.kwargs, written=written, size=size, unsure=unsure, always=sample, unet=unet)
@@ -676,6 +674,7 @@ class Engine:
 
     def _remember(self, call: UNetCall, signature: Signature, place: Position, outcome: Outcome) -> None:
         """Keep what each region emitted for the step after this one, unless it may not be what it was."""
+        signature.copies |= outcome.written  # a user's hook, or FreeU switched on after the trace: from now on a copy
         if call.unread or not outcome.watched:
             return
         for index, memory in enumerate(place.calls):
@@ -685,7 +684,6 @@ class Engine:
             elif not outcome.complete:
                 memory.missing = reasons.DIFFERED
             elif index in outcome.written:
-                signature.copies.add(index)  # a user's hook, or FreeU switched on after the trace: from now on a copy
                 memory.missing = reasons.WRITTEN
             elif index in outcome.exits:
                 memory.feature = self._feature(call, outcome, index)
@@ -862,7 +860,7 @@ class Engine:
         """The exit to keep, taken out of the outcome of its call, which has returned: in memory that is ours alone.
 
         Whoever still holds that memory may write to it, and need not leave a mark: then it is a copy. What was kept
-        before, and has served as it is, is ours already.
+        before, and has served as it is, is kept on: who has held it since is not asked.
         """
         if exits[index].exit is cached:
             return cached
