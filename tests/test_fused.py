@@ -68,11 +68,41 @@ def test_who_counts_or_differentiates_gets_torchs_operators(
     with Seeing() as seeing:
         counted = adaptor(entry, cached, prepared=prepared)
     assert seeing.names.count("aten::baddbmm_") == 2
-    given = cached.clone().requires_grad_()
-    adaptor(entry, given, prepared=prepared).sum().backward()
-    assert given.grad is not None
+    for name in ("entry", "cached"):
+        given = {"entry": entry.clone(), "cached": cached.clone()}
+        given[name].requires_grad_()
+        adaptor(given["entry"], given["cached"], prepared=prepared).sum().backward()
+        assert given[name].grad is not None
     assert len(kernel.launches) == 1
     torch.testing.assert_close(counted, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exit+entry", "exit+entry+before+trend", "kernel"])
+def test_products_of_autocast_are_added_up_as_the_exit_is(
+    kind: str,
+    unet: Any,  # noqa: F811
+    adaptors: dict[str, Any],  # noqa: F811
+    kernel: Kernel,  # noqa: F811
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        adaptor, given = adaptors[kind], {"entry_cached": torch.randn(2, 8, 8, 8), "trend": torch.randn(2, 8, 8, 8)}
+        cached, entry = torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 8)
+        needed = {name: given[name] for name in given if name in adaptor.needs}
+        times = (800.0, 900.0, 900.0, 950.0) if "trend" in kind else (800.0, 900.0)
+        prepared = adaptor.prepare(times, cached)
+        fast = adaptor(entry, cached, prepared=prepared, **needed)
+        assert len(kernel.launches) == 1
+        with Seeing():
+            torch.testing.assert_close(fast, adaptor(entry, cached, prepared=prepared, **needed), rtol=0.05, atol=0.05)
+
+
+def test_channels_that_come_last_and_lie_first_are_torchs(kernel: Kernel) -> None:  # noqa: F811
+    """The kernel goes by memory: a row of it is a channel's, or a position's."""
+    cached, rows = torch.randn(2, 8, 4, 4), torch.randn(4, 8, 1, 1)
+    assert fused.serves(cached, rows, None, (), 1)
+    assert fused.serves(cached.contiguous(memory_format=torch.channels_last), rows, None, (), 1)
+    assert fused.serves(torch.randn(2, 4, 4, 8), rows.view(4, 8), None, (), -1)
+    assert not fused.serves(torch.randn(2, 4, 8, 4).movedim(-1, 1), rows.view(4, 8), None, (), -1)
 
 
 def test_without_a_compiler_torchs_operators_run(
