@@ -103,11 +103,7 @@ def _launched(call: Callable[[], Any], device: str) -> float:
 
 def _replayed(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     """So many calls as one CUDA graph."""
-
-    def calls() -> None:
-        for _ in range(REPEATS):
-            call()
-
+    calls = partial(_repeat, call, {})
     if device == "cpu":
         return calls
     graph = torch.cuda.CUDAGraph()

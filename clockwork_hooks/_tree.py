@@ -202,13 +202,11 @@ def is_sole(tensor: torch.Tensor) -> bool:
     A module that writes all its outputs to one place, as a CUDA graph does, holds that place, as a tensor or as a
     storage; or it is memory that torch has not allocated, whose storage cannot be resized, or of several processes.
     """
-    if type(tensor) is not torch.Tensor or not hasattr(torch._C, "_storage_Use_Count"):
+    counted = type(tensor) is torch.Tensor and hasattr(torch._C, "_storage_Use_Count")
+    if not counted or _holders(tensor) != _own_holders():
         return False
     storage = tensor.untyped_storage()
-    if not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared()):
-        return False
-    del storage
-    return _holders(tensor) == _own_holders()
+    return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:

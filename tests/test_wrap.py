@@ -136,6 +136,18 @@ def test_writes_that_begin_after_the_trace(mode: Any, clocks: dict[int, int] | N
         assert cw.stats.adaptor_passes >= 2
 
 
+@torch.no_grad()
+def test_writes_that_begin_before_a_full_step_are_known_after_it() -> None:
+    """The fourth pass keeps nothing, and yet shows that exits are written to from now on: the fifth's is a copy."""
+    unet = WritesTheExit(late=True, on=False)
+    judge = Judge(unet)
+    with ch.wrap(unet, clock=2) as cw, cw.trajectory():
+        for step, t in enumerate(range(900, 100, -100), 1):
+            unet.on = judge.plain.on = step > 3  # type: ignore[assignment]
+            judge.call(torch.randn(1, 2, 8, 8), t, step=step)
+    assert judge.letters == "FAFAFAFA"
+
+
 # -- rollouts ------------------------------------------------------------------------------------------------------
 
 

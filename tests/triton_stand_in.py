@@ -13,9 +13,10 @@ TRITON = ModuleType("triton")
 
 
 class Pointer:
-    """Where some elements of a tensor's memory lie."""
+    """Where some elements of a tensor's memory lie, of which autograd knows nothing."""
 
     def __init__(self, tensor: Tensor, at: Any = 0) -> None:
+        tensor = tensor.detach()
         self.tensor, self.at = tensor, at
         self.memory = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
         self.dtype = type("dtype", (), {"element_ty": tensor.dtype})
@@ -50,7 +51,6 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function, self.launches = function, list[Sequence[int]]()
-        self.program: Sequence[int] = ()
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def launch(*args: Any, **constants: Any) -> None:
